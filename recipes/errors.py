@@ -1,0 +1,33 @@
+"""Errors that a person can act on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Bad input: what is wrong, where, the value, what was expected and the next step.
+
+    Entry scripts print it without a traceback and exit with code 2.
+    """
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turns a UserError into its message and exit code 2, Ctrl-C into exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def listed(problems: list[str], most: int = 20) -> str:
+    """One problem a line; beyond `most` only their number."""
+    rest = len(problems) - most
+    return "\n  ".join(problems[:most] + ([f"... and {rest} more"] if rest > 0 else []))

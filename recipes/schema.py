@@ -1,0 +1,303 @@
+"""What a recipe may say: its sections, their keys, their defaults.
+
+Every section is frozen, strict ("3" is no number) and refuses unknown keys. Field descriptions
+end up in `finequant schema`, so editors show them while a recipe is being written.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+Metric = Literal["exact_match", "json_match", "f1", "multiple_choice", "rouge", "bleu", "chrf"]
+
+# peft initialisations that need calibration data or an already quantized base.
+UNSUPPORTED_INITS = {
+    "loftq": "it needs a base that is quantized before training; here quantization comes after",
+    "corda": "it needs a calibration pass over the base",
+    "eva": "it needs a calibration pass over the base",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The base model: any LlamaForCausalLM."""
+
+    base: str = Field(
+        description="Hub id (org/name), local folder, or package:MODULE/FILE.gguf", min_length=1
+    )
+    revision: str | None = Field(None, description="Hub commit, tag or branch; pin a commit")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja template, or the path of a .jinja file; replaces the tokenizer's own",
+    )
+
+
+class Source(Section):
+    """Rows from one place: a Hub dataset or a local .jsonl, .json, .csv or .parquet file."""
+
+    source: str = Field(description="Hub dataset id, or a file path relative to the recipe")
+    name: str | None = Field(None, description="Hub dataset configuration")
+    split: str = Field("train", description="Hub dataset split")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    columns: dict[Literal["messages", "system", "prompt", "completion", "text"], str] = Field(
+        default_factory=dict,
+        description="field: a column's name, or a template such as 'Question: {question}'",
+    )
+    weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")
+    limit: Positive | None = Field(None, description="use this many rows, a seeded choice")
+
+    @model_validator(mode="after")
+    def _columns_make_a_row(self) -> Source:
+        mapped = set(self.columns)
+        whole = {"messages"} <= mapped or {"text"} <= mapped or {"prompt", "completion"} <= mapped
+        if mapped and not whole:
+            raise ValueError("columns must map messages, text, or both prompt and completion")
+        return self
+
+
+Sources = list[Source]
+
+
+class Data(Section):
+    """Rows to learn from and rows to measure on, and how they become tokens."""
+
+    train: Annotated[Sources, Field(min_length=1)]
+    validation: Sources = Field(default_factory=list)
+    test: Sources = Field(default_factory=list)
+    validation_fraction: Fraction = Field(
+        0.05, description="of the training rows, where no validation source is given"
+    )
+    test_fraction: Fraction = Field(
+        0.0, description="of the training rows, where no test source is given"
+    )
+    system: str | None = Field(None, description="system message for rows that have none")
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template, such as date_string"
+    )
+    max_length: Positive = Field(1024, description="tokens of a row, or of a pack")
+    long_rows: Literal["truncate", "drop", "error"] = "truncate"
+    loss_on: Literal["assistant", "all"] = "assistant"
+    packing: bool = Field(False, description="fill max_length with several rows, kept apart")
+    duplicates: Literal["keep", "drop"] = Field("keep", description="repeated training rows")
+    overlap: Literal["error", "drop"] = Field(
+        "error", description="training rows that also occur in validation or test"
+    )
+
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+class Lora(Section):
+    """The adapter, in peft's words."""
+
+    rank: Positive = Field(16, validation_alias=AliasChoices("rank", "r"))
+    alpha: float = Field(32, gt=0)
+    dropout: Fraction = 0.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = Field(
+        "default", description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+    )
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_init(cls, value: str) -> str:
+        if value in UNSUPPORTED_INITS:
+            raise ValueError(f"'{value}' is not supported: {UNSUPPORTED_INITS[value]}")
+        if not re.fullmatch("default|gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+", value):
+            raise ValueError("expected default, gaussian, orthogonal, olora, pissa, pissa_niter_N")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Lora:
+        if self.use_dora and self.init_lora_weights.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"use_dora cannot be combined with init_lora_weights '{self.init_lora_weights}': "
+                "peft cannot turn the result into an adapter of the unchanged base"
+            )
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+            raise ValueError(f"orthogonal initialisation needs an even rank, not {self.rank}")
+        return self
+
+
+class Train(Section):
+    """Optimisation. Machine options (device, processes) belong to accelerate."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps")
+    batch_size: Positive = Field(
+        16, description="rows per optimizer step, over all processes and accumulation steps"
+    )
+    micro_batch_size: Positive = Field(8, description="rows per forward pass of one process")
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = Field(0.03, description="share of all steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: str = Field("adamw_torch", description="a name of transformers' `optim`")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware computes in it"
+    )
+    gradient_checkpointing: bool = False
+    eval_steps: Positive | None = Field(None, description="default: at the end of each epoch")
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after so many evaluations without a lower loss; keep the best"
+    )
+    save_steps: Positive | None = Field(None, description="default: at the end of each epoch")
+    save_total_limit: Positive = 2
+    logging_steps: Positive = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Train:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.early_stopping_patience and self.eval_steps != self.save_steps:
+            raise ValueError(
+                "early_stopping_patience keeps the best checkpoint, so save_steps "
+                f"({self.save_steps}) must equal eval_steps ({self.eval_steps})"
+            )
+        return self
+
+
+class Quantize(Section):
+    """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group_size: Annotated[int, Field(ge=32, le=256)] = Field(
+        32, description="weights that share a scale; must divide in_features of every layer"
+    )
+    head: Literal["quantize", "float"] = Field(
+        "quantize",
+        description="lm_head; where it is tied to the embedding, `quantize` unties it",
+    )
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="embedding, norms and arithmetic; auto: as the base is stored"
+    )
+    keep_merged: bool = Field(False, description="also keep the merged float checkpoint")
+
+
+class Corpus(Section):
+    """A text to measure perplexity on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    source: str = Field(description="text file, .jsonl, .json, .csv, .parquet or Hub dataset id")
+    config: str | None = Field(None, description="Hub dataset configuration")
+    split: str = Field("test", description="Hub dataset split")
+    column: str = "text"
+    documents: Literal["file", "rows", "wikitext"] = Field(
+        "file",
+        description="what stands alone: everything as one text, each row, or each ' = Title = ' "
+        "article (wikitext also undoes the tokenisation, as lm-eval does)",
+    )
+    max_length: Annotated[int, Field(gt=1)] = Field(2048, description="tokens of a window")
+    windows: Positive | None = Field(None, description="score only the first N windows")
+
+
+class Task(Section):
+    """An lm-eval task by name."""
+
+    task: str
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Positive | None = None
+
+
+class Gate(Section):
+    """What quantization may cost; a run beyond it exits with code 1."""
+
+    max_perplexity_increase: float | None = Field(
+        None, ge=0, description="quantized over tuned, minus 1: 0.05 allows five percent"
+    )
+    max_accuracy_drop: float | None = Field(
+        None, ge=0, description="tuned minus quantized, absolute: 0.02 allows two points"
+    )
+
+
+class Evaluate(Section):
+    """Base, tuned and quantized on the same inputs."""
+
+    perplexity: list[Corpus] = Field(default_factory=list)
+    tasks: list[Task] = Field(default_factory=list)
+    task_folder: str | None = Field(None, description="folder with lm-eval task YAML of your own")
+    metrics: list[Metric] = Field(
+        default_factory=lambda: ["exact_match"], description="of answers to the held-out rows"
+    )
+    choices: list[str] | Literal["completions"] | None = Field(
+        None, description="for multiple_choice: the answers, or all that occur in the data"
+    )
+    limit: Positive | None = Field(None, description="held-out rows to answer, the first N")
+    max_new_tokens: Positive = 128
+    batch_size: Positive = Field(16, description="sequences per forward pass")
+    divergence_tokens: Positive = Field(
+        4096, description="tokens on which quantized is compared with tuned"
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(5, description="answers to show side by side")
+    gate: Gate = Gate()
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _a_name_is_a_task(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"task": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Evaluate:
+        names = [corpus.name for corpus in self.perplexity]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated or "held_out" in names:
+            raise ValueError(
+                "each perplexity corpus needs a name of its own, other than held_out; "
+                f"found {', '.join(names)}"
+            )
+        if "multiple_choice" in self.metrics and not self.choices:
+            raise ValueError("the metric multiple_choice needs `choices`")
+        return self
+
+
+class Publish(Section):
+    """Where the result goes on the Hugging Face Hub."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    private: bool = True
+
+
+class Recipe(Section):
+    """One recipe drives fine-tuning, quantization, evaluation and publishing."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output_dir: str | None = Field(None, description="the run directory; default runs/NAME")
+    model: Model
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    quantize: Quantize = Quantize()
+    evaluate: Evaluate = Evaluate()
+    publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        evaluates = self.data.validation or self.data.validation_fraction
+        if self.train.early_stopping_patience and not evaluates:
+            raise ValueError(
+                "train.early_stopping_patience needs validation rows: give data.validation or "
+                "a data.validation_fraction above 0"
+            )
+        return self
