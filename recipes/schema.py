@@ -43,7 +43,9 @@ class Model(Section):
 class Source(Section):
     """Rows from one place: a Hub dataset or a local .jsonl, .json, .csv or .parquet file."""
 
-    source: str = Field(description="Hub dataset id, or a file path relative to the recipe")
+    source: str = Field(
+        description="Hub dataset id, or a file path relative to the recipe", min_length=1
+    )
     name: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field("train", description="Hub dataset split")
     revision: str | None = Field(None, description="Hub commit, tag or branch")
@@ -92,7 +94,13 @@ class Data(Section):
         "error", description="training rows that also occur in validation or test"
     )
 
-    @field_validator("train", "validation", "test", mode="before")
+    @field_validator(
+        "train",
+        "validation",
+        "test",
+        mode="before",
+        json_schema_input_type=Source | str | list[Source | str],
+    )
     @classmethod
     def _one_source_is_a_list(cls, value: Any) -> Any:
         entries = value if isinstance(value, list) else [value]
@@ -111,6 +119,13 @@ class Lora(Section):
     init_lora_weights: str = Field(
         "default", description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_rank(cls, value: Any) -> Any:
+        if isinstance(value, dict) and {"rank", "r"} <= value.keys():
+            raise ValueError("r is another name of rank; give one of them")
+        return value
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -198,7 +213,9 @@ class Corpus(Section):
     """A text to measure perplexity on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    source: str = Field(description="text file, .jsonl, .json, .csv, .parquet or Hub dataset id")
+    source: str = Field(
+        description="text file, .jsonl, .json, .csv, .parquet or Hub dataset id", min_length=1
+    )
     config: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field("test", description="Hub dataset split")
     column: str = "text"
@@ -246,12 +263,12 @@ class Evaluate(Section):
     max_new_tokens: Positive = 128
     batch_size: Positive = Field(16, description="sequences per forward pass")
     divergence_tokens: Positive = Field(
-        4096, description="tokens on which quantized is compared with tuned"
+        2048, description="tokens on which quantized is compared with tuned"
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="answers to show side by side")
     gate: Gate = Gate()
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=Task | str | list[Task | str])
     @classmethod
     def _a_name_is_a_task(cls, value: Any) -> Any:
         entries = value if isinstance(value, list) else [value]

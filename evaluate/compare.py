@@ -1,0 +1,338 @@
+"""Compare base, tuned and quantized on the same tokens: -> report.json, report.md, plots/
+
+python evaluate/compare.py recipes/quickstart.yaml
+python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.rundir import RunDir, Stopwatch, replace_text, versions
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from finequant.evaluate.perplexity import Document, ScoredSequence
+    from finequant.finetune.data import Row
+
+MODELS = ("base", "tuned", "quantized")
+HELD_OUT = "held_out"
+"""Name of the test rows among corpora and tasks."""
+
+# What a model's measurement does not depend on, so that it is kept when these change.
+INDEPENDENT_OF = {"base": ("adapter/", "quantized/"), "tuned": ("quantized/",), "quantized": ()}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every model is measured on, as token ids that all of them share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]
+    rows: list[Row]
+    prompts: list[list[int]]
+    references: list[str]
+    choices: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with told_to_the_user():
+        recipe, run = read_command_line(__doc__, argv)
+        quiet_libraries()
+        if not compare(recipe, run):
+            sys.exit(1)
+
+
+def compare(recipe: Recipe, run: RunDir) -> bool:
+    """Measures the three models, writes the report and prints its table.
+
+    Returns:
+        Whether the gate passed; True where the recipe sets none.
+
+    Raises:
+        UserError: for unknown tasks, unreadable texts, or missing artefacts.
+    """
+    from finequant.evaluate.report import gate, print_table, write_report
+    from finequant.evaluate.tasks import check_tasks
+
+    watch = Stopwatch()
+    run.require("train")
+    run.require("quantize")
+    inputs = run.inputs(recipe, "evaluate")
+    if recipe.evaluate.tasks:
+        check_tasks(recipe.evaluate)
+    material = prepare(recipe)
+    measured = measure_all(recipe, run, inputs, material)
+    models = {name: measured[name]["scores"] for name in MODELS}
+    report = {
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
+        "versions": versions(),
+        "models": models,
+        "divergence": measured["quantized"]["divergence"],
+        "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
+        "samples": _samples(recipe, material, measured),
+        "training": _read_json(run.adapter / "training_log.json"),
+        "gate": gate(models, recipe.evaluate.gate),
+    }
+    write_report(report, run.root)
+    run.record(recipe, "evaluate", inputs, seconds=watch.seconds)
+    print_table(report)
+    say(f"evaluate: {run.root / 'report.md'} and report.json written in {watch.seconds} s")
+    return report["gate"]["passed"]
+
+
+def prepare(recipe: Recipe) -> Material:
+    """Reads every text and row, and turns them into tokens once.
+
+    Raises:
+        UserError: where there is nothing to measure on.
+    """
+    from finequant.evaluate.perplexity import corpus_windows, read_corpus
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.finetune.tokens import encode_prompt
+
+    tokenizer = load_tokenizer(recipe.model)
+    positions = load_config(recipe.model).max_position_embeddings
+    splits = load_splits(recipe.data, recipe.seed)
+    corpora = {
+        corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
+        for corpus in recipe.evaluate.perplexity
+    }
+    rows = splits.test[: recipe.evaluate.limit]
+    if rows:
+        corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
+    if not corpora and not recipe.evaluate.tasks:
+        raise UserError(
+            "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
+            "evaluate.perplexity or evaluate.tasks"
+        )
+    asked = [row for row in rows if row.messages]
+    return Material(
+        tokenizer,
+        corpora,
+        asked,
+        [encode_prompt(row, tokenizer, recipe.data) for row in asked],
+        [_answer_of(row) for row in asked],
+        _choices(recipe, [*splits.train, *asked]),
+    )
+
+
+def measure_all(
+    recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
+) -> dict[str, dict[str, Any]]:
+    """Each model's measurement, one model in memory at a time; earlier ones are reused."""
+    from finequant.evaluate.divergence import divergence, log_probabilities, reference_sequences
+
+    measured, reference = {}, None
+    sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
+    kept = {name: _kept(run, name, inputs) for name in MODELS}
+    for name in MODELS:
+        needs_reference = name == "tuned" and kept["quantized"] is None
+        if kept[name] is not None and not needs_reference:
+            say(f"evaluate: {name}: measured before, unchanged")
+            measured[name] = kept[name]
+            continue
+        model = load_model(name, recipe, run, material.prompts)
+        if needs_reference:
+            reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+        measured[name] = kept[name] or measure_model(name, model, recipe, run, material)
+        if name == "quantized":
+            found = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+            measured[name]["divergence"] = divergence(reference, found)
+        _keep(run, name, inputs, measured[name])
+        del model
+        gc.collect()
+    return measured
+
+
+def load_model(
+    name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]]
+) -> LlamaForCausalLM:
+    """One of the three, in the dtype that is shipped, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finequant.finetune.model import load_base, load_config
+    from finequant.quantize.merge import merge
+    from finequant.quantize.scheme import shipped_dtype
+
+    say(f"evaluate: {name}: loading")
+    if name == "base":
+        dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
+        model = load_base(recipe.model, dtype)
+    elif name == "quantized":
+        model = AutoModelForCausalLM.from_pretrained(run.quantized)
+    else:
+        model, _ = merge(recipe, run, prompts[:2] or [[0]])
+    accelerator = torch.accelerator.current_accelerator() if torch.cuda.is_available() else "cpu"
+    return model.to(accelerator).eval()
+
+
+def measure_model(
+    name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir, material: Material
+) -> dict[str, Any]:
+    """{"scores": size, perplexity and tasks as in report.json, "answers": to the held-out rows}"""
+    from finequant.evaluate.perplexity import measure
+    from finequant.evaluate.tasks import (
+        METRICS,
+        answer,
+        lm_eval_tasks,
+        multiple_choice,
+        score_answers,
+    )
+    from finequant.quantize.scheme import parameter_count
+
+    evaluate, tokenizer = recipe.evaluate, material.tokenizer
+    size = _size_bytes(name, model, recipe, run)
+    scores: dict[str, Any] = {
+        "size_bytes": size,
+        "bits_per_weight": 8 * size / parameter_count(_float_config(recipe)),
+        "perplexity": {
+            corpus: measure(model, *texts, evaluate.batch_size, f"{name}: perplexity, {corpus}")
+            for corpus, texts in material.corpora.items()
+        },
+        "tasks": {},
+    }
+    answers: list[str] = []
+    if material.prompts:
+        say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
+        answers = answer(
+            model,
+            tokenizer,
+            material.prompts,
+            evaluate.max_new_tokens,
+            evaluate.batch_size,
+            f"{name}: answers",
+        )
+        generated = [metric for metric in evaluate.metrics if metric in METRICS]
+        scores["tasks"][HELD_OUT] = score_answers(answers, material.references, generated)
+        if "multiple_choice" in evaluate.metrics:
+            scores["tasks"][HELD_OUT]["multiple_choice"] = multiple_choice(
+                model,
+                tokenizer,
+                material.prompts,
+                material.references,
+                material.choices,
+                evaluate.batch_size,
+                f"{name}: multiple choice",
+            )
+    if evaluate.tasks:
+        scores["tasks"] |= lm_eval_tasks(model, tokenizer, evaluate, recipe.seed)
+    return {"scores": scores, "answers": answers}
+
+
+def _answers_as_corpus(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> tuple[list[ScoredSequence], list[Document]]:
+    """The learned tokens of the held-out rows; words and bytes are those of the answers."""
+    from finequant.evaluate.perplexity import ScoredSequence, count
+    from finequant.finetune.tokens import IGNORED, encode
+
+    encoded = [encode(row, tokenizer, recipe.data) for row in rows]
+    sequences = [
+        ScoredSequence(item.input_ids, [False, *(label != IGNORED for label in item.labels[1:])])
+        for item in encoded
+    ]
+    said = [
+        "\n".join(m["content"] for m in row.messages if m["role"] == "assistant") or row.text
+        for row in rows
+    ]
+    return sequences, [count(text) for text in said]
+
+
+def _answer_of(row: Row) -> str:
+    return row.messages[-1]["content"]
+
+
+def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
+    if recipe.evaluate.choices == "completions":
+        return sorted({_answer_of(row) for row in rows if row.messages})
+    return list(recipe.evaluate.choices or [])
+
+
+def _float_config(recipe: Recipe):
+    from finequant.finetune.model import load_config
+
+    return load_config(recipe.model)
+
+
+def _size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
+    """Of the weights on disk; for a float model that is not on disk, what it would take there."""
+    from finequant.finetune.model import locate_base
+    from finequant.quantize.convert import weight_bytes
+
+    folder, file = locate_base(recipe.model)
+    if name == "quantized":
+        return weight_bytes(run.quantized)
+    if name == "base" and file:
+        return (folder / file).stat().st_size
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _samples(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Answers side by side, from rows spread evenly over the held-out ones."""
+    total = len(material.rows)
+    count = min(recipe.evaluate.samples, total)
+    return [
+        {
+            "prompt": material.rows[index].messages[-2]["content"],
+            "reference": material.references[index],
+            "answers": {name: measured[name]["answers"][index] for name in MODELS},
+        }
+        for index in (number * total // count for number in range(count))
+    ]
+
+
+def _measurement_file(run: RunDir, name: str) -> Path:
+    return run.measurements / f"{name}.json"
+
+
+def _relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
+    return {
+        key: value
+        for key, value in inputs.items()
+        if key not in INDEPENDENT_OF[name] and not key.startswith(shown_only)
+    }
+
+
+def _kept(run: RunDir, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The measurement of an earlier call, if it was made from the same inputs and versions."""
+    file = _measurement_file(run, name)
+    kept = _read_json(file) if file.exists() else None
+    same = kept and (kept["inputs"], kept["versions"]) == (_relevant(name, inputs), versions())
+    return kept["measurement"] if same else None
+
+
+def _keep(run: RunDir, name: str, inputs: dict[str, Any], measurement: dict[str, Any]) -> None:
+    run.measurements.mkdir(exist_ok=True)
+    content = {
+        "inputs": _relevant(name, inputs),
+        "versions": versions(),
+        "measurement": measurement,
+    }
+    replace_text(_measurement_file(run, name), json.dumps(content))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): run the stage before again") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Conversations -> tokens and loss mask, by the model's own chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from finequant.finetune.data import Message, Row
+from finequant.recipes.errors import UserError, listed
+from finequant.recipes.schema import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of tokens that are read but not learned, torch's ignore_index."""
+
+
+class Encoded(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+    """input_ids where the loss counts, IGNORED elsewhere."""
+    full_length: int
+    """Tokens before truncation."""
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> Encoded:
+    """Tokens of a row, cut to data.max_length, and which of them are learned."""
+    if row.messages:
+        text, spans = _render_with_spans(row, tokenizer, data)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoding["input_ids"]
+        learned = [
+            data.loss_on == "all" or any(start < end_ and first < end for start, end in spans)
+            for first, end_ in encoding["offset_mapping"]
+        ]
+    else:
+        ids = tokenizer(row.text)["input_ids"] + [tokenizer.eos_token_id]
+        learned = [True] * len(ids)
+    labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
+    return Encoded(ids[: data.max_length], labels[: data.max_length], len(ids))
+
+
+def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
+    """Tokens of a conversation up to where the model is to give its last answer."""
+    text = _render(row, row.messages[:-1], tokenizer, data, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
+    """Columns `input_ids` and `labels`, as trl's SFTTrainer takes them ready made.
+
+    Raises:
+        UserError: naming the rows in which no token is left to learn, or that are too long
+            where data.long_rows says error.
+    """
+    from datasets import Dataset
+
+    encoded = [(row, encode(row, tokenizer, data)) for row in rows]
+    long = [(row, item) for row, item in encoded if item.full_length > data.max_length]
+    if long and data.long_rows == "error":
+        names = [f"{row.where}: {item.full_length} tokens" for row, item in long]
+        raise UserError(
+            f"data: {len(long)} rows are longer than data.max_length={data.max_length}; raise it, "
+            f"or set data.long_rows to truncate or drop\n  {listed(names, most=10)}"
+        )
+    if data.long_rows == "drop":
+        encoded = [(row, item) for row, item in encoded if item.full_length <= data.max_length]
+    empty = [row.where for row, item in encoded if all(label == IGNORED for label in item.labels)]
+    if empty:
+        raise UserError(
+            f"data: nothing is left to learn in {len(empty)} rows: within data.max_length="
+            f"{data.max_length} tokens there is no answer; raise data.max_length, or set "
+            f"data.long_rows=drop\n  {listed(empty, most=10)}"
+        )
+    return Dataset.from_dict(
+        {
+            "input_ids": [item.input_ids for _, item in encoded],
+            "labels": [item.labels for _, item in encoded],
+        }
+    )
+
+
+def _render_with_spans(
+    row: Row, tokenizer: PreTrainedTokenizerBase, data: Data
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the character ranges that the assistant says.
+
+    An answer begins where the template's generation prompt ends and includes the template's end
+    of turn, which the model has to learn to say.
+    """
+    text = _render(row, row.messages, tokenizer, data)
+    spans = []
+    for index, message in enumerate(row.messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(row, row.messages[:index], tokenizer, data, add_generation_prompt=True)
+        after = _render(row, row.messages[: index + 1], tokenizer, data).rstrip()
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"{row.where}: the chat template writes earlier turns differently once later ones "
+                "follow, so the answers cannot be told apart: use data.loss_on=all, rows of one "
+                "answer, or a model.chat_template that only appends"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _render(
+    row: Row,
+    messages: tuple[Message, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    add_generation_prompt: bool = False,
+) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.chat_template: this base has no chat template, and the data are conversations; "
+            "give model.chat_template (Jinja text, or the path of a .jinja file)"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **data.template_arguments,
+        )
+    except TemplateError as error:
+        raise UserError(f"{row.where}: the chat template refuses this row: {error}") from None

@@ -1,0 +1,225 @@
+"""Merge the adapter into its base and quantize the result: adapter/ -> quantized/
+
+python quantize/convert.py recipes/quickstart.yaml
+python quantize/convert.py recipes/chat.yaml quantize.group_size=64
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.schema import Quantize, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM
+
+PROMPTS = 8
+"""Prompts of the recipe's own rows on which merging and reloading are checked."""
+
+# Runs where finequant was never imported: what a user who downloads the model will do.
+RELOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, prompts, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+with torch.inference_mode():
+    rows = {
+        name: model(ids[None]).logits[0, -1].float().clone()
+        for name, ids in load_file(prompts).items()
+    }
+save_file(rows, logits)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with told_to_the_user():
+        recipe, run = read_command_line(__doc__, argv)
+        quiet_libraries()
+        quantize(recipe, run)
+
+
+def quantize(recipe: Recipe, run: RunDir) -> None:
+    """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
+
+    Raises:
+        UserError: for a group size that does not divide, an adapter of another base, or a
+            checkpoint that does not give the same logits once reloaded.
+    """
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.merge import merge
+    from finequant.quantize.scheme import check_group_size, parameter_count
+
+    watch = Stopwatch()
+    config = load_config(recipe.model)
+    check_group_size(recipe.quantize, config)
+    run.require("train")
+    inputs = run.inputs(recipe, "quantize")
+    tokenizer = load_tokenizer(recipe.model)
+    prompts = _prompts(recipe, tokenizer)
+    say("quantize: merging")
+    merged, difference = merge(recipe, run, prompts)
+    say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
+    if recipe.quantize.keep_merged:
+        with run.writing(run.merged, recipe) as folder:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    scheme = describe(recipe.quantize, config.tie_word_embeddings)
+    say(f"quantize: {scheme['summary']}")
+    with run.writing(run.quantized, recipe) as folder:
+        quantized = _quantize_and_save(merged, recipe.quantize, folder)
+        tokenizer.save_pretrained(folder)
+        layers = _layer_table(merged, quantized, recipe.quantize)
+        text = json.dumps({**scheme, "layers": layers}, indent=1)
+        (folder / "quantization.json").write_text(text, encoding="utf-8")
+        check_reload(quantized, folder, prompts)
+        size = weight_bytes(folder)
+    bits = 8 * size / parameter_count(config)
+    say("quantize: reloaded in a fresh process, the logits are the same, bit for bit")
+    say(f"quantize: {size / 1e6:.1f} MB on disk, {bits:.2f} bits for each weight of the base")
+    run.record(
+        recipe,
+        "quantize",
+        inputs,
+        seconds=watch.seconds,
+        merge_difference=difference,
+        size_bytes=size,
+        bits_per_weight=bits,
+    )
+    say(f"quantize: {run.quantized} written in {watch.seconds} s")
+
+
+def describe(scheme: Quantize, tied: bool) -> dict[str, Any]:
+    """What is done to the model, for the record that ships with it."""
+    head = "float" if scheme.head == "float" else f"int{scheme.bits}"
+    if tied:
+        untied = "untied from the embedding"
+        head += f", {untied}" if scheme.head == "quantize" else ", tied to the embedding"
+    return {
+        "summary": f"int{scheme.bits} symmetric weights in groups of {scheme.group_size}, int8 "
+        f"asymmetric activations per token; head: {head}; embedding: float",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "scale_dtype": scheme.scale_dtype,
+        "head": head,
+        "embedding": "float",
+        "method": "round to nearest",
+    }
+
+
+def check_reload(quantized: LlamaForCausalLM, folder: Path, prompts: list[list[int]]) -> None:
+    """Loads the folder in a process without finequant and compares logits, exactly.
+
+    Raises:
+        UserError: if loading fails or any logit differs.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from finequant.quantize.merge import last_logits
+
+    expected = last_logits(quantized, prompts)
+    exchange = folder / "reload"
+    exchange.mkdir()
+    rows = {f"{index:03}": torch.tensor(prompt) for index, prompt in enumerate(prompts)}
+    save_file(rows, exchange / "prompts.safetensors")
+    files = [str(exchange / name) for name in ("prompts.safetensors", "logits.safetensors")]
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", RELOAD, str(folder), *files], capture_output=True, text=True
+    )
+    if process.returncode:
+        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {process.stderr}")
+    reloaded = load_file(files[1])
+    actual = torch.stack([reloaded[name] for name in sorted(reloaded)])
+    shutil.rmtree(exchange)
+    if not torch.equal(actual, expected):
+        worst = (actual - expected).abs().max().item()
+        raise UserError(f"{folder}: reloaded logits differ by {worst}: the checkpoint is not kept")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.tokens import encode
+
+    splits = load_splits(recipe.data, recipe.seed)
+    rows = (splits.validation or splits.train)[:PROMPTS]
+    return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
+
+
+def _quantize_and_save(
+    merged: LlamaForCausalLM, scheme: Quantize, folder: Path
+) -> LlamaForCausalLM:
+    """Goes over a float checkpoint on disk: quantizing at load is the route that can be saved."""
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.scheme import quantization_config
+
+    if scheme.head == "quantize" and merged.config.tie_word_embeddings:
+        _untie_head(merged)
+    float_folder = folder / "float"
+    merged.save_pretrained(float_folder)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        float_folder, quantization_config=quantization_config(scheme), use_safetensors=True
+    )
+    shutil.rmtree(float_folder)
+    # Where it was quantized from would be a path of this machine.
+    quantized.config.name_or_path = ""
+    quantized.save_pretrained(folder)
+    return quantized.eval()
+
+
+def _untie_head(model: LlamaForCausalLM) -> None:
+    """By hand: torchao quantizes a tied embedding to a crash, and transformers' own key for this
+    reloads a random head (seen with torchao 0.18, transformers 5.23).
+    """
+    import torch
+
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
+def _layer_table(
+    merged: LlamaForCausalLM, quantized: LlamaForCausalLM, scheme: Quantize
+) -> list[dict[str, Any]]:
+    """Bits, group size and signal-to-noise ratio in dB of each quantized layer's weights."""
+    import torch
+
+    originals = dict(merged.named_modules())
+    table = []
+    for name, module in quantized.named_modules():
+        if not (isinstance(module, torch.nn.Linear) and hasattr(module.weight, "dequantize")):
+            continue
+        if type(module.weight) is torch.nn.Parameter:
+            continue
+        noise = snr_db(originals[name].weight.detach(), module.weight.dequantize().detach())
+        table.append(
+            {"name": name, "bits": scheme.bits, "group_size": scheme.group_size, "snr_db": noise}
+        )
+    return table
+
+
+def snr_db(signal: torch.Tensor, approximation: torch.Tensor) -> float:
+    """Power of the signal over the power of the error, in decibels."""
+    signal, error = signal.double(), signal.double() - approximation.double()
+    power, noise = signal.square().sum().item(), error.square().sum().item()
+    return round(10 * math.log10(power / noise), 2) if noise else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`SCRIPT RECIPE [key.sub=value ...]`: the command line that every stage shares."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+
+def read_command_line(doc: str, argv: Sequence[str] | None) -> tuple[Recipe, RunDir]:
+    """The recipe that a stage was called with, and its run directory.
+
+    Raises:
+        UserError: for a recipe or an override that does not hold.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="path of the recipe (YAML)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="overrides, such as train.epochs=2"
+    )
+    arguments = parser.parse_args(argv)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    return recipe, RunDir.of(recipe)
+
+
+def quiet_libraries() -> None:
+    """Keeps what our users need to read apart from what libraries tell their developers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # torchao warns of CUDA kernels that a CPU build of torch cannot load.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def say(message: str) -> None:
+    """One line of progress, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,185 @@
+"""The `finequant` command: all stages of one recipe, or one of them.
+
+finequant run recipes/quickstart.yaml
+finequant train recipes/chat.yaml train.epochs=2
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finequant.recipes.errors import UserError, told_to_the_user
+
+# Libraries are imported where they are used: `--help` answers in under a second.
+app = typer.Typer(
+    help="Fine-tune, then quantize, and prove what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODULES = {
+    "train": "finequant.finetune.train",
+    "quantize": "finequant.quantize.convert",
+    "evaluate": "finequant.evaluate.compare",
+}
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="path of the recipe (YAML)")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="such as train.epochs=2"),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="accelerate configuration to train with, recipes/accelerate/*.yaml"),
+    ] = None,
+) -> None:
+    """All stages in turn; skips those whose inputs have not changed."""
+    from finequant.recipes.command_line import say
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import STAGES, RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    directory = RunDir.of(loaded)
+    started, ran = time.monotonic(), False
+    for number, stage in enumerate(STAGES, start=1):
+        changes = directory.what_changed(loaded, stage)
+        if changes == []:
+            say(f"[{number}/{len(STAGES)}] {stage}: up to date")
+            continue
+        if not ran:
+            check_base(loaded)
+        say(f"[{number}/{len(STAGES)}] {stage}{_remaining(directory, number - 1)}")
+        for change in changes or []:
+            say(f"  because {change}")
+        _start(stage, [str(recipe), *(overrides or [])], launch if stage == "train" else None)
+        ran = True
+    if ran:
+        say(f"done in {time.monotonic() - started:.0f} s: {directory.root}")
+    else:
+        _show_report(directory)
+        say(f"nothing to do: {directory.root} is up to date")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Fine-tune: recipe -> adapter/ (the same as finetune/train.py)."""
+    from finequant.finetune.train import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+@app.command()
+def quantize(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Merge and quantize: adapter/ -> quantized/ (the same as quantize/convert.py)."""
+    from finequant.quantize.convert import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Compare base, tuned and quantized -> report (the same as evaluate/compare.py)."""
+    from finequant.evaluate.compare import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe; loads neither data nor a model."""
+    from finequant.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    print(f"{recipe}: a valid recipe, {loaded.name}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, with which editors complete and check it."""
+    from finequant.recipes.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def data(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="how many rows to show", min=0)] = 3,
+) -> None:
+    """Show rows as the model will see them, learned tokens in colour, and statistics."""
+    from finequant.finetune.preview import preview
+    from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    preview(loaded, rows)
+
+
+def main() -> None:
+    with told_to_the_user():
+        app()
+
+
+def check_base(recipe) -> None:
+    """Refuses a base or a group size that a later stage would refuse, before the first starts.
+
+    Raises:
+        UserError: if the base is no Llama, or the group size does not divide its layers.
+    """
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import check_group_size
+    from finequant.recipes.command_line import quiet_libraries
+
+    quiet_libraries()
+    check_group_size(recipe.quantize, load_config(recipe.model))
+
+
+def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
+    """Each stage has a process of its own: its memory is returned, and a crash stays there."""
+    command = [sys.executable, "-m"]
+    if launch:
+        command += ["accelerate.commands.launch", "--config_file", str(launch), "--module"]
+    command += [MODULES[stage], *arguments]
+    try:
+        code = subprocess.run(command).returncode
+    except FileNotFoundError as error:
+        raise UserError(f"{stage}: cannot start {error.filename}") from None
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _remaining(directory, done: int) -> str:
+    """From the seconds that the stages took last time in this run directory."""
+    from finequant.recipes.rundir import STAGES
+
+    manifest = directory.manifest()
+    known = [manifest[stage]["seconds"] for stage in STAGES[done:] if stage in manifest]
+    if len(known) < len(STAGES) - done:
+        return ""
+    return f" (about {sum(known) / 60:.0f} min to go, by the last run)"
+
+
+def _show_report(directory) -> None:
+    from finequant.evaluate.report import print_table
+
+    print_table(json.loads(directory.report.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The run directory, the only thing that stages share: paths, manifest, what is done or stale."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import write_recipe
+from finequant.recipes.schema import Recipe
+
+STAGES = ("train", "quantize", "evaluate")
+
+# The recipe's sections that decide what a stage makes; files and upstream artefacts come on top.
+SECTIONS = {
+    "train": ("seed", "model", "data", "lora", "train"),
+    "quantize": ("model", "quantize"),
+    "evaluate": ("seed", "model", "data", "quantize.dtype", "evaluate"),
+}
+UPSTREAM = {"train": (), "quantize": ("adapter",), "evaluate": ("adapter", "quantized")}
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
+
+# Beside an artefact's content, but no part of it: times and losses differ between equal runs.
+NOT_CONTENT = ("training_log.json",)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run, and what its manifest says of the stages."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunDir:
+        return cls(Path(recipe.output_dir or Path("runs") / recipe.name))
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def quantized(self) -> Path:
+        return self.root / "quantized"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def measurements(self) -> Path:
+        return self.root / "measurements"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.json"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.root / "manifest.json"
+
+    def manifest(self) -> dict[str, Any]:
+        """What each finished stage recorded; empty before the first."""
+        if not self.manifest_file.exists():
+            return {}
+        try:
+            return json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(
+                f"{self.manifest_file}: damaged, not valid JSON; "
+                "delete it to redo every stage of this run"
+            ) from None
+
+    def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
+        """Everything that decides the stage's result: recipe keys, and hashes of files."""
+        content = _flat(recipe.model_dump(mode="json"))
+        sections = SECTIONS[stage]
+        inputs = {key: content[key] for key in content if _within(key, sections)}
+        for key, value in inputs.items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                inputs[key] = f"sha256:{content_hash(Path(value))}"
+        inputs["model.base"] = _base_identity(recipe)
+        for artefact in UPSTREAM[stage]:
+            inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"
+        return inputs
+
+    def outputs(self, stage: str) -> list[Path]:
+        return {
+            "train": [self.adapter],
+            "quantize": [self.quantized],
+            "evaluate": [self.report, self.root / "report.md"],
+        }[stage]
+
+    def what_changed(self, recipe: Recipe, stage: str) -> list[str] | None:
+        """Why the stage must run: None if never finished, else the changes, [] if up to date."""
+        entry = self.manifest().get(stage)
+        if entry is None or not all(path.exists() for path in self.outputs(stage)):
+            return None
+        old, new = entry["inputs"], self.inputs(recipe, stage)
+        return [
+            f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            for key in sorted({*old, *new})
+            if old.get(key, "absent") != new.get(key, "absent")
+        ] + [
+            f"{name}: changed since {stage} wrote it"
+            for name, digest in entry["outputs"].items()
+            if content_hash(self.root / name) != digest
+        ]
+
+    def require(self, stage: str) -> None:
+        """Refuses to build on a stage that has not been run here."""
+        missing = [path for path in self.outputs(stage) if not path.exists()]
+        if missing:
+            raise UserError(
+                f"{missing[0]} does not exist: run `finequant {stage} RECIPE` first, "
+                "or copy the folder here from the machine it was made on"
+            )
+
+    @contextmanager
+    def writing(self, target: Path, recipe: Recipe) -> Iterator[Path]:
+        """A folder beside the target, which takes its place once the block has ended well.
+
+        An earlier adapter is moved to `previous/`; whatever can be made again from it is replaced.
+        """
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        write_recipe(recipe, partial / "recipe.yaml")
+        if target.exists() and target == self.adapter:
+            self._keep_as_previous(target)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+
+    def _keep_as_previous(self, target: Path) -> None:
+        folder = self.root / "previous"
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob(f"{target.name}-*"))) + 1
+        target.rename(folder / f"{target.name}-{number}")
+        print(f"kept the earlier {target.name}/ as {folder / f'{target.name}-{number}'}")
+
+    def record(self, recipe: Recipe, stage: str, inputs: dict[str, Any], **figures: Any) -> None:
+        """Writes the stage's manifest entry and the resolved recipe: the stage is done."""
+        manifest = self.manifest()
+        manifest[stage] = {
+            "inputs": inputs,
+            "outputs": {path.name: content_hash(path) for path in self.outputs(stage)},
+            "seed": recipe.seed,
+            "versions": versions(),
+            "peak_memory_bytes": peak_memory(),
+            **figures,
+        }
+        write_recipe(recipe, self.root / "recipe.yaml")
+        replace_text(self.manifest_file, json.dumps(manifest, indent=2))
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._start, 1)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide the result, and of Python."""
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES}
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes, and of its GPU's where there is one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's relative names and contents."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name not in NOT_CONTENT:
+            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes beside the file and renames, so that a kill leaves the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _base_identity(recipe: Recipe) -> str:
+    from finequant.finetune.model import locate_base
+
+    folder, file = locate_base(recipe.model)
+    if folder is None:
+        return f"{recipe.model.base}@{recipe.model.revision or 'main'}"
+    return f"sha256:{content_hash(folder / file if file else folder)}"
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys: {"lora": {"rank": 8}} -> {"lora.rank": 8}."""
+    if isinstance(node, dict) and node:
+        pairs = node.items()
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        pairs = enumerate(node)
+    else:
+        return {prefix: node}
+    dot = "." if prefix else ""
+    return {
+        key: value
+        for name, item in pairs
+        for key, value in _flat(item, f"{prefix}{dot}{name}").items()
+    }
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)

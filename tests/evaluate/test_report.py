@@ -1,0 +1,271 @@
+"""The report: the gate's arithmetic, and that no number is lost on the way to the reader."""
+
+import json
+import math
+import re
+
+import pytest
+
+from finequant.evaluate.report import comparison_rows, gate, print_table, write_report
+from finequant.recipes.schema import Gate
+
+PLOTS = {"comparison.png", "layers.png", "loss.png"}
+
+
+def model(perplexity=20.0, accuracy=0.7, bleu=40.0, size=269_060_552, bits=16.0) -> dict:
+    return {
+        "size_bytes": size,
+        "bits_per_weight": bits,
+        "perplexity": {
+            "text": {"token": perplexity, "word": 61.25, "byte": 1.875, "tokens": 8192},
+        },
+        "tasks": {
+            "held_out": {
+                "json_match": {"value": accuracy, "stderr": 0.018, "n": 300},
+                "bleu": {"value": bleu, "stderr": 1.1, "n": 300},
+            }
+        },
+    }
+
+
+@pytest.fixture
+def report() -> dict:
+    models = {
+        "base": model(perplexity=29.61, accuracy=0.0, bleu=3.25),
+        "tuned": model(perplexity=18.9, accuracy=0.712, bleu=61.25),
+        "quantized": model(23.1, 0.682, 59.75, size=139_060_552, bits=4.78),
+    }
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    layers = [
+        {
+            "name": f"model.layers.{i}.{name}",
+            "bits": 4,
+            "group_size": 32,
+            "snr_db": 18.0 + i + j / 8,
+        }
+        for i in range(4)
+        for j, name in enumerate(names)
+    ]
+    return {
+        "recipe": {
+            "name": "tiny",
+            "seed": 7,
+            "model": {"base": "org/base"},
+            "quantize": {"bits": 4, "group_size": 32},
+        },
+        "versions": {"torch": "2.13.0"},
+        "models": models,
+        "divergence": {
+            "kl": {"value": 0.0812, "stderr": 0.0031},
+            "top1_agreement": {"value": 0.871, "stderr": 0.005},
+            "tokens": 4096,
+        },
+        "layers": [*layers, {"name": "lm_head", "bits": 4, "group_size": 32, "snr_db": 17.5}],
+        "samples": [{"prompt": "hi", "reference": "yo", "answers": dict.fromkeys(models, "so")}],
+        "training": [{"step": 10, "loss": 2.1}, {"step": 20, "eval_loss": 1.9}, {"step": 20}],
+        "gate": gate(models, Gate(max_perplexity_increase=0.3, max_accuracy_drop=0.02)),
+    }
+
+
+def table_lines(markdown: str, first_header: str) -> list[str]:
+    """The table whose header starts so, up to the next empty line."""
+    start = markdown.index(f"| {first_header}")
+    return markdown[start:].split("\n\n")[0].strip().split("\n")
+
+
+@pytest.mark.parametrize(
+    ("quantized", "passed"), [(20.9, True), (21.0, True), (21.1, False), (19.0, True)]
+)
+def test_gate_on_perplexity(quantized, passed):
+    models = {"tuned": model(), "quantized": model(perplexity=quantized)}
+    result = gate(models, Gate(max_perplexity_increase=0.05))
+    (check,) = result["checks"]
+    assert check["name"] == "perplexity text"
+    assert check["limit"] == 0.05
+    assert check["value"] == pytest.approx(quantized / 20 - 1)
+    assert check["passed"] is result["passed"] is passed
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "bleu", "passed"),
+    [
+        (0.69, 39.0, [True, True]),
+        (0.68, 38.0, [True, True]),  # at the limit
+        (0.679, 40.0, [False, True]),
+        (0.7, 37.9, [True, False]),
+        (0.9, 60.0, [True, True]),
+    ],
+)
+def test_gate_on_accuracy(accuracy, bleu, passed):
+    models = {"tuned": model(), "quantized": model(accuracy=accuracy, bleu=bleu)}
+    result = gate(models, Gate(max_accuracy_drop=0.02))
+    names = ["accuracy held_out json_match", "accuracy held_out bleu"]
+    assert [check["name"] for check in result["checks"]] == names
+    assert [check["passed"] for check in result["checks"]] == passed
+    assert result["checks"][1]["value"] == pytest.approx((40 - bleu) / 100)
+    assert result["passed"] is all(passed)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("which", ["tuned", "quantized"])
+def test_gate_fails_on_what_is_no_number(which, bad):
+    models = {"tuned": model(), "quantized": model()}
+    models[which] = model(perplexity=bad, accuracy=bad)
+    result = gate(models, Gate(max_perplexity_increase=1e9, max_accuracy_drop=1e9))
+    assert [check["passed"] for check in result["checks"]] == [False, False, True]
+    assert not result["passed"]
+
+
+def test_gate_fails_on_what_was_not_measured():
+    unmeasured = model() | {"perplexity": {}, "tasks": {}}
+    limits = Gate(max_perplexity_increase=1.0, max_accuracy_drop=1.0)
+    for models in ({"tuned": model(), "quantized": unmeasured}, {"tuned": unmeasured}):
+        result = gate({"quantized": model()} | models, limits)
+        assert [check["passed"] for check in result["checks"]] == [False, False, False]
+
+
+def test_gate_without_limits_passes():
+    assert gate({"tuned": model(), "quantized": model()}, Gate()) == {"passed": True, "checks": []}
+
+
+def test_rows(report):
+    header, rows = comparison_rows(report)
+    assert header == ["", "base", "tuned", "quantized", "quantized vs tuned"]
+    assert rows == [
+        ["size in MB (lower is better)", "269.1", "269.1", "139.1", "-48.3%"],
+        ["bits per weight (lower is smaller)", "16.00", "16.00", "4.78", "-70.1%"],
+        ["perplexity per token, text (lower is better)", "29.61", "18.90", "23.10", "+22.2%"],
+        ["held_out, json_match in % (higher is better, n=300)"]
+        + ["0.0 ± 1.8", "71.2 ± 1.8", "68.2 ± 1.8", "-3.0 points"],
+        ["held_out, bleu out of 100 (higher is better, n=300)"]
+        + ["3.2 ± 1.1", "61.2 ± 1.1", "59.8 ± 1.1", "-1.5 points"],
+    ]
+
+
+def test_rows_with_gaps_and_further_models(report):
+    report["models"]["gguf"] = {"size_bytes": 93_000_000}
+    report["models"]["quantized"] = model(perplexity=2e8) | {"bits_per_weight": None, "tasks": {}}
+    report["models"]["base"]["tasks"]["held_out"]["bleu"]["stderr"] = None
+    header, rows = comparison_rows(report)
+    assert header[1:-1] == ["base", "tuned", "quantized", "gguf"]
+    assert rows[0][-2:] == ["93.0", "+0.0%"]
+    assert rows[1][3:] == ["–", "–", "–"]
+    assert rows[2][3:] == ["2e+08", "–", "×1.06e+07"]
+    assert rows[4][1:] == ["3.2", "61.2 ± 1.1", "–", "–", "–"]
+
+
+def test_json_round_trip(report, tmp_path):
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == report
+    assert text.startswith('{\n  "recipe"')
+    report["models"]["base"]["perplexity"]["text"]["token"] = math.inf
+    report["samples"][0]["prompt"] = "größer"
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["models"]["base"]["perplexity"]["text"]["token"] is None
+    assert "größer" in text
+
+
+def test_markdown_holds_every_number(report, tmp_path):
+    write_report(report, tmp_path)
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    header, rows = comparison_rows(report)
+    for row in [header, *rows]:
+        assert f"| {' | '.join(row)} |" in markdown
+    for number in ("8,192", "61.2500", "1.8750", "0.0812 ± 0.0031", "87.1 ± 0.5", "seed 7"):
+        assert number in markdown
+    assert "Gate passed: perplexity text, increase 22.22 %, limit 30.00 %" in markdown
+    assert "FAILED: accuracy held_out json_match, drop 3.00 points, limit 2.00 points" in markdown
+    assert "`finequant run recipe.yaml`" in markdown
+    assert "torch 2.13.0" in markdown
+    worst = table_lines(markdown, "layers that lost most")[2:]
+    assert [line.split(" | ")[-1] for line in worst] == [
+        "17.5 |", "18.0 |", "18.1 |", "18.2 |", "19.0 |"
+    ]  # fmt: skip
+
+
+def test_plots(report, tmp_path):
+    write_report(report, tmp_path)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == PLOTS
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(plots/(.*?)\)", markdown)) == PLOTS
+    for name in PLOTS:
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_without_data_are_neither_there_nor_linked(report, tmp_path):
+    write_report(report, tmp_path)
+    report["training"] = [{"step": 10, "loss": math.nan}]
+    report["layers"] = [{"name": "lm_head", "bits": 4, "group_size": 32, "snr_db": None}]
+    report["models"] = {"base": model(math.nan) | {"tasks": {}}}
+    write_report(report, tmp_path)
+    assert not list((tmp_path / "plots").iterdir())
+    assert "plots/" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_only_models_are_needed(report, tmp_path, capsys):
+    models = {"base": {"size_bytes": 1, "bits_per_weight": 4.0, "perplexity": {}, "tasks": {}}}
+    write_report({"models": models}, tmp_path)
+    print_table({"models": models})
+    assert "Gate" not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
+
+
+@pytest.mark.parametrize("extreme", [1e-3, 1e9, math.inf, math.nan, None])
+def test_extreme_numbers_are_drawn_and_printed(report, tmp_path, capsys, extreme):
+    report["models"]["quantized"] = model(perplexity=extreme, accuracy=extreme)
+    report["divergence"]["kl"] = {"value": extreme, "stderr": None}
+    report["gate"] = gate(report["models"], Gate(max_perplexity_increase=0.1))
+    write_report(report, tmp_path)
+    print_table(json.loads((tmp_path / "report.json").read_text(encoding="utf-8")))
+    assert "Gate" in capsys.readouterr().out
+
+
+def test_samples_cannot_break_the_table(report, tmp_path):
+    nasty = [
+        "a | b",
+        "`x` ``y``",
+        "one\ntwo\r\n\nthree",
+        "<b>&amp;",
+        "\\| **c** [d](e) ![f](g) $h$",
+    ]
+    report["samples"] = [
+        {"prompt": text, "reference": text, "answers": {"base": "", "tuned": text}}
+        for text in [*nasty, "x" * 5000]
+    ]
+    write_report(report, tmp_path)
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    lines = table_lines(markdown, "prompt")
+    assert len(lines) == 2 + len(nasty) + 1
+    for line in lines[2:]:
+        cells = re.split(r"(?<!\\)\|", line)
+        assert len(cells) == 7  # five, between the outer two
+        assert cells[3:6:2] == [" *(empty)* ", " – "]
+        assert not set("`*_[]~$\\") & set(cells[1])
+    assert "<code>one<br>two<br><br>three</code>" in lines[4]
+    assert len(lines[-1]) < 5000
+
+
+@pytest.mark.parametrize("further", [(), ("pte", "gguf")])
+def test_terminal_table_has_all_numbers(report, capsys, monkeypatch, further):
+    monkeypatch.setenv("COLUMNS", "80")
+    report["models"] |= dict.fromkeys(further, report["models"]["quantized"])
+    print_table(report)
+    out = capsys.readouterr().out
+    _, rows = comparison_rows(report)
+    for row in rows:
+        assert any(all(cell in line for cell in row[1:]) for line in out.splitlines())
+    table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    assert further or {len(line) for line in table} == {80}
+    for number in ("0.0812 ± 0.0031", "87.1 ± 0.5", "22.22", "30.00", "3.00", "2.00"):
+        assert number in out
+
+
+def test_a_failed_write_leaves_the_old_report(report, tmp_path):
+    write_report(report, tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    report["versions"]["torch"] = object()
+    with pytest.raises(TypeError):
+        write_report(report, tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == before

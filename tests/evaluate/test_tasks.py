@@ -1,0 +1,244 @@
+"""Answers, metrics, multiple choice and lm-eval tasks, against plain computations."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from finequant.evaluate import tasks
+from finequant.evaluate.tasks import (
+    answer,
+    check_tasks,
+    lm_eval_tasks,
+    multiple_choice,
+    score_answers,
+)
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Evaluate
+
+TEXTS = [
+    "open the red door at 1 o'clock",
+    "close",
+    "paint the green lamp at 11 o'clock and move the blue box",
+    "move the grey window",
+    "the the the the",
+]
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{request}}}} colour:"
+doc_to_target: label
+doc_to_choice: [red, green, blue, grey]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    """The tiny Llama with larger weights: as it is, attention hardly changes what it says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    for name, weight in model.named_parameters():
+        weight.data *= 6 if "proj" in name else 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """Two tasks, one of which names data that do not exist."""
+    folder = tmp_path_factory.mktemp("lm_eval_tasks")
+    rows = [{"request": TEXTS[row % 4], "label": row % 4} for row in range(11)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, data in (("colour_of_thing", "rows.jsonl"), ("no_data", "missing.jsonl")):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / data))
+    return str(folder)
+
+
+def test_batched_answers_equal_single_ones_in_order(model, tokenizer, prompts):
+    def alone(prompt):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12:
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+    expected = [alone(prompt) for prompt in prompts]
+    assert len(set(expected)) > 1
+    assert answer(model, tokenizer, prompts, 12, 2, "answers") == expected
+    assert answer(model, tokenizer, [], 12, 2, "answers") == []
+
+
+def test_answers_stop_at_either_end_token(model, tokenizer, prompts):
+    whole = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
+    with torch.no_grad():
+        first = int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())
+    before = model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = [before, first]
+        model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
+        stopped = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
+    finally:
+        model.generation_config.eos_token_id = before
+        model.generation_config.temperature, model.generation_config.do_sample = None, None
+    assert stopped == tokenizer.decode([first]).strip()
+    assert len(whole) > len(stopped)
+
+
+def test_exact_match_and_its_standard_error():
+    score = score_answers([" a", "b\n", "c", "D"], ["a", "b", "x", "d"], ["exact_match"])
+    # Two of four: sample variance 1/3, standard error sqrt(1/3/4).
+    expected = {"value": 0.5, "stderr": pytest.approx(math.sqrt(1 / 12)), "n": 4}
+    assert score == {"exact_match": expected}
+    assert score_answers(["a"], ["a"], ["exact_match"])["exact_match"]["stderr"] is None
+
+
+def test_f1_normalises_as_squad_does():
+    answers = ["The red, red door!", "lamp", "a", ""]
+    references = ["a red door", "box", "the", "lamp"]
+    # Row 1: red red door / red door: 2 shared, precision 2/3, recall 1.
+    score = score_answers(answers, references, ["f1"])["f1"]
+    assert score["value"] == pytest.approx((0.8 + 0 + 1 + 0) / 4)
+
+
+def test_json_match_compares_values():
+    references = ['{"a": 1, "b": [true, "x"]}'] * 8
+    answers = [
+        ' {"b":[true,"x"],\n"a":1.0} ',  # order, whitespace, number format: equal
+        '{"a": 1, "b": ["x", true]}',
+        '{"a": true, "b": [1, "x"]}',
+        '{"a": 1, "b": [true, "x"]',
+        "",
+        "[" * 100_000,
+        "NaN",
+        'Here it is: {"a": 1, "b": [true, "x"]}',
+    ]
+    score = score_answers(answers, references, ["json_match"])["json_match"]
+    assert (score["value"], score["n"]) == (1 / 8, 8)
+
+
+def test_json_match_names_the_row_of_a_broken_reference():
+    with pytest.raises(UserError, match=r"row 2: .*'\{broken'"):
+        score_answers(["1", "2"], ["1", "{broken"], ["json_match"])
+    with pytest.raises(UserError, match="row 1: .*'NaN'"):
+        score_answers(["NaN"], ["NaN"], ["json_match"])
+
+
+def test_rouge_bleu_and_chrf():
+    answers = ["open the red door now please", "close it"]
+    references = ["open the red door now please", "close the lamp"]
+    scores = score_answers(answers, references, ["rouge", "bleu", "chrf"])
+    # Row 2: one shared word, precision 1/2, recall 1/3.
+    assert scores["rouge"]["value"] == pytest.approx((1 + 0.4) / 2)
+    # 7 of 8 words, 5 of 6 pairs, 4 of 4, 3 of 3; one word short of the reference's 9.
+    bleu = 100 * math.exp(1 - 9 / 8) * (7 / 8 * 5 / 6) ** 0.25
+    assert scores["bleu"]["value"] == pytest.approx(bleu)
+    assert 50 < scores["chrf"]["value"] < 100
+    perfect = score_answers(references, references, ["bleu", "chrf"])
+    assert [score["value"] for score in perfect.values()] == pytest.approx([100, 100])
+    assert all(score["stderr"] > 0 and score["n"] == 2 for score in scores.values())
+
+
+def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
+    choices = ["red", "green door", "o'clock", "at"]
+
+    def likelihood(prompt, choice):
+        ending = tokenizer(choice, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ending])).logits[0]
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(ending) - 1)
+        return float(logits.log_softmax(-1)[at, torch.tensor(ending)].sum())
+
+    picks = [max(choices, key=lambda c: likelihood(p, c)) for p in prompts]  # noqa: B023
+    wrong = choices[(choices.index(picks[3]) + 1) % 4]
+    references = [*picks[:3], wrong, picks[4]]
+    score = multiple_choice(model, tokenizer, prompts, references, choices, 3, "choices")
+    assert score == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
+
+
+def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(tasks, "negative_log_likelihoods", lambda *_: [2.0, 1.0, 1.0])
+    score = multiple_choice(model, tokenizer, prompts[:1], ["at"], ["red", "at", "the"], 1, "")
+    assert score["value"] == 1
+
+
+def test_a_reference_outside_the_choices_is_named(model, tokenizer, prompts):
+    with pytest.raises(UserError, match="row 2: the answer 'pink'"):
+        multiple_choice(model, tokenizer, prompts[:2], ["red", "pink"], ["red", "blue"], 1, "")
+
+
+def test_own_lm_eval_task_equals_lm_evals_own_run(model, tokenizer, task_folder):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    evaluate = Evaluate(tasks=["colour_of_thing"], task_folder=task_folder, batch_size=4)
+    ours = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    theirs = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        tasks=["colour_of_thing"],
+        task_manager=tasks._task_manager(task_folder),
+    )["results"]["colour_of_thing"]
+    assert set(ours["colour_of_thing"]) == {"acc", "acc_norm"}
+    for metric, score in ours["colour_of_thing"].items():
+        stderr = theirs[f"{metric}_stderr,none"]
+        assert score == {"value": theirs[f"{metric},none"], "stderr": stderr, "n": 11}
+    limited = Evaluate(tasks=[{"task": "colour_of_thing", "limit": 1}], task_folder=task_folder)
+    acc = lm_eval_tasks(model, tokenizer, limited, seed=3)["colour_of_thing"]["acc"]
+    assert (acc["stderr"], acc["n"]) == (None, 1)
+
+
+def test_scores_name_filters_and_leave_out_losses():
+    row = {
+        "alias": "x",
+        "sample_len": 5,
+        "exact_match,strict-match": 0.4,
+        "exact_match_stderr,strict-match": 0.1,
+        "acc,none": 0.2,
+        "acc_stderr,none": "N/A",
+        "perplexity,none": 9.0,
+        "perplexity_stderr,none": 1.0,
+    }
+    assert tasks._scores(row, {"acc": True, "perplexity": False}) == {
+        "exact_match (strict-match)": {"value": 0.4, "stderr": 0.1, "n": 5},
+        "acc": {"value": 0.2, "stderr": None, "n": 5},
+    }
+
+
+def test_unknown_tasks_are_named_with_a_suggestion(task_folder):
+    evaluate = Evaluate(tasks=["colour_of_thin", "arc_esay"], task_folder=task_folder)
+    with pytest.raises(UserError) as error:
+        check_tasks(evaluate)
+    message = str(error.value)
+    assert "'colour_of_thin'; did you mean colour_of_thing" in message
+    assert "'arc_esay'; did you mean arc_easy" in message
+    assert "evaluate.task_folder" in message
+    check_tasks(Evaluate(tasks=["colour_of_thing", "arc_easy"], task_folder=task_folder))
+
+
+def test_missing_data_names_the_task_and_the_cause(model, tokenizer, task_folder):
+    evaluate = Evaluate(tasks=["no_data"], task_folder=task_folder)
+    check_tasks(evaluate)
+    with pytest.raises(UserError, match=r"(?s)'no_data'.*missing\.jsonl"):
+        lm_eval_tasks(model, tokenizer, evaluate, seed=0)
+
+
+def test_a_missing_task_folder_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        check_tasks(Evaluate(task_folder=str(tmp_path / "nowhere")))
