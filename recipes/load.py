@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args
 
-from finequant.recipes.errors import UserError, listed
-from finequant.recipes.schema import Recipe
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw")
+from finequant.recipes.errors import UserError, listed
+from finequant.recipes.schema import Recipe
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw", ".jinja")
+OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
 Location = tuple[str | int, ...]
 
 
@@ -36,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = _describe(error, document, origins)
         raise UserError(_summary(path, problems)) from None
-    return _with_absolute_paths(recipe, path, origins)
+    return _with_absolute_paths(recipe, path, document, origins)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -45,9 +50,10 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     `output_dir` is left out: an artefact does not depend on the folder it was made in.
     """
     content = recipe.model_dump(mode="json", exclude={"output_dir"})
-    for holder, key in _path_fields(content):
-        if Path(holder[key]).is_absolute():
-            holder[key] = os.path.relpath(holder[key], path.parent)
+    for at in _path_fields(content):
+        holder = reduce(getitem, at[:-1], content)
+        if Path(holder[at[-1]]).is_absolute():
+            holder[at[-1]] = os.path.relpath(holder[at[-1]], path.parent.resolve())
     yaml = YAML()
     yaml.default_flow_style = False
     with path.open("w", encoding="utf-8") as file:
@@ -61,84 +67,132 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}: save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
     try:
-        tree = YAML(typ="rt").load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {what}") from None
+        tree = YAML().load(text)
+    except Exception as error:  # not only YAMLError: ValueError for a month 13, RecursionError
+        raise UserError(f"{path}{_yaml_problem(error, text)}") from None
     if not isinstance(tree, CommentedMap):
-        raise UserError(f"{path}: a recipe is a mapping of sections (name, model, data, ...)")
+        raise UserError(
+            f"{path}: expected a mapping of sections (name, model, data, ...), "
+            f"found {_shown(tree) if tree is not None else 'nothing'}"
+        )
     origins: dict[Location, str] = {(): str(path)}
     return _plain(tree, (), str(path), origins), origins
 
 
+def _yaml_problem(error: Exception, text: str) -> str:
+    mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
+    line = mark.line if mark else position and text.count("\n", 0, position)
+    where = "" if line is None else f":{line + 1}"
+    what = str(getattr(error, "problem", None) or error or type(error).__name__)
+    return f"{where}: not valid YAML: {what.splitlines()[0]}"
+
+
 def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> Any:
-    if isinstance(node, CommentedMap):
-        for key in node:
-            origins[(*at, key)] = f"{file}:{node.lc.key(key)[0] + 1}"
-        return {str(key): _plain(node[key], (*at, key), file, origins) for key in node}
-    if isinstance(node, CommentedSeq):
-        for index in range(len(node)):
-            origins[(*at, index)] = f"{file}:{node.lc.item(index)[0] + 1}"
-        return [_plain(item, (*at, index), file, origins) for index, item in enumerate(node)]
+    """Python's own types in place of ruamel's; notes where each key stands."""
+    if len(at) > 50:
+        where = f"{_origin(origins, at)}: {_dotted(at[:3])}..."
+        raise UserError(f"{where}: nested too deeply, or inside itself")
+    if isinstance(node, (CommentedMap, CommentedSeq)) and node.tag.value is None:
+        items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
+        plain = {}
+        for key, value in items:
+            name = key if isinstance(node, CommentedSeq) else str(key)
+            if key in (node.lc.data or {}):  # not so for keys merged in by `<<`
+                origins[(*at, name)] = f"{file}:{node.lc.data[key][0] + 1}"
+            plain[name] = _plain(value, (*at, name), file, origins)
+        return plain if isinstance(node, CommentedMap) else list(plain.values())
+    if isinstance(node, ScalarBoolean):  # a bool with an anchor; a subclass of int
+        return bool(node)
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
     if node is None:
         return None
+    tag = getattr(getattr(node, "tag", None), "value", None) or type(node).__name__
     raise UserError(
-        f"{_origin(origins, at)}: {_dotted(at)}: a {type(node).__name__} is no plain YAML value; "
-        "write a number, true, false, or text in quotes"
+        f"{_origin(origins, at)}: {_dotted(at)}: {tag.replace('tag:yaml.org,2002:', '!!')} is not "
+        f"understood (value {_shown(str(node))}): write a number, true, false or text in quotes"
     )
 
 
 def _apply_override(document: dict[str, Any], origins: dict[Location, str], override: str) -> None:
     key, equals, text = override.partition("=")
     where = f"command line: {override}"
-    if not equals or not key:
+    parts = key.split(".")
+    if not equals or not all(parts):
         raise UserError(f"{where}: expected key.sub=value, such as train.max_steps=5")
-    try:
-        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
-    except YAMLError:
-        value = text
-    at: Location = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    value = _override_value(text, tuple(parts), where)
+    at: Location = ()
     holder: Any = document
-    for depth, part in enumerate(at[:-1]):
-        if isinstance(holder, dict) and holder.get(part) is None:
-            holder[part] = {}
-        try:
-            holder = holder[part]
-        except (KeyError, IndexError, TypeError):
-            raise UserError(f"{where}: the recipe has no {_dotted(at[: depth + 1])}") from None
     try:
+        for part in parts[:-1]:
+            at = (*at, _index(holder, part))
+            if isinstance(holder, dict) and holder.get(part) is None:
+                holder[part] = {}
+                origins[at] = "command line"
+            holder = holder[at[-1]]
+        at = (*at, _index(holder, parts[-1]))
         holder[at[-1]] = value
     except (IndexError, TypeError):
         raise UserError(f"{where}: the recipe has no {_dotted(at)}") from None
+    if at in OTHER_NAME:
+        holder.pop(OTHER_NAME[at], None)
+    for stale in [known for known in origins if known[: len(at)] == at]:
+        del origins[stale]
     origins[at] = "command line"
 
 
+def _override_value(text: str, at: Location, where: str) -> Any:
+    try:
+        tree = YAML().load(text) if text.strip() else None
+    except Exception:  # no YAML, so plain text
+        return text
+    return _plain(tree, at, where, {(): where})
+
+
+def _index(holder: Any, part: str) -> str | int:
+    return int(part) if isinstance(holder, list) and part.isdecimal() else part
+
+
 def _describe(error: ValidationError, document: Any, origins: dict[Location, str]) -> list[str]:
-    """One line for each key at fault, in the order of the file."""
+    """One line for each key at fault, in the order of the schema."""
     problems: dict[Location, list[str]] = {}
     for item in error.errors(include_url=False):
         missing = item["type"] == "missing"
         at = tuple(item["loc"]) if missing else _in_document(tuple(item["loc"]), document)
         if item["type"] == "extra_forbidden":
-            message = f"unknown key (value {item['input']!r}){_did_you_mean(at)}"
+            message = f"unknown key (value {_shown(item['input'])}){_did_you_mean(at)}"
         elif missing:
             message = "this key is required"
         else:
-            what = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-            shown = "" if isinstance(item["input"], dict) else f" (value {item['input']!r})"
-            message = what + shown
+            message = _expectation(item["msg"])
+            if item["type"] != "value_error" or not isinstance(item["input"], dict):
+                message += f" (value {_shown(item['input'])})"
         problems.setdefault(at, []).append(message)
     return [
         f"{_origin(origins, at)}: {_dotted(at) or 'recipe'}: {'; or '.join(messages)}"
         for at, messages in problems.items()
     ]
+
+
+def _expectation(message: str) -> str:
+    """pydantic's message in the words of a recipe."""
+    for theirs, ours in (
+        ("^Value error, ", ""),
+        ("^Input should be", "expected"),
+        ("^(String|List) should", "expected to"),
+        (r"a valid dictionary( or instance of \w+)?", "a mapping of keys to values"),
+    ):
+        message = re.sub(theirs, ours, message)
+    return message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _summary(path: Path, problems: list[str]) -> str:
@@ -148,13 +202,16 @@ def _summary(path: Path, problems: list[str]) -> str:
 
 def _in_document(at: Location, document: Any) -> Location:
     """The part of pydantic's location that names a key: it also names members of unions."""
-    node = document
-    for depth, part in enumerate(at):
+    node, found = document, ()
+    for part in at:
+        if part == 0 and not isinstance(node, list):  # one source, written without its list
+            continue
         try:
             node = node[part]
         except (KeyError, IndexError, TypeError):
-            return at[:depth]
-    return at
+            break
+        found = (*found, part)
+    return found
 
 
 def _origin(origins: dict[Location, str], at: Location) -> str:
@@ -169,18 +226,14 @@ def _dotted(at: Iterable[str | int]) -> str:
 
 def _did_you_mean(at: Location) -> str:
     """The nearest key beside the unknown one, else the nearest anywhere in a recipe."""
-    keys = sorted(_all_keys(Recipe))
-    named = [part for part in at if isinstance(part, str)]
-    beside = [key for key in keys if key.split(".")[:-1] == named[:-1]]
-    by_leaf = {key.split(".")[-1]: key for key in reversed(keys)}
-    for wanted, candidates in (
-        (".".join(named), beside),
-        (named[-1], list(by_leaf)),
-        (".".join(named), keys),
-    ):
-        near = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.75)
+    *parents, name = [part for part in at if isinstance(part, str)]
+    keys = sorted(_all_keys(Recipe), key=lambda key: -key.count("."))
+    beside = [key for key in keys if key.split(".")[:-1] == parents]
+    for candidates in (beside, keys):
+        by_leaf = {key.split(".")[-1]: key for key in candidates}
+        near = difflib.get_close_matches(name.lower(), by_leaf, n=1, cutoff=0.75)
         if near:
-            return f"; did you mean {by_leaf.get(near[0], near[0])}?"
+            return f"; did you mean {by_leaf[near[0]]}?"
     return f"; expected one of {', '.join(key.split('.')[-1] for key in beside)}" if beside else ""
 
 
@@ -192,36 +245,36 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
                 yield from _all_keys(kind, f"{prefix}{name}.")
 
 
-def _path_fields(content: dict[str, Any]) -> Iterable[tuple[dict[str, Any], str]]:
+def _path_fields(content: dict[str, Any]) -> Iterable[Location]:
     """Every place of a dumped recipe that may hold a local path."""
-    model, data, evaluate = content["model"], content["data"], content["evaluate"]
-    yield model, "base"
-    if (model["chat_template"] or "").endswith(".jinja"):
-        yield model, "chat_template"
+    yield "model", "base"
+    if (content["model"]["chat_template"] or "").endswith(".jinja"):
+        yield "model", "chat_template"
     for part in ("train", "validation", "test"):
-        yield from ((source, "source") for source in data[part])
-    yield from ((corpus, "source") for corpus in evaluate["perplexity"])
-    if evaluate["task_folder"]:
-        yield evaluate, "task_folder"
+        yield from (("data", part, index, "source") for index in range(len(content["data"][part])))
+    corpora = content["evaluate"]["perplexity"]
+    yield from (("evaluate", "perplexity", index, "source") for index in range(len(corpora)))
+    if content["evaluate"]["task_folder"]:
+        yield "evaluate", "task_folder"
 
 
-def _with_absolute_paths(recipe: Recipe, file: Path, origins: dict[Location, str]) -> Recipe:
+def _with_absolute_paths(
+    recipe: Recipe, file: Path, document: Any, origins: dict[Location, str]
+) -> Recipe:
     content = recipe.model_dump()
     problems = []
-    for holder, key in _path_fields(content):
-        value = holder[key]
-        local = (file.parent / Path(value).expanduser()).resolve()
-        expected_local = value.endswith((*DATA_SUFFIXES, ".jinja")) or value.startswith(
-            (".", "/", "~")
-        )
+    for at in _path_fields(content):
+        holder = reduce(getitem, at[:-1], content)
+        value = holder[at[-1]]
         if value.startswith("package:"):
             continue
-        if local.exists():
-            holder[key] = str(local)
-        elif expected_local or key == "task_folder":
-            at = next((at for at in origins if _value_at(recipe, at) == value), ())
+        local = _existing(file.parent, value)
+        if local is not None:
+            holder[at[-1]] = str(local)
+        elif value.endswith(LOCAL_SUFFIXES) or value[0] in "./~" or at[-1] == "task_folder":
+            key = _in_document(at, document)
             problems.append(
-                f"{_origin(origins, at)}: {_dotted(at)}: no such file or folder: {value} "
+                f"{_origin(origins, key)}: {_dotted(key)}: no such file or folder: {value} "
                 f"(paths start at the recipe's folder, {file.parent})"
             )
     if problems:
@@ -229,11 +282,9 @@ def _with_absolute_paths(recipe: Recipe, file: Path, origins: dict[Location, str
     return Recipe.model_validate(content)
 
 
-def _value_at(recipe: Recipe, at: Location) -> Any:
-    node: Any = recipe
-    for part in at:
-        try:
-            node = node[part] if isinstance(part, int) else getattr(node, str(part))
-        except (AttributeError, IndexError, KeyError, TypeError):
-            return None
-    return node
+def _existing(folder: Path, value: str) -> Path | None:
+    try:
+        path = (folder / Path(value).expanduser()).resolve()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
+        return None

@@ -1,0 +1,451 @@
+"""The report of a run: report.json, report.md, plots/ and the table in the terminal.
+
+A report is a plain dict, `{"recipe", "versions", "models", "divergence", "layers", "samples",
+"training", "gate"}`; all but `models` may be missing. `models` maps base, tuned, quantized (and
+further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS: {"token", "word",
+"byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finequant.recipes.rundir import replace_text
+from finequant.recipes.schema import Gate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Report = dict[str, Any]
+
+OUT_OF_100 = ("bleu", "chrf")  # all other metrics are fractions of 1
+MISSING = "–"
+ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is a little more than 0.05
+MOST_CHARACTERS = 1000  # of a sample in report.md; report.json has all of it
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = "os^vDPX"
+
+
+def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
+    """Holds what quantization cost against the limits of the recipe.
+
+    For perplexity (per token) the value is quantized over tuned, minus 1; for accuracy it is tuned
+    minus quantized, as a fraction of 1. What is missing, infinite or not a number does not pass.
+
+    Returns:
+        {"passed": bool, "checks": [{"name", "limit", "value", "passed"}]}
+    """
+    both = {name: models[name] for name in ("tuned", "quantized")}
+    checks = []
+    if limits.max_perplexity_increase is not None:
+        for corpus in _corpora(both):
+            tuned, quantized = (_float(m, "perplexity", corpus, "token") for m in both.values())
+            increase = quantized / tuned - 1
+            checks.append(_check(f"perplexity {corpus}", limits.max_perplexity_increase, increase))
+    if limits.max_accuracy_drop is not None:
+        for task, metric in _metrics(both):
+            tuned, quantized = (_float(m, "tasks", task, metric, "value") for m in both.values())
+            drop = (tuned - quantized) * _to_percent(metric) / 100
+            checks.append(_check(f"accuracy {task} {metric}", limits.max_accuracy_drop, drop))
+    return {"passed": all(check["passed"] for check in checks), "checks": checks}
+
+
+def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison: a column a model, and one for the cost of quantization."""
+    models = report["models"]
+
+    def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
+        tuned, quantized = (_get(models, name, *keys) for name in ("tuned", "quantized"))
+        return [label, *(shown(_get(m, *keys)) for m in models.values()), change(tuned, quantized)]
+
+    rows = [
+        row("size in MB (lower is better)", _megabytes, _ratio, "size_bytes"),
+        row("bits per weight (lower is smaller)", _number, _ratio, "bits_per_weight"),
+    ]
+    for corpus in _corpora(models):
+        label = f"perplexity per token, {corpus} (lower is better)"
+        rows.append(row(label, _number, _ratio, "perplexity", corpus, "token"))
+    for task, metric in _metrics(models):
+        scale = _to_percent(metric)
+        n = next(filter(None, (_get(m, "tasks", task, metric, "n") for m in models.values())), None)
+        label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
+        label += f", n={n})" if n else ")"
+        rows.append(row(label, _score(scale), _points(scale), "tasks", task, metric))
+    return ["", *models, "quantized vs tuned"], rows
+
+
+def print_table(report: Report) -> None:
+    """Prints the comparison, the gate's verdict and the divergence to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    header, rows = comparison_rows(report)
+    table = Table()
+    table.add_column(header[0], min_width=16)
+    for name, *cells in list(zip(header, *rows, strict=True))[1:]:
+        table.add_column(name, justify="right", min_width=max(map(len, cells)))
+    for row in rows:
+        table.add_row(*row)
+    # With many models: wider than the terminal, rather than cut off.
+    needed = console.measure(table, options=console.options.update(width=1000)).minimum
+    console.width = max(console.width, needed)
+    console.print(table)
+    for line in [*_divergence(report), *_verdict(report)]:
+        console.print(line, soft_wrap=True)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes plots/, report.md and, last, report.json (infinite or not a number: null)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {"comparison": _comparison, "layers": _layers, "loss": _loss}
+    plots = {name for name, draw in drawings.items() if _draw(draw, report, folder, name)}
+    replace_text(folder / "report.md", _markdown(report, plots))
+    content = json.dumps(_finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
+    replace_text(folder / "report.json", content + "\n")
+
+
+def _markdown(report: Report, plots: set[str]) -> str:
+    recipe = report.get("recipe") or {}
+    name, base = recipe.get("name") or "run", _get(recipe, "model", "base")
+    seed, quantize = recipe.get("seed"), recipe.get("quantize") or {}
+    versions = ", ".join(f"{key} {value}" for key, value in (report.get("versions") or {}).items())
+    sections = [
+        f"# {name}: fine-tuned, quantized, compared",
+        f"Base model {_code(str(base))}, seed {seed}, linear layers quantized to "
+        f"{quantize.get('bits')} bits in groups of {quantize.get('group_size')}. "
+        "To repeat it: `finequant run recipe.yaml`",
+        "## Base, tuned and quantized",
+        _table(*comparison_rows(report)),
+        "All models are measured on the same inputs. ± is one standard error.",
+        _image(plots, "comparison", "Perplexity and accuracy of the models"),
+        "## What quantization changed",
+        "\n".join(f"- {line}" for line in [*_divergence(report), *_verdict(report)]),
+        _worst_layers(report),
+        _image(plots, "layers", "Signal to noise of each quantized layer"),
+        _normalisers(report),
+        _samples(report),
+        f"## Training\n\n{image}" if (image := _image(plots, "loss", "Loss by step")) else "",
+        f"## Made with\n\n{versions}" if versions else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _divergence(report: Report) -> list[str]:
+    divergence = report.get("divergence")
+    if not divergence:
+        return []
+    agreement = _score(100)(divergence.get("top1_agreement"))
+    return [
+        f"Quantized against tuned, over {divergence.get('tokens')} tokens: KL divergence "
+        f"{_score(1, digits=4)(divergence.get('kl'))} nats per token; "
+        f"the same most likely token in {agreement} % of places"
+    ]
+
+
+def _check(name: str, limit: float, value: float) -> dict[str, Any]:
+    passed = math.isfinite(value) and value <= limit + ROUNDING
+    return {"name": name, "limit": limit, "value": value, "passed": passed}
+
+
+def _verdict(report: Report) -> list[str]:
+    checks = _get(report, "gate", "checks") or []
+    lines = []
+    for check in checks:
+        perplexity = check["name"].startswith("perplexity ")
+        what, unit = ("increase", "%") if perplexity else ("drop", "points")
+        value, limit = (
+            MISSING if check[key] is None else f"{100 * check[key]:.2f} {unit}"
+            for key in ("value", "limit")
+        )
+        outcome = "passed" if check["passed"] else "FAILED"
+        lines.append(f"Gate {outcome}: {check['name']}, {what} {value}, limit {limit}")
+    return lines
+
+
+def _worst_layers(report: Report) -> str:
+    layers = [layer for layer in report.get("layers") or [] if _finite(layer.get("snr_db"))]
+    worst = sorted(layers, key=lambda layer: layer["snr_db"])[:5]
+    rows = [
+        [_code(x["name"]), str(x["bits"]), str(x["group_size"]), _number(x["snr_db"], 1)]
+        for x in worst
+    ]
+    header = ["layers that lost most", "bits", "group size", "signal to noise in dB"]
+    return _table(header, rows) if rows else ""
+
+
+def _normalisers(report: Report) -> str:
+    rows = []
+    for corpus in _corpora(report["models"]):
+        for name, model in report["models"].items():
+            score = _get(model, "perplexity", corpus) or {}
+            values = [_number(score.get(key), digits=4) for key in ("token", "word", "byte")]
+            rows.append([f"{corpus}, {name}", *values, _number(score.get("tokens"), digits=0)])
+    if not rows:
+        return ""
+    header = ["perplexity", "per token", "per word", "per byte", "scored tokens"]
+    return (
+        "## Perplexity by what it is divided by\n\n"
+        "exp(L / N): L is the summed negative log-likelihood of the same tokens throughout; N is "
+        "the number of tokens, of words or of UTF-8 bytes. Compare only numbers with the same N."
+        f"\n\n{_table(header, rows)}"
+    )
+
+
+def _samples(report: Report) -> str:
+    samples = report.get("samples") or []
+    names = list(report["models"])
+    rows = [
+        [_code(sample["prompt"]), _code(sample["reference"])]
+        + [_code(_get(sample, "answers", name)) for name in names]
+        for sample in samples
+    ]
+    table = _table(["prompt", "reference", *names], rows, align=":---")
+    return f"## Sample answers\n\n{table}" if rows else ""
+
+
+def _code(text: str | None) -> str:
+    """Text as code in one table cell: nothing in it acts as Markdown or HTML."""
+    if not text:
+        return MISSING if text is None else "*(empty)*"
+    cut = text[:MOST_CHARACTERS] + ("…" if len(text) > MOST_CHARACTERS else "")
+    safe = re.sub(
+        r"[\\`*_\[\]|~$]", lambda found: f"&#{ord(found[0])};", html.escape(cut, quote=False)
+    )
+    return f"<code>{'<br>'.join(safe.splitlines())}</code>"
+
+
+def _table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    rule = [":---", *[align] * (len(header) - 1)]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+        for row in (header, rule, *rows)
+    )
+
+
+def _image(plots: set[str], name: str, description: str) -> str:
+    return f"![{description}](plots/{name}.png)" if name in plots else ""
+
+
+def _draw(draw: Callable, report: Report, folder: Path, name: str) -> bool:
+    """Writes plots/NAME.png; where there is nothing to draw, removes an earlier one."""
+    path = folder / "plots" / f"{name}.png"
+    figure = draw(report)
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return False
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
+    return True
+
+
+def _figure(width: float) -> Figure:
+    # Without pyplot there is no global state, and a Figure draws itself with Agg.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 4), layout="constrained")
+
+
+def _loss(report: Report) -> Figure | None:
+    figure = _figure(7)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss in nats per token")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        entries = [e for e in report.get("training") or [] if _finite(e.get(key))]
+        if entries:
+            colour = COLOURS[len(axes.lines)]
+            steps, losses = [e["step"] for e in entries], [e[key] for e in entries]
+            axes.plot(steps, losses, style, color=colour, label=label, markersize=5)
+    axes.grid(alpha=0.3)
+    if not axes.lines:
+        return None
+    axes.legend()
+    return figure
+
+
+def _comparison(report: Report) -> Figure | None:
+    models = report["models"]
+    panels = {
+        "perplexity per token\n(lower is better)": {
+            corpus: [_bar(m, 1, "perplexity", corpus) for m in models.values()]
+            for corpus in _corpora(models)
+        },
+        "accuracy in %\n(higher is better)": {
+            f"{task}\n{metric}": [
+                _bar(m, _to_percent(metric), "tasks", task, metric) for m in models.values()
+            ]
+            for task, metric in _metrics(models)
+        },
+    }
+    panels = {
+        label: kept
+        for label, groups in panels.items()
+        if (kept := {name: bars for name, bars in groups.items() if any(map(_has_height, bars))})
+    }
+    if not panels:
+        return None
+    widths = [1 + 0.55 * len(groups) * len(models) for groups in panels.values()]
+    figure = _figure(max(5.0, sum(widths)))
+    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for axes, (label, groups) in zip(all_axes, panels.items(), strict=True):
+        axes.set_ylabel(label)
+        _bars(axes, groups, list(models), may_be_log=label.startswith("perplexity"))
+    handles, names = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
+def _bar(model: dict[str, Any], scale: float, *keys: str) -> tuple[float, float]:
+    """Height (nan: no bar) and standard error (0: none known) of one score."""
+    score = _get(model, *keys) or {}
+    error = score.get("stderr")
+    height = _float(score, "token" if "token" in score else "value")
+    return scale * height, scale * error if _finite(error) else 0.0
+
+
+def _has_height(bar: tuple[float, float]) -> bool:
+    return math.isfinite(bar[0])
+
+
+def _bars(axes: Axes, groups: dict[str, list], models: list[str], may_be_log: bool) -> None:
+    """Draws groups of one bar for each model; perplexities far apart on a logarithmic axis."""
+    width = 0.8 / len(models)
+    for index, name in enumerate(models):
+        heights, errors = zip(*(bars[index] for bars in groups.values()), strict=True)
+        offset = (index - (len(models) - 1) / 2) * width
+        drawn = axes.bar(
+            [group + offset for group in range(len(groups))],
+            heights,
+            width * 0.92,
+            yerr=errors if any(errors) else None,
+            color=COLOURS[index % len(COLOURS)],
+            capsize=3,
+            label=name,
+        )
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.1)
+    heights = [height for bars in groups.values() for height, _ in bars if math.isfinite(height)]
+    if min(heights) >= 0:
+        axes.set_ylim(bottom=0)
+    if may_be_log and max(heights) > 10 * min(heights):
+        axes.set(yscale="log", ylim=(1, 4 * max(heights)))
+
+
+def _layers(report: Report) -> Figure | None:
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    others: list[tuple[str, float]] = []
+    for layer in report.get("layers") or []:
+        found = re.search(r"\.layers\.(\d+)\..*?(\w+)$", layer["name"])
+        if found and _finite(layer.get("snr_db")):
+            kinds.setdefault(found[2], []).append((int(found[1]), layer["snr_db"]))
+        elif _finite(layer.get("snr_db")):
+            others.append((layer["name"], layer["snr_db"]))
+    if not kinds and not others:
+        return None
+    figure = _figure(8)
+    axes = figure.add_subplot(
+        xlabel="layer (then the head)", ylabel="signal to noise in dB (higher is better)"
+    )
+    for index, (kind, points) in enumerate(kinds.items()):
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 4}
+        axes.plot(*zip(*sorted(points), strict=True), label=kind, linewidth=1, **style)
+    after = 1 + max((depth for points in kinds.values() for depth, _ in points), default=-1)
+    for place, (name, snr) in enumerate(others, after):
+        axes.plot([place], [snr], "k*", markersize=10, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _corpora(models: dict[str, Any]) -> list[str]:
+    """The corpora of all models, each once, in their order."""
+    return list(dict.fromkeys(name for m in models.values() for name in m.get("perplexity") or {}))
+
+
+def _metrics(models: dict[str, Any]) -> list[tuple[str, str]]:
+    """The (task, metric) pairs of all models, each once, in their order."""
+    pairs = (
+        (task, metric)
+        for model in models.values()
+        for task, metrics in (model.get("tasks") or {}).items()
+        for metric in metrics
+    )
+    return list(dict.fromkeys(pairs))
+
+
+def _to_percent(metric: str) -> int:
+    return 1 if metric in OUT_OF_100 else 100
+
+
+def _get(node: Any, *keys: str) -> Any:
+    """`node[key][key]...`, or None where one is missing."""
+    for key in keys:
+        node = (node or {}).get(key)
+    return node
+
+
+def _float(node: Any, *keys: str) -> float:
+    """The number at `keys`; nan where it is missing or infinite."""
+    value = _get(node, *keys)
+    return float(value) if _finite(value) else math.nan
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _finite_only(node: Any) -> Any:
+    """The same tree with None for each number that JSON does not have."""
+    if isinstance(node, dict):
+        return {key: _finite_only(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite_only(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _megabytes(size: int | None) -> str:
+    return MISSING if size is None else f"{size / 1e6:,.1f}"
+
+
+def _score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
+    """Shows {"value", "stderr"} as `71.2 ± 1.8`."""
+
+    def shown(score: dict | None) -> str:
+        value, error = _get(score, "value"), _get(score, "stderr")
+        text = MISSING if value is None else f"{value * scale:.{digits}f}"
+        return f"{text} ± {error * scale:.{digits}f}" if _finite(error) else text
+
+    return shown
+
+
+def _ratio(tuned: float | None, quantized: float | None) -> str:
+    if not _finite(tuned) or not _finite(quantized) or not tuned:
+        return MISSING
+    ratio = quantized / tuned
+    return f"{ratio - 1:+z.1%}" if ratio < 100 else f"×{ratio:.3g}"
+
+
+def _points(scale: float) -> Callable[[dict | None, dict | None], str]:
+    def shown(tuned: dict | None, quantized: dict | None) -> str:
+        change = (_float(quantized, "value") - _float(tuned, "value")) * scale
+        return f"{change:+z.1f} points" if math.isfinite(change) else MISSING
+
+    return shown
