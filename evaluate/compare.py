@@ -160,9 +160,9 @@ def load_model(
     name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]]
 ) -> LlamaForCausalLM:
     """One of the three, in the dtype that is shipped, on the GPU if there is one."""
-    import torch
     from transformers import AutoModelForCausalLM
 
+    from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge import merge
     from finequant.quantize.scheme import shipped_dtype
@@ -172,11 +172,17 @@ def load_model(
         dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
-        model = AutoModelForCausalLM.from_pretrained(run.quantized)
+        model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
+        return dequantize_once(model.to(_device()), (prompts or [[0]])[0])
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
-    accelerator = torch.accelerator.current_accelerator() if torch.cuda.is_available() else "cpu"
-    return model.to(accelerator).eval()
+    return model.to(_device()).eval()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_model(

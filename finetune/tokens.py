@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.finetune.data import Message, Row
@@ -26,17 +27,21 @@ class Encoded(NamedTuple):
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> Encoded:
     """Tokens of a row, cut to data.max_length, and which of them are learned."""
-    if row.messages:
-        text, spans = _render_with_spans(row, tokenizer, data)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoding["input_ids"]
-        learned = [
-            data.loss_on == "all" or any(start < end_ and first < end for start, end in spans)
-            for first, end_ in encoding["offset_mapping"]
-        ]
-    else:
-        ids = tokenizer(row.text)["input_ids"] + [tokenizer.eos_token_id]
+    if not row.messages:
+        ids = tokenizer(row.text)["input_ids"]
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
         learned = [True] * len(ids)
+    elif data.loss_on == "all":
+        text = _render(row, row.messages, tokenizer, data)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = [True] * len(ids)
+    else:
+        text, spans = _render_with_spans(row, tokenizer, data)
+        ids, places = _tokenize(text, spans, tokenizer)
+        learned = [
+            any(start < last and first < end for start, end in spans) for first, last in places
+        ]
     labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
     return Encoded(ids[: data.max_length], labels[: data.max_length], len(ids))
 
@@ -66,7 +71,13 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
         )
     if data.long_rows == "drop":
         encoded = [(row, item) for row, item in encoded if item.full_length <= data.max_length]
-    empty = [row.where for row, item in encoded if all(label == IGNORED for label in item.labels)]
+    if not encoded:
+        raise UserError(
+            f"data: all {len(rows)} rows are longer than data.max_length={data.max_length}, and "
+            "data.long_rows=drop leaves none; raise data.max_length"
+        )
+    # Nothing predicts the first token of a row.
+    empty = [row.where for row, item in encoded if set(item.labels[1:]) <= {IGNORED}]
     if empty:
         raise UserError(
             f"data: nothing is left to learn in {len(empty)} rows: within data.max_length="
@@ -79,6 +90,25 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
             "labels": [item.labels for _, item in encoded],
         }
     )
+
+
+def _tokenize(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens and their character ranges; none reaches over the beginning of an answer.
+
+    Where the template's prompt ends in a space, the tokenizer would join it with the first word
+    of the answer; but a model that is asked finds the prompt's own tokens.
+    """
+    for cuts in ([0, len(text)], [0, *(start for start, _ in spans), len(text)]):
+        ids, places = [], []
+        for begin, end in pairwise(cuts):
+            part = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
+            ids += part["input_ids"]
+            places += [(begin + first, begin + last) for first, last in part["offset_mapping"]]
+        if not any(first < start < last for first, last in places for start, _ in spans):
+            break
+    return ids, places
 
 
 def _render_with_spans(
@@ -113,8 +143,6 @@ def _render(
     data: Data,
     add_generation_prompt: bool = False,
 ) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise UserError(
             "model.chat_template: this base has no chat template, and the data are conversations; "
@@ -127,5 +155,10 @@ def _render(
             add_generation_prompt=add_generation_prompt,
             **data.template_arguments,
         )
-    except TemplateError as error:
-        raise UserError(f"{row.where}: the chat template refuses this row: {error}") from None
+    # A template is a program: besides jinja's errors it raises whatever Python's operators do.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f"{row.where}: the chat template refuses this row: {reason}; change the row, "
+            "data.template_arguments or model.chat_template"
+        ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +124,8 @@ def _arguments(recipe: Recipe, run: RunDir, base: LlamaForCausalLM, evaluates: b
         per_device_eval_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=train.batch_size // per_step,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        # transformers' "constant" ignores the warm-up.
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
         # A share of all steps; transformers reads a number below one so.
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,
@@ -146,6 +148,7 @@ def _arguments(recipe: Recipe, run: RunDir, base: LlamaForCausalLM, evaluates: b
         logging_first_step=True,
         report_to=train.report_to or "none",
         run_name=recipe.name,
+        disable_tqdm=not sys.stderr.isatty(),
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -50,7 +50,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     `output_dir` is left out: an artefact does not depend on the folder it was made in.
     """
     content = recipe.model_dump(mode="json", exclude={"output_dir"})
-    for at in _path_fields(content):
+    for at in path_fields(content):
         holder = reduce(getitem, at[:-1], content)
         if Path(holder[at[-1]]).is_absolute():
             holder[at[-1]] = os.path.relpath(holder[at[-1]], path.parent.resolve())
@@ -245,7 +245,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
                 yield from _all_keys(kind, f"{prefix}{name}.")
 
 
-def _path_fields(content: dict[str, Any]) -> Iterable[Location]:
+def path_fields(content: dict[str, Any]) -> Iterable[Location]:
     """Every place of a dumped recipe that may hold a local path."""
     yield "model", "base"
     if (content["model"]["chat_template"] or "").endswith(".jinja"):
@@ -263,7 +263,7 @@ def _with_absolute_paths(
 ) -> Recipe:
     content = recipe.model_dump()
     problems = []
-    for at in _path_fields(content):
+    for at in path_fields(content):
         holder = reduce(getitem, at[:-1], content)
         value = holder[at[-1]]
         if value.startswith("package:"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.load import write_recipe
+from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
 
 STAGES = ("train", "quantize", "evaluate")
@@ -87,12 +87,12 @@ class RunDir:
 
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
-        content = _flat(recipe.model_dump(mode="json"))
-        sections = SECTIONS[stage]
+        dumped = recipe.model_dump(mode="json")
+        content, sections = _flat(dumped), SECTIONS[stage]
         inputs = {key: content[key] for key in content if _within(key, sections)}
-        for key, value in inputs.items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                inputs[key] = f"sha256:{content_hash(Path(value))}"
+        for key in (".".join(map(str, at)) for at in path_fields(dumped)):
+            if key in inputs and Path(inputs[key]).is_absolute():
+                inputs[key] = f"sha256:{content_hash(Path(inputs[key]))}"
         inputs["model.base"] = _base_identity(recipe)
         for artefact in UPSTREAM[stage]:
             inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny matrices: threads cost more than they bring, most of all beside other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -98,6 +108,12 @@ def tiny_base(tmp_path_factory) -> Path:
     return make_llama(tmp_path_factory.mktemp("tiny") / "base")
 
 
+@pytest.fixture
+def llama(tmp_path):
+    """Makes variants of the tiny Llama: llama("name", **config_changes) -> folder."""
+    return lambda name, **changes: make_llama(tmp_path / name, **changes)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -141,3 +157,137 @@ evaluate:
         encoding="utf-8",
     )
     return path
+
+
+class Hub:
+    """The part of the Hugging Face Hub's HTTP API that a client needs to read, on loopback.
+
+    `add` makes a repository from a folder, `requests` lists what clients asked for.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str, str | None]] = []
+        """Method, path, and the token that came with it."""
+        self.gated: set[str] = set()
+        """Repositories whose files are shown to nobody."""
+        self._repositories: dict[tuple[str, str], tuple[str, Path]] = {}
+        handler = type("Handler", (_HubHandler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def add(self, repository: str, folder: Path, kind: str = "models") -> str:
+        """Serves the folder as `repository` (org/name); returns the commit of its only revision."""
+        commit = hashlib.sha1(f"{kind}/{repository}".encode()).hexdigest()
+        self._repositories[kind, repository] = commit, folder
+        return commit
+
+    def find(self, kind: str, repository: str) -> tuple[str, Path] | None:
+        """Commit and folder of a repository."""
+        return self._repositories.get((kind, repository))
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:
+        """Also HEAD: the same answer without its body."""
+        path = unquote(urlsplit(self.path).path)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.hub.requests.append((self.command, path, token))
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path):
+            kind, repository, verb, rest = match.groups()
+            revision, _, folder = (rest or "main").partition("/")
+        elif match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path):
+            kind, repository, verb, revision, folder = match.groups()
+        else:
+            return self._refuse(404, "EntryNotFound")
+        found = self.hub.find(kind or "models", repository)
+        if found is None:
+            return self._refuse(401, "RepoNotFound")  # as the Hub hides private ones
+        commit, root = found
+        if revision not in ("main", commit):
+            return self._refuse(404, "RevisionNotFound")
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        if verb == "resolve" and repository in self.hub.gated:
+            return self._refuse(403, "GatedRepo")
+        if verb == "resolve":
+            file = root / folder
+            return self._send_file(file, commit) if file in files else self._missing(commit)
+        if verb == "tree":
+            inside = [file for file in files if file.is_relative_to(root / folder)]
+            return self._send_json([self._entry(file, root) for file in inside])
+        names = [{"rfilename": file.relative_to(root).as_posix()} for file in files]
+        info = {"id": repository, "sha": commit, "siblings": names, "tags": [], "downloads": 0}
+        return self._send_json(info | {"private": False, "gated": False, "disabled": False})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _entry(self, file: Path, root: Path) -> dict[str, object]:
+        name, size = file.relative_to(root).as_posix(), file.stat().st_size
+        return {"type": "file", "path": name, "size": size, "oid": self._etag(file)}
+
+    def _etag(self, file: Path) -> str:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def _send_file(self, file: Path, commit: str) -> None:
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{self._etag(file)}"'}
+        self._send(200, file.read_bytes(), "application/octet-stream", headers)
+
+    def _send_json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), "application/json", {})
+
+    def _missing(self, commit: str) -> None:
+        self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+
+    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        self._send(status, b"{}", "application/json", {"X-Error-Code": code, **(headers or {})})
+
+    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Type": kind, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Keeps standard error to the tests."""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub of our own; stopped after the test."""
+    own = Hub()
+    yield own
+    own.close()
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path):
+    """Runs a Python command line as a user of `hub`, with an empty cache and no offline mode."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**clean, **settings, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

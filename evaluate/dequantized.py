@@ -1,0 +1,45 @@
+"""The quantized model for measuring: weights dequantized once, activations as ever."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from finequant.recipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausalLM:
+    """Replaces int4 weights by the floats that torchao makes of them at each forward, in place.
+
+    The arithmetic is the same, so are the logits of `prompt`, bit for bit: that is checked.
+
+    Raises:
+        UserError: if the logits differ, which would mean to measure another model.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "qdata"):
+            module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
+            module.register_forward_pre_hook(_quantize_activations)
+    with torch.inference_mode():
+        actual = model(ids).logits
+    if not torch.equal(actual, expected):
+        raise UserError("evaluate: the dequantized model differs from the quantized one: torchao?")
+    return model
+
+
+def _quantize_activations(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    # Private, but the very function of the shipped model's forward; torchao exports no other.
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        _apply_int8_act_asym_per_token_quant_dequant as quantize_and_dequantize,
+    )
+
+    return (quantize_and_dequantize(inputs[0]), *inputs[1:])

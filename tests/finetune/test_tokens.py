@@ -1,0 +1,413 @@
+"""Which tokens are learned; and that packed rows are learned as if each stood alone."""
+
+from __future__ import annotations
+
+import copy
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+
+from finequant.finetune.data import Row, load_splits
+from finequant.finetune.tokens import IGNORED, Encoded, encode, encode_prompt, to_dataset
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Data
+
+END = "<|im_end|>"
+CONVERSATIONS = {
+    "one turn": ["open the red door", "done"],
+    "system": ["Be brief.", "open the red door", "done"],
+    "three turns": ["open", "ok", "close the\n lamp", '{"do": "close"}', "paint", "ok"],
+    "three turns and system": ["Be brief.", "open", "ok", "close", " ok \n", "paint", "ok"],
+    "more bytes than characters": ["où est 東京?", "à l'est ✓ 🌊"],
+    "other turns' words": ["say assistant\nok", "assistant\nok", "ok", "user"],
+}
+
+# As Llama 3 writes it, short of its tools.
+LLAMA_3_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['role'] == 'system' and date_string is defined %}"
+    "{{ 'Today Date: ' + date_string + '\n\n' }}{% endif %}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def conversation(*contents: str) -> Row:
+    """User and assistant in turn; of an odd number, the first is the system's."""
+    roles = ["user", "assistant"] * (len(contents) // 2)
+    roles = ["system", *roles] if len(contents) % 2 else roles
+    turns = zip(roles, contents, strict=True)
+    return Row("rows.jsonl:7", tuple({"role": role, "content": said} for role, said in turns))
+
+
+def settings(**changes: Any) -> Data:
+    return Data(train="rows.jsonl", **changes)
+
+
+def learned_texts(encoded: Encoded, tokenizer) -> list[str]:
+    """The text of every unbroken run of learned tokens."""
+    runs = groupby(encoded.labels, key=lambda label: label != IGNORED)
+    return [tokenizer.decode(list(labels)) for learned, labels in runs if learned]
+
+
+def with_template(tokenizer, template: str | None):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def adding_bos(tokenizer):
+    """A tokenizer that puts BOS before every text, as Llama's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    bos = changed.bos_token
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, changed.bos_token_id)]
+    )
+    return changed
+
+
+@pytest.fixture(scope="module")
+def llama_3(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    changed.add_special_tokens(
+        {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|end_of_text|>",
+            "extra_special_tokens": [f"<|{name}|>" for name in names[2:]],
+        }
+    )
+    changed.chat_template = LLAMA_3_TEMPLATE
+    return adding_bos(changed)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_answers_and_their_end_are_learned_and_nothing_else(tokenizer, name):
+    row = conversation(*CONVERSATIONS[name])
+    encoded = encode(row, tokenizer, settings())
+    answers = [turn["content"] for turn in row.messages if turn["role"] == "assistant"]
+    assert learned_texts(encoded, tokenizer) == [answer + END for answer in answers]
+    assert encoded.input_ids == tokenizer.apply_chat_template(row.messages, return_dict=False)
+    pairs = zip(encoded.input_ids, encoded.labels, strict=True)
+    assert all(label in (token, IGNORED) for token, label in pairs)
+    assert encoded.full_length == len(encoded.input_ids)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_prompt_ends_where_the_last_answer_begins(tokenizer, name):
+    row = conversation(*CONVERSATIONS[name])
+    encoded = encode(row, tokenizer, settings())
+    last = len(encoded.labels) - encoded.labels[::-1].index(tokenizer.eos_token_id)
+    start = max(at for at, label in enumerate(encoded.labels[:last]) if label == IGNORED) + 1
+    assert encode_prompt(row, tokenizer, settings()) == encoded.input_ids[:start]
+
+
+def test_the_loss_can_be_on_all(tokenizer):
+    encoded = encode(conversation("open", "ok"), tokenizer, settings(loss_on="all"))
+    assert encoded.labels == encoded.input_ids
+    assert encoded.input_ids == encode(conversation("open", "ok"), tokenizer, settings())[0]
+
+
+def test_raw_text_is_learned_to_its_end(tokenizer):
+    row = Row("rows.jsonl:1", text="open the red door")
+    encoded = encode(row, tokenizer, settings())
+    assert learned_texts(encoded, tokenizer) == ["open the red door" + END]
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_raw_text_ends_once_where_the_tokenizer_ends_it_too(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    row = Row("rows.jsonl:1", text="open the red door")
+    assert encode(row, ending, settings()) == encode(row, tokenizer, settings())
+
+
+def test_a_tokenizer_that_adds_bos_does_not_double_it(tokenizer):
+    template = "{{ bos_token }}" + tokenizer.chat_template
+    doubling = adding_bos(with_template(tokenizer, template))
+    row = conversation("open", "ok", "close", "ok")
+    text = Row("rows.jsonl:1", text="open")
+    assert doubling("open")["input_ids"][0] == tokenizer.bos_token_id
+    for ids in (
+        encode(row, doubling, settings()).input_ids,
+        encode(row, doubling, settings(loss_on="all")).input_ids,
+        encode_prompt(row, doubling, settings()),
+        encode(text, doubling, settings()).input_ids,
+    ):
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_llama_3_template(llama_3):
+    row = conversation("Be brief.", "open", "ok", "close", " ok ")
+    encoded = encode(row, llama_3, settings())
+    assert learned_texts(encoded, llama_3) == ["ok<|eot_id|>", "ok<|eot_id|>"]
+    assert encoded.input_ids[0] == llama_3.bos_token_id
+    assert encoded.input_ids.count(llama_3.bos_token_id) == 1
+    prompt = encode_prompt(row, llama_3, settings())
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.labels[len(prompt) - 1] == IGNORED
+    assert llama_3.decode(encoded.labels[len(prompt) :]) == "ok<|eot_id|>"
+
+
+def test_template_arguments_reach_the_template(llama_3):
+    row = conversation("Be brief.", "open", "ok")
+    data = settings(template_arguments={"date_string": "26 Jul 2026"})
+    told = "system<|end_header_id|>\n\nToday Date: 26 Jul 2026\n\nBe brief.<|eot_id|>"
+    assert told in llama_3.decode(encode(row, llama_3, data).input_ids)
+    assert told in llama_3.decode(encode_prompt(row, llama_3, data))
+    assert "Today" not in llama_3.decode(encode(row, llama_3, settings()).input_ids)
+
+
+@pytest.mark.parametrize("most", [5, 12, 1000])
+def test_rows_are_cut_at_their_end(tokenizer, most):
+    row = conversation("open the red door at 1 o'clock", "done", "close", "done")
+    whole = encode(row, tokenizer, settings())
+    cut = encode(row, tokenizer, settings(max_length=most))
+    assert cut.full_length == whole.full_length
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:most], whole.labels[:most])
+    assert len(cut.input_ids) == min(most, whole.full_length)
+
+
+ROWS = [
+    conversation("open", "ok"),
+    Row("rows.jsonl:8", conversation("open", "ok " * 40).messages),
+    Row("rows.jsonl:9", conversation("close", "ok").messages),
+]
+
+
+def test_long_rows_are_truncated_dropped_or_an_error(tokenizer):
+    lengths = [encode(row, tokenizer, settings()).full_length for row in ROWS]
+    assert max(lengths[0], lengths[2]) < 40 < lengths[1]
+    cut = to_dataset(ROWS, tokenizer, settings(max_length=40))
+    assert [len(ids) for ids in cut["input_ids"]] == [lengths[0], 40, lengths[2]]
+    assert [len(labels) for labels in cut["labels"]] == [lengths[0], 40, lengths[2]]
+    left = to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="drop"))
+    assert [len(ids) for ids in left["input_ids"]] == [lengths[0], lengths[2]]
+    with pytest.raises(UserError) as error:
+        to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="error"))
+    assert "1 rows are longer than data.max_length=40; raise it" in str(error.value)
+    assert str(error.value).endswith(f"\n  rows.jsonl:8: {lengths[1]} tokens")
+
+
+def test_a_row_just_as_long_as_allowed_is_whole(tokenizer):
+    most = encode(ROWS[1], tokenizer, settings()).full_length
+    for policy in ("drop", "error"):
+        data = settings(max_length=most, long_rows=policy)
+        assert len(to_dataset(ROWS, tokenizer, data)["labels"][1]) == most
+
+
+def test_dropping_every_row_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="all 3 rows are longer than data.max_length=4.*raise"):
+        to_dataset(ROWS, tokenizer, settings(max_length=4, long_rows="drop"))
+
+
+def test_a_row_with_nothing_left_to_learn_is_named(tokenizer):
+    long = Row("rows.jsonl:8", conversation("open " * 40, "ok").messages)
+    with pytest.raises(UserError) as error:
+        to_dataset([ROWS[0], long], tokenizer, settings(max_length=30))
+    assert "nothing is left to learn in 1 rows" in str(error.value)
+    assert "raise data.max_length, or set data.long_rows=drop" in str(error.value)
+    assert str(error.value).endswith("\n  rows.jsonl:8")
+
+
+def test_the_first_token_of_a_row_is_nothing_to_learn(tokenizer):
+    """Nothing comes before it that could predict it."""
+    with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
+        to_dataset([Row("rows.jsonl:1", text="open")], tokenizer, settings(max_length=1))
+
+
+FORGETFUL = (
+    "{% for message in messages %}{% if loop.last or message['role'] == 'user' %}"
+    "{{ message['role'] + ': ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_a_prompt_that_ends_in_a_space_keeps_it(tokenizer):
+    """Alone, byte-level tokenizers would join the space with the answer's first word."""
+    template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    spaced = with_template(tokenizer, template)
+    row = conversation("paint the door", "the red door", "close", "ok")
+    encoded = encode(row, spaced, settings())
+    assert learned_texts(encoded, tokenizer) == ["the red door" + END, "ok" + END]
+    assert tokenizer.decode(encoded.input_ids) == spaced.apply_chat_template(
+        row.messages, tokenize=False
+    )
+    one = Row(row.where, row.messages[:2])
+    prompt = encode_prompt(one, spaced, settings())
+    assert encode(one, spaced, settings()).input_ids[: len(prompt)] == prompt
+    assert encode(one, spaced, settings()).labels[len(prompt)] != IGNORED
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    forgetful = with_template(tokenizer, FORGETFUL)
+    one, two = conversation("open", "ok"), conversation("open", "ok", "close", "done")
+    assert learned_texts(encode(one, forgetful, settings()), tokenizer) == ["ok" + END]
+    with pytest.raises(UserError, match="rows.jsonl:7: the chat template writes earlier turns"):
+        encode(two, forgetful, settings())
+    # The way out that the message offers.
+    encoded = encode(two, forgetful, settings(loss_on="all"))
+    assert tokenizer.decode(encoded.labels).endswith("assistant: done" + END)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ missing.attribute }}", "'missing' is undefined"),
+    ],
+)
+def test_a_template_that_fails_names_the_row(tokenizer, template, reason):
+    broken = with_template(tokenizer, template)
+    for read in (encode, encode_prompt):
+        with pytest.raises(UserError) as error:
+            read(conversation("open", "ok"), broken, settings())
+        assert str(error.value).startswith("rows.jsonl:7: the chat template refuses this row: ")
+        assert reason in str(error.value)
+        assert "model.chat_template" in str(error.value)
+
+
+def test_template_arguments_that_are_taken(tokenizer):
+    data = settings(template_arguments={"tokenize": True})
+    with pytest.raises(UserError, match="rows.jsonl:7: .*tokenize.*data.template_arguments"):
+        encode(conversation("open", "ok"), tokenizer, data)
+
+
+def test_a_base_without_a_chat_template(tokenizer):
+    bare = with_template(tokenizer, None)
+    with pytest.raises(UserError, match="model.chat_template: this base has no chat template"):
+        encode(conversation("open", "ok"), bare, settings())
+    assert encode(Row("rows.jsonl:1", text="open"), bare, settings()).input_ids
+
+
+# Training: packed, padded, and as trl does it
+
+
+@pytest.fixture
+def trainer_of(recipe_file, tmp_path):
+    """Builds the trainer of finetune/train.py; adapter and base are the same every time."""
+    from finequant.finetune.model import load_base, load_tokenizer, lora_config
+    from finequant.finetune.train import _trainer
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    def build(*overrides: str):
+        recipe = load_recipe(recipe_file, overrides)
+        base = load_base(recipe.model, torch.float32)
+        # As it is, attention hardly changes what the tiny Llama says: a leak would not show.
+        for name, weight in base.named_parameters():
+            weight.data *= 6 if "proj" in name else 1
+        trainer = _trainer(
+            recipe,
+            RunDir(tmp_path / "run"),
+            base,
+            load_tokenizer(recipe.model),
+            lora_config(recipe.lora, base),
+            load_splits(recipe.data, recipe.seed),
+        )
+        torch.manual_seed(0)
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        return trainer
+
+    return build
+
+
+def loss_and_gradient(trainer, batches, compute_loss=None) -> tuple[float, torch.Tensor]:
+    """Summed over all rows, as one optimizer step would sum them."""
+    compute_loss = compute_loss or trainer.compute_loss
+    trainer.model.train()
+    trainer.model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
+        loss.backward()
+        total += loss.item()
+    trained = [weight.grad for weight in trainer.model.parameters() if weight.requires_grad]
+    return total, torch.cat([gradient.flatten() for gradient in trained])
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_packed_rows_are_learned_as_if_each_stood_alone(trainer_of, loss_on):
+    overrides = ["data.max_length=200", f"data.loss_on={loss_on}"]
+    padded = trainer_of(*overrides)
+    packed = trainer_of(*overrides, "data.packing=true")
+    batches = list(packed.get_train_dataloader())
+    starts = sum(int((batch["position_ids"] == 0).sum()) for batch in batches)
+    assert starts == 48
+    assert len(packed.train_dataset) < 24  # two rows a pack, at the least
+
+    loss, gradient = loss_and_gradient(packed, batches)
+    expected, expected_gradient = loss_and_gradient(padded, padded.get_train_dataloader())
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert difference(gradient, expected_gradient) < 1e-4
+
+    # What a leak would look like: the rows of a pack read as one text.
+    for batch in batches:
+        batch["position_ids"] = torch.arange(batch["position_ids"].shape[1])[None]
+    leaking, leaking_gradient = loss_and_gradient(packed, batches)
+    assert abs(leaking - expected) > 0.001 * expected
+    assert difference(leaking_gradient, expected_gradient) > 0.1
+
+
+def test_the_first_token_of_a_packed_row_is_not_predicted_by_the_row_before(trainer_of):
+    packed = trainer_of("data.packing=true", "data.loss_on=all")
+    batch = next(iter(packed.get_train_dataloader()))
+    first = batch["position_ids"] == 0
+    assert first.sum() > 4
+    assert set(batch["labels"][first].tolist()) == {IGNORED}
+    assert IGNORED not in batch["labels"][~first]
+
+
+def test_packed_validation_rows_stand_alone_too(trainer_of):
+    losses = [
+        trainer_of(*packing).evaluate()["eval_loss"] for packing in ([], ["data.packing=true"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("count", [None, 100])
+def test_the_loss_on_a_cpu_is_that_of_trl(trainer_of, packing, count):
+    from trl import SFTTrainer
+
+    trainer = trainer_of(f"data.packing={packing}")
+    if trainer.accelerator.device.type != "cpu":
+        pytest.skip("elsewhere it is trl's own")
+    batch = next(iter(trainer.get_train_dataloader()))
+    number = None if count is None else torch.tensor(count)
+
+    def ours(model, inputs, **_):
+        return trainer.compute_loss(model, inputs, num_items_in_batch=number)
+
+    def theirs(model, inputs, **_):
+        return SFTTrainer.compute_loss(trainer, model, inputs, num_items_in_batch=number)
+
+    loss, gradient = loss_and_gradient(trainer, [batch], ours)
+    expected, expected_gradient = loss_and_gradient(trainer, [batch], theirs)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert difference(gradient, expected_gradient) < 1e-4
+    assert expected_gradient.norm() > 1e-3

@@ -1,0 +1,261 @@
+"""finetune/train.py: the same recipe gives the same adapter, however it is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "finetune" / "train.py")
+
+
+def train(recipe: Path, *overrides: str) -> Path:
+    """Trains in this process; the adapter's folder."""
+    from finequant.finetune.train import main
+
+    main([str(recipe), *overrides])
+    folder = [text.partition("=")[2] for text in overrides if text.startswith("output_dir=")]
+    return Path(folder[-1] if folder else recipe.parent / "run") / "adapter"
+
+
+def weights(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def launch(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+
+
+def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(((one[k] - other[k]).norm() / one[k].norm()).item() for k in one)
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(recipe_file, tmp_path):
+    first = train(recipe_file, f"output_dir={tmp_path / 'a'}")
+    second = train(recipe_file, f"output_dir={tmp_path / 'b'}")
+    other = train(recipe_file, f"output_dir={tmp_path / 'c'}", "seed=8")
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / name).read_bytes() != (other / name).read_bytes()
+    assert (first / "recipe.yaml").read_bytes() == (second / "recipe.yaml").read_bytes()
+
+
+def test_training_lowers_the_loss_and_logs_it(recipe_file):
+    adapter = train(recipe_file, "train.epochs=6", "train.learning_rate=1e-2")
+    log = json.loads((adapter / "training_log.json").read_text())
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == 6
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
+    assert {path.name for path in adapter.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "recipe.yaml",
+        "tokenizer.json",
+    }
+    assert not [path for path in adapter.rglob("*") if path.suffix in {".bin", ".pt", ".pth"}]
+
+
+def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
+    steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
+    adapter = train(recipe_file, *steps)
+    undisturbed = (adapter / "adapter_model.safetensors").read_bytes()
+    # What a kill after step 3 leaves behind.
+    shutil.rmtree(adapter)
+    for step in (4, 6):
+        shutil.rmtree(adapter.parent / "checkpoints" / f"checkpoint-{step}")
+    (adapter.parent / "manifest.json").unlink()
+    capsys.readouterr()
+    train(recipe_file, *steps)
+    assert "going on from" in capsys.readouterr().err
+    assert (adapter / "adapter_model.safetensors").read_bytes() == undisturbed
+
+
+def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
+    train(recipe_file, "train.max_steps=2", "train.save_steps=1")
+    adapter = train(recipe_file, "train.max_steps=2", "train.save_steps=1", "lora.rank=8")
+    said = capsys.readouterr()
+    assert "made with other inputs" in said.err
+    assert "going on from" not in said.err
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
+    kept = adapter.parent / "previous" / "adapter-1" / "adapter_config.json"
+    assert json.loads(kept.read_text())["r"] == 4
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.use_rslora=true"],
+        ["lora.use_dora=true"],
+        ["lora.init_lora_weights=gaussian"],
+        ["lora.init_lora_weights=orthogonal"],
+        ["lora.init_lora_weights=olora"],
+        ["lora.init_lora_weights=pissa"],
+        ["lora.init_lora_weights=pissa_niter_4"],
+        ["lora.target_modules=[q_proj, v_proj]", "lora.dropout=0.1"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_adapter_belongs_to_the_unchanged_base(recipe_file, tiny_base, overrides):
+    """What the trained model said, base + saved adapter say too, and so does the merged model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.merge import merge
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    fast = ["train.learning_rate=1e-2", *overrides]
+    adapter = train(recipe_file, *fast)
+    recipe = load_recipe(recipe_file, fast)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    untouched = base(prompt).logits
+    tuned = PeftModel.from_pretrained(base, adapter)(prompt).logits
+    merged, difference = merge(recipe, RunDir(adapter.parent), [prompt[0].tolist()])
+    assert not torch.allclose(tuned, untouched, atol=1e-3)
+    assert difference < 1e-5
+    torch.testing.assert_close(merged(prompt).logits, tuned, rtol=1e-4, atol=1e-4)
+    log = json.loads((adapter / "training_log.json").read_text())
+    expected = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+    assert evaluation_loss(merged, recipe) == pytest.approx(expected, rel=1e-3)
+
+
+def evaluation_loss(model: torch.nn.Module, recipe) -> float:
+    """Mean loss of the learned validation tokens, computed without the trainer."""
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.tokens import encode
+
+    tokenizer = load_tokenizer(recipe.model)
+    total = count = 0
+    for row in load_splits(recipe.data, recipe.seed).validation:
+        encoded = encode(row, tokenizer, recipe.data)
+        logits = model(torch.tensor([encoded.input_ids])).logits[0, :-1]
+        labels = torch.tensor(encoded.labels)[1:]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return total / count
+
+
+def test_accumulation_and_checkpointing_do_not_change_the_result(recipe_file, tmp_path):
+    whole = train(recipe_file, "train.micro_batch_size=8", f"output_dir={tmp_path / 'a'}")
+    parts = train(recipe_file, "train.micro_batch_size=2", f"output_dir={tmp_path / 'b'}")
+    saved = train(
+        recipe_file,
+        "train.micro_batch_size=8",
+        "train.gradient_checkpointing=true",
+        f"output_dir={tmp_path / 'c'}",
+    )
+    assert relative_difference(weights(whole), weights(parts)) < 1e-3
+    assert relative_difference(weights(whole), weights(saved)) < 1e-3
+
+
+def test_early_stopping_keeps_the_best(recipe_file):
+    adapter = train(
+        recipe_file,
+        "train.learning_rate=3.0",  # diverges
+        "train.schedule=constant",
+        "train.epochs=8",
+        "train.eval_steps=3",
+        "train.save_steps=3",
+        "train.early_stopping_patience=1",
+    )
+    log = json.loads((adapter / "training_log.json").read_text())
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) < 16
+    from finequant.quantize.merge import merge
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    recipe = load_recipe(recipe_file)
+    merged, _ = merge(recipe, RunDir(adapter.parent), [[5, 6, 7]])
+    assert evaluation_loss(merged, recipe) == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_schedules_and_tensorboard(recipe_file, tmp_path, monkeypatch):
+    rates = {}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    for schedule in ("cosine", "linear", "constant"):
+        adapter = train(
+            recipe_file,
+            f"train.schedule={schedule}",
+            "train.warmup=0.5",
+            "train.logging_steps=1",
+            "train.report_to=[tensorboard]",
+            f"output_dir={tmp_path / schedule}",
+        )
+        log = json.loads((adapter / "training_log.json").read_text())
+        rates[schedule] = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    for values in rates.values():
+        assert len(values) == 6
+        assert values[0] == 0
+    assert rates["linear"][-1] < 1e-3
+    assert rates["cosine"] != rates["linear"]
+    assert rates["constant"][-1] == pytest.approx(1e-3)
+    assert list((tmp_path / "tb").rglob("events.out.tfevents.*"))
+
+
+def test_bf16_where_the_hardware_has_it_said_aloud(recipe_file, capsys):
+    train(recipe_file, "train.precision=auto", "train.max_steps=1")
+    said = capsys.readouterr().err
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not torch.accelerator.is_available():
+        assert ("train: bfloat16, this CPU computes in bf16" in said) == native
+    adapter = train(recipe_file, "train.precision=bf16", "train.max_steps=1")
+    assert {tensor.dtype for tensor in weights(adapter).values()} == {torch.float32}
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch, capsys):
+    import finequant.finetune.train as module
+
+    monkeypatch.setattr(module, "_processes", lambda: 3)
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file)
+    assert exit_.value.code == 2
+    assert "train.batch_size: 8 rows cannot be shared by 3 processes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_adapter_of_one(recipe_file, tmp_path):
+    alone = train(recipe_file, "train.micro_batch_size=8", f"output_dir={tmp_path / 'one'}")
+    result = launch(
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        TRAIN,
+        str(recipe_file),
+        "train.micro_batch_size=4",
+        f"output_dir={tmp_path / 'two'}",
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    assert manifest["train"]["processes"] == 2
+    assert relative_difference(weights(alone), weights(tmp_path / "two" / "adapter")) < 1e-3
+
+
+@pytest.mark.slow
+def test_accelerate_launch(recipe_file, tmp_path):
+    cpu = str(ROOT / "recipes" / "accelerate" / "cpu.yaml")
+    result = launch(
+        "accelerate.commands.launch",
+        "--config_file",
+        cpu,
+        TRAIN,
+        str(recipe_file),
+        f"output_dir={tmp_path / 'launched'}",
+    )
+    assert result.returncode == 0, result.stderr
+    alone = train(recipe_file, f"output_dir={tmp_path / 'plain'}")
+    assert relative_difference(weights(alone), weights(tmp_path / "launched" / "adapter")) < 1e-6

@@ -1,0 +1,154 @@
+"""Models and rows from the Hub: real clients, in processes of their own, against a server here."""
+
+import json
+
+import pytest
+
+TOKEN = "hf_PlantedTokenThatMustNotBeShown"
+
+# argv: base, revision, dataset, revision. Prints a digest of what was loaded.
+LOADS = """
+import hashlib, json, sys
+import torch
+from finequant.finetune.data import load_splits
+from finequant.finetune.model import load_base, load_config, load_tokenizer
+from finequant.recipes.schema import Data, Model
+
+base, revision, dataset, rows_revision = sys.argv[1:]
+model = Model(base=base, revision=revision)
+config, tokenizer = load_config(model), load_tokenizer(model)
+llama = load_base(model, torch.float32)
+source = {"source": dataset, "revision": rows_revision}
+splits = load_splits(Data(train=[source], validation_fraction=0.25), seed=0)
+with torch.inference_mode():
+    logits = llama(torch.arange(100).unsqueeze(0)).logits
+print(json.dumps({
+    "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+    "vocabulary": [config.vocab_size, len(tokenizer)],
+    "prompts": sorted(row.messages[0]["content"] for row in splits.train + splits.validation),
+}))
+"""
+
+
+@pytest.fixture
+def repositories(hub, llama, tmp_path):
+    """A sharded acme/tiny-llama and the dataset acme/rows; their commits and the rows' folder."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(8)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (rows / "train.jsonl").write_text(text, encoding="utf-8")
+    base = llama("base", max_shard_size="50KB")
+    return base, hub.add("acme/tiny-llama", base), hub.add("acme/rows", rows, "datasets")
+
+
+@pytest.mark.slow
+def test_pinned_revisions_load_and_load_again_offline(hub, on_hub, repositories):
+    base, commit, rows_commit = repositories
+    arguments = ("-c", LOADS, "acme/tiny-llama", commit, "acme/rows", rows_commit)
+    online = on_hub(*arguments, HF_TOKEN=TOKEN)
+    assert online.returncode == 0, online.stderr
+    asked = {path for _, path, _ in hub.requests}
+    for shard in base.glob("*.safetensors"):
+        assert f"/acme/tiny-llama/resolve/{commit}/{shard.name}" in asked
+    assert not any("main" in path for path in asked)
+    assert {token for *_, token in hub.requests} == {TOKEN}
+
+    hub.close()
+    hub.requests.clear()
+    offline = on_hub(*arguments, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert hub.requests == []
+    assert offline.stdout == online.stdout
+    loaded = json.loads(offline.stdout)
+    assert loaded["prompts"] == [f"Say {n}." for n in range(8)]
+    local = on_hub("-c", LOADS, str(base), commit, "acme/rows", rows_commit, HF_HUB_OFFLINE="1")
+    assert json.loads(local.stdout)["logits"] == loaded["logits"]
+    for output in (online, offline):
+        assert TOKEN not in output.stdout + output.stderr
+
+
+# argv: bases, each as id@revision. Prints why each is refused, a line each.
+REFUSALS = """
+import sys
+from finequant.finetune.model import load_base, load_tokenizer
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Model
+
+for name in sys.argv[1:]:
+    base, _, revision = name.partition("@")
+    for load in (load_tokenizer, lambda model: load_base(model, "auto")):
+        try:
+            load(Model(base=base, revision=revision or None))
+            print("loaded")
+        except UserError as error:
+            print(error)
+"""
+
+MODEL_REFUSED = {
+    "acme/nothing": ["the Hub shows you no such model", "gated", "`hf auth login`"],
+    "acme/closed": ["the Hub shows you no such model", "gated", "`hf auth login`"],
+    "acme/rows": ["the Hub shows you no such model"],  # a dataset
+    "acme/tiny-llama@v9": ["no such branch, tag or commit"],
+}
+
+
+def test_refusals_name_the_repository_and_the_next_step(hub, on_hub, repositories):
+    hub.add("acme/closed", repositories[0])
+    hub.gated.add("acme/closed")
+    refused = on_hub("-c", REFUSALS, *MODEL_REFUSED, HF_TOKEN=TOKEN)
+    assert refused.returncode == 0, refused.stderr
+    lines = refused.stdout.splitlines()
+    assert len(lines) == 2 * len(MODEL_REFUSED)
+    for number, (name, words) in enumerate(MODEL_REFUSED.items()):
+        repository, _, revision = name.partition("@")
+        for line in lines[2 * number : 2 * number + 2]:
+            named = f"cannot load {repository} (revision {revision or 'main'}): "
+            assert line.startswith(f"model.base: {named}")
+            assert all(word in line for word in words)
+    assert TOKEN not in refused.stdout + refused.stderr
+
+
+def test_pickled_weights_are_neither_read_nor_converted_by_a_bot(hub, on_hub, repositories):
+    base = repositories[0]
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"pickled")
+    refused = on_hub("-c", REFUSALS, "acme/tiny-llama")
+    assert refused.returncode == 0, refused.stderr
+    tokenizer, weights = refused.stdout.splitlines()
+    assert tokenizer == "loaded"
+    assert "acme/tiny-llama (revision main): it has no safetensors weights" in weights
+    asked = {path for _, path, _ in hub.requests}
+    assert not any("pytorch_model" in path or "discussions" in path for path in asked)
+    assert all("acme/tiny-llama" in path for path in asked)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            "{base: acme/nothing, revision: v1}",
+            ["acme/nothing (revision v1)", "no such model", "gated", "`hf auth login`"],
+        ),
+        (
+            "{base: acme/tiny-llama, revision: v9}",
+            ["acme/tiny-llama (revision v9)", "no such branch, tag or commit"],
+        ),
+    ],
+)
+def test_the_command_refuses_in_two_lines_and_exits_with_2(
+    on_hub, repositories, tmp_path, model, words
+):
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: hub\nmodel: {model}\ndata: {{train: rows/train.jsonl}}\n", encoding="utf-8"
+    )
+    command = ("-m", "finequant.recipes.run", "train", "recipe.yaml")
+    refused = on_hub(*command, HF_TOKEN=TOKEN)
+    assert refused.returncode == 2
+    *notes, message = refused.stderr.splitlines()
+    assert message.startswith("error: model.base: cannot load acme/")
+    for word in words:
+        assert word in message
+    assert all(note.startswith(("data: ", "train: ")) for note in notes)
+    assert TOKEN not in refused.stdout + refused.stderr
