@@ -233,14 +233,22 @@ def save_initial_adapter(model: PeftModel, folder: Path) -> None:
     config.init_lora_weights = init
 
 
-def save_adapter(model: PeftModel, folder: Path, initial: Path | None) -> None:
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    initial: Path | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, an adapter of the unchanged base.
 
+    `weights`: the model's state, gathered from the processes that share it (FSDP, ZeRO-3).
     With `initial`, the difference to that starting point is written (rank doubles), as peft
     documents for PiSSA (https://arxiv.org/abs/2404.02948).
     """
     model.save_pretrained(
-        folder, path_initial_model_for_weight_conversion=str(initial) if initial else None
+        folder,
+        state_dict=weights,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
     )
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

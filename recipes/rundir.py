@@ -78,12 +78,15 @@ class RunDir:
         if not self.manifest_file.exists():
             return {}
         try:
-            return json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(
-                f"{self.manifest_file}: damaged, not valid JSON; "
-                "delete it to redo every stage of this run"
-            ) from None
+            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+            if all(entry.keys() >= {"inputs", "outputs"} for entry in manifest.values()):
+                return manifest
+        except (ValueError, AttributeError):  # no JSON, or not of objects
+            pass
+        raise UserError(
+            f"{self.manifest_file}: damaged, not what a stage has written; "
+            "delete it to redo every stage of this run"
+        )
 
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
@@ -111,8 +114,9 @@ class RunDir:
         if entry is None or not all(path.exists() for path in self.outputs(stage)):
             return None
         old, new = entry["inputs"], self.inputs(recipe, stage)
+        said = _flat(recipe.model_dump(mode="json"))
         return [
-            f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            _change(key, old.get(key, "absent"), new.get(key, "absent"), said.get(key))
             for key in sorted({*old, *new})
             if old.get(key, "absent") != new.get(key, "absent")
         ] + [
@@ -149,9 +153,11 @@ class RunDir:
     def _keep_as_previous(self, target: Path) -> None:
         folder = self.root / "previous"
         folder.mkdir(exist_ok=True)
-        number = len(list(folder.glob(f"{target.name}-*"))) + 1
-        target.rename(folder / f"{target.name}-{number}")
-        print(f"kept the earlier {target.name}/ as {folder / f'{target.name}-{number}'}")
+        number = 1
+        while (kept := folder / f"{target.name}-{number}").exists():
+            number += 1
+        target.rename(kept)
+        print(f"kept the earlier {target.name}/ as {kept}")
 
     def record(self, recipe: Recipe, stage: str, inputs: dict[str, Any], **figures: Any) -> None:
         """Writes the stage's manifest entry and the resolved recipe: the stage is done."""
@@ -185,7 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process in bytes, and of its GPU's where there is one."""
+    """Peak resident memory of this process in bytes; what it took of a GPU's is not in it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -232,6 +238,13 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
         for name, item in pairs
         for key, value in _flat(item, f"{prefix}{dot}{name}").items()
     }
+
+
+def _change(key: str, old: Any, new: Any, said: Any) -> str:
+    """A changed input in words; for files and folders, whose hashes say nothing, their names."""
+    if str(old).startswith("sha256:") and str(new).startswith("sha256:"):
+        return f"{key}: {said} has other content" if said else f"{key} has other content"
+    return f"{key}: {old} -> {new}"
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

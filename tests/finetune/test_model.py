@@ -16,6 +16,7 @@ from finequant.finetune.model import (
     load_tokenizer,
     locate_base,
     lora_config,
+    save_adapter,
     stored_dtype,
     training_precision,
 )
@@ -435,6 +436,23 @@ def test_unknown_lora_targets_are_named(tiny_base, name):
     message = str(caught.value)
     assert f"lora.target_modules: the model has no linear layer {name}; it has " in message
     assert message.endswith("down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+
+
+def test_gathered_weights_are_what_is_saved(tiny_base, tmp_path):
+    from peft import get_peft_model
+    from safetensors.torch import load_file
+
+    base = load(tiny_base)
+    model = get_peft_model(base, lora_config(Lora(), base))
+    save_adapter(model, tmp_path / "own", None)
+    gathered = {name: weight + 1 for name, weight in model.state_dict().items()}
+    save_adapter(model, tmp_path / "gathered", None, gathered)
+    own, other = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "gathered")
+    )
+    assert own.keys() == other.keys()
+    assert all(torch.equal(other[name], own[name] + 1) for name in own)
+    assert not (tmp_path / "own" / "README.md").exists()
 
 
 @pytest.fixture

@@ -1,15 +1,14 @@
 """The quickstart dataset: reproducible, unambiguous, and its test split never shown in training.
 
-The requests are read back here by a small parser of their own, so a wrong time or a value cut
+The requests are read back here by a small parser of their own, so a time or another value cut
 short in the files fails, whatever the generator believes.
 """
 
 import importlib.util
-import itertools
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,13 @@ CLOSED = {
 LEAD_IN = re.compile(
     r"(hey, |ok, |so, |hi, |(could|can) you please |(could|can|would) you |please )?"
 )
-TO_24_HOURS = {"am": 0, "pm": 12, "morning": 0, "afternoon": 12, "evening": 12, "night": 12}
-HOUR_NAMES = "one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-PAST = {"quarter past": (0, 15), "half past": (0, 30), "quarter to": (-1, 45)}
+# A time of day as it may be said, with all that belongs to it: "half past six" alone is none.
+HOUR_NAME = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+TIME = (
+    r"(?:\d{1,2}(?::\d\d)? [ap]m|\d\d:\d\d"
+    rf"|(?:(?:quarter past|half past|quarter to) )?(?:{HOUR_NAME})"
+    r" (?:tonight|at night|in the (?:morning|afternoon|evening)))"
+)
 
 
 def load_generator():
@@ -68,19 +71,6 @@ def bare(prompt):
     return request if keep_capital else request[0].lower() + request[1:]
 
 
-def clock(said):
-    """HH:MM of a time as it is said in a request."""
-    if re.fullmatch(r"\d\d:\d\d", said):
-        return said
-    said = said.replace("tonight", "at night")
-    quarters = re.match("|".join(PAST), said)
-    before, past = PAST[quarters[0]] if quarters else (0, 0)
-    words = said.removeprefix(quarters[0] if quarters else "").split()
-    hour, _, minute = words[0].partition(":")
-    hour = (int(hour) if hour.isdigit() else HOUR_NAMES.index(hour) + 1) + before
-    return f"{hour % 12 + TO_24_HOURS[words[-1]]:02}:{int(minute or past):02}"
-
-
 def pattern(phrasing, action, said):
     """Matches the requests in one phrasing, each slot a group of all that can be said for it."""
     text = re.sub(r"[?.]$", "", phrasing)
@@ -99,13 +89,15 @@ def pattern(phrasing, action, said):
 def all_patterns():
     """(action, phrasing, is it unseen, its pattern) for every phrasing of the grammar.
 
-    A slot may hold any value of either side, so an overlap in wording shows whatever the values.
+    A slot may hold any value of either side, so an overlap in wording shows whatever the values;
+    and a time anything that is one.
     """
     said = {}
     for action, rule in make_quickstart.ACTIONS.items():
         for key, slot in rule.slots.items():
             values = {text for style in slot.seen + slot.unseen for text in style}
-            said[action, key] = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
+            literal = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
+            said[action, key] = TIME if key == "time" else literal
     return [
         (action, phrasing, unseen, pattern(phrasing, action, said))
         for action, rule in make_quickstart.ACTIONS.items()
@@ -121,9 +113,7 @@ def parse(action, match):
         said = match.groupdict().get(key)
         if said is None:
             continue
-        if key == "time":
-            values[key] = clock(said)
-        elif (action, key) in CLOSED:
+        if (action, key) in CLOSED:
             values[key] = slot.seen[0][said]
         else:
             values[key] = json.loads(said) if re.fullmatch(r"[\d.]+", said) else said
@@ -178,9 +168,9 @@ def test_completions_are_one_line_of_json_in_declared_order(split):
 def test_open_text_is_copied_and_numbers_are_numbers(split):
     for row, action in zip(ROWS[split], ACTIONS[split], strict=True):
         for key, value in action.items():
-            if key in ("action", "time") or (action["action"], key) in CLOSED:
+            if key == "action" or (action["action"], key) in CLOSED:
                 continue
-            assert str(value) in row["prompt"]
+            assert re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", row["prompt"])
             assert isinstance(value, int | float) == (key in ("level", "degrees", "amount"))
 
 
@@ -210,35 +200,62 @@ def test_every_phrasing_is_in_use(readings):
         assert set(rule.unseen) <= used["test"]
 
 
+def open_values(split):
+    """(action, key, value) for every value in a split that the test rows must not share."""
+    return [
+        (action["action"], key, value)
+        for action in ACTIONS[split]
+        for key, value in action.items()
+        if key != "action" and (action["action"], key) not in CLOSED
+    ]
+
+
 def test_test_values_of_open_slots_are_never_shown():
-    """Over all actions that share a key: a test room is in no training row of any action."""
-    shown, held_out = defaultdict(set), defaultdict(set)
-    for split, actions in ACTIONS.items():
-        values = held_out if split == "test" else shown
-        for action in actions:
-            for key, value in action.items():
-                if key != "action" and (action["action"], key) not in CLOSED:
-                    # "to" and "text" name different things in different actions
-                    name = key if key not in ("to", "text", "title", "name") else None
-                    values[name or (action["action"], key)].add(value)
-    assert set(shown) == set(held_out)
-    for key, values in held_out.items():
-        assert len(values) >= 5, key
-        assert values.isdisjoint(shown[key]), (key, values & shown[key])
-    people = ("send_message", "to"), ("call", "name")
-    for mine, other in itertools.permutations(people):
-        assert held_out[mine].isdisjoint(shown[other])
+    """In no slot of any action: a person in a test message is in no training call or song."""
+    shown = [*open_values("train"), *open_values("validation")]
+    held_out = open_values("test")
+    assert {(action, key) for action, key, _ in shown} == {(a, key) for a, key, _ in held_out}
+    texts = {value for _, _, value in shown if isinstance(value, str)}
+    assert texts.isdisjoint({value for _, _, value in held_out})
+    numbers = {(key, value) for _, key, value in shown}  # 50 may be a percentage and an amount
+    assert numbers.isdisjoint({(key, value) for _, key, value in held_out})
+    for name in {key for _, key, _ in held_out}:
+        assert len({value for _, key, value in held_out if key == name}) >= 5, name
 
 
-def test_training_shows_every_hour_and_minute_of_test_times():
-    """A test time is a new combination of an hour and a minute that training has elsewhere."""
+def test_training_values_of_open_text_are_many_and_each_is_rare():
+    """So that a value can only be copied, not learned by heart."""
+    counts = {}
+    for action, key, value in open_values("train"):
+        if isinstance(value, str):
+            counts.setdefault((action, key), Counter())[value] += 1
+    for slot, count in counts.items():
+        assert len(count) >= 25, slot
+        assert max(count.values()) <= (10 if slot[1] == "time" else 6), (slot, count)
+
+
+def test_half_of_the_training_timers_have_no_name():
+    timers = [action for action in ACTIONS["train"] if action["action"] == "set_timer"]
+    assert 0.45 <= sum("name" not in timer for timer in timers) / len(timers) <= 0.55
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_times_are_copied_whole(split):
+    """A time is all that was said of it, and a request that says one has one."""
+    for row, action in zip(ROWS[split], ACTIONS[split], strict=True):
+        said = re.findall(rf"(?<!\w){TIME}(?!\w)", row["prompt"])
+        assert said == ([action["time"]] if "time" in action else []), row
+
+
+def test_test_times_are_new_combinations_of_trained_words():
+    """All hours, minutes and parts of the day in a test time are in training times too."""
     times = {
         split: {action["time"] for action in actions if "time" in action}
         for split, actions in ACTIONS.items()
     }
-    for part in (0, 1):
-        trained = {time.split(":")[part] for time in times["train"]}
-        assert {time.split(":")[part] for time in times["test"]} <= trained
+    words = {split: set(re.findall(r"\w+", " ".join(said))) for split, said in times.items()}
+    assert words["test"] <= words["train"]
+    assert times["test"].isdisjoint(times["train"] | times["validation"])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -248,19 +265,22 @@ def test_word_times_are_few(split):
 
 
 @pytest.mark.parametrize(
-    ("said", "time"),
+    "said",
     [
-        ("7:45 am", "07:45"),
-        ("12:20 pm", "12:20"),
-        ("19:30", "19:30"),
-        ("7 pm", "19:00"),
-        ("ten tonight", "22:00"),
-        ("half past six in the morning", "06:30"),
-        ("quarter to nine in the evening", "20:45"),
-        ("quarter to one in the afternoon", "12:45"),
-        ("quarter to twelve in the morning", "11:45"),
-        ("quarter to twelve at night", "23:45"),
+        "7:45 pm",
+        "12:20 pm",
+        "19:30",
+        "7 am",
+        "ten tonight",
+        "nine in the evening",
+        "half past six in the morning",
+        "quarter to twelve at night",
     ],
 )
-def test_the_parser_here_reads_times(said, time):
-    assert clock(said) == time
+def test_the_parser_here_reads_times_whole(said):
+    assert re.search(TIME, f"wake me at {said} on Monday")[0] == said
+
+
+@pytest.mark.parametrize("said", ["7", "7:45", "half past six", "ten", "10 percent", "7:45 p"])
+def test_the_parser_here_reads_no_cut_time(said):
+    assert re.fullmatch(TIME, said) is None

@@ -1,0 +1,115 @@
+"""Launch configurations: accelerate reads them; what is the recipe's is left to the recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
+from transformers import LlamaForCausalLM, TrainingArguments
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "accelerate"
+KINDS = {
+    "cpu.yaml": DistributedType.NO,
+    "one_gpu.yaml": DistributedType.NO,
+    "several_gpus.yaml": DistributedType.MULTI_GPU,
+    "fsdp.yaml": DistributedType.FSDP,
+    "deepspeed_zero3.yaml": DistributedType.DEEPSPEED,
+}
+SECTIONS = ("fsdp_config", "deepspeed_config")
+
+
+def launch(name: str) -> tuple[object, dict[str, str]]:
+    """What `accelerate launch` makes of the file: its arguments, and the processes' environment."""
+    command = ["--config_file", str(FOLDER / name), "--main_process_port", "0", "train.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as launch_command does
+    if arguments.use_deepspeed:
+        return arguments, prepare_deepspeed_cmd_env(arguments)[1]
+    if arguments.multi_gpu or arguments.use_fsdp:
+        return arguments, prepare_multi_gpu_env(arguments)
+    return arguments, prepare_simple_launcher_cmd_env(arguments)[1]
+
+
+def test_every_file_is_tested():
+    assert {path.name for path in FOLDER.iterdir()} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_knows_every_key(name):
+    config = load_config_from_file(str(FOLDER / name))  # refuses unknown keys, but not in sections
+    assert type(config) is ClusterConfig
+    assert config.distributed_type == KINDS[name]
+    assert config.use_cpu == (name == "cpu.yaml")
+    assert (config.num_processes > 1) == (config.distributed_type != DistributedType.NO)
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    for section in SECTIONS:
+        assert set(getattr(config, section)) <= set(known)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_precision_is_left_to_the_recipe(name, tmp_path, monkeypatch):
+    _, environment = launch(name)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment["ACCELERATE_MIXED_PRECISION"])
+    for bf16, expected in ((False, "no"), (True, "bf16")):
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=bf16)
+        assert arguments.mixed_precision == expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_comment_is_the_command(name):
+    when, command, *rest = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    assert when.startswith("# ")
+    assert not rest[0].startswith("#")
+    words = command.removeprefix("# ").split()
+    assert words[:3] == ["accelerate", "launch", "--config_file"]
+    assert ROOT / words[3] == FOLDER / name
+    assert (ROOT / words[4]).is_file()
+    assert words[5].startswith("recipes/")
+
+
+def test_fsdp_shards_the_layers_of_a_llama(monkeypatch):
+    for variable, value in launch("fsdp.yaml")[1].items():
+        monkeypatch.setenv(variable, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.transformer_cls_names_to_wrap == list(LlamaForCausalLM._no_split_modules)
+    assert plugin.cpu_ram_efficient_loading is True
+    assert plugin.activation_checkpointing is False
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)  # so that one process can save it
+
+
+def test_deepspeed_gathers_what_is_saved_and_leaves_the_batch_to_the_recipe():
+    environment = launch("deepspeed_zero3.yaml")[1]
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+    assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment
+    assert "ACCELERATE_GRADIENT_CLIPPING" not in environment
+
+
+@pytest.mark.slow
+def test_training_starts_through_accelerate_launch(recipe_file):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(FOLDER / "cpu.yaml"), str(ROOT / "finetune" / "train.py")]
+    run = subprocess.run(
+        [*command, str(recipe_file), "train.max_steps=1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    folder = recipe_file.parent / "run" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["r"] == 4
+    assert (folder / "adapter_model.safetensors").stat().st_size > 0

@@ -1,0 +1,320 @@
+"""The run directory: what is done, what is stale and why, and that writing never loses anything."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import STAGES, RunDir, content_hash
+from finequant.recipes.schema import Recipe
+
+RECIPE = """\
+name: tiny
+output_dir: run
+model: {base: base, chat_template: chat.jinja}
+data:
+  train: [rows.jsonl, {source: acme/rows, weight: 0.5}]
+  test: test.jsonl
+lora: {rank: 4}
+evaluate:
+  task_folder: tasks
+  perplexity: [{name: text, source: text.txt}]
+"""
+FILES = {
+    "base/config.json": "{}",
+    "base/model.safetensors": "weights",
+    "chat.jinja": "{{ messages }}",
+    "rows.jsonl": "{}\n",
+    "test.jsonl": "{}\n",
+    "tasks/own.yaml": "task: own",
+    "text.txt": "words",
+    "recipe.yaml": RECIPE,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A recipe, all that it names, and a current folder in which its run directory will be."""
+    home = tmp_path / "home"
+    for name, content in FILES.items():
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.chdir(home)
+    return home
+
+
+def load(folder: Path, *overrides: str) -> tuple[Recipe, RunDir]:
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    return recipe, RunDir.of(recipe)
+
+
+def finish(recipe: Recipe, run: RunDir, *stages: str) -> None:
+    """Does what a stage does to the run directory, with artefacts of one file."""
+    for stage in stages or STAGES:
+        inputs = run.inputs(recipe, stage)
+        for path in run.outputs(stage):
+            if path.suffix:
+                path.write_text(f"of {stage}", encoding="utf-8")
+            else:
+                with run.writing(path, recipe) as partial:
+                    (partial / "weights").write_text(f"of {stage}", encoding="utf-8")
+        run.record(recipe, stage, inputs, seconds=1.0)
+
+
+def changes(folder: Path, *overrides: str) -> dict[str, list[str] | None]:
+    recipe, run = load(folder, *overrides)
+    return {stage: run.what_changed(recipe, stage) for stage in STAGES}
+
+
+# Hashes of content
+
+
+def test_content_hash_of_folders(tmp_path):
+    def fill(name: str, **files: str) -> str:
+        (tmp_path / name / "inside").mkdir(parents=True)
+        for file, content in files.items():
+            (tmp_path / name / "inside" / file).write_text(content, encoding="utf-8")
+        return content_hash(tmp_path / name)
+
+    first = fill("first", a="1", b="2")
+    assert fill("second", b="2", a="1") == first
+    others = [
+        fill("content", a="1", b="3"),
+        fill("names", a="1", c="2"),
+        fill("swapped", a="2", b="1"),
+        fill("fewer", a="1"),
+        fill("more", a="1", b="2", c=""),
+    ]
+    assert len({first, *others}) == 6
+    (tmp_path / "first" / "inside").rename(tmp_path / "first" / "elsewhere")
+    assert content_hash(tmp_path / "first") != first
+
+
+def test_content_hash_sees_no_time_and_no_training_log(tmp_path):
+    file = tmp_path / "weights"
+    file.write_text("1", encoding="utf-8")
+    before = content_hash(file), content_hash(tmp_path)
+    os.utime(file, (0, 0))
+    (tmp_path / "training_log.json").write_text("[]", encoding="utf-8")
+    assert (content_hash(file), content_hash(tmp_path)) == before
+
+
+# What is done and what is stale
+
+
+def test_stages_are_new_then_up_to_date(folder):
+    assert changes(folder) == dict.fromkeys(STAGES)
+    finish(*load(folder))
+    assert changes(folder) == {stage: [] for stage in STAGES}
+
+
+# (override, stage -> what it says; the others are up to date)
+OVERRIDES = [
+    ("lora.rank=8", {"train": ["lora.rank: 4 -> 8"]}),
+    ("train.learning_rate=1e-3", {"train": ["train.learning_rate: 0.0002 -> 0.001"]}),
+    ("quantize.group_size=64", {"quantize": ["quantize.group_size: 32 -> 64"]}),
+    ("quantize.head=float", {"quantize": ["quantize.head: quantize -> float"]}),
+    ("evaluate.samples=1", {"evaluate": ["evaluate.samples: 5 -> 1"]}),
+    ("evaluate.gate.max_accuracy_drop=0.1", {
+        "evaluate": ["evaluate.gate.max_accuracy_drop: None -> 0.1"]
+    }),
+    ("seed=3", {"train": ["seed: 0 -> 3"], "evaluate": ["seed: 0 -> 3"]}),
+    ("data.max_length=64", {
+        "train": ["data.max_length: 1024 -> 64"],
+        "evaluate": ["data.max_length: 1024 -> 64"],
+    }),
+    ("data.train.1.weight=2.0", {
+        "train": ["data.train.1.weight: 0.5 -> 2.0"],
+        "evaluate": ["data.train.1.weight: 0.5 -> 2.0"],
+    }),
+    ("quantize.dtype=bfloat16", {
+        "quantize": ["quantize.dtype: auto -> bfloat16"],
+        "evaluate": ["quantize.dtype: auto -> bfloat16"],
+    }),
+    ("name=other", {}),
+    ("publish.private=false", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[key for key, _ in OVERRIDES])
+def test_a_changed_key_is_named_where_it_matters(folder, override, expected):
+    finish(*load(folder))
+    assert changes(folder, override) == {stage: expected.get(stage, []) for stage in STAGES}
+    assert changes(folder) == {stage: [] for stage in STAGES}
+
+
+CHANGED_FILES = {
+    "rows.jsonl": ("data.train.0.source", {"train", "evaluate"}),
+    "test.jsonl": ("data.test.0.source", {"train", "evaluate"}),
+    "text.txt": ("evaluate.perplexity.0.source", {"evaluate"}),
+    "tasks/own.yaml": ("evaluate.task_folder", {"evaluate"}),
+    "chat.jinja": ("model.chat_template", set(STAGES)),
+    "base/model.safetensors": ("model.base", set(STAGES)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_FILES)
+def test_a_changed_file_is_named_where_it_matters(folder, name):
+    finish(*load(folder))
+    (folder / name).write_text("other", encoding="utf-8")
+    key, stages = CHANGED_FILES[name]
+    named = folder / Path(name).parent if "/" in name else folder / name
+    for stage, said in changes(folder).items():
+        assert said == ([f"{key}: {named} has other content"] if stage in stages else [])
+
+
+def test_a_new_source_is_a_change(folder):
+    finish(*load(folder))
+    said = changes(folder, "data.validation=test.jsonl")["train"]
+    assert "data.validation: [] -> absent" in said
+    assert any(line.startswith("data.validation.0.source: absent -> sha256:") for line in said)
+
+
+def test_an_artefact_edited_by_hand_is_noticed_downstream(folder):
+    finish(*load(folder))
+    (folder / "run/quantized/weights").write_text("mine", encoding="utf-8")
+    assert changes(folder) == {
+        "train": [],
+        "quantize": ["quantized: changed since quantize wrote it"],
+        "evaluate": ["quantized/ has other content"],
+    }
+
+
+def test_another_adapter_reaches_quantize_and_evaluate(folder):
+    recipe, run = load(folder)
+    finish(recipe, run)
+    with run.writing(run.adapter, recipe) as partial:
+        (partial / "weights").write_text("trained again", encoding="utf-8")
+    run.record(recipe, "train", run.inputs(recipe, "train"), seconds=1.0)
+    stale = ["adapter/ has other content"]
+    assert changes(folder) == {"train": [], "quantize": stale, "evaluate": stale}
+
+
+@pytest.mark.parametrize(("stage", "name"), [("train", "adapter"), ("evaluate", "report.md")])
+def test_a_deleted_output_is_made_again(folder, stage, name):
+    finish(*load(folder))
+    path = folder / "run" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert changes(folder)[stage] is None
+
+
+def test_a_copy_in_another_folder_has_equal_inputs(folder, tmp_path, monkeypatch):
+    finish(*load(folder))
+    copy = tmp_path / "another" / "machine"
+    shutil.copytree(folder, copy)
+    here, there = load(folder), load(copy)
+    for stage in STAGES:
+        inputs = here[1].inputs(here[0], stage)
+        assert inputs == there[1].inputs(there[0], stage)
+        assert str(folder) not in json.dumps(inputs)
+    monkeypatch.chdir(copy)
+    assert changes(copy) == {stage: [] for stage in STAGES}
+
+
+def test_a_stage_needs_what_the_one_before_made(folder):
+    recipe, run = load(folder)
+    with pytest.raises(UserError, match=r"run.adapter does not exist: run `finequant train REC"):
+        run.require("train")
+    finish(recipe, run, "train")
+    run.require("train")
+
+
+def test_the_default_run_directory(folder):
+    recipe, _ = load(folder, "output_dir=null")
+    assert RunDir.of(recipe).root == Path("runs/tiny")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_fails_leaves_the_old_artefact(folder, error):
+    recipe, run = load(folder)
+    finish(recipe, run)
+    with pytest.raises(error), run.writing(run.adapter, recipe) as partial:
+        (partial / "weights").write_text("half", encoding="utf-8")
+        raise error
+    assert (run.adapter / "weights").read_text(encoding="utf-8") == "of train"
+    assert not (run.root / "previous").exists()
+    assert changes(folder) == {stage: [] for stage in STAGES}
+    with run.writing(run.adapter, recipe) as partial:
+        assert list(partial.iterdir()) == []
+
+
+def test_earlier_adapters_are_kept_and_other_artefacts_replaced(folder, capsys):
+    recipe, run = load(folder)
+    previous = run.root / "previous"
+
+    def write(target: Path, content: str) -> None:
+        with run.writing(target, recipe) as partial:
+            (partial / "weights").write_text(content, encoding="utf-8")
+
+    for content in ("one", "two", "three"):
+        write(run.adapter, content)
+        write(run.quantized, content)
+    assert "kept the earlier adapter/ as run/previous/adapter-1" in capsys.readouterr().out
+    kept = {path.name: (path / "weights").read_text("utf-8") for path in previous.iterdir()}
+    assert kept == {"adapter-1": "one", "adapter-2": "two"}
+    for artefact in (run.adapter, run.quantized):
+        assert (artefact / "weights").read_text(encoding="utf-8") == "three"
+    shutil.rmtree(previous / "adapter-1")
+    write(run.adapter, "four")
+    kept = {(path / "weights").read_text(encoding="utf-8") for path in previous.iterdir()}
+    assert kept == {"two", "three"}
+    assert not list(run.root.glob("*.partial"))
+
+
+def test_the_recipe_beside_each_artefact_is_the_recipe(folder, monkeypatch):
+    recipe, run = load(folder, "train.learning_rate=1e-3", "data.system='a\nb: {c}'")
+    finish(recipe, run)
+    expected = recipe.model_copy(update={"output_dir": None})
+    monkeypatch.chdir("/")
+    for place in ("run", "run/adapter", "run/quantized"):
+        assert load_recipe(folder / place / "recipe.yaml") == expected
+
+
+# The manifest
+
+
+def test_what_a_stage_records(folder):
+    recipe, run = load(folder, "seed=5")
+    finish(recipe, run, "train")
+    entry = json.loads((folder / "run/manifest.json").read_text(encoding="utf-8"))["train"]
+    assert entry["inputs"] == run.inputs(recipe, "train")
+    assert entry["outputs"] == {"adapter": content_hash(run.adapter)}
+    assert entry["seed"] == 5
+    assert entry["seconds"] == 1.0
+    assert entry["peak_memory_bytes"] > 2**20
+    assert entry["versions"].keys() >= {"python", "torch", "transformers", "peft", "torchao"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"train": 1}', '{"train": {}}'])
+def test_a_damaged_manifest_is_named_with_the_next_step(folder, content):
+    recipe, run = load(folder)
+    finish(recipe, run)
+    run.manifest_file.write_text(content, encoding="utf-8")
+    for use in (run.manifest, lambda: run.what_changed(recipe, "train")):
+        with pytest.raises(UserError) as caught:
+            use()
+        message = str(caught.value)
+        assert message.startswith("run/manifest.json: damaged")
+        assert message.endswith("delete it to redo every stage of this run")
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
+    recipe, run = load(folder)
+    finish(recipe, run, "train")
+    before = run.manifest()
+
+    def full_disk(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run.record(recipe, "train", {}, seconds=2.0)
+    assert run.manifest() == before
