@@ -20,6 +20,7 @@ from finequant.recipes.rundir import RunDir, Stopwatch, replace_text
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
@@ -45,6 +46,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         load_base,
         load_tokenizer,
         lora_config,
+        save_adapter,
         training_precision,
     )
 
@@ -61,8 +63,14 @@ def train(recipe: Recipe, run: RunDir) -> None:
     trainer = _trainer(recipe, run, base, tokenizer, lora_config(recipe.lora, base), splits)
     initial = _initial_adapter(recipe, run, trainer)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run, inputs, trainer))
+    weights = _gathered_weights(trainer)
     if trainer.is_world_process_zero():
-        _save(recipe, run, trainer, tokenizer, initial)
+        with run.writing(run.adapter, recipe) as folder:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(model, folder, initial, weights)
+            tokenizer.save_pretrained(folder)
+            log = json.dumps(trainer.state.log_history, indent=1)
+            (folder / "training_log.json").write_text(log, encoding="utf-8")
         tokens = trainer.state.num_input_tokens_seen
         run.record(
             recipe,
@@ -194,20 +202,11 @@ def _last_checkpoint(run: RunDir, inputs: dict, trainer: SFTTrainer) -> str | No
     return checkpoint
 
 
-def _save(
-    recipe: Recipe,
-    run: RunDir,
-    trainer: SFTTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    initial: Path | None,
-) -> None:
-    from finequant.finetune.model import save_adapter
-
-    with run.writing(run.adapter, recipe) as folder:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, initial)
-        tokenizer.save_pretrained(folder)
-        log = json.dumps(trainer.state.log_history, indent=1)
-        (folder / "training_log.json").write_text(log, encoding="utf-8")
+def _gathered_weights(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
+    """Under FSDP and ZeRO-3 every process holds a part; gathering needs all of them."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 def _training_seconds(trainer: SFTTrainer) -> float:

@@ -69,9 +69,11 @@ def run(
         ran = True
     if ran:
         say(f"done in {time.monotonic() - started:.0f} s: {directory.root}")
-    else:
-        _show_report(directory)
-        say(f"nothing to do: {directory.root} is up to date")
+        return
+    passed = _show_report(directory)
+    say(f"nothing to do: {directory.root} is up to date")
+    if not passed:
+        sys.exit(1)
 
 
 @app.command()
@@ -175,10 +177,13 @@ def _remaining(directory, done: int) -> str:
     return f" (about {sum(known) / 60:.0f} min to go, by the last run)"
 
 
-def _show_report(directory) -> None:
+def _show_report(directory) -> bool:
+    """Prints the table of the last evaluation; whether its gate passed."""
     from finequant.evaluate.report import print_table
 
-    print_table(json.loads(directory.report.read_text(encoding="utf-8")))
+    report = json.loads(directory.report.read_text(encoding="utf-8"))
+    print_table(report)
+    return report["gate"]["passed"]
 
 
 if __name__ == "__main__":

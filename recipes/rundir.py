@@ -168,6 +168,7 @@ class RunDir:
             "seed": recipe.seed,
             "versions": versions(),
             "peak_memory_bytes": peak_memory(),
+            "peak_gpu_memory_bytes": peak_gpu_memory(),
             **figures,
         }
         write_recipe(recipe, self.root / "recipe.yaml")
@@ -194,6 +195,13 @@ def peak_memory() -> int:
     """Peak resident memory of this process in bytes; what it took of a GPU's is not in it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory() -> int:
+    """Peak bytes that torch allocated on the GPU of this process; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def content_hash(path: Path) -> str:

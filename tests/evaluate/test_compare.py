@@ -1,0 +1,173 @@
+"""evaluate/compare.py: three models, the same tokens, one report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def finished(recipe_file):
+    """Trains, quantizes and evaluates; returns the report, and a function that evaluates again."""
+    from finequant.evaluate.compare import main as compare
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    def run(*overrides: str) -> dict:
+        arguments = [str(recipe_file), "train.learning_rate=1e-2", *overrides]
+        train(arguments)
+        convert(arguments)
+        compare(arguments)
+        return report_of(recipe_file)
+
+    return run
+
+
+def report_of(recipe_file: Path) -> dict:
+    return json.loads((recipe_file.parent / "run" / "report.json").read_text())
+
+
+def test_the_report_has_all_three_models_on_the_same_tokens(finished, recipe_file):
+    report = finished()
+    assert list(report["models"]) == ["base", "tuned", "quantized"]
+    for corpus in ("text", "held_out"):
+        tokens = {model["perplexity"][corpus]["tokens"] for model in report["models"].values()}
+        assert len(tokens) == 1
+    base, tuned, quantized = report["models"].values()
+    assert tuned["perplexity"]["held_out"]["token"] < base["perplexity"]["held_out"]["token"]
+    assert quantized["perplexity"]["held_out"] != tuned["perplexity"]["held_out"]
+    assert tuned["size_bytes"] > quantized["size_bytes"]
+    for model in report["models"].values():
+        assert model["tasks"]["held_out"]["exact_match"]["n"] == 8
+    assert len(report["layers"]) == 15
+    assert [set(sample["answers"]) for sample in report["samples"]] == 5 * [set(report["models"])]
+    assert 0 < report["divergence"]["kl"]["value"] < 0.1
+    assert report["gate"] == {"passed": True, "checks": []}
+    run = recipe_file.parent / "run"
+    assert {path.name for path in (run / "plots").iterdir()} == {
+        "comparison.png",
+        "layers.png",
+        "loss.png",
+    }
+    assert "| base |" in (run / "report.md").read_text()
+
+
+def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tiny_base, tokenizer):
+    """Recomputed from logits of each artefact, loaded the way a user would load it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.tokens import encode
+    from finequant.recipes.load import load_recipe
+
+    report = finished()
+    run, recipe = recipe_file.parent / "run", load_recipe(recipe_file)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    models = {
+        "base": base,
+        "quantized": AutoModelForCausalLM.from_pretrained(run / "quantized"),
+        "tuned": PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_base), run / "adapter"
+        ),
+    }
+    for name, model in models.items():
+        total = count = 0
+        for row in load_splits(recipe.data, recipe.seed).test:
+            encoded = encode(row, tokenizer, recipe.data)
+            labels = torch.tensor(encoded.labels)[1:]
+            with torch.no_grad():
+                logits = model(torch.tensor([encoded.input_ids])).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += (labels != -100).sum().item()
+        expected = torch.tensor(total / count).exp().item()
+        measured = report["models"][name]["perplexity"]["held_out"]
+        assert measured["token"] == pytest.approx(expected, rel=1e-4)
+        assert measured["tokens"] == count
+
+
+def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file, capsys):
+    from finequant.evaluate.compare import main as compare
+
+    first = finished()
+    arguments = [str(recipe_file), "train.learning_rate=1e-2"]
+    capsys.readouterr()
+    compare(arguments)
+    said = capsys.readouterr().err
+    assert said.count("measured before, unchanged") == 3
+    assert report_of(recipe_file) == first
+    compare([*arguments, "evaluate.limit=4"])
+    assert "measured before" not in capsys.readouterr().err
+    assert report_of(recipe_file)["models"]["base"]["tasks"]["held_out"]["exact_match"]["n"] == 4
+
+
+def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
+    finished()
+    capsys.readouterr()
+    from finequant.evaluate.compare import main as compare
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.learning_rate=1e-2", "quantize.bits=8"]
+    convert(arguments)
+    compare(arguments)
+    said = capsys.readouterr().err
+    assert "evaluate: base: measured before, unchanged" in said
+    assert "evaluate: quantized: answering 8 held-out rows" in said
+    assert "tuned: answering" not in said
+
+
+def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        finished("evaluate.gate.max_perplexity_increase=0", "quantize.bits=2")
+    assert exit_.value.code == 1
+    report = report_of(recipe_file)
+    assert not report["gate"]["passed"]
+    assert {check["limit"] for check in report["gate"]["checks"]} == {0}
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_nothing_to_measure_on(finished, recipe_file, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        finished("data.test=[]", "evaluate.perplexity=[]")
+    assert exit_.value.code == 2
+    assert "nothing to measure on" in capsys.readouterr().err
+
+
+def test_multiple_choice_and_text_metrics(finished):
+    report = finished(
+        "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",
+        "evaluate.choices=completions",
+        "evaluate.limit=4",
+    )
+    scores = report["models"]["tuned"]["tasks"]["held_out"]
+    assert set(scores) == {"multiple_choice", "f1", "rouge", "bleu", "chrf", "json_match"}
+    assert all(score["n"] == 4 for score in scores.values())
+
+
+def test_divergence_on_distributions_worked_out_by_hand():
+    from finequant.evaluate.divergence import divergence
+
+    tuned = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    quantized = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    found = divergence(tuned, quantized)
+    by_hand = 0.5 * torch.log(torch.tensor([0.5 / 0.25, 0.5 / 0.75])).sum().item()
+    assert found["tokens"] == 2
+    assert found["kl"]["value"] == pytest.approx(by_hand / 2)
+    assert found["top1_agreement"]["value"] == 0.5
+
+
+def test_dequantizing_once_changes_nothing_and_is_checked(finished, recipe_file):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.dequantized import dequantize_once
+
+    finished()
+    folder = recipe_file.parent / "run" / "quantized"
+    shipped = AutoModelForCausalLM.from_pretrained(folder).eval()
+    measured = dequantize_once(AutoModelForCausalLM.from_pretrained(folder).eval(), [5, 6])
+    ids = torch.randint(0, 300, (3, 40))
+    with torch.inference_mode():
+        assert torch.equal(shipped(ids).logits, measured(ids).logits)
