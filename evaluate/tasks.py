@@ -237,7 +237,8 @@ def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
     n = len(answers)
     score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
     # _ci is half the width of the 95% interval; 1.96 standard errors of a normal distribution.
-    return {"value": score.score, "stderr": score._ci / 1.96 if n > 1 else None, "n": n}
+    stderr = float(score._ci) / 1.96 if n > 1 else None
+    return {"value": float(score.score), "stderr": stderr, "n": n}
 
 
 def _canonical_json(text: str) -> str | None:

@@ -38,6 +38,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # peft looks for a config.json beside a GGUF base, to see whether the vocabulary has grown.
+    warnings.filterwarnings("ignore", message="Could not find a config file")
     # torchao warns of CUDA kernels that a CPU build of torch cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -653,7 +653,7 @@ ACTIONS = {
             "start the {name} timer with {amount} {unit}",
             "time the {name} for {amount} {unit}",
             "time {amount} {unit} for me",
-            "count down {amount} {unit}",
+            "run a countdown of {amount} {unit}",
             "give me {amount} {unit}[ for the {name}]",
             "put {amount} {unit} on the clock[ for the {name}]",
             "I need a timer for {amount} {unit}.",
@@ -772,7 +772,7 @@ ACTIONS = {
         slots={"name": PERSON, "mode": CALL_MODE},
         seen=[
             "call {name}[ {mode}]",
-            "call {name} now[ {mode}]",
+            "set up a call with {name}[ {mode}]",
             "call up {name}[ {mode}]",
             "phone {name}[ {mode}]",
             "ring {name}[ {mode}]",

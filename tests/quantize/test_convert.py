@@ -207,6 +207,7 @@ def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     start, _ = described["lm_head._weight_scale"]["data_offsets"]
     # An exponent bit of a scale of row 5; row 0, the padding token, has codes of zero only.
     content[8 + header + start + 4 * 2 * 5 + 3] ^= 0x01
+    file.unlink()  # the model in memory may be mapped to it
     file.write_bytes(content)
     with pytest.raises(UserError, match="reloaded logits differ"):
         check_reload(model, folder, [[5, 6, 7]])
