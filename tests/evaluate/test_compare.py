@@ -89,6 +89,7 @@ def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tin
         assert measured["tokens"] == count
 
 
+@pytest.mark.slow
 def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file, capsys):
     from finequant.evaluate.compare import main as compare
 
@@ -104,6 +105,7 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
     assert report_of(recipe_file)["models"]["base"]["tasks"]["held_out"]["exact_match"]["n"] == 4
 
 
+@pytest.mark.slow
 def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     finished()
     capsys.readouterr()
@@ -119,6 +121,7 @@ def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     assert "tuned: answering" not in said
 
 
+@pytest.mark.slow
 def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("evaluate.gate.max_perplexity_increase=0", "quantize.bits=2")
@@ -129,6 +132,7 @@ def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, 
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_to_measure_on(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("data.test=[]", "evaluate.perplexity=[]")
@@ -136,6 +140,7 @@ def test_nothing_to_measure_on(finished, recipe_file, capsys):
     assert "nothing to measure on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_multiple_choice_and_text_metrics(finished):
     report = finished(
         "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",

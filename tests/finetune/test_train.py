@@ -227,6 +227,23 @@ def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch
     assert "train.batch_size: 8 rows cannot be shared by 3 processes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.report_to=[wandb]", "train.report_to: not installed: wandb; pip install wandb"),
+        ("train.optimizer=adamz", "adamz"),
+        ("lora.target_modules=[q_prj]", "the model has no q_prj"),
+    ],
+)
+def test_what_only_the_libraries_know_is_still_one_message(recipe_file, capsys, override, message):
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file, override)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_adapter_of_one(recipe_file, tmp_path):
     alone = train(recipe_file, "train.micro_batch_size=8", f"output_dir={tmp_path / 'one'}")

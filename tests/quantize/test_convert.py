@@ -36,6 +36,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["quantize", "float"])
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ def test_dequantized_weights_are_the_merged_ones_within_half_a_step(quantize, re
     assert merged.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_merged_is_base_plus_adapter(quantize, recipe_file, tiny_base):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -155,6 +157,7 @@ def test_a_group_size_that_leaves_a_remainder(quantize, recipe_file, capsys, siz
     assert f"group sizes that do: {fitting}" in message
 
 
+@pytest.mark.slow
 def test_any_divisor_will_do(quantize, llama):
     base = llama("wide", hidden_size=192, intermediate_size=384, num_attention_heads=6)
     folder = quantize(f"model.base={base}", "quantize.group_size=48")
@@ -175,6 +178,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_file, capsys):
     from finequant.quantize.convert import main as convert
 
