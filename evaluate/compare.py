@@ -197,13 +197,14 @@ def measure_model(
         multiple_choice,
         score_answers,
     )
+    from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count
 
     evaluate, tokenizer = recipe.evaluate, material.tokenizer
     size = _size_bytes(name, model, recipe, run)
     scores: dict[str, Any] = {
         "size_bytes": size,
-        "bits_per_weight": 8 * size / parameter_count(_float_config(recipe)),
+        "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
         "perplexity": {
             corpus: measure(model, *texts, evaluate.batch_size, f"{name}: perplexity, {corpus}")
             for corpus, texts in material.corpora.items()
@@ -265,12 +266,6 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
     if recipe.evaluate.choices == "completions":
         return sorted({_answer_of(row) for row in rows if row.messages})
     return list(recipe.evaluate.choices or [])
-
-
-def _float_config(recipe: Recipe):
-    from finequant.finetune.model import load_config
-
-    return load_config(recipe.model)
 
 
 def _size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:

@@ -219,10 +219,11 @@ def _gathered_weights(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
 
 
 def _training_seconds(trainer: SFTTrainer) -> float:
-    return next(
-        (entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry),
-        0.0,
-    )
+    """Of this process; every entry of the log has the seconds so far."""
+    times = [
+        entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry
+    ]
+    return times[-1] if times else 0.0
 
 
 if __name__ == "__main__":

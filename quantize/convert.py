@@ -203,9 +203,7 @@ def _layer_table(
     originals = dict(merged.named_modules())
     table = []
     for name, module in quantized.named_modules():
-        if not (isinstance(module, torch.nn.Linear) and hasattr(module.weight, "dequantize")):
-            continue
-        if type(module.weight) is torch.nn.Parameter:
+        if not (isinstance(module, torch.nn.Linear) and hasattr(module.weight, "qdata")):
             continue
         noise = snr_db(originals[name].weight.detach(), module.weight.dequantize().detach())
         table.append(

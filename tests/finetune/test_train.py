@@ -64,6 +64,8 @@ def test_training_lowers_the_loss_and_logs_it(recipe_file):
         "recipe.yaml",
         "tokenizer.json",
     }
+    manifest = json.loads((adapter.parent / "manifest.json").read_text())["train"]
+    assert 0 < manifest["tokens_per_second"] * log[-1]["train_runtime"] < 30_000
     assert not [path for path in adapter.rglob("*") if path.suffix in {".bin", ".pt", ".pth"}]
 
 
