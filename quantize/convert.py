@@ -139,7 +139,8 @@ def check_reload(quantized: LlamaForCausalLM, folder: Path, prompts: list[list[i
         [sys.executable, "-P", "-c", RELOAD, str(folder), *files], capture_output=True, text=True
     )
     if process.returncode:
-        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {process.stderr}")
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {reason}")
     reloaded = load_file(files[1])
     actual = torch.stack([reloaded[name] for name in sorted(reloaded)])
     shutil.rmtree(exchange)
