@@ -245,6 +245,9 @@ def save_adapter(
     With `initial`, the difference to that starting point is written (rank doubles), as peft
     documents for PiSSA (https://arxiv.org/abs/2404.02948).
     """
+    # A set, which would be written in another order by each process.
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)
     model.save_pretrained(
         folder,
         state_dict=weights,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -176,9 +177,8 @@ def _when(steps: int | None) -> str:
 
 
 def _processes() -> int:
-    from accelerate import PartialState
-
-    return PartialState().num_processes
+    """As torchrun and accelerate say it; accelerate's own state is not yet set up for the CPU."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _initial_adapter(recipe: Recipe, run: RunDir, trainer: SFTTrainer) -> Path | None:

@@ -234,7 +234,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch
     [
         ("train.report_to=[wandb]", "train.report_to: not installed: wandb; pip install wandb"),
         ("train.optimizer=adamz", "adamz"),
-        ("lora.target_modules=[q_prj]", "the model has no q_prj"),
+        ("lora.target_modules=[q_prj]", "the model has no linear layer q_prj"),
     ],
 )
 def test_what_only_the_libraries_know_is_still_one_message(recipe_file, capsys, override, message):
