@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
+from copy import deepcopy
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +71,23 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
 
 
 def load_config(model: Model) -> LlamaConfig:
-    """The base's configuration, without its weights.
+    """The base's configuration, without its weights; a copy of the caller's own.
 
     Raises:
         UserError: if it cannot be read, or is not that of a LlamaForCausalLM.
     """
+    if model.base.endswith(".gguf"):
+        return deepcopy(_read_gguf_config(model))
+    return _read_config(model)
+
+
+@functools.cache
+def _read_gguf_config(model: Model) -> LlamaConfig:
+    """Takes five seconds: transformers reads the whole file."""
+    return _read_config(model)
+
+
+def _read_config(model: Model) -> LlamaConfig:
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, model)
@@ -123,7 +137,7 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    load_config(model)
+    config = load_config(model)
     is_gguf = model.base.endswith(".gguf")
     # Left packed, GGUF weights can be neither trained on nor saved.
     options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
@@ -131,6 +145,7 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     base, found = _from_pretrained(
         AutoModelForCausalLM,
         model,
+        config=config,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

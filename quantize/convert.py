@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -182,7 +183,21 @@ def _quantize_and_save(
     # Where it was quantized from would be a path of this machine.
     quantized.config.name_or_path = ""
     quantized.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        _sort_metadata(file)
     return quantized.eval()
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes the metadata in another order in each process: equal runs, equal files."""
+    with file.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # As safetensors writes it: no spaces but at the end, non-ASCII as it is.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def _untie_head(model: LlamaForCausalLM) -> None:

@@ -36,6 +36,8 @@ def quiet_libraries() -> None:
     """Keeps what our users need to read apart from what libraries tell their developers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # a log file would be full of progress bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # peft looks for a config.json beside a GGUF base, to see whether the vocabulary has grown.
