@@ -165,18 +165,18 @@ def load_model(
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge import merge
-    from finequant.quantize.scheme import shipped_dtype
+    from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     say(f"evaluate: {name}: loading")
+    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
     if name == "base":
-        dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
         model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
         return dequantize_once(model.to(_device()), (prompts or [[0]])[0])
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
-    return model.to(_device()).eval()
+    return cast_weights(model, dtype).to(_device()).eval()
 
 
 def _device() -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.quantize.rounding import quantize_activations
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "qdata"):
             module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
-            module.register_forward_pre_hook(_quantize_activations)
+            module.register_forward_pre_hook(_quantize_inputs)
     with torch.inference_mode():
         actual = model(ids).logits
     if not torch.equal(actual, expected):
@@ -34,12 +35,7 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
     return model
 
 
-def _quantize_activations(
+def _quantize_inputs(
     module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    # Private, but the very function of the shipped model's forward; torchao exports no other.
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        _apply_int8_act_asym_per_token_quant_dequant as quantize_and_dequantize,
-    )
-
-    return (quantize_and_dequantize(inputs[0]), *inputs[1:])
+    return (quantize_activations(inputs[0]), *inputs[1:])

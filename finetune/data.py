@@ -82,19 +82,20 @@ def load_splits(data: Data, seed: int) -> Splits:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a .jsonl, .json, .csv or .parquet file as (where, row), where = "file:line".
+    """Rows of a .jsonl, .json, .csv or .parquet file as (where, row), where = "file:line"; a
+    .txt file is one row with a text.
 
     Raises:
         UserError: naming the line that cannot be read.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
     try:
         if path.suffix.lower() == ".parquet":
             rows = _read_parquet(path)
         elif path.suffix.lower() in readers:
             rows = list(readers[path.suffix.lower()](path))
         else:
-            raise UserError(f"{path}: expected a .jsonl, .json, .csv or .parquet file")
+            raise UserError(f"{path}: expected a .jsonl, .json, .csv, .parquet or .txt file")
     except UnicodeDecodeError:
         where = f"{path}:{_line_not_in_utf8(path)}"
         raise UserError(f"{where}: not UTF-8 text: save the file as UTF-8") from None
@@ -116,6 +117,11 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path.name}:{number}", _json_object(line, f"{path}:{number}")
+
+
+def _read_text(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    text = path.read_text(encoding="utf-8-sig")
+    return [(path.name, {"text": text})] if text.strip() else []
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -25,8 +25,10 @@ class Encoded(NamedTuple):
     """Tokens before truncation."""
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> Encoded:
-    """Tokens of a row, cut to data.max_length, and which of them are learned."""
+def encode(
+    row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, whole: bool = False
+) -> Encoded:
+    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are learned."""
     if not row.messages:
         ids = tokenizer(row.text)["input_ids"]
         if ids[-1:] != [tokenizer.eos_token_id]:
@@ -43,7 +45,17 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> Encoded:
             any(start < last and first < end for start, end in spans) for first, last in places
         ]
     labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
-    return Encoded(ids[: data.max_length], labels[: data.max_length], len(ids))
+    kept = len(ids) if whole else data.max_length
+    return Encoded(ids[:kept], labels[:kept], len(ids))
+
+
+def _split(item: Encoded, length: int) -> list[Encoded]:
+    """Pieces of `length` tokens; a last piece of a single token has nothing to learn."""
+    starts = range(0, max(1, len(item.input_ids) - 1), length)
+    return [
+        Encoded(part := item.input_ids[at : at + length], item.labels[at : at + length], len(part))
+        for at in starts
+    ]
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
@@ -61,7 +73,15 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
     """
     from datasets import Dataset
 
-    encoded = [(row, encode(row, tokenizer, data)) for row in rows]
+    encoded = [
+        (row, piece)
+        for row in rows
+        for piece in (
+            _split(encode(row, tokenizer, data, whole=True), data.max_length)
+            if data.long_rows == "split" and not row.messages
+            else [encode(row, tokenizer, data)]
+        )
+    ]
     long = [(row, item) for row, item in encoded if item.full_length > data.max_length]
     if long and data.long_rows == "error":
         names = [f"{row.where}: {item.full_length} tokens" for row, item in long]

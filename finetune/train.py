@@ -14,11 +14,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
-from finequant.recipes.rundir import RunDir, Stopwatch, replace_text
+from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, replace_text
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
+
+    from finequant.finetune.trainer import LoraTrainer
+    from finequant.quantize.rounding import Rounded
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +54,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         save_adapter,
         training_precision,
     )
+    from finequant.quantize.rounding import save_rounded
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train")
@@ -62,14 +66,21 @@ def train(recipe: Recipe, run: RunDir) -> None:
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model)
     base = load_base(recipe.model, dtype)
-    trainer = _trainer(recipe, run, base, tokenizer, lora_config(recipe.lora, base), splits)
+    arguments = _arguments(recipe, run, base, bool(splits.validation))
+    checkpoint = _last_checkpoint(run, inputs, arguments)
+    start = _rounded_base(recipe, run, arguments, base, tokenizer)
+    trainer = _trainer(recipe, arguments, base, tokenizer, lora_config(recipe.lora, base), splits)
+    layers = _round_in_training(recipe, trainer, start)
     initial = _initial_adapter(recipe, run, trainer)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run, inputs, trainer))
+    trainer.train(resume_from_checkpoint=checkpoint)
     weights = _gathered_weights(trainer)
     if trainer.is_world_process_zero():
         with run.writing(run.adapter, recipe) as folder:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, folder, initial, weights)
+            if layers:
+                rounded = {name: layer.rounded() for name, layer in layers.items()}
+                save_rounded(rounded, folder / ROUNDED)
             tokenizer.save_pretrained(folder)
             log = json.dumps(trainer.state.log_history, indent=1)
             (folder / "training_log.json").write_text(log, encoding="utf-8")
@@ -88,12 +99,12 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
 def _trainer(
     recipe: Recipe,
-    run: RunDir,
+    arguments: SFTConfig,
     base: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     lora: LoraConfig,
     splits,
-) -> SFTTrainer:
+) -> LoraTrainer:
     from transformers import EarlyStoppingCallback
 
     from finequant.finetune.tokens import to_dataset
@@ -102,7 +113,7 @@ def _trainer(
     patience = recipe.train.early_stopping_patience
     return LoraTrainer(
         model=base,
-        args=_arguments(recipe, run, base, bool(splits.validation)),
+        args=arguments,
         train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
         eval_dataset=(
             to_dataset(splits.validation, tokenizer, recipe.data) if splits.validation else None
@@ -192,23 +203,71 @@ def _initial_adapter(recipe: Recipe, run: RunDir, trainer: SFTTrainer) -> Path |
     return folder
 
 
-def _last_checkpoint(run: RunDir, inputs: dict, trainer: SFTTrainer) -> str | None:
+def _last_checkpoint(run: RunDir, inputs: dict, arguments: SFTConfig) -> str | None:
     """The newest checkpoint of a run with the same inputs; those of other inputs are removed."""
     from transformers.trainer_utils import get_last_checkpoint
 
     record = run.checkpoints / "inputs.json"
-    with trainer.args.main_process_first():
+    with arguments.main_process_first():
         same = record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs
-        if trainer.is_world_process_zero() and not same:
+        if arguments.process_index == 0 and not same:
             for stale in run.checkpoints.glob("checkpoint-*"):
                 say(f"train: {stale} was made with other inputs: removed")
                 shutil.rmtree(stale)
+            (run.checkpoints / ROUNDED).unlink(missing_ok=True)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             replace_text(record, json.dumps(inputs))
     checkpoint = get_last_checkpoint(str(run.checkpoints))
     if checkpoint:
         say(f"train: going on from {checkpoint}")
     return checkpoint
+
+
+def _rounded_base(
+    recipe: Recipe,
+    run: RunDir,
+    arguments: SFTConfig,
+    base: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Rounded] | None:
+    """What quantization-aware training starts from, made by the first process; None without it."""
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.rounding import load_rounded, save_rounded
+    from finequant.quantize.scheme import check_group_size, untie_head
+
+    if not recipe.train.quantization_aware:
+        return None
+    check_group_size(recipe.quantize, base.config)
+    if recipe.quantize.head == "quantize":
+        untie_head(base)
+    file = run.checkpoints / ROUNDED
+    with arguments.main_process_first():
+        if not file.exists():
+            say(f"train: rounding the base by {recipe.quantize.method}, to train from there")
+            partial = file.with_suffix(".partial")
+            save_rounded(round_model(base, recipe, tokenizer, base.dtype), partial)
+            partial.replace(file)
+    return load_rounded(file)
+
+
+def _round_in_training(
+    recipe: Recipe, trainer: LoraTrainer, start: dict[str, Rounded] | None
+) -> dict[str, Any]:
+    """The layers that will compute with rounded weights."""
+    from finequant.finetune.quantization_aware import RoundFrom, round_in_training
+
+    if start is None:
+        return {}
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(
+            "train.quantization_aware: not with FSDP or DeepSpeed, which split the weights that "
+            "have to be rounded whole: use recipes/accelerate/several_gpus.yaml"
+        )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    layers = round_in_training(model, start, recipe.quantize.bits, model.dtype)
+    trainer.calls_the_head = True
+    trainer.add_callback(RoundFrom(layers, recipe.train.quantization_aware_after))
+    return layers
 
 
 def _gathered_weights(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:

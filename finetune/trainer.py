@@ -17,7 +17,12 @@ class LoraTrainer(SFTTrainer):
     trl's own loss makes float32 passes over the logits of every token, twice. On a GPU a fused
     kernel does that; on a CPU it takes half of a step, with most of it for tokens that are masked.
     The value is the same. To be removed once trl skips masked tokens on the CPU too.
+
+    Quantization-aware training needs it everywhere: trl's takes the head's weight by itself, and
+    not what the head's forward makes of it.
     """
+
+    calls_the_head = False
 
     def compute_loss(
         self,
@@ -26,12 +31,12 @@ class LoraTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if self.accelerator.device.type != "cpu":
+        if self.accelerator.device.type != "cpu" and not self.calls_the_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         others = {key: value for key, value in inputs.items() if key != "labels"}
         # The forward cannot leave the head out; with an index it multiplies one position only.
-        first = torch.tensor([0])
+        first = torch.tensor([0], device=labels.device)
         outputs = model(**others, use_cache=False, output_hidden_states=True, logits_to_keep=first)
         learned = labels != IGNORED
         hidden = outputs.hidden_states[-1][:, :-1][learned]

@@ -13,20 +13,25 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
-from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM
 
+    from finequant.quantize.rounding import Rounded
+
 PROMPTS = 8
 """Prompts of the recipe's own rows on which merging and reloading are checked."""
+
+METHODS = {"rtn": "round to nearest", "hqq": "half-quadratic (HQQ)", "gptq": "calibrated (GPTQ)"}
 
 # Runs where finequant was never imported: what a user who downloads the model will do.
 RELOAD = """
@@ -60,28 +65,41 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     """
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.merge import merge
-    from finequant.quantize.scheme import check_group_size, parameter_count
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.scheme import (
+        cast_weights,
+        check_group_size,
+        parameter_count,
+        shipped_dtype,
+        untie_head,
+    )
 
     watch = Stopwatch()
     config = load_config(recipe.model)
     check_group_size(recipe.quantize, config)
     run.require("train")
     inputs = run.inputs(recipe, "quantize")
+    trained = trained_codes(recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompts = _prompts(recipe, tokenizer)
     say("quantize: merging")
     merged, difference = merge(recipe, run, prompts)
     say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
+    dtype = shipped_dtype(recipe.quantize, config)
     if recipe.quantize.keep_merged:
         with run.writing(run.merged, recipe) as folder:
-            merged.save_pretrained(folder)
+            cast_weights(deepcopy(merged), dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    scheme = describe(recipe.quantize, config.tie_word_embeddings)
-    say(f"quantize: {scheme['summary']}")
+    scheme = describe(recipe.quantize, config.tie_word_embeddings, bool(trained))
+    say(f"quantize: {scheme['summary']}; {scheme['method']}")
+    if recipe.quantize.head == "quantize":
+        untie_head(merged)
+    rounded = trained or round_model(merged, recipe, tokenizer, dtype)
+    layers = layer_table(merged, rounded, recipe.quantize)
     with run.writing(run.quantized, recipe) as folder:
-        quantized = _quantize_and_save(merged, recipe.quantize, folder)
+        quantized = quantized_model(merged, rounded, recipe.quantize, dtype)
+        save(quantized, folder)
         tokenizer.save_pretrained(folder)
-        layers = _layer_table(merged, quantized, recipe.quantize)
         text = json.dumps({**scheme, "layers": layers}, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
         check_reload(quantized, folder, prompts)
@@ -101,7 +119,35 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     say(f"quantize: {run.quantized} written in {watch.seconds} s")
 
 
-def describe(scheme: Quantize, tied: bool) -> dict[str, Any]:
+def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
+    """The codes of quantization-aware training; None where the adapter was trained without.
+
+    Raises:
+        UserError: where they were trained for another scheme than the recipe's.
+    """
+    from safetensors import SafetensorError
+
+    from finequant.quantize.rounding import load_rounded
+    from finequant.recipes.load import load_recipe
+
+    file = run.adapter / ROUNDED
+    if not file.exists():
+        return None
+    trained = load_recipe(run.adapter / "recipe.yaml").quantize
+    for key in ("bits", "group_size", "head", "scale_dtype", "dtype"):
+        was, now = getattr(trained, key), getattr(recipe.quantize, key)
+        if was != now:
+            raise UserError(
+                f"quantize.{key}: the adapter in {run.adapter} was trained for {was}, not {now}: "
+                f"set quantize.{key}={was}, or train again"
+            )
+    try:
+        return load_rounded(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}): train again, or copy it again") from None
+
+
+def describe(scheme: Quantize, tied: bool, trained: bool) -> dict[str, Any]:
     """What is done to the model, for the record that ships with it."""
     head = "float" if scheme.head == "float" else f"int{scheme.bits}"
     if tied:
@@ -115,7 +161,7 @@ def describe(scheme: Quantize, tied: bool) -> dict[str, Any]:
         "scale_dtype": scheme.scale_dtype,
         "head": head,
         "embedding": "float",
-        "method": "round to nearest",
+        "method": METHODS[scheme.method] + (", then trained" if trained else ""),
     }
 
 
@@ -164,28 +210,41 @@ def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
     return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
 
 
-def _quantize_and_save(
-    merged: LlamaForCausalLM, scheme: Quantize, folder: Path
+def quantized_model(
+    merged: LlamaForCausalLM, rounded: dict[str, Rounded], scheme: Quantize, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """Goes over a float checkpoint on disk: quantizing at load is the route that can be saved."""
-    from transformers import AutoModelForCausalLM
+    """The merged model with torchao's tensors in place of its linear weights; changed in place."""
+    import torch
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    from finequant.quantize.scheme import quantization_config
+    from finequant.quantize.scheme import cast_weights, quantization_config
 
-    if scheme.head == "quantize" and merged.config.tie_word_embeddings:
-        _untie_head(merged)
-    float_folder = folder / "float"
-    merged.save_pretrained(float_folder)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        float_folder, quantization_config=quantization_config(scheme), use_safetensors=True
-    )
-    shutil.rmtree(float_folder)
-    # Where it was quantized from would be a path of this machine.
-    quantized.config.name_or_path = ""
+    model = cast_weights(merged, dtype)
+    for name, (codes, scale) in rounded.items():
+        weight = IntxUnpackedToInt8Tensor(
+            qdata=codes,
+            scale=scale,
+            zero_point=torch.zeros_like(scale, dtype=torch.int8),
+            target_dtype=getattr(torch, f"int{scheme.bits}"),
+            block_size=(1, scheme.group_size),
+            dtype=dtype,
+            activation_quantization="int8_asym_per_token",
+        )
+        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+    # Without a quantizer save_pretrained does not know how to write these tensors.
+    config = quantization_config(scheme)
+    model.config.quantization_config = config
+    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
+    return model.eval()
+
+
+def save(quantized: LlamaForCausalLM, folder: Path) -> None:
+    """Writes the checkpoint; equal models give equal files."""
+    quantized.config.name_or_path = ""  # it may be a path of this machine
     quantized.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         _sort_metadata(file)
-    return quantized.eval()
 
 
 def _sort_metadata(file: Path) -> None:
@@ -200,32 +259,23 @@ def _sort_metadata(file: Path) -> None:
         stream.write(text.ljust(length))
 
 
-def _untie_head(model: LlamaForCausalLM) -> None:
-    """By hand: torchao quantizes a tied embedding to a crash, and transformers' own key for this
-    reloads a random head (seen with torchao 0.18, transformers 5.23).
-    """
-    import torch
-
-    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-
-
-def _layer_table(
-    merged: LlamaForCausalLM, quantized: LlamaForCausalLM, scheme: Quantize
+def layer_table(
+    merged: LlamaForCausalLM, rounded: dict[str, Rounded], scheme: Quantize
 ) -> list[dict[str, Any]]:
     """Bits, group size and signal-to-noise ratio in dB of each quantized layer's weights."""
     import torch
 
-    originals = dict(merged.named_modules())
-    table = []
-    for name, module in quantized.named_modules():
-        if not (isinstance(module, torch.nn.Linear) and hasattr(module.weight, "qdata")):
-            continue
-        noise = snr_db(originals[name].weight.detach(), module.weight.dequantize().detach())
-        table.append(
-            {"name": name, "bits": scheme.bits, "group_size": scheme.group_size, "snr_db": noise}
-        )
-    return table
+    return [
+        {
+            "name": name,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "snr_db": snr_db(
+                merged.get_submodule(name).weight.detach(), layer.dequantize(torch.float32)
+            ),
+        }
+        for name, layer in rounded.items()
+    ]
 
 
 def snr_db(signal: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.model import load_base, load_config
-from finequant.quantize.scheme import shipped_dtype
+from finequant.finetune.model import load_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -21,16 +20,13 @@ LARGEST_DIFFERENCE = 1e-3
 
 
 def merge(recipe: Recipe, run: RunDir, prompts: list[list[int]]) -> tuple[LlamaForCausalLM, float]:
-    """The merged model in its shipped dtype, and how far its logits are from base + adapter.
-
-    Both the sum and the check are made in float32; only then the weights are rounded.
+    """The merged model in float32, and how far its logits are from base + adapter.
 
     Raises:
         UserError: if the adapter is not one of this base, or the logits differ.
     """
     from peft import PeftModel
 
-    config = load_config(recipe.model)
     base = load_base(recipe.model, torch.float32)
     try:
         tuned = PeftModel.from_pretrained(base, run.adapter).eval()
@@ -48,7 +44,7 @@ def merge(recipe: Recipe, run: RunDir, prompts: list[list[int]]) -> tuple[LlamaF
             f"{run.adapter}: merged logits differ from base + adapter by {difference:.1e} of the "
             f"largest; expected below {LARGEST_DIFFERENCE:.0e}: train the adapter again"
         )
-    return merged.to(shipped_dtype(recipe.quantize, config)), difference
+    return merged, difference
 
 
 def last_logits(model: torch.nn.Module, prompts: list[list[int]]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from finequant.recipes.schema import Quantize
 if TYPE_CHECKING:
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
-    from transformers import LlamaConfig, TorchAoConfig
+    from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
 
@@ -76,6 +76,20 @@ def quantization_config(quantize: Quantize) -> TorchAoConfig:
     return TorchAoConfig(torchao_config(quantize), modules_to_not_convert=kept)
 
 
+def untie_head(model: LlamaForCausalLM) -> None:
+    """Gives a tied head weights of its own.
+
+    By hand: torchao quantizes a tied embedding to a crash, and transformers' own key for this
+    reloads a random head (seen with torchao 0.18, transformers 5.23).
+    """
+    import torch
+
+    if model.config.tie_word_embeddings:
+        head = model.model.embed_tokens.weight.detach().clone()
+        model.lm_head.weight = torch.nn.Parameter(head)
+        model.config.tie_word_embeddings = False
+
+
 def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
     """The dtype of embedding, norms and arithmetic of all three models that are compared."""
     import torch
@@ -83,6 +97,16 @@ def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
     from finequant.finetune.model import stored_dtype
 
     return stored_dtype(config) if quantize.dtype == "auto" else getattr(torch, quantize.dtype)
+
+
+def cast_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model, its weights in `dtype`, in place.
+
+    `model.to(dtype)` would also round the rotary frequencies, which `from_pretrained` does not.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def parameter_count(config: LlamaConfig) -> int:

@@ -252,6 +252,10 @@ def path_fields(content: dict[str, Any]) -> Iterable[Location]:
         yield "model", "chat_template"
     for part in ("train", "validation", "test"):
         yield from (("data", part, index, "source") for index in range(len(content["data"][part])))
+    calibration = content["quantize"]["calibration"]["data"]
+    yield from (
+        ("quantize", "calibration", "data", index, "source") for index in range(len(calibration))
+    )
     corpora = content["evaluate"]["perplexity"]
     yield from (("evaluate", "perplexity", index, "source") for index in range(len(corpora)))
     if content["evaluate"]["task_folder"]:

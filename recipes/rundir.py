@@ -29,6 +29,9 @@ SECTIONS = {
 }
 UPSTREAM = {"train": (), "quantize": ("adapter",), "evaluate": ("adapter", "quantized")}
 
+# In adapter/: the codes that quantization-aware training ended with.
+ROUNDED = "rounded.safetensors"
+
 LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
 
 # Beside an artefact's content, but no part of it: times and losses differ between equal runs.
@@ -91,7 +94,7 @@ class RunDir:
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
         dumped = recipe.model_dump(mode="json")
-        content, sections = _flat(dumped), SECTIONS[stage]
+        content, sections = _flat(dumped), _sections(recipe, stage)
         inputs = {key: content[key] for key in content if _within(key, sections)}
         for key in (".".join(map(str, at)) for at in path_fields(dumped)):
             if key in inputs and Path(inputs[key]).is_absolute():
@@ -253,6 +256,14 @@ def _change(key: str, old: Any, new: Any, said: Any) -> str:
     if str(old).startswith("sha256:") and str(new).startswith("sha256:"):
         return f"{key}: {said} has other content" if said else f"{key} has other content"
     return f"{key}: {old} -> {new}"
+
+
+def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    if stage == "train" and recipe.train.quantization_aware:
+        return (*SECTIONS[stage], "quantize")
+    if stage == "quantize" and recipe.quantize.method == "gptq":
+        return (*SECTIONS[stage], "seed", "data")
+    return SECTIONS[stage]
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

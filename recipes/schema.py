@@ -41,7 +41,7 @@ class Model(Section):
 
 
 class Source(Section):
-    """Rows from one place: a Hub dataset or a local .jsonl, .json, .csv or .parquet file."""
+    """Rows from one place: a Hub dataset or a local .jsonl, .json, .csv, .parquet or .txt file."""
 
     source: str = Field(
         description="Hub dataset id, or a file path relative to the recipe", min_length=1
@@ -67,6 +67,13 @@ class Source(Section):
 
 
 Sources = list[Source]
+SourcesInput = Source | str | list[Source | str]
+
+
+def one_source_is_a_list(value: Any) -> Any:
+    """`source: rows.jsonl` may be written as `rows.jsonl`, and a list of one without its list."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 class Data(Section):
@@ -86,7 +93,9 @@ class Data(Section):
         default_factory=dict, description="variables of the chat template, such as date_string"
     )
     max_length: Positive = Field(1024, description="tokens of a row, or of a pack")
-    long_rows: Literal["truncate", "drop", "error"] = "truncate"
+    long_rows: Literal["truncate", "drop", "error", "split"] = Field(
+        "truncate", description="split: texts only, into pieces of max_length"
+    )
     loss_on: Literal["assistant", "all"] = "assistant"
     packing: bool = Field(False, description="fill max_length with several rows, kept apart")
     duplicates: Literal["keep", "drop"] = Field("keep", description="repeated training rows")
@@ -94,17 +103,9 @@ class Data(Section):
         "error", description="training rows that also occur in validation or test"
     )
 
-    @field_validator(
-        "train",
-        "validation",
-        "test",
-        mode="before",
-        json_schema_input_type=Source | str | list[Source | str],
-    )
-    @classmethod
-    def _one_source_is_a_list(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
-        return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
+    _sources = field_validator(
+        "train", "validation", "test", mode="before", json_schema_input_type=SourcesInput
+    )(one_source_is_a_list)
 
 
 class Lora(Section):
@@ -167,6 +168,12 @@ class Train(Section):
         "auto", description="auto: bf16 where the hardware computes in it"
     )
     gradient_checkpointing: bool = False
+    quantization_aware: bool = Field(
+        False, description="train through the rounded merged weights that `quantize` will ship"
+    )
+    quantization_aware_after: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps of plain LoRA before that begins"
+    )
     eval_steps: Positive | None = Field(None, description="default: at the end of each epoch")
     early_stopping_patience: Positive | None = Field(
         None, description="stop after so many evaluations without a lower loss; keep the best"
@@ -191,6 +198,18 @@ class Train(Section):
         return self
 
 
+class Calibration(Section):
+    """Text whose activations gptq keeps."""
+
+    data: Sources = Field(default_factory=list, description="default: the training rows")
+    tokens: Positive = Field(16384, description="more cost time and give a better model")
+    length: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a sequence")
+
+    _sources = field_validator("data", mode="before", json_schema_input_type=SourcesInput)(
+        one_source_is_a_list
+    )
+
+
 class Quantize(Section):
     """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
 
@@ -202,6 +221,13 @@ class Quantize(Section):
         "quantize",
         description="lm_head; where it is tied to the embedding, `quantize` unties it",
     )
+    method: Literal["rtn", "hqq", "gptq"] = Field(
+        "rtn", description="round to nearest, half-quadratic, or calibrated block by block"
+    )
+    scale: Literal["max", "search"] = Field(
+        "max", description="of rtn and gptq: reaches the largest weight, or has the least error"
+    )
+    calibration: Calibration = Calibration()
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="embedding, norms and arithmetic; auto: as the base is stored"
@@ -317,4 +343,16 @@ class Recipe(Section):
                 "train.early_stopping_patience needs validation rows: give data.validation or "
                 "a data.validation_fraction above 0"
             )
+        if self.train.quantization_aware and (problem := self._not_quantization_aware()):
+            raise ValueError(f"train.quantization_aware cannot be combined with {problem}")
         return self
+
+    def _not_quantization_aware(self) -> str | None:
+        """What would make the merged weight differ from the one that was trained."""
+        if self.lora.dropout:
+            return "lora.dropout: a merged weight drops nothing; use 0"
+        if self.lora.use_dora:
+            return "lora.use_dora: its norms are not merged into the rounded weight"
+        if self.lora.init_lora_weights.startswith(("pissa", "olora")):
+            return f"lora.init_lora_weights={self.lora.init_lora_weights}: it changes the base"
+        return None

@@ -1,0 +1,206 @@
+"""What four bits cost SmolLM2-135M: without training, with training, and per training step.
+
+python benchmarks/quality.py calibration
+python benchmarks/quality.py training
+python benchmarks/quality.py step
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+HERE = Path(__file__).parent
+WIKITEXT = HERE / "wikitext2.yaml"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def calibration(group_size: int = 32, whole: bool = False) -> None:
+    """Perplexity without training: float, and each method at four bits, head included."""
+    from finequant.finetune.model import load_base, load_tokenizer
+    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.scheme import untie_head
+
+    recipe = wikitext(f"quantize.group_size={group_size}")
+    tokenizer = load_tokenizer(recipe.model)
+    rows = [("float", 0.0, perplexity(load_base(recipe.model, torch.bfloat16), recipe, whole))]
+    for method, scale in (("rtn", "max"), ("rtn", "search"), ("hqq", "max"), ("gptq", "search")):
+        chosen = wikitext(
+            f"quantize.group_size={group_size}",
+            f"quantize.method={method}",
+            f"quantize.scale={scale}",
+        )
+        model = load_base(chosen.model, torch.float32)
+        untie_head(model)
+        started = time.monotonic()
+        rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
+        seconds = time.monotonic() - started
+        model = quantized_model(model, rounded, chosen.quantize, torch.bfloat16)
+        rows.append((f"{method}, scale: {scale}", seconds, perplexity(model, chosen, whole)))
+        del model, rounded
+        gc.collect()
+    show(
+        f"WikiText-2, 4 bits in groups of {group_size}, no training",
+        ("method", "seconds", "perplexity per token", "times float"),
+        [
+            (name, f"{seconds:.0f}", f"{value:.2f}", f"{value / rows[0][2]:.3f}")
+            for name, seconds, value in rows
+        ],
+    )
+
+
+@app.command()
+def training(steps: int = 150, learning_rate: float = 5e-4) -> None:
+    """Perplexity of plain LoRA in float, of its rounding, and of quantization-aware training.
+
+    `learning_rate` is that of plain LoRA; its best checkpoint counts.
+    """
+    from finequant.finetune.train import train
+    from finequant.quantize.convert import quantize
+
+    aware = wikitext(f"train.max_steps={steps}", "output_dir=runs/wikitext2-aware")
+    plain = wikitext(
+        f"train.max_steps={steps}",
+        f"train.learning_rate={learning_rate}",
+        "train.quantization_aware=false",
+        "output_dir=runs/wikitext2-plain",
+    )
+    for recipe in (plain, aware):
+        run = RunDir.of(recipe)
+        for name, stage in (("train", train), ("quantize", quantize)):
+            if run.what_changed(recipe, name) != []:
+                stage(recipe, run)
+                gc.collect()
+    float_best = min(float_perplexities(plain))
+    rows = [
+        ("plain LoRA, float, best checkpoint", float_best),
+        ("plain LoRA, then gptq", shipped_perplexity(plain)),
+        ("quantization-aware LoRA, as shipped", shipped_perplexity(aware)),
+    ]
+    show(
+        f"WikiText-2, rank {plain.lora.rank}, {steps} steps of 1,024 tokens, groups of 32",
+        ("model", "perplexity per token", "times plain float"),
+        [(name, f"{value:.2f}", f"{value / float_best:.3f}") for name, value in rows],
+    )
+
+
+@app.command()
+def step(tokens: int = 4096, rounds: int = 5) -> None:
+    """Seconds of a training step, plain and quantization-aware in turn."""
+    from peft import get_peft_model
+
+    from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
+    from finequant.finetune.quantization_aware import round_in_training
+    from finequant.quantize.methods import calibration_sequences, round_model
+    from finequant.quantize.scheme import untie_head
+
+    recipe = wikitext("quantize.method=rtn")
+    tokenizer = load_tokenizer(recipe.model)
+    dtype, reason = training_precision("auto")
+    say(f"{dtype}: {reason}")
+    ids = calibration_sequences(recipe, tokenizer)[: tokens // 512]
+    models = {}
+    for name in ("plain", "quantization-aware"):
+        base = load_base(recipe.model, dtype)
+        untie_head(base)
+        start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
+        model = get_peft_model(base, lora_config(recipe.lora, base))
+        for layer in round_in_training(model, start, recipe.quantize.bits, dtype).values():
+            layer.rounds = True
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        models[name] = model, torch.optim.AdamW(weights, lr=1e-4)
+    seconds = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, (model, optimizer) in models.items():
+            started = time.monotonic()
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number:  # the first one allocates
+                seconds[name].append(time.monotonic() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    show(
+        f"A training step of {tokens} tokens, median of {rounds}, in turn",
+        ("training", "seconds", "times plain"),
+        [(name, f"{s:.2f}", f"{s / medians['plain']:.2f}") for name, s in medians.items()],
+    )
+
+
+def wikitext(*overrides: str) -> Recipe:
+    return load_recipe(WIKITEXT, overrides)
+
+
+def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
+    """Per token, on the recipe's windows; with `whole` on all of wiki.test.raw as lm-eval has it."""
+    from finequant.evaluate.dequantized import dequantize_once
+    from finequant.evaluate.perplexity import corpus_windows, measure, read_corpus
+    from finequant.finetune.model import load_tokenizer
+
+    corpus = recipe.evaluate.perplexity[0]
+    if whole:
+        raw = str(Path(corpus.source).with_name("wiki.test.raw"))
+        changes = {"source": raw, "documents": "wikitext", "max_length": 2048, "windows": None}
+        corpus = corpus.model_copy(update=changes)
+    tokenizer = load_tokenizer(recipe.model)
+    texts = corpus_windows(read_corpus(corpus), tokenizer, corpus, 8192)
+    return measure(dequantize_once(model.eval(), [0]), *texts, 4, corpus.name)["token"]
+
+
+def float_perplexities(recipe: Recipe) -> list[float]:
+    """Of base + adapter at each checkpoint of a run."""
+    from peft import PeftModel
+
+    from finequant.finetune.model import load_base
+
+    found = []
+    for checkpoint in sorted(RunDir.of(recipe).checkpoints.glob("checkpoint-*")):
+        base = load_base(recipe.model, torch.bfloat16)
+        merged = PeftModel.from_pretrained(base, checkpoint).merge_and_unload()
+        found.append(perplexity(merged, recipe))
+        say(f"{checkpoint.name}: {found[-1]:.3f}")
+    return found
+
+
+def shipped_perplexity(recipe: Recipe) -> float:
+    from transformers import AutoModelForCausalLM
+
+    folder = RunDir.of(recipe).quantized
+    return perplexity(AutoModelForCausalLM.from_pretrained(folder), recipe)
+
+
+def show(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """The table, and the same as JSON on one line."""
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(
+        json.dumps({"title": title, "rows": [dict(zip(header, row, strict=True)) for row in rows]})
+    )
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        quiet_libraries()
+        app()

@@ -1,0 +1,145 @@
+"""Groupwise rounding: float weights -> integer codes and scales, and back.
+
+Everything that rounds a weight goes through here: round to nearest, GPTQ and the forward of
+quantization-aware training. That is why the model that was trained is the model that is shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROWS_IN_CACHE = 1 << 18
+"""Weights to handle at a time: a dozen passes over them stay in a core's cache."""
+
+RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
+"""Scales to try, relative to the one that just reaches the largest weight of the group."""
+
+
+class Rounded(NamedTuple):
+    """int8 codes [out, in] and their scales [out, in / group_size]; code x scale is the weight."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in] in `dtype`, exactly as torchao's tensors dequantize."""
+        groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
+        return (groups * self.scale.float()[:, :, None]).to(dtype).flatten(1)
+
+
+def save_rounded(layers: dict[str, Rounded], path: Path) -> None:
+    """Writes NAME.codes and NAME.scale of every layer, as safetensors."""
+    tensors = {
+        f"{name}.{part}": tensor.contiguous().cpu()
+        for name, rounded in layers.items()
+        for part, tensor in rounded._asdict().items()
+    }
+    save_file(tensors, path)
+
+
+def load_rounded(path: Path) -> dict[str, Rounded]:
+    """What `save_rounded` wrote.
+
+    Raises:
+        SafetensorError: for a file that is damaged.
+    """
+    tensors = load_file(path)
+    names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+    return {name: Rounded(tensors[f"{name}.codes"], tensors[f"{name}.scale"]) for name in names}
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The smallest and largest code: (-8, 7) for 4 bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def round_to_nearest(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Rounded:
+    """Codes and scales of a weight [out, in], each weight by itself."""
+    low, high = code_range(bits)
+    scale = choose_scale(weight, bits, group_size, rule).to(scale_dtype)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in row_chunks(weight):
+        groups = weight[rows].float().unflatten(1, (-1, group_size))
+        codes[rows] = _codes(groups, scale[rows].float(), low, high).flatten(1).to(torch.int8)
+    return Rounded(codes, scale)
+
+
+def choose_scale(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    rule: str,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 scales [out, in / group_size] of a weight [out, in].
+
+    rule: `max` reaches the largest weight, as torchao does by default; `search` takes the scale
+    with the least squared error, where `importance` [in] weighs the columns.
+    """
+    low, high = code_range(bits)
+    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, device=weight.device)
+    weigh = None if importance is None else importance.float().view(-1, group_size)
+    for rows in row_chunks(weight):
+        groups = weight[rows].float().unflatten(1, (-1, group_size))
+        largest = groups.abs().amax(-1).div_((high - low) / 2)
+        largest.clamp_(min=torch.finfo(torch.float32).smallest_normal)
+        scales[rows] = largest if rule == "max" else _search(groups, largest, low, high, weigh)
+    return scales
+
+
+def _search(
+    groups: torch.Tensor,
+    largest: torch.Tensor,
+    low: int,
+    high: int,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The best of some scales [rows, groups], then the least-squares scale for its codes."""
+    best = torch.full_like(largest, torch.inf)
+    scale = largest.clone()
+    for ratio in RATIOS:
+        tried = largest * ratio
+        codes = _codes(groups, tried, low, high)
+        error = codes.mul_(tried[:, :, None]).sub_(groups).square_()
+        if importance is not None:
+            error.mul_(importance)
+        error = error.sum(-1)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(error, best)
+    codes = _codes(groups, scale, low, high)
+    weighed = codes if importance is None else codes * importance
+    power = (weighed * codes).sum(-1)
+    refined = (weighed * groups).sum(-1) / power
+    return torch.where((power > 0) & (refined > 0), refined, scale)
+
+
+def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return (groups * scale.reciprocal()[:, :, None]).round_().clamp_(low, high)
+
+
+def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
+    """int8 asymmetric per token and back: what the shipped model does before each layer."""
+    # Private, but the very function of the shipped model's forward; torchao exports no other.
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        _apply_int8_act_asym_per_token_quant_dequant as quantize_and_dequantize,
+    )
+
+    return quantize_and_dequantize(activations)
+
+
+def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of [out, in] to handle at a time."""
+    step = max(1, ROWS_IN_CACHE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)

@@ -1,0 +1,156 @@
+"""Quantization-aware LoRA: what is trained is what is converted, saved and loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+AWARE = (
+    "train.quantization_aware=true",
+    "quantize.method=gptq",
+    "quantize.scale=search",
+    "quantize.calibration={tokens: 256, length: 32}",
+    "train.learning_rate=1e-2",
+    "train.max_steps=6",
+)
+
+
+@pytest.fixture
+def aware(recipe_file, monkeypatch):
+    """Trains, and returns the run folder and the trainer's model as training left it."""
+    from finequant.finetune import train as stage
+
+    kept = {}
+    original = stage._round_in_training
+
+    def round_in_training(recipe, trainer, start):
+        kept["trainer"], kept["start"] = trainer, start
+        return original(recipe, trainer, start)
+
+    monkeypatch.setattr(stage, "_round_in_training", round_in_training)
+
+    def run(*overrides: str):
+        stage.main([str(recipe_file), *AWARE, *overrides])
+        return recipe_file.parent / "run", kept["trainer"], kept["start"]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["lora.use_rslora=true", "quantize.head=float"])
+def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.convert import main as convert
+
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    overrides = (f"train.precision={precision}", f"quantize.dtype={dtype}", variant)
+    run, trainer, _ = aware(*overrides)
+    prompt = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trained = trainer.model.eval()(prompt).logits
+    convert([str(recipe_file), *AWARE, *overrides])
+    quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    with torch.no_grad():
+        assert torch.equal(quantized(prompt).logits.float(), trained.float())
+    assert "then trained" in json.loads((run / "quantized/quantization.json").read_text())["method"]
+
+
+def test_the_first_forward_is_the_calibrated_model_and_training_leaves_it(aware):
+    run, trainer, start = aware()
+    ended = load_file(run / "adapter" / "rounded.safetensors")
+    moved = [
+        (ended[f"{name}.codes"] != rounded.codes).float().mean().item()
+        for name, rounded in start.items()
+        if name != "lm_head"
+    ]
+    assert min(moved) > 0
+    assert torch.equal(ended["lm_head.codes"], start["lm_head"].codes)
+    for name, rounded in start.items():
+        assert torch.equal(ended[f"{name}.scale"], rounded.scale)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    for name, rounded in start.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.rounded().codes, rounded.codes)
+        weight = layer.rounded_weight()
+        assert torch.equal(weight, rounded.dequantize(weight.dtype))
+
+
+def test_gradients_are_those_of_the_merged_weight():
+    """Against autograd through a weight that is formed in full, where rounding changes nothing."""
+    from finequant.finetune.quantization_aware import _StraightThrough
+    from finequant.quantize.rounding import quantize_activations
+
+    torch.manual_seed(0)
+    x, a, b = torch.randn(3, 5, 8), torch.randn(2, 8), torch.randn(6, 2)
+    weight = torch.randn(6, 8)
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    rounded = quantize_activations(x.detach())
+    through = x + (rounded - x).detach()
+    exact = through @ (weight + 0.5 * (b @ a - (b @ a).detach())).T
+    (exact * torch.arange(6.0)).sum().backward()
+    expected = [tensor.grad.clone() for tensor in leaves]
+    for tensor in leaves:
+        tensor.grad = None
+    ours = _StraightThrough.apply(x, a, b, weight, 0.5)
+    assert torch.equal(ours, exact)
+    (ours * torch.arange(6.0)).sum().backward()
+    for tensor, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_it_begins_after_so_many_steps(aware):
+    plain, aware_run = {}, {}
+    for steps, into in ((6, plain), (3, aware_run)):
+        run, *_ = aware(f"train.quantization_aware_after={steps}", "train.logging_steps=1")
+        log = json.loads((run / "adapter" / "training_log.json").read_text())
+        into |= {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    assert [plain[step] for step in (1, 2, 3)] == [aware_run[step] for step in (1, 2, 3)]
+    assert plain[4] != aware_run[4]
+
+
+def test_resumed_is_uninterrupted(aware, recipe_file):
+    whole, *_ = aware("train.save_steps=2", "train.quantization_aware_after=1")
+    expected = {path.name: load_file(path) for path in (whole / "adapter").glob("*.safetensors")}
+    for checkpoint in (whole / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-4":
+            shutil.rmtree(checkpoint)
+    resumed, *_ = aware("train.save_steps=2", "train.quantization_aware_after=1")
+    for path in (resumed / "adapter").glob("*.safetensors"):
+        found = load_file(path)
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected[path.name].items())
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("lora.dropout=0.1", "lora.dropout"),
+        ("lora.use_dora=true", "lora.use_dora"),
+        ("lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(recipe_file, capsys, override, reason):
+    from finequant.finetune.train import main as train
+
+    with pytest.raises(SystemExit) as exit_:
+        train([str(recipe_file), *AWARE, override])
+    assert exit_.value.code == 2
+    assert f"train.quantization_aware cannot be combined with {reason}" in capsys.readouterr().err
+
+
+def test_another_scheme_than_the_trained_one_is_refused(aware, recipe_file, capsys):
+    from finequant.quantize.convert import main as convert
+
+    aware()
+    with pytest.raises(SystemExit) as exit_:
+        convert([str(recipe_file), *AWARE, "quantize.bits=8"])
+    assert exit_.value.code == 2
+    assert "was trained for 4, not 8" in capsys.readouterr().err

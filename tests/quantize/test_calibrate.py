@@ -1,0 +1,90 @@
+"""Rounding and calibration: codes, scales, and what gptq is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finequant.quantize.calibrate import Statistics, gptq
+from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
+from finequant.recipes.schema import Quantize
+
+
+def scheme(**keys) -> Quantize:
+    return Quantize(method="gptq", scale="search", **keys)
+
+
+def statistics(inputs: torch.Tensor) -> Statistics:
+    sums = Statistics()
+    sums.add(inputs, inputs)
+    return sums
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_round_to_nearest_is_torchaos(bits):
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    weight = torch.randn(70, 96)
+    theirs = IntxUnpackedToInt8Tensor.from_hp(weight, (1, 32), getattr(torch, f"int{bits}"))
+    ours = round_to_nearest(weight, bits, 32, "max")
+    assert torch.equal(ours.codes, theirs.qdata)
+    assert torch.equal(ours.scale, theirs.scale)
+    assert torch.equal(ours.dequantize(torch.float32), theirs.dequantize())
+
+
+def test_searched_scales_lower_the_error_that_counts():
+    torch.manual_seed(1)
+    weight, importance = torch.randn(64, 128), torch.rand(128).square()
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        codes = (weight.unflatten(1, (4, 32)) / scale[:, :, None]).round().clamp(-8, 7)
+        difference = (codes * scale[:, :, None]).flatten(1) - weight
+        return (difference.square() * importance).unflatten(1, (4, 32)).sum(-1)
+
+    largest = error(choose_scale(weight, 4, 32, "max"))
+    searched = error(choose_scale(weight, 4, 32, "search", importance))
+    assert searched.sum() < 0.8 * largest.sum()
+    assert (searched <= largest * 1.001).all()
+
+
+def test_gptq_keeps_outputs_better_than_rounding_and_is_repeatable():
+    torch.manual_seed(0)
+    correlated = torch.randn(2000, 24) @ torch.randn(24, 96)
+    inputs, weight = correlated + 0.1 * torch.randn(2000, 96), torch.randn(40, 96)
+    found = gptq(weight, statistics(inputs), scheme())
+    nearest = round_to_nearest(weight, 4, 32, "search")
+
+    def loss(rounded: Rounded) -> float:
+        return (inputs @ (rounded.dequantize(torch.float32) - weight).T).square().sum().item()
+
+    assert loss(found) < 0.5 * loss(nearest)
+    again = gptq(weight, statistics(inputs), scheme())
+    assert torch.equal(found.codes, again.codes)
+    assert torch.equal(found.scale, again.scale)
+
+
+def test_dead_columns_and_singular_hessians():
+    inputs, weight = torch.zeros(10, 64), torch.randn(8, 64)
+    inputs[:, 0] = 1.0  # rank one; all other columns are dead
+    found = gptq(weight, statistics(inputs), scheme())
+    values = found.dequantize(torch.float32)
+    assert torch.isfinite(values).all()
+    step = found.scale.repeat_interleave(32, dim=1)
+    assert ((values - weight).abs()[:, 1:] <= 1.5 * step[:, 1:]).float().mean() > 0.95
+
+
+def test_drift_of_the_inputs_is_corrected():
+    """Where quantized inputs are always half the float ones, weights have to grow."""
+    torch.manual_seed(0)
+    exact, weight = torch.randn(4000, 64), torch.randn(16, 64)
+    sums = Statistics()
+    sums.add(exact / 2, exact)
+    found = gptq(weight, sums, scheme(bits=8)).dequantize(torch.float32)
+    assert 1.4 < (found.norm() / weight.norm()).item() < 1.6  # half of the way to 2
+
+
+def test_a_zero_weight_stays_zero():
+    for rule in ("max", "search"):
+        rounded = round_to_nearest(torch.zeros(2, 64), 4, 32, rule)
+        assert not rounded.codes.any()
+        assert torch.isfinite(rounded.scale).all()
