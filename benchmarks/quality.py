@@ -152,7 +152,7 @@ def wikitext(*overrides: str) -> Recipe:
 
 
 def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
-    """Per token, on the recipe's windows; with `whole` on all of wiki.test.raw as lm-eval has it."""
+    """Per token, on the recipe's windows; `whole`: on all of wiki.test.raw, as lm-eval has it."""
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.evaluate.perplexity import corpus_windows, measure, read_corpus
     from finequant.finetune.model import load_tokenizer

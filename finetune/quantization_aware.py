@@ -120,7 +120,10 @@ class RoundedLora(_Rounding, LoraLinear):
         return Rounded(codes, start.scale)
 
     def _adapter_version(self) -> tuple[int, ...]:
-        return self.lora_A[ADAPTER].weight._version, self.lora_B[ADAPTER].weight._version
+        weights = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return tuple(
+            number for weight in weights for number in (weight.data_ptr(), weight._version)
+        )
 
 
 class RoundFrom(TrainerCallback):

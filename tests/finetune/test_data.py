@@ -512,6 +512,12 @@ def test_a_file_that_is_gone(tmp_path):
         read_rows(tmp_path / "rows.jsonl")
 
 
+def test_a_text_file_is_one_row(tmp_path):
+    (tmp_path / "book.txt").write_text("\n = Title = \n\n Words.\n", encoding="utf-8")
+    (row,) = read_rows(tmp_path / "book.txt")
+    assert row == ("book.txt", {"text": "\n = Title = \n\n Words.\n"})
+
+
 def test_a_parquet_file_with_values_that_are_no_text(tmp_path):
     import datetime
 

@@ -202,6 +202,15 @@ def test_long_rows_are_truncated_dropped_or_an_error(tokenizer):
     assert str(error.value).endswith(f"\n  rows.jsonl:8: {lengths[1]} tokens")
 
 
+def test_long_texts_are_split_and_no_token_is_lost(tokenizer):
+    book = Row("book.txt", (), "open the red door " * 20)
+    whole = encode(book, tokenizer, settings(), whole=True).input_ids
+    pieces = to_dataset([book], tokenizer, settings(max_length=16, long_rows="split"))["input_ids"]
+    assert [token for piece in pieces for token in piece] == whole
+    assert len(pieces) > 2
+    assert all(len(piece) == 16 for piece in pieces[:-1])
+
+
 def test_a_row_just_as_long_as_allowed_is_whole(tokenizer):
     most = encode(ROWS[1], tokenizer, settings()).full_length
     for policy in ("drop", "error"):
