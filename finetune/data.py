@@ -82,7 +82,7 @@ def load_splits(data: Data, seed: int) -> Splits:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a .jsonl, .json, .csv or .parquet file as (where, row), where = "file:line"; a
+    """Rows of a .jsonl, .json, .csv, .parquet or .txt file as (where, row), where = "file:line"; a
     .txt file is one row with a text.
 
     Raises:

@@ -7,7 +7,7 @@ rank r only and no gradient of W is ever formed: a step costs little more than o
 It starts from the codes of the recipe's method, gptq's best of all, and keeps their scales. Each
 weight keeps its place between two codes as well, as far as that is inside its own code's cell:
 
-    code = round(start + clamp(W / scale - start, -1/2, 1/2) + s B A / scale)
+    code = round(place + s B A / scale),  place = start + clamp(W / scale - start, -1/2, 1/2)
 
 So the first forward is exactly the calibrated model, and yet the smallest change of the adapter
 can move the weights that lie near an edge. (With codes alone it would have to cross half a step
@@ -16,6 +16,7 @@ before anything changes, and with W alone all that calibration found would be lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """peft's name for the one adapter of a model."""
 
-INSIDE = 0.499
-"""Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it."""
+INSIDE = 0.49
+"""Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it,
+also after its place has been rounded to float16."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -63,18 +65,44 @@ class _Rounding:
 
     def start(self, rounded: Rounded, bits: int, dtype: torch.dtype) -> None:
         """Starts from these codes; `dtype` is that of the shipped arithmetic."""
-        device = self.weight.device
-        self._start = Rounded(*(tensor.to(device) for tensor in rounded))
+        self._scale = rounded.scale.to(self.weight.device)
         self._bits, self._dtype = bits, dtype
+        # From 7 bits on float16 cannot tell the places beside the largest codes apart.
+        self._place = _places(self.weight, rounded, torch.float16 if bits <= 6 else torch.float32)
         self._weight = self._made_of = None
         self.rounds = False
 
     def rounded_weight(self) -> torch.Tensor:
         """[out, in], as the shipped model dequantizes it."""
         if self._made_of != self._adapter_version():
-            self._weight = self.rounded().dequantize(self._dtype)
-            self._made_of = self._adapter_version()
+            weight = torch.empty_like(self._place, dtype=self._dtype)
+            for rows, codes in self._codes():
+                scale = self._scale[rows].float()[:, :, None]
+                weight[rows] = codes.unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1)
+            self._weight, self._made_of = weight, self._adapter_version()
         return self._weight
+
+    def rounded(self) -> Rounded:
+        """Codes and scales of the merged weight."""
+        codes = torch.empty_like(self._place, dtype=torch.int8)
+        for rows, some in self._codes():
+            codes[rows] = some.to(torch.int8)
+        return Rounded(codes.cpu(), self._scale.cpu())
+
+    @torch.no_grad()
+    def _codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows at a time, and their codes as float32."""
+        limits = code_range(self._bits)
+        with torch.autocast(self._place.device.type, enabled=False):
+            for rows in row_chunks(self._place):
+                yield rows, self._moved(rows).round_().clamp_(*limits)
+
+    def _moved(self, rows: slice) -> torch.Tensor:
+        """Where the adapter has moved these rows, in steps of their scales."""
+        return self._place[rows].float()
+
+    def _adapter_version(self) -> tuple[int, ...]:
+        return (0,)
 
 
 class RoundedLinear(_Rounding, torch.nn.Linear):
@@ -84,12 +112,6 @@ class RoundedLinear(_Rounding, torch.nn.Linear):
         if not self.rounds:
             return super().forward(x)
         return _StraightThrough.apply(x, None, None, self.rounded_weight(), 0.0)
-
-    def rounded(self) -> Rounded:
-        return self._start
-
-    def _adapter_version(self) -> tuple[int, ...]:
-        return (0,)
 
 
 class RoundedLora(_Rounding, LoraLinear):
@@ -101,29 +123,29 @@ class RoundedLora(_Rounding, LoraLinear):
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         return _StraightThrough.apply(x, a, b, self.rounded_weight(), self.scaling[ADAPTER])
 
-    @torch.no_grad()
-    def rounded(self) -> Rounded:
-        """Codes and scales of the merged weight."""
-        base, start = self.get_base_layer().weight, self._start
-        a = self.lora_A[ADAPTER].weight.float()
-        b = self.lora_B[ADAPTER].weight.float() * self.scaling[ADAPTER]
-        codes, shape = torch.empty_like(start.codes), (start.scale.shape[1], -1)
-        limits = code_range(self._bits)
-        with torch.autocast(base.device.type, enabled=False):
-            for rows in row_chunks(base):
-                step = start.scale[rows].float().reciprocal()[:, :, None]
-                first = start.codes[rows].float().unflatten(1, shape)
-                moved = base[rows].float().unflatten(1, shape) * step
-                moved = moved.sub_(first).clamp_(-INSIDE, INSIDE).add_(first)
-                moved.add_((b[rows] @ a).unflatten(1, shape).mul_(step))
-                codes[rows] = moved.round_().clamp_(*limits).flatten(1).to(torch.int8)
-        return Rounded(codes, start.scale)
+    def _moved(self, rows: slice) -> torch.Tensor:
+        b = self.lora_B[ADAPTER].weight[rows].float() * self.scaling[ADAPTER]
+        delta = b @ self.lora_A[ADAPTER].weight.float()
+        steps = self._scale[rows].float().reciprocal()[:, :, None]
+        delta.unflatten(1, (steps.shape[1], -1)).mul_(steps)
+        return delta.add_(self._place[rows])
 
     def _adapter_version(self) -> tuple[int, ...]:
-        weights = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return tuple(
-            number for weight in weights for number in (weight.data_ptr(), weight._version)
-        )
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return a.data_ptr(), a._version, b.data_ptr(), b._version
+
+
+@torch.no_grad()
+def _places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]: where each weight lies in steps of its scale, inside the cell of its code."""
+    codes, scale = (tensor.to(weight.device) for tensor in rounded)
+    places = torch.empty_like(codes, dtype=dtype)
+    for rows in row_chunks(weight):
+        groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
+        exact = (groups * scale[rows].float().reciprocal()[:, :, None]).flatten(1)
+        code = codes[rows].float()
+        places[rows] = code + (exact - code).clamp_(-INSIDE, INSIDE)
+    return places
 
 
 class RoundFrom(TrainerCallback):

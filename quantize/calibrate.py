@@ -66,29 +66,30 @@ def calibrate(
     dtype: of the shipped model's arithmetic, in which the activations are computed.
     """
     layers, rounded = model.model.layers, {}
-    batches = sequences.to(model.device).split(max(1, TOKENS // sequences.shape[1]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
     console = Console(stderr=True)
     quiet = not console.is_terminal
     with torch.no_grad():
-        exact = [model.model.embed_tokens(ids).to(dtype) for ids in batches]
+        exact = [model.model.embed_tokens(ids).to(device, dtype) for ids in batches]
         quantized = list(exact)
         rotary = _rotary(model, exact[0])
         blocks = track(layers, "gptq: blocks", console=console, transient=True, disable=quiet)
         for number, layer in enumerate(blocks):
-            block = deepcopy(layer).to(dtype)
+            block = deepcopy(layer).to(device, dtype)
             statistics = _block_statistics(block, quantized, exact, rotary)
             for name, sums in statistics.items():
-                found = gptq(layer.get_submodule(name).weight, sums, scheme)
-                rounded[f"model.layers.{number}.{name}"] = found
+                found = gptq(layer.get_submodule(name).weight.to(device), sums, scheme)
                 _install(block.get_submodule(name), found, dtype)
+                rounded[f"model.layers.{number}.{name}"] = _on_cpu(found)
             quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]
             if quiet and number % 10 == 9:
                 print(f"gptq: {number + 1} of {len(layers)} blocks", file=sys.stderr, flush=True)
         if scheme.head == "quantize":
-            norm, sums = deepcopy(model.model.norm).to(dtype), Statistics()
+            norm, sums = deepcopy(model.model.norm).to(device, dtype), Statistics()
             for one, other in zip(quantized, exact, strict=True):
                 sums.add(quantize_activations(norm(one)), norm(other))
-            rounded["lm_head"] = gptq(model.lm_head.weight, sums, scheme)
+            rounded["lm_head"] = _on_cpu(gptq(model.lm_head.weight.to(device), sums, scheme))
     return rounded
 
 
@@ -182,8 +183,14 @@ def _inverse(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary(model: LlamaForCausalLM, hidden: torch.Tensor) -> Rotary:
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    return model.model.rotary_emb(hidden, positions)
+    """Cosines and sines, computed where the model is, for the device of `hidden`."""
+    positions = torch.arange(hidden.shape[1], device=model.device)[None]
+    cos, sin = model.model.rotary_emb(hidden.to(model.device), positions)
+    return cos.to(hidden.device), sin.to(hidden.device)
+
+
+def _on_cpu(rounded: Rounded) -> Rounded:
+    return Rounded(rounded.codes.cpu(), rounded.scale.cpu())
 
 
 def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:

@@ -128,12 +128,12 @@ def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
     from safetensors import SafetensorError
 
     from finequant.quantize.rounding import load_rounded
-    from finequant.recipes.load import load_recipe
+    from finequant.recipes.load import read_section
 
     file = run.adapter / ROUNDED
     if not file.exists():
         return None
-    trained = load_recipe(run.adapter / "recipe.yaml").quantize
+    trained = read_section(run.adapter / "recipe.yaml", "quantize", Quantize)
     for key in ("bits", "group_size", "head", "scale_dtype", "dtype"):
         was, now = getattr(trained, key), getattr(recipe.quantize, key)
         if was != now:

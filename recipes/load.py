@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -17,11 +17,12 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Recipe, Section
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw", ".jinja")
 OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
 Location = tuple[str | int, ...]
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,6 +43,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems = _describe(error, document, origins)
         raise UserError(_summary(path, problems)) from None
     return _with_absolute_paths(recipe, path, document, origins)
+
+
+def read_section(path: Path, name: str, section: type[SectionType]) -> SectionType:
+    """One section of a resolved recipe, whose other files need not be here.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    document, origins = _read_yaml(path)
+    try:
+        return section.model_validate(document.get(name))
+    except ValidationError as error:
+        problems = _describe(error, {name: document.get(name)}, origins)
+        raise UserError(_summary(path, problems)) from None
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -184,6 +184,7 @@ def test_a_reference_outside_the_choices_is_named(model, tokenizer, prompts):
         multiple_choice(model, tokenizer, prompts[:2], ["red", "pink"], ["red", "blue"], 1, "")
 
 
+@pytest.mark.slow
 def test_own_lm_eval_task_equals_lm_evals_own_run(model, tokenizer, task_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

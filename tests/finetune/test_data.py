@@ -460,9 +460,9 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "unknown suffix": (
         "rows.xlsx",
         b"PK",
-        ["rows.xlsx: expected a .jsonl, .json, .csv or .parquet file"],
+        ["rows.xlsx: expected a .jsonl, .json, .csv, .parquet or .txt file"],
     ),
-    "folder": ("rows", None, ["rows: expected a .jsonl, .json, .csv or .parquet file"]),
+    "folder": ("rows", None, ["rows: expected a .jsonl, .json, .csv, .parquet or .txt file"]),
     "folder named like a file": ("rows.jsonl", None, ["rows.jsonl: cannot be read: Is a dir"]),
     "unknown columns": (
         "rows.jsonl",
@@ -574,6 +574,7 @@ def test_one_row_cannot_be_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["broken JSON", "too many columns", "lone surrogate"])
+@pytest.mark.slow
 def test_the_command_prints_one_message(recipe_file, name):
     file, content, (what, *_) = BROKEN[name]
     make_broken(recipe_file.parent / file, content)

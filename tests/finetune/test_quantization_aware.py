@@ -40,7 +40,7 @@ def aware(recipe_file, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("variant", ["lora.use_rslora=true", "quantize.head=float"])
 def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
     from transformers import AutoModelForCausalLM

@@ -314,7 +314,7 @@ def test_a_base_without_a_chat_template(tokenizer):
 def trainer_of(recipe_file, tmp_path):
     """Builds the trainer of finetune/train.py; adapter and base are the same every time."""
     from finequant.finetune.model import load_base, load_tokenizer, lora_config
-    from finequant.finetune.train import _trainer
+    from finequant.finetune.train import _arguments, _trainer
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -324,13 +324,15 @@ def trainer_of(recipe_file, tmp_path):
         # As it is, attention hardly changes what the tiny Llama says: a leak would not show.
         for name, weight in base.named_parameters():
             weight.data *= 6 if "proj" in name else 1
+        splits = load_splits(recipe.data, recipe.seed)
+        run = RunDir(tmp_path / "run")
         trainer = _trainer(
             recipe,
-            RunDir(tmp_path / "run"),
+            _arguments(recipe, run, base, bool(splits.validation)),
             base,
             load_tokenizer(recipe.model),
             lora_config(recipe.lora, base),
-            load_splits(recipe.data, recipe.seed),
+            splits,
         )
         torch.manual_seed(0)
         for name, weight in trainer.model.named_parameters():

@@ -195,6 +195,7 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     from transformers import AutoModelForCausalLM
 

@@ -137,6 +137,7 @@ def test_pickled_weights_are_neither_read_nor_converted_by_a_bot(hub, on_hub, re
         ),
     ],
 )
+@pytest.mark.slow
 def test_the_command_refuses_in_two_lines_and_exits_with_2(
     on_hub, repositories, tmp_path, model, words
 ):

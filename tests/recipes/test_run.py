@@ -118,6 +118,7 @@ def test_every_entry_reports_a_missing_recipe(entry):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_is_still_hugging_faces(tmp_path):
     """Our folder of that name must not shadow the package that lm-eval imports."""
     code = "import evaluate; print(evaluate.__file__); import lm_eval.api.metrics"
@@ -153,6 +154,7 @@ def test_readme_commands_run(tmp_path):
     few = [f"data.{split}={rows.format(split, 4)}" for split in ("validation", "test")]
     few += [f"data.train={rows.format('train', 16)}"]
     few += ["evaluate.max_new_tokens=2", "evaluate.divergence_tokens=64"]
+    few += ["quantize.calibration={tokens: 128, length: 64}"]
     commands = list(dict.fromkeys(commands))
     for command in commands:
         words = command.split()
