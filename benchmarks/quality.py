@@ -125,8 +125,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         untie_head(base)
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
-        for layer in round_in_training(model, start, recipe.quantize.bits, dtype).values():
-            layer.rounds = True
+        round_in_training(model, start, recipe.quantize.bits, dtype)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         models[name] = model, torch.optim.AdamW(weights, lr=1e-4)
     seconds = {name: [] for name in models}

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.functional import linear
-from transformers import TrainerCallback
 
 from finequant.quantize.rounding import Rounded, code_range, quantize_activations, row_chunks
 
@@ -60,7 +59,7 @@ class _StraightThrough(torch.autograd.Function):
         return of_x, of_a.to(a.dtype), of_b.to(b.dtype), None, None
 
 
-class _Rounding:
+class Rounding:
     """Mixed into a linear layer's class: its rounded weight, made once for every optimizer step."""
 
     def start(self, rounded: Rounded, bits: int, dtype: torch.dtype) -> None:
@@ -70,7 +69,7 @@ class _Rounding:
         # From 7 bits on float16 cannot tell the places beside the largest codes apart.
         self._place = _places(self.weight, rounded, torch.float16 if bits <= 6 else torch.float32)
         self._weight = self._made_of = None
-        self.rounds = False
+        self.rounds = True
 
     def rounded_weight(self) -> torch.Tensor:
         """[out, in], as the shipped model dequantizes it."""
@@ -105,7 +104,7 @@ class _Rounding:
         return (0,)
 
 
-class RoundedLinear(_Rounding, torch.nn.Linear):
+class RoundedLinear(Rounding, torch.nn.Linear):
     """A layer without adapter, the head: its codes stay."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +113,7 @@ class RoundedLinear(_Rounding, torch.nn.Linear):
         return _StraightThrough.apply(x, None, None, self.rounded_weight(), 0.0)
 
 
-class RoundedLora(_Rounding, LoraLinear):
+class RoundedLora(Rounding, LoraLinear):
     """peft's LoRA layer, its forward replaced by that of the merged and rounded weight."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -148,24 +147,13 @@ def _places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch
     return places
 
 
-class RoundFrom(TrainerCallback):
-    """Switches rounding on once so many optimizer steps are done, also in a resumed run."""
-
-    def __init__(self, layers: dict[str, _Rounding], steps: int) -> None:
-        self._layers, self._steps = layers, steps
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step >= self._steps:
-            for layer in self._layers.values():
-                layer.rounds = True
-
-
 def round_in_training(
     model: PeftModel, start: dict[str, Rounded], bits: int, dtype: torch.dtype
-) -> dict[str, _Rounding]:
-    """Makes the layers that `start` names round in training; rounding is still switched off.
+) -> dict[str, Rounding]:
+    """Makes the layers that `start` names compute with rounded weights; all others, in `dtype`.
 
-    Their classes are exchanged, so that peft saves, loads and counts them as before.
+    model: of float32 weights, of which the places between two codes are kept. The layers'
+    classes are exchanged, so that peft saves, loads and counts them as before.
     """
     layers = {}
     for name, rounded in start.items():
@@ -173,4 +161,7 @@ def round_in_training(
         layer.__class__ = RoundedLora if isinstance(layer, LoraLinear) else RoundedLinear
         layer.start(rounded, bits, dtype)
         layers[name] = layer
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
     return layers

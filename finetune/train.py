@@ -7,12 +7,10 @@ torchrun --nproc_per_node 2 finetune/train.py recipes/chat.yaml
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +21,14 @@ from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
+    from finequant.finetune.data import Splits
     from finequant.finetune.trainer import LoraTrainer
     from finequant.quantize.rounding import Rounded
+
+LOG = "training_log.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,17 +44,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
-    from transformers import set_seed
-
     from finequant.finetune.data import load_splits
-    from finequant.finetune.model import (
-        load_base,
-        load_tokenizer,
-        lora_config,
-        save_adapter,
-        training_precision,
-    )
-    from finequant.quantize.rounding import save_rounded
+    from finequant.finetune.model import load_tokenizer, training_precision
+    from finequant.finetune.trainer import training_arguments
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train")
@@ -63,226 +55,192 @@ def train(recipe: Recipe, run: RunDir) -> None:
         say(f"data: {note}")
     dtype, reason = training_precision(recipe.train.precision)
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
-    set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model)
-    base = load_base(recipe.model, dtype)
-    arguments = _arguments(recipe, run, base, bool(splits.validation))
-    checkpoint = _last_checkpoint(run, inputs, arguments)
-    start = _rounded_base(recipe, run, arguments, base, tokenizer)
-    trainer = _trainer(recipe, arguments, base, tokenizer, lora_config(recipe.lora, base), splits)
-    layers = _round_in_training(recipe, trainer, start)
-    initial = _initial_adapter(recipe, run, trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    weights = _gathered_weights(trainer)
-    if trainer.is_world_process_zero():
+    arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
+    _remove_stale_checkpoints(run, inputs, arguments)
+    phases = []
+    if recipe.train.has_plain_phase:
+        phases.append(fine_tune(recipe, arguments, tokenizer, splits, dtype))
+    if recipe.train.quantization_aware:
+        phases.append(train_rounded(recipe, run, tokenizer, splits, dtype, *phases))
+    if arguments.process_index == 0:
+        log = _joined_log(phases)
         with run.writing(run.adapter, recipe) as folder:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            save_adapter(model, folder, initial, weights)
-            if layers:
-                rounded = {name: layer.rounded() for name, layer in layers.items()}
-                save_rounded(rounded, folder / ROUNDED)
+            for phase in reversed(phases):  # of two adapters, that of plain LoRA
+                shutil.copytree(phase, folder, dirs_exist_ok=True)
             tokenizer.save_pretrained(folder)
-            log = json.dumps(trainer.state.log_history, indent=1)
-            (folder / "training_log.json").write_text(log, encoding="utf-8")
-        tokens = trainer.state.num_input_tokens_seen
-        run.record(
-            recipe,
-            "train",
-            inputs,
-            seconds=watch.seconds,
-            tokens_per_second=round(tokens / max(_training_seconds(trainer), 1e-9), 1),
-            processes=trainer.args.world_size,
-            steps=trainer.state.global_step,
-        )
-        say(f"train: {trainer.state.global_step} steps, {run.adapter} written in {watch.seconds} s")
+            (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
+        figures = _figures(log) | {"processes": arguments.world_size}
+        run.record(recipe, "train", inputs, seconds=watch.seconds, **figures)
+        say(f"train: {figures['steps']} steps, {run.adapter} written in {watch.seconds} s")
 
 
-def _trainer(
+def fine_tune(
     recipe: Recipe,
     arguments: SFTConfig,
-    base: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    lora: LoraConfig,
-    splits,
-) -> LoraTrainer:
-    from transformers import EarlyStoppingCallback
-
-    from finequant.finetune.tokens import to_dataset
-    from finequant.finetune.trainer import LoraTrainer
-
-    patience = recipe.train.early_stopping_patience
-    return LoraTrainer(
-        model=base,
-        args=arguments,
-        train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
-        eval_dataset=(
-            to_dataset(splits.validation, tokenizer, recipe.data) if splits.validation else None
-        ),
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+    splits: Splits,
+    dtype: torch.dtype,
+) -> Path:
+    """Plain LoRA; the folder with its adapter and log, which an earlier call may have left."""
+    from finequant.finetune.model import (
+        changes_the_base,
+        load_base,
+        save_adapter,
+        save_initial_adapter,
     )
+    from finequant.finetune.trainer import build_trainer, gathered_weights, last_checkpoint
 
-
-def _arguments(recipe: Recipe, run: RunDir, base: LlamaForCausalLM, evaluates: bool) -> SFTConfig:
-    import torch
-    from trl import SFTConfig
-
-    train = recipe.train
-    absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
-    if absent:
-        names = " ".join(absent)
-        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
-    per_step = train.micro_batch_size * _processes()
-    if train.batch_size % per_step:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} rows cannot be shared by {_processes()} "
-            f"processes in micro-batches of {train.micro_batch_size}: "
-            f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
-        )
-    # transformers' "constant" ignores the warm-up.
-    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    try:
-        return SFTConfig(
-            output_dir=str(run.checkpoints),
-            seed=recipe.seed,
-            num_train_epochs=train.epochs,
-            max_steps=train.max_steps or -1,
-            per_device_train_batch_size=train.micro_batch_size,
-            per_device_eval_batch_size=train.micro_batch_size,
-            gradient_accumulation_steps=train.batch_size // per_step,
-            learning_rate=train.learning_rate,
-            lr_scheduler_type=schedule,
-            # A share of all steps; transformers reads a number below one so.
-            warmup_steps=train.warmup,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            optim=train.optimizer,
-            bf16=base.dtype == torch.bfloat16,
-            use_cpu=not torch.accelerator.is_available(),
-            gradient_checkpointing=train.gradient_checkpointing,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
-            eval_packing=False,
-            eval_strategy=_when(train.eval_steps) if evaluates else "no",
-            eval_steps=train.eval_steps,
-            save_strategy=_when(train.save_steps),
-            save_steps=train.save_steps or 500,
-            save_total_limit=train.save_total_limit,
-            load_best_model_at_end=train.early_stopping_patience is not None,
-            metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
-            logging_steps=train.logging_steps,
-            logging_first_step=True,
-            report_to=train.report_to or "none",
-            run_name=recipe.name,
-            disable_tqdm=not sys.stderr.isatty(),
-            include_num_input_tokens_seen="non_padding",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-    except ValueError as error:  # such as an optimizer that transformers does not know
-        raise UserError(f"train: {' '.join(str(error).split())[:300]}") from None
-
-
-def _when(steps: int | None) -> str:
-    return "steps" if steps else "epoch"
-
-
-def _processes() -> int:
-    """As torchrun and accelerate say it; accelerate's own state is not yet set up for the CPU."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _initial_adapter(recipe: Recipe, run: RunDir, trainer: SFTTrainer) -> Path | None:
-    from finequant.finetune.model import changes_the_base, save_initial_adapter
-
-    if not changes_the_base(recipe.lora):
-        return None
-    folder = run.checkpoints / "initial"
-    if trainer.is_world_process_zero():
-        save_initial_adapter(trainer.model, folder)
+    checkpoints = Path(arguments.output_dir)
+    folder, initial = checkpoints / "plain", checkpoints / "initial"
+    if folder.exists():
+        say("train: plain LoRA was done before")
+        return folder
+    base = load_base(recipe.model, dtype)
+    trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
+    if changes_the_base(recipe.lora) and trainer.is_world_process_zero():
+        save_initial_adapter(trainer.model, initial)
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    weights = gathered_weights(trainer)
+    with _written_by_one(trainer, folder) as partial:
+        if partial:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(model, partial, initial if initial.exists() else None, weights)
     return folder
 
 
-def _last_checkpoint(run: RunDir, inputs: dict, arguments: SFTConfig) -> str | None:
-    """The newest checkpoint of a run with the same inputs; those of other inputs are removed."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    record = run.checkpoints / "inputs.json"
-    with arguments.main_process_first():
-        same = record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs
-        if arguments.process_index == 0 and not same:
-            for stale in run.checkpoints.glob("checkpoint-*"):
-                say(f"train: {stale} was made with other inputs: removed")
-                shutil.rmtree(stale)
-            (run.checkpoints / ROUNDED).unlink(missing_ok=True)
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            replace_text(record, json.dumps(inputs))
-    checkpoint = get_last_checkpoint(str(run.checkpoints))
-    if checkpoint:
-        say(f"train: going on from {checkpoint}")
-    return checkpoint
-
-
-def _rounded_base(
+def train_rounded(
     recipe: Recipe,
     run: RunDir,
-    arguments: SFTConfig,
-    base: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Rounded] | None:
-    """What quantization-aware training starts from, made by the first process; None without it."""
-    from finequant.quantize.methods import round_model
-    from finequant.quantize.rounding import load_rounded, save_rounded
-    from finequant.quantize.scheme import check_group_size, untie_head
+    splits: Splits,
+    dtype: torch.dtype,
+    plain: Path | None = None,
+) -> Path:
+    """Quantization-aware LoRA on the base, merged with the adapter in `plain` if there is one.
 
-    if not recipe.train.quantization_aware:
-        return None
-    check_group_size(recipe.quantize, base.config)
-    if recipe.quantize.head == "quantize":
-        untie_head(base)
-    file = run.checkpoints / ROUNDED
-    with arguments.main_process_first():
-        if not file.exists():
-            say(f"train: rounding the base by {recipe.quantize.method}, to train from there")
-            partial = file.with_suffix(".partial")
-            save_rounded(round_model(base, recipe, tokenizer, base.dtype), partial)
-            partial.replace(file)
-    return load_rounded(file)
+    Returns the folder with the codes that it ended with, its adapter and its log.
+    """
+    from finequant.finetune.model import save_adapter
+    from finequant.finetune.quantization_aware import round_in_training
+    from finequant.finetune.trainer import build_trainer, last_checkpoint, training_arguments
+    from finequant.quantize.rounding import save_rounded
 
-
-def _round_in_training(
-    recipe: Recipe, trainer: LoraTrainer, start: dict[str, Rounded] | None
-) -> dict[str, Any]:
-    """The layers that will compute with rounded weights."""
-    from finequant.finetune.quantization_aware import RoundFrom, round_in_training
-
-    if start is None:
-        return {}
+    phase = recipe.rounded_phase()
+    checkpoints = run.checkpoints / "quantization_aware"
+    arguments = training_arguments(phase, checkpoints, dtype, bool(splits.validation))
+    base = _float_base(recipe, plain)
+    start = _starting_codes(recipe, base, tokenizer, arguments, dtype)
+    trainer = build_trainer(phase, arguments, base, tokenizer, splits)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UserError(
             "train.quantization_aware: not with FSDP or DeepSpeed, which split the weights that "
             "have to be rounded whole: use recipes/accelerate/several_gpus.yaml"
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    layers = round_in_training(model, start, recipe.quantize.bits, model.dtype)
-    trainer.calls_the_head = True
-    trainer.add_callback(RoundFrom(layers, recipe.train.quantization_aware_after))
-    return layers
+    layers = round_in_training(model, start, recipe.quantize.bits, dtype)
+    trainer.rounded_layers = tuple(layers.values())
+    trainer.distillation = recipe.train.quantization_aware.distillation
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    folder = run.checkpoints / "rounded"
+    with _written_by_one(trainer, folder) as partial:
+        if partial:
+            save_adapter(model, partial, None)
+            save_rounded(
+                {name: layer.rounded() for name, layer in layers.items()}, partial / ROUNDED
+            )
+    return folder
 
 
-def _gathered_weights(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
-    """Under FSDP and ZeRO-3 every process holds a part; gathering needs all of them."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return None
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:
+    """The base in float32, with the adapter of plain LoRA merged into it."""
+    import torch
+    from peft import PeftModel
+
+    from finequant.finetune.model import load_base
+    from finequant.quantize.scheme import check_group_size, untie_head
+
+    base = load_base(recipe.model, torch.float32)
+    check_group_size(recipe.quantize, base.config)
+    if plain:
+        base = PeftModel.from_pretrained(base, plain).merge_and_unload()
+    if recipe.quantize.head == "quantize":
+        untie_head(base)
+    return base
 
 
-def _training_seconds(trainer: SFTTrainer) -> float:
-    """Of this process; every entry of the log has the seconds so far."""
-    times = [
-        entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry
-    ]
-    return times[-1] if times else 0.0
+def _starting_codes(
+    recipe: Recipe,
+    base: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: SFTConfig,
+    dtype: torch.dtype,
+) -> dict[str, Rounded]:
+    """What the recipe's method makes of the float weights; by the first process, for all."""
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.rounding import load_rounded, save_rounded
+
+    file = Path(arguments.output_dir) / ROUNDED
+    with arguments.main_process_first():
+        if not file.exists():
+            say(f"train: rounding the weights by {recipe.quantize.method}, to train from there")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            save_rounded(round_model(base, recipe, tokenizer, dtype), partial)
+            partial.replace(file)
+    return load_rounded(file)
+
+
+def _remove_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
+    """Those that were made from other inputs than these."""
+    record = run.checkpoints / "inputs.json"
+    with arguments.main_process_first():
+        same = record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs
+        if arguments.process_index == 0 and not same:
+            if run.checkpoints.exists():
+                say(f"train: {run.checkpoints} was made with other inputs: removed")
+                shutil.rmtree(run.checkpoints)
+            run.checkpoints.mkdir(parents=True)
+            replace_text(record, json.dumps(inputs))
+
+
+@contextmanager
+def _written_by_one(trainer: LoraTrainer, folder: Path) -> Iterator[Path | None]:
+    """For the first process a folder that takes its name, with the log, once the block has ended;
+    the others wait for it."""
+    first = trainer.is_world_process_zero()
+    partial = folder.with_name(folder.name + ".partial")
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    yield partial if first else None
+    if first:
+        log = json.dumps(trainer.state.log_history)
+        (partial / LOG).write_text(log, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _joined_log(phases: list[Path]) -> list[dict[str, Any]]:
+    """The phases' logs, one after the other; steps count on."""
+    joined: list[dict[str, Any]] = []
+    for phase in phases:
+        done = joined[-1]["step"] if joined else 0
+        log = json.loads((phase / LOG).read_text(encoding="utf-8"))
+        joined += [entry | {"step": entry["step"] + done, "phase": phase.name} for entry in log]
+    return joined
+
+
+def _figures(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, and tokens per second; a phase's entries have its tokens and seconds so far."""
+    last = {entry["phase"]: entry for entry in log if "train_runtime" in entry}.values()
+    tokens = sum(entry["num_input_tokens_seen"] for entry in last)
+    seconds = sum(float(entry["train_runtime"]) for entry in last)
+    return {
+        "steps": log[-1]["step"] if log else 0,
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,32 @@
-"""trl's SFTTrainer, with a loss that costs a CPU no more than it must."""
+"""trl's SFTTrainer: its arguments, and a loss for CPUs and for quantization-aware training."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from trl import SFTTrainer
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
 
-from finequant.finetune.tokens import IGNORED
+from finequant.finetune.model import lora_config
+from finequant.finetune.tokens import IGNORED, to_dataset
+from finequant.recipes.command_line import say
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from finequant.finetune.data import Splits
+    from finequant.finetune.quantization_aware import Rounding
 
 
 class LoraTrainer(SFTTrainer):
@@ -22,7 +40,9 @@ class LoraTrainer(SFTTrainer):
     not what the head's forward makes of it.
     """
 
-    calls_the_head = False
+    rounded_layers: tuple[Rounding, ...] = ()
+    distillation = 0.0
+    """Share of the loss that is the divergence from the float model, which trains no more."""
 
     def compute_loss(
         self,
@@ -31,22 +51,163 @@ class LoraTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if self.accelerator.device.type != "cpu" and not self.calls_the_head:
+        if self.accelerator.device.type != "cpu" and not self.rounded_layers:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        others = {key: value for key, value in inputs.items() if key != "labels"}
-        # The forward cannot leave the head out; with an index it multiplies one position only.
-        first = torch.tensor([0], device=labels.device)
-        outputs = model(**others, use_cache=False, output_hidden_states=True, logits_to_keep=first)
-        learned = labels != IGNORED
-        hidden = outputs.hidden_states[-1][:, :-1][learned]
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        # accelerate turns what a bf16 forward returns into float32.
-        logits = head(hidden.to(head.weight.dtype)).float()
-        total = cross_entropy(logits, labels[learned], reduction="sum")
+        learned = inputs["labels"][:, 1:] != IGNORED
+        labels = inputs["labels"][:, 1:][learned]
+        logits = self._logits(model, inputs, learned)
+        total = cross_entropy(logits, labels, reduction="sum")
+        if self.distillation and model.training:
+            exact = self._float_logits(model, inputs, learned)
+            far = kl_div(
+                logits.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="sum"
+            )
+            total = (1 - self.distillation) * total + self.distillation * far
         if num_items_in_batch is None:
             loss = total / learned.sum().clamp(min=1)
         else:
             # The count is over all processes, whose gradients DDP will average.
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _logits(
+        self, model: torch.nn.Module, inputs: dict[str, Any], chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 logits [tokens, vocabulary] after the chosen positions."""
+        others = {key: value for key, value in inputs.items() if key != "labels"}
+        # The forward cannot leave the head out; with an index it multiplies one position only.
+        first = torch.tensor([0], device=chosen.device)
+        outputs = model(**others, use_cache=False, output_hidden_states=True, logits_to_keep=first)
+        hidden = outputs.hidden_states[-1][:, :-1][chosen]
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        # accelerate turns what a bf16 forward returns into float32.
+        return head(hidden.to(head.weight.dtype)).float()
+
+    @torch.no_grad()
+    def _float_logits(
+        self, model: torch.nn.Module, inputs: dict[str, Any], chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the model as it was before rounding and without the adapter that is being trained."""
+        plain = self.accelerator.unwrap_model(model)
+        with plain.disable_adapter(), _not_rounded(self.rounded_layers):
+            return self._logits(plain, inputs, chosen)
+
+
+@contextmanager
+def _not_rounded(layers: tuple[Rounding, ...]) -> Iterator[None]:
+    for layer in layers:
+        layer.rounds = False
+    yield
+    for layer in layers:
+        layer.rounds = True
+
+
+def build_trainer(
+    recipe: Recipe,
+    arguments: SFTConfig,
+    base: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+) -> LoraTrainer:
+    """The trainer of a fresh adapter on `base`; the same seed, the same adapter."""
+    patience = recipe.train.early_stopping_patience
+    return LoraTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
+        eval_dataset=(
+            to_dataset(splits.validation, tokenizer, recipe.data) if splits.validation else None
+        ),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.lora, base),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+    )
+
+
+def training_arguments(
+    recipe: Recipe, folder: Path, dtype: torch.dtype, evaluates: bool
+) -> SFTConfig:
+    """The recipe's section in trl's terms; checkpoints go to `folder`.
+
+    Raises:
+        UserError: for a tracker or optimizer that is not there, or rows that cannot be shared
+            equally by the processes.
+    """
+    train = recipe.train
+    absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
+    if absent:
+        names = " ".join(absent)
+        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
+    per_step = train.micro_batch_size * _processes()
+    if train.batch_size % per_step:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} rows cannot be shared by {_processes()} "
+            f"processes in micro-batches of {train.micro_batch_size}: "
+            f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
+        )
+    # transformers' "constant" ignores the warm-up.
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    try:
+        return SFTConfig(
+            output_dir=str(folder),
+            seed=recipe.seed,
+            num_train_epochs=train.epochs,
+            max_steps=train.max_steps or -1,
+            per_device_train_batch_size=train.micro_batch_size,
+            per_device_eval_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.batch_size // per_step,
+            learning_rate=train.learning_rate,
+            lr_scheduler_type=schedule,
+            # A share of all steps; transformers reads a number below one so.
+            warmup_steps=train.warmup,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim=train.optimizer,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=not torch.accelerator.is_available(),
+            gradient_checkpointing=train.gradient_checkpointing,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            eval_packing=False,
+            eval_strategy=_when(train.eval_steps) if evaluates else "no",
+            eval_steps=train.eval_steps,
+            save_strategy=_when(train.save_steps),
+            save_steps=train.save_steps or 500,
+            save_total_limit=train.save_total_limit,
+            load_best_model_at_end=train.early_stopping_patience is not None,
+            metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
+            logging_steps=train.logging_steps,
+            logging_first_step=True,
+            report_to=train.report_to or "none",
+            run_name=recipe.name,
+            disable_tqdm=not sys.stderr.isatty(),
+            include_num_input_tokens_seen="non_padding",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+    except ValueError as error:  # such as an optimizer that transformers does not know
+        raise UserError(f"train: {' '.join(str(error).split())[:300]}") from None
+
+
+def _when(steps: int | None) -> str:
+    return "steps" if steps else "epoch"
+
+
+def _processes() -> int:
+    """As torchrun and accelerate say it; accelerate's own state is not yet set up for the CPU."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def last_checkpoint(arguments: SFTConfig) -> str | None:
+    """The newest checkpoint in the folder of the arguments."""
+    folder = Path(arguments.output_dir)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    if checkpoint:
+        say(f"train: going on from {checkpoint}")
+    return checkpoint
+
+
+def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:
+    """Under FSDP and ZeRO-3 every process holds a part; gathering needs all of them."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -145,7 +145,8 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
     try:
         for part in parts[:-1]:
             at = (*at, _index(holder, part))
-            if isinstance(holder, dict) and holder.get(part) is None:
+            # `true` for a section is that section with its defaults.
+            if isinstance(holder, dict) and (holder.get(part) is None or holder[part] is True):
                 holder[part] = {}
                 origins[at] = "command line"
             holder = holder[at[-1]]

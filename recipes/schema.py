@@ -149,6 +149,20 @@ class Lora(Section):
         return self
 
 
+class QuantizationAware(Section):
+    """Training through the rounded merged weights that `quantize` will ship."""
+
+    steps: Positive | None = Field(
+        None,
+        description="optimizer steps of it, after plain LoRA; default: no plain LoRA, "
+        "all steps are quantization-aware",
+    )
+    learning_rate: float | None = Field(None, gt=0, description="default: that of plain LoRA")
+    distillation: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the loss that is the divergence from the float model"
+    )
+
+
 class Train(Section):
     """Optimisation. Machine options (device, processes) belong to accelerate."""
 
@@ -168,11 +182,8 @@ class Train(Section):
         "auto", description="auto: bf16 where the hardware computes in it"
     )
     gradient_checkpointing: bool = False
-    quantization_aware: bool = Field(
-        False, description="train through the rounded merged weights that `quantize` will ship"
-    )
-    quantization_aware_after: Annotated[int, Field(ge=0)] = Field(
-        0, description="optimizer steps of plain LoRA before that begins"
+    quantization_aware: QuantizationAware | None = Field(
+        None, description="true, or when and how; off by default"
     )
     eval_steps: Positive | None = Field(None, description="default: at the end of each epoch")
     early_stopping_patience: Positive | None = Field(
@@ -182,6 +193,18 @@ class Train(Section):
     save_total_limit: Positive = 2
     logging_steps: Positive = 10
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @field_validator(
+        "quantization_aware", mode="before", json_schema_input_type=QuantizationAware | bool | None
+    )
+    @classmethod
+    def _true_is_all_defaults(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @property
+    def has_plain_phase(self) -> bool:
+        """Whether some steps are plain LoRA: all, or those before quantization-aware ones."""
+        return self.quantization_aware is None or self.quantization_aware.steps is not None
 
     @model_validator(mode="after")
     def _combinations(self) -> Train:
@@ -343,11 +366,33 @@ class Recipe(Section):
                 "train.early_stopping_patience needs validation rows: give data.validation or "
                 "a data.validation_fraction above 0"
             )
-        if self.train.quantization_aware and (problem := self._not_quantization_aware()):
+        aware = self.train.quantization_aware
+        if aware and not aware.steps and (problem := self._not_from_the_start()):
             raise ValueError(f"train.quantization_aware cannot be combined with {problem}")
+        if aware and not aware.steps and aware.distillation:
+            raise ValueError(
+                "train.quantization_aware.distillation learns from the model that plain LoRA "
+                "leaves: give train.quantization_aware.steps, to come after it"
+            )
         return self
 
-    def _not_quantization_aware(self) -> str | None:
+    def rounded_phase(self) -> Recipe:
+        """What the quantization-aware steps are trained with."""
+        aware = self.train.quantization_aware
+        train = {"learning_rate": aware.learning_rate or self.train.learning_rate}
+        if not aware.steps:
+            return self.model_copy(update={"train": self.train.model_copy(update=train)})
+        # Merged into the base, whatever the adapter was; what comes now is LoRA or rsLoRA.
+        lora = {"dropout": 0.0, "use_dora": False, "init_lora_weights": "default"}
+        return self.model_copy(
+            update={
+                "seed": self.seed + 1,  # rows in another order
+                "train": self.train.model_copy(update=train | {"max_steps": aware.steps}),
+                "lora": self.lora.model_copy(update=lora),
+            }
+        )
+
+    def _not_from_the_start(self) -> str | None:
         """What would make the merged weight differ from the one that was trained."""
         if self.lora.dropout:
             return "lora.dropout: a merged weight drops nothing; use 0"

@@ -21,17 +21,24 @@ AWARE = (
 
 @pytest.fixture
 def aware(recipe_file, monkeypatch):
-    """Trains, and returns the run folder and the trainer's model as training left it."""
+    """Trains, and returns the run folder, the trainer as training left it, and the first codes."""
+    from finequant.finetune import quantization_aware
     from finequant.finetune import train as stage
+    from finequant.finetune import trainer as trainers
 
     kept = {}
-    original = stage._round_in_training
+    build, begin = trainers.build_trainer, quantization_aware.round_in_training
 
-    def round_in_training(recipe, trainer, start):
-        kept["trainer"], kept["start"] = trainer, start
-        return original(recipe, trainer, start)
+    def build_trainer(*arguments):
+        kept["trainer"] = build(*arguments)
+        return kept["trainer"]
 
-    monkeypatch.setattr(stage, "_round_in_training", round_in_training)
+    def round_in_training(model, start, bits, dtype):
+        kept["start"] = start
+        return begin(model, start, bits, dtype)
+
+    monkeypatch.setattr(trainers, "build_trainer", build_trainer)
+    monkeypatch.setattr(quantization_aware, "round_in_training", round_in_training)
 
     def run(*overrides: str):
         stage.main([str(recipe_file), *AWARE, *overrides])
@@ -41,7 +48,9 @@ def aware(recipe_file, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize("variant", ["lora.use_rslora=true", "quantize.head=float"])
+@pytest.mark.parametrize(
+    "variant", ["lora.use_rslora=true", "quantize.head=float", "train.quantization_aware.steps=3"]
+)
 def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
     from transformers import AutoModelForCausalLM
 
@@ -107,23 +116,60 @@ def test_gradients_are_those_of_the_merged_weight():
         torch.testing.assert_close(tensor.grad, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_it_begins_after_so_many_steps(aware):
-    plain, aware_run = {}, {}
-    for steps, into in ((6, plain), (3, aware_run)):
-        run, *_ = aware(f"train.quantization_aware_after={steps}", "train.logging_steps=1")
-        log = json.loads((run / "adapter" / "training_log.json").read_text())
-        into |= {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
-    assert [plain[step] for step in (1, 2, 3)] == [aware_run[step] for step in (1, 2, 3)]
-    assert plain[4] != aware_run[4]
+AFTER = ("train.quantization_aware={steps: 4, distillation: 0.5}", "train.save_steps=2")
 
 
-def test_resumed_is_uninterrupted(aware, recipe_file):
-    whole, *_ = aware("train.save_steps=2", "train.quantization_aware_after=1")
+def test_after_plain_lora_the_adapter_is_that_of_plain_lora(aware, recipe_file):
+    from finequant.finetune.train import main as train
+
+    run, *_ = aware(*AFTER)
+    log = json.loads((run / "adapter" / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "train_loss" in entry] == [6, 10]
+    tuned = load_file(run / "adapter" / "adapter_model.safetensors")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["train"]["steps"] == 10
+    train([str(recipe_file), *AWARE, "train.quantization_aware=false"])
+    assert not (run / "adapter" / "rounded.safetensors").exists()
+    plain = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert plain.keys() == tuned.keys()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in tuned.items())
+
+
+def test_it_comes_closer_to_the_tuned_model_than_rounding_does(aware):
+    """By the loss that it lowers: the divergence from the float model, on rows of its own."""
+    _, trainer, start = aware(
+        "train.quantization_aware={steps: 30, distillation: 1.0, learning_rate: 1e-3}",
+        "quantize.bits=2",
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    batches = list(trainer.get_eval_dataloader())
+
+    def far() -> float:
+        model.train()
+        with torch.no_grad():
+            return sum(trainer.compute_loss(model, dict(batch)).item() for batch in batches)
+
+    trained = far()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert trained < 0.9 * far()
+
+
+@pytest.mark.parametrize("phase", ["plain", "rounded"])
+def test_resumed_is_uninterrupted(aware, phase):
+    whole, *_ = aware(*AFTER)
     expected = {path.name: load_file(path) for path in (whole / "adapter").glob("*.safetensors")}
-    for checkpoint in (whole / "checkpoints").glob("checkpoint-*"):
-        if checkpoint.name != "checkpoint-4":
-            shutil.rmtree(checkpoint)
-    resumed, *_ = aware("train.save_steps=2", "train.quantization_aware_after=1")
+    assert len(expected) == 2
+    checkpoints = whole / "checkpoints"
+    shutil.rmtree(checkpoints / "rounded")
+    shutil.rmtree(checkpoints / "quantization_aware" / "checkpoint-4")
+    if phase == "plain":  # as a kill in the first phase leaves it
+        shutil.rmtree(checkpoints / "plain")
+        shutil.rmtree(checkpoints / "quantization_aware")
+        shutil.rmtree(checkpoints / "checkpoint-6")
+    resumed, *_ = aware(*AFTER)
     for path in (resumed / "adapter").glob("*.safetensors"):
         found = load_file(path)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected[path.name].items())

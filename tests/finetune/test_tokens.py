@@ -313,10 +313,9 @@ def test_a_base_without_a_chat_template(tokenizer):
 @pytest.fixture
 def trainer_of(recipe_file, tmp_path):
     """Builds the trainer of finetune/train.py; adapter and base are the same every time."""
-    from finequant.finetune.model import load_base, load_tokenizer, lora_config
-    from finequant.finetune.train import _arguments, _trainer
+    from finequant.finetune.model import load_base, load_tokenizer
+    from finequant.finetune.trainer import build_trainer, training_arguments
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
 
     def build(*overrides: str):
         recipe = load_recipe(recipe_file, overrides)
@@ -325,15 +324,10 @@ def trainer_of(recipe_file, tmp_path):
         for name, weight in base.named_parameters():
             weight.data *= 6 if "proj" in name else 1
         splits = load_splits(recipe.data, recipe.seed)
-        run = RunDir(tmp_path / "run")
-        trainer = _trainer(
-            recipe,
-            _arguments(recipe, run, base, bool(splits.validation)),
-            base,
-            load_tokenizer(recipe.model),
-            lora_config(recipe.lora, base),
-            splits,
-        )
+        folder, evaluates = tmp_path / "checkpoints", bool(splits.validation)
+        arguments = training_arguments(recipe, folder, torch.float32, evaluates)
+        tokenizer = load_tokenizer(recipe.model)
+        trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
         torch.manual_seed(0)
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:

@@ -75,8 +75,8 @@ def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
     undisturbed = (adapter / "adapter_model.safetensors").read_bytes()
     # What a kill after step 3 leaves behind.
     shutil.rmtree(adapter)
-    for step in (4, 6):
-        shutil.rmtree(adapter.parent / "checkpoints" / f"checkpoint-{step}")
+    for name in ("checkpoint-4", "checkpoint-6", "plain"):
+        shutil.rmtree(adapter.parent / "checkpoints" / name)
     (adapter.parent / "manifest.json").unlink()
     capsys.readouterr()
     train(recipe_file, *steps)
