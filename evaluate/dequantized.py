@@ -30,7 +30,8 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
             module.register_forward_pre_hook(_quantize_inputs)
     with torch.inference_mode():
         actual = model(ids).logits
-    if not torch.equal(actual, expected):
+    # Two bits can leave a model whose logits are no numbers: these are equal, too.
+    if not torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True):
         raise UserError("evaluate: the dequantized model differs from the quantized one: torchao?")
     return model
 

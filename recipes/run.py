@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -98,6 +98,26 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from finequant.evaluate.compare import main as stage
 
     stage([str(recipe), *(overrides or [])])
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE[,VALUE]...]...",
+            help="such as quantize.bits=8,4,3 quantize.method=rtn,gptq",
+        ),
+    ] = None,
+    model: Annotated[
+        Literal["tuned", "base"], typer.Option(help="what to quantize; base needs no training")
+    ] = "tuned",
+) -> None:
+    """Measure every combination of quantization settings -> sweep/"""
+    from finequant.evaluate.sweep import sweep as measure
+
+    measure(recipe, overrides or [], model)
 
 
 @app.command()
