@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.recipes.command_line import quiet_libraries, say
@@ -186,19 +187,31 @@ def _measure_all(
     check_tasks(recipe.evaluate)
     material = prepare(recipe)
     model = _float_model(recipe, run, swept, material.prompts)
-    watch = Stopwatch()
-    for done, job in enumerate(missing):
-        rest = watch.seconds / done * (len(missing) - done) if done else 0
-        left = f", about {rest / 60:.0f} min to go" if rest else ""
-        say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{left}")
+    for job in missing:
+        say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
+        watch = Stopwatch()
         if job.point:
             found = measure_point(job.point, model, material, run)
         else:
             found = _measure_float(model, recipe, material, run, swept)
-        keep(job.file, job.inputs, found)
-        measured[job.name] = found
+        measured[job.name] = found | {"seconds": watch.seconds}
+        keep(job.file, job.inputs, measured[job.name])
         gc.collect()
     return measured
+
+
+def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
+    """From the points measured so far: those of the same method where there are some."""
+    points = {job.name: job.point.settings["method"] for job in jobs if job.point}
+    seconds: dict[str, list[float]] = {}
+    for name in points.keys() & measured.keys():
+        seconds.setdefault(points[name], []).append(measured[name]["seconds"])
+    if not seconds:
+        return ""
+    every = [value for values in seconds.values() for value in values]
+    left = [method for name, method in points.items() if name not in measured]
+    total = sum(fmean(seconds.get(method, every)) for method in left)
+    return f", about {total / 60:.1f} min to go"
 
 
 def _float_model(

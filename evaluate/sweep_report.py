@@ -46,7 +46,7 @@ NOTES = """\
 Every point is quantized from the same float model and measured on the same inputs. Bits per weight
 count the whole model, scales and float embedding included, for each weight of the float model:
 as torchao's file has it (a byte a code), and with codes packed to their own bits. ± is one standard
-error."""
+error. In the plot each point says the bits of its codes; with ↑ it lies beyond the scale."""
 
 
 def write_sweep(report: Report, folder: Path) -> None:
@@ -184,15 +184,21 @@ def _plot(report: Report) -> Figure | None:
     return figure
 
 
+def _plain_log_scale(axes: Axes) -> None:
+    """With 20, 30, 50 beside the ticks, which powers of ten between 20 and 90 lack."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(3, 0.4)))
+
+
 def _lines(axes: Axes, models: list[Model], values: list[float], is_perplexity: bool) -> None:
     """A line for each method and group size, with the bits of its codes at each point."""
-    from matplotlib.ticker import ScalarFormatter
-
     ceiling = math.nan
     if is_perplexity:
         ceiling = FARTHEST * min(filter(math.isfinite, values))
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        _plain_log_scale(axes)
     lines: dict[str, list[tuple[float, float, int]]] = {}
     for model, value in list(zip(models, values, strict=True))[1:]:
         family = f"{_method(model)}, groups of {model['settings']['group_size']}"
@@ -203,10 +209,9 @@ def _lines(axes: Axes, models: list[Model], values: list[float], is_perplexity: 
         style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
         bits, heights, _ = zip(*sorted(points), strict=True)
         axes.plot(bits, heights, label=family, **style)
-        beyond = [x for x, height, _ in points if height == ceiling]
-        axes.plot(beyond, [ceiling] * len(beyond), "^", color=style["color"], markersize=11)
         for x, height, code in points:
-            axes.annotate(str(code), (x, height), (4, 4), textcoords="offset points", fontsize=8)
+            label = f"{code}↑" if height == ceiling else str(code)
+            axes.annotate(label, (x, height), (4, 4), textcoords="offset points", fontsize=8)
     if math.isfinite(values[0]):
         axes.axhline(
             values[0], linestyle="--", color="black", label=f"float ({models[0]['dtype']})"
