@@ -176,12 +176,45 @@ def _plot(report: Report) -> Figure | None:
     figure = new_figure(1 + 5 * len(panels))
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, values) in zip(all_axes, panels.items(), strict=True):
-        axes.set(xlabel="bits per weight, packed: scales and float embedding included")
-        axes.set_ylabel(label)
-        _lines(axes, list(models.values()), values, is_perplexity=label.startswith("perplexity"))
+        axes.set(
+            ylabel=label, xlabel="bits per weight, packed: scales and float embedding included"
+        )
+        _panel(axes, list(models.values()), values, is_perplexity=label.startswith("perplexity"))
     handles, names = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _panel(axes: Axes, models: list[Model], values: list[float], is_perplexity: bool) -> None:
+    """One score of every model; the float model's is a dashed line."""
+    ceiling = None
+    if is_perplexity:
+        ceiling = FARTHEST * min(filter(math.isfinite, values))
+        _plain_log_scale(axes)
+    for index, (name, points) in enumerate(_lines(models[1:], values[1:], ceiling).items()):
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
+        bits, heights, _ = zip(*sorted(points), strict=True)
+        axes.plot(bits, heights, label=name, **style)
+        for x, height, label in points:
+            axes.annotate(label, (x, height), (4, 4), textcoords="offset points", fontsize=8)
+    if math.isfinite(values[0]):
+        style = {"linestyle": "--", "color": "black"}
+        axes.axhline(values[0], label=f"float ({models[0]['dtype']})", **style)
+    axes.grid(alpha=0.3)
+
+
+def _lines(
+    models: list[Model], values: list[float], ceiling: float | None
+) -> dict[str, list[tuple[float, float, str]]]:
+    """(bits per weight, height, label) of each point, by method and group size."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for model, value in zip(models, values, strict=True):
+        beyond = ceiling is not None and not value < ceiling  # nan is beyond, too
+        height, label = ceiling if beyond else value, str(model["settings"]["bits"])
+        point = model["packed_bits_per_weight"], height, label + ("↑" if beyond else "")
+        name = f"{_method(model)}, groups of {model['settings']['group_size']}"
+        lines.setdefault(name, []).append(point)
+    return lines
 
 
 def _plain_log_scale(axes: Axes) -> None:
@@ -191,29 +224,3 @@ def _plain_log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(3, 0.4)))
-
-
-def _lines(axes: Axes, models: list[Model], values: list[float], is_perplexity: bool) -> None:
-    """A line for each method and group size, with the bits of its codes at each point."""
-    ceiling = math.nan
-    if is_perplexity:
-        ceiling = FARTHEST * min(filter(math.isfinite, values))
-        _plain_log_scale(axes)
-    lines: dict[str, list[tuple[float, float, int]]] = {}
-    for model, value in list(zip(models, values, strict=True))[1:]:
-        family = f"{_method(model)}, groups of {model['settings']['group_size']}"
-        height = ceiling if is_perplexity and not value < ceiling else value
-        point = model["packed_bits_per_weight"], height, model["settings"]["bits"]
-        lines.setdefault(family, []).append(point)
-    for index, (family, points) in enumerate(lines.items()):
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
-        bits, heights, _ = zip(*sorted(points), strict=True)
-        axes.plot(bits, heights, label=family, **style)
-        for x, height, code in points:
-            label = f"{code}↑" if height == ceiling else str(code)
-            axes.annotate(label, (x, height), (4, 4), textcoords="offset points", fontsize=8)
-    if math.isfinite(values[0]):
-        axes.axhline(
-            values[0], linestyle="--", color="black", label=f"float ({models[0]['dtype']})"
-        )
-    axes.grid(alpha=0.3)
