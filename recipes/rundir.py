@@ -94,6 +94,8 @@ class RunDir:
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
         dumped = recipe.model_dump(mode="json")
+        if layers := dumped["quantize"]["layers"]:  # as text: the order of patterns counts
+            dumped["quantize"]["layers"] = json.dumps(layers)
         content, sections = _flat(dumped), _sections(recipe, stage)
         inputs = {key: content[key] for key in content if _within(key, sections)}
         for key in (".".join(map(str, at)) for at in path_fields(dumped)):
@@ -261,7 +263,7 @@ def _change(key: str, old: Any, new: Any, said: Any) -> str:
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "train" and recipe.train.quantization_aware:
         return (*SECTIONS[stage], "quantize")
-    if stage == "quantize" and recipe.quantize.method == "gptq":
+    if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS[stage]
 
