@@ -39,7 +39,7 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.convert import quantized_model
     from finequant.quantize.methods import round_model
-    from finequant.quantize.scheme import untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext(f"quantize.group_size={group_size}")
     tokenizer = load_tokenizer(recipe.model)
@@ -55,7 +55,9 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
         started = time.monotonic()
         rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
         seconds = time.monotonic() - started
-        model = quantized_model(model, rounded, chosen.quantize, torch.bfloat16)
+        model = quantized_model(
+            model, rounded, layer_plan(chosen.quantize, model.config), torch.bfloat16
+        )
         rows.append((f"{method}, scale: {scale}", seconds, perplexity(model, chosen, whole)))
         del model, rounded
         gc.collect()
@@ -112,7 +114,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
     from finequant.finetune.quantization_aware import round_in_training
     from finequant.quantize.methods import calibration_sequences, round_model
-    from finequant.quantize.scheme import untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext("quantize.method=rtn")
     tokenizer = load_tokenizer(recipe.model)
@@ -125,7 +127,8 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         untie_head(base)
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
-        for layer in round_in_training(model, start, recipe.quantize.bits, dtype).values():
+        plan = layer_plan(recipe.quantize, base.config)
+        for layer in round_in_training(model, start, plan, dtype).values():
             layer.rounds = True
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         models[name] = model, torch.optim.AdamW(weights, lr=1e-4)

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 FLOAT = "float"
 """Name of the model before quantization among the points."""
 
-OWN_COLUMNS = ("quantize.method", "quantize.bits", "quantize.group_size")
+OWN_COLUMNS = ("quantize.method", "quantize.bits", "quantize.budget", "quantize.group_size")
 
 
 class Point(NamedTuple):
     """One combination of quantization settings."""
 
     settings: dict[str, Any]
-    """method, bits and group_size, then further keys that are swept, as they were written."""
+    """method, bits (or their budget), group_size, then further keys that are swept, as written."""
     recipe: Recipe
 
     @property
@@ -80,7 +80,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
 
     points = read_points(path, overrides)
     quiet_libraries()
-    _check_group_sizes(points)
+    _check_plans(points)
     recipe = points[0].recipe
     run = RunDir.of(recipe)
     if swept == "tuned":
@@ -110,7 +110,8 @@ def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:
     for combination in product(*choices):
         recipe = load_recipe(path, combination)
         scheme, said = recipe.quantize, dict(item.split("=", 1) for item in combination)
-        settings = {"method": scheme.method, "bits": scheme.bits, "group_size": scheme.group_size}
+        bits = scheme.bits if scheme.budget is None else f"budget {scheme.budget}"
+        settings = {"method": scheme.method, "bits": bits, "group_size": scheme.group_size}
         further = {
             key.removeprefix("quantize."): said[key] for key in swept if key not in OWN_COLUMNS
         }
@@ -149,12 +150,12 @@ def split_values(text: str) -> list[str]:
     return [text[node.start_mark.index - 1 : node.end_mark.index - 1] for node in nodes]
 
 
-def _check_group_sizes(points: list[Point]) -> None:
+def _check_plans(points: list[Point]) -> None:
     from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import check_group_size
+    from finequant.quantize.scheme import layer_plan
 
     for point in points:
-        check_group_size(point.recipe.quantize, load_config(point.recipe.model))
+        layer_plan(point.recipe.quantize, load_config(point.recipe.model))
 
 
 def _jobs(points: list[Point], run: RunDir, swept: str) -> list[Job]:
@@ -254,18 +255,20 @@ def measure_point(
     from finequant.evaluate.compare import device, measure_model
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_config
+    from finequant.quantize.budget import within_budget
     from finequant.quantize.convert import quantized_model
     from finequant.quantize.methods import round_model
-    from finequant.quantize.scheme import shipped_dtype, untie_head
+    from finequant.quantize.scheme import layer_plan, shipped_dtype, untie_head, unties_head
 
-    recipe, scheme = point.recipe, point.recipe.quantize
-    config = load_config(recipe.model)
-    dtype = shipped_dtype(scheme, config)
+    config = load_config(point.recipe.model)
+    dtype = shipped_dtype(point.recipe.quantize, config)
+    recipe = within_budget(point.recipe, model, material.tokenizer, dtype)
+    plan = layer_plan(recipe.quantize, config)
     model = _own_weights(model)
-    if scheme.head == "quantize":
+    if unties_head(plan):
         untie_head(model)
     rounded = round_model(model, recipe, material.tokenizer, dtype)
-    model = quantized_model(model, rounded, scheme, dtype)
+    model = quantized_model(model, rounded, plan, dtype)
     size = _bytes_on_disk(model, run.root / "sweep" / "checkpoint.partial")
     packed = packed_bits_per_weight(model, config)
     model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])

@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import TrainerCallback
 
 from finequant.quantize.rounding import Rounded, code_range, quantize_activations, row_chunks
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from finequant.quantize.scheme import Plan
 
 ADAPTER = "default"
 """peft's name for the one adapter of a model."""
@@ -114,6 +116,13 @@ class RoundedLinear(_Rounding, torch.nn.Linear):
         return _StraightThrough.apply(x, None, None, self.rounded_weight(), 0.0)
 
 
+class RoundedEmbedding(_Rounding, torch.nn.Embedding):
+    """Weight-only: its codes stay."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.rounded_weight()) if self.rounds else super().forward(ids)
+
+
 class RoundedLora(_Rounding, LoraLinear):
     """peft's LoRA layer, its forward replaced by that of the merged and rounded weight."""
 
@@ -161,7 +170,7 @@ class RoundFrom(TrainerCallback):
 
 
 def round_in_training(
-    model: PeftModel, start: dict[str, Rounded], bits: int, dtype: torch.dtype
+    model: PeftModel, start: dict[str, Rounded], plan: Plan, dtype: torch.dtype
 ) -> dict[str, _Rounding]:
     """Makes the layers that `start` names round in training; rounding is still switched off.
 
@@ -170,7 +179,8 @@ def round_in_training(
     layers = {}
     for name, rounded in start.items():
         layer = model.get_base_model().get_submodule(name)
-        layer.__class__ = RoundedLora if isinstance(layer, LoraLinear) else RoundedLinear
-        layer.start(rounded, bits, dtype)
+        kinds = {LoraLinear: RoundedLora, torch.nn.Embedding: RoundedEmbedding}
+        layer.__class__ = kinds.get(type(layer), RoundedLinear)
+        layer.start(rounded, plan[name].bits, dtype)
         layers[name] = layer
     return layers

@@ -233,12 +233,11 @@ def _rounded_base(
     """What quantization-aware training starts from, made by the first process; None without it."""
     from finequant.quantize.methods import round_model
     from finequant.quantize.rounding import load_rounded, save_rounded
-    from finequant.quantize.scheme import check_group_size, untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 
     if not recipe.train.quantization_aware:
         return None
-    check_group_size(recipe.quantize, base.config)
-    if recipe.quantize.head == "quantize":
+    if unties_head(layer_plan(recipe.quantize, base.config)):
         untie_head(base)
     file = run.checkpoints / ROUNDED
     with arguments.main_process_first():
@@ -255,6 +254,7 @@ def _round_in_training(
 ) -> dict[str, Any]:
     """The layers that will compute with rounded weights."""
     from finequant.finetune.quantization_aware import RoundFrom, round_in_training
+    from finequant.quantize.scheme import layer_plan
 
     if start is None:
         return {}
@@ -264,7 +264,8 @@ def _round_in_training(
             "have to be rounded whole: use recipes/accelerate/several_gpus.yaml"
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    layers = round_in_training(model, start, recipe.quantize.bits, model.dtype)
+    plan = layer_plan(recipe.quantize, model.config)
+    layers = round_in_training(model, start, plan, model.dtype)
     trainer.calls_the_head = True
     trainer.add_callback(RoundFrom(layers, recipe.train.quantization_aware_after))
     return layers

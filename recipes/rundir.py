@@ -176,6 +176,8 @@ class RunDir:
 def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     """The keys of some sections; where a file is named, the hash of what is in it."""
     dumped = recipe.model_dump(mode="json")
+    if layers := dumped["quantize"]["layers"]:  # as text: the order of patterns counts
+        dumped["quantize"]["layers"] = json.dumps(layers)
     content = _flat(dumped)
     inputs = {key: content[key] for key in content if _within(key, sections)}
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
@@ -267,7 +269,7 @@ def _change(key: str, old: Any, new: Any, said: Any) -> str:
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "train" and recipe.train.quantization_aware:
         return (*SECTIONS[stage], "quantize")
-    if stage == "quantize" and recipe.quantize.method == "gptq":
+    if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS[stage]
 

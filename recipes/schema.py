@@ -210,16 +210,41 @@ class Calibration(Section):
     )
 
 
+Bits = Annotated[int, Field(ge=1, le=8)]
+GroupSize = Annotated[int, Field(ge=32, le=256)]
+
+
+class Layer(Section):
+    """What is particular to some layers; what is left out is as in the rest of the section."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+
+
 class Quantize(Section):
     """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
 
-    bits: Annotated[int, Field(ge=2, le=8)] = 4
-    group_size: Annotated[int, Field(ge=32, le=256)] = Field(
+    bits: Bits = Field(4, description="1 is for measuring: codes -1 and 0, nothing positive")
+    group_size: GroupSize = Field(
         32, description="weights that share a scale; must divide in_features of every layer"
+    )
+    layers: dict[str, Layer | Literal["float"]] = Field(
+        default_factory=dict,
+        description="pattern of layer names, such as '*.down_proj': {bits, group_size} or float; "
+        "the last that matches counts",
+    )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="bits per rounded weight, scales included: chooses each layer's bits by "
+        "measured sensitivity, in place of `bits`",
     )
     head: Literal["quantize", "float"] = Field(
         "quantize",
         description="lm_head; where it is tied to the embedding, `quantize` unties it",
+    )
+    embedding: Literal["float", 8, 4] = Field(
+        "float", description="bits of its weights, which have no activations; unties the head"
     )
     method: Literal["rtn", "hqq", "gptq"] = Field(
         "rtn", description="round to nearest, half-quadratic, or calibrated block by block"
@@ -355,4 +380,9 @@ class Recipe(Section):
             return "lora.use_dora: its norms are not merged into the rounded weight"
         if self.lora.init_lora_weights.startswith(("pissa", "olora")):
             return f"lora.init_lora_weights={self.lora.init_lora_weights}: it changes the base"
+        if self.quantize.budget:
+            return (
+                "quantize.budget: the plan is chosen after training; quantize once without it, "
+                "then copy `plan` of quantization.json to quantize.layers"
+            )
         return None

@@ -85,6 +85,14 @@ def test_further_keys_are_settings_too(recipe_file):
     assert all("calibration.tokens" not in point.settings for point in points)
 
 
+def test_a_budget_stands_for_its_bits(swept, recipe_file):
+    report = swept("quantize.budget=4.5,6.5", "quantize.layers={'*.down_proj': {bits: 8}}")
+    floating, *points = report["models"].values()
+    assert [point["settings"]["bits"] for point in points] == ["budget 4.5", "budget 6.5"]
+    few, many = (point["packed_bits_per_weight"] for point in points)
+    assert few < many < floating["packed_bits_per_weight"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -94,6 +102,7 @@ def test_further_keys_are_settings_too(recipe_file):
         ("quantize.bits=4,9", "quantize.bits: expected"),
         ("quantize.bitss=4,3", "did you mean quantize.bits?"),
         ("quantize.group_size=32,48", "48 does not divide the input features"),
+        ("quantize.layers={'*.down': float},{lm_head: float}", "'*.down' matches no layer"),
         ("bits", "expected key.sub=value"),
     ],
 )
