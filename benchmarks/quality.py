@@ -1,8 +1,10 @@
-"""What four bits cost SmolLM2-135M: without training, with training, and per training step.
+"""What four bits cost SmolLM2-135M: without training, with it, per training step, on a domain.
 
 python benchmarks/quality.py calibration
 python benchmarks/quality.py training
 python benchmarks/quality.py step
+python benchmarks/quality.py domain recipes/quickstart.yaml
+python benchmarks/quality.py domain benchmarks/banking77.yaml --seeds 0,1,2
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.convert import quantized_model
     from finequant.quantize.methods import round_model
-    from finequant.quantize.scheme import untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext(f"quantize.group_size={group_size}")
     tokenizer = load_tokenizer(recipe.model)
@@ -55,7 +57,8 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
         started = time.monotonic()
         rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
         seconds = time.monotonic() - started
-        model = quantized_model(model, rounded, chosen.quantize, torch.bfloat16)
+        plan = layer_plan(chosen.quantize, model.config)
+        model = quantized_model(model, rounded, plan, torch.bfloat16)
         rows.append((f"{method}, scale: {scale}", seconds, perplexity(model, chosen, whole)))
         del model, rounded
         gc.collect()
@@ -70,14 +73,12 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
 
 
 @app.command()
-def training(steps: int = 150, learning_rate: float = 5e-4) -> None:
+def training(steps: int = 120, learning_rate: float = 5e-4) -> None:
     """Perplexity of plain LoRA in float, of its rounding, and of quantization-aware training.
 
-    `learning_rate` is that of plain LoRA; its best checkpoint counts.
+    `steps` are the budget of each run: those of plain LoRA, and those of quantization-aware LoRA
+    from the start. `learning_rate` is that of plain LoRA; its best checkpoint counts.
     """
-    from finequant.finetune.train import train
-    from finequant.quantize.convert import quantize
-
     aware = wikitext(f"train.max_steps={steps}", "output_dir=runs/wikitext2-aware")
     plain = wikitext(
         f"train.max_steps={steps}",
@@ -86,11 +87,7 @@ def training(steps: int = 150, learning_rate: float = 5e-4) -> None:
         "output_dir=runs/wikitext2-plain",
     )
     for recipe in (plain, aware):
-        run = RunDir.of(recipe)
-        for name, stage in (("train", train), ("quantize", quantize)):
-            if run.what_changed(recipe, name) != []:
-                stage(recipe, run)
-                gc.collect()
+        run_stages(recipe, "train", "quantize")
     float_best = min(float_perplexities(plain))
     rows = [
         ("plain LoRA, float, best checkpoint", float_best),
@@ -105,6 +102,32 @@ def training(steps: int = 150, learning_rate: float = 5e-4) -> None:
 
 
 @app.command()
+def domain(recipe: Path, seeds: str = "0", metric: str = "exact_match") -> None:
+    """Accuracy on held-out rows of a recipe, tuned and quantized, for each seed."""
+    rows, drops = [], []
+    for seed in map(int, seeds.split(",")):
+        loaded = load_recipe(recipe, [f"seed={seed}"])
+        loaded = loaded.model_copy(update={"output_dir": f"runs/{loaded.name}-{seed}"})
+        run = RunDir.of(loaded)
+        run_stages(loaded, "train", "quantize", "evaluate")
+        models = json.loads(run.report.read_text(encoding="utf-8"))["models"]
+        scores = [models[name]["tasks"]["held_out"][metric] for name in ("tuned", "quantized")]
+        drops.append(100 * (scores[0]["value"] - scores[1]["value"]))
+        shown = [f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}" for score in scores]
+        bits = f"{models['quantized']['bits_per_weight']:.2f}"
+        rows.append((str(seed), *shown, f"{drops[-1]:+.1f}", bits))
+    spread = f"{statistics.fmean(drops):+.1f}"
+    if len(drops) > 1:
+        spread += f" ± {statistics.stdev(drops):.1f}"
+    rows.append(("mean", "", "", spread, ""))
+    show(
+        f"{recipe.stem}, {metric} in %",
+        ("seed", "tuned", "quantized", "points lost", "bits per weight on disk"),
+        rows,
+    )
+
+
+@app.command()
 def step(tokens: int = 4096, rounds: int = 5) -> None:
     """Seconds of a training step, plain and quantization-aware in turn."""
     from peft import get_peft_model
@@ -112,7 +135,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
     from finequant.finetune.quantization_aware import round_in_training
     from finequant.quantize.methods import calibration_sequences, round_model
-    from finequant.quantize.scheme import untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext("quantize.method=rtn")
     tokenizer = load_tokenizer(recipe.model)
@@ -125,7 +148,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         untie_head(base)
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
-        round_in_training(model, start, recipe.quantize.bits, dtype)
+        round_in_training(model, start, layer_plan(recipe.quantize, base.config), dtype)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         models[name] = model, torch.optim.AdamW(weights, lr=1e-4)
     seconds = {name: [] for name in models}
@@ -144,6 +167,19 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         ("training", "seconds", "times plain"),
         [(name, f"{s:.2f}", f"{s / medians['plain']:.2f}") for name, s in medians.items()],
     )
+
+
+def run_stages(recipe: Recipe, *stages: str) -> None:
+    """Those whose inputs have changed."""
+    from finequant.evaluate.compare import compare
+    from finequant.finetune.train import train
+    from finequant.quantize.convert import quantize
+
+    run, functions = RunDir.of(recipe), {"train": train, "quantize": quantize, "evaluate": compare}
+    for stage in stages:
+        if run.what_changed(recipe, stage) != []:
+            functions[stage](recipe, run)
+            gc.collect()
 
 
 def wikitext(*overrides: str) -> Recipe:

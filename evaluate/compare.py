@@ -136,7 +136,10 @@ def measure_all(
 
     measured, reference = {}, None
     sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
-    kept = {name: _kept(run, name, inputs) for name in MODELS}
+    kept = {
+        name: kept_measurement(measurement_file(run, name), relevant(name, inputs))
+        for name in MODELS
+    }
     for name in MODELS:
         needs_reference = name == "tuned" and kept["quantized"] is None
         if kept[name] is not None and not needs_reference:
@@ -146,11 +149,12 @@ def measure_all(
         model = load_model(name, recipe, run, material.prompts)
         if needs_reference:
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
-        measured[name] = kept[name] or measure_model(name, model, recipe, run, material)
+        size = size_bytes(name, model, recipe, run)
+        measured[name] = kept[name] or measure_model(name, model, recipe, material, size)
         if name == "quantized":
             found = log_probabilities(model, sequences, recipe.evaluate.batch_size)
             measured[name]["divergence"] = divergence(reference, found)
-        _keep(run, name, inputs, measured[name])
+        keep(measurement_file(run, name), relevant(name, inputs), measured[name])
         del model
         gc.collect()
     return measured
@@ -173,22 +177,26 @@ def load_model(
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
         model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
-        return dequantize_once(model.to(_device()), (prompts or [[0]])[0])
+        return dequantize_once(model.to(device()), (prompts or [[0]])[0])
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
-    return cast_weights(model, dtype).to(_device()).eval()
+    return cast_weights(model, dtype).to(device()).eval()
 
 
-def _device() -> str:
+def device() -> str:
+    """Where models are measured."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_model(
-    name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir, material: Material
+    name: str, model: LlamaForCausalLM, recipe: Recipe, material: Material, size: int
 ) -> dict[str, Any]:
-    """{"scores": size, perplexity and tasks as in report.json, "answers": to the held-out rows}"""
+    """{"scores": size, perplexity and tasks as in report.json, "answers": to the held-out rows}
+
+    size: bytes of the model's weights on disk.
+    """
     from finequant.evaluate.perplexity import measure
     from finequant.evaluate.tasks import (
         METRICS,
@@ -201,7 +209,6 @@ def measure_model(
     from finequant.quantize.scheme import parameter_count
 
     evaluate, tokenizer = recipe.evaluate, material.tokenizer
-    size = _size_bytes(name, model, recipe, run)
     scores: dict[str, Any] = {
         "size_bytes": size,
         "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
@@ -268,7 +275,7 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
     return list(recipe.evaluate.choices or [])
 
 
-def _size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
+def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
     """Of the weights on disk; for a float model that is not on disk, what it would take there."""
     from finequant.finetune.model import locate_base
     from finequant.quantize.convert import weight_bytes
@@ -297,11 +304,13 @@ def _samples(
     ]
 
 
-def _measurement_file(run: RunDir, name: str) -> Path:
+def measurement_file(run: RunDir, name: str) -> Path:
+    """Where the measurement of one of the three is kept."""
     return run.measurements / f"{name}.json"
 
 
-def _relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of `evaluate` that decide the measurement of one of the three."""
     shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
     return {
         key: value
@@ -310,22 +319,18 @@ def _relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _kept(run: RunDir, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The measurement of an earlier call, if it was made from the same inputs and versions."""
-    file = _measurement_file(run, name)
     kept = _read_json(file) if file.exists() else None
-    same = kept and (kept["inputs"], kept["versions"]) == (_relevant(name, inputs), versions())
+    same = kept and (kept["inputs"], kept["versions"]) == (inputs, versions())
     return kept["measurement"] if same else None
 
 
-def _keep(run: RunDir, name: str, inputs: dict[str, Any], measurement: dict[str, Any]) -> None:
-    run.measurements.mkdir(exist_ok=True)
-    content = {
-        "inputs": _relevant(name, inputs),
-        "versions": versions(),
-        "measurement": measurement,
-    }
-    replace_text(_measurement_file(run, name), json.dumps(content))
+def keep(file: Path, inputs: dict[str, Any], measurement: dict[str, Any]) -> None:
+    """Writes a measurement for `kept_measurement`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"inputs": inputs, "versions": versions(), "measurement": measurement}
+    replace_text(file, json.dumps(content))
 
 
 def _read_json(path: Path) -> Any:

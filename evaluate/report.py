@@ -12,6 +12,7 @@ import html
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from finequant.recipes.schema import Gate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 Report = dict[str, Any]
 
@@ -47,14 +49,14 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
     both = {name: models[name] for name in ("tuned", "quantized")}
     checks = []
     if limits.max_perplexity_increase is not None:
-        for corpus in _corpora(both):
-            tuned, quantized = (_float(m, "perplexity", corpus, "token") for m in both.values())
+        for corpus in corpora_of(both):
+            tuned, quantized = (float_at(m, "perplexity", corpus, "token") for m in both.values())
             increase = quantized / tuned - 1
             checks.append(_check(f"perplexity {corpus}", limits.max_perplexity_increase, increase))
     if limits.max_accuracy_drop is not None:
-        for task, metric in _metrics(both):
-            tuned, quantized = (_float(m, "tasks", task, metric, "value") for m in both.values())
-            drop = (tuned - quantized) * _to_percent(metric) / 100
+        for task, metric in metrics_of(both):
+            tuned, quantized = (float_at(m, "tasks", task, metric, "value") for m in both.values())
+            drop = (tuned - quantized) * to_percent(metric) / 100
             checks.append(_check(f"accuracy {task} {metric}", limits.max_accuracy_drop, drop))
     return {"passed": all(check["passed"] for check in checks), "checks": checks}
 
@@ -64,59 +66,71 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     models = report["models"]
 
     def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
-        tuned, quantized = (_get(models, name, *keys) for name in ("tuned", "quantized"))
-        return [label, *(shown(_get(m, *keys)) for m in models.values()), change(tuned, quantized)]
+        tuned, quantized = (value_at(models, name, *keys) for name in ("tuned", "quantized"))
+        return [
+            label,
+            *(shown(value_at(m, *keys)) for m in models.values()),
+            change(tuned, quantized),
+        ]
 
     rows = [
         row("size in MB (lower is better)", _megabytes, _ratio, "size_bytes"),
-        row("bits per weight (lower is smaller)", _number, _ratio, "bits_per_weight"),
+        row("bits per weight (lower is smaller)", shown_number, _ratio, "bits_per_weight"),
     ]
-    for corpus in _corpora(models):
+    for corpus in corpora_of(models):
         label = f"perplexity per token, {corpus} (lower is better)"
-        rows.append(row(label, _number, _ratio, "perplexity", corpus, "token"))
-    for task, metric in _metrics(models):
-        scale = _to_percent(metric)
-        n = next(filter(None, (_get(m, "tasks", task, metric, "n") for m in models.values())), None)
+        rows.append(row(label, shown_number, _ratio, "perplexity", corpus, "token"))
+    for task, metric in metrics_of(models):
+        scale = to_percent(metric)
+        n = next(
+            filter(None, (value_at(m, "tasks", task, metric, "n") for m in models.values())), None
+        )
         label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
         label += f", n={n})" if n else ")"
-        rows.append(row(label, _score(scale), _points(scale), "tasks", task, metric))
+        rows.append(row(label, shown_score(scale), _points(scale), "tasks", task, metric))
     return ["", *models, "quantized vs tuned"], rows
 
 
 def print_table(report: Report) -> None:
     """Prints the comparison, the gate's verdict and the divergence to stdout."""
+    console = print_rows(*comparison_rows(report))
+    for line in [*_divergence(report), *_verdict(report)]:
+        console.print(line, soft_wrap=True)
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> Console:
+    """Prints a table to stdout, on a console that is wide enough for its numbers."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, highlight=False, emoji=False)
-    header, rows = comparison_rows(report)
     table = Table()
     table.add_column(header[0], min_width=16)
     for name, *cells in list(zip(header, *rows, strict=True))[1:]:
-        table.add_column(name, justify="right", min_width=max(map(len, cells)))
+        width = max(map(len, [*cells, *name.split()]))
+        table.add_column(textwrap.fill(name, width), justify="right", min_width=width)
     for row in rows:
         table.add_row(*row)
-    # With many models: wider than the terminal, rather than cut off.
+    # With many columns: wider than the terminal, rather than cut off.
     needed = console.measure(table, options=console.options.update(width=1000)).minimum
     console.width = max(console.width, needed)
     console.print(table)
-    for line in [*_divergence(report), *_verdict(report)]:
-        console.print(line, soft_wrap=True)
+    return console
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes plots/, report.md and, last, report.json (infinite or not a number: null)."""
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {"comparison": _comparison, "layers": _layers, "loss": _loss}
-    plots = {name for name, draw in drawings.items() if _draw(draw, report, folder, name)}
+    plots = {name for name, draw in drawings.items() if draw_plot(draw, report, folder, name)}
     replace_text(folder / "report.md", _markdown(report, plots))
-    content = json.dumps(_finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
+    content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(folder / "report.json", content + "\n")
 
 
 def _markdown(report: Report, plots: set[str]) -> str:
     recipe = report.get("recipe") or {}
-    name, base = recipe.get("name") or "run", _get(recipe, "model", "base")
+    name, base = recipe.get("name") or "run", value_at(recipe, "model", "base")
     seed, quantize = recipe.get("seed"), recipe.get("quantize") or {}
     versions = ", ".join(f"{key} {value}" for key, value in (report.get("versions") or {}).items())
     sections = [
@@ -125,16 +139,16 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"{quantize.get('bits')} bits in groups of {quantize.get('group_size')}. "
         "To repeat it: `finequant run recipe.yaml`",
         "## Base, tuned and quantized",
-        _table(*comparison_rows(report)),
+        markdown_table(*comparison_rows(report)),
         "All models are measured on the same inputs. ± is one standard error.",
-        _image(plots, "comparison", "Perplexity and accuracy of the models"),
+        image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         "\n".join(f"- {line}" for line in [*_divergence(report), *_verdict(report)]),
         _worst_layers(report),
-        _image(plots, "layers", "Signal to noise of each quantized layer"),
+        image_link(plots, "layers", "Signal to noise of each quantized layer"),
         _normalisers(report),
         _samples(report),
-        f"## Training\n\n{image}" if (image := _image(plots, "loss", "Loss by step")) else "",
+        f"## Training\n\n{image}" if (image := image_link(plots, "loss", "Loss by step")) else "",
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -144,10 +158,10 @@ def _divergence(report: Report) -> list[str]:
     divergence = report.get("divergence")
     if not divergence:
         return []
-    agreement = _score(100)(divergence.get("top1_agreement"))
+    agreement = shown_score(100)(divergence.get("top1_agreement"))
     return [
         f"Quantized against tuned, over {divergence.get('tokens')} tokens: KL divergence "
-        f"{_score(1, digits=4)(divergence.get('kl'))} nats per token; "
+        f"{shown_score(1, digits=4)(divergence.get('kl'))} nats per token; "
         f"the same most likely token in {agreement} % of places"
     ]
 
@@ -158,7 +172,7 @@ def _check(name: str, limit: float, value: float) -> dict[str, Any]:
 
 
 def _verdict(report: Report) -> list[str]:
-    checks = _get(report, "gate", "checks") or []
+    checks = value_at(report, "gate", "checks") or []
     lines = []
     for check in checks:
         perplexity = check["name"].startswith("perplexity ")
@@ -176,20 +190,20 @@ def _worst_layers(report: Report) -> str:
     layers = [layer for layer in report.get("layers") or [] if _finite(layer.get("snr_db"))]
     worst = sorted(layers, key=lambda layer: layer["snr_db"])[:5]
     rows = [
-        [_code(x["name"]), str(x["bits"]), str(x["group_size"]), _number(x["snr_db"], 1)]
+        [_code(x["name"]), str(x["bits"]), str(x["group_size"]), shown_number(x["snr_db"], 1)]
         for x in worst
     ]
     header = ["layers that lost most", "bits", "group size", "signal to noise in dB"]
-    return _table(header, rows) if rows else ""
+    return markdown_table(header, rows) if rows else ""
 
 
 def _normalisers(report: Report) -> str:
     rows = []
-    for corpus in _corpora(report["models"]):
+    for corpus in corpora_of(report["models"]):
         for name, model in report["models"].items():
-            score = _get(model, "perplexity", corpus) or {}
-            values = [_number(score.get(key), digits=4) for key in ("token", "word", "byte")]
-            rows.append([f"{corpus}, {name}", *values, _number(score.get("tokens"), digits=0)])
+            score = value_at(model, "perplexity", corpus) or {}
+            values = [shown_number(score.get(key), digits=4) for key in ("token", "word", "byte")]
+            rows.append([f"{corpus}, {name}", *values, shown_number(score.get("tokens"), digits=0)])
     if not rows:
         return ""
     header = ["perplexity", "per token", "per word", "per byte", "scored tokens"]
@@ -197,7 +211,7 @@ def _normalisers(report: Report) -> str:
         "## Perplexity by what it is divided by\n\n"
         "exp(L / N): L is the summed negative log-likelihood of the same tokens throughout; N is "
         "the number of tokens, of words or of UTF-8 bytes. Compare only numbers with the same N."
-        f"\n\n{_table(header, rows)}"
+        f"\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -206,10 +220,10 @@ def _samples(report: Report) -> str:
     names = list(report["models"])
     rows = [
         [_code(sample["prompt"]), _code(sample["reference"])]
-        + [_code(_get(sample, "answers", name)) for name in names]
+        + [_code(value_at(sample, "answers", name)) for name in names]
         for sample in samples
     ]
-    table = _table(["prompt", "reference", *names], rows, align=":---")
+    table = markdown_table(["prompt", "reference", *names], rows, align=":---")
     return f"## Sample answers\n\n{table}" if rows else ""
 
 
@@ -224,7 +238,7 @@ def _code(text: str | None) -> str:
     return f"<code>{'<br>'.join(safe.splitlines())}</code>"
 
 
-def _table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
     rule = [":---", *[align] * (len(header) - 1)]
     return "\n".join(
         f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
@@ -232,11 +246,11 @@ def _table(header: list[str], rows: list[list[str]], align: str = "---:") -> str
     )
 
 
-def _image(plots: set[str], name: str, description: str) -> str:
+def image_link(plots: set[str], name: str, description: str) -> str:
     return f"![{description}](plots/{name}.png)" if name in plots else ""
 
 
-def _draw(draw: Callable, report: Report, folder: Path, name: str) -> bool:
+def draw_plot(draw: Callable, report: Report, folder: Path, name: str) -> bool:
     """Writes plots/NAME.png; where there is nothing to draw, removes an earlier one."""
     path = folder / "plots" / f"{name}.png"
     figure = draw(report)
@@ -250,7 +264,7 @@ def _draw(draw: Callable, report: Report, folder: Path, name: str) -> bool:
     return True
 
 
-def _figure(width: float) -> Figure:
+def new_figure(width: float) -> Figure:
     # Without pyplot there is no global state, and a Figure draws itself with Agg.
     from matplotlib.figure import Figure
 
@@ -258,7 +272,7 @@ def _figure(width: float) -> Figure:
 
 
 def _loss(report: Report) -> Figure | None:
-    figure = _figure(7)
+    figure = new_figure(7)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss in nats per token")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
         entries = [e for e in report.get("training") or [] if _finite(e.get(key))]
@@ -278,13 +292,13 @@ def _comparison(report: Report) -> Figure | None:
     panels = {
         "perplexity per token\n(lower is better)": {
             corpus: [_bar(m, 1, "perplexity", corpus) for m in models.values()]
-            for corpus in _corpora(models)
+            for corpus in corpora_of(models)
         },
         "accuracy in %\n(higher is better)": {
             f"{task}\n{metric}": [
-                _bar(m, _to_percent(metric), "tasks", task, metric) for m in models.values()
+                _bar(m, to_percent(metric), "tasks", task, metric) for m in models.values()
             ]
-            for task, metric in _metrics(models)
+            for task, metric in metrics_of(models)
         },
     }
     panels = {
@@ -295,7 +309,7 @@ def _comparison(report: Report) -> Figure | None:
     if not panels:
         return None
     widths = [1 + 0.55 * len(groups) * len(models) for groups in panels.values()]
-    figure = _figure(max(5.0, sum(widths)))
+    figure = new_figure(max(5.0, sum(widths)))
     all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     for axes, (label, groups) in zip(all_axes, panels.items(), strict=True):
         axes.set_ylabel(label)
@@ -307,9 +321,9 @@ def _comparison(report: Report) -> Figure | None:
 
 def _bar(model: dict[str, Any], scale: float, *keys: str) -> tuple[float, float]:
     """Height (nan: no bar) and standard error (0: none known) of one score."""
-    score = _get(model, *keys) or {}
+    score = value_at(model, *keys) or {}
     error = score.get("stderr")
-    height = _float(score, "token" if "token" in score else "value")
+    height = float_at(score, "token" if "token" in score else "value")
     return scale * height, scale * error if _finite(error) else 0.0
 
 
@@ -353,7 +367,7 @@ def _layers(report: Report) -> Figure | None:
             others.append((layer["name"], layer["snr_db"]))
     if not kinds and not others:
         return None
-    figure = _figure(8)
+    figure = new_figure(8)
     axes = figure.add_subplot(
         xlabel="layer (then the head)", ylabel="signal to noise in dB (higher is better)"
     )
@@ -369,12 +383,12 @@ def _layers(report: Report) -> Figure | None:
     return figure
 
 
-def _corpora(models: dict[str, Any]) -> list[str]:
+def corpora_of(models: dict[str, Any]) -> list[str]:
     """The corpora of all models, each once, in their order."""
     return list(dict.fromkeys(name for m in models.values() for name in m.get("perplexity") or {}))
 
 
-def _metrics(models: dict[str, Any]) -> list[tuple[str, str]]:
+def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
     """The (task, metric) pairs of all models, each once, in their order."""
     pairs = (
         (task, metric)
@@ -385,20 +399,20 @@ def _metrics(models: dict[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def _to_percent(metric: str) -> int:
+def to_percent(metric: str) -> int:
     return 1 if metric in OUT_OF_100 else 100
 
 
-def _get(node: Any, *keys: str) -> Any:
+def value_at(node: Any, *keys: str) -> Any:
     """`node[key][key]...`, or None where one is missing."""
     for key in keys:
         node = (node or {}).get(key)
     return node
 
 
-def _float(node: Any, *keys: str) -> float:
+def float_at(node: Any, *keys: str) -> float:
     """The number at `keys`; nan where it is missing or infinite."""
-    value = _get(node, *keys)
+    value = value_at(node, *keys)
     return float(value) if _finite(value) else math.nan
 
 
@@ -406,16 +420,16 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _finite_only(node: Any) -> Any:
+def finite_only(node: Any) -> Any:
     """The same tree with None for each number that JSON does not have."""
     if isinstance(node, dict):
-        return {key: _finite_only(value) for key, value in node.items()}
+        return {key: finite_only(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_finite_only(value) for value in node]
+        return [finite_only(value) for value in node]
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def shown_number(value: float | None, digits: int = 2) -> str:
     if value is None:
         return MISSING
     return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
@@ -425,11 +439,11 @@ def _megabytes(size: int | None) -> str:
     return MISSING if size is None else f"{size / 1e6:,.1f}"
 
 
-def _score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
+def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
     """Shows {"value", "stderr"} as `71.2 ± 1.8`."""
 
     def shown(score: dict | None) -> str:
-        value, error = _get(score, "value"), _get(score, "stderr")
+        value, error = value_at(score, "value"), value_at(score, "stderr")
         text = MISSING if value is None else f"{value * scale:.{digits}f}"
         return f"{text} ± {error * scale:.{digits}f}" if _finite(error) else text
 
@@ -445,7 +459,7 @@ def _ratio(tuned: float | None, quantized: float | None) -> str:
 
 def _points(scale: float) -> Callable[[dict | None, dict | None], str]:
     def shown(tuned: dict | None, quantized: dict | None) -> str:
-        change = (_float(quantized, "value") - _float(tuned, "value")) * scale
+        change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
         return f"{change:+z.1f} points" if math.isfinite(change) else MISSING
 
     return shown

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from finequant.quantize.rounding import Rounded, code_range, quantize_activations, row_chunks
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from finequant.quantize.scheme import Plan
 
 ADAPTER = "default"
 """peft's name for the one adapter of a model."""
@@ -113,6 +115,13 @@ class RoundedLinear(Rounding, torch.nn.Linear):
         return _StraightThrough.apply(x, None, None, self.rounded_weight(), 0.0)
 
 
+class RoundedEmbedding(Rounding, torch.nn.Embedding):
+    """Weight-only: its codes stay."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.rounded_weight()) if self.rounds else super().forward(ids)
+
+
 class RoundedLora(Rounding, LoraLinear):
     """peft's LoRA layer, its forward replaced by that of the merged and rounded weight."""
 
@@ -148,7 +157,7 @@ def _places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch
 
 
 def round_in_training(
-    model: PeftModel, start: dict[str, Rounded], bits: int, dtype: torch.dtype
+    model: PeftModel, start: dict[str, Rounded], plan: Plan, dtype: torch.dtype
 ) -> dict[str, Rounding]:
     """Makes the layers that `start` names compute with rounded weights; all others, in `dtype`.
 
@@ -158,8 +167,9 @@ def round_in_training(
     layers = {}
     for name, rounded in start.items():
         layer = model.get_base_model().get_submodule(name)
-        layer.__class__ = RoundedLora if isinstance(layer, LoraLinear) else RoundedLinear
-        layer.start(rounded, bits, dtype)
+        kinds = {LoraLinear: RoundedLora, torch.nn.Embedding: RoundedEmbedding}
+        layer.__class__ = kinds.get(type(layer), RoundedLinear)
+        layer.start(rounded, plan[name].bits, dtype)
         layers[name] = layer
     for weight in model.parameters():
         if not weight.requires_grad:

@@ -125,6 +125,7 @@ def train_rounded(
     from finequant.finetune.quantization_aware import round_in_training
     from finequant.finetune.trainer import build_trainer, last_checkpoint, training_arguments
     from finequant.quantize.rounding import save_rounded
+    from finequant.quantize.scheme import layer_plan
 
     phase = recipe.rounded_phase()
     checkpoints = run.checkpoints / "quantization_aware"
@@ -138,7 +139,8 @@ def train_rounded(
             "have to be rounded whole: use recipes/accelerate/several_gpus.yaml"
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    layers = round_in_training(model, start, recipe.quantize.bits, dtype)
+    plan = layer_plan(recipe.quantize, model.config)
+    layers = round_in_training(model, start, plan, dtype)
     trainer.rounded_layers = tuple(layers.values())
     trainer.distillation = recipe.train.quantization_aware.distillation
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
@@ -158,13 +160,12 @@ def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:
     from peft import PeftModel
 
     from finequant.finetune.model import load_base
-    from finequant.quantize.scheme import check_group_size, untie_head
+    from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 
     base = load_base(recipe.model, torch.float32)
-    check_group_size(recipe.quantize, base.config)
     if plain:
         base = PeftModel.from_pretrained(base, plain).merge_and_unload()
-    if recipe.quantize.head == "quantize":
+    if unties_head(layer_plan(recipe.quantize, base.config)):
         untie_head(base)
     return base
 

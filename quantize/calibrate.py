@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.nn.functional import embedding
 
 from finequant.quantize.rounding import (
     Rounded,
     choose_scale,
     code_range,
     quantize_activations,
+    round_to_nearest,
 )
-from finequant.recipes.schema import Quantize
+from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -57,9 +59,9 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def calibrate(
-    model: LlamaForCausalLM, sequences: torch.Tensor, scheme: Quantize, dtype: torch.dtype
+    model: LlamaForCausalLM, sequences: torch.Tensor, plan: Plan, dtype: torch.dtype
 ) -> dict[str, Rounded]:
-    """Codes and scales of all linear layers, and of the head if the scheme quantizes it.
+    """Codes and scales of all that the plan rounds; the embedding is rounded to nearest.
 
     model: float weights; it stays as it is.
     sequences: token ids [rows, length].
@@ -73,23 +75,28 @@ def calibrate(
     with torch.no_grad():
         exact = [model.model.embed_tokens(ids).to(device, dtype) for ids in batches]
         quantized = list(exact)
-        rotary = _rotary(model, exact[0])
+        if scheme := plan[EMBEDDING]:
+            rounded[EMBEDDING] = round_to_nearest(model.model.embed_tokens.weight, *scheme)
+            table = rounded[EMBEDDING].dequantize(dtype)
+            quantized = [embedding(ids, table).to(device) for ids in batches]
+        rotary = rotary_of(model, exact[0])
         blocks = track(layers, "gptq: blocks", console=console, transient=True, disable=quiet)
         for number, layer in enumerate(blocks):
             block = deepcopy(layer).to(device, dtype)
             statistics = _block_statistics(block, quantized, exact, rotary)
             for name, sums in statistics.items():
-                found = gptq(layer.get_submodule(name).weight.to(device), sums, scheme)
-                _install(block.get_submodule(name), found, dtype)
-                rounded[f"model.layers.{number}.{name}"] = _on_cpu(found)
+                if scheme := plan[f"model.layers.{number}.{name}"]:
+                    found = gptq(layer.get_submodule(name).weight.to(device), sums, scheme)
+                    _install(block.get_submodule(name), found, dtype)
+                    rounded[f"model.layers.{number}.{name}"] = _on_cpu(found)
             quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]
             if quiet and number % 10 == 9:
                 print(f"gptq: {number + 1} of {len(layers)} blocks", file=sys.stderr, flush=True)
-        if scheme.head == "quantize":
+        if scheme := plan[HEAD]:
             norm, sums = deepcopy(model.model.norm).to(device, dtype), Statistics()
             for one, other in zip(quantized, exact, strict=True):
                 sums.add(quantize_activations(norm(one)), norm(other))
-            rounded["lm_head"] = _on_cpu(gptq(model.lm_head.weight.to(device), sums, scheme))
+            rounded[HEAD] = _on_cpu(gptq(model.lm_head.weight.to(device), sums, scheme))
     return rounded
 
 
@@ -112,7 +119,7 @@ class Statistics:
         self.drift.addmm_((y - x).T, x)
 
 
-def gptq(weight: torch.Tensor, statistics: Statistics, scheme: Quantize) -> Rounded:
+def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> Rounded:
     """Codes and scales of a weight [out, in] that keep the layer's outputs.
 
     Columns whose inputs are always zero take part in no correction. A Hessian that is not
@@ -127,7 +134,7 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: Quantize) -> Roun
     weight = weight + CORRECTION * moved.masked_fill_(dead, 0.0)
     factor = torch.linalg.cholesky(inverse, upper=True)
     groups = weight.shape[1] // scheme.group_size
-    scale = weight.new_empty(weight.shape[0], groups, dtype=getattr(torch, scheme.scale_dtype))
+    scale = weight.new_empty(weight.shape[0], groups, dtype=scheme.scale_dtype)
     rounded = Rounded(torch.empty_like(weight, dtype=torch.int8), scale)
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
@@ -137,7 +144,7 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: Quantize) -> Roun
 
 
 def _round_columns(
-    weight: torch.Tensor, factor: torch.Tensor, scheme: Quantize, rounded: Rounded
+    weight: torch.Tensor, factor: torch.Tensor, scheme: LayerScheme, rounded: Rounded
 ) -> None:
     """Rounds some rows into `rounded`; `weight` is used up.
 
@@ -156,7 +163,7 @@ def _round_columns(
             if column % size == 0:
                 group = block[column : column + size].T.contiguous()
                 found = choose_scale(
-                    group, scheme.bits, size, scheme.scale, importance[here : here + size]
+                    group, scheme.bits, size, scheme.rule, importance[here : here + size]
                 )
                 rounded.scale[:, here // size] = found[:, 0]
                 scale = rounded.scale[:, here // size].float()
@@ -182,7 +189,7 @@ def _inverse(hessian: torch.Tensor) -> torch.Tensor:
         damping *= 10
 
 
-def _rotary(model: LlamaForCausalLM, hidden: torch.Tensor) -> Rotary:
+def rotary_of(model: LlamaForCausalLM, hidden: torch.Tensor) -> Rotary:
     """Cosines and sines, computed where the model is, for the device of `hidden`."""
     positions = torch.arange(hidden.shape[1], device=model.device)[None]
     cos, sin = model.model.rotary_emb(hidden.to(model.device), positions)

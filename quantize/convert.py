@@ -24,9 +24,10 @@ from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from finequant.quantize.rounding import Rounded
+    from finequant.quantize.scheme import Plan
 
 PROMPTS = 8
 """Prompts of the recipe's own rows on which merging and reloading are checked."""
@@ -60,23 +61,25 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
     Raises:
-        UserError: for a group size that does not divide, an adapter of another base, or a
+        UserError: for a layer plan that does not fit the model, an adapter of another base, or a
             checkpoint that does not give the same logits once reloaded.
     """
     from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.budget import within_budget
     from finequant.quantize.merge import merge
     from finequant.quantize.methods import round_model
     from finequant.quantize.scheme import (
         cast_weights,
-        check_group_size,
+        layer_plan,
         parameter_count,
         shipped_dtype,
         untie_head,
+        unties_head,
     )
 
     watch = Stopwatch()
     config = load_config(recipe.model)
-    check_group_size(recipe.quantize, config)
+    layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
     run.require("train")
     inputs = run.inputs(recipe, "quantize")
     trained = trained_codes(recipe, run)
@@ -90,17 +93,19 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.merged, recipe) as folder:
             cast_weights(deepcopy(merged), dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    scheme = describe(recipe.quantize, config.tie_word_embeddings, bool(trained))
-    say(f"quantize: {scheme['summary']}; {scheme['method']}")
-    if recipe.quantize.head == "quantize":
+    planned = within_budget(recipe, merged, tokenizer, dtype)
+    plan = layer_plan(planned.quantize, config)
+    record = describe(planned.quantize, plan, config, bool(trained))
+    say(f"quantize: {record['summary']}; {record['method']}")
+    if unties_head(plan):
         untie_head(merged)
-    rounded = trained or round_model(merged, recipe, tokenizer, dtype)
-    layers = layer_table(merged, rounded, recipe.quantize)
+    rounded = trained or round_model(merged, planned, tokenizer, dtype)
+    record["layers"] = layer_table(merged, rounded, plan)
     with run.writing(run.quantized, recipe) as folder:
-        quantized = quantized_model(merged, rounded, recipe.quantize, dtype)
+        quantized = quantized_model(merged, rounded, plan, dtype)
         save(quantized, folder)
         tokenizer.save_pretrained(folder)
-        text = json.dumps({**scheme, "layers": layers}, indent=1)
+        text = json.dumps(record, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
         check_reload(quantized, folder, prompts)
         size = weight_bytes(folder)
@@ -128,15 +133,17 @@ def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
     from safetensors import SafetensorError
 
     from finequant.quantize.rounding import load_rounded
+    from finequant.quantize.scheme import PLAN_KEYS
     from finequant.recipes.load import read_section
 
     file = run.adapter / ROUNDED
     if not file.exists():
         return None
     trained = read_section(run.adapter / "recipe.yaml", "quantize", Quantize)
-    for key in ("bits", "group_size", "head", "scale_dtype", "dtype"):
-        was, now = getattr(trained, key), getattr(recipe.quantize, key)
-        if was != now:
+    then, today = trained.model_dump(), recipe.quantize.model_dump()
+    for key in (*PLAN_KEYS, "dtype"):
+        was, now = then[key], today[key]
+        if str(was) != str(now):  # as text: the order of patterns counts
             raise UserError(
                 f"quantize.{key}: the adapter in {run.adapter} was trained for {was}, not {now}: "
                 f"set quantize.{key}={was}, or train again"
@@ -147,21 +154,35 @@ def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
         raise UserError(f"{file}: damaged ({error}): train again, or copy it again") from None
 
 
-def describe(scheme: Quantize, tied: bool, trained: bool) -> dict[str, Any]:
+def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
     """What is done to the model, for the record that ships with it."""
-    head = "float" if scheme.head == "float" else f"int{scheme.bits}"
-    if tied:
-        untied = "untied from the embedding"
-        head += f", {untied}" if scheme.head == "quantize" else ", tied to the embedding"
+    from finequant.quantize.scheme import (
+        EMBEDDING,
+        HEAD,
+        as_layers,
+        bits_per_weight,
+        unties_head,
+    )
+
+    linear = [scheme for name, scheme in plan.items() if scheme and name != EMBEDDING]
+    bits = sorted({scheme.bits for scheme in linear})
+    sizes = sorted({scheme.group_size for scheme in linear})
+    head = f"int{plan[HEAD].bits}" if plan[HEAD] else "float"
+    if config.tie_word_embeddings:
+        head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
+    embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
     return {
-        "summary": f"int{scheme.bits} symmetric weights in groups of {scheme.group_size}, int8 "
-        f"asymmetric activations per token; head: {head}; embedding: float",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "scale_dtype": scheme.scale_dtype,
+        "summary": f"{', '.join(f'int{number}' for number in bits)} symmetric weights in groups of "
+        f"{', '.join(map(str, sizes))}, int8 asymmetric activations per token; head: {head}; "
+        f"embedding: {embedding}",
+        "bits": bits[0] if len(bits) == 1 else None,
+        "group_size": sizes[0] if len(sizes) == 1 else None,
+        "scale_dtype": quantize.scale_dtype,
         "head": head,
-        "embedding": "float",
-        "method": METHODS[scheme.method] + (", then trained" if trained else ""),
+        "embedding": embedding,
+        "bits_per_rounded_weight": round(bits_per_weight(plan, config), 4),
+        "method": METHODS[quantize.method] + (", then trained" if trained else ""),
+        "plan": as_layers(plan),
     }
 
 
@@ -211,14 +232,14 @@ def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
 
 
 def quantized_model(
-    merged: LlamaForCausalLM, rounded: dict[str, Rounded], scheme: Quantize, dtype: torch.dtype
+    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """The merged model with torchao's tensors in place of its linear weights; changed in place."""
+    """The merged model with torchao's tensors in place of rounded weights; changed in place."""
     import torch
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    from finequant.quantize.scheme import cast_weights, quantization_config
+    from finequant.quantize.scheme import EMBEDDING, cast_weights, quantization_config
 
     model = cast_weights(merged, dtype)
     for name, (codes, scale) in rounded.items():
@@ -226,14 +247,14 @@ def quantized_model(
             qdata=codes,
             scale=scale,
             zero_point=torch.zeros_like(scale, dtype=torch.int8),
-            target_dtype=getattr(torch, f"int{scheme.bits}"),
-            block_size=(1, scheme.group_size),
+            target_dtype=getattr(torch, f"int{plan[name].bits}"),
+            block_size=(1, plan[name].group_size),
             dtype=dtype,
-            activation_quantization="int8_asym_per_token",
+            activation_quantization=None if name == EMBEDDING else "int8_asym_per_token",
         )
         model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
     # Without a quantizer save_pretrained does not know how to write these tensors.
-    config = quantization_config(scheme)
+    config = quantization_config(plan)
     model.config.quantization_config = config
     model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
     return model.eval()
@@ -260,22 +281,26 @@ def _sort_metadata(file: Path) -> None:
 
 
 def layer_table(
-    merged: LlamaForCausalLM, rounded: dict[str, Rounded], scheme: Quantize
+    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan
 ) -> list[dict[str, Any]]:
-    """Bits, group size and signal-to-noise ratio in dB of each quantized layer's weights."""
+    """Bits, group size and signal-to-noise ratio in dB of each layer's weights; None in float."""
     import torch
 
-    return [
-        {
-            "name": name,
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "snr_db": snr_db(
-                merged.get_submodule(name).weight.detach(), layer.dequantize(torch.float32)
-            ),
-        }
-        for name, layer in rounded.items()
-    ]
+    table = []
+    for name, scheme in plan.items():
+        weight, ratio = merged.get_submodule(name).weight.detach(), None
+        if scheme:
+            ratio = snr_db(weight, rounded[name].dequantize(torch.float32))
+        table.append(
+            {
+                "name": name,
+                "shape": list(weight.shape),
+                "bits": scheme and scheme.bits,
+                "group_size": scheme and scheme.group_size,
+                "snr_db": ratio,
+            }
+        )
+    return table
 
 
 def snr_db(signal: torch.Tensor, approximation: torch.Tensor) -> float:

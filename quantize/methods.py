@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.quantize.rounding import Rounded, round_to_nearest
-from finequant.quantize.scheme import linear_shapes
+from finequant.quantize.scheme import LayerScheme, layer_plan
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -21,9 +21,9 @@ def round_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> dict[str, Rounded]:
-    """Codes and scales of every layer that the recipe quantizes, by the layer's name.
+    """Codes and scales of every layer that the recipe's plan rounds, by name, in its order.
 
-    model: float weights, the head untied if it is quantized; it stays as it is.
+    model: float weights, the head untied if the plan needs it; it stays as it is.
     dtype: of the arithmetic in which gptq computes activations, that of the shipped model.
 
     Raises:
@@ -31,22 +31,14 @@ def round_model(
     """
     from finequant.quantize.calibrate import calibrate
 
-    scheme = recipe.quantize
-    if scheme.method == "gptq":
-        return calibrate(model, calibration_sequences(recipe, tokenizer), scheme, dtype)
-    return {name: _round(module.weight, scheme) for name, module in quantized_layers(model, scheme)}
-
-
-def quantized_layers(
-    model: LlamaForCausalLM, scheme: Quantize
-) -> list[tuple[str, torch.nn.Linear]]:
-    """The linear layers of every decoder block, and the head if the recipe says so."""
-    kinds = linear_shapes(model.config, scheme.head)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(kinds))
-    ]
+    plan, method = layer_plan(recipe.quantize, model.config), recipe.quantize.method
+    if method == "gptq":
+        found = calibrate(model, calibration_sequences(recipe, tokenizer), plan, dtype)
+        return {name: found[name] for name in plan if name in found}
+    weights = {name: model.get_submodule(name).weight.detach() for name in plan if plan[name]}
+    if method == "hqq":
+        return {name: _half_quadratic(weight, plan[name]) for name, weight in weights.items()}
+    return {name: round_to_nearest(weight, *plan[name]) for name, weight in weights.items()}
 
 
 def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -81,15 +73,7 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
     return sequences[chosen[: max(1, wish.tokens // length)]]
 
 
-def _round(weight: torch.Tensor, scheme: Quantize) -> Rounded:
-    dtype = getattr(torch, scheme.scale_dtype)
-    weight = weight.detach().float()
-    if scheme.method == "rtn":
-        return round_to_nearest(weight, scheme.bits, scheme.group_size, scheme.scale, dtype)
-    return _half_quadratic(weight, scheme, dtype)
-
-
-def _half_quadratic(weight: torch.Tensor, scheme: Quantize, dtype: torch.dtype) -> Rounded:
+def _half_quadratic(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
     """torchao's HQQ for scales without zero points (https://mobiusml.github.io/hqq_blog/)."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import (
@@ -97,9 +81,9 @@ def _half_quadratic(weight: torch.Tensor, scheme: Quantize, dtype: torch.dtype) 
     )
 
     found = IntxUnpackedToInt8Tensor.from_hp(
-        weight,
+        weight.float(),
         (1, scheme.group_size),
         getattr(torch, f"int{scheme.bits}"),
         intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
     )
-    return Rounded(found.qdata, found.scale.to(dtype))
+    return Rounded(found.qdata, found.scale.to(scheme.scale_dtype))

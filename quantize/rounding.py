@@ -86,13 +86,16 @@ def choose_scale(
 
     rule: `max` reaches the largest weight, as torchao does by default; `search` takes the scale
     with the least squared error, where `importance` [in] weighs the columns.
+
+    With 1 bit the codes are -1 and 0: `max` takes the largest weight itself, where torchao takes
+    twice as much and so rounds every weight to 0.
     """
     low, high = code_range(bits)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, device=weight.device)
     weigh = None if importance is None else importance.float().view(-1, group_size)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (-1, group_size))
-        largest = groups.abs().amax(-1).div_((high - low) / 2)
+        largest = groups.abs().amax(-1).div_(max((high - low) / 2, 1.0))
         largest.clamp_(min=torch.finfo(torch.float32).smallest_normal)
         scales[rows] = largest if rule == "max" else _search(groups, largest, low, high, weigh)
     return scales

@@ -1,25 +1,49 @@
-"""What is quantized to what: bits, group size, head; which sizes divide; torchao's words for it."""
+"""The layer plan: what is rounded to what, which sizes divide, and torchao's words for it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections import Counter
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Quantize
+from finequant.recipes.errors import UserError, listed
+from finequant.recipes.schema import Layer, Quantize
 
 if TYPE_CHECKING:
     import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig
+    from torchao.core.config import AOBaseConfig
     from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+PLAN_KEYS = ("bits", "group_size", "layers", "budget", "head", "embedding", "scale_dtype")
+"""Of the section `quantize`: those that decide the plan."""
+
+CANDIDATES = range(2, 9)
+"""Bits that a budget chooses from."""
 
 
-def linear_shapes(config: LlamaConfig, head: str) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every layer to quantize, by its name in a decoder block."""
+class LayerScheme(NamedTuple):
+    """How the weights of one layer are rounded: `round_to_nearest(weight, *scheme)`."""
+
+    bits: int
+    group_size: int
+    rule: str
+    """Of the scale: `max` or `search`."""
+    scale_dtype: torch.dtype
+
+
+Plan = dict[str, LayerScheme | None]
+"""Every linear layer, the head and the embedding, by name; None for what stays in float."""
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) by name: the layers of each decoder block, head, embedding."""
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    shapes = {
+    block = {
         "self_attn.q_proj": (heads * size, hidden),
         "self_attn.k_proj": (groups * size, hidden),
         "self_attn.v_proj": (groups * size, hidden),
@@ -28,52 +52,180 @@ def linear_shapes(config: LlamaConfig, head: str) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return shapes | ({"lm_head": (config.vocab_size, hidden)} if head == "quantize" else {})
+    shapes = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in block.items()
+    }
+    table = (config.vocab_size, hidden)
+    return shapes | {HEAD: table, EMBEDDING: table}
 
 
-def check_group_size(quantize: Quantize, config: LlamaConfig) -> None:
-    """Refuses a group size that leaves a remainder in some layer, before any weight is loaded.
+def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
+    """What the recipe says of every layer of this model; no weight is loaded for it.
 
     Raises:
-        UserError: naming the layers and the group sizes that would do.
+        UserError: for a pattern that matches no layer, a group size that leaves a remainder, or
+            where nothing is left to round.
     """
-    shapes = linear_shapes(config, quantize.head)
-    size = quantize.group_size
-    uneven = [f"{name} ({width})" for name, (_, width) in shapes.items() if width % size]
-    if not uneven:
-        return
-    fitting = [
-        str(candidate)
-        for candidate in range(SMALLEST_GROUP, LARGEST_GROUP + 1)
-        if all(width % candidate == 0 for _, width in shapes.values())
-    ]
-    raise UserError(
-        f"quantize.group_size: {size} does not divide the input features of {', '.join(uneven)}; "
-        f"group sizes that do: {', '.join(fitting) or 'none from 32 to 256'}"
-    )
+    shapes = layer_shapes(config)
+    linear = [name for name in shapes if name != EMBEDDING]
+    _check_patterns(quantize, linear)
+    plan = {name: _scheme(said_of(name, quantize), quantize) for name in linear}
+    if not any(plan.values()):
+        raise UserError("quantize.layers: every layer stays in float, nothing is left to quantize")
+    bits = quantize.embedding
+    plan[EMBEDDING] = _scheme("float" if bits == "float" else Layer(bits=bits), quantize)
+    _check_group_sizes(quantize, plan, shapes)
+    _check_budget(quantize, plan, config)
+    return plan
 
 
-def torchao_config(quantize: Quantize) -> Int8DynamicActivationIntxWeightConfig:
-    """The recipe's scheme for one layer: intN groupwise weights, int8 dynamic activations."""
+def said_of(name: str, quantize: Quantize) -> Layer | Literal["float"]:
+    """What the last pattern that matches says of a layer."""
+    found = "float" if (name, quantize.head) == (HEAD, "float") else Layer()
+    for pattern, layer in quantize.layers.items():
+        if fnmatchcase(name, pattern):
+            found = layer
+    return found
+
+
+def _scheme(layer: Layer | Literal["float"], quantize: Quantize) -> LayerScheme | None:
     import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
 
-    return Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=getattr(torch, f"int{quantize.bits}"),
-        weight_granularity=PerGroup(quantize.group_size),
-        weight_scale_dtype=getattr(torch, quantize.scale_dtype),
+    if layer == "float":
+        return None
+    return LayerScheme(
+        layer.bits or quantize.bits,
+        layer.group_size or quantize.group_size,
+        quantize.scale,
+        getattr(torch, quantize.scale_dtype),
     )
 
 
-def quantization_config(quantize: Quantize) -> TorchAoConfig:
-    """The scheme for a whole model, as `from_pretrained` takes it.
+def _check_patterns(quantize: Quantize, names: list[str]) -> None:
+    kinds = sorted({f"*.{name.rpartition('.')[2]}" for name in names if name != HEAD})
+    problems = [
+        f"quantize.layers: {pattern!r} matches no layer; the nearest are "
+        f"{', '.join(get_close_matches(pattern, [*kinds, *names], cutoff=0))}"
+        for pattern in quantize.layers
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if problems:
+        raise UserError(listed(problems))
 
-    An empty `modules_to_not_convert` is what makes transformers quantize the head as well.
+
+def _check_group_sizes(quantize: Quantize, plan: Plan, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuses a group size that leaves a remainder, naming the sizes that would do."""
+    widths: dict[int, dict[str, int]] = {}
+    for name, scheme in plan.items():
+        if scheme:
+            kind = re.sub(r"^model\.(layers\.\d+\.)?", "", name)
+            widths.setdefault(scheme.group_size, {})[kind] = shapes[name][1]
+    for size, layers in widths.items():
+        uneven = [f"{kind} ({width})" for kind, width in layers.items() if width % size]
+        fitting = [
+            str(candidate)
+            for candidate in range(SMALLEST_GROUP, LARGEST_GROUP + 1)
+            if all(width % candidate == 0 for width in layers.values())
+        ]
+        if uneven:
+            key = "group_size:" if size == quantize.group_size else "layers: group_size"
+            raise UserError(
+                f"quantize.{key} {size} does not divide the input features of "
+                f"{', '.join(uneven)}; group sizes that do: {', '.join(fitting) or 'none'}"
+            )
+
+
+def undecided(quantize: Quantize, plan: Plan) -> list[str]:
+    """The layers whose bits a budget chooses: rounded, and no pattern says their bits."""
+    return [
+        name
+        for name, scheme in plan.items()
+        if scheme and name != EMBEDDING and said_of(name, quantize).bits is None
+    ]
+
+
+def _check_budget(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
+    if quantize.budget is None:
+        return
+    fewest = {name: plan[name]._replace(bits=CANDIDATES[0]) for name in undecided(quantize, plan)}
+    least = bits_per_weight(plan | fewest, config)
+    if quantize.budget < least:
+        raise UserError(
+            f"quantize.budget: {quantize.budget} bits per weight are too few, the plan takes at "
+            f"least {least:.3f}, scales included: use larger groups or quantize.scale_dtype="
+            "bfloat16, or say fewer bits in quantize.layers"
+        )
+
+
+def torchao_config(scheme: LayerScheme, weight_only: bool = False) -> AOBaseConfig:
+    """One layer: intN groupwise weights, int8 dynamic activations unless `weight_only`."""
+    import torch
+    from torchao.quantization import (
+        Int8DynamicActivationIntxWeightConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+    )
+
+    bits, groups = getattr(torch, f"int{scheme.bits}"), PerGroup(scheme.group_size)
+    if weight_only:
+        return IntxWeightOnlyConfig(
+            weight_dtype=bits, granularity=groups, scale_dtype=scheme.scale_dtype
+        )
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=bits, weight_granularity=groups, weight_scale_dtype=scheme.scale_dtype
+    )
+
+
+def quantization_config(plan: Plan) -> TorchAoConfig:
+    """The plan as `from_pretrained` takes it: one scheme and what is left out, or names.
+
+    An empty `modules_to_not_convert` is what makes transformers quantize the head as well; with
+    names it takes head and embedding only if told to include them.
     """
+    from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
-    kept = [] if quantize.head == "quantize" else ["lm_head"]
-    return TorchAoConfig(torchao_config(quantize), modules_to_not_convert=kept)
+    (common, _), *others = Counter(filter(None, plan.values())).most_common()
+    if not others and not plan[EMBEDDING]:
+        kept = [name for name, scheme in plan.items() if not scheme and name != EMBEDDING]
+        return TorchAoConfig(torchao_config(common), modules_to_not_convert=kept)
+    names = {
+        name: scheme and torchao_config(scheme, weight_only=name == EMBEDDING)
+        for name, scheme in plan.items()
+        if scheme != common or name in (HEAD, EMBEDDING)
+    }
+    rest = {r"re:model\.layers\..*_proj": torchao_config(common)}  # names go before patterns
+    return TorchAoConfig(FqnToConfig(names | rest), include_input_output_embeddings=True)
+
+
+def as_layers(plan: Plan) -> dict[str, dict[str, int] | str]:
+    """The plan of the linear layers and the head as `quantize.layers` says it, name by name."""
+    return {
+        name: {"bits": scheme.bits, "group_size": scheme.group_size} if scheme else "float"
+        for name, scheme in plan.items()
+        if name != EMBEDDING
+    }
+
+
+def packed_bits(shape: tuple[int, int], scheme: LayerScheme) -> float:
+    """Of a layer's codes and scales, without a gap between them."""
+    rows, columns = shape
+    return rows * columns * (scheme.bits + 8 * scheme.scale_dtype.itemsize / scheme.group_size)
+
+
+def bits_per_weight(plan: Plan, config: LlamaConfig) -> float:
+    """Mean of the linear layers that the plan rounds, the head if it does, scales included."""
+    shapes = layer_shapes(config)
+    rounded = {name: plan[name] for name in plan if plan[name] and name != EMBEDDING}
+    bits = sum(packed_bits(shapes[name], scheme) for name, scheme in rounded.items())
+    return bits / sum(rows * columns for rows, columns in map(shapes.get, rounded))
+
+
+def unties_head(plan: Plan) -> bool:
+    """Whether head and embedding can no longer share their weights."""
+    return plan[HEAD] is not None or plan[EMBEDDING] is not None
 
 
 def untie_head(model: LlamaForCausalLM) -> None:
@@ -114,9 +266,12 @@ def parameter_count(config: LlamaConfig) -> int:
 
     Llama-2-13B: 13,015,864,320.
     """
-    block = sum(rows * columns for rows, columns in linear_shapes(config, "float").values())
-    table = config.vocab_size * config.hidden_size
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return (
-        config.num_hidden_layers * block + norms + table * (1 if config.tie_word_embeddings else 2)
-    )
+    shapes = layer_shapes(config)
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return norm_count(config) + sum(rows * columns for rows, columns in shapes.values())
+
+
+def norm_count(config: LlamaConfig) -> int:
+    """Weights of the norms, which always stay in float."""
+    return (2 * config.num_hidden_layers + 1) * config.hidden_size

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -101,6 +101,26 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE[,VALUE]...]...",
+            help="such as quantize.bits=8,4,3 quantize.method=rtn,gptq",
+        ),
+    ] = None,
+    model: Annotated[
+        Literal["tuned", "base"], typer.Option(help="what to quantize; base needs no training")
+    ] = "tuned",
+) -> None:
+    """Measure every combination of quantization settings -> sweep/"""
+    from finequant.evaluate.sweep import sweep as measure
+
+    measure(recipe, overrides or [], model)
+
+
+@app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe; loads neither data nor a model."""
     from finequant.recipes.load import load_recipe
@@ -133,23 +153,40 @@ def data(
     preview(loaded, rows)
 
 
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="a row for each layer, none joined")] = False,
+) -> None:
+    """Show what each layer is quantized to, with sizes; once quantized, with signal to noise."""
+    from finequant.quantize.plan import show_plan
+    from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    show_plan(loaded, RunDir.of(loaded), every)
+
+
 def main() -> None:
     with told_to_the_user():
         app()
 
 
 def check_base(recipe) -> None:
-    """Refuses a base or a group size that a later stage would refuse, before the first starts.
+    """Refuses a base or a layer plan that a later stage would refuse, before the first starts.
 
     Raises:
-        UserError: if the base is no Llama, or the group size does not divide its layers.
+        UserError: if the base is no Llama, or the plan does not fit its layers.
     """
     from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import check_group_size
+    from finequant.quantize.scheme import layer_plan
     from finequant.recipes.command_line import quiet_libraries
 
     quiet_libraries()
-    check_group_size(recipe.quantize, load_config(recipe.model))
+    layer_plan(recipe.quantize, load_config(recipe.model))
 
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:

@@ -93,12 +93,7 @@ class RunDir:
 
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
-        dumped = recipe.model_dump(mode="json")
-        content, sections = _flat(dumped), _sections(recipe, stage)
-        inputs = {key: content[key] for key in content if _within(key, sections)}
-        for key in (".".join(map(str, at)) for at in path_fields(dumped)):
-            if key in inputs and Path(inputs[key]).is_absolute():
-                inputs[key] = f"sha256:{content_hash(Path(inputs[key]))}"
+        inputs = section_inputs(recipe, _sections(recipe, stage))
         inputs["model.base"] = _base_identity(recipe)
         for artefact in UPSTREAM[stage]:
             inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"
@@ -176,6 +171,19 @@ class RunDir:
         }
         write_recipe(recipe, self.root / "recipe.yaml")
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
+
+
+def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of some sections; where a file is named, the hash of what is in it."""
+    dumped = recipe.model_dump(mode="json")
+    if layers := dumped["quantize"]["layers"]:  # as text: the order of patterns counts
+        dumped["quantize"]["layers"] = json.dumps(layers)
+    content = _flat(dumped)
+    inputs = {key: content[key] for key in content if _within(key, sections)}
+    for key in (".".join(map(str, at)) for at in path_fields(dumped)):
+        if key in inputs and Path(inputs[key]).is_absolute():
+            inputs[key] = f"sha256:{content_hash(Path(inputs[key]))}"
+    return inputs
 
 
 class Stopwatch:
@@ -261,7 +269,7 @@ def _change(key: str, old: Any, new: Any, said: Any) -> str:
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "train" and recipe.train.quantization_aware:
         return (*SECTIONS[stage], "quantize")
-    if stage == "quantize" and recipe.quantize.method == "gptq":
+    if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS[stage]
 

@@ -233,16 +233,41 @@ class Calibration(Section):
     )
 
 
+Bits = Annotated[int, Field(ge=1, le=8)]
+GroupSize = Annotated[int, Field(ge=32, le=256)]
+
+
+class Layer(Section):
+    """What is particular to some layers; what is left out is as in the rest of the section."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+
+
 class Quantize(Section):
     """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
 
-    bits: Annotated[int, Field(ge=2, le=8)] = 4
-    group_size: Annotated[int, Field(ge=32, le=256)] = Field(
+    bits: Bits = Field(4, description="1 is for measuring: codes -1 and 0, nothing positive")
+    group_size: GroupSize = Field(
         32, description="weights that share a scale; must divide in_features of every layer"
+    )
+    layers: dict[str, Layer | Literal["float"]] = Field(
+        default_factory=dict,
+        description="pattern of layer names, such as '*.down_proj': {bits, group_size} or float; "
+        "the last that matches counts",
+    )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="bits per rounded weight, scales included: chooses each layer's bits by "
+        "measured sensitivity, in place of `bits`",
     )
     head: Literal["quantize", "float"] = Field(
         "quantize",
         description="lm_head; where it is tied to the embedding, `quantize` unties it",
+    )
+    embedding: Literal["float", 8, 4] = Field(
+        "float", description="bits of its weights, which have no activations; unties the head"
     )
     method: Literal["rtn", "hqq", "gptq"] = Field(
         "rtn", description="round to nearest, half-quadratic, or calibrated block by block"
@@ -369,6 +394,12 @@ class Recipe(Section):
         aware = self.train.quantization_aware
         if aware and not aware.steps and (problem := self._not_from_the_start()):
             raise ValueError(f"train.quantization_aware cannot be combined with {problem}")
+        if aware and self.quantize.budget:
+            raise ValueError(
+                "train.quantization_aware cannot be combined with quantize.budget, which chooses "
+                "the plan after training: quantize once without training, then copy `plan` of "
+                "quantization.json to quantize.layers"
+            )
         if aware and not aware.steps and aware.distillation:
             raise ValueError(
                 "train.quantization_aware.distillation learns from the model that plain LoRA "

@@ -7,11 +7,11 @@ import torch
 
 from finequant.quantize.calibrate import Statistics, gptq
 from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
-from finequant.recipes.schema import Quantize
+from finequant.quantize.scheme import LayerScheme
 
 
-def scheme(**keys) -> Quantize:
-    return Quantize(method="gptq", scale="search", **keys)
+def scheme(bits: int = 4) -> LayerScheme:
+    return LayerScheme(bits, 32, "search", torch.float32)
 
 
 def statistics(inputs: torch.Tensor) -> Statistics:

@@ -110,7 +110,9 @@ def test_validate_and_schema(recipe_file):
     assert set(schema["properties"]) >= {"name", "seed", "model", "data", "lora", "train"}
 
 
-@pytest.mark.parametrize("entry", ["train", "quantize", "evaluate", "run", "data", "validate"])
+@pytest.mark.parametrize(
+    "entry", ["train", "quantize", "evaluate", "run", "sweep", "data", "validate"]
+)
 def test_every_entry_reports_a_missing_recipe(entry):
     result = finequant(entry, "nowhere.yaml")
     assert result.returncode == 2

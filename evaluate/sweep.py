@@ -1,0 +1,338 @@
+"""Measure a model at every combination of quantization settings: -> sweep/
+
+finequant sweep recipes/chat.yaml quantize.bits=8,4,3 quantize.method=rtn,gptq
+finequant sweep recipes/chat.yaml --model base quantize.group_size=32,64
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, section_inputs, versions
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finequant.evaluate.compare import Material
+
+FLOAT = "float"
+"""Name of the model before quantization among the points."""
+
+OWN_COLUMNS = ("quantize.method", "quantize.bits", "quantize.budget", "quantize.group_size")
+
+
+class Point(NamedTuple):
+    """One combination of quantization settings."""
+
+    settings: dict[str, Any]
+    """method, bits (or their budget), group_size, then further keys that are swept, as written."""
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        further = [f"{key} {value}" for key, value in list(self.settings.items())[3:]]
+        bits, group_size = (
+            f"{self.settings['bits']} bits",
+            f"groups of {self.settings['group_size']}",
+        )
+        return ", ".join([self.settings["method"], bits, group_size, *further])
+
+
+class Job(NamedTuple):
+    """A measurement to make or to find again; without a point, that of the float model."""
+
+    point: Point | None
+    file: Path
+    inputs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.point.name if self.point else FLOAT
+
+
+def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
+    """Measures each point as `evaluate` would, writes sweep/ of the run directory, prints a table.
+
+    It is quantization after training that is swept: codes that quantization-aware training left
+    beside the adapter take no part.
+
+    overrides: `key.sub=value`; of keys of the quantize section also `key.sub=value,value`.
+    swept: "tuned", base + adapter of the run directory, or "base".
+
+    Raises:
+        UserError: for a point that is not valid, before anything is loaded; for what `evaluate`
+            refuses; without an adapter where the tuned model is swept.
+    """
+    from finequant.evaluate.sweep_report import print_sweep, write_sweep
+
+    points = read_points(path, overrides)
+    quiet_libraries()
+    _check_plans(points)
+    recipe = points[0].recipe
+    run = RunDir.of(recipe)
+    if swept == "tuned":
+        run.require("train")
+    measured = _measure_all(_jobs(points, run, swept), recipe, run, swept)
+    report = {
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "quantize"}),
+        "versions": versions(),
+        "swept": swept,
+        "models": {FLOAT: _float_entry(measured[FLOAT], recipe)}
+        | {point.name: _entry(measured[point.name], point) for point in points},
+    }
+    write_sweep(report, run.root / "sweep")
+    print_sweep(report)
+    say(f"sweep: {run.root / 'sweep' / 'sweep.md'} and sweep.json written")
+
+
+def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:
+    """The cartesian product of the overrides' values; each a valid recipe.
+
+    Raises:
+        UserError: for an invalid recipe, or a list for a key that cannot be swept.
+    """
+    choices = [_choices(override) for override in overrides]
+    swept = dict.fromkeys(some[0].partition("=")[0] for some in choices if len(some) > 1)
+    points = {}
+    for combination in product(*choices):
+        recipe = load_recipe(path, combination)
+        scheme, said = recipe.quantize, dict(item.split("=", 1) for item in combination)
+        bits = scheme.bits if scheme.budget is None else f"budget {scheme.budget}"
+        settings = {"method": scheme.method, "bits": bits, "group_size": scheme.group_size}
+        further = {
+            key.removeprefix("quantize."): said[key] for key in swept if key not in OWN_COLUMNS
+        }
+        point = Point(settings | further, recipe)
+        points.setdefault(point.name, point)
+    return list(points.values())
+
+
+def _choices(override: str) -> list[str]:
+    """`key=8,4` -> `key=8`, `key=4`; what has no list stays as it is."""
+    key, _, text = override.partition("=")
+    values = split_values(text)
+    if len(values) < 2:
+        return [override]
+    if not key.startswith("quantize."):
+        raise UserError(
+            f"command line: {override}: only keys of the quantize section are swept; "
+            f"a text with a comma goes into quotes: '{key}=\"{text}\"'"
+        )
+    if key == "quantize.dtype":
+        raise UserError(
+            f"command line: {override}: not swept, as all points are held against one float model; "
+            "give one dtype"
+        )
+    return [f"{key}={value}" for value in values]
+
+
+def split_values(text: str) -> list[str]:
+    """`8,4,3` -> its parts; commas inside brackets, braces or quotes do not split."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        nodes = YAML().compose(f"[{text}]").value
+    except YAMLError:  # no YAML, so plain text
+        return [text]
+    return [text[node.start_mark.index - 1 : node.end_mark.index - 1] for node in nodes]
+
+
+def _check_plans(points: list[Point]) -> None:
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import layer_plan
+
+    for point in points:
+        layer_plan(point.recipe.quantize, load_config(point.recipe.model))
+
+
+def _jobs(points: list[Point], run: RunDir, swept: str) -> list[Job]:
+    """The float model, whose measurement is the one that `evaluate` keeps, and each point."""
+    from finequant.evaluate.compare import measurement_file, relevant
+
+    inputs = relevant(swept, run.inputs(points[0].recipe, "evaluate"))
+    jobs = [Job(None, measurement_file(run, swept), inputs)]
+    for point in points:
+        own = inputs | section_inputs(point.recipe, ("quantize",))
+        key = json.dumps([own, versions()], sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        jobs.append(Job(point, run.root / "sweep" / f"{name}.json", own))
+    return jobs
+
+
+def _measure_all(
+    jobs: list[Job], recipe: Recipe, run: RunDir, swept: str
+) -> dict[str, dict[str, Any]]:
+    """Each job's measurement by its name; a model is loaded only if one is missing."""
+    from finequant.evaluate.compare import keep, kept_measurement, prepare
+    from finequant.evaluate.tasks import check_tasks
+
+    kept = {job.name: kept_measurement(job.file, job.inputs) for job in jobs}
+    measured = {name: measurement for name, measurement in kept.items() if measurement}
+    missing = [job for job in jobs if job.name not in measured]
+    say(f"sweep: {len(measured)} of {len(jobs)} measured before")
+    if not missing:
+        return measured
+    check_tasks(recipe.evaluate)
+    material = prepare(recipe)
+    model = _float_model(recipe, run, swept, material.prompts)
+    for job in missing:
+        say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
+        watch = Stopwatch()
+        if job.point:
+            found = measure_point(job.point, model, material, run)
+        else:
+            found = _measure_float(model, recipe, material, run, swept)
+        measured[job.name] = found | {"seconds": watch.seconds}
+        keep(job.file, job.inputs, measured[job.name])
+        gc.collect()
+    return measured
+
+
+def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
+    """From the points measured so far: those of the same method where there are some."""
+    points = {job.name: job.point.settings["method"] for job in jobs if job.point}
+    seconds: dict[str, list[float]] = {}
+    for name in points.keys() & measured.keys():
+        seconds.setdefault(points[name], []).append(measured[name]["seconds"])
+    if not seconds:
+        return ""
+    every = [value for values in seconds.values() for value in values]
+    left = [method for name, method in points.items() if name not in measured]
+    total = sum(fmean(seconds.get(method, every)) for method in left)
+    return f", about {total / 60:.1f} min to go"
+
+
+def _float_model(
+    recipe: Recipe, run: RunDir, swept: str, prompts: list[list[int]]
+) -> LlamaForCausalLM:
+    """The model to quantize, in float32: merged once for all points."""
+    import torch
+
+    from finequant.finetune.model import load_base
+    from finequant.quantize.merge import merge
+
+    say(f"sweep: loading the {swept} model")
+    if swept == "base":
+        return load_base(recipe.model, torch.float32)
+    if (run.adapter / ROUNDED).exists():
+        say("sweep: codes of quantization-aware training take no part; base + adapter is rounded")
+    return merge(recipe, run, prompts[:2] or [[0]])[0]
+
+
+def _measure_float(
+    model: LlamaForCausalLM, recipe: Recipe, material: Material, run: RunDir, swept: str
+) -> dict[str, Any]:
+    from finequant.evaluate.compare import device, measure_model, size_bytes
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import cast_weights, shipped_dtype
+
+    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    model = cast_weights(_own_weights(model), dtype).to(device()).eval()
+    size = size_bytes(swept, model, recipe, run)
+    return measure_model(swept, model, recipe, material, size)
+
+
+def measure_point(
+    point: Point, model: LlamaForCausalLM, material: Material, run: RunDir
+) -> dict[str, Any]:
+    """What `measure_model` gives for the model quantized as the point says.
+
+    model: float32 weights; it stays as it is.
+    """
+    from finequant.evaluate.compare import device, measure_model
+    from finequant.evaluate.dequantized import dequantize_once
+    from finequant.finetune.model import load_config
+    from finequant.quantize.budget import within_budget
+    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.scheme import layer_plan, shipped_dtype, untie_head, unties_head
+
+    config = load_config(point.recipe.model)
+    dtype = shipped_dtype(point.recipe.quantize, config)
+    recipe = within_budget(point.recipe, model, material.tokenizer, dtype)
+    plan = layer_plan(recipe.quantize, config)
+    model = _own_weights(model)
+    if unties_head(plan):
+        untie_head(model)
+    rounded = round_model(model, recipe, material.tokenizer, dtype)
+    model = quantized_model(model, rounded, plan, dtype)
+    size = _bytes_on_disk(model, run.root / "sweep" / "checkpoint.partial")
+    packed = packed_bits_per_weight(model, config)
+    model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
+    measurement = measure_model(point.name, model, recipe, material, size)
+    measurement["scores"]["packed_bits_per_weight"] = packed
+    return measurement
+
+
+def _own_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy whose weights can be replaced; until then they take no memory of their own."""
+    import torch
+
+    weights = {
+        id(weight): torch.nn.Parameter(weight.data, requires_grad=False)
+        for weight in model.parameters()
+    }
+    return deepcopy(model, weights)
+
+
+def _bytes_on_disk(quantized: LlamaForCausalLM, folder: Path) -> int:
+    """What `quantize` would report: the checkpoint is written, measured and removed."""
+    from finequant.quantize.convert import save, weight_bytes
+
+    shutil.rmtree(folder, ignore_errors=True)
+    save(quantized, folder)
+    size = weight_bytes(folder)
+    shutil.rmtree(folder)
+    return size
+
+
+def packed_bits_per_weight(model: LlamaForCausalLM, config: LlamaConfig) -> float:
+    """Bits of the whole model over the base's weights, if each code took no more than its own.
+
+    Codes, scales and what stays float; torchao's files spend eight bits on a code.
+    """
+    from finequant.quantize.scheme import parameter_count
+
+    total = 0
+    for weight in model.parameters():
+        if hasattr(weight, "qdata"):
+            bits = int(str(weight.target_dtype).removeprefix("torch.int"))
+            total += bits * weight.qdata.numel() + 8 * weight.scale.nbytes
+        else:
+            total += 8 * weight.nbytes
+    return total / parameter_count(config)
+
+
+def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Its size is that of its floats, also where the base comes from a packed GGUF file."""
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import parameter_count, shipped_dtype
+
+    config = load_config(recipe.model)
+    dtype = shipped_dtype(recipe.quantize, config)
+    bits = 8.0 * dtype.itemsize
+    return measurement["scores"] | {
+        "settings": {},
+        "dtype": str(dtype).removeprefix("torch."),
+        "size_bytes": parameter_count(config) * dtype.itemsize,
+        "bits_per_weight": bits,
+        "packed_bits_per_weight": bits,
+    }
+
+
+def _entry(measurement: dict[str, Any], point: Point) -> dict[str, Any]:
+    quantize = point.recipe.quantize.model_dump(mode="json")
+    return {"settings": point.settings, "quantize": quantize, **measurement["scores"]}

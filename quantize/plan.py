@@ -1,0 +1,183 @@
+"""`finequant plan`: what each layer is quantized to, what it takes, and what it lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from finequant.finetune.model import load_config
+from finequant.quantize.scheme import (
+    EMBEDDING,
+    HEAD,
+    PLAN_KEYS,
+    LayerScheme,
+    Plan,
+    layer_plan,
+    layer_shapes,
+    norm_count,
+    packed_bits,
+    parameter_count,
+    shipped_dtype,
+    unties_head,
+)
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import read_section
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Quantize, Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+class Size(NamedTuple):
+    """Bytes of some weights: codes and scales without a gap, and as torchao's files have them."""
+
+    weights: int
+    packed: int
+    disk: int
+
+
+def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.dtype) -> Size:
+    """On disk each code takes a byte, and each scale has a zero point of one byte beside it.
+
+    dtype: of what stays in float.
+    """
+    weights = shape[0] * shape[1]
+    if scheme is None:
+        return Size(weights, weights * dtype.itemsize, weights * dtype.itemsize)
+    groups = weights // scheme.group_size
+    disk = weights + groups * (scheme.scale_dtype.itemsize + 1)
+    return Size(weights, math.ceil(packed_bits(shape, scheme) / 8), disk)
+
+
+def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
+    """Prints the plan with sizes; with signal-to-noise ratios where `quantized/` has this plan.
+
+    every: a row for each layer; else layers of several blocks that are alike share one.
+
+    Raises:
+        UserError: for a plan that does not fit the model.
+    """
+    config = load_config(recipe.model)
+    plan, ratios = layer_plan(recipe.quantize, config), {}
+    if record := _record(recipe, run):
+        chosen = recipe.quantize.model_dump() | {"layers": record["plan"], "budget": None}
+        plan = layer_plan(Quantize.model_validate(chosen), config)
+        ratios = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
+    elif recipe.quantize.budget:
+        print(
+            f"quantize.budget: {recipe.quantize.budget} bits per weight: the plan is chosen by "
+            "measured sensitivity in the stage quantize; once that has run, it is shown here"
+        )
+        return
+    dtype, shapes = shipped_dtype(recipe.quantize, config), layer_shapes(config)
+    if config.tie_word_embeddings and not unties_head(plan):
+        del plan[HEAD]  # the embedding's weights
+    sizes = {name: layer_size(shapes[name], scheme, dtype) for name, scheme in plan.items()}
+    _print(_table(plan, shapes, sizes, ratios, every))
+    for line in _totals(plan, sizes, config, dtype):
+        print(line)
+    if ratios:
+        print(f"signal to noise: of the weights in {run.quantized}, {record['method']}")
+
+
+def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
+    """quantization.json, if `quantized/` was made with the same keys for its plan."""
+    file = run.quantized / "quantization.json"
+    if not file.exists():
+        return None
+    made = read_section(run.quantized / "recipe.yaml", "quantize", Quantize).model_dump()
+    now = recipe.quantize.model_dump()
+    if any(str(made[key]) != str(now[key]) for key in PLAN_KEYS):
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}): run the stage quantize again") from None
+
+
+def _table(
+    plan: Plan,
+    shapes: dict[str, tuple[int, int]],
+    sizes: dict[str, Size],
+    ratios: dict[str, float | None],
+    every: bool,
+) -> Table:
+    table = Table("layer", "shape", "bits", "group size", "bytes packed", "on disk")
+    if ratios:
+        table.add_column("signal to noise in dB")
+    for title, names in _rows(plan, every):
+        scheme, size = plan[names[0]], sizes[names[0]]
+        found = [ratios[name] for name in names if ratios.get(name) is not None]
+        table.add_row(
+            title,
+            " x ".join(map(str, shapes[names[0]])),
+            *((str(scheme.bits), str(scheme.group_size)) if scheme else ("float", "")),
+            *(f"{len(names) * part:,}" for part in (size.packed, size.disk)),
+            *([_span(found)] if ratios else []),
+        )
+    for column in table.columns[2:]:
+        column.justify = "right"
+    return table
+
+
+def _rows(plan: Plan, every: bool) -> list[tuple[str, list[str]]]:
+    """Titles, and the names of the layers that they stand for."""
+    kinds: dict[str, dict[LayerScheme | None, list[str]]] = {}
+    for name, scheme in plan.items():
+        kind = name if every else re.sub(r"^model\.layers\.\d+\.", "", name)
+        kinds.setdefault(kind, {}).setdefault(scheme, []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"model.layers.{_blocks(names)}.{kind}", names)
+        for kind, schemes in kinds.items()
+        for names in schemes.values()
+    ]
+
+
+def _blocks(names: list[str]) -> str:
+    """Their numbers: 0-3,7."""
+    ranges: list[list[int]] = []
+    for number in (int(name.split(".")[2]) for name in names):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _span(ratios: list[float]) -> str:
+    ends = [f"{end:.1f}" for end in (min(ratios), max(ratios))] if ratios else [""]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _totals(
+    plan: Plan, sizes: dict[str, Size], config: LlamaConfig, dtype: torch.dtype
+) -> Iterator[str]:
+    """Of the rounded layers, which a budget counts, and of the whole model."""
+    rounded = [sizes[name] for name in plan if plan[name] and name != EMBEDDING]
+    floats = norm_count(config)
+    norms = Size(floats, floats * dtype.itemsize, floats * dtype.itemsize)
+    for what, parts, weights in (
+        ("rounded layers", rounded, sum(size.weights for size in rounded)),
+        ("whole model", [*sizes.values(), norms], parameter_count(config)),
+    ):
+        packed, disk = (sum(getattr(size, at) for size in parts) for at in ("packed", "disk"))
+        yield (
+            f"{what}: {packed:,} bytes packed, {disk:,} on disk; {8 * packed / weights:.3f} and "
+            f"{8 * disk / weights:.3f} bits for each of {weights:,} weights"
+        )
+
+
+def _print(table: Table) -> None:
+    """In full width where there is no terminal to fit."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.width = max(console.width, needed)
+    console.print(table)

@@ -1,0 +1,286 @@
+"""`finequant sweep`: every point as quantize and evaluate would have it, and none of them twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from finequant.evaluate.sweep import read_points, split_values, sweep
+from finequant.evaluate.sweep_report import (
+    groupwise_tables,
+    mean_accuracy,
+    print_sweep,
+    sweep_rows,
+    write_sweep,
+)
+from finequant.recipes.errors import UserError
+
+TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
+
+
+@pytest.fixture
+def swept(recipe_file):
+    """Sweeps the tiny model and returns sweep.json; the base unless told otherwise."""
+
+    def run(*overrides: str, model: str = "base") -> dict:
+        sweep(recipe_file, [*TRAINED, *overrides], model)
+        return json.loads((recipe_file.parent / "run" / "sweep" / "sweep.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names of the models that are measured, as they are."""
+    from finequant.evaluate import compare
+
+    names, measure_model = [], compare.measure_model
+
+    def counted(name, *arguments):
+        names.append(name)
+        return measure_model(name, *arguments)
+
+    monkeypatch.setattr(compare, "measure_model", counted)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("8", ["8"]),
+        ("8,4, 3", ["8", "4", "3"]),
+        ("rtn,gptq", ["rtn", "gptq"]),
+        ("", []),
+        ("[8, 4]", ["[8, 4]"]),
+        ("{tokens: 8, length: 4}", ["{tokens: 8, length: 4}"]),
+        ("{tokens: 8, length: 4},{tokens: 16}", ["{tokens: 8, length: 4}", "{tokens: 16}"]),
+        ("'a, b',c", ["'a, b'", "c"]),
+        ("no] yaml, [at all", ["no] yaml, [at all"]),
+    ],
+)
+def test_commas_at_top_level_split(text, values):
+    assert split_values(text) == values
+
+
+def test_points_are_the_product(recipe_file):
+    points = read_points(
+        recipe_file, ["seed=3", "quantize.bits=8,4", "quantize.method=rtn,gptq", "seed=5"]
+    )
+    schemes = [(p.recipe.quantize.bits, p.recipe.quantize.method) for p in points]
+    assert schemes == [(8, "rtn"), (8, "gptq"), (4, "rtn"), (4, "gptq")]
+    assert {point.recipe.seed for point in points} == {5}
+    assert points[0].name == "rtn, 8 bits, groups of 32"
+    (point,) = read_points(recipe_file, ["quantize.bits=4,4"])
+    assert point.settings == {"method": "rtn", "bits": 4, "group_size": 32}
+
+
+def test_further_keys_are_settings_too(recipe_file):
+    overrides = ["quantize.scale=max,search", "quantize.calibration.tokens=512"]
+    points = read_points(recipe_file, overrides)
+    assert [point.settings["scale"] for point in points] == ["max", "search"]
+    assert points[1].name == "rtn, 4 bits, groups of 32, scale search"
+    assert all("calibration.tokens" not in point.settings for point in points)
+
+
+def test_a_budget_stands_for_its_bits(swept, recipe_file):
+    report = swept("quantize.budget=4.5,6.5", "quantize.layers={'*.down_proj': {bits: 8}}")
+    floating, *points = report["models"].values()
+    assert [point["settings"]["bits"] for point in points] == ["budget 4.5", "budget 6.5"]
+    few, many = (point["packed_bits_per_weight"] for point in points)
+    assert few < many < floating["packed_bits_per_weight"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=1,2", "only keys of the quantize section are swept"),
+        ("data.system=Hello, you", "goes into quotes: 'data.system=\"Hello, you\"'"),
+        ("quantize.dtype=float32,bfloat16", "one float model"),
+        ("quantize.bits=4,9", "quantize.bits: expected"),
+        ("quantize.bitss=4,3", "did you mean quantize.bits?"),
+        ("quantize.group_size=32,48", "48 does not divide the input features"),
+        ("quantize.layers={'*.down': float},{lm_head: float}", "'*.down' matches no layer"),
+        ("bits", "expected key.sub=value"),
+    ],
+)
+def test_refused_before_anything_is_loaded(recipe_file, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sweep(recipe_file, ["quantize.method=rtn,gptq", override], "base")
+    assert not (recipe_file.parent / "run").exists()
+
+
+def test_the_tuned_model_needs_an_adapter(recipe_file):
+    with pytest.raises(UserError, match="run `finequant train RECIPE` first"):
+        sweep(recipe_file, ["quantize.bits=8,4"], "tuned")
+
+
+def test_base_without_adapter(swept, recipe_file, tokenizer, capsys):
+    report = swept("quantize.bits=8,2", "quantize.method=rtn,gptq", "quantize.head=float")
+    float_, *points = report["models"].values()
+    assert [list(point["settings"].values()) for point in points] == [
+        ["rtn", 8, 32],
+        ["gptq", 8, 32],
+        ["rtn", 2, 32],
+        ["gptq", 2, 32],
+    ]
+    assert float_["bits_per_weight"] == float_["packed_bits_per_weight"] == 32
+    exact = float_["perplexity"]["text"]["token"]
+    eight, _, two, _ = (point["perplexity"]["text"]["token"] for point in points)
+    assert abs(eight / exact - 1) < 0.01 < abs(two / exact - 1)
+    # The linear layers of two blocks; the embedding, which is also the head, and five norms.
+    quantized = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160)
+    rest = len(tokenizer) * 64 + 5 * 64
+    bits = (quantized * (8 + 32 / 32) + 32 * rest) / (quantized + rest)
+    assert points[0]["packed_bits_per_weight"] == pytest.approx(bits)
+    assert points[0]["bits_per_weight"] == pytest.approx(points[2]["bits_per_weight"], rel=0.01)
+    folder = recipe_file.parent / "run"
+    assert not (folder / "adapter").exists()
+    assert (folder / "sweep" / "plots" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((folder / "sweep").glob("*.partial"))
+    markdown, printed = (folder / "sweep" / "sweep.md").read_text(), capsys.readouterr().out
+    for row in sweep_rows(report)[1]:
+        assert f"| {' | '.join(row)} |" in markdown
+        assert any(all(cell in line for cell in row) for line in printed.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, method):
+    from finequant.evaluate.compare import main as compare
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), *TRAINED, f"quantize.method={method}", "quantize.bits=3"]
+    train(arguments)
+    sweeps = swept("quantize.bits=8,3", f"quantize.method={method}", model="tuned")
+    convert(arguments)
+    compare(arguments)
+    run = recipe_file.parent / "run"
+    report = json.loads((run / "report.json").read_text())["models"]
+    manifest = json.loads((run / "manifest.json").read_text())
+    point = sweeps["models"][f"{method}, 3 bits, groups of 32"]
+    for key, value in report["quantized"].items():
+        assert point[key] == value, key
+    assert point["bits_per_weight"] == manifest["quantize"]["bits_per_weight"]
+    float_ = sweeps["models"]["float"]
+    assert float_["perplexity"] == report["tuned"]["perplexity"]
+    assert float_["tasks"] == report["tuned"]["tasks"]
+
+
+def test_nothing_is_measured_twice(swept, measured, capsys):
+    first = swept("quantize.bits=8,4")
+    assert measured == ["base", "rtn, 8 bits, groups of 32", "rtn, 4 bits, groups of 32"]
+    printed = capsys.readouterr()
+    assert "sweep: [2/3] rtn, 8 bits, groups of 32\n" in printed.err
+    assert "sweep: [3/3] rtn, 4 bits, groups of 32, about 0.0 min to go\n" in printed.err
+    assert swept("quantize.bits=8,4") == first
+    again = capsys.readouterr()
+    assert len(measured) == 3
+    assert again.out == printed.out
+    assert "sweep: 3 of 3 measured before" in again.err
+    assert "loading" not in again.err
+    extended = swept("quantize.bits=8,4,2")["models"]
+    assert measured[3:] == ["rtn, 2 bits, groups of 32"]
+    assert {name: extended[name] for name in first["models"]} == first["models"]
+    swept("quantize.bits=8", "evaluate.limit=4")
+    assert measured[4:] == ["base", "rtn, 8 bits, groups of 32"]
+
+
+def test_an_interrupted_sweep_goes_on(swept, measured, monkeypatch):
+    from finequant.quantize import methods
+
+    round_model = methods.round_model
+
+    def interrupted(model, recipe, *others):
+        if recipe.quantize.bits == 3:
+            raise KeyboardInterrupt
+        return round_model(model, recipe, *others)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(methods, "round_model", interrupted)
+        swept("quantize.bits=4,3,2")
+    assert measured == ["base", "rtn, 4 bits, groups of 32"]
+    report = swept("quantize.bits=4,3,2")
+    assert [name.split(",")[1] for name in measured[2:]] == [" 3 bits", " 2 bits"]
+    assert len(report["models"]) == 4
+
+
+def scored(perplexity: float, accuracy: float | None = None, **settings) -> dict:
+    score = {"value": accuracy, "stderr": 0.02, "n": 50}
+    tasks = {} if accuracy is None else {"arc": {"acc": score, "acc_norm": score}}
+    return {
+        "settings": settings,
+        "dtype": "bfloat16",
+        "bits_per_weight": 12.63,
+        "packed_bits_per_weight": settings.get("bits", 16) + 1.0,
+        "perplexity": {"text": {"token": perplexity}},
+        "tasks": tasks,
+    }
+
+
+def report_of(*points: dict) -> dict:
+    return {
+        "recipe": {"name": "tiny", "seed": 7, "model": {"base": "org/Tiny-1B"}},
+        "versions": {"torch": "2.13.0"},
+        "swept": "base",
+        "models": {str(index): point for index, point in enumerate(points)},
+    }
+
+
+@pytest.mark.parametrize("extreme", [1e12, math.inf, math.nan])
+@pytest.mark.parametrize("accuracy", [0.5, math.nan, None])
+def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accuracy):
+    report = report_of(
+        scored(29.6, 0.7),
+        scored(36.0, 0.6, method="rtn", bits=4, group_size=32),
+        scored(extreme, accuracy, method="rtn", bits=2, group_size=32),
+    )
+    write_sweep(report, tmp_path)
+    print_sweep(report)
+    assert f"{extreme:.3g}" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "sweep.png").exists()
+    point = json.loads((tmp_path / "sweep.json").read_text())["models"]["2"]
+    kept = extreme if math.isfinite(extreme) else None
+    assert point["perplexity"]["text"]["token"] == kept
+
+
+def test_panels_with_nothing_to_show_are_left_out():
+    from finequant.evaluate.sweep_report import _plot
+
+    point = {"method": "rtn", "bits": 4, "group_size": 32}
+    panels = {
+        2: report_of(scored(29.6, 0.7), scored(36.0, 0.6, **point)),
+        1: report_of(scored(29.6), scored(36.0, **point)),
+    }
+    for count, report in panels.items():
+        assert len(_plot(report).axes) == count
+    assert _plot(report_of(scored(math.nan), scored(math.inf, **point))) is None
+
+
+def test_table_of_the_executorch_documentation():
+    points = [
+        scored(10 * size / bits, method=method, bits=bits, group_size=size)
+        for method in ("rtn", "gptq")
+        for bits in (8, 4)
+        for size in (64, 32)
+    ]
+    (table,) = groupwise_tables(report_of(scored(29.6), *points[:-1]))
+    assert table.splitlines() == [
+        "| perplexity, text | baseline (bfloat16) | groupwise 4-bit (32) | groupwise 4-bit (64) |",
+        "| :--- | ---: | ---: | ---: |",
+        "| Tiny-1B, rtn | 29.60 | 80.00 | 160.00 |",
+        "| Tiny-1B, gptq | 29.60 | – | 160.00 |",
+    ]
+    assert groupwise_tables(report_of(scored(29.6), points[0], points[2])) == []
+
+
+def test_mean_accuracy_takes_one_metric_a_task():
+    def score(value):
+        return {"value": value, "stderr": None, "n": 4}
+
+    tasks = {"arc": {"acc": score(0.5), "acc_norm": score(0.9)}, "held_out": {"chrf": score(30.0)}}
+    assert mean_accuracy({"tasks": tasks}) == pytest.approx(40)
+    assert math.isnan(mean_accuracy({"tasks": {}}))
