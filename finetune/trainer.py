@@ -42,7 +42,8 @@ class LoraTrainer(SFTTrainer):
 
     rounded_layers: tuple[Rounding, ...] = ()
     distillation = 0.0
-    """Share of the loss that is the divergence from the float model, which trains no more."""
+    """Share of the loss that is the divergence from the float model, which trains no more. It is
+    summed over all tokens, prompts included, and divided by the learned ones like the rest."""
 
     def compute_loss(
         self,
@@ -53,16 +54,18 @@ class LoraTrainer(SFTTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if self.accelerator.device.type != "cpu" and not self.rounded_layers:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        learned = inputs["labels"][:, 1:] != IGNORED
-        labels = inputs["labels"][:, 1:][learned]
-        logits = self._logits(model, inputs, learned)
-        total = cross_entropy(logits, labels, reduction="sum")
+        labels = inputs["labels"][:, 1:]
+        learned = labels != IGNORED
         if self.distillation and model.training:
-            exact = self._float_logits(model, inputs, learned)
-            far = kl_div(
-                logits.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="sum"
-            )
-            total = (1 - self.distillation) * total + self.distillation * far
+            seen = _not_padding(inputs)[:, 1:]
+            logits = self._logits(model, inputs, seen)
+            exact = self._float_logits(model, inputs, seen)
+            total = self.distillation * _divergence(exact, logits)
+            logits = logits[learned[seen]]
+        else:
+            logits, total = self._logits(model, inputs, learned), 0.0
+        share = 1 - self.distillation if model.training else 1.0
+        total = total + share * cross_entropy(logits, labels[learned], reduction="sum")
         if num_items_in_batch is None:
             loss = total / learned.sum().clamp(min=1)
         else:
@@ -91,6 +94,17 @@ class LoraTrainer(SFTTrainer):
         plain = self.accelerator.unwrap_model(model)
         with plain.disable_adapter(), _not_rounded(self.rounded_layers):
             return self._logits(plain, inputs, chosen)
+
+
+def _not_padding(inputs: dict[str, Any]) -> torch.Tensor:
+    mask = inputs.get("attention_mask")  # packed rows have none
+    return torch.ones_like(inputs["labels"]).bool() if mask is None else mask.bool()
+
+
+def _divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL of the second from the first, summed over tokens; of logits [tokens, vocabulary]."""
+    exact, logits = exact.log_softmax(-1), logits.log_softmax(-1)
+    return kl_div(logits, exact, log_target=True, reduction="sum")
 
 
 @contextmanager

@@ -159,7 +159,9 @@ class QuantizationAware(Section):
     )
     learning_rate: float | None = Field(None, gt=0, description="default: that of plain LoRA")
     distillation: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the loss that is the divergence from the float model"
+        0.0,
+        description="share of the loss that is the divergence from the model that plain LoRA "
+        "left, on all tokens",
     )
 
 
