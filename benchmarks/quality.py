@@ -20,6 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import told_to_the_user
@@ -133,7 +134,8 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from peft import get_peft_model
 
     from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
-    from finequant.finetune.quantization_aware import round_in_training
+    from finequant.finetune.quantization_aware import not_rounded, round_in_training
+    from finequant.finetune.trainer import divergence
     from finequant.quantize.methods import calibration_sequences, round_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
@@ -143,20 +145,27 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     say(f"{dtype}: {reason}")
     ids = calibration_sequences(recipe, tokenizer)[: tokens // 512]
     models = {}
-    for name in ("plain", "quantization-aware"):
+    for name in ("plain", "quantization-aware", "quantization-aware, with a teacher"):
         base = load_base(recipe.model, dtype)
         untie_head(base)
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
-        round_in_training(model, start, layer_plan(recipe.quantize, base.config), dtype)
+        layers = round_in_training(model, start, layer_plan(recipe.quantize, base.config), dtype)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        models[name] = model, torch.optim.AdamW(weights, lr=1e-4)
+        models[name] = model, layers.values(), torch.optim.AdamW(weights, lr=1e-4)
     seconds = {name: [] for name in models}
     for number in range(rounds + 1):
-        for name, (model, optimizer) in models.items():
+        for name, (model, layers, optimizer) in models.items():
             started = time.monotonic()
             with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-                model(input_ids=ids, labels=ids).loss.backward()
+                logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+                if name.endswith("teacher"):
+                    with torch.no_grad(), model.disable_adapter(), not_rounded(layers):
+                        exact = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+                    loss = divergence(exact, logits) / ids.numel()
+                else:
+                    loss = cross_entropy(logits, ids[:, 1:].flatten())
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if number:  # the first one allocates

@@ -16,7 +16,8 @@ before anything changes, and with W alone all that calibration found would be lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -175,3 +176,13 @@ def round_in_training(
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
     return layers
+
+
+@contextmanager
+def not_rounded(layers: Iterable[Rounding]) -> Iterator[None]:
+    """Inside, the layers compute as those of plain LoRA do."""
+    for layer in layers:
+        layer.rounds = False
+    yield
+    for layer in layers:
+        layer.rounds = True

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune.model import lora_config
+from finequant.finetune.quantization_aware import Rounding, not_rounded
 from finequant.finetune.tokens import IGNORED, to_dataset
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from finequant.finetune.data import Splits
-    from finequant.finetune.quantization_aware import Rounding
 
 
 class LoraTrainer(SFTTrainer):
@@ -60,7 +58,7 @@ class LoraTrainer(SFTTrainer):
             seen = _not_padding(inputs)[:, 1:]
             logits = self._logits(model, inputs, seen)
             exact = self._float_logits(model, inputs, seen)
-            total = self.distillation * _divergence(exact, logits)
+            total = self.distillation * divergence(exact, logits)
             logits = logits[learned[seen]]
         else:
             logits, total = self._logits(model, inputs, learned), 0.0
@@ -92,7 +90,7 @@ class LoraTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Of the model as it was before rounding and without the adapter that is being trained."""
         plain = self.accelerator.unwrap_model(model)
-        with plain.disable_adapter(), _not_rounded(self.rounded_layers):
+        with plain.disable_adapter(), not_rounded(self.rounded_layers):
             return self._logits(plain, inputs, chosen)
 
 
@@ -101,19 +99,10 @@ def _not_padding(inputs: dict[str, Any]) -> torch.Tensor:
     return torch.ones_like(inputs["labels"]).bool() if mask is None else mask.bool()
 
 
-def _divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL of the second from the first, summed over tokens; of logits [tokens, vocabulary]."""
     exact, logits = exact.log_softmax(-1), logits.log_softmax(-1)
     return kl_div(logits, exact, log_target=True, reduction="sum")
-
-
-@contextmanager
-def _not_rounded(layers: tuple[Rounding, ...]) -> Iterator[None]:
-    for layer in layers:
-        layer.rounds = False
-    yield
-    for layer in layers:
-        layer.rounds = True
 
 
 def build_trainer(
