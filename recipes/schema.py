@@ -398,7 +398,7 @@ class Recipe(Section):
             return f"lora.init_lora_weights={self.lora.init_lora_weights}: it changes the base"
         if self.quantize.budget:
             return (
-                "quantize.budget: the plan is chosen after training; quantize once without it, "
-                "then copy `plan` of quantization.json to quantize.layers"
+                "quantize.budget: it chooses after training; quantize a plain run with it, then "
+                "copy `plan` of its quantization.json to quantize.layers"
             )
         return None
