@@ -135,8 +135,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in (report.get("versions") or {}).items())
     sections = [
         f"# {name}: fine-tuned, quantized, compared",
-        f"Base model {_code(str(base))}, seed {seed}, linear layers quantized to "
-        f"{quantize.get('bits')} bits in groups of {quantize.get('group_size')}. "
+        f"Base model {_code(str(base))}, seed {seed}, linear layers quantized "
+        f"{_widths(quantize)}. "
         "To repeat it: `finequant run recipe.yaml`",
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
@@ -152,6 +152,12 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _widths(quantize: dict[str, Any]) -> str:
+    if quantize.get("layers") or quantize.get("budget"):
+        return "by the layer plan in quantized/quantization.json"
+    return f"to {quantize.get('bits')} bits in groups of {quantize.get('group_size')}"
 
 
 def _divergence(report: Report) -> list[str]:

@@ -144,9 +144,12 @@ def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
     for key in (*PLAN_KEYS, "dtype"):
         was, now = then[key], today[key]
         if str(was) != str(now):  # as text: the order of patterns counts
+            what = f"{was}, not {now}: set quantize.{key}={was}"
+            if key == "layers":
+                what = "others: copy those of its recipe.yaml"
             raise UserError(
-                f"quantize.{key}: the adapter in {run.adapter} was trained for {was}, not {now}: "
-                f"set quantize.{key}={was}, or train again"
+                f"quantize.{key}: the adapter in {run.adapter} was trained for {what}, "
+                "or train again"
             )
     try:
         return load_rounded(file)

@@ -133,7 +133,8 @@ def _check_group_sizes(quantize: Quantize, plan: Plan, shapes: dict[str, tuple[i
             key = "group_size:" if size == quantize.group_size else "layers: group_size"
             raise UserError(
                 f"quantize.{key} {size} does not divide the input features of "
-                f"{', '.join(uneven)}; group sizes that do: {', '.join(fitting) or 'none'}"
+                f"{', '.join(uneven)}; group sizes that do: "
+                f"{', '.join(fitting) or 'none from 32 to 256'}"
             )
 
 

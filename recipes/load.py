@@ -225,7 +225,7 @@ def _in_document(at: Location, document: Any) -> Location:
         try:
             node = node[part]
         except (KeyError, IndexError, TypeError):
-            break
+            continue
         found = (*found, part)
     return found
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -246,6 +255,13 @@ class Layer(Section):
     group_size: GroupSize | None = None
 
 
+# With a discriminator, mistakes in a mapping are not also reported as not being a word.
+LayerOrFloat = Annotated[
+    Annotated[Layer, Tag("mapping")] | Annotated[Literal["float"], Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "mapping"),
+]
+
+
 class Quantize(Section):
     """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
 
@@ -253,7 +269,7 @@ class Quantize(Section):
     group_size: GroupSize = Field(
         32, description="weights that share a scale; must divide in_features of every layer"
     )
-    layers: dict[str, Layer | Literal["float"]] = Field(
+    layers: dict[str, LayerOrFloat] = Field(
         default_factory=dict,
         description="pattern of layer names, such as '*.down_proj': {bits, group_size} or float; "
         "the last that matches counts",

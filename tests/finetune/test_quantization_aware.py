@@ -49,7 +49,14 @@ def aware(recipe_file, monkeypatch):
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize(
-    "variant", ["lora.use_rslora=true", "quantize.head=float", "train.quantization_aware.steps=3"]
+    "variant",
+    [
+        "lora.use_rslora=true",
+        "quantize.head=float",
+        "quantize.embedding=4",
+        "train.quantization_aware.steps=3",
+        "quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}",
+    ],
 )
 def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
     from transformers import AutoModelForCausalLM
@@ -181,6 +188,7 @@ def test_resumed_is_uninterrupted(aware, phase):
         ("lora.dropout=0.1", "lora.dropout"),
         ("lora.use_dora=true", "lora.use_dora"),
         ("lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa"),
+        ("quantize.budget=5", "quantize.budget"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(recipe_file, capsys, override, reason):
@@ -200,3 +208,6 @@ def test_another_scheme_than_the_trained_one_is_refused(aware, recipe_file, caps
         convert([str(recipe_file), *AWARE, "quantize.bits=8"])
     assert exit_.value.code == 2
     assert "was trained for 4, not 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert([str(recipe_file), *AWARE, "quantize.layers={lm_head: float}"])
+    assert "quantize.layers: the adapter in" in capsys.readouterr().err

@@ -243,7 +243,7 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_all_errors_come_at_once(write):
     message = refusal(
-        write(f"{RECIPE}  paking: true\nlora: {{rank: 0}}\nquantize: {{bits: 1, head: both}}\n"),
+        write(f"{RECIPE}  paking: true\nlora: {{rank: 0}}\nquantize: {{bits: 9, head: both}}\n"),
         "train.epochs=-1",
         "model.bse=x",
     )

@@ -72,7 +72,7 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     assert "because quantize.bits: 4 -> 8" in changed.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["data"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["data"], ["plan"]])
 def test_help_answers_in_under_a_second(command):
     seconds = []
     for _ in range(3):
@@ -111,7 +111,8 @@ def test_validate_and_schema(recipe_file):
 
 
 @pytest.mark.parametrize(
-    "entry", ["train", "quantize", "evaluate", "run", "sweep", "data", "validate"]
+    "entry",
+    ["train", "quantize", "evaluate", "run", "sweep", "data", "validate", "plan"],
 )
 def test_every_entry_reports_a_missing_recipe(entry):
     result = finequant(entry, "nowhere.yaml")
