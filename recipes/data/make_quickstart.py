@@ -6,9 +6,8 @@ The rows come from the small grammar below. An action has slots, in the order it
 and phrasings in two sets. Training and validation rows are made of *seen* phrasings and slot
 values only, test rows of *unseen* ones only: a test row is new in its wording and in every value
 it names, except for closed slots (on and off, days, units), whose few values are shared. Open
-slots have many values, some of them invented words, each in a few rows at most, and the completion
-holds what was said as it stands, times of day included: so what is learned is to copy, not to
-recite.
+slots have many values, each in a few rows at most, and the completion holds what was said as it
+stands, times of day included: so what is learned is to copy, not to recite.
 
 To add an action, add an entry to ACTIONS. In a phrasing,
     {slot}    stands for a value of that slot,
@@ -490,48 +489,6 @@ LANGUAGE = text_slot(
         Canadian French, Indonesian, Croatian""",
     )
 )
-
-# Words that no language has, in training only: they can be copied letter by letter, or not at all.
-
-ONSETS = re.split(" ", "b br ch d dr f fl g gr h j k l m n p pl r s sh sk st t th tr v w y z")
-VOWELS = re.split(" ", "a ai e ee i ia o oo ou u")
-CODAS = ["", "", *re.split(" ", "ck d f g l ld m mp n nd ng p r rk rn s st t x")]
-INVENTED = random.Random(SEED)
-
-
-def invented_word(capital: bool) -> str:
-    syllables = [
-        INVENTED.choice(ONSETS) + INVENTED.choice(VOWELS) + INVENTED.choice(CODAS)
-        for _ in range(INVENTED.choice([1, 2, 2, 3]))
-    ]
-    word = "".join(syllables)
-    return word.capitalize() if capital else word
-
-
-def with_invented(slot: Slot, *forms: str, count: int = 120) -> Slot:
-    """The slot and a style more, of forms in which each x, or X, is an invented word."""
-    words = {
-        re.sub("[xX](?![a-z])", lambda x: invented_word(x[0] == "X"), forms[index % len(forms)])
-        for index in range(count)
-    }
-    return Slot([*slot.seen, {word: word for word in sorted(words)}], slot.unseen)
-
-
-PERSON = with_invented(PERSON, "X", "X", "X X")
-CITY = with_invented(CITY, "X", "X", "X X")
-PLACE = with_invented(PLACE, *(f"X {kind}" for kind in STREET_KINDS), "X", "the x hall")
-LANGUAGE = with_invented(LANGUAGE, "X")
-ROOM = with_invented(ROOM, "x", "x room", "x x")
-DEVICE = with_invented(DEVICE, "x", "x machine", "x x")
-DOOR = with_invented(DOOR, "x door", "x gate", "x")
-TITLE = with_invented(TITLE, "X", "X X", "X of the X", "The X")
-ARTIST = with_invented(ARTIST, "X", "X X", "The X")
-PHRASE = with_invented(PHRASE, "x", "the x is x", "x x")
-ITEM = with_invented(ITEM, "x", "x x", "two x")
-CHORE = with_invented(CHORE, "x", "x x")
-EVENT = with_invented(EVENT, "x", "x practice", "x with X")
-TASK = with_invented(TASK, "x the x", "buy x", "call X")
-MESSAGE = with_invented(MESSAGE, "the x is x", "X is here", "we need x")
 
 ACTIONS = {
     "set_light": Action(
