@@ -220,9 +220,7 @@ def test_bf16_where_the_hardware_has_it_said_aloud(recipe_file, capsys):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch, capsys):
-    import finequant.finetune.train as module
-
-    monkeypatch.setattr(module, "_processes", lambda: 3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as exit_:
         train(recipe_file)
     assert exit_.value.code == 2
