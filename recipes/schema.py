@@ -183,9 +183,6 @@ class Train(Section):
         16, description="rows per optimizer step, over all processes and accumulation steps"
     )
     micro_batch_size: Positive = Field(8, description="rows per forward pass of one process")
-    group_by_length: bool = Field(
-        False, description="rows of similar length in a batch: less padding, less random an order"
-    )
     learning_rate: float = Field(2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = Field(0.03, description="share of all steps")

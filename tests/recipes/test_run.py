@@ -157,7 +157,6 @@ def test_readme_commands_run(tmp_path):
     few = [f"data.{split}={rows.format(split, 4)}" for split in ("validation", "test")]
     few += [f"data.train={rows.format('train', 16)}"]
     few += ["evaluate.max_new_tokens=2", "evaluate.divergence_tokens=64"]
-    few += ["train.quantization_aware.steps=1"]
     commands = list(dict.fromkeys(commands))
     for command in commands:
         words = command.split()
