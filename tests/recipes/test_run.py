@@ -160,7 +160,7 @@ def test_readme_commands_run(tmp_path):
     commands = list(dict.fromkeys(commands))
     for command in commands:
         words = command.split()
-        if words[0] != "finequant" or words[1] == "run":
+        if words[0] != "finequant" or words[1] in ("run", "sweep"):
             steps = [] if "max_steps" in command else ["train.max_steps=1"]
             output = [] if "output_dir" in command else [f"output_dir={tmp_path / 'r'}"]
             words += few + steps + output
