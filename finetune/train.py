@@ -49,6 +49,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.trainer import training_arguments
 
     watch = Stopwatch()
+    _refuse_split_weights(recipe)
     inputs = run.inputs(recipe, "train")
     splits = load_splits(recipe.data, recipe.seed)
     for note in splits.notes:
@@ -133,11 +134,6 @@ def train_rounded(
     base = _float_base(recipe, plain)
     start = _starting_codes(recipe, base, tokenizer, arguments, dtype)
     trainer = build_trainer(phase, arguments, base, tokenizer, splits)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UserError(
-            "train.quantization_aware: not with FSDP or DeepSpeed, which split the weights that "
-            "have to be rounded whole: use recipes/accelerate/several_gpus.yaml"
-        )
     model = trainer.accelerator.unwrap_model(trainer.model)
     plan = layer_plan(recipe.quantize, model.config)
     layers = round_in_training(model, start, plan, dtype)
@@ -152,6 +148,19 @@ def train_rounded(
                 {name: layer.rounded() for name, layer in layers.items()}, partial / ROUNDED
             )
     return folder
+
+
+def _refuse_split_weights(recipe: Recipe) -> None:
+    """Before the first phase, which may take hours."""
+    from accelerate.utils import parse_flag_from_env
+
+    launchers = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if recipe.train.quantization_aware and any(map(parse_flag_from_env, launchers)):
+        raise UserError(
+            "train.quantization_aware: not with FSDP or DeepSpeed, which split the weights that "
+            "have to be rounded whole: use recipes/accelerate/several_gpus.yaml, "
+            "or train.quantization_aware=false"
+        )
 
 
 def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:

@@ -211,6 +211,20 @@ def test_what_is_not_supported_is_refused_by_name(recipe_file, capsys, override,
     assert f"train.quantization_aware cannot be combined with {reason}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
+def test_split_weights_are_refused_before_anything_is_trained(
+    recipe_file, monkeypatch, capsys, launcher
+):
+    from finequant.finetune.train import main as train
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    with pytest.raises(SystemExit) as exit_:
+        train([str(recipe_file), *AWARE, *AFTER])
+    assert exit_.value.code == 2
+    assert "train.quantization_aware: not with FSDP or DeepSpeed" in capsys.readouterr().err
+    assert not (recipe_file.parent / "run").exists()
+
+
 def test_another_scheme_than_the_trained_one_is_refused(aware, recipe_file, capsys):
     from finequant.quantize.convert import main as convert
 
