@@ -24,7 +24,7 @@ from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, section_inputs,
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from finequant.evaluate.compare import Material
 
@@ -258,7 +258,14 @@ def measure_point(
     from finequant.quantize.budget import within_budget
     from finequant.quantize.convert import quantized_model
     from finequant.quantize.methods import round_model
-    from finequant.quantize.scheme import layer_plan, shipped_dtype, untie_head, unties_head
+    from finequant.quantize.plan import model_size
+    from finequant.quantize.scheme import (
+        layer_plan,
+        parameter_count,
+        shipped_dtype,
+        untie_head,
+        unties_head,
+    )
 
     config = load_config(point.recipe.model)
     dtype = shipped_dtype(point.recipe.quantize, config)
@@ -270,7 +277,8 @@ def measure_point(
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
     size = _bytes_on_disk(model, run.root / "sweep" / "checkpoint.partial")
-    packed = packed_bits_per_weight(model, config)
+    # If each code took no more than its own bits; torchao's files spend eight on it.
+    packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
     model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
     measurement = measure_model(point.name, model, recipe, material, size)
     measurement["scores"]["packed_bits_per_weight"] = packed
@@ -297,23 +305,6 @@ def _bytes_on_disk(quantized: LlamaForCausalLM, folder: Path) -> int:
     size = weight_bytes(folder)
     shutil.rmtree(folder)
     return size
-
-
-def packed_bits_per_weight(model: LlamaForCausalLM, config: LlamaConfig) -> float:
-    """Bits of the whole model over the base's weights, if each code took no more than its own.
-
-    Codes, scales and what stays float; torchao's files spend eight bits on a code.
-    """
-    from finequant.quantize.scheme import parameter_count
-
-    total = 0
-    for weight in model.parameters():
-        if hasattr(weight, "qdata"):
-            bits = int(str(weight.target_dtype).removeprefix("torch.int"))
-            total += bits * weight.qdata.numel() + 8 * weight.scale.nbytes
-        else:
-            total += 8 * weight.nbytes
-    return total / parameter_count(config)
 
 
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

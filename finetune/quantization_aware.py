@@ -178,6 +178,13 @@ def round_in_training(
     return layers
 
 
+def keep_float_layers(model: PeftModel) -> None:
+    """Trains no layer that the plan leaves in float: what ships there is the tuned model's."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and not isinstance(layer, Rounding):
+            layer.requires_grad_(False)
+
+
 @contextmanager
 def not_rounded(layers: Iterable[Rounding]) -> Iterator[None]:
     """Inside, the layers compute as those of plain LoRA do."""

@@ -123,7 +123,7 @@ def train_rounded(
     Returns the folder with the codes that it ended with, its adapter and its log.
     """
     from finequant.finetune.model import save_adapter
-    from finequant.finetune.quantization_aware import round_in_training
+    from finequant.finetune.quantization_aware import keep_float_layers, round_in_training
     from finequant.finetune.trainer import build_trainer, last_checkpoint, training_arguments
     from finequant.quantize.rounding import save_rounded
     from finequant.quantize.scheme import layer_plan
@@ -137,6 +137,8 @@ def train_rounded(
     model = trainer.accelerator.unwrap_model(trainer.model)
     plan = layer_plan(recipe.quantize, model.config)
     layers = round_in_training(model, start, plan, dtype)
+    if plain:
+        keep_float_layers(model)
     trainer.rounded_layers = tuple(layers.values())
     trainer.distillation = recipe.train.quantization_aware.distillation
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments))

@@ -57,6 +57,20 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
     return Size(weights, math.ceil(packed_bits(shape, scheme) / 8), disk)
 
 
+def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
+    """Of the whole model, norms included; a head that is tied to the embedding counts once."""
+    shapes, norms = layer_shapes(config), norm_count(config)
+    sizes = [Size(norms, norms * dtype.itemsize, norms * dtype.itemsize)]
+    sizes += [layer_size(shapes[name], plan[name], dtype) for name in _own_weights(plan, config)]
+    return Size(*map(sum, zip(*sizes, strict=True)))
+
+
+def _own_weights(plan: Plan, config: LlamaConfig) -> list[str]:
+    """All but a head that shares the embedding's."""
+    tied = config.tie_word_embeddings and not unties_head(plan)
+    return [name for name in plan if not (tied and name == HEAD)]
+
+
 def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
     """Prints the plan with sizes; with signal-to-noise ratios where `quantized/` has this plan.
 
@@ -78,11 +92,11 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
         )
         return
     dtype, shapes = shipped_dtype(recipe.quantize, config), layer_shapes(config)
-    if config.tie_word_embeddings and not unties_head(plan):
-        del plan[HEAD]  # the embedding's weights
+    whole = model_size(plan, config, dtype)
+    plan = {name: plan[name] for name in _own_weights(plan, config)}
     sizes = {name: layer_size(shapes[name], scheme, dtype) for name, scheme in plan.items()}
     _print(_table(plan, shapes, sizes, ratios, every))
-    for line in _totals(plan, sizes, config, dtype):
+    for line in _totals(plan, sizes, whole, config):
         print(line)
     if ratios:
         print(f"signal to noise: of the weights in {run.quantized}, {record['method']}")
@@ -157,21 +171,18 @@ def _span(ratios: list[float]) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 
-def _totals(
-    plan: Plan, sizes: dict[str, Size], config: LlamaConfig, dtype: torch.dtype
-) -> Iterator[str]:
+def _totals(plan: Plan, sizes: dict[str, Size], whole: Size, config: LlamaConfig) -> Iterator[str]:
     """Of the rounded layers, which a budget counts, and of the whole model."""
     rounded = [sizes[name] for name in plan if plan[name] and name != EMBEDDING]
-    floats = norm_count(config)
-    norms = Size(floats, floats * dtype.itemsize, floats * dtype.itemsize)
-    for what, parts, weights in (
-        ("rounded layers", rounded, sum(size.weights for size in rounded)),
-        ("whole model", [*sizes.values(), norms], parameter_count(config)),
+    linear = Size(*map(sum, zip(*rounded, strict=True)))
+    for what, size, weights in (
+        ("rounded layers", linear, linear.weights),
+        ("whole model", whole, parameter_count(config)),
     ):
-        packed, disk = (sum(getattr(size, at) for size in parts) for at in ("packed", "disk"))
         yield (
-            f"{what}: {packed:,} bytes packed, {disk:,} on disk; {8 * packed / weights:.3f} and "
-            f"{8 * disk / weights:.3f} bits for each of {weights:,} weights"
+            f"{what}: {size.packed:,} bytes packed, {size.disk:,} on disk; "
+            f"{8 * size.packed / weights:.3f} and {8 * size.disk / weights:.3f} "
+            f"bits for each of {weights:,} weights"
         )
 
 

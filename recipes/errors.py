@@ -16,7 +16,8 @@ class UserError(Exception):
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Turns a UserError into its message and exit code 2, Ctrl-C into exit code 130."""
+    """Turns a UserError into its message and exit code 2, Ctrl-C into exit code 130, and a disk
+    that is full, whichever library says so, into exit code 1."""
     try:
         yield
     except UserError as error:
@@ -25,6 +26,15 @@ def told_to_the_user() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if "No space left on device" not in str(error):
+            raise
+        print(
+            f"error: no space left on the disk ({' '.join(str(error).split())[:200]}): free some; "
+            "the same command goes on from here",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def listed(problems: list[str], most: int = 20) -> str:

@@ -51,11 +51,12 @@ def aware(recipe_file, monkeypatch):
 @pytest.mark.parametrize(
     "variant",
     [
-        "lora.use_rslora=true",
-        "quantize.head=float",
-        "quantize.embedding=4",
-        "train.quantization_aware.steps=3",
-        "quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}",
+        ["lora.use_rslora=true"],
+        ["quantize.head=float"],
+        ["quantize.embedding=4"],
+        ["train.quantization_aware.steps=3"],
+        ["train.quantization_aware.steps=3", "quantize.layers={'*.v_proj': float}"],
+        ["quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}"],
     ],
 )
 def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
@@ -64,7 +65,7 @@ def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, p
     from finequant.quantize.convert import main as convert
 
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    overrides = (f"train.precision={precision}", f"quantize.dtype={dtype}", variant)
+    overrides = (f"train.precision={precision}", f"quantize.dtype={dtype}", *variant)
     run, trainer, _ = aware(*overrides)
     prompt = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     with torch.no_grad(), trainer.compute_loss_context_manager():

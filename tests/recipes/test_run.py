@@ -188,3 +188,15 @@ def test_readme_commands_run(tmp_path):
     )
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip()
+
+
+def test_a_full_disk_is_one_message(capsys):
+    """/dev/full is a disk without space."""
+    from finequant.recipes.errors import told_to_the_user
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(SystemExit) as exit_, told_to_the_user():
+        Path("/dev/full").write_text("weights", encoding="utf-8")
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith("error: no space left on the disk")
