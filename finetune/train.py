@@ -84,6 +84,7 @@ def fine_tune(
     dtype: torch.dtype,
 ) -> Path:
     """Plain LoRA; the folder with its adapter and log, which an earlier call may have left."""
+    from finequant.finetune.lora import fuse
     from finequant.finetune.model import (
         changes_the_base,
         load_base,
@@ -101,6 +102,8 @@ def fine_tune(
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
     if changes_the_base(recipe.lora) and trainer.is_world_process_zero():
         save_initial_adapter(trainer.model, initial)
+    if arguments.use_cpu:
+        fuse(trainer.model)
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     weights = gathered_weights(trainer)
     with _written_by_one(trainer, folder) as partial:

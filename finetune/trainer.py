@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from finequant.finetune import attention
 from finequant.finetune.model import lora_config
 from finequant.finetune.quantization_aware import Rounding, not_rounded
 from finequant.finetune.tokens import IGNORED, to_dataset
@@ -55,7 +56,7 @@ class LoraTrainer(SFTTrainer):
         labels = inputs["labels"][:, 1:]
         learned = labels != IGNORED
         if self.distillation and model.training:
-            seen = _not_padding(inputs)[:, 1:]
+            seen = _continued(inputs)[:, 1:]
             logits = self._logits(model, inputs, seen)
             exact = self._float_logits(model, inputs, seen)
             total = self.distillation * divergence(exact, logits)
@@ -94,9 +95,10 @@ class LoraTrainer(SFTTrainer):
             return self._logits(plain, inputs, chosen)
 
 
-def _not_padding(inputs: dict[str, Any]) -> torch.Tensor:
-    mask = inputs.get("attention_mask")  # packed rows have none
-    return torch.ones_like(inputs["labels"]).bool() if mask is None else mask.bool()
+def _continued(inputs: dict[str, Any]) -> torch.Tensor:
+    """Which tokens continue a row: neither padding nor the first of a row."""
+    positions = inputs.get("position_ids")  # of rows that lie end to end
+    return inputs["attention_mask"].bool() if positions is None else positions > 0
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -114,6 +116,8 @@ def build_trainer(
 ) -> LoraTrainer:
     """The trainer of a fresh adapter on `base`; the same seed, the same adapter."""
     patience = recipe.train.early_stopping_patience
+    if arguments.use_cpu:
+        base.set_attn_implementation(attention.NAME)
     return LoraTrainer(
         model=base,
         args=arguments,
@@ -150,6 +154,7 @@ def training_arguments(
         )
     # transformers' "constant" ignores the warm-up.
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    on_cpu, packing = not torch.accelerator.is_available(), recipe.data.packing
     try:
         return SFTConfig(
             output_dir=str(folder),
@@ -167,11 +172,13 @@ def training_arguments(
             max_grad_norm=train.max_grad_norm,
             optim=train.optimizer,
             bf16=dtype == torch.bfloat16,
-            use_cpu=not torch.accelerator.is_available(),
+            use_cpu=on_cpu,
             gradient_checkpointing=train.gradient_checkpointing,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
+            # Rows are cut before they get here; without padding trl wants to be told nothing.
+            max_length=recipe.data.max_length if packing or not on_cpu else None,
+            packing=packing,
             eval_packing=False,
+            padding_free=on_cpu,
             eval_strategy=_when(train.eval_steps) if evaluates else "no",
             eval_steps=train.eval_steps,
             save_strategy=_when(train.save_steps),
@@ -184,7 +191,8 @@ def training_arguments(
             report_to=train.report_to or "none",
             run_name=recipe.name,
             disable_tqdm=not sys.stderr.isatty(),
-            include_num_input_tokens_seen="non_padding",
+            # Without padding there is no mask to count in, and the pad token may be a real one.
+            include_num_input_tokens_seen="all" if on_cpu else "non_padding",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
     except ValueError as error:  # such as an optimizer that transformers does not know

@@ -167,7 +167,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_result(recipe_file, tm
 def test_early_stopping_keeps_the_best(recipe_file):
     adapter = train(
         recipe_file,
-        "train.learning_rate=3.0",  # diverges
+        "train.learning_rate=10.0",  # diverges
         "train.schedule=constant",
         "train.epochs=8",
         "train.eval_steps=3",
