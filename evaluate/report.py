@@ -94,7 +94,7 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def print_table(report: Report) -> None:
     """Prints the comparison, the gate's verdict and the divergence to stdout."""
     console = print_rows(*comparison_rows(report))
-    for line in [*_divergence(report), *_verdict(report)]:
+    for line in [*divergence_lines(report), *verdict_lines(report)]:
         console.print(line, soft_wrap=True)
 
 
@@ -143,7 +143,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "All models are measured on the same inputs. ± is one standard error.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
-        "\n".join(f"- {line}" for line in [*_divergence(report), *_verdict(report)]),
+        "\n".join(f"- {line}" for line in [*divergence_lines(report), *verdict_lines(report)]),
         _worst_layers(report),
         image_link(plots, "layers", "Signal to noise of each quantized layer"),
         _normalisers(report),
@@ -160,7 +160,8 @@ def _widths(quantize: dict[str, Any]) -> str:
     return f"to {quantize.get('bits')} bits in groups of {quantize.get('group_size')}"
 
 
-def _divergence(report: Report) -> list[str]:
+def divergence_lines(report: Report) -> list[str]:
+    """How far quantized is from tuned, as a sentence; [] where it was not measured."""
     divergence = report.get("divergence")
     if not divergence:
         return []
@@ -177,7 +178,8 @@ def _check(name: str, limit: float, value: float) -> dict[str, Any]:
     return {"name": name, "limit": limit, "value": value, "passed": passed}
 
 
-def _verdict(report: Report) -> list[str]:
+def verdict_lines(report: Report) -> list[str]:
+    """A sentence for each check of the gate."""
     checks = value_at(report, "gate", "checks") or []
     lines = []
     for check in checks:

@@ -10,19 +10,27 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Bad input: what is wrong, where, the value, what was expected and the next step.
 
-    Entry scripts print it without a traceback and exit with code 2.
+    Entry scripts print it without a traceback and exit with `code`.
     """
+
+    code = 2
+
+
+class OutsideError(UserError):
+    """Something else failed, such as a network or a server: what, and whether to try again."""
+
+    code = 1
 
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Turns a UserError into its message and exit code 2, Ctrl-C into exit code 130, and a disk
+    """Turns a UserError into its message and exit code, Ctrl-C into exit code 130, and a disk
     that is full, whichever library says so, into exit code 1."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.code)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)

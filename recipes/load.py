@@ -20,6 +20,7 @@ from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Recipe, Section
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw", ".jinja")
+FOLDERS = ("task_folder", "license_folder")
 OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
 Location = tuple[str | int, ...]
 SectionType = TypeVar("SectionType", bound=Section)
@@ -73,6 +74,19 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     yaml.default_flow_style = False
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
+
+
+def without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with each local path as a name only, as if the file lay beside the recipe.
+
+    That is how it can be shown to others: it says nothing of the machine it was made on.
+    """
+    content = recipe.model_dump() | {"output_dir": None}
+    for at in path_fields(content):
+        holder = reduce(getitem, at[:-1], content)
+        if Path(holder[at[-1]]).is_absolute():
+            holder[at[-1]] = Path(holder[at[-1]]).name
+    return Recipe.model_validate(content)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
@@ -276,6 +290,8 @@ def path_fields(content: dict[str, Any]) -> Iterable[Location]:
     yield from (("evaluate", "perplexity", index, "source") for index in range(len(corpora)))
     if content["evaluate"]["task_folder"]:
         yield "evaluate", "task_folder"
+    if content["publish"]["license_folder"]:
+        yield "publish", "license_folder"
 
 
 def _with_absolute_paths(
@@ -291,7 +307,7 @@ def _with_absolute_paths(
         local = _existing(file.parent, value)
         if local is not None:
             holder[at[-1]] = str(local)
-        elif value.endswith(LOCAL_SUFFIXES) or value[0] in "./~" or at[-1] == "task_folder":
+        elif value.endswith(LOCAL_SUFFIXES) or value[0] in "./~" or at[-1] in FOLDERS:
             key = _in_document(at, document)
             problems.append(
                 f"{_origin(origins, key)}: {_dotted(key)}: no such file or folder: {value} "

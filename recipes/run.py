@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,6 +102,57 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def publish(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="upload without asking")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write publish/ of the run directory and stop")
+    ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="the adapter in place of the quantized model")
+    ] = False,
+    overrule_gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="publish although this check failed; the card says so"),
+    ] = None,
+    into_existing: Annotated[
+        bool, typer.Option("--into-existing", help="into a repository that something else filled")
+    ] = False,
+) -> None:
+    """Put the result on the Hugging Face Hub, with a card that says what was measured."""
+    from finequant.quantize.publish import Options
+    from finequant.quantize.publish import publish as stage
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    overruled = tuple(overrule_gate or ())
+    options = Options(yes, dry_run, adapter_only, overruled, into_existing)
+    stage(loaded, RunDir.of(loaded), options)
+
+
+@app.command()
+def chat(
+    where: Annotated[
+        Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or a run directory")
+    ],
+    model: Annotated[
+        Literal["base", "tuned", "quantized", "pte", "gguf"] | None,
+        typer.Option(help="default: quantized; with --prompt all that are there"),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="ask this once, and show the answers side by side")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer", min=1)] = 256,
+) -> None:
+    """Talk to a model of a run, or ask all of them the same."""
+    from finequant.evaluate.chat import chat as talk
+
+    talk(where, model, prompt, max_new_tokens)
+
+
+@app.command()
 def sweep(
     recipe: RecipePath,
     overrides: Annotated[
@@ -170,9 +222,9 @@ def plan(
     show_plan(loaded, RunDir.of(loaded), every)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     with told_to_the_user():
-        app()
+        app(argv)
 
 
 def check_base(recipe) -> None:

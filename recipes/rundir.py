@@ -73,6 +73,14 @@ class RunDir:
         return self.root / "report.json"
 
     @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
+    def publication(self) -> Path:
+        return self.root / "publish"
+
+    @property
     def manifest_file(self) -> Path:
         return self.root / "manifest.json"
 
@@ -144,18 +152,19 @@ class RunDir:
         yield partial
         write_recipe(recipe, partial / "recipe.yaml")
         if target.exists() and target == self.adapter:
-            self._keep_as_previous(target)
+            self.keep_as_previous(target)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 
-    def _keep_as_previous(self, target: Path) -> None:
+    def keep_as_previous(self, target: Path) -> None:
+        """Moves a file or folder to previous/, where nothing is replaced."""
         folder = self.root / "previous"
         folder.mkdir(exist_ok=True)
         number = 1
         while (kept := folder / f"{target.name}-{number}").exists():
             number += 1
         target.rename(kept)
-        print(f"kept the earlier {target.name}/ as {kept}")
+        print(f"kept the earlier {target.name} as {kept}")
 
     def record(self, recipe: Recipe, stage: str, inputs: dict[str, Any], **figures: Any) -> None:
         """Writes the stage's manifest entry and the resolved recipe: the stage is done."""

@@ -380,11 +380,41 @@ class Evaluate(Section):
         return self
 
 
-class Publish(Section):
-    """Where the result goes on the Hugging Face Hub."""
+HubId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 
-    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+
+class Publish(Section):
+    """Where the result goes on the Hugging Face Hub, and what its page says of it."""
+
+    repo_id: HubId | None = Field(None, description="your-name/model-name")
     private: bool = True
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] | None = Field(
+        None, description="of the base, as the Hub names it; default: what the base says itself"
+    )
+    license_name: str | None = Field(None, description="where license is `other`")
+    license_link: str | None = Field(None, description="where license is `other`")
+    license_folder: str | None = Field(
+        None, description="folder with the base's LICENSE, NOTICE and USE_POLICY; default: the base"
+    )
+    base_model: HubId | None = Field(
+        None, description="Hub id of the base, where model.base is a folder or a package"
+    )
+    language: list[Language] = Field(default_factory=list, description="such as en")
+    tags: list[str] = Field(default_factory=list)
+    description: str | None = Field(None, description="what the model is for, in your words")
+
+    @field_validator("language", "tags", mode="before", json_schema_input_type=str | list[str])
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _other_licences_have_a_name(self) -> Publish:
+        named = bool(self.license_name and self.license_link)
+        if (self.license == "other") != named or bool(self.license_name) != bool(self.license_link):
+            raise ValueError("license: other, license_name and license_link belong together")
+        return self
 
 
 class Recipe(Section):

@@ -269,21 +269,26 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def on_hub(hub, tmp_path):
-    """Runs a Python command line as a user of `hub`, with an empty cache and no offline mode."""
+def hub_environment(hub, tmp_path) -> dict[str, str]:
+    """Of a user of `hub`, with an empty cache and no offline mode."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return clean | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+@pytest.fixture
+def on_hub(hub_environment, tmp_path):
+    """Runs a Python command line as a user of `hub`."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        settings = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
         return subprocess.run(
             [sys.executable, *arguments],
-            env={**clean, **settings, **environment},
+            env={**hub_environment, **environment},
             cwd=tmp_path,
             capture_output=True,
             text=True,

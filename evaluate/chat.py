@@ -1,0 +1,206 @@
+"""Talk to a model of a run, or ask all of them the same: text, and tokens per second."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from finequant.evaluate.compare import MODELS
+from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+EXPORTS = {"pte": "executorch", "gguf": "gguf"}
+"""Model -> its format, which names its folder in exports/."""
+
+NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
+
+HELP = "an empty line ends it, /new starts over"
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def speed(self) -> str:
+        """Tokens of the answer over all seconds, reading the prompt included."""
+        return f"{self.tokens / self.seconds:.1f} tokens/s"
+
+
+Speaker = Callable[[Messages, int, Callable[[str], None]], Answer]
+"""Conversation, most tokens of the answer, and where its text goes as it comes."""
+
+
+def chat(where: Path, model: str | None, prompt: str | None, max_new_tokens: int) -> None:
+    """A conversation with one model, or with `prompt` one answer from each.
+
+    where: a recipe, or a run directory.
+    model: base, tuned, quantized, pte or gguf. Default: quantized, or all that are there.
+
+    Raises:
+        UserError: for a model that is not there.
+    """
+    recipe, run = open_run(where)
+    quiet_libraries()
+    if prompt is None:
+        name = model or "quantized"
+        converse(load_speaker(name, recipe, run), name, recipe, max_new_tokens)
+        return
+    names = [model] if model else available(run)
+    messages = [*system_message(recipe), {"role": "user", "content": prompt}]
+    answers = {}
+    for name in names:  # one at a time in memory
+        speaker = load_speaker(name, recipe, run)
+        answers[name] = speaker(messages, max_new_tokens, lambda text: None)
+        del speaker
+    show(answers)
+
+
+def open_run(where: Path) -> tuple[Recipe, RunDir]:
+    """The recipe and the run directory, from either."""
+    if not where.is_dir():
+        recipe = load_recipe(where)
+        return recipe, RunDir.of(recipe)
+    if not (where / "recipe.yaml").exists():
+        raise UserError(f"{where}: no run directory: expected recipe.yaml in it, or give a recipe")
+    return load_recipe(where / "recipe.yaml"), RunDir(where)
+
+
+def available(run: RunDir) -> list[str]:
+    """Names of the models that this run has; the base always."""
+    stages = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
+    return stages + [name for name, form in EXPORTS.items() if (run.exports / form).is_dir()]
+
+
+def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
+    """Loads a model; its runtime answers.
+
+    Raises:
+        UserError: if it has not been made, or its runtime is not installed.
+    """
+    from finequant.evaluate.compare import load_model
+    from finequant.finetune.model import load_tokenizer
+
+    if name in EXPORTS:
+        return load_export(name, run)
+    for stage in NEEDS[name]:
+        run.require(stage)
+    tokenizer = load_tokenizer(recipe.model)
+    prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
+    return transformers_speaker(load_model(name, recipe, run, [prompt]), tokenizer, recipe)
+
+
+def load_export(name: str, run: RunDir) -> Speaker:
+    """An export in its own runtime.
+
+    Raises:
+        UserError: if it has not been exported, or cannot be run here.
+    """
+    form = EXPORTS[name]
+    if not (run.exports / form).is_dir():
+        raise UserError(f"{name}: not exported: run `finequant export RECIPE --to {form}` first")
+    # Here a Speaker made by the export's module takes its place, once exports have runtimes.
+    raise UserError(f"{name}: {run.exports / form} cannot be run from here yet")
+
+
+def transformers_speaker(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> Speaker:
+    """Greedy answers, streamed."""
+    import torch
+    from transformers import TextStreamer
+
+    class Writer(TextStreamer):
+        """Hands text on when a word is complete."""
+
+        def __init__(self, write: Callable[[str], None]) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.write = write
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.write(text)
+
+    def speak(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
+        ids = torch.tensor([_encode(messages, tokenizer, recipe)], device=model.device)
+        started = time.monotonic()
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,  # with these two: the model's own sampling defaults
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=Writer(write),
+            )
+        new = output[0, ids.shape[1] :]
+        seconds = time.monotonic() - started
+        return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
+
+    return speak
+
+
+def converse(speaker: Speaker, name: str, recipe: Recipe, max_new_tokens: int) -> None:
+    """Reads lines, writes answers as they come; remembers what was said."""
+    say(f"chat: {name}; {HELP}")
+    messages = system_message(recipe)
+    while said := _read_line():
+        if said == "/new":
+            messages = system_message(recipe)
+            continue
+        messages.append({"role": "user", "content": said})
+        answer = speaker(messages, max_new_tokens, lambda text: print(text, end="", flush=True))
+        print()
+        say(f"chat: {answer.tokens} tokens, {answer.speed}")
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def show(answers: dict[str, Answer]) -> None:
+    """A column for each model."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name, answer in answers.items():
+        table.add_column(f"{name}, {answer.speed}", overflow="fold", ratio=1)
+    table.add_row(*(Text(answer.text) for answer in answers.values()))
+    Console().print(table)
+
+
+def system_message(recipe: Recipe) -> Messages:
+    """What the training rows began with, too."""
+    return [{"role": "system", "content": recipe.data.system}] if recipe.data.system else []
+
+
+def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    from finequant.finetune.data import Row
+    from finequant.finetune.tokens import encode_prompt
+
+    asked = Row("chat", messages=(*messages, {"role": "assistant", "content": ""}))
+    return encode_prompt(asked, tokenizer, recipe.data)
+
+
+def _read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _done(run: RunDir, stage: str) -> bool:
+    return all(path.exists() for path in run.outputs(stage))
