@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,7 +43,13 @@ Speaker = Callable[[Messages, int, Callable[[str], None]], Answer]
 """Conversation, most tokens of the answer, and where its text goes as it comes."""
 
 
-def chat(where: Path, model: str | None, prompt: str | None, max_new_tokens: int) -> None:
+def chat(
+    where: Path,
+    overrides: Sequence[str],
+    model: str | None,
+    prompt: str | None,
+    max_new_tokens: int,
+) -> None:
     """A conversation with one model, or with `prompt` one answer from each.
 
     where: a recipe, or a run directory.
@@ -52,7 +58,7 @@ def chat(where: Path, model: str | None, prompt: str | None, max_new_tokens: int
     Raises:
         UserError: for a model that is not there.
     """
-    recipe, run = open_run(where)
+    recipe, run = open_run(where, overrides)
     quiet_libraries()
     if prompt is None:
         name = model or "quantized"
@@ -68,14 +74,14 @@ def chat(where: Path, model: str | None, prompt: str | None, max_new_tokens: int
     show(answers)
 
 
-def open_run(where: Path) -> tuple[Recipe, RunDir]:
+def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
     """The recipe and the run directory, from either."""
     if not where.is_dir():
-        recipe = load_recipe(where)
+        recipe = load_recipe(where, overrides)
         return recipe, RunDir.of(recipe)
     if not (where / "recipe.yaml").exists():
         raise UserError(f"{where}: no run directory: expected recipe.yaml in it, or give a recipe")
-    return load_recipe(where / "recipe.yaml"), RunDir(where)
+    return load_recipe(where / "recipe.yaml", overrides), RunDir(where)
 
 
 def available(run: RunDir) -> list[str]:

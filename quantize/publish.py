@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from finequant.quantize.card import ADAPTER, QUANTIZED
 from finequant.quantize.licence import Licence
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders
 from finequant.recipes.rundir import ROUNDED, STAGES, RunDir, replace_text
@@ -58,7 +58,6 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
     from finequant.quantize.upload import look, send, verify
 
     kind = ADAPTER if options.adapter_only else QUANTIZED
-    quiet_libraries()
     check_name(recipe, kind, options.dry_run)
     check_current(recipe, run)
     report = read_report(run)

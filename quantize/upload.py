@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,11 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()  # a retry is told with the signed address it went to
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api, publish = HfApi(), recipe.publish
     url = f"{api.endpoint}/{publish.repo_id}"
     with told_by_the_hub(recipe):

@@ -137,6 +137,7 @@ def chat(
     where: Annotated[
         Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or a run directory")
     ],
+    overrides: Overrides = None,
     model: Annotated[
         Literal["base", "tuned", "quantized", "pte", "gguf"] | None,
         typer.Option(help="default: quantized; with --prompt all that are there"),
@@ -149,7 +150,7 @@ def chat(
     """Talk to a model of a run, or ask all of them the same."""
     from finequant.evaluate.chat import chat as talk
 
-    talk(where, model, prompt, max_new_tokens)
+    talk(where, overrides or [], model, prompt, max_new_tokens)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     assert "because quantize.bits: 4 -> 8" in changed.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["data"], ["plan"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["train"], ["publish"], ["chat"], ["plan"]])
 def test_help_answers_in_under_a_second(command):
     seconds = []
     for _ in range(3):
@@ -112,7 +113,18 @@ def test_validate_and_schema(recipe_file):
 
 @pytest.mark.parametrize(
     "entry",
-    ["train", "quantize", "evaluate", "run", "sweep", "data", "validate", "plan"],
+    [
+        "train",
+        "quantize",
+        "evaluate",
+        "run",
+        "sweep",
+        "publish",
+        "chat",
+        "data",
+        "validate",
+        "plan",
+    ],
 )
 def test_every_entry_reports_a_missing_recipe(entry):
     result = finequant(entry, "nowhere.yaml")
@@ -159,8 +171,10 @@ def test_readme_commands_run(tmp_path):
     few += ["evaluate.max_new_tokens=2", "evaluate.divergence_tokens=64"]
     commands = list(dict.fromkeys(commands))
     for command in commands:
-        words = command.split()
-        if words[0] != "finequant" or words[1] in ("run", "sweep"):
+        words = shlex.split(command)
+        if words[1] == "chat":
+            words += ["--max-new-tokens", "8"]
+        if words[0] != "finequant" or words[1] in ("run", "sweep", "publish", "chat"):
             steps = [] if "max_steps" in command else ["train.max_steps=1"]
             output = [] if "output_dir" in command else [f"output_dir={tmp_path / 'r'}"]
             words += few + steps + output

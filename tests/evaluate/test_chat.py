@@ -1,0 +1,77 @@
+"""`finequant chat`: the models of a run, asked through the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CHAT = (sys.executable, "-m", "finequant.recipes.run", "chat")
+
+
+def chat(*arguments: object, said: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*CHAT, *map(str, arguments), "--max-new-tokens", "4"]
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def quantized_run(recipe_file):
+    """A run directory with adapter and quantized model."""
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    for stage in (train, convert):
+        stage([str(recipe_file), "train.max_steps=1"])
+    return recipe_file.parent / "run"
+
+
+@pytest.mark.slow
+def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, recipe_file):
+    answers = chat(quantized_run, "--prompt", "open the red door")
+    assert answers.returncode == 0, answers.stderr
+    for name in ("base", "tuned", "quantized"):
+        assert name in answers.stdout
+    assert answers.stdout.count("tokens/s") == 3
+    alone = chat(recipe_file, "--model", "base", "--prompt", "open the red door")
+    assert alone.stdout.count("tokens/s") == 1
+    talk = chat(quantized_run, said="open the door\n/new\nclose it\n\nnot read\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stderr.count("tokens/s") == 2
+
+
+def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finequant.evaluate.chat import transformers_speaker
+    from finequant.recipes.load import load_recipe
+
+    model, tokenizer = (
+        kind.from_pretrained(tiny_base) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    messages = [{"role": "user", "content": "paint the green lamp"}]
+    written: list[str] = []
+    speak = transformers_speaker(model.eval(), tokenizer, load_recipe(recipe_file))
+    answer = speak(messages, 8, written.append)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    expected = output[0, ids["input_ids"].shape[1] :]
+    assert answer.tokens == len(expected)
+    assert "".join(written).strip() == answer.text
+    assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path):
+    missing = chat(recipe_file, "--model", "gguf", "--prompt", "hello")
+    assert missing.returncode == 2
+    assert "gguf: not exported: run `finequant export RECIPE --to gguf` first" in missing.stderr
+    early = chat(recipe_file, "--prompt", "hello", "--model", "quantized")
+    assert early.returncode == 2
+    assert "run `finequant train RECIPE` first" in early.stderr
+    nowhere = chat(tmp_path)
+    assert nowhere.returncode == 2
+    assert "no run directory" in nowhere.stderr
