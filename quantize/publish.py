@@ -18,11 +18,14 @@ from finequant.quantize.card import ADAPTER, QUANTIZED
 from finequant.quantize.licence import Licence
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
-from finequant.recipes.load import without_folders
-from finequant.recipes.rundir import ROUNDED, STAGES, RunDir, replace_text
+from finequant.recipes.load import without_folders, write_recipe
+from finequant.recipes.rundir import ROUNDED, STAGES, RunDir, content_hash, replace_text
 from finequant.recipes.schema import Recipe
 
 CARD = "README.md"
+
+# For `sha256sum -c`; by it the next publication knows which files are its own.
+SUMS = "SHA256SUMS"
 
 # Beside an artefact, but not for others: it names this machine's folders, or is only for resuming.
 STAYS_HERE = ("recipe.yaml", "training_log.json", ROUNDED)
@@ -175,6 +178,9 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
         _write_json(folder / "report.json", measured)
         card = card_text(shown, report, licence, kind, list(files_of(folder)))
         (folder / CARD).write_text(card, encoding="utf-8")
+        write_recipe(shown, folder / "recipe.yaml")
+        sums = [f"{content_hash(path)}  {name}\n" for name, path in files_of(folder).items()]
+        (folder / SUMS).write_text("".join(sums), encoding="utf-8")
         earlier = run.publication / CARD  # perhaps edited by hand
         if earlier.exists() and earlier.read_text(encoding="utf-8") != card:
             run.keep_as_previous(earlier)

@@ -28,10 +28,12 @@ class Remote(NamedTuple):
     commit: str | None
     """None: there is no such repository yet."""
     files: list[str]
+    published: list[str]
+    """Those that this recipe put there before."""
 
     def left_over(self, files: dict[str, Path]) -> list[str]:
         """Files of the last publication that this one does not have."""
-        return [name for name in self.files if name not in files]
+        return [name for name in self.published if name in self.files and name not in files]
 
     def in_words(self, files: dict[str, Path]) -> list[str]:
         if self.commit is None:
@@ -71,10 +73,11 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
         try:
             info = api.model_info(publish.repo_id)
         except RepositoryNotFoundError:
-            return Remote(url, who["name"], None, [])
+            return Remote(url, who["name"], None, [], [])
         files = [file.rfilename for file in info.siblings or []]
         files = [name for name in files if name != MADE_BY_THE_HUB]
-        if files and not into_existing and not _is_ours(api, recipe, info, files, kind):
+        published = _published(api, recipe, info, files, kind)
+        if files and not published and not into_existing:
             raise UserError(
                 f"publish.repo_id: {publish.repo_id} exists, with {len(files)} files that this "
                 f"recipe did not publish ({', '.join(files[:3])}{', ...' if files[3:] else ''}): "
@@ -86,7 +89,7 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
             f"publish.private: the recipe says {said}, but {publish.repo_id} is {there}: change it "
             f"in the repository's settings, or set publish.private={str(info.private).lower()}"
         )
-    return Remote(url, who["name"], info.sha, files)
+    return Remote(url, who["name"], info.sha, files, published)
 
 
 def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
@@ -151,18 +154,28 @@ def _same(path: Path, there: RepoFile) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
 
 
-def _is_ours(api: HfApi, recipe: Recipe, info: ModelInfo, files: list[str], kind: str) -> bool:
-    """Whether the recipe of this name published the same kind of thing there before."""
+def _published(
+    api: HfApi, recipe: Recipe, info: ModelInfo, files: list[str], kind: str
+) -> list[str]:
+    """What the recipe of this name published there before, if it was the same kind of thing."""
     from ruamel.yaml import YAML, YAMLError
 
-    if "recipe.yaml" not in files or ("adapter_config.json" in files) != (kind == "adapter"):
-        return False
-    file = api.hf_hub_download(recipe.publish.repo_id, "recipe.yaml", revision=info.sha)
+    from finequant.quantize.publish import SUMS
+
+    if not {"recipe.yaml", SUMS} <= {*files}:
+        return []
+    theirs, sums = (
+        Path(api.hf_hub_download(recipe.publish.repo_id, name, revision=info.sha))
+        for name in ("recipe.yaml", SUMS)
+    )
     try:
-        content = YAML(typ="safe").load(Path(file))
+        content = YAML(typ="safe").load(theirs)
     except YAMLError:
-        return False
-    return isinstance(content, dict) and content.get("name") == recipe.name
+        return []
+    lines = sums.read_text(encoding="utf-8").splitlines()
+    names = [name for line in lines if (name := line.partition("  ")[2])]
+    same = isinstance(content, dict) and content.get("name") == recipe.name
+    return names if same and ("adapter_config.json" in names) == (kind == "adapter") else []
 
 
 def _may_not_write(recipe: Recipe) -> str:

@@ -234,7 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
             files[self.hub.damage] = Blob(b"other", files[self.hub.damage].large)
         sha = repository.commit(files)
         return self._send(
-            200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/{sha}"}
+            200,
+            {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"},
         )
 
     def paths(self, body: bytes, repo: str, revision: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -44,8 +45,9 @@ name: tiny
 output_dir: {folder / "run"}
 model: {{base: {tiny_base}}}
 data: {{train: train.jsonl, test: test.jsonl, validation_fraction: 0, max_length: 64}}
-train: {{max_steps: 1, batch_size: 4, micro_batch_size: 4, precision: fp32}}
-evaluate: {{max_new_tokens: 2, gate: {{max_perplexity_increase: 0.5}}}}
+train: {{max_steps: 12, batch_size: 4, micro_batch_size: 4, learning_rate: 1e-2, precision: fp32}}
+quantize: {{bits: 2}}
+evaluate: {{max_new_tokens: 2, gate: {{max_perplexity_increase: 9}}}}
 publish: {{repo_id: {REPOSITORY}, license: apache-2.0, language: en, tags: [test]}}
 """,
         encoding="utf-8",
@@ -115,17 +117,22 @@ def everything_under(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-# argv: a repository or a folder. Prints a digest of the logits.
+# argv: a repository, a folder, and code of the card. The same logits from both; the code runs.
 LOADS = """
-import hashlib, sys, torch
+import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+repository, folder, code = sys.argv[1:]
+ids = torch.arange(100).unsqueeze(0)
 with torch.inference_mode():
-    logits = model(torch.arange(100).unsqueeze(0)).logits
-print(hashlib.sha256(logits.float().numpy().tobytes()).hexdigest())
+    there, here = (
+        AutoModelForCausalLM.from_pretrained(name)(ids).logits for name in (repository, folder)
+    )
+print(torch.equal(there, here))
+exec(code)
 """
 
 
+@pytest.mark.slow
 def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
     hub, on_hub, publish, recipe, tmp_path
 ):
@@ -140,21 +147,23 @@ def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
     folder = folder_of(recipe)
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     assert there == {name: path.read_bytes() for name, path in here.items() if path.is_file()}
+    sums = there["SHA256SUMS"].decode().splitlines()
+    assert {*sums} == {
+        f"{hashlib.sha256(there[name]).hexdigest()}  {name}" for name in {*there} - {"SHA256SUMS"}
+    }
     assert {"model.safetensors", "gguf/model.gguf", "README.md", "recipe.yaml"} <= set(there)
     assert (
         there["model.safetensors"]
         == (recipe.parent / "run" / "quantized" / "model.safetensors").read_bytes()
     )
 
-    remote = on_hub("-c", LOADS, REPOSITORY, HF_TOKEN=WRITE)
-    local = on_hub("-c", LOADS, str(recipe.parent / "run" / "quantized"))
-    assert remote.returncode == 0, remote.stderr
-    assert remote.stdout == local.stdout
     code = re.search(r"```python\n(.*?)```", there["README.md"].decode(), re.DOTALL)[1]
-    snippet = on_hub("-c", code, HF_TOKEN=WRITE)
-    assert snippet.returncode == 0, snippet.stderr
+    quantized = str(recipe.parent / "run" / "quantized")
+    loaded = on_hub("-c", LOADS, REPOSITORY, quantized, code, HF_TOKEN=WRITE)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("True\n")
 
-    for output in (done, remote):
+    for output in (done, loaded):
         assert "hf_Planted" not in output.stdout + output.stderr
     assert b"hf_Planted" not in everything_under(tmp_path)
 
@@ -249,9 +258,10 @@ def test_a_repository_of_something_else_is_not_written_to_unless_told(hub, publi
     assert "alice/tiny exists, with 2 files that this recipe did not publish" in stopped.stderr
     assert "--into-existing" in stopped.stderr
     assert len(repository.commits) == 1
-    told = publish("--into-existing")
-    assert told.returncode == 0, told.stderr
-    assert "model.bin" in repository.files
+    for arguments in (["--into-existing"], ["publish.description=Again."]):
+        told = publish(*arguments)
+        assert told.returncode == 0, told.stderr
+        assert "model.bin" in repository.files
 
 
 def make_repository(hub, files: dict[str, bytes], private: bool = True):
@@ -331,7 +341,7 @@ def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
 def test_an_unpublishable_state_is_refused(recipe, capsys):
     run = recipe.parent / "run"
     changed = refused(capsys, recipe, "--dry-run", "quantize.bits=8")
-    assert "quantize.bits: 4 -> 8" in changed
+    assert "quantize.bits: 2 -> 8" in changed
     assert "run `finequant run RECIPE` first" in changed
     record = run / "quantized" / "quantization.json"
     record.write_text(record.read_text(encoding="utf-8") + " ", encoding="utf-8")
@@ -352,10 +362,9 @@ def test_an_export_of_another_quantization_is_refused(recipe, capsys):
 def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
     from finequant.evaluate.compare import main as compare
 
-    arguments = [str(recipe), "evaluate.gate.max_accuracy_drop=0"]
-    strict = [*arguments, "evaluate.gate.max_perplexity_increase=0"]
+    strict = [str(recipe), "evaluate.gate.max_perplexity_increase=0"]
     with pytest.raises(SystemExit):
-        compare([*strict])
+        compare(strict)
     capsys.readouterr()
     report = json.loads((recipe.parent / "run" / "report.json").read_text(encoding="utf-8"))
     failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
@@ -370,9 +379,9 @@ def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
     text = (folder_of(recipe) / "README.md").read_text(encoding="utf-8")
     assert "gate of its recipe failed, and was overruled" in text
     assert "Gate FAILED: perplexity held_out" in text
-    assert "report.json" in {path.name for path in folder_of(recipe).iterdir()}
 
 
+@pytest.mark.slow
 def test_the_adapter_alone(hub, on_hub, publish, recipe, tiny_base, capsys):
     message = refused(capsys, recipe, "--dry-run", "--adapter-only")
     assert "publish.base_model: an adapter needs its base" in message
