@@ -59,12 +59,13 @@ def chat(
         UserError: for a model that is not there.
     """
     recipe, run = open_run(where, overrides)
+    names = available(run) if prompt is not None and model is None else [model or "quantized"]
+    for name in names:
+        check_made(name, run)
     quiet_libraries()
     if prompt is None:
-        name = model or "quantized"
-        converse(load_speaker(name, recipe, run), name, recipe, max_new_tokens)
+        converse(load_speaker(names[0], recipe, run), names[0], recipe, max_new_tokens)
         return
-    names = [model] if model else available(run)
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers = {}
     for name in names:  # one at a time in memory
@@ -86,23 +87,35 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
 
 def available(run: RunDir) -> list[str]:
     """Names of the models that this run has; the base always."""
-    stages = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
-    return stages + [name for name, form in EXPORTS.items() if (run.exports / form).is_dir()]
+    exported = [name for name, form in EXPORTS.items() if (run.exports / form).is_dir()]
+    made = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
+    return made + exported
+
+
+def check_made(name: str, run: RunDir) -> None:
+    """
+    Raises:
+        UserError: for a model that this run does not have yet.
+    """
+    if name in EXPORTS and not (run.exports / EXPORTS[name]).is_dir():
+        raise UserError(
+            f"{name}: not exported: run `finequant export RECIPE --to {EXPORTS[name]}` first"
+        )
+    for stage in NEEDS.get(name, ()):
+        run.require(stage)
 
 
 def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     """Loads a model; its runtime answers.
 
     Raises:
-        UserError: if it has not been made, or its runtime is not installed.
+        UserError: if its runtime is not there.
     """
     from finequant.evaluate.compare import load_model
     from finequant.finetune.model import load_tokenizer
 
     if name in EXPORTS:
         return load_export(name, run)
-    for stage in NEEDS[name]:
-        run.require(stage)
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     return transformers_speaker(load_model(name, recipe, run, [prompt]), tokenizer, recipe)
@@ -112,13 +125,10 @@ def load_export(name: str, run: RunDir) -> Speaker:
     """An export in its own runtime.
 
     Raises:
-        UserError: if it has not been exported, or cannot be run here.
+        UserError: if it cannot be run here.
     """
-    form = EXPORTS[name]
-    if not (run.exports / form).is_dir():
-        raise UserError(f"{name}: not exported: run `finequant export RECIPE --to {form}` first")
     # Here a Speaker made by the export's module takes its place, once exports have runtimes.
-    raise UserError(f"{name}: {run.exports / form} cannot be run from here yet")
+    raise UserError(f"{name}: {run.exports / EXPORTS[name]} cannot be run from here yet")
 
 
 def transformers_speaker(

@@ -72,6 +72,7 @@ def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path):
     early = chat(recipe_file, "--prompt", "hello", "--model", "quantized")
     assert early.returncode == 2
     assert "run `finequant train RECIPE` first" in early.stderr
-    nowhere = chat(tmp_path)
+    (tmp_path / "empty").mkdir()
+    nowhere = chat(tmp_path / "empty")
     assert nowhere.returncode == 2
     assert "no run directory" in nowhere.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.load import load_recipe, write_recipe
+from finequant.recipes.load import load_recipe, without_folders, write_recipe
 from finequant.recipes.schema import Recipe
 
 RECIPE = """\
@@ -103,6 +103,25 @@ WRONG = {
     "overflow": ("lora: {alpha: 1e999}", 6, "lora.alpha", "finite number (value inf)"),
     "group size": ("quantize:\n  group_size: 16", 7, "quantize.group_size", "32 (value 16)"),
     "bits": ("quantize: {bits: 9}", 6, "quantize.bits", "less than or equal to 8 (value 9)"),
+    "British licence": (
+        "publish: {licence: mit}",
+        6,
+        "publish.licence",
+        "did you mean publish.license?",
+    ),
+    "licence without its name": (
+        "publish: {license: other, license_name: mine}",
+        6,
+        "publish",
+        "license: other, license_name and license_link belong together",
+    ),
+    "language in words": ("publish: {language: English}", 6, "publish.language", "'English'"),
+    "no licence folder": (
+        "publish: {license_folder: papers}",
+        6,
+        "publish.license_folder",
+        "no such file or folder: papers",
+    ),
     "wrong choice": (
         "  loss_on: asistant",
         6,
@@ -419,3 +438,13 @@ def test_damaged_recipes_give_a_recipe_or_a_user_error(recipe_file):
         except UserError as error:
             outcomes.add(type(error))
     assert outcomes == {Recipe, UserError}
+
+
+def test_without_folders_nothing_is_said_of_this_machine(recipe_file, tmp_path, tiny_base):
+    shown = without_folders(load_recipe(recipe_file))
+    write_recipe(shown, tmp_path / "shown.yaml")
+    text = (tmp_path / "shown.yaml").read_text(encoding="utf-8")
+    assert "/" not in text
+    assert shown.data.train[0].source == "train.jsonl"
+    assert shown.model.base == tiny_base.name
+    assert shown.output_dir is None
