@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,13 @@ from finequant.evaluate.report import (
     verdict_lines,
 )
 from finequant.quantize.licence import Licence
+from finequant.quantize.loading import ADAPTER, QUANTIZED, base_on_hub, fenced, loading, on_hub
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-ADAPTER = "adapter"
-QUANTIZED = "quantized"
+REPEAT = "`finequant run recipe.yaml` repeats it, with the local files that it names beside it."
 
 # Names of an export's folder and, where they differ, of its row in the report.
 ROWS = {"executorch": "pte"}
@@ -48,10 +47,10 @@ def card_text(
         _introduction(recipe, report, kind),
         _overruled(report) if kind == QUANTIZED else "",
         f"## Measured\n\n{_measured(report, kind)}",
-        f"## Load it\n\n{_loading(recipe, report, kind, files)}",
+        f"## Load it\n\n{loading(recipe, report, kind, files)}",
         f"## Limits\n\n{_bullets(_limits(recipe, report, kind, exports))}",
         f"## Licence\n\n{_licence(licence, recipe)}",
-        f"## Recipe\n\n`finequant run recipe.yaml` repeats it.\n\n{_fenced('yaml', _yaml(recipe))}",
+        f"## Recipe\n\n{REPEAT}\n\n{fenced('yaml', _yaml(recipe))}",
         f"## Made with\n\n{_versions(report)}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -61,7 +60,7 @@ def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str
     """The card's front matter, in the words of the Hub."""
     from huggingface_hub import ModelCardData
 
-    datasets = [row.source for row in recipe.data.train if _on_hub(row.source)]
+    datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
     base = base_on_hub(recipe)
     return ModelCardData(
         base_model=base,
@@ -71,7 +70,7 @@ def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str
         license_link=licence.link,
         datasets=list(dict.fromkeys(datasets)) or None,
         language=recipe.publish.language or None,
-        tags=["finequant", "llama", *([] if kind == ADAPTER else ["8da4w"]), *recipe.publish.tags],
+        tags=["finequant", "llama", *_scheme(report, kind), *recipe.publish.tags],
         pipeline_tag="text-generation",
         model_name=(recipe.publish.repo_id or recipe.name).split("/")[-1],
         eval_results=_results(recipe, report, kind),
@@ -79,9 +78,10 @@ def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str
     )
 
 
-def base_on_hub(recipe: Recipe) -> str | None:
-    """The Hub's name of the base; None where it is local and the recipe names none."""
-    return recipe.publish.base_model or (recipe.model.base if _on_hub(recipe.model.base) else None)
+def _scheme(report: dict[str, Any], kind: str) -> list[str]:
+    """What torchao calls int8 dynamic activations and weights of so many bits: 8da4w."""
+    bits = report["quantization"]["bits"]  # None where layers differ
+    return [f"8da{bits}w"] if kind == QUANTIZED and bits else []
 
 
 def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResult]:
@@ -114,7 +114,7 @@ def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
     base = base_on_hub(recipe)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{recipe.model.base}`"
     rows = [row.source for row in recipe.data.train]
-    data = ", ".join(row if _on_hub(row) else f"`{row}` (rows of its author)" for row in rows)
+    data = ", ".join(row if on_hub(row) else f"`{row}` (rows of its author)" for row in rows)
     lora = f"LoRA of rank {recipe.lora.rank} on {data}"
     if kind == ADAPTER:
         return f"An adapter ({lora}) of {name}. It is a change to the base, which it needs."
@@ -151,87 +151,6 @@ def _measured(report: dict[str, Any], kind: str) -> str:
     if kind == QUANTIZED:
         parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))
     return "\n\n".join(part for part in parts if part)
-
-
-def _loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str]) -> str:
-    """A snippet for each format that is in the repository."""
-    repository = recipe.publish.repo_id or "your-name/your-model"
-    chat = _chat(recipe, report)
-    if kind == ADAPTER:
-        base = json.dumps(base_on_hub(recipe))
-        model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{{}}")'
-        code = f"from peft import PeftModel\n{_transformers(repository, chat, model)}"
-        return f"`pip install transformers peft`\n\n{_fenced('python', code)}"
-    plain = 'AutoModelForCausalLM.from_pretrained("{}")'
-    parts = [
-        "### transformers, with torchao\n\n`pip install transformers torchao`\n\n"
-        + _fenced("python", _transformers(repository, chat, plain))
-    ]
-    names = {name: [f for f in files if f.startswith(f"{name}/")] for name in EXPORTS}
-    parts += [EXPORTS[name](repository, chat, found) for name, found in names.items() if found]
-    return "\n\n".join(parts)
-
-
-def _chat(recipe: Recipe, report: dict[str, Any]) -> str:
-    """A conversation to try, as Python: the system message of the training rows and a prompt."""
-    samples = report.get("samples") or [{"prompt": "Hello!"}]
-    messages = [{"role": "user", "content": samples[0]["prompt"]}]
-    if recipe.data.system:
-        messages.insert(0, {"role": "system", "content": recipe.data.system})
-    lines = "".join(f"    {json.dumps(message, ensure_ascii=False)},\n" for message in messages)
-    return f"messages = [\n{lines}]"
-
-
-def _transformers(repository: str, chat: str, model: str) -> str:
-    return f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
-model = {model.format(repository)}
-{chat}
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-
-
-def _compressed_tensors(repository: str, chat: str, files: list[str]) -> str:
-    model = 'AutoModelForCausalLM.from_pretrained("{}", subfolder="compressed-tensors")'
-    return (
-        "### compressed-tensors, 4 bits on disk\n\n`pip install transformers compressed-tensors`"
-        f"\n\n{_fenced('python', _transformers(repository, chat, model))}\n\n"
-        "The layout is the one that vLLM documents as INT8 W4A8:\n\n"
-        + _fenced(
-            "bash",
-            f'hf download {repository} --include "compressed-tensors/*" --local-dir model\n'
-            "vllm serve model/compressed-tensors",
-        )
-    )
-
-
-def _gguf(repository: str, chat: str, files: list[str]) -> str:
-    file = next(name for name in files if name.endswith(".gguf"))
-    code = f"""\
-from llama_cpp import Llama
-
-model = Llama.from_pretrained("{repository}", filename="{file}", verbose=False)
-{chat}
-answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
-print(answer["choices"][0]["message"]["content"])"""
-    return f"### llama.cpp\n\n`pip install llama-cpp-python`\n\n{_fenced('python', code)}"
-
-
-def _executorch(repository: str, chat: str, files: list[str]) -> str:
-    listed = ", ".join(f"`{file}`" for file in files)
-    return (
-        "### ExecuTorch\n\n"
-        + _fenced("bash", f'hf download {repository} --include "executorch/*" --local-dir model')
-        + f"\n\n{listed}: for ExecuTorch's LLM runner and its demo apps for Android and iOS."
-    )
-
-
-EXPORTS = {"compressed-tensors": _compressed_tensors, "gguf": _gguf, "executorch": _executorch}
 
 
 def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str]) -> list[str]:
@@ -295,14 +214,6 @@ def _yaml(recipe: Recipe) -> str:
     yaml, text = YAML(), StringIO()
     yaml.dump(recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True), text)
     return text.getvalue().strip()
-
-
-def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith("package:")
-
-
-def _fenced(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
 
 
 def _bullets(lines: list[str]) -> str:

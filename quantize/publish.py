@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.quantize.card import ADAPTER, QUANTIZED
 from finequant.quantize.licence import Licence
+from finequant.quantize.loading import ADAPTER, QUANTIZED, base_on_hub
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
@@ -92,8 +92,6 @@ def check_name(recipe: Recipe, kind: str, dry_run: bool) -> None:
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
-
-    from finequant.quantize.card import base_on_hub
 
     repo_id = recipe.publish.repo_id
     if repo_id is None and not dry_run:
@@ -251,8 +249,6 @@ def _take(source: Path, target: Path) -> None:
 
 def _name_base(file: Path, recipe: Recipe) -> None:
     """peft finds the base of an adapter by this name; here it may be a folder of this machine."""
-    from finequant.quantize.card import base_on_hub
-
     config = json.loads(file.read_text(encoding="utf-8"))
     same = recipe.model.base == base_on_hub(recipe)
     config["base_model_name_or_path"] = base_on_hub(recipe)

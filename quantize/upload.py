@@ -193,6 +193,17 @@ def told_by_the_hub(recipe: Recipe) -> Iterator[None]:
         UserError: for a token that is missing, wrong, or may not write; for what the Hub refuses.
         OutsideError: where the Hub cannot be reached or fails.
     """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as raised:
+        if said := _in_our_words(raised, recipe):
+            raise said from None
+        raise
+
+
+def _in_our_words(raised: Exception, recipe: Recipe) -> UserError | None:
     # HTTPError: of whichever HTTP library this version of huggingface_hub stands on.
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -201,26 +212,23 @@ def told_by_the_hub(recipe: Recipe) -> Iterator[None]:
         OfflineModeIsEnabled,
     )
 
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as raised:
-        error = raised.__cause__ if type(raised) is RuntimeError else raised  # of a worker thread
-        if isinstance(error, LocalTokenNotFoundError):
-            raise UserError(
-                "publish: no token for the Hub: `hf auth login`, or HF_TOKEN=..., with one that "
-                "may write"
-            ) from None
-        if isinstance(error, OfflineModeIsEnabled):
-            raise UserError("publish: HF_HUB_OFFLINE is set: unset it to publish") from None
-        if isinstance(error, HfHubHTTPError):
-            raise _refusal(error, recipe) from None
-        if isinstance(error, (HTTPError, ConnectionError)):
-            raise OutsideError(
-                f"publish: the Hub cannot be reached ({type(error).__name__}): {AGAIN}"
-            ) from None
-        raise
+    # A worker thread wraps what it met in a RuntimeError; so does hf_xet, without a cause.
+    error = raised.__cause__ or raised if type(raised) is RuntimeError else raised
+    if isinstance(error, LocalTokenNotFoundError):
+        return UserError(
+            "publish: no token for the Hub: `hf auth login`, or HF_TOKEN=..., with one that may "
+            "write"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError("publish: HF_HUB_OFFLINE is set: unset it to publish")
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, recipe)
+    if isinstance(error, (HTTPError, ConnectionError)):
+        kind = type(error).__name__
+        return OutsideError(f"publish: the Hub cannot be reached ({kind}): {AGAIN}")
+    if type(error) is RuntimeError:
+        return OutsideError(f"publish: the upload failed ({_shown(error)}): {AGAIN}")
+    return None
 
 
 def _refusal(error: Exception, recipe: Recipe) -> UserError:
@@ -235,7 +243,14 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
         return UserError(_may_not_write(recipe))
     if status in (409, 412):
         return OutsideError(f"publish: {recipe.publish.repo_id} was changed meanwhile: {AGAIN}")
-    said = " ".join((error.server_message or str(error)).split())[:200]
+    said = _shown(error.server_message or error)
     if status >= 500 or status == 429:
         return OutsideError(f"publish: the Hub fails, status {status} ({said}): {AGAIN}")
     return UserError(f"publish: the Hub refuses, status {status}: {said}")
+
+
+def _shown(message: object) -> str:
+    """Somebody else's message in one line, without the token even if they put it there."""
+    from huggingface_hub import get_token
+
+    return " ".join(str(message).replace(get_token() or "\0", "***").split())[:200]

@@ -325,7 +325,7 @@ def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
         ["en"],
         "transformers",
     )
-    assert {"finequant", "8da4w", "test"} <= set(data.tags)
+    assert {"finequant", "8da2w", "test"} <= set(data.tags)
     assert data.pipeline_tag == "text-generation"
     quantized = report["models"]["quantized"]
     assert {(r.dataset_type, r.metric_type): r.metric_value for r in data.eval_results} == {
