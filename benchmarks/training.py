@@ -1,0 +1,206 @@
+"""Real tokens per second of LoRA training, beside `trl sft`: its defaults, its best settings here.
+
+python benchmarks/training.py
+python benchmarks/training.py --steps 60 --rounds 1
+
+The same base, rows, adapter and rows per optimizer step; each contender is its own command in a
+process of its own, in turn. Padding is not counted as tokens, nor are loading and evaluation as
+time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "quickstart.yaml"
+BEST = ("--dtype", "bfloat16", "--gradient_checkpointing", "false")
+"""Of those that leave rows and steps alone; tried as well: eager attention, padding_free."""
+
+
+class Measured(NamedTuple):
+    seconds: float
+    loss: float
+    """On the validation rows, after the last step."""
+
+
+def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
+    """Prints tokens per second, the share of the matrix products' peak, and the losses."""
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.finetune.tokens import encode
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = local_copy(Path(folder), validation)
+        config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+        rows = load_splits(recipe.data, recipe.seed).train
+        encoded = [encode(row, tokenizer, recipe.data) for row in rows]
+        mean = statistics.fmean(len(one.input_ids) for one in encoded)
+        learned = statistics.fmean(sum(label >= 0 for label in one.labels) for one in encoded)
+        commands = {
+            "trl sft, its defaults": trl_command(recipe, steps),
+            "trl sft, bf16 weights, no checkpointing": [*trl_command(recipe, steps), *BEST],
+            "finequant": our_command(recipe, steps),
+        }
+        measured: dict[str, list[Measured]] = {name: [] for name in commands}
+        for number in range(rounds):
+            for name, command in commands.items():
+                output = Path(folder) / f"{len(measured[name])}-{name.replace(' ', '-')}"
+                measured[name].append(measure(command, output))
+                say(f"round {number + 1} of {rounds}: {name}: {measured[name][-1]}")
+    peak = matrix_product_rate()
+    tokens = steps * recipe.train.batch_size * mean
+    operations = tokens * (4 * block_weights(config) + 4 * head_weights(config) * learned / mean)
+    seconds = {name: statistics.median(one.seconds for one in measured[name]) for name in commands}
+    fastest = min(seconds.values())
+    show(
+        f"LoRA rank {recipe.lora.rank}, {steps} steps of {recipe.train.batch_size} rows, median of "
+        f"{rounds} rounds in turn; matrix products alone: {peak / 1e12:.2f} TFLOP/s in bf16",
+        ("training", "tokens per second", "times slower", "share of the peak", "validation loss"),
+        [
+            (
+                name,
+                f"{tokens / took:.0f}",
+                f"{took / fastest:.2f}",
+                f"{operations / took / peak:.0%}",
+                f"{measured[name][-1].loss:.4f}",
+            )
+            for name, took in seconds.items()
+        ],
+    )
+
+
+def local_copy(folder: Path, validation: int) -> Recipe:
+    """The quickstart with its base and rows as files that trl reads too."""
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.model import load_base, load_tokenizer
+
+    recipe = load_recipe(RECIPE)
+    base = load_base(recipe.model, torch.float32)
+    base.save_pretrained(folder / "base")
+    load_tokenizer(recipe.model).save_pretrained(folder / "base")
+    splits = load_splits(recipe.data, recipe.seed)
+    (folder / "data").mkdir()
+    for name, rows in (("train", splits.train), ("validation", splits.validation[:validation])):
+        lines = [
+            json.dumps({"prompt": row.messages[:-1], "completion": row.messages[-1:]})
+            for row in rows
+        ]
+        (folder / f"data/{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return load_recipe(
+        RECIPE,
+        [
+            f"model.base={folder / 'base'}",
+            f"data.train={folder / 'data/train.jsonl'}",
+            f"data.validation={folder / 'data/validation.jsonl'}",
+            "data.system=null",
+        ],
+    )
+
+
+def trl_command(recipe: Recipe, steps: int) -> list[str]:
+    train, lora = recipe.train, recipe.lora
+    said = {
+        "model_name_or_path": recipe.model.base,
+        "dataset_name": Path(recipe.data.train[0].source).parent,
+        "dataset_test_split": "validation",
+        "lora_r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_target_modules": "all-linear",
+        "per_device_train_batch_size": train.batch_size,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.schedule,
+        "warmup_steps": train.warmup,
+        "max_steps": steps,
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "logging_steps": steps,
+        "seed": recipe.seed,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    options = [part for key, value in said.items() for part in (f"--{key}", str(value))]
+    return ["trl", "sft", "--use_peft", *options, "--output_dir"]
+
+
+def our_command(recipe: Recipe, steps: int) -> list[str]:
+    from finequant.recipes.load import write_recipe
+
+    file = Path(recipe.model.base).parent / "recipe.yaml"
+    write_recipe(recipe, file)
+    settings = (f"train.max_steps={steps}", f"train.eval_steps={steps}", "train.logging_steps=20")
+    return [sys.executable, "-m", "finequant.finetune.train", str(file), *settings, "output_dir="]
+
+
+def measure(command: list[str], output: Path) -> Measured:
+    """Of the training loop, from what transformers' Trainer prints at its end."""
+    if command[-1] == "output_dir=":
+        command = [*command[:-1], f"output_dir={output}"]
+    else:
+        at = command.index("--output_dir")
+        command = [*command[: at + 1], str(output), *command[at + 1 :]]
+        command[0] = str(Path(sys.executable).with_name("trl"))
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{process.stderr[-2000:]}")
+
+    def last(key: str) -> float:
+        return float(re.findall(rf"'{key}': '?([0-9.e+-]+)", process.stdout)[-1])
+
+    return Measured(last("train_runtime") - last("eval_runtime"), last("eval_loss"))
+
+
+def block_weights(config: LlamaConfig) -> int:
+    """Weights of the decoder blocks' products; each costs two operations forward, two back."""
+    from finequant.quantize.scheme import EMBEDDING, HEAD, layer_shapes
+
+    shapes = layer_shapes(config)
+    return sum(a * b for name, (a, b) in shapes.items() if name not in (HEAD, EMBEDDING))
+
+
+def head_weights(config: LlamaConfig) -> int:
+    return config.vocab_size * config.hidden_size
+
+
+def matrix_product_rate(seconds: float = 3.0) -> float:
+    """Operations per second of bf16 products of this model's shape and nothing else."""
+    x, weight = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < seconds:
+        torch.nn.functional.linear(x, weight)
+        count += 1
+    return count * 2 * x.numel() * weight.shape[0] / (time.monotonic() - started)
+
+
+def show(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        quiet_libraries()
+        typer.run(main)
