@@ -136,7 +136,7 @@ class Checkpoint:
     ) -> None:
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
         self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
-        self._places: dict[str, tuple[int, Entry]] = {}
+        self.places: dict[str, tuple[int, Entry]] = {}
         self._files: dict[str, TensorFile] = {}
         self._descriptors: list[int] = []
         for file in layout(shapes, plan, dtype, shard_bytes):
@@ -156,7 +156,7 @@ class Checkpoint:
         descriptor, reader = os.open(path, os.O_WRONLY), TensorFile(path)
         self._descriptors.append(descriptor)
         for key, entry in file.entries.items():
-            self._places[key], self._files[key] = (descriptor, entry), reader
+            self.places[key], self._files[key] = (descriptor, entry), reader
 
     def _read_journal(self) -> dict[tuple[str, int], Written]:
         """What is in the files; a line that a kill has cut off is left out."""
@@ -184,7 +184,7 @@ class Checkpoint:
         written = self._written.get((name, piece.start))
         if written is None:
             return False
-        stored = [self._files[key].read(key, piece) for key in self._stored(name)]
+        stored = [self._files[key].read(key, piece) for key in self.stored(name)]
         return written.checksum == _checksum(stored)
 
     def write(
@@ -204,8 +204,8 @@ class Checkpoint:
         self, name: str, piece: slice, weight: torch.Tensor, rounded: Rounded | None
     ) -> None:
         tensors = rounded or (weight.to(self.dtype),)
-        for key, tensor in zip(self._stored(name), tensors, strict=True):
-            descriptor, entry = self._places[key]
+        for key, tensor in zip(self.stored(name), tensors, strict=True):
+            descriptor, entry = self.places[key]
             write_rows(descriptor, entry, piece, tensor)
         figures = _power_and_noise(weight, rounded) if rounded else (0.0, 0.0)
         written = Written(_checksum(tensors), *figures)
@@ -218,12 +218,13 @@ class Checkpoint:
         name = f"{layer}.weight"
         return self.rounded(name, rows) if self.has(name, rows) else None
 
-    def _stored(self, name: str) -> tuple[str, ...]:
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The tensors of the file that hold a parameter."""
         return inner_names(name)[:2] if name in self.plan else (name,)
 
     def rounded(self, name: str, rows: slice) -> Rounded:
         """Codes and scales as they are in the file."""
-        return Rounded(*(self._files[key].read(key, rows) for key in self._stored(name)))
+        return Rounded(*(self._files[key].read(key, rows) for key in self.stored(name)))
 
     def weights(self) -> Weights:
         """Rows as the shipped model computes with them, in its dtype."""
@@ -249,7 +250,7 @@ class Checkpoint:
         """Writes the index of several files and removes the journal: all pieces are there."""
         names = {key: file.path.name for key, file in self._files.items()}
         if len(self._descriptors) > 1:
-            total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self._places.values())
+            total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.places.values())
             weights = sum(math.prod(shape) for shape in self.shapes.values())
             metadata = {"total_parameters": weights, "total_size": total}
             index = {"metadata": metadata, "weight_map": names}

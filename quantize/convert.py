@@ -52,6 +52,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.checkpoint import weight_bytes
     from finequant.quantize.merge import Adapter, merged_weights, open_base
     from finequant.quantize.merge_check import check_merge
+    from finequant.quantize.methods import calibration_sequences
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
     watch = Stopwatch()
@@ -76,15 +77,19 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.merged, recipe, inputs) as folder:
             write_float(folder, base, weights, dtype)
             tokenizer.save_pretrained(folder)
+    sequences = None
+    if recipe.quantize.method == "gptq" and not trained:
+        sequences = calibration_sequences(recipe, tokenizer)
     record = describe(planned.quantize, plan, config, bool(trained))
     say(f"quantize: {record['summary']}; {record['method']}")
     with run.writing(run.quantized, recipe, inputs) as folder:
-        checkpoint = write_quantized(folder, base, weights, planned, tokenizer, dtype, trained)
+        chosen = planned.quantize
+        checkpoint = write_quantized(folder, base, weights, chosen, dtype, sequences, trained)
         record["layers"] = layer_table(checkpoint, base, plan)
         tokenizer.save_pretrained(folder)
         text = json.dumps(record, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
-        _check(checkpoint, base, plan, prompts)
+        check_quantized(checkpoint, base, plan, prompts)
         size = weight_bytes(folder)
     bits = 8 * size / parameter_count(config)
     say(f"quantize: {size / 1e6:.1f} MB on disk, {bits:.2f} bits for each weight of the base")
@@ -133,23 +138,23 @@ def write_quantized(
     folder: Path,
     base: Base,
     weights: Weights,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase | None,
+    quantize: Quantize,
     dtype: torch.dtype,
+    sequences: torch.Tensor | None = None,
     trained: TensorFile | None = None,
 ) -> Checkpoint:
     """A checkpoint of the weights, rounded by the recipe's method, or to codes from training.
 
-    tokenizer: for gptq, which reads rows.
+    sequences: token ids [rows, length] for gptq.
     """
     from finequant.quantize.calibrate import calibrate
     from finequant.quantize.checkpoint import Checkpoint, stored_shapes, write_config
-    from finequant.quantize.methods import calibration_sequences, is_calibrated, round_alone
+    from finequant.quantize.methods import is_calibrated, round_alone
     from finequant.quantize.rounding import Rounded
     from finequant.quantize.scheme import layer_plan
     from finequant.quantize.stream import write_alone, write_found
 
-    plan, method = layer_plan(recipe.quantize, base.config), recipe.quantize.method
+    plan, method = layer_plan(quantize, base.config), quantize.method
     shapes = stored_shapes(base.shapes, base.config, plan)
     checkpoint = Checkpoint(folder, shapes, plan, dtype)
 
@@ -158,19 +163,28 @@ def write_quantized(
             return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
         return round_alone(weight, plan[layer], method)
 
-    later = [] if trained else [f"{name}.weight" for name in plan if is_calibrated(name, method)]
-    alone = [name for name in shapes if name not in later or name not in checkpoint.plan]
-    write_alone(checkpoint, weights, alone, rounding, whole=method == "hqq")
+    later = (
+        set()
+        if trained
+        else {f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, method)}
+    )
+    alone = [name for name in shapes if name not in later]
+    write_alone(checkpoint, weights, alone, rounding, whole=method == "hqq" and not trained)
     if later:
-        sequences = calibration_sequences(recipe, tokenizer)
         found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known)
         write_found(checkpoint, weights, found)
     write_config(base, plan, dtype, folder)
     return checkpoint
 
 
-def _check(checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]) -> None:
-    """That every byte is in its file, and that `from_pretrained` makes the same model of them."""
+def check_quantized(
+    checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]
+) -> None:
+    """That every byte is in its file, and that `from_pretrained` makes the same model of them.
+
+    Raises:
+        UserError: if not.
+    """
     from finequant.quantize.reload import blocks_that_fit, check_reload, shipped_logits
 
     for name in checkpoint.shapes:

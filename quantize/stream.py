@@ -37,8 +37,15 @@ def write_alone(
             layer = name.removesuffix(".weight")
             checkpoint.write(name, rows, weight, rounding(layer, rows, weight) if rounds else None)
 
+    each_piece(convert, _pieces(checkpoint, names, whole))
+
+
+def each_piece(
+    convert: Callable[[tuple[str, slice]], None], pieces: Iterable[tuple[str, slice]]
+) -> None:
+    """Converts the pieces in threads; the first error of one of them is raised."""
     with _threads() as pool:
-        for _ in pool.map(convert, _pieces(checkpoint, names, whole)):
+        for _ in pool.map(convert, pieces):
             pass
 
 
