@@ -156,11 +156,7 @@ def _process(at: Path, name: str, shape: str, method: str) -> Measured:
 def work(name: str, shape: str, method: str, at: Path) -> None:
     """One measured process; prints the seconds of its work."""
     # Imports are no work.
-    import torchao.quantization
-    import transformers.models.llama.modeling_llama
     from transformers import AutoModelForCausalLM, TorchAoConfig  # noqa: F401
-
-    import finequant.quantize.checkpoint
 
     if name == "theirs":
         import peft  # noqa: F401

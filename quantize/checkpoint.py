@@ -89,11 +89,11 @@ def layout(
             room = shard_bytes
         shards[-1][name] = stored
         room -= size
-    files = []
+    files, metadata = [], _metadata(list(shapes), plan, dtype)
     for number, shard in enumerate(shards, start=1):
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         tensors = {key: value for stored in shard.values() for key, value in stored.items()}
-        start = header(tensors, _metadata(list(shard), plan, dtype))
+        start = header(tensors, metadata)
         files.append(File(f"model{several}.safetensors", *start))
     return files
 
@@ -110,6 +110,7 @@ def _stored_as(
 
 
 def _metadata(names: list[str], plan: Plan, dtype: torch.dtype) -> dict[str, str]:
+    """Of every file: from several, `from_pretrained` keeps the list of names of one."""
     if not any(plan.values()):
         return {"format": "pt"}
     described = {}
@@ -144,6 +145,7 @@ class Checkpoint:
         self._written = self._read_journal()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._journal = os.open(folder / JOURNAL, flags, 0o644)
+        os.write(self._journal, b"\n")  # ends a line that a kill has cut off
 
     def _open(self, file: File) -> None:
         """Makes a file of its full size, if it is not there; its zero points are right by that."""
@@ -159,7 +161,7 @@ class Checkpoint:
             self.places[key], self._files[key] = (descriptor, entry), reader
 
     def _read_journal(self) -> dict[tuple[str, int], Written]:
-        """What is in the files; a line that a kill has cut off is left out."""
+        """What is in the files; empty lines and those that a kill has cut off are left out."""
         found = {}
         path = self.folder / JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
