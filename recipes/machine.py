@@ -29,6 +29,7 @@ GPUS = {
 """Memory in GB."""
 
 WITHOUT_BF16 = ("T4", "V100")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,7 +61,7 @@ def this_machine() -> Machine:
         found = torch.cuda.get_device_properties(0)
         return Machine(found.name, found.total_memory, "gpu")
     total = psutil.virtual_memory().total + psutil.swap_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = CONTAINER_LIMIT
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return Machine("this machine", total, "cpu")

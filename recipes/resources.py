@@ -75,14 +75,15 @@ def _show_sizes(
         print(line)
 
 
-def refuse_what_cannot_finish(recipe: Recipe, run: RunDir, stages: list[str]) -> None:
-    """Before the first of these stages starts.
+def refuse_what_cannot_finish(
+    recipe: Recipe, run: RunDir, stages: list[str], machine: Machine
+) -> None:
+    """Before the first of these stages starts on the machine.
 
     Raises:
         UserError: if one of them takes more memory than there is, or all of them more disk.
     """
-    config, machine = load_config(recipe.model), this_machine()
-    problems = []
+    config, problems = load_config(recipe.model), []
     for stage in stages:
         memory = memory_of(stage, recipe, config, machine)
         # What runs on the CPU of a machine with a GPU is not held against the GPU's memory.

@@ -54,6 +54,7 @@ def run(
     """All stages in turn; skips those whose inputs have not changed."""
     from finequant.recipes.command_line import say
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.machine import this_machine
     from finequant.recipes.resources import refuse_what_cannot_finish
     from finequant.recipes.rundir import STAGES, RunDir
 
@@ -68,7 +69,8 @@ def run(
         if not ran:
             check_base(loaded)
             if not force:
-                refuse_what_cannot_finish(loaded, directory, list(STAGES[number - 1 :]))
+                left = list(STAGES[number - 1 :])
+                refuse_what_cannot_finish(loaded, directory, left, this_machine())
         say(f"[{number}/{len(STAGES)}] {stage}{_remaining(directory, number - 1)}")
         for change in changes or []:
             say(f"  because {change}")

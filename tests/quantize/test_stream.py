@@ -17,18 +17,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finequant.quantize import checkpoint as checkpoints
 from finequant.quantize import tensors
 from finequant.quantize.checkpoint import JOURNAL, Checkpoint, quantized_model, stored_shapes
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge import Adapter, merged_weights, open_base
 from finequant.quantize.merge_check import check_merge
-from finequant.quantize.methods import round_model
+from finequant.quantize.methods import calibration_sequences, round_model
 from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 from finequant.quantize.tensors import TensorFile, header, row_slices
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
-from finequant.recipes.schema import Model, Quantize
+from finequant.recipes.schema import Calibration, Model, Quantize
 
 SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -105,27 +104,30 @@ def test_merged_weights_are_pefts_to_the_bit(
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_are_what_a_whole_model_gives(
-    llama, adapter, small_pieces, recipe_file, tmp_path, monkeypatch, method, tied
+    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, tied
 ):
     """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
-    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 10**9)
     base = llama("base", tie_word_embeddings=tied)
     folder = adapter(base)
     source, own = opened(base, folder)
     quantize = Quantize(
-        method=method, scale="search", layers={"*.1.*.up_proj": "float"}, embedding=8
+        method=method,
+        scale="search",
+        layers={"*.1.*.up_proj": "float"},
+        embedding=8,
+        calibration=Calibration(tokens=512, length=32),
     )
     plan, model = layer_plan(quantize, source.config), theirs(base, folder)
     if unties_head(plan):
         untie_head(model)
-    monkeypatch.setattr("finequant.quantize.methods.calibration_sequences", lambda *_: SEQUENCES)
     recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
-    expected = round_model(model, recipe, None, torch.bfloat16)
+    sequences = calibration_sequences(recipe, tokenizer)
+    expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
     shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
     out = tmp_path / "out"
     out.mkdir()
-    written = write_quantized(out, source, weights, quantize, torch.bfloat16, SEQUENCES)
+    written = write_quantized(out, source, weights, quantize, torch.bfloat16, sequences)
     for name, rounded in expected.items():
         found = written.rounded(f"{name}.weight", slice(None))
         assert torch.equal(found.codes, rounded.codes), name
@@ -317,7 +319,7 @@ from pathlib import Path
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge import Base, open_base
-from finequant.recipes.schema import Model, Quantize
+from finequant.recipes.schema import Calibration, Model, Quantize
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096,
     num_hidden_layers=layers, num_attention_heads=8, dtype="bfloat16")
