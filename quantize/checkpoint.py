@@ -136,6 +136,7 @@ class Checkpoint:
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
+        self._slices = {name: list(row_slices(shape)) for name, shape in shapes.items()}
         self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
         self.places: dict[str, tuple[int, Entry]] = {}
         self._files: dict[str, TensorFile] = {}
@@ -174,9 +175,10 @@ class Checkpoint:
 
     def pieces(self, name: str, rows: slice = WHOLE) -> list[slice]:
         """The rows of a parameter as they are written together."""
-        first, last, _ = rows.indices(self.shapes[name][0])
-        found = row_slices(self.shapes[name])
-        return [piece for piece in found if first <= piece.start and piece.stop <= last]
+        found = self._slices[name]
+        if rows == WHOLE:
+            return list(found)
+        return [piece for piece in found if rows.start <= piece.start and piece.stop <= rows.stop]
 
     def has(self, name: str, rows: slice) -> bool:
         """Whether these rows are in their file, every byte as it was written."""

@@ -28,8 +28,8 @@ class Rounded(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in] in `dtype`, exactly as torchao's tensors dequantize."""
-        groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
-        return (groups * self.scale.float()[:, :, None]).to(dtype).flatten(1)
+        groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        return groups.mul_(self.scale.float()[:, :, None]).to(dtype).flatten(1)
 
 
 def save_rounded(layers: dict[str, Rounded], path: Path) -> None:

@@ -25,8 +25,9 @@ DTYPES = {
     "F16": torch.float16,
     "I8": torch.int8,
 }
-ROWS = 1 << 20
-"""Weights to handle at a time."""
+WEIGHTS = 1 << 18
+"""To handle at a time: some copies of them stay in a core's cache, and malloc keeps their memory,
+where larger pieces are returned to the system and cost a page fault for each 4 kB."""
 
 WHOLE = slice(None)
 
@@ -125,13 +126,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of about `ROWS` weights that cover a tensor, none of them of a few rows only.
+    """Slices of about `WEIGHTS` weights that cover a tensor, none of them of a few rows only.
 
     A matrix product rounds a handful of rows in another way than the same rows among many, so
     a merged weight would depend on where it is cut.
     """
     total = shape[0]
-    step = max(32, ROWS // max(1, math.prod(shape[1:])) // 32 * 32)
+    step = max(32, WEIGHTS // max(1, math.prod(shape[1:])) // 32 * 32)
     starts = list(range(0, max(1, total - 31), step))
     yield from (slice(start, end) for start, end in zip(starts, [*starts[1:], total], strict=True))
 

@@ -35,7 +35,7 @@ SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_se
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Every layer in several pieces."""
-    monkeypatch.setattr(tensors, "ROWS", 32 * 64)
+    monkeypatch.setattr(tensors, "WEIGHTS", 32 * 64)
 
 
 @pytest.fixture
