@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 def calibration(group_size: int = 32, whole: bool = False) -> None:
     """Perplexity without training: float, and each method at four bits, head included."""
     from finequant.finetune.model import load_base, load_tokenizer
-    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
     from finequant.quantize.scheme import layer_plan, untie_head
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
@@ -24,9 +23,11 @@ from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, section_inputs,
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM
 
     from finequant.evaluate.compare import Material
+    from finequant.quantize.scheme import Plan
 
 FLOAT = "float"
 """Name of the model before quantization among the points."""
@@ -256,7 +257,7 @@ def measure_point(
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_config
     from finequant.quantize.budget import within_budget
-    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
     from finequant.quantize.plan import model_size
     from finequant.quantize.scheme import (
@@ -274,9 +275,9 @@ def measure_point(
     model = _own_weights(model)
     if unties_head(plan):
         untie_head(model)
+    size = _bytes_on_disk(model, plan, dtype)
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
-    size = _bytes_on_disk(model, run.root / "sweep" / "checkpoint.partial")
     # If each code took no more than its own bits; torchao's files spend eight on it.
     packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
     model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
@@ -296,15 +297,13 @@ def _own_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return deepcopy(model, weights)
 
 
-def _bytes_on_disk(quantized: LlamaForCausalLM, folder: Path) -> int:
-    """What `quantize` would report: the checkpoint is written, measured and removed."""
-    from finequant.quantize.convert import save, weight_bytes
+def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> int:
+    """What `quantize` would report of its checkpoint, without writing it."""
+    from finequant.quantize.checkpoint import layout, stored_shapes
 
-    shutil.rmtree(folder, ignore_errors=True)
-    save(quantized, folder)
-    size = weight_bytes(folder)
-    shutil.rmtree(folder)
-    return size
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    files = layout(stored_shapes(shapes, model.config, plan), plan, dtype)
+    return sum(file.size for file in files)
 
 
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

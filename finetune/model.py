@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -129,8 +130,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The base with all its weights in `dtype`, on the CPU; a GGUF file is dequantized.
+def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
+    """The base with all its weights in `dtype`; a GGUF file is dequantized.
+
+    device: "meta" reads, and checks, no more than what the files say of their tensors.
 
     Raises:
         UserError: if it cannot be read, is not a LlamaForCausalLM, or lacks some weights.
@@ -141,6 +144,8 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     is_gguf = model.base.endswith(".gguf")
     # Left packed, GGUF weights can be neither trained on nor saved.
     options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
+    if device != "cpu":
+        options["device_map"] = device
     # transformers fills weights that are missing with random numbers, so they are asked for.
     base, found = _from_pretrained(
         AutoModelForCausalLM,
@@ -159,6 +164,25 @@ def load_base(model: Model, dtype: torch.dtype) -> LlamaForCausalLM:
     _check_weights(model, found)
     base.config.name_or_path = model.base
     return base
+
+
+def weight_files(model: Model) -> list[Path]:
+    """The safetensors files of a base that `load_base` has read, from its folder or the cache."""
+    found = _cached(model, "model.safetensors")
+    if found:
+        return [found]
+    index = json.loads(_cached(model, "model.safetensors.index.json").read_text(encoding="utf-8"))
+    return [_cached(model, name) for name in sorted(set(index["weight_map"].values()))]
+
+
+def _cached(model: Model, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    folder, _ = locate_base(model)
+    if folder:
+        return folder / name if (folder / name).exists() else None
+    found = try_to_load_from_cache(model.base, name, revision=model.revision or "main")
+    return Path(found) if isinstance(found, str) else None
 
 
 def stored_dtype(config: LlamaConfig) -> torch.dtype:

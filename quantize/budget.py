@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from finequant.quantize.calibrate import rotary_of
+from finequant.quantize.blocks import rotary_of
 from finequant.quantize.methods import calibration_sequences
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
@@ -98,7 +98,7 @@ def sensitivity(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         hidden = model.model.embed_tokens(sequences).to(device, dtype)
-        rotary = {"position_embeddings": rotary_of(model, hidden)}
+        rotary = {"position_embeddings": rotary_of(model.config, hidden)}
         for layer in layers:
             inputs.append(hidden)
             hidden = deepcopy(layer).to(device, dtype)(hidden, **rotary)

@@ -3,21 +3,21 @@
 Each block sees the inputs that the already quantized blocks before it produce. Its weights are
 first corrected for how far those inputs are from the float model's, so that errors do not add up
 (as in https://arxiv.org/abs/2504.02692), then rounded column by column. Memory holds the
-activations and one block beside the model.
+activations and one block.
 """
 
 from __future__ import annotations
 
 import sys
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.functional import embedding
 
+from finequant.quantize.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.rounding import (
     Rounded,
     choose_scale,
@@ -26,9 +26,10 @@ from finequant.quantize.rounding import (
     round_to_nearest,
 )
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
+from finequant.quantize.tensors import WHOLE, Weights, filled, row_slices
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 COLUMNS = 128
@@ -55,49 +56,102 @@ LEADERS = {
 }
 
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Piece = tuple[str, slice, Rounded]
+"""A layer's name, rows of it, and what they are rounded to."""
 
 
+def nothing(name: str, rows: slice) -> Rounded | None:
+    """Of what is known before the first block."""
+    return None
+
+
+@torch.no_grad()
 def calibrate(
-    model: LlamaForCausalLM, sequences: torch.Tensor, plan: Plan, dtype: torch.dtype
-) -> dict[str, Rounded]:
-    """Codes and scales of all that the plan rounds; the embedding is rounded to nearest.
+    weights: Weights,
+    config: LlamaConfig,
+    sequences: torch.Tensor,
+    plan: Plan,
+    dtype: torch.dtype,
+    known: Callable[[str, slice], Rounded | None] = nothing,
+) -> Iterator[Piece]:
+    """Codes and scales of the linear layers that the plan rounds, as soon as they are found.
 
-    model: float weights; it stays as it is.
+    weights: of the float model, by name; read a block at a time.
     sequences: token ids [rows, length].
     dtype: of the shipped model's arithmetic, in which the activations are computed.
+    known: what an earlier call found; a block that is known is only run.
     """
-    layers, rounded = model.model.layers, {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
+    exact = [embed(weights, ids).to(device, dtype) for ids in batches]
+    shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
+    quantized = [embed(shipped, ids).to(device, dtype) for ids in batches]
+    rotary = rotary_of(config, exact[0])
+    for number in _shown(config.num_hidden_layers):
+        block = decoder_block(config, number, weights, dtype).to(device)
+        prefix = f"model.layers.{number}."
+        schemes = {name: plan[prefix + name] for name in _layers(LEADERS) if plan[prefix + name]}
+        found = {name: known(prefix + name, WHOLE) for name in schemes}
+        if all(found.values()):
+            exact = [block(hidden, position_embeddings=rotary) for hidden in exact]
+        else:
+            for leader, sums in _block_statistics(block, quantized, exact, rotary):
+                for name in (leader, *LEADERS[leader]):
+                    if name in schemes:
+                        shape = block.get_submodule(name).weight.shape
+                        weight = filled(weights, f"{prefix}{name}.weight", shape, torch.float32)
+                        found[name] = _on_cpu(gptq(weight.to(device), sums, schemes[name]))
+                        yield prefix + name, WHOLE, found[name]
+        for name, rounded in found.items():
+            _install(block.get_submodule(name), rounded, dtype)
+        quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]
+    if plan[HEAD]:
+        sums = Statistics()
+        for one, other in zip(quantized, exact, strict=True):
+            x, y = (normed(config, weights, hidden) for hidden in (one, other))
+            sums.add(quantize_activations(x), y)
+        del exact, quantized, one, other, x, y
+        yield from _calibrate_head(weights, config, sums, plan[HEAD], known, device)
+
+
+def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
+    """Of the embedding, as the shipped model has them: it is rounded to nearest."""
+    if not scheme:
+        return weights
+    return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
+
+
+def _shown(blocks: int) -> Iterator[int]:
+    """Their numbers, with a progress bar or, without a terminal, a line for every ten."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
-    with torch.no_grad():
-        exact = [model.model.embed_tokens(ids).to(device, dtype) for ids in batches]
-        quantized = list(exact)
-        if scheme := plan[EMBEDDING]:
-            rounded[EMBEDDING] = round_to_nearest(model.model.embed_tokens.weight, *scheme)
-            table = rounded[EMBEDDING].dequantize(dtype)
-            quantized = [embedding(ids, table).to(device) for ids in batches]
-        rotary = rotary_of(model, exact[0])
-        blocks = track(layers, "gptq: blocks", console=console, transient=True, disable=quiet)
-        for number, layer in enumerate(blocks):
-            block = deepcopy(layer).to(device, dtype)
-            statistics = _block_statistics(block, quantized, exact, rotary)
-            for name, sums in statistics.items():
-                if scheme := plan[f"model.layers.{number}.{name}"]:
-                    found = gptq(layer.get_submodule(name).weight.to(device), sums, scheme)
-                    _install(block.get_submodule(name), found, dtype)
-                    rounded[f"model.layers.{number}.{name}"] = _on_cpu(found)
-            quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]
-            if quiet and number % 10 == 9:
-                print(f"gptq: {number + 1} of {len(layers)} blocks", file=sys.stderr, flush=True)
-        if scheme := plan[HEAD]:
-            norm, sums = deepcopy(model.model.norm).to(device, dtype), Statistics()
-            for one, other in zip(quantized, exact, strict=True):
-                sums.add(quantize_activations(norm(one)), norm(other))
-            rounded[HEAD] = _on_cpu(gptq(model.lm_head.weight.to(device), sums, scheme))
-    return rounded
+    shown = track(range(blocks), "gptq: blocks", console=console, transient=True, disable=quiet)
+    for number in shown:
+        yield number
+        if quiet and number % 10 == 9:
+            print(f"gptq: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
+
+
+def _layers(leaders: dict[str, tuple[str, ...]]) -> list[str]:
+    return [name for leader, others in leaders.items() for name in (leader, *others)]
+
+
+def _calibrate_head(
+    weights: Weights,
+    config: LlamaConfig,
+    sums: Statistics,
+    scheme: LayerScheme,
+    known: Callable[[str, slice], Rounded | None],
+    device: torch.device,
+) -> Iterator[Piece]:
+    """Some rows at a time: it may be larger than a block."""
+    pieces = list(row_slices((config.vocab_size, config.hidden_size)))
+    step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
+    for first in range(0, len(pieces), step):
+        rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
+        if known(HEAD, rows) is None:
+            weight = weights(f"{HEAD}.weight", rows).to(device)
+            yield HEAD, rows, _on_cpu(gptq(weight, sums, scheme))
 
 
 @dataclass
@@ -108,6 +162,7 @@ class Statistics:
     """sum of x x^T, [in, in]"""
     drift: torch.Tensor | None = None
     """sum of (y - x) x^T, [in, in]"""
+    solved: Solved | None = None
 
     def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
         """Inputs of the same tokens, [..., in]."""
@@ -118,29 +173,45 @@ class Statistics:
         self.hessian.addmm_(x.T, x)
         self.drift.addmm_((y - x).T, x)
 
+    def solve(self) -> Solved:
+        """Takes the Hessian's place, which is not needed any more."""
+        if self.solved is None:
+            dead = self.hessian.diagonal() == 0
+            self.hessian.diagonal()[dead] = 1.0
+            inverse, factor = _inverse(self.hessian)
+            self.solved, self.hessian = Solved(self.drift, inverse, factor, dead), None
+        return self.solved
+
+
+class Solved(NamedTuple):
+    """What layers with the same inputs share."""
+
+    drift: torch.Tensor
+    inverse: torch.Tensor
+    """of the damped Hessian"""
+    factor: torch.Tensor
+    """its upper Cholesky factor"""
+    dead: torch.Tensor
+    """columns whose inputs are always zero, [in]"""
+
 
 def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> Rounded:
-    """Codes and scales of a weight [out, in] that keep the layer's outputs.
+    """Codes and scales of a weight [out, in] that keep the layer's outputs; rows by themselves.
 
     Columns whose inputs are always zero take part in no correction. A Hessian that is not
     positive definite is damped until it is.
     """
-    weight = weight.detach().float()
-    hessian = statistics.hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
-    inverse = _inverse(hessian)
-    moved = weight @ statistics.drift @ inverse
-    weight = weight + CORRECTION * moved.masked_fill_(dead, 0.0)
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    solved = statistics.solve()
     groups = weight.shape[1] // scheme.group_size
-    scale = weight.new_empty(weight.shape[0], groups, dtype=scheme.scale_dtype)
-    rounded = Rounded(torch.empty_like(weight, dtype=torch.int8), scale)
-    for start in range(0, weight.shape[0], ROWS):
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), groups, dtype=scheme.scale_dtype, device=weight.device)
+    for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        part = Rounded(rounded.codes[rows], rounded.scale[rows])
-        _round_columns(weight[rows].clone(), factor, scheme, part)
-    return rounded
+        part = weight[rows].detach().float()
+        moved = (part @ solved.drift @ solved.inverse).masked_fill_(solved.dead, 0.0)
+        corrected = part + CORRECTION * moved
+        _round_columns(corrected, solved.factor, scheme, Rounded(codes[rows], scale[rows]))
+    return Rounded(codes, scale)
 
 
 def _round_columns(
@@ -175,25 +246,21 @@ def _round_columns(
         weight[:, last:].addmm_(torch.stack(errors, dim=1), factor[first:last, last:], alpha=-1)
 
 
-def _inverse(hessian: torch.Tensor) -> torch.Tensor:
-    """Of the damped Hessian; ten times the damping until float32 can factor it."""
+def _inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the damped Hessian, with its upper Cholesky factor; ten times the damping until float32
+    can factor it. The Hessian is used up: with 14,336 columns each of these takes 0.8 GB."""
     damping = DAMPING * hessian.diagonal().mean()
+    exact = hessian.diagonal().clone()
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        hessian.diagonal().copy_(exact + damping)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             inverse = torch.cholesky_inverse(factor)
-            if not torch.linalg.cholesky_ex(inverse, upper=True).info:
-                return inverse
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return inverse, upper
         damping *= 10
-
-
-def rotary_of(model: LlamaForCausalLM, hidden: torch.Tensor) -> Rotary:
-    """Cosines and sines, computed where the model is, for the device of `hidden`."""
-    positions = torch.arange(hidden.shape[1], device=model.device)[None]
-    cos, sin = model.model.rotary_emb(hidden.to(model.device), positions)
-    return cos.to(hidden.device), sin.to(hidden.device)
 
 
 def _on_cpu(rounded: Rounded) -> Rounded:
@@ -210,8 +277,8 @@ def _block_statistics(
     quantized: list[torch.Tensor],
     exact: list[torch.Tensor],
     rotary: Rotary,
-) -> dict[str, Statistics]:
-    """Of each linear layer of a float block; `exact` moves on to the block's outputs."""
+) -> Iterator[tuple[str, Statistics]]:
+    """By leader, of a float block; `exact` moves on to the block's outputs."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
@@ -227,5 +294,7 @@ def _block_statistics(
             sums.add(quantize_activations(inputs[name]), exact_inputs[name])
     for hook in hooks:
         hook.remove()
-    shared = {name: sums for leader, sums in statistics.items() for name in LEADERS[leader]}
-    return statistics | shared
+    inputs.clear()
+    del exact_inputs, one, other
+    for name in LEADERS:
+        yield name, statistics.pop(name)

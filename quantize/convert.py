@@ -7,13 +7,7 @@ python quantize/convert.py recipes/chat.yaml quantize.group_size=64
 from __future__ import annotations
 
 import json
-import math
-import shutil
-import struct
-import subprocess
-import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +18,17 @@ from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-    from finequant.quantize.rounding import Rounded
+    from finequant.quantize.checkpoint import Checkpoint
+    from finequant.quantize.merge import Base
     from finequant.quantize.scheme import Plan
+    from finequant.quantize.tensors import TensorFile, Weights
 
 PROMPTS = 8
 """Prompts of the recipe's own rows on which merging and reloading are checked."""
 
 METHODS = {"rtn": "round to nearest", "hqq": "half-quadratic (HQQ)", "gptq": "calibrated (GPTQ)"}
-
-# Runs where finequant was never imported: what a user who downloads the model will do.
-RELOAD = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-folder, prompts, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder)
-with torch.inference_mode():
-    rows = {
-        name: model(ids[None]).logits[0, -1].float().clone()
-        for name, ids in load_file(prompts).items()
-    }
-save_file(rows, logits)
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,22 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
+    Weights are read, merged, rounded and written in pieces. Memory holds a decoder block; a GGUF
+    file and `quantize.budget` take a whole float model. Interrupted, what is written is kept.
+
     Raises:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
             checkpoint that does not give the same logits once reloaded.
     """
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.quantize.budget import within_budget
-    from finequant.quantize.merge import merge
-    from finequant.quantize.methods import round_model
-    from finequant.quantize.scheme import (
-        cast_weights,
-        layer_plan,
-        parameter_count,
-        shipped_dtype,
-        untie_head,
-        unties_head,
-    )
+    from finequant.quantize.checkpoint import weight_bytes
+    from finequant.quantize.merge import Adapter, merged_weights, open_base
+    from finequant.quantize.merge_check import check_merge
+    from finequant.quantize.methods import calibration_sequences
+    from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
     watch = Stopwatch()
     config = load_config(recipe.model)
@@ -85,32 +63,35 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     trained = trained_codes(recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompts = _prompts(recipe, tokenizer)
-    say("quantize: merging")
-    merged, difference = merge(recipe, run, prompts)
-    say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
-    dtype = shipped_dtype(recipe.quantize, config)
-    if recipe.quantize.keep_merged:
-        with run.writing(run.merged, recipe) as folder:
-            cast_weights(deepcopy(merged), dtype).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    planned = within_budget(recipe, merged, tokenizer, dtype)
+    planned, dtype = recipe, shipped_dtype(recipe.quantize, config)
+    if recipe.quantize.budget:
+        planned = _within_budget(recipe, run, tokenizer, prompts, dtype)
     plan = layer_plan(planned.quantize, config)
+    base = open_base(recipe.model)
+    adapter = Adapter(run.adapter, base, recipe.model.base)
+    say("quantize: merging")
+    difference = check_merge(base, adapter, run.adapter, prompts)
+    say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
+    weights = merged_weights(base, adapter)
+    if recipe.quantize.keep_merged:
+        with run.writing(run.merged, recipe, inputs) as folder:
+            write_float(folder, base, weights, dtype)
+            tokenizer.save_pretrained(folder)
+    sequences = None
+    if recipe.quantize.method == "gptq" and not trained:
+        sequences = calibration_sequences(recipe, tokenizer)
     record = describe(planned.quantize, plan, config, bool(trained))
     say(f"quantize: {record['summary']}; {record['method']}")
-    if unties_head(plan):
-        untie_head(merged)
-    rounded = trained or round_model(merged, planned, tokenizer, dtype)
-    record["layers"] = layer_table(merged, rounded, plan)
-    with run.writing(run.quantized, recipe) as folder:
-        quantized = quantized_model(merged, rounded, plan, dtype)
-        save(quantized, folder)
+    with run.writing(run.quantized, recipe, inputs) as folder:
+        chosen = planned.quantize
+        checkpoint = write_quantized(folder, base, weights, chosen, dtype, sequences, trained)
+        record["layers"] = layer_table(checkpoint, base, plan)
         tokenizer.save_pretrained(folder)
         text = json.dumps(record, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
-        check_reload(quantized, folder, prompts)
+        check_quantized(checkpoint, base, plan, prompts)
         size = weight_bytes(folder)
     bits = 8 * size / parameter_count(config)
-    say("quantize: reloaded in a fresh process, the logits are the same, bit for bit")
     say(f"quantize: {size / 1e6:.1f} MB on disk, {bits:.2f} bits for each weight of the base")
     run.record(
         recipe,
@@ -124,16 +105,112 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     say(f"quantize: {run.quantized} written in {watch.seconds} s")
 
 
-def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
+def _within_budget(
+    recipe: Recipe,
+    run: RunDir,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    dtype: torch.dtype,
+) -> Recipe:
+    """With the layers that measured sensitivity chooses, on the whole merged model."""
+    from finequant.quantize.budget import within_budget
+    from finequant.quantize.merge import merge
+
+    merged, _ = merge(recipe, run, prompts[:1])
+    return within_budget(recipe, merged, tokenizer, dtype)
+
+
+def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
+    """A checkpoint of the weights as they are."""
+    from finequant.quantize.checkpoint import Checkpoint, stored_shapes, write_config
+    from finequant.quantize.scheme import EMBEDDING, HEAD
+    from finequant.quantize.stream import write_alone
+
+    plan = dict.fromkeys((HEAD, EMBEDDING))
+    shapes = stored_shapes(base.shapes, base.config, plan)
+    checkpoint = Checkpoint(folder, shapes, plan, dtype)
+    write_alone(checkpoint, weights, shapes)
+    write_config(base, plan, dtype, folder)
+    checkpoint.finish()
+
+
+def write_quantized(
+    folder: Path,
+    base: Base,
+    weights: Weights,
+    quantize: Quantize,
+    dtype: torch.dtype,
+    sequences: torch.Tensor | None = None,
+    trained: TensorFile | None = None,
+) -> Checkpoint:
+    """A checkpoint of the weights, rounded by the recipe's method, or to codes from training.
+
+    sequences: token ids [rows, length] for gptq.
+    """
+    from finequant.quantize.calibrate import calibrate
+    from finequant.quantize.checkpoint import Checkpoint, stored_shapes, write_config
+    from finequant.quantize.methods import is_calibrated, round_alone
+    from finequant.quantize.rounding import Rounded
+    from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.stream import write_alone, write_found
+
+    plan, method = layer_plan(quantize, base.config), quantize.method
+    shapes = stored_shapes(base.shapes, base.config, plan)
+    checkpoint = Checkpoint(folder, shapes, plan, dtype)
+
+    def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
+        if trained:
+            return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
+        return round_alone(weight, plan[layer], method)
+
+    later = (
+        set()
+        if trained
+        else {f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, method)}
+    )
+    alone = [name for name in shapes if name not in later]
+    write_alone(checkpoint, weights, alone, rounding, whole=method == "hqq" and not trained)
+    if later:
+        found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known)
+        write_found(checkpoint, weights, found)
+    write_config(base, plan, dtype, folder)
+    return checkpoint
+
+
+def check_quantized(
+    checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]
+) -> None:
+    """That every byte is in its file, and that `from_pretrained` makes the same model of them.
+
+    Raises:
+        UserError: if not.
+    """
+    from finequant.quantize.reload import blocks_that_fit, check_reload, shipped_logits
+
+    for name in checkpoint.shapes:
+        if not checkpoint.has(name, slice(None)):
+            raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
+    every, config = base.config.num_hidden_layers, base.config
+    blocks = blocks_that_fit(checkpoint, config)
+    expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
+    checkpoint.finish()
+    check_reload(expected, checkpoint.folder, prompts, blocks)
+    what = (
+        "the logits are"
+        if blocks == every
+        else (f"the logits of the first {blocks} of {every} blocks, for which there is memory, are")
+    )
+    say(f"quantize: reloaded in a fresh process, {what} the same, bit for bit")
+
+
+def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
     """The codes of quantization-aware training; None where the adapter was trained without.
 
     Raises:
         UserError: where they were trained for another scheme than the recipe's.
     """
-    from safetensors import SafetensorError
-
-    from finequant.quantize.rounding import load_rounded
     from finequant.quantize.scheme import PLAN_KEYS
+    from finequant.quantize.tensors import TensorFile
     from finequant.recipes.load import read_section
 
     file = run.adapter / ROUNDED
@@ -151,10 +228,7 @@ def trained_codes(recipe: Recipe, run: RunDir) -> dict[str, Rounded] | None:
                 f"quantize.{key}: the adapter in {run.adapter} was trained for {what}, "
                 "or train again"
             )
-    try:
-        return load_rounded(file)
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}): train again, or copy it again") from None
+    return TensorFile(file)
 
 
 def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
@@ -189,42 +263,6 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
     }
 
 
-def check_reload(quantized: LlamaForCausalLM, folder: Path, prompts: list[list[int]]) -> None:
-    """Loads the folder in a process without finequant and compares logits, exactly.
-
-    Raises:
-        UserError: if loading fails or any logit differs.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from finequant.quantize.merge import last_logits
-
-    expected = last_logits(quantized, prompts)
-    exchange = folder / "reload"
-    exchange.mkdir()
-    rows = {f"{index:03}": torch.tensor(prompt) for index, prompt in enumerate(prompts)}
-    save_file(rows, exchange / "prompts.safetensors")
-    files = [str(exchange / name) for name in ("prompts.safetensors", "logits.safetensors")]
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", RELOAD, str(folder), *files], capture_output=True, text=True
-    )
-    if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {reason}")
-    reloaded = load_file(files[1])
-    actual = torch.stack([reloaded[name] for name in sorted(reloaded)])
-    shutil.rmtree(exchange)
-    if not torch.equal(actual, expected):
-        worst = (actual - expected).abs().max().item()
-        raise UserError(f"{folder}: reloaded logits differ by {worst}: the checkpoint is not kept")
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in a checkpoint."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
     from finequant.finetune.data import load_splits
     from finequant.finetune.tokens import encode
@@ -234,83 +272,18 @@ def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
     return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
 
 
-def quantized_model(
-    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
-) -> LlamaForCausalLM:
-    """The merged model with torchao's tensors in place of rounded weights; changed in place."""
-    import torch
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-
-    from finequant.quantize.scheme import EMBEDDING, cast_weights, quantization_config
-
-    model = cast_weights(merged, dtype)
-    for name, (codes, scale) in rounded.items():
-        weight = IntxUnpackedToInt8Tensor(
-            qdata=codes,
-            scale=scale,
-            zero_point=torch.zeros_like(scale, dtype=torch.int8),
-            target_dtype=getattr(torch, f"int{plan[name].bits}"),
-            block_size=(1, plan[name].group_size),
-            dtype=dtype,
-            activation_quantization=None if name == EMBEDDING else "int8_asym_per_token",
-        )
-        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
-    # Without a quantizer save_pretrained does not know how to write these tensors.
-    config = quantization_config(plan)
-    model.config.quantization_config = config
-    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
-    return model.eval()
-
-
-def save(quantized: LlamaForCausalLM, folder: Path) -> None:
-    """Writes the checkpoint; equal models give equal files."""
-    quantized.config.name_or_path = ""  # it may be a path of this machine
-    quantized.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        _sort_metadata(file)
-
-
-def _sort_metadata(file: Path) -> None:
-    """safetensors writes the metadata in another order in each process: equal runs, equal files."""
-    with file.open("r+b") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        # As safetensors writes it: no spaces but at the end, non-ASCII as it is.
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        stream.seek(8)
-        stream.write(text.ljust(length))
-
-
-def layer_table(
-    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan
-) -> list[dict[str, Any]]:
+def layer_table(checkpoint: Checkpoint, base: Base, plan: Plan) -> list[dict[str, Any]]:
     """Bits, group size and signal-to-noise ratio in dB of each layer's weights; None in float."""
-    import torch
-
-    table = []
-    for name, scheme in plan.items():
-        weight, ratio = merged.get_submodule(name).weight.detach(), None
-        if scheme:
-            ratio = snr_db(weight, rounded[name].dequantize(torch.float32))
-        table.append(
-            {
-                "name": name,
-                "shape": list(weight.shape),
-                "bits": scheme and scheme.bits,
-                "group_size": scheme and scheme.group_size,
-                "snr_db": ratio,
-            }
-        )
-    return table
-
-
-def snr_db(signal: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Power of the signal over the power of the error, in decibels."""
-    signal, error = signal.double(), signal.double() - approximation.double()
-    power, noise = signal.square().sum().item(), error.square().sum().item()
-    return round(10 * math.log10(power / noise), 2) if noise else math.inf
+    return [
+        {
+            "name": name,
+            "shape": list(base.shapes[f"{name}.weight"]),
+            "bits": scheme and scheme.bits,
+            "group_size": scheme and scheme.group_size,
+            "snr_db": checkpoint.snr_db(f"{name}.weight"),
+        }
+        for name, scheme in plan.items()
+    ]
 
 
 if __name__ == "__main__":

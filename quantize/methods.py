@@ -1,4 +1,4 @@
-"""The recipe's method, applied to a whole model: float weights -> codes and scales."""
+"""The recipe's method: float weights -> codes and scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.quantize.rounding import Rounded, round_to_nearest
-from finequant.quantize.scheme import LayerScheme, layer_plan
+from finequant.quantize.scheme import EMBEDDING, LayerScheme, layer_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
@@ -32,13 +32,36 @@ def round_model(
     from finequant.quantize.calibrate import calibrate
 
     plan, method = layer_plan(recipe.quantize, model.config), recipe.quantize.method
+    parameters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    alone = [name for name in plan if plan[name] and not is_calibrated(name, method)]
+    rounded = {
+        name: round_alone(parameters[f"{name}.weight"], plan[name], method) for name in alone
+    }
     if method == "gptq":
-        found = calibrate(model, calibration_sequences(recipe, tokenizer), plan, dtype)
-        return {name: found[name] for name in plan if name in found}
-    weights = {name: model.get_submodule(name).weight.detach() for name in plan if plan[name]}
+        sequences = calibration_sequences(recipe, tokenizer)
+
+        def weights(name: str, rows: slice) -> torch.Tensor:
+            return parameters[name][rows]
+
+        found: dict[str, list[Rounded]] = {}
+        for name, _, part in calibrate(weights, model.config, sequences, plan, dtype):
+            found.setdefault(name, []).append(part)
+        rounded |= {
+            name: Rounded(*map(torch.cat, zip(*p, strict=True))) for name, p in found.items()
+        }
+    return {name: rounded[name] for name in plan if name in rounded}
+
+
+def is_calibrated(name: str, method: str) -> bool:
+    """Whether a layer is rounded with its inputs in view; others are rounded by themselves."""
+    return method == "gptq" and name != EMBEDDING
+
+
+def round_alone(weight: torch.Tensor, scheme: LayerScheme, method: str) -> Rounded:
+    """A weight [out, in] without its inputs; hqq needs the whole of it, not some rows."""
     if method == "hqq":
-        return {name: _half_quadratic(weight, plan[name]) for name, weight in weights.items()}
-    return {name: round_to_nearest(weight, *plan[name]) for name, weight in weights.items()}
+        return _half_quadratic(weight, scheme)
+    return round_to_nearest(weight, *scheme)
 
 
 def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

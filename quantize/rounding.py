@@ -28,8 +28,8 @@ class Rounded(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in] in `dtype`, exactly as torchao's tensors dequantize."""
-        groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
-        return (groups * self.scale.float()[:, :, None]).to(dtype).flatten(1)
+        groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        return groups.mul_(self.scale.float()[:, :, None]).to(dtype).flatten(1)
 
 
 def save_rounded(layers: dict[str, Rounded], path: Path) -> None:
@@ -67,11 +67,13 @@ def round_to_nearest(
 ) -> Rounded:
     """Codes and scales of a weight [out, in], each weight by itself."""
     low, high = code_range(bits)
-    scale = choose_scale(weight, bits, group_size, rule).to(scale_dtype)
+    shape = (weight.shape[0], weight.shape[1] // group_size)
+    scale = torch.empty(shape, dtype=scale_dtype, device=weight.device)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (-1, group_size))
-        codes[rows] = _codes(groups, scale[rows].float(), low, high).flatten(1).to(torch.int8)
+        scale[rows] = _scales(groups, low, high, rule)
+        codes[rows] = _codes(groups, scale[rows].float(), low, high).flatten(1)
     return Rounded(codes, scale)
 
 
@@ -95,10 +97,16 @@ def choose_scale(
     weigh = None if importance is None else importance.float().view(-1, group_size)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (-1, group_size))
-        largest = groups.abs().amax(-1).div_(max((high - low) / 2, 1.0))
-        largest.clamp_(min=torch.finfo(torch.float32).smallest_normal)
-        scales[rows] = largest if rule == "max" else _search(groups, largest, low, high, weigh)
+        scales[rows] = _scales(groups, low, high, rule, weigh)
     return scales
+
+
+def _scales(
+    groups: torch.Tensor, low: int, high: int, rule: str, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    largest = groups.abs().amax(-1).div_(max((high - low) / 2, 1.0))
+    largest.clamp_(min=torch.finfo(torch.float32).smallest_normal)
+    return largest if rule == "max" else _search(groups, largest, low, high, importance)
 
 
 def _search(

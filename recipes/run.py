@@ -47,10 +47,15 @@ def run(
         Path | None,
         typer.Option(help="accelerate configuration to train with, recipes/accelerate/*.yaml"),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="start also what memory or disk seem too small for")
+    ] = False,
 ) -> None:
     """All stages in turn; skips those whose inputs have not changed."""
     from finequant.recipes.command_line import say
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.machine import this_machine
+    from finequant.recipes.resources import refuse_what_cannot_finish
     from finequant.recipes.rundir import STAGES, RunDir
 
     loaded = load_recipe(recipe, overrides or [])
@@ -63,6 +68,9 @@ def run(
             continue
         if not ran:
             check_base(loaded)
+            if not force:
+                left = list(STAGES[number - 1 :])
+                refuse_what_cannot_finish(loaded, directory, left, this_machine())
         say(f"[{number}/{len(STAGES)}] {stage}{_remaining(directory, number - 1)}")
         for change in changes or []:
             say(f"  because {change}")
@@ -211,16 +219,33 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="a row for each layer, none joined")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="of the phone to ship to, such as 6GB")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
+    ] = None,
 ) -> None:
-    """Show what each layer is quantized to, with sizes; once quantized, with signal to noise."""
+    """Show what each layer is quantized to, and the memory and disk that everything takes.
+
+    Reads configurations only; once quantized, it shows signal-to-noise ratios, too.
+    """
     from finequant.quantize.plan import show_plan
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.machine import bytes_of, named_gpu
+    from finequant.recipes.resources import show_resources
     from finequant.recipes.rundir import RunDir
 
     loaded = load_recipe(recipe, overrides or [])
+    machine = named_gpu(gpu) if gpu else None
+    memory = bytes_of(device_memory) if device_memory else None
     quiet_libraries()
     show_plan(loaded, RunDir.of(loaded), every)
+    show_resources(loaded, RunDir.of(loaded), machine, memory, context)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -141,15 +141,25 @@ class RunDir:
             )
 
     @contextmanager
-    def writing(self, target: Path, recipe: Recipe) -> Iterator[Path]:
+    def writing(
+        self, target: Path, recipe: Recipe, inputs: dict[str, Any] | None = None
+    ) -> Iterator[Path]:
         """A folder beside the target, which takes its place once the block has ended well.
 
         An earlier adapter is moved to `previous/`; whatever can be made again from it is replaced.
+
+        inputs: what decides the content; with it the folder that an interrupted call with the
+            same inputs and versions left is handed over as it is.
         """
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        record, made_from = partial / "inputs.json", {"inputs": inputs, "versions": versions()}
+        if inputs is None or not _says(record, made_from):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        if inputs is not None:
+            replace_text(record, json.dumps(made_from))
         yield partial
+        record.unlink(missing_ok=True)
         write_recipe(recipe, partial / "recipe.yaml")
         if target.exists() and target == self.adapter:
             self.keep_as_previous(target)
@@ -241,6 +251,14 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _says(path: Path, expected: Any) -> bool:
+    """Whether a JSON file is there with this content."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
+    except (OSError, ValueError):
+        return False
 
 
 def _base_identity(recipe: Recipe) -> str:

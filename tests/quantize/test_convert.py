@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finequant.recipes.errors import UserError
+
 TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -200,12 +202,14 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
 def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.convert import check_reload
-    from finequant.recipes.errors import UserError
+    from finequant.quantize.reload import check_reload
 
     folder = quantize()
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    check_reload(model, folder, [[5, 6, 7]])
+    prompts = [[5, 6, 7]]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        expected = model(torch.tensor(prompts)).logits[:, -1].clone()
+    check_reload(expected, folder, prompts, 2)
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     (header,) = struct.unpack("<Q", content[:8])
@@ -216,7 +220,7 @@ def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     file.unlink()  # the model in memory may be mapped to it
     file.write_bytes(content)
     with pytest.raises(UserError, match="reloaded logits differ"):
-        check_reload(model, folder, [[5, 6, 7]])
+        check_reload(expected, folder, prompts, 2)
 
 
 def test_without_an_adapter_it_says_what_to_run(recipe_file, capsys):

@@ -1,0 +1,289 @@
+"""Merge and quantize a synthetic Llama: time and memory, beside transformers + peft + torchao.
+
+python benchmarks/convert.py compare
+python benchmarks/convert.py compare --shape 8b --no-theirs
+python benchmarks/convert.py compare --shape 8b --no-theirs --method gptq --rounds 1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import torch
+import typer
+
+from finequant.recipes.command_line import say
+from finequant.recipes.errors import told_to_the_user
+
+if TYPE_CHECKING:
+    from finequant.quantize.merge import Base
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "num_key_value_heads": 8,
+    "num_attention_heads": 32,
+}
+SHAPES = {
+    "tiny": LLAMA_3
+    | {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "1b": LLAMA_3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "8b": LLAMA_3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "tie_word_embeddings": False,
+    },
+}
+"""Llama-3.2-1B, Llama-3-8B, and one to try this script with."""
+
+RANK, GROUP_SIZE, TOKENS = 16, 32, 4096
+
+
+class Measured(NamedTuple):
+    """Of a process: all of it, its peak resident memory, and its work without the imports."""
+
+    seconds: float
+    peak_bytes: int
+    work_seconds: float
+
+
+@app.command()
+def compare(
+    shape: Annotated[str, typer.Option(help="1b, 8b, or tiny")] = "1b",
+    method: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
+    theirs: Annotated[bool, typer.Option(help="measure transformers + peft + torchao, too")] = True,
+    checks: Annotated[bool, typer.Option(help="also ours with its checks of the result")] = False,
+    rounds: Annotated[int, typer.Option(help="of each, in turn; medians count")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
+) -> None:
+    """Prints a table; every row is a process of its own, in turn with the others."""
+    names = ["ours", *(["checks"] if checks else []), "copy", *(["theirs"] if theirs else [])]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        at = Path(scratch)
+        say(f"making a checkpoint of the shape {shape}")
+        _process(at, "make", shape, method)
+        measured: dict[str, list[Measured]] = {name: [] for name in names}
+        for number in range(rounds):
+            for name in names:
+                say(f"round {number + 1} of {rounds}: {name}")
+                measured[name].append(_process(at, name, shape, method))
+                shutil.rmtree(at / "merged", ignore_errors=True)
+                shutil.rmtree(at / "out")
+        sizes = [sum(f.stat().st_size for f in (at / "base").glob("*.safetensors"))]
+    _show(measured, sizes[0], shape, method, rounds)
+
+
+def _show(
+    measured: dict[str, list[Measured]], size: int, shape: str, method: str, rounds: int
+) -> None:
+    """The table in Markdown, and the same as JSON on one line."""
+    median = {
+        name: Measured(*map(statistics.median, zip(*found, strict=True)))
+        for name, found in measured.items()
+    }
+    titles = {
+        "ours": "finequant",
+        "checks": "finequant, its checks of the result included",
+        "copy": "the same bytes read, cast and written",
+        "theirs": "transformers + peft + torchao",
+    }
+    print(
+        f"\nLlama {shape}, {size / 1e9:.2f} GB of bfloat16, rank {RANK}, {method}; "
+        f"{torch.get_num_threads()} threads, median of {rounds}, in turn\n"
+    )
+    print("| | seconds | of them work | peak memory, GB | GB/s of work | times ours |")
+    print("| :--- | ---: | ---: | ---: | ---: | ---: |")
+    for name, found in median.items():
+        print(
+            f"| {titles[name]} | {found.seconds:.1f} | {found.work_seconds:.1f} "
+            f"| {found.peak_bytes / 1e9:.2f} | {size / 1e9 / found.work_seconds:.2f} "
+            f"| {found.seconds / median['ours'].seconds:.2f} |"
+        )
+    rate = median["copy"].work_seconds / median["ours"].work_seconds
+    print(f"\nOurs runs at {rate:.2f} of the rate of reading, casting and writing.\n")
+    print(
+        json.dumps(
+            {"shape": shape, "method": method, "bytes": size}
+            | {name: found._asdict() for name, found in median.items()}
+        )
+    )
+
+
+def _process(at: Path, name: str, shape: str, method: str) -> Measured:
+    """Runs one of the commands below in a fresh process."""
+    command = [sys.executable, __file__, "work", name, shape, method, str(at)]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    work = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{name} failed")
+    return Measured(time.monotonic() - started, usage.ru_maxrss * 1024, float(work.split()[-1]))
+
+
+@app.command(hidden=True)
+def work(name: str, shape: str, method: str, at: Path) -> None:
+    """One measured process; prints the seconds of its work."""
+    # Imports are no work.
+    from transformers import AutoModelForCausalLM, TorchAoConfig  # noqa: F401
+
+    if name == "theirs":
+        import peft  # noqa: F401
+    functions = {
+        "make": lambda: make(at, shape),
+        "ours": lambda: ours(at, method, False),
+        "checks": lambda: ours(at, method, True),
+        "copy": lambda: copy(at, method),
+        "theirs": lambda: theirs(at),
+    }
+    started = time.monotonic()
+    functions[name]()
+    print(time.monotonic() - started)
+
+
+def make(at: Path, shape: str) -> None:
+    """Random weights and a random adapter, written in pieces."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from finequant.quantize.convert import write_float
+    from finequant.quantize.merge import PREFIX, Base
+
+    config = LlamaConfig(**SHAPES[shape])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def weights(name: str, rows: slice) -> torch.Tensor:
+        first, last, _ = rows.indices(shapes[name][0])
+        if len(shapes[name]) == 1:
+            return torch.ones(last - first)
+        return torch.empty(last - first, shapes[name][1]).uniform_(-0.04, 0.04)
+
+    (at / "base").mkdir()
+    write_float(
+        at / "base", Base(config, GenerationConfig(), shapes, weights), weights, torch.bfloat16
+    )
+    tensors = {}
+    for name, (out, into) in ((n, s) for n, s in shapes.items() if "_proj" in n):
+        layer = f"{PREFIX}{name.removesuffix('.weight')}"
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(RANK, into) / 50
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(out, RANK) / 50
+    kinds = sorted({name.split(".")[-2] for name in shapes if "_proj" in name})
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=kinds, task_type="CAUSAL_LM")
+    config.save_pretrained(at / "adapter")
+    save_file(tensors, at / "adapter" / "adapter_model.safetensors")
+
+
+def ours(at: Path, method: str, checked: bool) -> None:
+    from finequant.quantize.convert import check_quantized, write_quantized
+    from finequant.quantize.merge import Adapter, merged_weights
+    from finequant.quantize.scheme import layer_plan
+
+    base, quantize = _opened(at, method)
+    adapter = Adapter(at / "adapter", base, "base")
+    weights = merged_weights(base, adapter)
+    ids = torch.randint(base.config.vocab_size, (TOKENS // 512, 512))
+    prompts = [row[:32].tolist() for row in ids]
+    if checked:
+        from finequant.quantize.merge_check import check_merge
+
+        check_merge(base, adapter, at / "adapter", prompts)
+    out = at / "out"
+    out.mkdir()
+    checkpoint = write_quantized(out, base, weights, quantize, torch.bfloat16, ids)
+    if checked:
+        plan = layer_plan(quantize, base.config)
+        check_quantized(checkpoint, base, plan, prompts)
+    else:
+        checkpoint.finish()
+
+
+def _opened(at: Path, method: str) -> tuple[Base, object]:
+    """The head stays in float: TorchAoConfig does not quantize one that is tied."""
+    from finequant.quantize.merge import open_base
+    from finequant.recipes.schema import Model, Quantize
+
+    quantize = Quantize(method=method, group_size=GROUP_SIZE, head="float")
+    return open_base(Model(base=str(at / "base"))), quantize
+
+
+def copy(at: Path, method: str) -> None:
+    """Reads the base and writes as many bytes as the checkpoint has, cast and no more."""
+    from finequant.quantize.checkpoint import Checkpoint, stored_shapes
+    from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.stream import each_piece
+    from finequant.quantize.tensors import write_rows
+
+    base, quantize = _opened(at, method)
+    plan = layer_plan(quantize, base.config)
+    out = at / "out"
+    out.mkdir()
+    shapes = stored_shapes(base.shapes, base.config, plan)
+    checkpoint = Checkpoint(out, shapes, plan, torch.bfloat16)
+
+    def convert(piece: tuple[str, slice]) -> None:
+        name, rows = piece
+        weight = base.weights(name, rows)
+        for key in checkpoint.stored(name):
+            descriptor, entry = checkpoint.places[key]
+            part = weight[:, : entry.shape[1]] if len(entry.shape) > 1 else weight
+            write_rows(descriptor, entry, rows, part.to(entry.dtype))
+
+    each_piece(convert, [(name, rows) for name in shapes for rows in checkpoint.pieces(name)])
+
+
+def theirs(at: Path) -> None:
+    """The usual way: merge, save, load as quantized, save."""
+    from peft import PeftModel
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    base = AutoModelForCausalLM.from_pretrained(at / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, at / "adapter").merge_and_unload()
+    merged.save_pretrained(at / "merged")
+    del base, merged
+    scheme = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP_SIZE)
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(
+        at / "merged", dtype=torch.bfloat16, quantization_config=TorchAoConfig(scheme)
+    )
+    quantized.save_pretrained(at / "out")
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        app()

@@ -1,0 +1,145 @@
+"""safetensors files in pieces: rows are read and written where they lie, and nothing is mapped.
+
+Pages of a mapped file count as memory of the process until the system takes them back, so a mapped
+checkpoint looks, and is limited, like a loaded one. The format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from finequant.recipes.errors import UserError
+
+# As safetensors orders the tensors of a file: wide types first, then by name.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+}
+WEIGHTS = 1 << 18
+"""To handle at a time: some copies of them stay in a core's cache, and malloc keeps their memory,
+where larger pieces are returned to the system and cost a page fault for each 4 kB."""
+
+WHOLE = slice(None)
+
+Weights = Callable[[str, slice], torch.Tensor]
+"""Rows of a parameter by its name, in the dtype they are kept in; not to be changed."""
+
+
+class Entry(NamedTuple):
+    """A tensor of a file; `start` counts from the beginning of the file, in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def bytes_of(self, rows: slice) -> tuple[int, int]:
+        """Where the rows start in the file, and how many bytes they have."""
+        first, last, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.start + first * row, (last - first) * row
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read when they are asked for, by any thread.
+
+    Raises:
+        UserError: for a file that is damaged or has other than floats and int8.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        try:
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length))
+            header.pop("__metadata__", None)
+            self.entries = {
+                name: Entry(DTYPES[found["dtype"]], tuple(found["shape"]), 8 + length + start)
+                for name, found in header.items()
+                for start, _ in [found["data_offsets"]]
+            }
+        except KeyError as error:
+            raise UserError(f"{path}: tensors of type {error} are not read") from None
+        except (ValueError, AttributeError, TypeError, OverflowError, MemoryError):
+            raise UserError(f"{path}: damaged, no safetensors file: copy it again") from None
+
+    def read(self, name: str, rows: slice = WHOLE) -> torch.Tensor:
+        """[rows, ...] in the dtype of the file."""
+        entry = self.entries[name]
+        start, size = entry.bytes_of(rows)
+        first, last, _ = rows.indices(entry.shape[0])
+        tensor = torch.empty(last - first, *entry.shape[1:], dtype=entry.dtype)
+        buffer = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        done = 0
+        while done < size:
+            count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            if not count:
+                raise UserError(f"{self.path}: ends in the middle of {name}: copy it again")
+            done += count
+        return tensor
+
+
+def header(
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+    """The first bytes of a file with these tensors, as safetensors writes them, and the places."""
+    order = list(DTYPES.values())
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
+    codes, described, places, end = dict(zip(order, DTYPES, strict=True)), {}, {}, 0
+    for name in names:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        place = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        described[name], places[name] = place, (dtype, shape, start)
+    content = {"__metadata__": dict(sorted(metadata.items())), **described}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-len(text) // 8 * -8)
+    first = 8 + len(text)
+    entries = {
+        name: Entry(dtype, shape, first + start) for name, (dtype, shape, start) in places.items()
+    }
+    return len(text).to_bytes(8, "little") + text, entries
+
+
+def write_rows(descriptor: int, entry: Entry, rows: slice, tensor: torch.Tensor) -> None:
+    """Puts the rows of a tensor at their place in an open file."""
+    start, _ = entry.bytes_of(rows)
+    data = bytes_of(tensor)
+    while data:
+        count = os.pwrite(descriptor, data, start)
+        data, start = data[count:], start + count
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's own memory, or that of a contiguous copy."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of about `WEIGHTS` weights that cover a tensor, none of them of a few rows only.
+
+    A matrix product rounds a handful of rows in another way than the same rows among many, so
+    a merged weight would depend on where it is cut.
+    """
+    total = shape[0]
+    step = max(32, WEIGHTS // max(1, math.prod(shape[1:])) // 32 * 32)
+    starts = list(range(0, max(1, total - 31), step))
+    yield from (slice(start, end) for start, end in zip(starts, [*starts[1:], total], strict=True))
+
+
+def filled(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A whole parameter in `dtype`, without a copy of it in any other."""
+    tensor = torch.empty(shape, dtype=dtype)
+    for rows in row_slices(shape):
+        tensor[rows] = weights(name, rows)
+    return tensor

@@ -1,0 +1,103 @@
+"""The machine that a recipe is planned for: this one, or a GPU by its name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from finequant.recipes.errors import UserError
+
+GPUS = {
+    "T4": 16,
+    "V100": 32,
+    "L4": 24,
+    "A10": 24,
+    "A10G": 24,
+    "RTX 3090": 24,
+    "RTX 4090": 24,
+    "RTX 5090": 32,
+    "A6000": 48,
+    "L40S": 48,
+    "A100 40GB": 40,
+    "A100": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+}
+"""Memory in GB."""
+
+WITHOUT_BF16 = ("T4", "V100")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+class Machine(NamedTuple):
+    """Where the stages run."""
+
+    name: str
+    memory: int
+    """bytes"""
+    kind: Literal["cpu", "gpu"]
+
+    def training_dtype(self, wish: str) -> str:
+        """`bfloat16` or `float32`, as `training_precision` chooses here."""
+        from finequant.finetune.model import training_precision
+
+        if wish != "auto" and self.kind == "gpu":
+            return {"bf16": "bfloat16", "fp32": "float32"}[wish]
+        if self.name in GPUS:
+            return "float32" if self.name in WITHOUT_BF16 else "bfloat16"
+        return str(training_precision(wish)[0]).removeprefix("torch.")
+
+
+def this_machine() -> Machine:
+    """Its GPU if it has one; else its memory, or what a container may take of it, with swap."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return Machine(found.name, found.total_memory, "gpu")
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    limit = CONTAINER_LIMIT
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return Machine("this machine", total, "cpu")
+
+
+def named_gpu(text: str) -> Machine:
+    """A GPU by its name, or by its memory.
+
+    Raises:
+        UserError: for a name that is not known.
+    """
+    names = {name.lower(): name for name in GPUS}
+    if name := names.get(text.strip().lower()):
+        return Machine(name, GPUS[name] * 10**9, "gpu")
+    try:
+        return Machine(text, bytes_of(text), "gpu")
+    except UserError:
+        raise UserError(
+            f"--gpu: {text!r} is none of {', '.join(GPUS)}; or say its memory, such as 24GB"
+        ) from None
+
+
+def bytes_of(text: str) -> int:
+    """`6GB` -> 6,000,000,000.
+
+    Raises:
+        UserError: for what is no size.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in UNITS:
+        raise UserError(f"{text!r} is no size: expected a number with MB, GB, MiB or GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where the folder is, or will be."""
+    while not folder.exists():
+        folder = folder.resolve().parent
+    return shutil.disk_usage(folder).free
