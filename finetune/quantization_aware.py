@@ -24,7 +24,13 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.functional import embedding, linear
 
-from finequant.quantize.rounding import Rounded, code_range, quantize_activations, row_chunks
+from finequant.quantize.rounding import (
+    Rounded,
+    code_range,
+    places,
+    quantize_activations,
+    row_chunks,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,10 +39,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """peft's name for the one adapter of a model."""
-
-INSIDE = 0.49
-"""Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it,
-also after its place has been rounded to float16."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -70,7 +72,7 @@ class Rounding:
         self._scale = rounded.scale.to(self.weight.device)
         self._bits, self._dtype = bits, dtype
         # From 7 bits on float16 cannot tell the places beside the largest codes apart.
-        self._place = _places(self.weight, rounded, torch.float16 if bits <= 6 else torch.float32)
+        self._place = places(self.weight, rounded, torch.float16 if bits <= 6 else torch.float32)
         self._weight = self._made_of = None
         self.rounds = True
 
@@ -142,19 +144,6 @@ class RoundedLora(Rounding, LoraLinear):
     def _adapter_version(self) -> tuple[int, ...]:
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         return a.data_ptr(), a._version, b.data_ptr(), b._version
-
-
-@torch.no_grad()
-def _places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in]: where each weight lies in steps of its scale, inside the cell of its code."""
-    codes, scale = (tensor.to(weight.device) for tensor in rounded)
-    places = torch.empty_like(codes, dtype=dtype)
-    for rows in row_chunks(weight):
-        groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
-        exact = (groups * scale[rows].float().reciprocal()[:, :, None]).flatten(1)
-        code = codes[rows].float()
-        places[rows] = code + (exact - code).clamp_(-INSIDE, INSIDE)
-    return places
 
 
 def round_in_training(

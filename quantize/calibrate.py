@@ -1,9 +1,9 @@
-"""Calibrated quantization without training: GPTQ, block by block (https://arxiv.org/abs/2210.17323).
+"""Calibrated quantization without labels: GPTQ, block by block (https://arxiv.org/abs/2210.17323).
 
 Each block sees the inputs that the already quantized blocks before it produce. Its weights are
 first corrected for how far those inputs are from the float model's, so that errors do not add up
-(as in https://arxiv.org/abs/2504.02692), then rounded column by column. Memory holds the
-activations and one block.
+(as in https://arxiv.org/abs/2504.02692), then rounded column by column, then trained together for
+some steps if the recipe says so. Memory holds the activations and one block.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from finequant.quantize.blocks import Rotary, decoder_block, embed, normed, rotary_of
+from finequant.quantize.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import (
     Rounded,
     choose_scale,
@@ -73,6 +74,7 @@ def calibrate(
     plan: Plan,
     dtype: torch.dtype,
     known: Callable[[str, slice], Rounded | None] = nothing,
+    steps: int = 0,
 ) -> Iterator[Piece]:
     """Codes and scales of the linear layers that the plan rounds, as soon as they are found.
 
@@ -80,6 +82,7 @@ def calibrate(
     sequences: token ids [rows, length].
     dtype: of the shipped model's arithmetic, in which the activations are computed.
     known: what an earlier call found; a block that is known is only run.
+    steps: of training each block after gptq.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
@@ -95,13 +98,23 @@ def calibrate(
         if all(found.values()):
             exact = [block(hidden, position_embeddings=rotary) for hidden in exact]
         else:
+            float_weights = {}
             for leader, sums in _block_statistics(block, quantized, exact, rotary):
                 for name in (leader, *LEADERS[leader]):
                     if name in schemes:
                         shape = block.get_submodule(name).weight.shape
                         weight = filled(weights, f"{prefix}{name}.weight", shape, torch.float32)
-                        found[name] = _on_cpu(gptq(weight.to(device), sums, schemes[name]))
-                        yield prefix + name, WHOLE, found[name]
+                        found[name] = gptq(weight.to(device), sums, schemes[name])
+                        if steps:
+                            float_weights[name] = weight.to(device)
+            if steps:
+                start = {
+                    name: TrainedLayer(float_weights.pop(name), found[name], scheme)
+                    for name, scheme in schemes.items()
+                }
+                found = reconstruct(block, start, quantized, exact, rotary, steps)
+            for name, rounded in found.items():
+                yield prefix + name, WHOLE, _on_cpu(rounded)
         for name, rounded in found.items():
             _install(block.get_submodule(name), rounded, dtype)
         quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]

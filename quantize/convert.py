@@ -171,7 +171,8 @@ def write_quantized(
     alone = [name for name in shapes if name not in later]
     write_alone(checkpoint, weights, alone, rounding, whole=method == "hqq" and not trained)
     if later:
-        found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known)
+        steps = quantize.calibration.steps
+        found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known, steps)
         write_found(checkpoint, weights, found)
     write_config(base, plan, dtype, folder)
     return checkpoint

@@ -44,7 +44,9 @@ def round_model(
             return parameters[name][rows]
 
         found: dict[str, list[Rounded]] = {}
-        for name, _, part in calibrate(weights, model.config, sequences, plan, dtype):
+        steps = recipe.quantize.calibration.steps
+        pieces = calibrate(weights, model.config, sequences, plan, dtype, steps=steps)
+        for name, _, part in pieces:
             found.setdefault(name, []).append(part)
         rounded |= {
             name: Rounded(*map(torch.cat, zip(*p, strict=True))) for name, p in found.items()

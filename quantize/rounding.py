@@ -20,6 +20,11 @@ RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 """Scales to try, relative to the one that just reaches the largest weight of the group."""
 
 
+INSIDE = 0.49
+"""Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it,
+also after its place has been rounded to float16."""
+
+
 class Rounded(NamedTuple):
     """int8 codes [out, in] and their scales [out, in / group_size]; code x scale is the weight."""
 
@@ -137,6 +142,19 @@ def _search(
 
 def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return (groups * scale.reciprocal()[:, :, None]).round_().clamp_(low, high)
+
+
+@torch.no_grad()
+def places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]: where each weight lies in steps of its scale, inside the cell of its code."""
+    codes, scale = (tensor.to(weight.device) for tensor in rounded)
+    found = torch.empty_like(codes, dtype=dtype)
+    for rows in row_chunks(weight):
+        groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
+        exact = (groups * scale[rows].float().reciprocal()[:, :, None]).flatten(1)
+        code = codes[rows].float()
+        found[rows] = code + (exact - code).clamp_(-INSIDE, INSIDE)
+    return found
 
 
 def quantize_activations(activations: torch.Tensor) -> torch.Tensor:

@@ -160,12 +160,15 @@ def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) ->
     forward = min(TOKENS, tokens)
     collected = 8 * sum(width**2 for width in widths) + 12 * forward * max(widths)
     solved = 16 * max(widths) ** 2 + 16 * ROWS * max(widths)
-    return {
+    memory = {
         "block": dtype * block,
         "activations": 2 * tokens * config.hidden_size * dtype
         + forward * config.intermediate_size * dtype * 4,
         "Hessians": max(collected, solved),
     }
+    if wish.steps:  # places, their gradients and Adam's two moments; codes, for the backward
+        memory["training"] = (16 + 4 + dtype) * block
+    return memory
 
 
 def evaluation_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:

@@ -238,6 +238,9 @@ class Calibration(Section):
     data: Sources = Field(default_factory=list, description="default: the training rows")
     tokens: Positive = Field(16384, description="more cost time and give a better model")
     length: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a sequence")
+    steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="in which each block then learns what the float block gives; 0: none"
+    )
 
     _sources = field_validator("data", mode="before", json_schema_input_type=SourcesInput)(
         one_source_is_a_list

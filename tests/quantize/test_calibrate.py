@@ -88,3 +88,42 @@ def test_a_zero_weight_stays_zero():
         rounded = round_to_nearest(torch.zeros(2, 64), 4, 32, rule)
         assert not rounded.codes.any()
         assert torch.isfinite(rounded.scale).all()
+
+
+def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.calibrate import calibrate
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.schema import Quantize
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    quantize = Quantize(bits=3, layers={"*.1.self_attn.o_proj": "float"}, head="float")
+    plan = layer_plan(quantize, model.config)
+    torch.manual_seed(0)
+    sequences = torch.randint(model.config.vocab_size, (64, 32))
+    held_out = torch.randint(model.config.vocab_size, (16, 32))
+
+    def weights(name: str, rows: slice) -> torch.Tensor:
+        return model.get_parameter(name).detach()[rows]
+
+    def found(steps: int) -> dict[str, Rounded]:
+        pieces = calibrate(weights, model.config, sequences, plan, torch.float32, steps=steps)
+        return {name: rounded for name, _, rounded in pieces}
+
+    def error(layers: dict[str, Rounded]) -> float:
+        ours = AutoModelForCausalLM.from_pretrained(tiny_base)
+        for name, rounded in layers.items():
+            ours.get_submodule(name).weight.data = rounded.dequantize(torch.float32)
+        with torch.no_grad():
+            hidden = [one.model(held_out).last_hidden_state for one in (model, ours)]
+        return (hidden[0] - hidden[1]).square().mean().item()
+
+    alone, together = found(0), found(40)
+    assert alone.keys() == together.keys()
+    assert "model.layers.1.self_attn.o_proj" not in together
+    assert error(together) < 0.9 * error(alone)
+    assert all(rounded.codes.abs().max() <= 4 for rounded in together.values())
+    again = found(40)
+    for name, (codes, scale) in together.items():
+        assert torch.equal(codes, again[name].codes) and torch.equal(scale, again[name].scale)
