@@ -28,6 +28,7 @@ from finequant.quantize.rounding import (
 )
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
 from finequant.quantize.tensors import WHOLE, Weights, filled, row_slices
+from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -262,6 +263,11 @@ def _round_columns(
 def _inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the damped Hessian, with its upper Cholesky factor; ten times the damping until float32
     can factor it. The Hessian is used up: with 14,336 columns each of these takes 0.8 GB."""
+    if not hessian.isfinite().all():
+        raise UserError(
+            "quantize: the activations of the calibration text are not finite: the merged weights "
+            "are damaged, or overflow in quantize.dtype; train again, or use float32"
+        )
     damping = DAMPING * hessian.diagonal().mean()
     exact = hessian.diagonal().clone()
     while True:

@@ -108,9 +108,11 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with torch.enable_grad():
         for hidden, exact in islice(cycle(batches), steps):
-            error = block(hidden, position_embeddings=rotary).float() - exact.float()
-            # Relative to each token, as the norms that follow see it: some are very large.
-            loss = (error.square().sum(-1) / exact.float().square().sum(-1)).mean()
+            error = (block(hidden, position_embeddings=rotary).float() - exact.float()).square()
+            # Relative to each token, as the norms that follow see it: some are very large, and
+            # that of a padding token is zero.
+            power = exact.float().square().sum(-1)
+            loss = (error.sum(-1) / (power + 1e-6 * power.mean())).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

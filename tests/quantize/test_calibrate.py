@@ -8,6 +8,7 @@ import torch
 from finequant.quantize.calibrate import Statistics, gptq
 from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
 from finequant.quantize.scheme import LayerScheme
+from finequant.recipes.errors import UserError
 
 
 def scheme(bits: int = 4) -> LayerScheme:
@@ -81,6 +82,13 @@ def test_drift_of_the_inputs_is_corrected():
     sums.add(exact / 2, exact)
     found = gptq(weight, sums, scheme(bits=8)).dequantize(torch.float32)
     assert 1.4 < (found.norm() / weight.norm()).item() < 1.6  # half of the way to 2
+
+
+def test_activations_that_are_not_finite_are_refused():
+    inputs = torch.randn(50, 32)
+    inputs[3, 5] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        gptq(torch.randn(8, 32), statistics(inputs), scheme())
 
 
 def test_a_zero_weight_stays_zero():
