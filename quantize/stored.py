@@ -74,7 +74,8 @@ def read_stored(folder: Path) -> Stored:
 def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict, floats: dict):
     """Adds one tensor, which torchao's own metadata describes, to one of the dictionaries."""
     if description["_type"] == "Tensor":
-        floats[name] = stream.get_tensor(name)
+        if name in stream.keys():  # a tied head is described, but not stored  # noqa: SIM118
+            floats[name] = stream.get_tensor(name)
         return
     layer = name.removesuffix(".weight")
     parts = {

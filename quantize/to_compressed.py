@@ -14,6 +14,7 @@ from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.quantize.stored import Stored, copy_beside
 from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
 
 PACKAGES = {"compressed_tensors": "compressed-tensors"}
 BITS = (4, 8)
@@ -35,15 +36,18 @@ def check_fits(stored: Stored) -> None:
         )
 
 
-def write(stored: Stored, folder: Path) -> dict[str, Any]:
-    """Writes weights, configuration and tokenizer; returns figures for the manifest."""
+def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes weights, configuration and tokenizer; returns figures for the manifest.
+
+    Scales go into the dtype of the model, into which readers would round them anyway.
+    """
     from huggingface_hub import save_torch_state_dict
 
     packed: dict[str, torch.Tensor] = {}
     for name, bits in _linear(stored).items():
         codes, scale = stored.rounded[name]
         packed[f"{name}.weight_packed"] = pack(codes, bits)
-        packed[f"{name}.weight_scale"] = scale.contiguous()
+        packed[f"{name}.weight_scale"] = _read_back(scale, stored.dtype)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape)
     floats = dict(stored.floats)
     if EMBEDDING in stored.rounded:  # its kind of layer is not packed: the same values in float
@@ -55,6 +59,11 @@ def write(stored: Stored, folder: Path) -> dict[str, Any]:
     copy_beside(stored, folder)
     weights = sum(stored.rounded[name].codes.numel() for name in _linear(stored))
     return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in packed.values()) / weights}
+
+
+def _read_back(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scales as `from_pretrained` and vLLM will have them, unless they fit as they are."""
+    return scale.contiguous() if dtype == torch.float32 else scale.to(dtype)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -147,11 +156,13 @@ def _bits_of_names(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, 
     }
 
 
-def load(folder: Path) -> torch.nn.Module:
-    """The model as plain transformers loads it."""
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, vocabulary] of the model as plain transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    from finequant.quantize.merge import last_logits
+
+    return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
 
 
 def _linear(stored: Stored) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.stored import Stored
 from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
@@ -54,12 +56,12 @@ def check_fits(stored: Stored) -> None:
         raise UserError(f"gguf: rotary scaling {kind!r} is not written; expected none or llama3")
 
 
-def write(stored: Stored, folder: Path) -> dict[str, Any]:
+def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Writes the file; returns figures for the manifest."""
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
     writer = GGUFWriter(folder / FILE, "llama")
-    _add_config(writer, stored.config, folder.name)
+    _add_config(writer, stored.config, recipe.name)
     _add_tokenizer(writer, stored)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
     size = _add_rounded(writer, stored, names)
@@ -142,7 +144,7 @@ def _gguf_name(names: TensorNameMap, name: str) -> str:
 
 
 def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
-    from gguf import GGUF_QUANT_VERSION, LlamaFileType
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
@@ -158,7 +160,7 @@ def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
-    writer.add_quantization_version(GGUF_QUANT_VERSION)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
 def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
@@ -231,3 +233,17 @@ def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
         codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
         found[name] = Rounded(codes, scale[:, :: stored.group_size(name) // BLOCK])
     return found
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, vocabulary] of llama.cpp where it is installed, else of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.runtimes import LlamaCpp
+    from finequant.quantize.merge import last_logits
+
+    if find_spec("llama_cpp"):
+        runtime = LlamaCpp(folder / FILE)
+        return torch.stack([runtime.logits(prompt)[-1] for prompt in prompts])
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return last_logits(model.eval(), prompts)
