@@ -27,7 +27,7 @@ def check_fits(stored: Stored) -> None:
     Raises:
         UserError: for other bits than 4 and 8.
     """
-    others = sorted({bits for bits in _linear(stored).values()} - set(BITS))
+    others = sorted(set(_linear(stored).values()) - set(BITS))
     if others:
         raise UserError(
             f"compressed-tensors: {stored.folder} has layers of "

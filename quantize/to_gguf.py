@@ -244,6 +244,6 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 
     if find_spec("llama_cpp"):
         runtime = LlamaCpp(folder / FILE)
-        return torch.stack([runtime.logits(prompt)[-1] for prompt in prompts])
+        return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     return last_logits(model.eval(), prompts)

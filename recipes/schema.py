@@ -302,7 +302,7 @@ class Quantize(Section):
     keep_merged: bool = Field(False, description="also keep the merged float checkpoint")
     exports: list[Export] = Field(
         default_factory=list,
-        description="further formats of the same codes, into exports/; torchao is quantized/ itself",
+        description="further formats of the same codes, in exports/; torchao is quantized/ itself",
     )
     cache_length: Positive = Field(
         2048,
