@@ -314,3 +314,59 @@ def test_without_a_format_the_known_ones_are_named(make, capsys):
         make(to=())
     assert exit_.value.code == 2
     assert "torchao, compressed-tensors, gguf, executorch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_executorch_delegates_every_linear_and_holds_the_codes(make):
+    pytest.importorskip("executorch")
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.runtimes import ExecuTorch
+
+    run = make("quantize.cache_length=64", to=("executorch",))
+    file = run / "exports" / "executorch" / "model.pte"
+    assert json.loads((run / "manifest.json").read_text())["executorch"]["delegated_linears"] == 15
+    constants = set(deserialize_pte_binary(file.read_bytes()).named_data.buffers)
+    for codes, scale in torchao_weights(run).values():
+        offset = (codes.to(torch.int16) + 8).to(torch.uint8)
+        packed = offset[:, 0::2] | offset[:, 1::2] << 4
+        assert packed.numpy().tobytes() in constants
+        assert scale.to(torch.bfloat16).view(torch.uint8).numpy().tobytes() in constants
+    runtime = ExecuTorch(file)
+    with torch.no_grad():
+        quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")(PROMPT).logits[0]
+    ids = PROMPT[0].tolist()
+    for _ in range(2):  # a new sequence forgets the one before
+        logits = [runtime.last_logits(ids[:3])]  # a prompt, then token by token, then several
+        logits += [runtime.last_logits([ids[3]], 3), runtime.last_logits(ids[4:], 4)]
+        for found, expected in zip(logits, quantized[[2, 3, 7]], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+def test_executorchs_llm_runner_reads_the_program(make):
+    pytest.importorskip("executorch")
+    from executorch.runtime import Runtime
+
+    run = make("quantize.cache_length=64", to=("executorch",))
+    folder = run / "exports" / "executorch"
+    program = Runtime.get().load_program(str(folder / "model.pte"))
+
+    def answer(name: str) -> list[int]:
+        return program.load_method(name).execute([])
+
+    assert answer("get_max_seq_len") == answer("get_max_context_len") == [64]
+    assert answer("get_vocab_size") == [384]
+    assert answer("get_bos_id") == [0]
+    assert answer("get_eos_ids") == [2]
+    assert answer("use_kv_cache") == [True]
+    assert (folder / "tokenizer.json").exists()
+    assert (folder / "chat_template.jinja").exists()
+
+
+def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
+    pytest.importorskip("executorch")
+    with pytest.raises(SystemExit):
+        make("quantize.bits=8", to=("executorch",))
+    assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in capsys.readouterr().err
