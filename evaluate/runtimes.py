@@ -53,6 +53,10 @@ class ExecuTorch:
         (logits,) = self._forward.execute([torch.tensor([ids]), torch.tensor([start])])
         return logits[0].clone()  # the runtime reuses its memory
 
+    def metadata(self, name: str) -> list[int | bool]:
+        """What the program answers to ExecuTorch's LLM runner, such as `get_eos_ids`."""
+        return list(self._program.load_method(name).execute([]))
+
 
 class LlamaCpp:
     """A GGUF file in llama.cpp."""

@@ -263,6 +263,14 @@ def test_an_export_is_done_until_the_codes_change(make, recipe_file):
     assert "exports/gguf: changed since gguf wrote it" in directory.what_changed(recipe, "gguf")
 
 
+def test_exports_are_stages_between_quantize_and_evaluate(recipe_file):
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import stages_of
+
+    recipe = load_recipe(recipe_file, ["quantize.exports=[gguf, torchao, executorch]"])
+    assert stages_of(recipe) == ["train", "quantize", "gguf", "executorch", "evaluate"]
+
+
 def test_naming_formats_does_not_quantize_again(make, recipe_file):
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
@@ -342,27 +350,38 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
         logits += [runtime.last_logits([ids[3]], 3), runtime.last_logits(ids[4:], 4)]
         for found, expected in zip(logits, quantized[[2, 3, 7]], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert (file.parent / "chat_template.jinja").exists()
+    for name, value in {
+        "get_max_seq_len": 64,
+        "get_max_context_len": 64,
+        "get_vocab_size": quantized.shape[1],
+        "get_bos_id": 0,
+        "get_eos_ids": 2,
+        "use_kv_cache": True,
+    }.items():
+        assert runtime.metadata(name) == [value]
 
 
 @pytest.mark.slow
-def test_executorchs_llm_runner_reads_the_program(make):
+def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
+    """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
     pytest.importorskip("executorch")
-    from executorch.runtime import Runtime
+    from finequant.evaluate.exports import greedy_answer
+    from finequant.evaluate.runtimes import ExecuTorch
 
-    run = make("quantize.cache_length=64", to=("executorch",))
-    folder = run / "exports" / "executorch"
-    program = Runtime.get().load_program(str(folder / "model.pte"))
+    folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
+    expected = greedy_answer(
+        ExecuTorch(folder / "model.pte"), tokenizer, tokenizer("open the red")["input_ids"], 12
+    )
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    def answer(name: str) -> list[int]:
-        return program.load_method(name).execute([])
-
-    assert answer("get_max_seq_len") == answer("get_max_context_len") == [64]
-    assert answer("get_vocab_size") == [384]
-    assert answer("get_bos_id") == [0]
-    assert answer("get_eos_ids") == [2]
-    assert answer("use_kv_cache") == [True]
-    assert (folder / "tokenizer.json").exists()
-    assert (folder / "chat_template.jinja").exists()
+    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+    pieces: list[str] = []
+    wish = GenerationConfig(max_new_tokens=12, temperature=0.0, echo=False)
+    runner.generate("open the red", wish, token_callback=pieces.append)
+    said = "".join(pieces).removesuffix("<|im_end|>").strip()
+    assert said
+    assert expected.startswith(said) or said.startswith(expected)
 
 
 def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
