@@ -42,7 +42,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count
 
-    folder = run.export(name)
+    folder = run.exports / name
     size = sum(file.stat().st_size for file in folder.glob("model*"))
     bits = 8 * size / parameter_count(load_config(recipe.model))
     scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}

@@ -96,7 +96,7 @@ def export_one(
     watch = Stopwatch()
     inputs = run.inputs(recipe, name)
     say(f"export: {name}: writing")
-    with run.writing(run.export(name), recipe) as folder:
+    with run.writing(run.exports / name, recipe) as folder:
         figures = module.write(stored, folder, recipe)
         scales = check_codes(name, stored, module.read_rounded(folder, stored))
         logits = module.last_logits(folder, prompts)
@@ -120,7 +120,7 @@ def export_one(
         logit_difference=difference,
         **figures,
     )
-    say(f"export: {run.export(name)} written in {watch.seconds} s, {size / 1e6:.1f} MB")
+    say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
 
 
 def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:

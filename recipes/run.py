@@ -56,7 +56,7 @@ def run(
     from finequant.recipes.load import load_recipe
     from finequant.recipes.machine import this_machine
     from finequant.recipes.resources import refuse_what_cannot_finish
-    from finequant.recipes.rundir import RunDir, stages_of
+    from finequant.recipes.rundir import STAGES, RunDir, stages_of
 
     loaded = load_recipe(recipe, overrides or [])
     directory = RunDir.of(loaded)
@@ -70,7 +70,7 @@ def run(
         if not ran:
             check_base(loaded)
             if not force:
-                left = stages[number - 1 :]
+                left = [name for name in stages[number - 1 :] if name in STAGES]
                 refuse_what_cannot_finish(loaded, directory, left, this_machine())
         say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
         for change in changes or []:
@@ -160,6 +160,8 @@ def chat(
     from finequant.evaluate.chat import chat as talk
 
     talk(where, overrides or [], model, prompt, max_new_tokens)
+
+
 def export(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -73,10 +73,6 @@ class RunDir:
     def quantized(self) -> Path:
         return self.root / "quantized"
 
-    def export(self, name: str) -> Path:
-        """Where one of EXPORTS lies."""
-        return self.root / "exports" / name
-
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
@@ -130,7 +126,7 @@ class RunDir:
         return {
             "train": [self.adapter],
             "quantize": [self.quantized],
-            **{name: [self.export(name)] for name in EXPORTS},
+            **{name: [self.exports / name] for name in EXPORTS},
             "evaluate": [self.report, self.root / "report.md"],
         }[stage]
 
