@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +101,22 @@ def greedy_answer(
     runtime: Runtime, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int
 ) -> str:
     """At most `limit` tokens, up to the tokenizer's end token; without special tokens, stripped."""
-    answer: list[int] = []
-    logits = runtime.last_logits(prompt)
-    while len(answer) < limit and (token := int(logits.argmax())) != tokenizer.eos_token_id:
-        answer.append(token)
-        logits = runtime.last_logits([token], len(prompt) + len(answer) - 1)
+    answer = list(greedy_tokens(runtime, prompt, tokenizer.eos_token_id, limit))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
+
+
+def greedy_tokens(
+    runtime: Runtime, prompt: list[int], stop: int | None, limit: int
+) -> Iterator[int]:
+    """At most `limit` tokens after the prompt, up to `stop`, which is not among them."""
+    logits = runtime.last_logits(prompt)
+    for place in range(len(prompt), len(prompt) + limit):
+        token = int(logits.argmax())
+        if token == stop:
+            return
+        yield token
+        logits = runtime.last_logits([token], place)
 
 
 def speed(name: str, folder: Path) -> dict[str, float | int]:

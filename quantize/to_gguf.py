@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    shutil.copy2(stored.folder / "quantization.json", folder)
     weights = sum(codes.numel() for codes, _ in stored.rounded.values())
     return {"bits_per_rounded_weight": 8 * size / weights}
 
