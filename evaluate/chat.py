@@ -115,20 +115,37 @@ def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     from finequant.finetune.model import load_tokenizer
 
     if name in EXPORTS:
-        return load_export(name, run)
+        return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     return transformers_speaker(load_model(name, recipe, run, [prompt]), tokenizer, recipe)
 
 
-def load_export(name: str, run: RunDir) -> Speaker:
+def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     """An export in its own runtime.
 
     Raises:
-        UserError: if it cannot be run here.
+        UserError: if that is not installed.
     """
-    # Here a Speaker made by the export's module takes its place, once exports have runtimes.
-    raise UserError(f"{name}: {run.exports / EXPORTS[name]} cannot be run from here yet")
+    from finequant.evaluate.exports import greedy_tokens
+    from finequant.evaluate.runtimes import open_runtime, why_not
+    from finequant.finetune.model import load_tokenizer
+
+    if missing := why_not(EXPORTS[name]):
+        raise UserError(f"{name}: its runtime is not installed: {missing}")
+    runtime = open_runtime(EXPORTS[name], run.exports / EXPORTS[name])
+    tokenizer = load_tokenizer(recipe.model)
+
+    def speak(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
+        ids, new = _encode(messages, tokenizer, recipe), []
+        started = time.monotonic()
+        for token in greedy_tokens(runtime, ids, tokenizer.eos_token_id, max_new_tokens):
+            new.append(token)
+            write(tokenizer.decode([token], skip_special_tokens=True))
+        seconds = time.monotonic() - started
+        return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
+
+    return speak
 
 
 def transformers_speaker(

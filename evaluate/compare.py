@@ -1,4 +1,4 @@
-"""Compare base, tuned and quantized on the same tokens: -> report.json, report.md, plots/
+"""Compare base, tuned, quantized, exports on the same tokens: -> report.json, report.md, plots/
 
 python evaluate/compare.py recipes/quickstart.yaml
 python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
-from finequant.recipes.rundir import RunDir, Stopwatch, replace_text, versions
+from finequant.recipes.rundir import RunDir, Stopwatch, exports_of, replace_text, versions
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(recipe: Recipe, run: RunDir) -> bool:
-    """Measures the three models, writes the report and prints its table.
+    """Measures the three models and what was exported, writes the report and prints its table.
 
     Returns:
         Whether the gate passed; True where the recipe sets none.
@@ -68,12 +68,15 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     watch = Stopwatch()
     run.require("train")
     run.require("quantize")
+    for name in exports_of(recipe):
+        run.require(name)
     inputs = run.inputs(recipe, "evaluate")
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate)
     material = prepare(recipe)
     measured = measure_all(recipe, run, inputs, material)
-    models = {name: measured[name]["scores"] for name in MODELS}
+    measured |= measure_exports(recipe, run, inputs, material)
+    models = {name: found["scores"] for name, found in measured.items()}
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
@@ -157,6 +160,25 @@ def measure_all(
         keep(measurement_file(run, name), relevant(name, inputs), measured[name])
         del model
         gc.collect()
+    return measured
+
+
+def measure_exports(
+    recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
+) -> dict[str, dict[str, Any]]:
+    """The measurement of each format that the recipe exports, by its key in the report."""
+    from finequant.evaluate.exports import KEYS, measure_export
+
+    measured = {}
+    for name in exports_of(recipe):
+        file, own = measurement_file(run, name), relevant(name, inputs)
+        found = kept_measurement(file, own)
+        if found:
+            say(f"evaluate: {name}: measured before, unchanged")
+        else:
+            found = measure_export(name, recipe, run, material)
+            keep(file, own, found)
+        measured[KEYS.get(name, name)] = found
     return measured
 
 
@@ -298,24 +320,29 @@ def _samples(
         {
             "prompt": material.rows[index].messages[-2]["content"],
             "reference": material.references[index],
-            "answers": {name: measured[name]["answers"][index] for name in MODELS},
+            "answers": {
+                name: found["answers"][index]
+                for name, found in measured.items()
+                if found["answers"]
+            },
         }
         for index in (number * total // count for number in range(count))
     ]
 
 
 def measurement_file(run: RunDir, name: str) -> Path:
-    """Where the measurement of one of the three is kept."""
+    """Where the measurement of one model is kept."""
     return run.measurements / f"{name}.json"
 
 
 def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of `evaluate` that decide the measurement of one of the three."""
-    shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
+    """The inputs of `evaluate` that decide the measurement of one model."""
+    shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size", "exports/")
+    without = INDEPENDENT_OF.get(name, INDEPENDENT_OF["base"])
     return {
         key: value
         for key, value in inputs.items()
-        if key not in INDEPENDENT_OF[name] and not key.startswith(shown_only)
+        if key == f"exports/{name}/" or (key not in without and not key.startswith(shown_only))
     }
 
 

@@ -124,6 +124,14 @@ def measure(
     Raises:
         UserError: nothing is scored.
     """
+    losses = negative_log_likelihoods(model, sequences, batch_size, f"perplexity: {name}")
+    return perplexities(math.fsum(losses), sequences, documents, name)
+
+
+def perplexities(
+    nll: float, sequences: list[ScoredSequence], documents: list[Document], name: str
+) -> dict[str, float | int]:
+    """What `measure` returns, from the summed negative log-likelihood of all sequences."""
     units = {
         "token": sum(sum(sequence.scored) for sequence in sequences),
         "word": sum(document.words for document in documents),
@@ -131,7 +139,6 @@ def measure(
     }
     if not all(units.values()):
         raise UserError(f"perplexity of {name}: no token to score; expected some text")
-    nll = math.fsum(negative_log_likelihoods(model, sequences, batch_size, f"perplexity: {name}"))
     perplexity = {unit: _exp(nll / number) for unit, number in units.items()}
     return {**perplexity, "tokens": units["token"]}
 

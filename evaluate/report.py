@@ -3,7 +3,8 @@
 A report is a plain dict, `{"recipe", "versions", "models", "divergence", "layers", "samples",
 "training", "gate"}`; all but `models` may be missing. `models` maps base, tuned, quantized (and
 further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS: {"token", "word",
-"byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`.
+"byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; of exports also `"speed":
+{"prompt", "decoding": tokens per second, "peak_memory_bytes"}`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,26 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
         label += f", n={n})" if n else ")"
         rows.append(row(label, shown_score(scale), _points(scale), "tasks", task, metric))
+    for label, shown, key in SPEEDS:
+        if any(value_at(model, "speed", key) for model in models.values()):
+            rows.append(row(label, shown, _ratio, "speed", key))
     return ["", *models, "quantized vs tuned"], rows
+
+
+def _megabytes(size: int | None) -> str:
+    return MISSING if size is None else f"{size / 1e6:,.1f}"
+
+
+def _rate(tokens: float | None) -> str:
+    return MISSING if tokens is None else f"{tokens:,.0f}"
+
+
+SPEEDS = (
+    ("prompt, tokens/s (higher is better)", _rate, "prompt"),
+    ("decoding, tokens/s (higher is better)", _rate, "decoding"),
+    ("peak memory in MB (lower is better)", _megabytes, "peak_memory_bytes"),
+)
+"""Label, how it is shown, and key under `speed`, which exports have."""
 
 
 def print_table(report: Report) -> None:
@@ -441,10 +461,6 @@ def shown_number(value: float | None, digits: int = 2) -> str:
     if value is None:
         return MISSING
     return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _megabytes(size: int | None) -> str:
-    return MISSING if size is None else f"{size / 1e6:,.1f}"
 
 
 def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:

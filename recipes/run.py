@@ -30,7 +30,7 @@ MODULES = {
     "train": "finequant.finetune.train",
     "quantize": "finequant.quantize.convert",
     "evaluate": "finequant.evaluate.compare",
-}
+}  # and each export: finequant.quantize.export
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="path of the recipe (YAML)")]
 Overrides = Annotated[
@@ -56,22 +56,23 @@ def run(
     from finequant.recipes.load import load_recipe
     from finequant.recipes.machine import this_machine
     from finequant.recipes.resources import refuse_what_cannot_finish
-    from finequant.recipes.rundir import STAGES, RunDir
+    from finequant.recipes.rundir import STAGES, RunDir, stages_of
 
     loaded = load_recipe(recipe, overrides or [])
     directory = RunDir.of(loaded)
+    stages = stages_of(loaded)
     started, ran = time.monotonic(), False
-    for number, stage in enumerate(STAGES, start=1):
+    for number, stage in enumerate(stages, start=1):
         changes = directory.what_changed(loaded, stage)
         if changes == []:
-            say(f"[{number}/{len(STAGES)}] {stage}: up to date")
+            say(f"[{number}/{len(stages)}] {stage}: up to date")
             continue
         if not ran:
             check_base(loaded)
             if not force:
-                left = list(STAGES[number - 1 :])
+                left = [name for name in stages[number - 1 :] if name in STAGES]
                 refuse_what_cannot_finish(loaded, directory, left, this_machine())
-        say(f"[{number}/{len(STAGES)}] {stage}{_remaining(directory, number - 1)}")
+        say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
         for change in changes or []:
             say(f"  because {change}")
         _start(stage, [str(recipe), *(overrides or [])], launch if stage == "train" else None)
@@ -159,6 +160,24 @@ def chat(
     from finequant.evaluate.chat import chat as talk
 
     talk(where, overrides or [], model, prompt, max_new_tokens)
+
+
+def export(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="torchao, compressed-tensors, gguf or executorch; may be given several times; "
+            "default: quantize.exports of the recipe",
+        ),
+    ] = None,
+) -> None:
+    """Write the same codes in other formats: quantized/ -> exports/ (quantize/export.py)."""
+    from finequant.quantize.export import main as stage
+
+    chosen = [word for name in to or [] for word in ("--to", name)]
+    stage([str(recipe), *(overrides or []), *chosen])
 
 
 @app.command()
@@ -272,7 +291,10 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     command = [sys.executable, "-m"]
     if launch:
         command += ["accelerate.commands.launch", "--config_file", str(launch), "--module"]
-    command += [MODULES[stage], *arguments]
+    if stage in MODULES:
+        command += [MODULES[stage], *arguments]
+    else:
+        command += ["finequant.quantize.export", *arguments, "--to", stage]
     try:
         code = subprocess.run(command).returncode
     except FileNotFoundError as error:
@@ -281,13 +303,11 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def _remaining(directory, done: int) -> str:
+def _remaining(directory, stages: list[str]) -> str:
     """From the seconds that the stages took last time in this run directory."""
-    from finequant.recipes.rundir import STAGES
-
     manifest = directory.manifest()
-    known = [manifest[stage]["seconds"] for stage in STAGES[done:] if stage in manifest]
-    if len(known) < len(STAGES) - done:
+    known = [manifest[stage]["seconds"] for stage in stages if stage in manifest]
+    if len(known) < len(stages):
         return ""
     return f" (about {sum(known) / 60:.0f} min to go, by the last run)"
 

@@ -20,14 +20,27 @@ from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
 
 STAGES = ("train", "quantize", "evaluate")
+EXPORTS = ("compressed-tensors", "gguf", "executorch")
+"""Formats that `finequant export` makes of quantized/; each is a stage of its own."""
 
 # The recipe's sections that decide what a stage makes; files and upstream artefacts come on top.
 SECTIONS = {
     "train": ("seed", "model", "data", "lora", "train"),
     "quantize": ("model", "quantize"),
+    "compressed-tensors": (),
+    "gguf": (),
+    "executorch": ("quantize.cache_length",),
     "evaluate": ("seed", "model", "data", "quantize.dtype", "evaluate"),
 }
-UPSTREAM = {"train": (), "quantize": ("adapter",), "evaluate": ("adapter", "quantized")}
+UPSTREAM = {
+    "train": (),
+    "quantize": ("adapter",),
+    **dict.fromkeys(EXPORTS, ("quantized",)),
+    "evaluate": ("adapter", "quantized"),
+}
+
+# Of the section `quantize`, but they change nothing in quantized/.
+ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 
 # In adapter/: the codes that quantization-aware training ended with.
 ROUNDED = "rounded.safetensors"
@@ -102,8 +115,10 @@ class RunDir:
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         """Everything that decides the stage's result: recipe keys, and hashes of files."""
         inputs = section_inputs(recipe, _sections(recipe, stage))
-        inputs["model.base"] = _base_identity(recipe)
-        for artefact in UPSTREAM[stage]:
+        if stage not in EXPORTS:  # what decides them lies in quantized/
+            inputs["model.base"] = _base_identity(recipe)
+        exported = exports_of(recipe) if stage == "evaluate" else []
+        for artefact in (*UPSTREAM[stage], *(f"exports/{name}" for name in exported)):
             inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"
         return inputs
 
@@ -111,6 +126,7 @@ class RunDir:
         return {
             "train": [self.adapter],
             "quantize": [self.quantized],
+            **{name: [self.exports / name] for name in EXPORTS},
             "evaluate": [self.report, self.root / "report.md"],
         }[stage]
 
@@ -136,7 +152,7 @@ class RunDir:
         missing = [path for path in self.outputs(stage) if not path.exists()]
         if missing:
             raise UserError(
-                f"{missing[0]} does not exist: run `finequant {stage} RECIPE` first, "
+                f"{missing[0]} does not exist: run `finequant {_command(stage)}` first, "
                 "or copy the folder here from the machine it was made on"
             )
 
@@ -181,7 +197,10 @@ class RunDir:
         manifest = self.manifest()
         manifest[stage] = {
             "inputs": inputs,
-            "outputs": {path.name: content_hash(path) for path in self.outputs(stage)},
+            "outputs": {
+                path.relative_to(self.root).as_posix(): content_hash(path)
+                for path in self.outputs(stage)
+            },
             "seed": recipe.seed,
             "versions": versions(),
             "peak_memory_bytes": peak_memory(),
@@ -192,13 +211,27 @@ class RunDir:
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
 
 
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages of this recipe, in their order."""
+    return [*STAGES[:2], *exports_of(recipe), *STAGES[2:]]
+
+
+def exports_of(recipe: Recipe) -> list[str]:
+    """The formats to make of quantized/, which is torchao's already."""
+    return [name for name in recipe.quantize.exports if name != "torchao"]
+
+
 def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     """The keys of some sections; where a file is named, the hash of what is in it."""
     dumped = recipe.model_dump(mode="json")
     if layers := dumped["quantize"]["layers"]:  # as text: the order of patterns counts
         dumped["quantize"]["layers"] = json.dumps(layers)
     content = _flat(dumped)
-    inputs = {key: content[key] for key in content if _within(key, sections)}
+    inputs = {
+        key: content[key]
+        for key in content
+        if _within(key, sections) and (key in sections or key not in ONLY_FOR_EXPORTS)
+    }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and Path(inputs[key]).is_absolute():
             inputs[key] = f"sha256:{content_hash(Path(inputs[key]))}"
@@ -259,6 +292,10 @@ def _says(path: Path, expected: Any) -> bool:
         return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
     except (OSError, ValueError):
         return False
+
+
+def _command(stage: str) -> str:
+    return f"export RECIPE --to {stage}" if stage in EXPORTS else f"{stage} RECIPE"
 
 
 def _base_identity(recipe: Recipe) -> str:

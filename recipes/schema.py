@@ -22,6 +22,7 @@ from pydantic import (
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Export = Literal["torchao", "compressed-tensors", "gguf", "executorch"]
 Metric = Literal["exact_match", "json_match", "f1", "multiple_choice", "rouge", "bleu", "chrf"]
 
 # peft initialisations that need calibration data or an already quantized base.
@@ -302,6 +303,22 @@ class Quantize(Section):
         "auto", description="embedding, norms and arithmetic; auto: as the base is stored"
     )
     keep_merged: bool = Field(False, description="also keep the merged float checkpoint")
+    exports: list[Export] = Field(
+        default_factory=list,
+        description="further formats of the same codes, in exports/; torchao is quantized/ itself",
+    )
+    cache_length: Positive = Field(
+        2048,
+        description="of the executorch export: tokens of its static key-value cache, prompt and "
+        "answer together; at most the base's positions",
+    )
+
+    @field_validator("exports")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"each format once; found {', '.join(value)}")
+        return value
 
 
 class Corpus(Section):

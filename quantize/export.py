@@ -1,0 +1,194 @@
+"""Write quantized/ in other formats, the same codes in each: quantized/ -> exports/FORMAT/
+
+python quantize/export.py recipes/quickstart.yaml --to gguf
+python quantize/export.py recipes/quickstart.yaml --to compressed-tensors --to executorch
+Without --to: the formats of quantize.exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, get_args
+
+from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.schema import Export, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from finequant.quantize.rounding import Rounded
+    from finequant.quantize.stored import Stored
+
+# Each has PACKAGES, check_fits, write, read_rounded and last_logits.
+MODULES = {
+    "compressed-tensors": "finequant.quantize.to_compressed",
+    "gguf": "finequant.quantize.to_gguf",
+    "executorch": "finequant.quantize.to_executorch",
+}
+PROMPTS = 8
+"""Of the recipe's own rows, on which logits are compared."""
+
+LARGEST_DIFFERENCE = 0.15
+"""Of the logits, root mean square, relative to those of quantized/: runtimes round activations to
+8 bits each in its own way, and one and the same model differs by 0.05 between them."""
+
+SCALE_ROUNDING = 2.0**-8
+"""Relative: half precision and bfloat16 stay below."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--to", action="append", choices=get_args(Export), metavar="FORMAT")
+    chosen, rest = parser.parse_known_args(argv)
+    with told_to_the_user():
+        recipe, run = read_command_line(__doc__, rest)
+        quiet_libraries()
+        export(recipe, run, chosen.to or recipe.quantize.exports)
+
+
+def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
+    """Writes and checks each format; those that cannot be made are refused before the first is.
+
+    Raises:
+        UserError: for a format that cannot hold these codes, a package that is not installed, or
+            a file that, read again, has other codes or other logits.
+    """
+    from finequant.quantize.stored import read_stored
+
+    run.require("quantize")
+    if not formats:
+        raise UserError(
+            f"no format to export to: say --to FORMAT or quantize.exports: [FORMAT]; "
+            f"{', '.join(get_args(Export))}"
+        )
+    if "torchao" in formats:
+        say(f"export: torchao: {run.quantized} is in this format")
+    modules = {name: _module(name) for name in dict.fromkeys(formats) if name != "torchao"}
+    stored = read_stored(run.quantized)
+    for module in modules.values():
+        module.check_fits(stored)
+    reference = None
+    for name, module in modules.items():
+        if reference is None:
+            prompts = _prompts(recipe, run.quantized)
+            reference = _reference(run.quantized, prompts)
+        export_one(recipe, run, name, module, stored, prompts, reference)
+
+
+def export_one(
+    recipe: Recipe,
+    run: RunDir,
+    name: str,
+    module: ModuleType,
+    stored: Stored,
+    prompts: list[list[int]],
+    reference: torch.Tensor,
+) -> None:
+    """One format: written, read again, compared, recorded."""
+    watch = Stopwatch()
+    inputs = run.inputs(recipe, name)
+    say(f"export: {name}: writing")
+    with run.writing(run.exports / name, recipe) as folder:
+        figures = module.write(stored, folder, recipe)
+        scales = check_codes(name, stored, module.read_rounded(folder, stored))
+        logits = module.last_logits(folder, prompts)
+        difference = check_logits(name, logits, reference)
+        size = sum(file.stat().st_size for file in folder.glob("model*"))
+    said = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
+    say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {said}")
+    say(
+        f"export: {name}: logits differ from quantized/ by {difference:.1%} "
+        f"(root mean square; at most {LARGEST_DIFFERENCE:.0%})"
+    )
+    for key, value in figures.items():
+        say(f"export: {name}: {key.replace('_', ' ')} {value:.4g}")
+    run.record(
+        recipe,
+        name,
+        inputs,
+        seconds=watch.seconds,
+        size_bytes=size,
+        scale_rounding=scales,
+        logit_difference=difference,
+        **figures,
+    )
+    say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
+
+
+def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:
+    """How far, relatively, a scale was rounded at most.
+
+    Raises:
+        UserError: if a code differs, or a scale by more than its format rounds.
+    """
+    import torch
+
+    worst = 0.0
+    for layer, (codes, scale) in found.items():
+        expected = stored.rounded[layer]
+        if not torch.equal(codes, expected.codes):
+            raise UserError(f"{name}: the codes of {layer} differ once read: the file is not kept")
+        exact = expected.scale.float()
+        # Below half precision's normal numbers, 6e-5, its steps are 6e-8 wide.
+        beyond = (scale.float() - exact).abs() - 2.0**-24
+        worst = max(worst, (beyond / exact.abs()).max().item())
+        if not worst <= SCALE_ROUNDING:
+            raise UserError(
+                f"{name}: scales of {layer} differ by {worst:.1%}: the file is not kept"
+            )
+    return max(worst, 0.0)
+
+
+def check_logits(name: str, logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to that of the reference.
+
+    Raises:
+        UserError: if it is larger than runtimes explain.
+    """
+    difference = ((logits - reference).norm() / reference.norm()).item()
+    if not difference <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"{name}: logits differ from those of quantized/ by {difference:.1%}, expected at most "
+            f"{LARGEST_DIFFERENCE:.0%}: the file is not kept"
+        )
+    return difference
+
+
+def _module(name: str) -> ModuleType:
+    """The format's module, if what it needs is installed."""
+    module = import_module(MODULES[name])
+    if missing := [wheel for package, wheel in module.PACKAGES.items() if not find_spec(package)]:
+        raise UserError(f"{name}: needs a package: pip install {' '.join(missing)}")
+    return module
+
+
+def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    from finequant.finetune.data import load_splits
+    from finequant.finetune.tokens import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    splits = load_splits(recipe.data, recipe.seed)
+    rows = (splits.validation or splits.train)[:PROMPTS]
+    return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
+
+
+def _reference(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.merge import last_logits
+
+    return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

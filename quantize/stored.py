@@ -1,0 +1,95 @@
+"""quantized/ as it lies on disk, without torchao: codes, scales, and what stayed in float.
+
+Every export is made from this, so all formats ship the same integers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from finequant.quantize.rounding import Rounded
+from finequant.recipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+NOT_COPIED = (*WEIGHTS, "config.json", "recipe.yaml")
+
+
+class Stored(NamedTuple):
+    """A quantized checkpoint; tensors are mapped from its files, not read."""
+
+    folder: Path
+    config: LlamaConfig
+    rounded: dict[str, Rounded]
+    """By layer, such as `lm_head`."""
+    bits: dict[str, int]
+    """Of the codes, by layer."""
+    floats: dict[str, torch.Tensor]
+    """By parameter, such as `model.norm.weight`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embedding, norms and arithmetic."""
+        return self.floats["model.norm.weight"].dtype
+
+    def group_size(self, name: str) -> int:
+        """Weights of a layer that share a scale."""
+        codes, scale = self.rounded[name]
+        return codes.shape[1] // scale.shape[1]
+
+
+def read_stored(folder: Path) -> Stored:
+    """Reads `quantized/`, whatever its number of files.
+
+    Raises:
+        UserError: if a file is damaged, or a layer has zero points, which no format here takes.
+    """
+    from transformers import AutoConfig
+
+    rounded: dict[str, Rounded] = {}
+    bits: dict[str, int] = {}
+    floats: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stream:
+                for name, text in stream.metadata().items():
+                    if name.endswith("weight"):  # `format` and `tensor_names` are not tensors
+                        _read_tensor(stream, name, json.loads(text), rounded, bits, floats)
+        except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{file}: damaged, or not what quantize writes ({error}): quantize again"
+            ) from None
+    config = AutoConfig.from_pretrained(folder)
+    return Stored(folder, config, rounded, bits, floats)
+
+
+def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict, floats: dict):
+    """Adds one tensor, which torchao's own metadata describes, to one of the dictionaries."""
+    if description["_type"] == "Tensor":
+        if name in stream.keys():  # a tied head is described, but not stored  # noqa: SIM118
+            floats[name] = stream.get_tensor(name)
+        return
+    layer = name.removesuffix(".weight")
+    parts = {
+        part: stream.get_tensor(f"{layer}._weight_{part}")
+        for part in description["_tensor_data_names"]
+    }
+    if parts["zero_point"].any():
+        raise UserError(f"{layer}: has zero points; expected symmetric codes: quantize again")
+    rounded[layer] = Rounded(parts["qdata"], parts["scale"])
+    bits[layer] = int(description["_data"]["target_dtype"]["_data"].removeprefix("int"))
+
+
+def copy_beside(stored: Stored, folder: Path) -> None:
+    """Copies what is neither weights nor configuration: tokenizer, chat template, records."""
+    for file in stored.folder.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
+            shutil.copy2(file, folder / file.name)

@@ -1,0 +1,77 @@
+"""evaluate/exports.py: an export is measured in its own runtime, on the tokens of the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from finequant.evaluate.exports import greedy_answer, nll
+from finequant.evaluate.perplexity import ScoredSequence
+from finequant.evaluate.runtimes import Transformers
+
+
+def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    ids = [5, 6, 7, 200, 9, 10, 300, 12]
+    scored = [False, False, False, True, True, False, True, True]
+    logits = AutoModelForCausalLM.from_pretrained(tiny_base)(torch.tensor([ids])).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+    expected = losses[torch.tensor(scored[1:])].sum().item()
+    runtime = Transformers(tiny_base)
+    assert nll(runtime, ScoredSequence(ids, scored)) == pytest.approx(expected, rel=1e-5)
+    assert nll(runtime, ScoredSequence(ids, scored)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_are_those_of_generate(tiny_base, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.tasks import answer
+
+    prompt = tokenizer("open the red door")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    expected = answer(model, tokenizer, [prompt], 12, 1, "test")
+    assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, 12)] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "key"), [("compressed-tensors", "compressed-tensors"), ("executorch", "pte")]
+)
+def test_the_report_has_a_column_for_every_export(recipe_file, capsys, name, key):
+    pytest.importorskip(name.replace("-", "_"))
+    from finequant.evaluate.compare import main as compare
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+    from finequant.quantize.export import main as export
+
+    arguments = [
+        str(recipe_file),
+        "train.max_steps=2",
+        f"quantize.exports=[torchao,{name}]",
+        "quantize.cache_length=512",
+    ]
+    train(arguments)
+    convert(arguments)
+    with pytest.raises(SystemExit):
+        compare(arguments)
+    assert f"run `finequant export RECIPE --to {name}` first" in capsys.readouterr().err
+    export(arguments)
+    compare(arguments)
+    run = recipe_file.parent / "run"
+    models = json.loads((run / "report.json").read_text())["models"]
+    assert list(models) == ["base", "tuned", "quantized", key]
+    for corpus in ("text", "held_out"):
+        ours, reference = (models[name]["perplexity"][corpus] for name in (key, "quantized"))
+        assert ours["token"] == pytest.approx(reference["token"], rel=0.01)
+        assert ours["tokens"] == reference["tokens"]
+    assert models[key]["tasks"]["held_out"]["exact_match"]["n"] == 8
+    assert models[key]["speed"]["decoding"] > 0
+    assert models[key]["speed"]["peak_memory_bytes"] > 1e8
+    size = sum(file.stat().st_size for file in (run / "exports" / name).glob("model*"))
+    assert models[key]["size_bytes"] == size
+    assert "decoding, tokens/s" in (run / "report.md").read_text()
+    compare(arguments)
+    assert f"evaluate: {name}: measured before, unchanged" in capsys.readouterr().err

@@ -1,0 +1,391 @@
+"""quantize/export.py: every format holds the codes and scales of quantized/, read from its file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9, 200, 100, 50]])
+
+
+@pytest.fixture(scope="module")
+def runs_before(tmp_path_factory) -> tuple[dict[tuple[str, ...], Path], Path]:
+    """Quantized runs by their overrides, and where to keep them: tests start from copies."""
+    return {}, tmp_path_factory.mktemp("quantized")
+
+
+@pytest.fixture
+def make(recipe_file, runs_before):
+    """Trains two steps, quantizes with some overrides and exports; returns the run directory."""
+    before, store = runs_before
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+    from finequant.quantize.export import main as export
+
+    def run(*overrides: str, to: tuple[str, ...]) -> Path:
+        arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2", *overrides]
+        folder = recipe_file.parent / "run"
+        if overrides not in before:
+            train(arguments)
+            convert(arguments)
+            before[overrides] = shutil.copytree(folder, store / str(len(before)))
+        elif not folder.exists():
+            shutil.copytree(before[overrides], folder)
+        export([*arguments, *(word for name in to for word in ("--to", name))])
+        return folder
+
+    return run
+
+
+def torchao_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Codes and scales by layer, straight from the safetensors file."""
+    tensors = load_file(folder / "quantized" / "model.safetensors")
+    end = "._weight_qdata"
+    return {
+        key.removesuffix(end): (codes, tensors[key.replace("qdata", "scale")])
+        for key, codes in tensors.items()
+        if key.endswith(end)
+    }
+
+
+def unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Codes of compressed-tensors: eight to an int32, lowest bits first, 8 more than the code."""
+    halves = [packed >> shift & 15 for shift in range(0, 32, 4)]
+    return (torch.stack(halves, dim=-1).flatten(1)[:, :columns] - 8).to(torch.int8)
+
+
+@pytest.mark.parametrize("tied_head", ["quantize", "float"])
+def test_compressed_tensors_hold_the_codes_in_four_bits(make, tied_head):
+    from transformers import AutoModelForCausalLM
+
+    overrides = [f"quantize.head={tied_head}", "quantize.scale_dtype=bfloat16"]
+    run = make(*overrides, to=("compressed-tensors",))
+    folder = run / "exports" / "compressed-tensors"
+    tensors = load_file(folder / "model.safetensors")
+    expected = torchao_weights(run)
+    assert len(expected) == 2 * 7 + (tied_head == "quantize")
+    bits = weights = 0
+    for name, (codes, scale) in expected.items():
+        packed = tensors[f"{name}.weight_packed"]
+        assert packed.dtype == torch.int32
+        assert tensors[f"{name}.weight_shape"].tolist() == list(codes.shape)
+        assert torch.equal(unpacked(packed, codes.shape[1]), codes)
+        assert torch.equal(tensors[f"{name}.weight_scale"], scale)
+        bits += 8 * (packed.nbytes + tensors[f"{name}.weight_scale"].nbytes)
+        weights += codes.numel()
+    assert bits / weights == 4.5
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    with torch.no_grad():
+        logits = model(PROMPT).logits  # the first forward unpacks the weights
+        expected_logits = quantized(PROMPT).logits
+    for name in expected:
+        assert torch.equal(
+            model.get_submodule(name).weight, quantized.get_submodule(name).weight.dequantize()
+        )
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0.02)
+
+
+def test_compressed_tensors_quantize_activations(make):
+    """One large activation coarsens its own token only."""
+    from transformers import AutoModelForCausalLM
+
+    run = make(to=("compressed-tensors",))
+    model = AutoModelForCausalLM.from_pretrained(run / "exports" / "compressed-tensors")
+    layer = model.model.layers[0].mlp.up_proj
+    activations = torch.randn(1, 2, 64)
+    with torch.no_grad():
+        model(PROMPT)
+        plain, exact = layer(activations), activations @ layer.weight.T
+        activations[0, 0, 0] = 1000.0
+        spiked, spiked_exact = layer(activations), activations @ layer.weight.T
+    assert 0 < (plain - exact).abs().max() < 0.05 * exact.abs().max()
+    torch.testing.assert_close(spiked[0, 1], plain[0, 1])
+    assert (spiked - spiked_exact)[0, 0].abs().max() > 5 * (plain[0] - exact[0]).abs().max()
+
+
+def test_scales_of_a_bfloat16_model_are_rounded_as_readers_do(make):
+    run = make("quantize.dtype=bfloat16", to=("compressed-tensors",))
+    tensors = load_file(run / "exports" / "compressed-tensors" / "model.safetensors")
+    for name, (_, scale) in torchao_weights(run).items():
+        assert scale.dtype == torch.float32
+        assert torch.equal(tensors[f"{name}.weight_scale"], scale.to(torch.bfloat16))
+    entry = json.loads((run / "manifest.json").read_text())["compressed-tensors"]
+    assert 0 < entry["scale_rounding"] <= 2**-8
+    assert entry["bits_per_rounded_weight"] < 4.6
+
+
+def gguf_tensors(run: Path) -> dict[str, tuple[str, np.ndarray]]:
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(run / "exports" / "gguf" / "model.gguf").tensors
+    return {tensor.name: (tensor.tensor_type.name, tensor.data) for tensor in tensors}
+
+
+def halves_to_neighbours(rows: int, heads: int) -> list[int]:
+    """Where llama.cpp wants each row of q_proj or k_proj: x1 y1 x2 y2 for x1 x2 y1 y2."""
+    size = rows // heads
+    order = [half * size // 2 + index for index in range(size // 2) for half in range(2)]
+    return [head * size + place for head in range(heads) for place in order]
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_gguf_holds_the_codes_and_half_precision_scales(make, llama, group_size):
+    base = llama("divisible", intermediate_size=192)
+    run = make(f"model.base={base}", f"quantize.group_size={group_size}", to=("gguf",))
+    tensors = gguf_tensors(run)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "mlp.down_proj": "ffn_down",
+    }
+    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
+    expected = torchao_weights(run)
+    layers = {f"model.layers.1.{ours}": f"blk.1.{theirs}.weight" for ours, theirs in names.items()}
+    for ours, theirs in {**layers, "lm_head": "output.weight"}.items():
+        codes, scale = (part.numpy() for part in expected[ours])
+        kind, data = tensors[theirs]
+        assert kind == "Q4_0"
+        blocks = data.reshape(len(data), -1, 18)  # 2 bytes of scale, 16 of codes
+        low, high = blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4
+        found = np.concatenate([low, high], axis=-1).reshape(len(data), -1).astype(np.int8) - 8
+        order = np.arange(len(codes))
+        if count := heads.get(ours.removeprefix("model.layers.1.")):
+            order = halves_to_neighbours(len(codes), count)
+        assert np.array_equal(found, codes[order])
+        halves = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
+        repeated = scale.astype(np.float16)[order].repeat(group_size // 32, axis=1)
+        assert np.array_equal(halves, repeated)
+    entry = json.loads((run / "manifest.json").read_text())["gguf"]
+    assert entry["bits_per_rounded_weight"] == 4.5
+    assert entry["scale_rounding"] <= 2**-11
+
+
+@pytest.mark.parametrize("tied_head", ["quantize", "float"])
+def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = make(f"quantize.head={tied_head}", to=("gguf",))
+    folder = run / "exports" / "gguf"
+    assert ("output.weight" in gguf_tensors(run)) == (tied_head == "quantize")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.float32
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    torch.testing.assert_close(model(PROMPT).logits, quantized(PROMPT).logits, rtol=0, atol=0.05)
+    inside = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    text = "<|im_start|>open the red door at 11 o'clock<|im_end|>\n"
+    assert inside(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert inside.chat_template == tokenizer.chat_template
+    assert inside.bos_token == tokenizer.bos_token
+    assert inside.eos_token == tokenizer.eos_token
+
+
+def test_gguf_says_how_words_are_cut(tmp_path, tokenizer):
+    from tokenizers import Regex, pre_tokenizers
+
+    from finequant.quantize.to_gguf import LLAMA_3_WORDS, pre_tokenizer
+    from finequant.recipes.errors import UserError
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated")
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    gpt_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cases = {
+        "gpt-2": gpt_2,
+        "smollm": pre_tokenizers.Sequence([digits, gpt_2]),
+        "llama-bpe": pre_tokenizers.Sequence([words, byte_level]),
+    }
+    for name, cut in cases.items():
+        tokenizer.backend_tokenizer.pre_tokenizer = cut
+        tokenizer.save_pretrained(tmp_path)
+        assert pre_tokenizer(tmp_path) == name
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.pre_tokenizer = gpt_2  # the fixture is shared
+    with pytest.raises(UserError, match="cuts words by"):
+        pre_tokenizer(tmp_path)
+
+
+def test_eight_bits_and_a_quantized_embedding(make):
+    run = make(
+        "quantize.layers={'*.down_proj': {bits: 8}}",
+        "quantize.embedding=8",
+        "quantize.scale_dtype=bfloat16",
+        to=("gguf", "compressed-tensors"),
+    )
+    tensors = gguf_tensors(run)
+    for name in ("blk.0.ffn_down.weight", "token_embd.weight"):
+        assert tensors[name][0] == "Q8_0"
+    codes, _ = torchao_weights(run)["model.embed_tokens"]
+    data = tensors["token_embd.weight"][1]
+    found = data.reshape(len(data), -1, 34)[:, :, 2:].view(np.int8).reshape(len(data), -1)
+    assert np.array_equal(found, codes.numpy())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "to", "message"),
+    [
+        (["quantize.group_size=40"], "gguf", "quantize.group_size=32, or a multiple"),
+        (["quantize.bits=5"], "compressed-tensors", "layers of 5 bits; expected 4 or 8"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(make, llama, capsys, overrides, to, message):
+    base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=4)
+    with pytest.raises(SystemExit) as exit_:
+        make(f"model.base={base}", *overrides, to=(to,))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_export_is_done_until_the_codes_change(make, recipe_file):
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    run = make(to=("gguf",))
+    recipe = load_recipe(recipe_file, ["quantize.exports=[gguf]"])
+    directory = RunDir(run)
+    assert directory.what_changed(recipe, "gguf") == []
+    assert directory.what_changed(recipe, "compressed-tensors") is None
+    file = run / "quantized" / "quantization.json"
+    file.write_text(file.read_text() + "\n", encoding="utf-8")
+    assert directory.what_changed(recipe, "gguf") == ["quantized/ has other content"]
+    (run / "exports" / "gguf" / "model.gguf").write_bytes(b"")
+    assert "exports/gguf: changed since gguf wrote it" in directory.what_changed(recipe, "gguf")
+
+
+def test_exports_are_stages_between_quantize_and_evaluate(recipe_file):
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import stages_of
+
+    recipe = load_recipe(recipe_file, ["quantize.exports=[gguf, torchao, executorch]"])
+    assert stages_of(recipe) == ["train", "quantize", "gguf", "executorch", "evaluate"]
+
+
+def test_naming_formats_does_not_quantize_again(make, recipe_file):
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    run = RunDir(make("quantize.exports=[torchao]", to=()))
+    overrides = ["train.max_steps=2", "train.learning_rate=1e-2"]
+    recipe = load_recipe(recipe_file, [*overrides, "quantize.exports=[gguf]"])
+    assert run.what_changed(recipe, "quantize") == []
+    assert "exports/gguf/" in run.inputs(recipe, "evaluate")
+
+
+def altered(file: Path, name: str, byte: int) -> None:
+    """Flips the lowest bit of one byte of a tensor."""
+    content = bytearray(file.read_bytes())
+    (header,) = struct.unpack("<Q", content[:8])
+    start, _ = json.loads(content[8 : 8 + header])[name]["data_offsets"]
+    content[8 + header + start + byte] ^= 1
+    file.write_bytes(content)
+
+
+def test_an_altered_export_is_caught(make, tmp_path):
+    from finequant.quantize.export import check_codes
+    from finequant.quantize.stored import read_stored
+    from finequant.quantize.to_compressed import read_rounded
+    from finequant.recipes.errors import UserError
+
+    run = make(to=("compressed-tensors",))
+    stored = read_stored(run / "quantized")
+    folder = tmp_path / "copy"
+    shutil.copytree(run / "exports" / "compressed-tensors", folder)
+    assert check_codes("x", stored, read_rounded(folder, stored)) == 0
+    altered(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight_packed", 77)
+    with pytest.raises(UserError, match=r"codes of model\.layers\.0\.mlp\.up_proj differ"):
+        check_codes("x", stored, read_rounded(folder, stored))
+
+
+def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
+    import finequant.quantize.to_gguf as module
+
+    monkeypatch.setattr(module, "PACKAGES", {"no_such_module": "no-such-wheel"})
+    with pytest.raises(SystemExit) as exit_:
+        make(to=("gguf",))
+    assert exit_.value.code == 2
+    assert "gguf: needs a package: pip install no-such-wheel" in capsys.readouterr().err
+
+
+def test_without_a_format_the_known_ones_are_named(make, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        make(to=())
+    assert exit_.value.code == 2
+    assert "torchao, compressed-tensors, gguf, executorch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_executorch_delegates_every_linear_and_holds_the_codes(make):
+    pytest.importorskip("executorch")
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.runtimes import ExecuTorch
+
+    run = make("quantize.cache_length=64", to=("executorch",))
+    file = run / "exports" / "executorch" / "model.pte"
+    assert json.loads((run / "manifest.json").read_text())["executorch"]["delegated_linears"] == 15
+    constants = set(deserialize_pte_binary(file.read_bytes()).named_data.buffers)
+    for codes, scale in torchao_weights(run).values():
+        offset = (codes.to(torch.int16) + 8).to(torch.uint8)
+        packed = offset[:, 0::2] | offset[:, 1::2] << 4
+        assert packed.numpy().tobytes() in constants
+        assert scale.to(torch.bfloat16).view(torch.uint8).numpy().tobytes() in constants
+    runtime = ExecuTorch(file)
+    with torch.no_grad():
+        quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")(PROMPT).logits[0]
+    ids = PROMPT[0].tolist()
+    for _ in range(2):  # a new sequence forgets the one before
+        logits = [runtime.last_logits(ids[:3])]  # a prompt, then token by token, then several
+        logits += [runtime.last_logits([ids[3]], 3), runtime.last_logits(ids[4:], 4)]
+        for found, expected in zip(logits, quantized[[2, 3, 7]], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert (file.parent / "chat_template.jinja").exists()
+    for name, value in {
+        "get_max_seq_len": 64,
+        "get_max_context_len": 64,
+        "get_vocab_size": quantized.shape[1],
+        "get_bos_id": 0,
+        "get_eos_ids": 2,
+        "use_kv_cache": True,
+    }.items():
+        assert runtime.metadata(name) == [value]
+
+
+@pytest.mark.slow
+def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
+    """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
+    pytest.importorskip("executorch")
+    from finequant.evaluate.exports import greedy_answer
+    from finequant.evaluate.runtimes import ExecuTorch
+
+    folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
+    expected = greedy_answer(
+        ExecuTorch(folder / "model.pte"), tokenizer, tokenizer("open the red")["input_ids"], 12
+    )
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+    pieces: list[str] = []
+    wish = GenerationConfig(max_new_tokens=12, temperature=0.0, echo=False)
+    runner.generate("open the red", wish, token_callback=pieces.append)
+    said = "".join(pieces).removesuffix("<|im_end|>").strip()
+    assert said
+    assert expected.startswith(said) or said.startswith(expected)
+
+
+def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
+    pytest.importorskip("executorch")
+    with pytest.raises(SystemExit):
+        make("quantize.bits=8", to=("executorch",))
+    assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in capsys.readouterr().err
