@@ -51,6 +51,11 @@ class _Row(NamedTuple):
         """Tokens that the model reads; a continuation's last one is only predicted."""
         return len(self.context) + sum(len(ids) - 1 for ids in self.continuations)
 
+    @property
+    def length_alone(self) -> int:
+        """The same of the context with its longest continuation only."""
+        return len(self.context) + max(len(ids) - 1 for ids in self.continuations)
+
 
 def log_likelihoods(
     model: PreTrainedModel, asked: list[Continuation], batch_size: int, description: str
@@ -58,12 +63,10 @@ def log_likelihoods(
     """One for each of `asked`, in their order.
 
     `model` is a LlamaForCausalLM in evaluation mode, with sdpa or eager attention.
-    batch_size: a batch has no more tokens than so many of the longest context + continuation.
+    batch_size: of contexts with one continuation; no batch has more tokens than these would have.
     """
-    longest = max((len(context) + len(ids) for context, ids in asked), default=0)
-    batches = _batches(_rows(asked), batch_size * longest)
     found = {}
-    for batch in progress(batches, description):
+    for batch in progress(_batches(_rows(asked), batch_size), description):
         numbers = [number for row in batch for number in row.requests]
         found.update(zip(numbers, _score(model, batch), strict=True))
     return [found[number] for number in range(len(asked))]
@@ -89,16 +92,19 @@ def _rows(asked: list[Continuation]) -> list[_Row]:
     return rows
 
 
-def _batches(rows: list[_Row], tokens: int) -> list[list[_Row]]:
-    """Rows of about the same length, at most `tokens` with their padding, but at least one row.
+def _batches(rows: list[_Row], batch_size: int) -> list[list[_Row]]:
+    """Rows of about the same length; at least one, even if it has too many tokens.
 
     The longest come first: what does not fit into memory fails at once.
     """
     batches: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: -row.length):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > tokens:
+    room = 0
+    for row in sorted(rows, key=lambda row: row.length, reverse=True):
+        if not room:
             batches.append([])
+            room = max(1, batch_size * row.length_alone // row.length)
         batches[-1].append(row)
+        room -= 1
     return batches
 
 
