@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +25,13 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
     ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         expected = model(ids).logits
+    quantize_inputs = _quantizing_hook()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if hasattr(weight, "qdata"):
             module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
             if weight.activation_quantization:  # not so for an embedding
-                module.register_forward_pre_hook(_quantize_inputs)
+                module.register_forward_pre_hook(quantize_inputs)
     with torch.inference_mode():
         actual = model(ids).logits
     # Two bits can leave a model whose logits are no numbers: these are equal, too.
@@ -38,7 +40,14 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
     return model
 
 
-def _quantize_inputs(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    return (quantize_activations(inputs[0]), *inputs[1:])
+def _quantizing_hook() -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Quantizes a layer's input once for all layers in turn that get the same: q, k and v."""
+    last = quantized = None
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal last, quantized
+        if inputs[0] is not last:
+            last, quantized = inputs[0], quantize_activations(inputs[0])
+        return (quantized, *inputs[1:])
+
+    return hook

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.recipes.errors import UserError
@@ -25,8 +25,12 @@ from finequant.recipes.schema import Corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Logits are made for so many tokens at a time: 1 GB in float32 for a vocabulary of 128k.
-LOGITS_CHUNK = 2048
+LOGITS_CHUNK = 256
+"""Tokens whose logits are made at a time; enough to keep a GPU or matrix unit at work."""
+
+LOGITS_IN_CACHE = 1 << 19
+"""On a CPU, logits to take the logarithm of at a time: passes over them stay in a core's cache."""
+
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -58,19 +62,24 @@ def negative_log_likelihoods(
     """Nats of the scored tokens of each sequence, summed, in the order of `sequences`.
 
     `model` is a LlamaForCausalLM in evaluation mode (of a PeftModel, its `get_base_model()`).
-    Memory: the hidden states of a batch, and LOGITS_CHUNK float32 rows of the vocabulary.
+    Memory: the hidden states of a batch, and LOGITS_CHUNK rows of the vocabulary.
     """
     totals = [0.0] * len(sequences)
     some = [index for index, sequence in enumerate(sequences) if any(sequence.scored)]
     # Longest first: what does not fit into memory fails at once.
     some.sort(key=lambda index: len(sequences[index].ids), reverse=True)
     batches = [some[start : start + batch_size] for start in range(0, len(some), batch_size)]
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # rich would leave an empty line in a log
-    for batch in track(batches, description, console=console, transient=True, disable=quiet):
+    for batch in progress(batches, description):
         for index, total in zip(batch, _nll(model, [sequences[i] for i in batch]), strict=True):
             totals[index] = total
     return totals
+
+
+def progress(batches: list[Any], description: str) -> Iterable[Any]:
+    """Shows a bar on a terminal."""
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # rich would leave an empty line in a log
+    return track(batches, description, console=console, transient=True, disable=quiet)
 
 
 @torch.inference_mode()
@@ -94,18 +103,35 @@ def predicting_states(
 
     # The last token is only predicted. As input it could lie one beyond the model's positions.
     inputs = padded([sequence.ids[:-1] for sequence in sequences])
-    present = padded([[1] * (len(sequence.ids) - 1) for sequence in sequences])
     targets = padded([sequence.ids[1:] for sequence in sequences])
     scored = padded([sequence.scored[1:] for sequence in sequences])
-    states = model.model(input_ids=inputs, attention_mask=present, use_cache=False)
+    # Without a mask: padding comes after what is scored, and attention is causal.
+    states = model.model(input_ids=inputs, use_cache=False)
     return states.last_hidden_state[scored], targets[scored], scored.sum(dim=1).tolist()
 
 
 def _losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Nats of each target [n], float64 on the CPU (some accelerators have no float64)."""
-    chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
-    losses = [cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks]
-    return torch.cat(losses).cpu().double()
+    losses = torch.empty(len(targets), device=hidden.device)
+    for part, logs in log_probabilities(head, hidden):
+        losses[part] = -logs.gather(1, targets[part, None])[:, 0]
+    return losses.cpu().double()
+
+
+def log_probabilities(
+    head: torch.nn.Module, hidden: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """float32 log-probabilities [some, vocabulary] of hidden states [n, hidden]: which, and theirs.
+
+    A few at a time: passes over the logits of all would take longer than the product itself.
+    """
+    start = 0
+    for chunk in hidden.split(LOGITS_CHUNK):
+        logits = head(chunk)
+        at_once = max(1, LOGITS_IN_CACHE // logits.shape[1]) if logits.is_cpu else len(logits)
+        for some in logits.split(at_once):
+            yield slice(start, start + len(some)), log_softmax(some, dim=-1, dtype=torch.float32)
+            start += len(some)
 
 
 def measure(

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 
-from finequant.evaluate.perplexity import ScoredSequence, negative_log_likelihoods
+from finequant.evaluate.shared_context import Continuation, log_likelihoods
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Evaluate, Task
 
@@ -82,13 +82,15 @@ def lm_eval_tasks(
     check_tasks(evaluate)
     if not evaluate.tasks:
         return {}
-    from lm_eval.models.huggingface import HFLM
+    from finequant.evaluate.lm_eval_model import SharedContextLM
 
     results = {}
     with _quiet_lm_eval():
         # All are loaded before the first one runs, so missing data shows at once.
         loaded = [_load(task, evaluate.task_folder) for task in evaluate.tasks]
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluate.batch_size)
+        wrapped = SharedContextLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=evaluate.batch_size
+        )
         for task, objects in zip(evaluate.tasks, loaded, strict=True):
             print(f"lm-eval task {task.task}", file=sys.stderr)
             results |= _run(wrapped, task, objects, evaluate.task_folder, seed)
@@ -154,14 +156,10 @@ def multiple_choice(
     endings = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
     if [] in endings:
         raise UserError("evaluate.choices: an empty choice has no likelihood; remove or name it")
-    sequences = [
-        ScoredSequence(prompt + ending, [False] * len(prompt) + [True] * len(ending))
-        for prompt in prompts
-        for ending in endings
-    ]
-    losses = negative_log_likelihoods(model, sequences, batch_size, description)
-    rows = [losses[start : start + len(choices)] for start in range(0, len(losses), len(choices))]
-    picks = [choices[row.index(min(row))] for row in rows]
+    asked = [Continuation(prompt, ending) for prompt in prompts for ending in endings]
+    logs = [found.log for found in log_likelihoods(model, asked, batch_size, description)]
+    rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
+    picks = [choices[row.index(max(row))] for row in rows]
     return _mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
 
 

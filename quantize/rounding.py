@@ -158,13 +158,18 @@ def places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.
 
 
 def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
-    """int8 asymmetric per token and back: what the shipped model does before each layer."""
-    # Private, but the very function of the shipped model's forward; torchao exports no other.
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        _apply_int8_act_asym_per_token_quant_dequant as quantize_and_dequantize,
-    )
+    """int8 asymmetric per token and back: what the shipped model does before each layer.
 
-    return quantize_and_dequantize(activations)
+    torchao's arithmetic, step by step in the same dtype, so bit for bit its result. Its own
+    function is private, and for a single token takes five times as long.
+    """
+    low = activations.amin(dim=-1, keepdim=True).clamp_(max=0)
+    high = activations.amax(dim=-1, keepdim=True).clamp_(min=0)
+    tiny = torch.finfo(activations.dtype).smallest_normal
+    scale = high.sub_(low).div_(255).clamp_(min=tiny)
+    zero = low.div_(scale).round_().neg_().sub_(128).clamp_(-128, 127)
+    codes = (activations * scale.reciprocal()).round_().add_(zero).clamp_(-128, 127)
+    return codes.sub_(zero).mul_(scale)
 
 
 def row_chunks(weight: torch.Tensor) -> Iterator[slice]:

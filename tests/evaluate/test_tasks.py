@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finequant.evaluate import tasks
+from finequant.evaluate.shared_context import Likelihood
 from finequant.evaluate.tasks import (
     answer,
     check_tasks,
@@ -174,7 +175,8 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
 
 
 def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
-    monkeypatch.setattr(tasks, "negative_log_likelihoods", lambda *_: [2.0, 1.0, 1.0])
+    found = [Likelihood(log, False) for log in (-2.0, -1.0, -1.0)]
+    monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: found)
     score = multiple_choice(model, tokenizer, prompts[:1], ["at"], ["red", "at", "the"], 1, "")
     assert score["value"] == 1
 

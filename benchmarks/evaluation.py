@@ -1,0 +1,279 @@
+"""Speed of evaluation: multiple choice beside lm-eval's own, perplexity and decoding beside float.
+
+python benchmarks/evaluation.py tasks
+python benchmarks/evaluation.py tasks --limit 100 --dtype bfloat16
+python benchmarks/evaluation.py perplexity
+python benchmarks/evaluation.py decoding
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import typer
+from quality import WIKITEXT, show
+
+from finequant.evaluate.compare import device
+from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.load import load_recipe
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import LlamaForCausalLM
+
+ARC_EASY = Path(__file__).parents[2] / "shared/data/tasks/arc_easy.jsonl"
+TASK = """\
+task: arc_easy_file
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_target: gold
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def tasks(
+    data: Path = ARC_EASY,
+    limit: int | None = None,
+    rounds: int = 1,
+    batch_size: int = 16,
+    dtype: str = "float32",
+) -> None:
+    """Multiple choice: lm-eval's HFLM and ours in turn on the same task, and their predictions.
+
+    `data` is a .jsonl file with query, choices and gold.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    from finequant.evaluate.lm_eval_model import SharedContextLM
+    from finequant.finetune.model import load_tokenizer
+
+    model, tokenizer = embedded(dtype), load_tokenizer(load_recipe(WIKITEXT).model)
+    settings = {"tokenizer": tokenizer, "batch_size": batch_size}
+    contenders = {
+        "lm-eval's HFLM": HFLM(model, **settings),
+        "finequant": SharedContextLM(model, **settings),
+    }
+    found: dict[str, list[Item]] = {}
+    task = load_task(data)
+    calls = {
+        name: lambda name=name, lm=lm: found.update({name: evaluate_task(lm, task, limit)})
+        for name, lm in contenders.items()
+    }
+    seconds = in_turn(calls, rounds)
+    theirs, ours = (found[name] for name in contenders)
+    slowest = seconds["lm-eval's HFLM"]
+    show(
+        f"{data.stem}, {len(ours)} items, {dtype}, {place()}, batch size {batch_size}, median of "
+        f"{rounds} in turn; log-likelihoods differ by at most {difference(theirs, ours):.1e}",
+        ("model class", "seconds", "times as fast", "other choices: acc", "acc_norm"),
+        [
+            (
+                name,
+                f"{taken:.1f}",
+                f"{slowest / taken:.2f}",
+                str(differing(theirs, found[name])),
+                str(differing(theirs, found[name], by_length=True)),
+            )
+            for name, taken in seconds.items()
+        ],
+    )
+
+
+@app.command()
+def perplexity(
+    windows: int = 16, rounds: int = 5, batch_size: int = 4, dtype: str = "bfloat16"
+) -> None:
+    """Tokens per second of WikiText-2's perplexity, and of forward passes over the same windows."""
+    from finequant.evaluate.perplexity import (
+        corpus_windows,
+        negative_log_likelihoods,
+        read_corpus,
+    )
+    from finequant.finetune.model import load_tokenizer
+
+    recipe = load_recipe(WIKITEXT)
+    model, tokenizer = embedded(dtype), load_tokenizer(recipe.model)
+    corpus = recipe.evaluate.perplexity[0].model_copy(update={"windows": windows})
+    sequences, _ = corpus_windows(read_corpus(corpus), tokenizer, corpus, 8192)
+    full = [one for one in sequences if len(one.ids) == len(sequences[0].ids)]
+    ids = torch.tensor([one.ids[:-1] for one in full]).to(model.device)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in ids.split(batch_size):
+            finished(model(batch, use_cache=False).logits)
+
+    def ours() -> None:
+        negative_log_likelihoods(model, full, batch_size, "perplexity")
+
+    seconds = in_turn({"a bare forward": bare, "perplexity": ours}, rounds)
+    show_speeds(
+        f"{len(full)} windows of {ids.shape[1]} tokens, {dtype}, {place()}, batches of {batch_size}"
+        f", median of {rounds} in turn",
+        seconds,
+        ids.numel(),
+    )
+
+
+@app.command()
+def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> None:
+    """Greedy tokens per second: float, quantized and dequantized once, quantized as it is loaded.
+
+    Four bits in groups of 32, head included.
+    """
+    from finequant.evaluate.dequantized import dequantize_once
+    from finequant.finetune.model import load_tokenizer
+
+    tokenizer = load_tokenizer(load_recipe(WIKITEXT).model)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    models = {
+        "float": embedded(dtype),
+        "quantized, dequantized once": dequantize_once(quantized(dtype), prompt[0].tolist()),
+        "quantized, as it is loaded": quantized(dtype),
+    }
+
+    def generate(model: LlamaForCausalLM) -> None:
+        finished(
+            model.generate(
+                prompt.to(model.device),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        )
+
+    calls = {name: lambda model=model: generate(model) for name, model in models.items()}
+    show_speeds(
+        f"Greedy decoding of {new_tokens} tokens, {dtype}, {place()}, median of {rounds} in turn",
+        in_turn(calls, rounds),
+        new_tokens,
+    )
+
+
+def embedded(dtype: str) -> LlamaForCausalLM:
+    from finequant.finetune.model import load_base
+
+    return load_base(load_recipe(WIKITEXT).model, getattr(torch, dtype)).to(device()).eval()
+
+
+def quantized(dtype: str) -> LlamaForCausalLM:
+    """Rounded to nearest, in torchao's tensors."""
+    from finequant.finetune.model import load_base, load_tokenizer
+    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.methods import round_model
+    from finequant.quantize.scheme import layer_plan, untie_head
+
+    recipe, kind = load_recipe(WIKITEXT, ["quantize.method=rtn"]), getattr(torch, dtype)
+    model = load_base(recipe.model, torch.float32)
+    untie_head(model)
+    rounded = round_model(model, recipe, load_tokenizer(recipe.model), kind)
+    plan = layer_plan(recipe.quantize, model.config)
+    return quantized_model(model, rounded, plan, kind).to(device()).eval()
+
+
+def load_task(data: Path) -> dict[str, Any]:
+    """What `simple_evaluate` is to run: a task file as evaluate.task_folder takes it, loaded."""
+    from lm_eval.tasks import TaskManager
+
+    if not data.is_file():
+        raise UserError(f"--data: there is no file {data}: name one with query, choices and gold")
+    with tempfile.TemporaryDirectory() as folder:
+        text = TASK.format(data=data.resolve(), cache=folder)
+        (Path(folder) / "arc_easy_file.yaml").write_text(text, encoding="utf-8")
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        loaded = manager.load(["arc_easy_file"])["tasks"]
+    return {"tasks": list(loaded.values()), "task_manager": manager}
+
+
+class Item(NamedTuple):
+    choices: list[str]
+    logs: list[float]
+    """Log-likelihoods of the choices."""
+
+    def pick(self, by_length: bool) -> int:
+        """The choice that counts for acc; `by_length`: for acc_norm, per character."""
+        lengths = [len(choice) if by_length else 1 for choice in self.choices]
+        scores = [log / length for log, length in zip(self.logs, lengths, strict=True)]
+        return scores.index(max(scores))
+
+
+def evaluate_task(lm: HFLM, task: dict[str, Any], limit: int | None) -> list[Item]:
+    """In the order of the file."""
+    from lm_eval import simple_evaluate
+
+    found = simple_evaluate(lm, **task, limit=limit, bootstrap_iters=0, log_samples=True)
+    samples = sorted(found["samples"]["arc_easy_file"], key=lambda sample: sample["doc_id"])
+    return [
+        Item(sample["doc"]["choices"], [log for ((log, _),) in sample["resps"]])
+        for sample in samples
+    ]
+
+
+def differing(theirs: list[Item], ours: list[Item], by_length: bool = False) -> int:
+    """Items for which another choice is picked."""
+    pairs = zip(theirs, ours, strict=True)
+    return sum(one.pick(by_length) != other.pick(by_length) for one, other in pairs)
+
+
+def difference(theirs: list[Item], ours: list[Item]) -> float:
+    """The largest of two log-likelihoods of the same choice."""
+    pairs = [zip(a.logs, b.logs, strict=True) for a, b in zip(theirs, ours, strict=True)]
+    return max(abs(one - other) for pair in pairs for one, other in pair)
+
+
+def in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name, call in calls.items():
+            started = time.monotonic()
+            call()
+            seconds[name].append(time.monotonic() - started)
+            say(f"round {number + 1} of {rounds}: {name}: {seconds[name][-1]:.2f} s")
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def finished(result: torch.Tensor) -> None:
+    """Waits for the GPU."""
+    if result.is_cuda:
+        torch.cuda.synchronize()
+
+
+def place() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def show_speeds(title: str, seconds: dict[str, float], tokens: int) -> None:
+    """Tokens per second, and as a share of the first one's."""
+    first = next(iter(seconds.values()))
+    show(
+        title,
+        ("", "tokens per second", "of the first"),
+        [(name, f"{tokens / s:.1f}", f"{first / s:.2f}") for name, s in seconds.items()],
+    )
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        quiet_libraries()
+        app()
