@@ -177,7 +177,7 @@ def embedded(dtype: str) -> LlamaForCausalLM:
 def quantized(dtype: str) -> LlamaForCausalLM:
     """Rounded to nearest, in torchao's tensors."""
     from finequant.finetune.model import load_base, load_tokenizer
-    from finequant.quantize.convert import quantized_model
+    from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
