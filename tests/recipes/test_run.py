@@ -174,8 +174,9 @@ def test_readme_commands_run(tmp_path):
         words = shlex.split(command)
         if words[1] == "chat":
             words += ["--max-new-tokens", "8"]
-        if words[0] != "finequant" or words[1] in ("run", "sweep", "publish", "chat"):
+        if words[0] != "finequant" or words[1] in ("run", "sweep", "export", "publish", "chat"):
             steps = [] if "max_steps" in command else ["train.max_steps=1"]
+            steps += ["train.quantization_aware=false"]
             output = [] if "output_dir" in command else [f"output_dir={tmp_path / 'r'}"]
             words += few + steps + output
             words = [word for word in words if not word.startswith("quantize.method=")]
