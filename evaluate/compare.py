@@ -87,6 +87,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
         "training": _read_json(run.adapter / "training_log.json"),
         "gate": gate(models, recipe.evaluate.gate),
     }
+    run.keep_edited("evaluate")
     write_report(report, run.root)
     run.record(recipe, "evaluate", inputs, seconds=watch.seconds)
     print_table(report)

@@ -84,6 +84,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
     _check_plans(points)
     recipe = points[0].recipe
     run = RunDir.of(recipe)
+    run.hold()
     if swept == "tuned":
         run.require("train")
     measured = _measure_all(_jobs(points, run, swept), recipe, run, swept)

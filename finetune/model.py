@@ -162,6 +162,7 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
             "transformers adds to the base: name a folder without one"
         )
     _check_weights(model, found)
+    _check_finite(model, base)
     base.config.name_or_path = model.base
     return base
 
@@ -390,6 +391,17 @@ def _check_weights(model: Model, found: dict[str, set]) -> None:
             f"model.base: the tensors of {model.base} do not fit its config.json: "
             f"{'; '.join(problems)}: copy or download it again"
         )
+
+
+def _check_finite(model: Model, base: LlamaForCausalLM) -> None:
+    import torch
+
+    for name, weight in base.named_parameters():
+        if not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise UserError(
+                f"model.base: {name} of {model.base} has numbers that are infinite or none (NaN): "
+                "copy or download it again"
+            )
 
 
 def _check_sizes(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.recipes.artefact import differences, remove, replace_text, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
-from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, replace_text
+from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -91,11 +92,16 @@ def fine_tune(
         save_adapter,
         save_initial_adapter,
     )
-    from finequant.finetune.trainer import build_trainer, gathered_weights, last_checkpoint
+    from finequant.finetune.trainer import (
+        build_trainer,
+        gathered_weights,
+        last_checkpoint,
+        run_trainer,
+    )
 
     checkpoints = Path(arguments.output_dir)
     folder, initial = checkpoints / "plain", checkpoints / "initial"
-    if folder.exists():
+    if folder.exists() and differences(folder) == []:
         say("train: plain LoRA was done before")
         return folder
     base = load_base(recipe.model, dtype)
@@ -104,7 +110,7 @@ def fine_tune(
         save_initial_adapter(trainer.model, initial)
     if arguments.use_cpu:
         fuse(trainer.model)
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    run_trainer(trainer, last_checkpoint(arguments))
     weights = gathered_weights(trainer)
     with _written_by_one(trainer, folder) as partial:
         if partial:
@@ -127,7 +133,12 @@ def train_rounded(
     """
     from finequant.finetune.model import save_adapter
     from finequant.finetune.quantization_aware import keep_float_layers, round_in_training
-    from finequant.finetune.trainer import build_trainer, last_checkpoint, training_arguments
+    from finequant.finetune.trainer import (
+        build_trainer,
+        last_checkpoint,
+        run_trainer,
+        training_arguments,
+    )
     from finequant.quantize.rounding import save_rounded
     from finequant.quantize.scheme import layer_plan
 
@@ -144,7 +155,7 @@ def train_rounded(
         keep_float_layers(model)
     trainer.rounded_layers = tuple(layers.values())
     trainer.distillation = recipe.train.quantization_aware.distillation
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    run_trainer(trainer, last_checkpoint(arguments))
     folder = run.checkpoints / "rounded"
     with _written_by_one(trainer, folder) as partial:
         if partial:
@@ -207,15 +218,20 @@ def _starting_codes(
 
 
 def _remove_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
-    """Those that were made from other inputs than these."""
+    """Those that were made from other inputs; a folder of that name that is not ours is kept."""
     record = run.checkpoints / "inputs.json"
     with arguments.main_process_first():
-        same = record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs
+        same = record.exists() and record.read_text(encoding="utf-8") == json.dumps(inputs)
         if arguments.process_index == 0 and not same:
-            if run.checkpoints.exists():
+            if record.exists():
                 say(f"train: {run.checkpoints} was made with other inputs: removed")
-                shutil.rmtree(run.checkpoints)
-            run.checkpoints.mkdir(parents=True)
+                removed = run.checkpoints.with_name("checkpoints.removed")
+                remove(removed)
+                run.checkpoints.rename(removed)
+                remove(removed)
+            elif run.checkpoints.exists() and any(run.checkpoints.iterdir()):
+                run.keep_as_previous(run.checkpoints)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
             replace_text(record, json.dumps(inputs))
 
 
@@ -226,13 +242,14 @@ def _written_by_one(trainer: LoraTrainer, folder: Path) -> Iterator[Path | None]
     first = trainer.is_world_process_zero()
     partial = folder.with_name(folder.name + ".partial")
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
     yield partial if first else None
     if first:
         log = json.dumps(trainer.state.log_history)
         (partial / LOG).write_text(log, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        seal(partial)
+        remove(folder)
         partial.rename(folder)
     trainer.accelerator.wait_for_everyone()
 

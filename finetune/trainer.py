@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.model import lora_config
 from finequant.finetune.quantization_aware import Rounding, not_rounded
-from finequant.finetune.tokens import IGNORED, to_dataset
+from finequant.finetune.tokens import IGNORED, encode, to_dataset
+from finequant.recipes.artefact import differences, remove, seal
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Recipe
+from finequant.recipes.interrupt import GOES_ON, Interrupted, Wish, put_off
+from finequant.recipes.schema import Data, Recipe
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from finequant.finetune.data import Splits
+    from finequant.finetune.data import Row, Splits
 
 
 class LoraTrainer(SFTTrainer):
@@ -43,6 +48,14 @@ class LoraTrainer(SFTTrainer):
     distillation = 0.0
     """Share of the loss that is the divergence from the float model, which trains no more. It is
     summed over all tokens, prompts included, and divided by the learned ones like the rest."""
+
+    rows: list[Row]
+    data: Data
+    """What the tokens were made of, to name the rows of a step that failed."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._read: list[dict[str, Any]] = []  # by the micro-batches of this step
 
     def compute_loss(
         self,
@@ -85,6 +98,52 @@ class LoraTrainer(SFTTrainer):
         # accelerate turns what a bf16 forward returns into float32.
         return head(hidden.to(head.weight.dtype)).float()
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+        self._read.append(inputs)
+        if not loss.isfinite():
+            self._refuse_step(f"the loss is {loss.item():g}")
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float:
+        """Called with all gradients of a step, just before the optimizer makes use of them."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None and not math.isfinite(norm):  # None: DeepSpeed before its first step
+            self._refuse_step(f"the norm of the gradient is {float(norm):g}")
+        self._read.clear()
+        return norm
+
+    def _refuse_step(self, what: str) -> None:
+        """Nothing is learned from such a step; checkpoints of earlier ones stay."""
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        kept = last_checkpoint(self.args, quiet=True)
+        raise UserError(
+            f"train: step {step}: {what}; its rows are {self._names_of_rows()}. Lower "
+            f"train.learning_rate (it is {rate:.2g} there), look at these rows, or try "
+            f"train.precision=fp32; {f'{kept} is kept' if kept else 'no checkpoint was made yet'}"
+        )
+
+    def _names_of_rows(self) -> str:
+        """File and line of the rows of this step, found by their tokens."""
+        known = {
+            tuple(encode(row, self.processing_class, self.data).input_ids): row.where
+            for row in self.rows
+        }
+        found = [known.get(tuple(ids)) for inputs in self._read for ids in _rows_of(inputs)]
+        return ", ".join(dict.fromkeys(name for name in found if name)) or "not known"
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        """Sealed once every process has written its part; only then do earlier ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            seal(folder / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+
     @torch.no_grad()
     def _float_logits(
         self, model: torch.nn.Module, inputs: dict[str, Any], chosen: torch.Tensor
@@ -99,6 +158,18 @@ def _continued(inputs: dict[str, Any]) -> torch.Tensor:
     """Which tokens continue a row: neither padding nor the first of a row."""
     positions = inputs.get("position_ids")  # of rows that lie end to end
     return inputs["attention_mask"].bool() if positions is None else positions > 0
+
+
+def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:
+    """Token ids of each row of a batch, without padding."""
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    if positions is None:
+        for row, mask in zip(ids, inputs["attention_mask"].bool(), strict=True):
+            yield row[mask].tolist()
+        return
+    starts = (positions[0] == 0).nonzero().flatten().tolist()
+    for begin, end in pairwise([*starts, ids.shape[1]]):
+        yield ids[0, begin:end].tolist()
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -118,7 +189,7 @@ def build_trainer(
     patience = recipe.train.early_stopping_patience
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
-    return LoraTrainer(
+    trainer = LoraTrainer(
         model=base,
         args=arguments,
         train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
@@ -129,6 +200,54 @@ def build_trainer(
         peft_config=lora_config(recipe.lora, base),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
+    trainer.rows, trainer.data = splits.train, recipe.data
+    return trainer
+
+
+class SavesWhenStopped(TrainerCallback):
+    """Ends training at the next step, with a checkpoint of it, once a signal has come.
+
+    During an evaluation, too: it decides nothing, unless the best checkpoint is to be kept. Then
+    the one before stays the last, so that the evaluation is made again.
+    """
+
+    def __init__(self, trainer: LoraTrainer, wish: Wish) -> None:
+        self.trainer, self.wish = trainer, wish
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self._leave_if_asked(control.should_evaluate)
+
+    def on_prediction_step(self, args, state, control, **_) -> None:
+        self._leave_if_asked(evaluates=True)
+
+    def _leave_if_asked(self, evaluates: bool) -> None:
+        number = self._asked()
+        if not number:
+            return
+        trainer = self.trainer
+        if not (evaluates and trainer.args.load_best_model_at_end):
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+            raise Interrupted(number, f"step {trainer.state.global_step} is saved, {GOES_ON}")
+        raise Interrupted(number)
+
+    def _asked(self) -> int:
+        """The signal that any process got: they all have to save the same step."""
+        number = torch.tensor(self.wish.number or 0, device=self.trainer.accelerator.device)
+        if self.trainer.accelerator.num_processes == 1:
+            return int(number)
+        return int(self.trainer.accelerator.gather(number.reshape(1)).max())
+
+
+def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
+    """Trains to the end.
+
+    Raises:
+        UserError: if a loss or a gradient is not finite, naming the step and its rows.
+        Interrupted: after a signal, with the last step saved.
+    """
+    with put_off() as wish:
+        trainer.add_callback(SavesWhenStopped(trainer, wish))
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def training_arguments(
@@ -184,6 +303,7 @@ def training_arguments(
             save_strategy=_when(train.save_steps),
             save_steps=train.save_steps or 500,
             save_total_limit=train.save_total_limit,
+            restore_callback_states_from_checkpoint=True,  # the patience that is left
             load_best_model_at_end=train.early_stopping_patience is not None,
             metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
             logging_steps=train.logging_steps,
@@ -208,13 +328,20 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def last_checkpoint(arguments: SFTConfig) -> str | None:
-    """The newest checkpoint in the folder of the arguments."""
-    folder = Path(arguments.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
-    if checkpoint:
-        say(f"train: going on from {checkpoint}")
-    return checkpoint
+def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
+    """The newest whole checkpoint in the folder of the arguments; others are removed."""
+    with arguments.main_process_first():
+        for checkpoint in reversed(sort_checkpoints(arguments.output_dir)):
+            changed = differences(Path(checkpoint))
+            if changed == []:
+                if not quiet:
+                    say(f"train: going on from {checkpoint}")
+                return checkpoint
+            if arguments.process_index == 0:
+                what = changed[0] if changed else "saving it was interrupted"
+                say(f"train: {checkpoint} is not whole ({what}): removed")
+                remove(Path(checkpoint))
+    return None
 
 
 def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:

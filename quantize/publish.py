@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 
 from finequant.quantize.licence import Licence
 from finequant.quantize.loading import ADAPTER, QUANTIZED, base_on_hub
+from finequant.recipes.artefact import SUMS, replace_text
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
-from finequant.recipes.rundir import ROUNDED, STAGES, RunDir, content_hash, replace_text
+from finequant.recipes.rundir import ROUNDED, STAGES, RunDir
 from finequant.recipes.schema import Recipe
 
 CARD = "README.md"
 
-# For `sha256sum -c`; by it the next publication knows which files are its own.
-SUMS = "SHA256SUMS"
-
-# Beside an artefact, but not for others: it names this machine's folders, or is only for resuming.
-STAYS_HERE = ("recipe.yaml", "training_log.json", ROUNDED)
+# Beside an artefact, but not for others: it names this machine's folders, is only for resuming, or
+# has hashes. The publication has its own, by which the next one knows which files it made.
+STAYS_HERE = ("recipe.yaml", "training_log.json", ROUNDED, SUMS)
 
 LINKED = (".safetensors", ".gguf", ".pte")
 """Large files that nobody edits: linked into publish/ where the file system can."""
@@ -62,6 +61,7 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
 
     kind = ADAPTER if options.adapter_only else QUANTIZED
     check_name(recipe, kind, options.dry_run)
+    run.hold()
     check_current(recipe, run)
     report = read_report(run)
     if kind == QUANTIZED:
@@ -177,11 +177,6 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
         card = card_text(shown, report, licence, kind, list(files_of(folder)))
         (folder / CARD).write_text(card, encoding="utf-8")
         write_recipe(shown, folder / "recipe.yaml")
-        sums = [f"{content_hash(path)}  {name}\n" for name, path in files_of(folder).items()]
-        (folder / SUMS).write_text("".join(sums), encoding="utf-8")
-        earlier = run.publication / CARD  # perhaps edited by hand
-        if earlier.exists() and earlier.read_text(encoding="utf-8") != card:
-            run.keep_as_previous(earlier)
     return run.publication
 
 

@@ -15,10 +15,11 @@ from finequant.recipes.schema import Recipe
 
 
 def read_command_line(doc: str, argv: Sequence[str] | None) -> tuple[Recipe, RunDir]:
-    """The recipe that a stage was called with, and its run directory.
+    """The recipe that a stage was called with, and its run directory, which is held.
 
     Raises:
-        UserError: for a recipe or an override that does not hold.
+        UserError: for a recipe or an override that does not hold, or a directory that another
+            process uses or that cannot be written.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -29,7 +30,9 @@ def read_command_line(doc: str, argv: Sequence[str] | None) -> tuple[Recipe, Run
     )
     arguments = parser.parse_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    return recipe, RunDir.of(recipe)
+    run = RunDir.of(recipe)
+    run.hold()
+    return recipe, run
 
 
 def quiet_libraries() -> None:

@@ -24,25 +24,54 @@ class OutsideError(UserError):
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Turns a UserError into its message and exit code, Ctrl-C into exit code 130, and a disk
-    that is full, whichever library says so, into exit code 1."""
+    """The frame of every entry: a UserError becomes its message and exit code, a signal 128 and its
+    number, a full disk or memory exit code 1; whatever the command held is given back."""
+    from finequant.recipes import lock
+    from finequant.recipes.interrupt import GOES_ON, Interrupted, interruptible
+
     try:
-        yield
+        with interruptible():
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
     except Exception as error:
-        if "No space left on device" not in str(error):
+        if (reason := _of_the_machine(error)) is None:
             raise
-        print(
-            f"error: no space left on the disk ({' '.join(str(error).split())[:200]}): free some; "
-            "the same command goes on from here",
-            file=sys.stderr,
-        )
+        said = " ".join(str(error).split())[:200]
+        print(f"error: {reason}; {GOES_ON} ({said})", file=sys.stderr)
         sys.exit(1)
+    finally:
+        lock.release()
+
+
+# What libraries say when the machine is at its end -> what to do. torch.save hides the reason.
+LIMITS = {
+    "No space left on device": "no space left on the disk: free some",
+    "Disk quota exceeded": "no space left on the disk: free some",
+    "PytorchStreamWriter failed": "no space left on the disk, or it failed: free some",
+    "unexpected pos": "no space left on the disk, or it failed: free some",
+    "Read-only file system": "the disk can only be read: make it writable",
+    "Permission denied": "no permission to write here: make it writable",
+    "out of memory": "out of memory: give smaller batches (train.micro_batch_size, "
+    "evaluate.batch_size) or a smaller data.max_length",
+    "not enough memory": "out of memory: give smaller batches (train.micro_batch_size, "
+    "evaluate.batch_size) or a smaller data.max_length",
+}
+
+
+def _of_the_machine(error: BaseException | None) -> str | None:
+    """What to do about an error that no input explains, looked for in its causes too."""
+    if error is None:
+        return None
+    said = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
+    for theirs, ours in LIMITS.items():
+        if theirs.lower() in said.lower():
+            return ours
+    return _of_the_machine(error.__cause__ or error.__context__)
 
 
 def listed(problems: list[str], most: int = 20) -> str:

@@ -7,6 +7,7 @@ finequant train recipes/chat.yaml train.epochs=2
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -288,6 +289,8 @@ def check_base(recipe) -> None:
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     """Each stage has a process of its own: its memory is returned, and a crash stays there."""
+    from finequant.recipes.interrupt import GOES_ON, passed_on
+
     command = [sys.executable, "-m"]
     if launch:
         command += ["accelerate.commands.launch", "--config_file", str(launch), "--module"]
@@ -296,9 +299,11 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     else:
         command += ["finequant.quantize.export", *arguments, "--to", stage]
     try:
-        code = subprocess.run(command).returncode
+        code = passed_on(subprocess.Popen(command))
     except FileNotFoundError as error:
         raise UserError(f"{stage}: cannot start {error.filename}") from None
+    if code == -signal.SIGKILL:
+        print(f"{stage} was killed, perhaps as memory ran out: {GOES_ON}", file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 

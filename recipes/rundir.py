@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finequant.recipes import lock
+from finequant.recipes.artefact import content_hash, differences, remove, replace_text, seal, verify
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
@@ -46,9 +46,6 @@ ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 ROUNDED = "rounded.safetensors"
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
-
-# Beside an artefact's content, but no part of it: times and losses differ between equal runs.
-NOT_CONTENT = ("training_log.json",)
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,34 @@ class RunDir:
             "delete it to redo every stage of this run"
         )
 
+    def hold(self) -> None:
+        """Keeps other processes out until the command ends.
+
+        Raises:
+            UserError: naming the process that is here already, or if nothing can be written here.
+        """
+        lock.hold(self.root)
+
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
-        """Everything that decides the stage's result: recipe keys, and hashes of files."""
+        """Everything that decides the stage's result: recipe keys, and hashes of files.
+
+        Raises:
+            UserError: if the adapter that the stage is to use was trained here on another base.
+        """
+        inputs = self._inputs(recipe, stage)
+        trained = self.manifest().get("train")
+        if "adapter" not in UPSTREAM[stage] or trained is None:
+            return inputs
+        same = inputs["adapter/"] == f"sha256:{trained['outputs'].get('adapter')}"
+        if same and trained["inputs"].get("model.base") != inputs["model.base"]:
+            raise UserError(
+                f"{self.adapter}: trained on another base than {recipe.model.base}: run "
+                "`finequant train RECIPE` again, or set model.base to that of "
+                f"{self.adapter / 'recipe.yaml'}"
+            )
+        return inputs
+
+    def _inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         inputs = section_inputs(recipe, _sections(recipe, stage))
         if stage not in EXPORTS:  # what decides them lies in quantized/
             inputs["model.base"] = _base_identity(recipe)
@@ -135,26 +158,28 @@ class RunDir:
         entry = self.manifest().get(stage)
         if entry is None or not all(path.exists() for path in self.outputs(stage)):
             return None
-        old, new = entry["inputs"], self.inputs(recipe, stage)
+        old, new = entry["inputs"], self._inputs(recipe, stage)
         said = _flat(recipe.model_dump(mode="json"))
         return [
             _change(key, old.get(key, "absent"), new.get(key, "absent"), said.get(key))
             for key in sorted({*old, *new})
             if old.get(key, "absent") != new.get(key, "absent")
         ] + [
-            f"{name}: changed since {stage} wrote it"
+            f"{name}: changed since {stage} wrote it{_which(self.root / name)}"
             for name, digest in entry["outputs"].items()
             if content_hash(self.root / name) != digest
         ]
 
     def require(self, stage: str) -> None:
-        """Refuses to build on a stage that has not been run here."""
+        """Refuses to build on a stage that has not been run here, or on what it did not write."""
         missing = [path for path in self.outputs(stage) if not path.exists()]
         if missing:
             raise UserError(
                 f"{missing[0]} does not exist: run `finequant {_command(stage)}` first, "
                 "or copy the folder here from the machine it was made on"
             )
+        for folder in filter(Path.is_dir, self.outputs(stage)):
+            verify(folder, again=f"finequant {stage} RECIPE")
 
     @contextmanager
     def writing(
@@ -162,7 +187,8 @@ class RunDir:
     ) -> Iterator[Path]:
         """A folder beside the target, which takes its place once the block has ended well.
 
-        An earlier adapter is moved to `previous/`; whatever can be made again from it is replaced.
+        An earlier adapter is moved to `previous/`, and so is whatever a person has changed or put
+        there; what can be made again is replaced.
 
         inputs: what decides the content; with it the folder that an interrupted call with the
             same inputs and versions left is handed over as it is.
@@ -170,17 +196,42 @@ class RunDir:
         partial = target.with_name(target.name + ".partial")
         record, made_from = partial / "inputs.json", {"inputs": inputs, "versions": versions()}
         if inputs is None or not _says(record, made_from):
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
         if inputs is not None:
             replace_text(record, json.dumps(made_from))
         yield partial
         record.unlink(missing_ok=True)
         write_recipe(recipe, partial / "recipe.yaml")
-        if target.exists() and target == self.adapter:
-            self.keep_as_previous(target)
-        shutil.rmtree(target, ignore_errors=True)
+        seal(partial)
+        self._put_in_place(partial, target)
+
+    def _put_in_place(self, partial: Path, target: Path) -> None:
+        replaced = target.with_name(target.name + ".replaced")
+        remove(replaced)
+        if target.exists() or target.is_symlink():
+            again = not target.is_symlink() and content_hash(target) == content_hash(partial)
+            if not again and (target == self.adapter or not self._is_ours(target)):
+                self.keep_as_previous(target)
+            else:
+                target.rename(replaced)
         partial.rename(target)
+        remove(replaced)
+
+    def _is_ours(self, target: Path) -> bool:
+        """Whether a folder is as a stage left it."""
+        changed = None if target.is_symlink() else differences(target)
+        if changed is not None:
+            return not changed
+        recorded = [entry["outputs"].get(target.name) for entry in self.manifest().values()]
+        return target.is_dir() and content_hash(target) in recorded
+
+    def keep_edited(self, stage: str) -> None:
+        """Moves those of the stage's files that were changed since it wrote them to previous/."""
+        recorded = self.manifest().get(stage, {"outputs": {}})["outputs"]
+        for path in filter(Path.is_file, self.outputs(stage)):
+            if content_hash(path) != recorded.get(path.name, content_hash(path)):
+                self.keep_as_previous(path)
 
     def keep_as_previous(self, target: Path) -> None:
         """Moves a file or folder to previous/, where nothing is replaced."""
@@ -267,25 +318,6 @@ def peak_gpu_memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name not in NOT_CONTENT:
-            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\0".encode())
-    return digest.hexdigest()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _says(path: Path, expected: Any) -> bool:
     """Whether a JSON file is there with this content."""
     try:
@@ -336,6 +368,12 @@ def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS[stage]
+
+
+def _which(path: Path) -> str:
+    """The changed files of a folder, in brackets."""
+    changed = differences(path) if path.is_dir() else None
+    return f" ({'; '.join(changed[:3])})" if changed else ""
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

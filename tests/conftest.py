@@ -119,21 +119,20 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture
-def recipe_file(tmp_path, tiny_base) -> Path:
-    """A complete recipe over the tiny Llama: 48 training, 8 validation, 8 test rows."""
-    write_jsonl(tmp_path / "train.jsonl", make_rows(range(0, 48)))
-    write_jsonl(tmp_path / "validation.jsonl", make_rows(range(60, 68)))
-    write_jsonl(tmp_path / "test.jsonl", make_rows(range(80, 88)))
-    (tmp_path / "text.txt").write_text("\n".join(SENTENCES[100:130]), encoding="utf-8")
-    path = tmp_path / "recipe.yaml"
+def make_recipe(folder: Path, base: Path) -> Path:
+    """A complete recipe over a base: 48 training, 8 validation, 8 test rows."""
+    write_jsonl(folder / "train.jsonl", make_rows(range(0, 48)))
+    write_jsonl(folder / "validation.jsonl", make_rows(range(60, 68)))
+    write_jsonl(folder / "test.jsonl", make_rows(range(80, 88)))
+    (folder / "text.txt").write_text("\n".join(SENTENCES[100:130]), encoding="utf-8")
+    path = folder / "recipe.yaml"
     path.write_text(
         f"""\
 name: tiny
 seed: 7
-output_dir: {tmp_path / "run"}
+output_dir: {folder / "run"}
 model:
-  base: {tiny_base}
+  base: {base}
 data:
   train: train.jsonl
   validation: validation.jsonl
@@ -157,6 +156,12 @@ evaluate:
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_base) -> Path:
+    """A complete recipe over the tiny Llama: 48 training, 8 validation, 8 test rows."""
+    return make_recipe(tmp_path, tiny_base)
 
 
 class Hub:

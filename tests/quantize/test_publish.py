@@ -309,8 +309,8 @@ def test_a_dry_run_writes_the_folder_without_paths_of_this_machine(recipe, tiny_
     card = folder / "README.md"
     card.write_text("my own words", encoding="utf-8")
     dry_run(recipe)
-    kept = recipe.parent / "run" / "previous" / "README.md-1"
-    assert kept.read_text(encoding="utf-8") == "my own words"
+    kept = recipe.parent / "run" / "previous" / "publish-1"
+    assert (kept / "README.md").read_text(encoding="utf-8") == "my own words"
     dry_run(recipe)  # the same card again: nothing to keep
     assert len(list(kept.parent.iterdir())) == 1
 

@@ -180,7 +180,7 @@ def test_an_artefact_edited_by_hand_is_noticed_downstream(folder):
     (folder / "run/quantized/weights").write_text("mine", encoding="utf-8")
     assert changes(folder) == {
         "train": [],
-        "quantize": ["quantized: changed since quantize wrote it"],
+        "quantize": ["quantized: changed since quantize wrote it (weights: altered)"],
         "evaluate": ["quantized/ has other content"],
     }
 

@@ -1,0 +1,285 @@
+"""Kill real runs at random moments, and see whether the same command ends as if nothing happened.
+
+python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
+python benchmarks/torture.py --kills 5 --seed 3 --only kills
+python benchmarks/torture.py --recipe recipes/quickstart.yaml train.max_steps=4 evaluate.limit=8
+Writes docs/reliability.md from what it measured, unless it was told to do only a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from xml.etree import ElementTree
+
+from finequant.recipes.artefact import content_hash
+from finequant.recipes.command_line import say
+from finequant.recipes.rundir import STAGES
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+LONGEST = 600
+"""Seconds that a run may take."""
+
+# Two phases of training with a checkpoint at every second step.
+SHORT = (
+    "train.max_steps=8",
+    "train.save_steps=2",
+    "lora.dropout=0.0",
+    "train.quantization_aware={steps: 4}",
+)
+HALF_MADE = (".partial", ".replaced", ".removed")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One run that was killed, and how it ended."""
+
+    moment: str
+    stage: str
+    same: bool
+    problem: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = read_arguments(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        kills, seconds = [], 0.0
+        if arguments.only in (None, "kills"):
+            kills, seconds = kill_runs(arguments, Path(folder))
+    tests = torture_tests(arguments.examples) if arguments.only in (None, "tests") else []
+    table = markdown(arguments, kills, seconds, tests)
+    print(table)
+    if arguments.only is None:
+        PAGE.write_text(table, encoding="utf-8")
+        say(f"{PAGE} written")
+    failed = [kill for kill in kills if not kill.same]
+    sys.exit(bool(failed or any(outcome == "failed" for _, outcome, _ in tests)))
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, default=1000, help="damaged inputs of each kind")
+    parser.add_argument("--only", choices=["kills", "tests"])
+    parser.add_argument("--recipe", type=Path, help="default: a tiny Llama made here")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], float]:
+    """An undisturbed run, then one after the other that is killed; and the seconds of the first."""
+    command = run_command(arguments, folder)
+    log = folder / "log"
+    first = folder / "undisturbed"
+    started = time.monotonic()
+    events = watch(start(command, first, log), first, None)
+    seconds = time.monotonic() - started
+    expected = fingerprint(first)
+    say(f"undisturbed: {seconds:.0f} s, {len(events)} changes on the disk; seed {arguments.seed}")
+    pick, kills = random.Random(arguments.seed), []
+    for number in range(1, arguments.kills + 1):
+        kill = kill_once(command, folder / f"run-{number}", log, pick, seconds, events)
+        found, left = fingerprint(folder / f"run-{number}"), half_made(folder / f"run-{number}")
+        problem = differing(expected, found) or ", ".join(left)
+        kills.append(Kill(*kill, not problem, problem))
+        say(f"{number}/{arguments.kills} {kill[1]}, {kill[0]}: {problem or 'the same hashes'}")
+    return kills, seconds
+
+
+def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    recipe = arguments.recipe or tiny_recipe(folder)
+    overrides = arguments.overrides if arguments.recipe else [*SHORT, *arguments.overrides]
+    return [sys.executable, "-m", "finequant.recipes.run", "run", str(recipe), *overrides]
+
+
+def tiny_recipe(folder: Path) -> Path:
+    """Over the random two-layer Llama that the tests use."""
+    spec = spec_from_file_location("fixtures", ROOT / "tests" / "conftest.py")
+    fixtures = module_from_spec(spec)
+    spec.loader.exec_module(fixtures)
+    return fixtures.make_recipe(folder, fixtures.make_llama(folder / "base"))
+
+
+def kill_once(
+    command: list[str],
+    run: Path,
+    log: Path,
+    pick: random.Random,
+    seconds: float,
+    events: list[str],
+) -> tuple[str, str]:
+    """Kills a run and all it started, and starts it again; when that was, and in which stage.
+
+    Every other time it is soon after a change on the disk, where most is at stake.
+    """
+    process = start(command, run, log)
+    if pick.random() < 0.5:
+        moment = pick.uniform(0, seconds)
+        watch(process, run, None, moment)
+        said = f"{moment:.2f} s"
+    else:
+        number, delay = pick.randrange(len(events)), pick.uniform(0, 0.05)
+        watch(process, run, number)
+        time.sleep(delay)
+        said = f"{1000 * delay:.0f} ms after change {number + 1} ({events[number]})"
+    stage = next((stage for stage in STAGES if stage not in finished(run)), "done")
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    start(command, run, log).wait(LONGEST)
+    return said, stage
+
+
+def start(command: list[str], run: Path, log: Path) -> subprocess.Popen:
+    """In a process group of its own."""
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [*command, f"output_dir={run}"],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+
+
+def watch(
+    process: subprocess.Popen, run: Path, change: int | None, seconds: float = LONGEST
+) -> list[str]:
+    """Waits for the end, for the change of that number or for so many seconds.
+
+    Returns the names that came up in the run directory, in their order.
+    """
+    seen: dict[str, None] = {}
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        names = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")))
+        seen |= dict.fromkeys(names)
+        if change is not None and len(seen) > change:
+            break
+        time.sleep(0.005)
+    return list(seen)
+
+
+def finished(run: Path) -> dict:
+    try:
+        return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Hashes of the artefacts, and of the report but for the seconds that training took."""
+    found = {
+        path.relative_to(run).as_posix(): content_hash(path)
+        for artefact in ("adapter", "quantized")
+        for path in sorted((run / artefact).rglob("*"))
+        if path.is_file() and path.name != "training_log.json"
+    }
+    if (run / "report.json").exists():
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        del report["training"]
+        found["report.json"] = json.dumps(report)
+    return found
+
+
+def differing(expected: dict[str, str], found: dict[str, str]) -> str:
+    names = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
+    return f"other hashes: {', '.join(sorted(names))}" if names else ""
+
+
+def half_made(run: Path) -> list[str]:
+    return [path.name for path in run.rglob("*") if path.name.endswith(HALF_MADE)]
+
+
+def torture_tests(examples: int) -> list[tuple[str, str, float]]:
+    """Name, outcome and seconds of each test in tests/torture."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "tests/torture", f"--junitxml={report}"],
+            cwd=ROOT,
+            env=os.environ | {"FINEQUANT_EXAMPLES": str(examples), "OMP_NUM_THREADS": "1"},
+            stdout=sys.stderr,
+        )
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        return [(case.get("name"), _outcome(case), float(case.get("time"))) for case in cases]
+
+
+def _outcome(case: ElementTree.Element) -> str:
+    kinds = {child.tag for child in case}
+    return "failed" if kinds & {"failure", "error"} else "skipped" if kinds else "passed"
+
+
+def markdown(
+    arguments: argparse.Namespace,
+    kills: list[Kill],
+    seconds: float,
+    tests: list[tuple[str, str, float]],
+) -> str:
+    """The page: what was done, and what came of it."""
+    same = sum(kill.same for kill in kills)
+    made, good = (
+        Counter(kill.stage for kill in kills),
+        Counter(kill.stage for kill in kills if kill.same),
+    )
+    lines = ["# Reliability", "", "Written by `make torture` (benchmarks/torture.py)."]
+    if kills:
+        what = arguments.recipe.name if arguments.recipe else "a tiny random Llama"
+        lines += [
+            "",
+            f"## {same} of {len(kills)} killed runs ended with the hashes of an undisturbed one",
+            "",
+            f"`finequant run` over {what}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the "
+            "whole process group, then the same command again. Compared: every file of adapter/ "
+            "and quantized/, and report.json without the seconds of training. "
+            f"Seed {arguments.seed}.",
+            "",
+            "| killed in | runs | same hashes |",
+            "|---|---:|---:|",
+            *[
+                f"| {stage} | {made[stage]} | {good[stage]} |"
+                for stage in (*STAGES, "done")
+                if made[stage]
+            ],
+            "",
+            "| moment | stage | result |",
+            "|---|---|---|",
+            *[f"| {kill.moment} | {kill.stage} | {kill.problem or 'same'} |" for kill in kills],
+        ]
+    if tests:
+        lines += [
+            "",
+            f"## Damaged input and disks, {arguments.examples} examples of each kind of input",
+            "",
+            "Exit code 0 or 2, no traceback, and no file touched; on a disk that is full or can "
+            "only be read: one message, its exit code, and the same command once there is room.",
+            "",
+            "| test | outcome |",
+            "|---|---|",
+            *[
+                f"| {name.removeprefix('test_').replace('_', ' ')} | {outcome} |"
+                for name, outcome, _ in tests
+            ],
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

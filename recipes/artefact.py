@@ -1,0 +1,97 @@
+"""A folder that says what is in it: SHA256SUMS, written last and checked before each use."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from finequant.recipes.errors import UserError, listed
+
+SUMS = "SHA256SUMS"
+"""For `sha256sum -c` too."""
+
+# Beside an artefact's content, but no part of it: times and losses differ between equal runs.
+NOT_CONTENT = ("training_log.json",)
+
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's relative names and contents."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name not in NOT_CONTENT:
+            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Writes SHA256SUMS of all that is in the folder: it is complete."""
+    sums = "".join(f"{digest}  {name}\n" for name, digest in _sums(folder).items())
+    replace_text(folder / SUMS, sums)
+
+
+def differences(folder: Path) -> list[str] | None:
+    """What is not as it was when the folder was sealed, file by file; None if it never was."""
+    if not (folder / SUMS).exists():
+        return None
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    sealed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = _sums(folder)
+    changed = [name for name in {*sealed, *found} if sealed.get(name) != found.get(name)]
+    return [
+        f"{name}: {'missing' if name not in found else 'altered' if name in sealed else 'added'}"
+        for name in sorted(changed)
+    ]
+
+
+def verify(folder: Path, again: str) -> None:
+    """Refuses a folder that is damaged, edited by hand, or has pickled files in it.
+
+    again: the command that makes it anew.
+
+    Raises:
+        UserError: naming the files.
+    """
+    pickled = sorted(path for path in folder.rglob("*") if path.suffix in PICKLED)
+    if pickled:
+        raise UserError(
+            f"{pickled[0]}: pickled files are not read, as they can run code; expected safetensors "
+            f"only: remove it, or make the folder again with `{again}`"
+        )
+    if changed := differences(folder):
+        raise UserError(
+            f"{folder}: not as it was written: truncated, damaged or edited\n  "
+            f"{listed(changed, most=10)}\n`finequant run RECIPE` or `{again}` makes it again and "
+            f"keeps this one in previous/; to use it as it is, delete {folder / SUMS}"
+        )
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it; of a link only the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes beside the file and renames, so that a kill leaves the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Relative name -> hash; a link's is no hash, for what it leads to may change unseen."""
+    return {
+        path.relative_to(folder).as_posix(): "link" if path.is_symlink() else content_hash(path)
+        for path in sorted(folder.rglob("*"))
+        if (path.is_symlink() or path.is_file())
+        and path.name not in NOT_CONTENT
+        and path != folder / SUMS
+    }

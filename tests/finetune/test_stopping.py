@@ -1,0 +1,212 @@
+"""Training that is killed, stopped or goes wrong: nothing is lost, nothing half-written is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finequant.recipes.artefact import SUMS
+
+ROOT = Path(__file__).parents[2]
+STEPS = ["train.max_steps=60", "train.save_steps=3", "lora.dropout=0.1", "train.logging_steps=5"]
+BEST = ["train.epochs=10", "train.eval_steps=3", "train.save_steps=3"]
+BEST += ["train.early_stopping_patience=3", "train.learning_rate=0.05", "train.schedule=constant"]
+
+
+def train(recipe: Path, *overrides: str) -> bytes:
+    """Trains in this process; the adapter's weights."""
+    from finequant.finetune.train import main
+
+    main([str(recipe), *overrides])
+    return (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def start(recipe: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "finetune" / "train.py"), str(recipe), *overrides]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(6000):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    pytest.fail(f"no {path}")
+
+
+def checkpoints(recipe: Path) -> list[Path]:
+    found = (recipe.parent / "run" / "checkpoints").glob("checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+@pytest.fixture
+def undisturbed(recipe_file, tmp_path):
+    """The adapter of an undisturbed run, in a folder of its own."""
+
+    def run(*overrides: str) -> bytes:
+        weights = train(recipe_file, *overrides)
+        shutil.rmtree(tmp_path / "run")
+        return weights
+
+    return run
+
+
+@pytest.mark.parametrize("overrides", [STEPS, BEST], ids=["dropout", "early stopping"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
+    recipe_file, undisturbed, capsys, number, overrides
+):
+    expected = undisturbed(*overrides)
+    process = start(recipe_file, *overrides)
+    wait_for(recipe_file.parent / "run" / "checkpoints" / "checkpoint-6" / SUMS, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143, said
+        last = said.splitlines()[-1]
+        assert last.startswith("stopped by SIGTERM: ")
+        assert last.endswith("the same command goes on from here")
+    assert not (recipe_file.parent / "run" / "adapter").exists()
+    capsys.readouterr()
+    assert train(recipe_file, *overrides) == expected
+    assert "train: going on from" in capsys.readouterr().err
+
+
+def test_a_signal_saves_the_very_step(recipe_file):
+    """Also where no checkpoint is due before the end of an epoch."""
+    process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
+    wait_for(recipe_file.parent / "run" / "checkpoints" / "inputs.json", process)
+    time.sleep(4)  # importing, loading; some steps
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    if "is saved" not in said:
+        pytest.skip("a slow machine: it had not begun to train")
+    (saved,) = checkpoints(recipe_file)
+    assert f"stopped by SIGINT: step {saved.name.split('-')[1]} is saved" in said
+
+
+# What a kill while a checkpoint is being written, or a bad disk, leaves of it.
+DAMAGE = {
+    "not sealed": lambda folder: (folder / SUMS).unlink(),
+    "without its optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "truncated": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x08"),
+    "altered": lambda folder: (folder / "trainer_state.json").write_text("{}"),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_is_not_whole_is_not_taken(recipe_file, undisturbed, capsys, damage):
+    steps = ["train.max_steps=9", "train.save_steps=3", "train.save_total_limit=9"]
+    expected = undisturbed(*steps)
+    train(recipe_file, *steps)
+    run = recipe_file.parent / "run"
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "plain")
+    (run / "manifest.json").unlink()
+    DAMAGE[damage](checkpoints(recipe_file)[-1])
+    capsys.readouterr()
+    assert train(recipe_file, *steps) == expected
+    said = capsys.readouterr().err
+    assert "checkpoint-9 is not whole (" in said
+    assert f"going on from {run / 'checkpoints' / 'checkpoint-6'}" in said
+
+
+def test_of_two_checkpoints_the_older_goes_once_the_newer_is_whole(recipe_file):
+    train(recipe_file, "train.max_steps=9", "train.save_steps=2", "train.save_total_limit=1")
+    (last,) = checkpoints(recipe_file)
+    assert last.name == "checkpoint-9"
+
+
+def test_a_finished_phase_that_was_altered_is_trained_again(recipe_file, undisturbed):
+    expected = undisturbed()
+    train(recipe_file)
+    run = recipe_file.parent / "run"
+    (run / "checkpoints" / "plain" / "adapter_model.safetensors").write_bytes(b"\x08")
+    assert train(recipe_file) == expected
+
+
+def test_a_folder_called_checkpoints_that_is_not_ours_is_kept(recipe_file):
+    mine = recipe_file.parent / "run" / "checkpoints" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine", encoding="utf-8")
+    train(recipe_file, "train.max_steps=1")
+    kept = recipe_file.parent / "run" / "previous" / "checkpoints-1" / "mine.txt"
+    assert kept.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_loss_that_is_not_finite_ends_at_its_step_and_names_the_rows(
+    recipe_file, capsys, packing
+):
+    """Such a rate throws the weights out of all range in one step."""
+    rows = (recipe_file.parent / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    with pytest.raises(SystemExit) as exit_:
+        train(
+            recipe_file,
+            "train.learning_rate=1e30",
+            "train.schedule=constant",
+            "train.warmup=0.0",
+            "train.save_steps=1",
+            f"data.packing={packing}",
+        )
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: train: step 2: the loss is nan; its rows are train.jsonl:")
+    named = line.partition("its rows are ")[2].partition(". Lower")[0].split(", ")
+    numbers = [int(name.removeprefix("train.jsonl:")) for name in named]
+    assert 4 <= len(set(numbers)) == len(numbers) <= len(rows)
+    assert max(numbers) <= len(rows)
+    assert "Lower train.learning_rate (it is 1e+30 there)" in line
+    assert line.endswith("checkpoint-1 is kept")
+    assert not (recipe_file.parent / "run" / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_at_its_step(recipe_file, capsys):
+    """The loss is finite, its gradient is beyond float32: the scale of LoRA is absurd."""
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file, "lora.alpha=1e38", "train.max_steps=9", "train.warmup=0.0")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "train: step 1: the norm of the gradient is" in said
+    assert "train.jsonl:" in said
+    assert "no checkpoint was made yet" in said
+
+
+def test_numbers_of_the_base_that_are_none(recipe_file, llama, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for number, name in ((float("nan"), "one"), (float("inf"), "two")):
+        folder = llama(name)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = number
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SystemExit) as exit_:
+            train(recipe_file, f"model.base={folder}")
+        assert exit_.value.code == 2
+        said = capsys.readouterr().err
+        assert f"model.layers.1.mlp.up_proj.weight of {folder} has numbers" in said
+        assert "copy or download it again" in said
+
+
+def test_a_killed_run_leaves_a_log_of_all_steps(recipe_file):
+    steps = ["train.max_steps=6", "train.save_steps=2", "train.logging_steps=1"]
+    train(recipe_file, *steps)
+    run = recipe_file.parent / "run"
+    shutil.rmtree(run / "checkpoints" / "plain")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-6")
+    (run / "manifest.json").unlink()
+    train(recipe_file, *steps)
+    log = json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,114 @@
+"""Signals: the first is obeyed, the second obeyed at once, and processes of ours hear of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.interrupt import SIGNALS, Interrupted, put_off
+
+COMMON = """
+import subprocess, sys, time
+from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.interrupt import put_off, passed_on, Interrupted
+def wait():
+    for _ in range(600):
+        time.sleep(0.05)
+"""
+AT_ONCE = COMMON + "with told_to_the_user():\n    print('ready', flush=True)\n    wait()"
+SAVES = (
+    COMMON
+    + """
+with told_to_the_user(), put_off() as wish:
+    print('ready', flush=True)
+    while not wish.number:
+        time.sleep(0.05)
+    time.sleep(float(sys.argv[1]))
+    raise Interrupted(wish.number, "step 7 is saved")
+"""
+)
+LAUNCHES = (
+    COMMON
+    + """
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
+sys.exit(passed_on(child))
+"""
+)
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_command_with_its_code_and_one_line(number):
+    process = start(AT_ONCE)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert said == f"stopped by {number.name}: the same command goes on from here\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_under_way_is_saved_first(number):
+    process = start(SAVES, "0")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == f"stopped by {number.name}: step 7 is saved"
+
+
+def test_a_second_signal_ends_at_once():
+    process = start(SAVES, "50")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("whom", ["leader", "group"])
+def test_a_launched_process_saves_before_its_launcher_ends(whom):
+    """A terminal sends Ctrl-C to all, `kill` to the launcher only: once in any case."""
+    process = start(LAUNCHES, SAVES, start_new_session=True)
+    if whom == "group":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "stopped by SIGINT: step 7 is saved"
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As under nohup."""
+    process = start("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SAVES, "0")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with told_to_the_user(), put_off() as wish:
+        assert wish.number is None
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_interruption_is_no_error_to_swallow():
+    assert not issubclass(Interrupted, Exception)
