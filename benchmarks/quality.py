@@ -141,6 +141,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     """Seconds of a training step, plain and quantization-aware in turn."""
     from peft import get_peft_model
 
+    from finequant.finetune.lora import fuse
     from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
     from finequant.finetune.quantization_aware import not_rounded, round_in_training
     from finequant.finetune.trainer import divergence
@@ -159,6 +160,8 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
         layers = round_in_training(model, start, layer_plan(recipe.quantize, base.config), dtype)
+        if not start:
+            fuse(model)  # as plain training on a CPU does
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         models[name] = model, layers.values(), torch.optim.AdamW(weights, lr=1e-4)
     seconds = {name: [] for name in models}
