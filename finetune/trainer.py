@@ -114,6 +114,24 @@ class LoraTrainer(SFTTrainer):
         self._read.clear()
         return norm
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Its data loader draws a number; a run that goes on from a checkpoint at the end of an
+        epoch does not repeat the evaluation after it, so training must not miss that number."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluate(*args, **kwargs)
+        except Interrupted as stop:
+            if self.args.load_best_model_at_end:  # it decides which is best: to be made again
+                raise
+            self.save_and_leave(stop.number)
+
+    def save_and_leave(self, number: int) -> None:
+        """Ends training for the signal of that number, with a checkpoint of the last step."""
+        step = self.state.global_step
+        if differences(Path(self.args.output_dir) / f"checkpoint-{step}") != []:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        raise Interrupted(number, f"step {step} is saved, {GOES_ON}")
+
     def _refuse_step(self, what: str) -> None:
         """Nothing is learned from such a step; checkpoints of earlier ones stay."""
         step, rate = self.state.global_step + 1, self._get_learning_rate()
@@ -205,30 +223,20 @@ def build_trainer(
 
 
 class SavesWhenStopped(TrainerCallback):
-    """Ends training at the next step, with a checkpoint of it, once a signal has come.
-
-    During an evaluation, too: it decides nothing, unless the best checkpoint is to be kept. Then
-    the one before stays the last, so that the evaluation is made again.
-    """
+    """Ends training at the next step, with a checkpoint of it, once a signal has come."""
 
     def __init__(self, trainer: LoraTrainer, wish: Wish) -> None:
         self.trainer, self.wish = trainer, wish
 
     def on_step_end(self, args, state, control, **_) -> None:
-        self._leave_if_asked(control.should_evaluate)
+        if (number := self._asked()) and control.should_evaluate and args.load_best_model_at_end:
+            raise Interrupted(number)  # goes on from the checkpoint before, and evaluates again
+        if number:
+            self.trainer.save_and_leave(number)
 
     def on_prediction_step(self, args, state, control, **_) -> None:
-        self._leave_if_asked(evaluates=True)
-
-    def _leave_if_asked(self, evaluates: bool) -> None:
-        number = self._asked()
-        if not number:
-            return
-        trainer = self.trainer
-        if not (evaluates and trainer.args.load_best_model_at_end):
-            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-            raise Interrupted(number, f"step {trainer.state.global_step} is saved, {GOES_ON}")
-        raise Interrupted(number)
+        if number := self._asked():
+            raise Interrupted(number)
 
     def _asked(self) -> int:
         """The signal that any process got: they all have to save the same step."""

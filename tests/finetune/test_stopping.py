@@ -59,6 +59,7 @@ def undisturbed(recipe_file, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [STEPS, BEST], ids=["dropout", "early stopping"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
@@ -80,6 +81,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     assert "train: going on from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_very_step(recipe_file):
     """Also where no checkpoint is due before the end of an epoch."""
     process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
