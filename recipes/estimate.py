@@ -136,7 +136,7 @@ def quantize_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Me
         {"block, two in float32": 8 * block},  # peft's, and the merged one
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
     ]
-    if recipe.quantize.method == "gptq":
+    if recipe.quantize.method == "gptq" and not recipe.train.quantization_aware:
         phases.append(_calibration(recipe, config, dtype, block))
     if recipe.quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
