@@ -69,7 +69,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     process = start(recipe_file, *overrides)
     wait_for(recipe_file.parent / "run" / "checkpoints" / "checkpoint-6" / SUMS, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert process.returncode == 143, said
         last = said.splitlines()[-1]
@@ -88,7 +88,7 @@ def test_a_signal_saves_the_very_step(recipe_file):
     wait_for(recipe_file.parent / "run" / "checkpoints" / "inputs.json", process)
     time.sleep(4)  # importing, loading; some steps
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     if "is saved" not in said:
         pytest.skip("a slow machine: it had not begun to train")
