@@ -416,3 +416,20 @@ def test_the_loss_on_a_cpu_is_that_of_trl(trainer_of, packing, count):
     assert loss == pytest.approx(expected, rel=1e-5)
     assert difference(gradient, expected_gradient) < 1e-4
     assert expected_gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    ],
+)
+def test_a_chat_template_runs_in_a_sandbox(tokenizer, template):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    row = Row("rows.jsonl:1", messages=({"role": "user", "content": "a"},))
+    with pytest.raises(UserError, match="rows.jsonl:1: the chat template refuses this row"):
+        encode_prompt(row, own, Data(train="rows.jsonl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 import struct
 from pathlib import Path
@@ -171,14 +172,52 @@ def test_any_divisor_will_do(quantize, llama):
 def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, capsys):
     from finequant.quantize.convert import main as convert
 
-    quantize()
+    folder = quantize()
     other = llama("other", hidden_size=96, intermediate_size=192)
+    # By what was recorded; then, as of an adapter that came without a manifest, by its shapes.
+    for words in ("trained on another base than", "not an adapter of"):
+        with pytest.raises(SystemExit) as exit_:
+            convert([str(recipe_file), f"model.base={other}"])
+        assert exit_.value.code == 2
+        message = capsys.readouterr().err
+        assert f"{words} {other}" in message
+        assert "Traceback" not in message
+        (folder.parent / "manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda adapter: rank(adapter, 8), "not an adapter of"),
+        (
+            lambda adapter: (adapter / "adapter_model.bin").write_bytes(b"x"),
+            "pickled files are not",
+        ),
+        (lambda adapter: os.truncate(adapter / "adapter_model.safetensors", 99), "not an adapter"),
+    ],
+    ids=["wrong rank", "pickled", "truncated"],
+)
+def test_an_adapter_brought_from_elsewhere_is_looked_at(
+    quantize, recipe_file, capsys, change, words
+):
+    """It has neither SHA256SUMS nor an entry in the manifest."""
+    from finequant.quantize.convert import main as convert
+
+    run = quantize().parent
+    (run / "manifest.json").unlink()
+    (run / "adapter" / "SHA256SUMS").unlink()
+    change(run / "adapter")
     with pytest.raises(SystemExit) as exit_:
-        convert([str(recipe_file), f"model.base={other}"])
+        convert([str(recipe_file)])
     assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert f"not an adapter of {other}" in message
-    assert "Traceback" not in message
+    assert words in capsys.readouterr().err
+
+
+def rank(adapter: Path, value: int) -> None:
+    """Says another rank than that of the matrices."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    text = json.dumps(config | {"r": value})
+    (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -191,10 +230,12 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
-    with pytest.raises(SystemExit) as exit_:
-        convert([str(recipe_file)])
-    assert exit_.value.code == 2
-    assert "cannot be merged" in capsys.readouterr().err
+    for words in ("not as it was written", "cannot be merged"):
+        with pytest.raises(SystemExit) as exit_:
+            convert([str(recipe_file)])
+        assert exit_.value.code == 2
+        assert words in capsys.readouterr().err
+        (file.parent / "SHA256SUMS").unlink(missing_ok=True)  # to use it as it is
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
