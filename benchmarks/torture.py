@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 from finequant.recipes.artefact import content_hash
 from finequant.recipes.command_line import say
+from finequant.recipes.errors import told_to_the_user
 from finequant.recipes.rundir import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ class Kill:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
-    with tempfile.TemporaryDirectory() as folder:
+    with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
         kills, seconds = [], 0.0
         if arguments.only in (None, "kills"):
             kills, seconds = kill_runs(arguments, Path(folder))
@@ -142,7 +143,7 @@ def kill_once(
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    start(command, run, log).wait(LONGEST)
+    watch(start(command, run, log), run, None)
     return said, stage
 
 
@@ -168,12 +169,16 @@ def watch(
     """
     seen: dict[str, None] = {}
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
-        names = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")))
-        seen |= dict.fromkeys(names)
-        if change is not None and len(seen) > change:
-            break
-        time.sleep(0.005)
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            names = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")))
+            seen |= dict.fromkeys(names)
+            if change is not None and len(seen) > change:
+                break
+            time.sleep(0.005)
+    except BaseException:  # a signal: leave no process behind
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return list(seen)
 
 
