@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -171,8 +172,9 @@ def watch(
     end = time.monotonic() + seconds
     try:
         while process.poll() is None and time.monotonic() < end:
-            names = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")))
-            seen |= dict.fromkeys(names)
+            with suppress(OSError):  # a folder went while it was being listed
+                found = sorted(run.rglob("*"))
+                seen |= dict.fromkeys(path.relative_to(run).as_posix() for path in found)
             if change is not None and len(seen) > change:
                 break
             time.sleep(0.005)
