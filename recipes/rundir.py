@@ -179,7 +179,7 @@ class RunDir:
                 "or copy the folder here from the machine it was made on"
             )
         for folder in filter(Path.is_dir, self.outputs(stage)):
-            verify(folder, again=f"finequant {stage} RECIPE")
+            verify(folder, again=f"finequant {_command(stage)}")
 
     @contextmanager
     def writing(
@@ -223,14 +223,18 @@ class RunDir:
         changed = None if target.is_symlink() else differences(target)
         if changed is not None:
             return not changed
-        recorded = [entry["outputs"].get(target.name) for entry in self.manifest().values()]
+        recorded = [entry["outputs"].get(self._key(target)) for entry in self.manifest().values()]
         return target.is_dir() and content_hash(target) in recorded
+
+    def _key(self, path: Path) -> str:
+        """An output's name in the manifest."""
+        return path.relative_to(self.root).as_posix()
 
     def keep_edited(self, stage: str) -> None:
         """Moves those of the stage's files that were changed since it wrote them to previous/."""
         recorded = self.manifest().get(stage, {"outputs": {}})["outputs"]
         for path in filter(Path.is_file, self.outputs(stage)):
-            if content_hash(path) != recorded.get(path.name, content_hash(path)):
+            if content_hash(path) != recorded.get(self._key(path), content_hash(path)):
                 self.keep_as_previous(path)
 
     def keep_as_previous(self, target: Path) -> None:
@@ -248,10 +252,7 @@ class RunDir:
         manifest = self.manifest()
         manifest[stage] = {
             "inputs": inputs,
-            "outputs": {
-                path.relative_to(self.root).as_posix(): content_hash(path)
-                for path in self.outputs(stage)
-            },
+            "outputs": {self._key(path): content_hash(path) for path in self.outputs(stage)},
             "seed": recipe.seed,
             "versions": versions(),
             "peak_memory_bytes": peak_memory(),
