@@ -96,9 +96,10 @@ class Adapter:
         self.layers = {match[1] for match in matched.values()}
         self._scaling = {layer: _scaling(config, layer) for layer in self.layers}
         for layer in sorted(self.layers):
-            self._check(layer, base.shapes, f"{folder}: not an adapter of {name}", folder)
+            refused = f"{folder}: not an adapter of {name}"
+            self._check(layer, base.shapes, _rank(config, layer), refused, folder)
 
-    def _check(self, layer: str, shapes: dict, refused: str, folder: Path) -> None:
+    def _check(self, layer: str, shapes: dict, rank: int, refused: str, folder: Path) -> None:
         entries, prefix = self._file.entries, f"{PREFIX}{layer}.lora_"
         a, b = entries.get(f"{prefix}A.weight"), entries.get(f"{prefix}B.weight")
         shape = shapes.get(f"{layer}.weight")
@@ -108,6 +109,10 @@ class Adapter:
             raise UserError(
                 f"{refused}: {layer} is {' x '.join(map(str, shape))} there, and "
                 f"{b.shape[0]} x {a.shape[1]} in the adapter"
+            )
+        if a.shape[0] != rank:
+            raise UserError(
+                f"{refused}: {layer} has rank {a.shape[0]}, and adapter_config.json says {rank}"
             )
         for key in entries:
             if key.startswith(prefix) and not self.read(key).isfinite().all():
@@ -131,15 +136,20 @@ class Adapter:
 
 
 def _scaling(config: dict, layer: str | None) -> float:
-    """s of W + s B A; patterns match the ends of names, as in peft."""
-
-    def chosen(patterns: dict[str, float] | None, default: float) -> float:
-        matching = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", layer or ""))
-        return (patterns or {}).get(next(matching, ""), default)
-
-    alpha = chosen(config.get("alpha_pattern"), config["lora_alpha"])
-    rank = chosen(config.get("rank_pattern"), config["r"])
+    """s of W + s B A."""
+    alpha = _chosen(config.get("alpha_pattern"), config["lora_alpha"], layer)
+    rank = _rank(config, layer)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _rank(config: dict, layer: str | None) -> int:
+    return _chosen(config.get("rank_pattern"), config["r"], layer)
+
+
+def _chosen(patterns: dict[str, int] | None, default: int, layer: str | None) -> int:
+    """Patterns match the ends of names, as in peft."""
+    matching = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", layer or ""))
+    return (patterns or {}).get(next(matching, ""), default)
 
 
 def merged_weights(base: Base, adapter: Adapter) -> Weights:

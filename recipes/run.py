@@ -163,6 +163,7 @@ def chat(
     talk(where, overrides or [], model, prompt, max_new_tokens)
 
 
+@app.command()
 def export(
     recipe: RecipePath,
     overrides: Overrides = None,

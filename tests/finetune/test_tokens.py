@@ -372,7 +372,10 @@ def test_packed_rows_are_learned_as_if_each_stood_alone(trainer_of, loss_on):
 
     # What a leak would look like: the rows of a pack read as one text.
     for batch in batches:
-        batch["position_ids"] = torch.arange(batch["position_ids"].shape[1])[None]
+        length = batch["position_ids"].shape[1]
+        batch["position_ids"] = torch.arange(length)[None]
+        batch["cu_seq_lens_q"] = torch.tensor([0, length], dtype=torch.int32)
+        batch["max_length_q"] = length
     leaking, leaking_gradient = loss_and_gradient(packed, batches)
     assert abs(leaking - expected) > 0.001 * expected
     assert difference(leaking_gradient, expected_gradient) > 0.1

@@ -193,7 +193,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
             lambda adapter: (adapter / "adapter_model.bin").write_bytes(b"x"),
             "pickled files are not",
         ),
-        (lambda adapter: os.truncate(adapter / "adapter_model.safetensors", 99), "not an adapter"),
+        (lambda adapter: os.truncate(adapter / "adapter_model.safetensors", 99), "damaged"),
     ],
     ids=["wrong rank", "pickled", "truncated"],
 )
