@@ -86,8 +86,17 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
 
 
 def available(run: RunDir) -> list[str]:
-    """Names of the models that this run has; the base always."""
-    exported = [name for name, form in EXPORTS.items() if (run.exports / form).is_dir()]
+    """Names of the models that this run has and that can be run here; the base always."""
+    from finequant.evaluate.runtimes import why_not
+
+    exported = []
+    for name, form in EXPORTS.items():
+        if not (run.exports / form).is_dir():
+            continue
+        if missing := why_not(form):
+            say(f"chat: {name}: left out, its runtime is not installed: {missing}")
+        else:
+            exported.append(name)
     made = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
     return made + exported
 
