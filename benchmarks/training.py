@@ -108,13 +108,13 @@ def local_copy(folder: Path, validation: int) -> Recipe:
             for row in rows
         ]
         (folder / f"data/{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    few = RECIPE.parent / recipe.data.validation[0].source
     return load_recipe(
         RECIPE,
         [
             f"model.base={folder / 'base'}",
-            f"data.train={folder / 'data/train.jsonl'}",
-            f"data.validation={folder / 'data/validation.jsonl'}",
-            "data.system=null",
+            f"data.validation={{source: {few}, limit: {validation}}}",
+            "train.quantization_aware=false",
         ],
     )
 
@@ -123,10 +123,10 @@ def trl_command(recipe: Recipe, steps: int) -> list[str]:
     train, lora = recipe.train, recipe.lora
     said = {
         "model_name_or_path": recipe.model.base,
-        "dataset_name": Path(recipe.data.train[0].source).parent,
+        "dataset_name": Path(recipe.model.base).parent / "data",
         "dataset_test_split": "validation",
         "lora_r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha),
         "lora_target_modules": "all-linear",
         "per_device_train_batch_size": train.batch_size,
         "learning_rate": train.learning_rate,
@@ -138,6 +138,7 @@ def trl_command(recipe: Recipe, steps: int) -> list[str]:
         "logging_steps": steps,
         "seed": recipe.seed,
         "save_strategy": "no",
+        "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
     }
     options = [part for key, value in said.items() for part in (f"--{key}", str(value))]
