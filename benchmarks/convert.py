@@ -8,7 +8,6 @@ python benchmarks/convert.py compare --shape 8b --no-theirs --method gptq --roun
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import typer
 
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.rundir import peak_memory
 
 if TYPE_CHECKING:
     from finequant.quantize.merge import Base
@@ -144,17 +144,16 @@ def _process(at: Path, name: str, shape: str, method: str) -> Measured:
     """Runs one of the commands below in a fresh process."""
     command = [sys.executable, __file__, "work", name, shape, method, str(at)]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    work = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         sys.exit(f"{name} failed")
-    return Measured(time.monotonic() - started, usage.ru_maxrss * 1024, float(work.split()[-1]))
+    work, peak = done.stdout.split()[-2:]
+    return Measured(time.monotonic() - started, int(peak), float(work))
 
 
 @app.command(hidden=True)
 def work(name: str, shape: str, method: str, at: Path) -> None:
-    """One measured process; prints the seconds of its work."""
+    """One measured process; prints the seconds of its work, and its peak of memory."""
     # Imports are no work.
     from transformers import AutoModelForCausalLM, TorchAoConfig  # noqa: F401
 
@@ -169,7 +168,7 @@ def work(name: str, shape: str, method: str, at: Path) -> None:
     }
     started = time.monotonic()
     functions[name]()
-    print(time.monotonic() - started)
+    print(time.monotonic() - started, peak_memory())
 
 
 def make(at: Path, shape: str) -> None:

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -112,9 +111,9 @@ def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 def tiny_recipe(folder: Path) -> Path:
     """Over the random two-layer Llama that the tests use."""
-    spec = spec_from_file_location("fixtures", ROOT / "tests" / "conftest.py")
-    fixtures = module_from_spec(spec)
-    spec.loader.exec_module(fixtures)
+    sys.path.append(str(ROOT / "tests"))
+    import conftest as fixtures
+
     return fixtures.make_recipe(folder, fixtures.make_llama(folder / "base"))
 
 

@@ -92,12 +92,8 @@ def fine_tune(
         save_adapter,
         save_initial_adapter,
     )
-    from finequant.finetune.trainer import (
-        build_trainer,
-        gathered_weights,
-        last_checkpoint,
-        run_trainer,
-    )
+    from finequant.finetune.stopping import last_checkpoint, run_trainer
+    from finequant.finetune.trainer import build_trainer, gathered_weights
 
     checkpoints = Path(arguments.output_dir)
     folder, initial = checkpoints / "plain", checkpoints / "initial"
@@ -133,12 +129,8 @@ def train_rounded(
     """
     from finequant.finetune.model import save_adapter
     from finequant.finetune.quantization_aware import keep_float_layers, round_in_training
-    from finequant.finetune.trainer import (
-        build_trainer,
-        last_checkpoint,
-        run_trainer,
-        training_arguments,
-    )
+    from finequant.finetune.stopping import last_checkpoint, run_trainer
+    from finequant.finetune.trainer import build_trainer, training_arguments
     from finequant.quantize.rounding import save_rounded
     from finequant.quantize.scheme import layer_plan
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.model import lora_config
 from finequant.finetune.quantization_aware import Rounding, not_rounded
+from finequant.finetune.stopping import last_checkpoint
 from finequant.finetune.tokens import IGNORED, encode, to_dataset
-from finequant.recipes.artefact import differences, remove, seal
-from finequant.recipes.command_line import say
+from finequant.recipes.artefact import differences, seal
 from finequant.recipes.errors import UserError
-from finequant.recipes.interrupt import GOES_ON, Interrupted, Wish, put_off
+from finequant.recipes.interrupt import GOES_ON, Interrupted
 from finequant.recipes.schema import Data, Recipe
 
 if TYPE_CHECKING:
@@ -222,42 +222,6 @@ def build_trainer(
     return trainer
 
 
-class SavesWhenStopped(TrainerCallback):
-    """Ends training at the next step, with a checkpoint of it, once a signal has come."""
-
-    def __init__(self, trainer: LoraTrainer, wish: Wish) -> None:
-        self.trainer, self.wish = trainer, wish
-
-    def on_step_end(self, args, state, control, **_) -> None:
-        if (number := self._asked()) and control.should_evaluate and args.load_best_model_at_end:
-            raise Interrupted(number)  # goes on from the checkpoint before, and evaluates again
-        if number:
-            self.trainer.save_and_leave(number)
-
-    def on_prediction_step(self, args, state, control, **_) -> None:
-        if number := self._asked():
-            raise Interrupted(number)
-
-    def _asked(self) -> int:
-        """The signal that any process got: they all have to save the same step."""
-        number = torch.tensor(self.wish.number or 0, device=self.trainer.accelerator.device)
-        if self.trainer.accelerator.num_processes == 1:
-            return int(number)
-        return int(self.trainer.accelerator.gather(number.reshape(1)).max())
-
-
-def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
-    """Trains to the end.
-
-    Raises:
-        UserError: if a loss or a gradient is not finite, naming the step and its rows.
-        Interrupted: after a signal, with the last step saved.
-    """
-    with put_off() as wish:
-        trainer.add_callback(SavesWhenStopped(trainer, wish))
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-
 def training_arguments(
     recipe: Recipe, folder: Path, dtype: torch.dtype, evaluates: bool
 ) -> SFTConfig:
@@ -334,22 +298,6 @@ def _when(steps: int | None) -> str:
 def _processes() -> int:
     """As torchrun and accelerate say it; accelerate's own state is not yet set up for the CPU."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
-    """The newest whole checkpoint in the folder of the arguments; others are removed."""
-    with arguments.main_process_first():
-        for checkpoint in reversed(sort_checkpoints(arguments.output_dir)):
-            changed = differences(Path(checkpoint))
-            if changed == []:
-                if not quiet:
-                    say(f"train: going on from {checkpoint}")
-                return checkpoint
-            if arguments.process_index == 0:
-                what = changed[0] if changed else "saving it was interrupted"
-                say(f"train: {checkpoint} is not whole ({what}): removed")
-                remove(Path(checkpoint))
-    return None
 
 
 def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:

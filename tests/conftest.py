@@ -9,13 +9,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from loopback import Handler, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -173,22 +172,19 @@ def recipe_file(tmp_path, tiny_base) -> Path:
     return make_recipe(tmp_path, tiny_base)
 
 
-class Hub:
+class Hub(Server):
     """The part of the Hugging Face Hub's HTTP API that a client needs to read, on loopback.
 
     `add` makes a repository from a folder, `requests` lists what clients asked for.
     """
 
     def __init__(self) -> None:
+        super().__init__(_HubHandler)
         self.requests: list[tuple[str, str, str | None]] = []
         """Method, path, and the token that came with it."""
         self.gated: set[str] = set()
         """Repositories whose files are shown to nobody."""
         self._repositories: dict[tuple[str, str], tuple[str, Path]] = {}
-        handler = type("Handler", (_HubHandler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def add(self, repository: str, folder: Path, kind: str = "models") -> str:
         """Serves the folder as `repository` (org/name); returns the commit of its only revision."""
@@ -200,17 +196,11 @@ class Hub:
         """Commit and folder of a repository."""
         return self._repositories.get((kind, repository))
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
-
-class _HubHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _HubHandler(Handler):
     hub: Hub
 
-    def do_GET(self) -> None:
-        """Also HEAD: the same answer without its body."""
+    def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append((self.command, path, token))
@@ -235,12 +225,12 @@ class _HubHandler(BaseHTTPRequestHandler):
             return self._send_file(file, commit) if file in files else self._missing(commit)
         if verb == "tree":
             inside = [file for file in files if file.is_relative_to(root / folder)]
-            return self._send_json([self._entry(file, root) for file in inside])
+            return self.send(200, [self._entry(file, root) for file in inside])
         names = [{"rfilename": file.relative_to(root).as_posix()} for file in files]
         info = {"id": repository, "sha": commit, "siblings": names, "tags": [], "downloads": 0}
-        return self._send_json(info | {"private": False, "gated": False, "disabled": False})
+        return self.send(200, info | {"private": False, "gated": False, "disabled": False})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_GET = do_HEAD = answer  # noqa: N815
 
     def _entry(self, file: Path, root: Path) -> dict[str, object]:
         name, size = file.relative_to(root).as_posix(), file.stat().st_size
@@ -251,27 +241,13 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def _send_file(self, file: Path, commit: str) -> None:
         headers = {"X-Repo-Commit": commit, "ETag": f'"{self._etag(file)}"'}
-        self._send(200, file.read_bytes(), "application/octet-stream", headers)
-
-    def _send_json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), "application/json", {})
+        self.send(200, file.read_bytes(), headers)
 
     def _missing(self, commit: str) -> None:
         self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
 
     def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
-        self._send(status, b"{}", "application/json", {"X-Error-Code": code, **(headers or {})})
-
-    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Type": kind, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        """Keeps standard error to the tests."""
+        self.send(status, {}, {"X-Error-Code": code, **(headers or {})})
 
 
 @pytest.fixture

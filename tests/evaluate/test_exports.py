@@ -41,7 +41,6 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
     ("name", "key"), [("compressed-tensors", "compressed-tensors"), ("executorch", "pte")]
 )
 def test_the_report_has_a_column_for_every_export(recipe_file, capsys, name, key):
-    pytest.importorskip(name.replace("-", "_"))
     from finequant.evaluate.compare import main as compare
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert

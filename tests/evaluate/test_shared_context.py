@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from finequant.evaluate import shared_context
 from finequant.evaluate.lm_eval_model import SharedContextLM
@@ -20,15 +20,6 @@ CONTEXTS = [
     "close the",
 ]
 CHOICES = [" red", " the green lamp at 12 o'clock", " o", " door", " close the red door"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base):
-    """The tiny Llama with larger weights: as it is, attention hardly changes what it says."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
-    for name, weight in model.named_parameters():
-        weight.data *= 6 if "proj" in name else 1
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -44,17 +44,6 @@ metadata: {{version: 1}}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_base):
-    """The tiny Llama with larger weights: as it is, attention hardly changes what it says."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
-    for name, weight in model.named_parameters():
-        weight.data *= 6 if "proj" in name else 1
-    return model
-
-
-@pytest.fixture(scope="module")
 def prompts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 

@@ -9,10 +9,10 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from loopback import Handler, Server
 
 LARGE = (".safetensors", ".gguf", ".pte", ".png")
 WRITE_TOKEN = "hf_PlantedTokenThatMayWrite"
@@ -60,12 +60,13 @@ class Repository:
         return sha
 
 
-class Hub:
+class Hub(Server):
     """Repositories in memory, and who may write to them."""
 
     repository, blob = Repository, Blob
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.requests: list[tuple[str, str]] = []
         self.received: list[str] = []
         """SHA-256 of each large file that arrived whole."""
@@ -79,19 +80,9 @@ class Hub:
         """A file of this name arrives with another content."""
         self.uploads = 0
         self.stalled = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     hub: Hub
 
     ROUTES = (
@@ -123,10 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
                     return self.store(match["oid"])
                 body = self._body()
                 if (refusal := self._refusal(name, match.groupdict())) is not None:
-                    return self._send(*refusal)
+                    return self.send(*refusal)
                 return getattr(self, name)(body, **match.groupdict())
         self._body()
-        return self._send(404, {}, {"X-Error-Code": "EntryNotFound"})
+        return self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
@@ -152,31 +143,31 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self, body: bytes) -> None:
         role = "write" if WRITE_TOKEN in self.headers["Authorization"] else "read"
         user = {"name": "alice", "type": "user", "orgs": []}
-        self._send(200, user | {"auth": {"accessToken": {"role": role, "displayName": "test"}}})
+        self.send(200, user | {"auth": {"accessToken": {"role": role, "displayName": "test"}}})
 
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
         name = f"{asked['organization'] or 'alice'}/{asked['name']}"
         if name in self.hub.repositories:
-            return self._send(409, {"error": "You already created this model repo"})
+            return self.send(409, {"error": "You already created this model repo"})
         if asked["organization"] not in (None, "alice"):
-            return self._send(403, {"error": "no rights in this namespace"})
+            return self.send(403, {"error": "no rights in this namespace"})
         self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
-        return self._send(200, {"url": f"{self.hub.url}/{name}"})
+        return self.send(200, {"url": f"{self.hub.url}/{name}"})
 
     def validate(self, body: bytes) -> None:
-        self._send(200, {"errors": [], "warnings": []})
+        self.send(200, {"errors": [], "warnings": []})
 
     def info(self, body: bytes, repo: str, revision: str | None) -> None:
         repository, sha = self._at(repo, revision)
         names = [{"rfilename": name} for name in repository.commits[sha]]
         told = {"id": repo, "sha": sha, "siblings": names, "private": repository.private}
-        self._send(200, told | {"tags": [], "downloads": 0, "gated": False, "disabled": False})
+        self.send(200, told | {"tags": [], "downloads": 0, "gated": False, "disabled": False})
 
     def tree(self, body: bytes, repo: str, revision: str) -> None:
         repository, sha = self._at(repo, revision)
         files = repository.commits[sha]
-        self._send(200, [files[name].described(name) for name in files])
+        self.send(200, [files[name].described(name) for name in files])
 
     def preupload(self, body: bytes, repo: str) -> None:
         files = self.hub.repositories[repo].files
@@ -187,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             oid = known["lfs"]["oid"] if "lfs" in known else known.get("oid")
             mode = "lfs" if path.endswith(LARGE) else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self._send(200, {"files": answers})
+        self.send(200, {"files": answers})
 
     def batch(self, body: bytes, repo: str) -> None:
         objects = []
@@ -197,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
                 href = f"{self.hub.url}/storage/{asked['oid']}"
                 answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
-        self._send(200, {"transfer": "basic", "objects": objects})
+        self.send(200, {"transfer": "basic", "objects": objects})
 
     def store(self, oid: str) -> None:
         self.hub.uploads += 1
@@ -211,16 +202,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         content = self._body()
         if hashlib.sha256(content).hexdigest() != oid:
-            return self._send(400, {"error": "another content than announced"})
+            return self.send(400, {"error": "another content than announced"})
         self.hub.large[oid] = content
         self.hub.received.append(oid)
-        return self._send(200, {})
+        return self.send(200, {})
 
     def commit(self, body: bytes, repo: str) -> None:
         header, *changes = [json.loads(line) for line in body.splitlines()]
         repository = self.hub.repositories[repo]
         if header["value"].get("parentCommit", repository.head) != repository.head:
-            return self._send(412, {"error": "A commit has happened since"})
+            return self.send(412, {"error": "A commit has happened since"})
         files = dict(repository.files)
         for change in changes:
             value, kind = change["value"], change["key"]
@@ -233,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.damage:
             files[self.hub.damage] = Blob(b"other", files[self.hub.damage].large)
         sha = repository.commit(files)
-        return self._send(
+        return self.send(
             200,
             {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"},
         )
@@ -242,16 +233,16 @@ class _Handler(BaseHTTPRequestHandler):
         repository, sha = self._at(repo, revision)
         files = repository.commits[sha]
         asked = parse_qs(body.decode())["paths"]
-        self._send(200, [files[name].described(name) for name in asked if name in files])
+        self.send(200, [files[name].described(name) for name in asked if name in files])
 
     def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
         repository, sha = self._at(repo, revision)
         if path not in repository.commits[sha]:
             code = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}
-            return self._send(404, {}, code)
+            return self.send(404, {}, code)
         content = repository.commits[sha][path].content
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        return self._send(200, content, {"X-Repo-Commit": sha, "ETag": etag})
+        return self.send(200, content, {"X-Repo-Commit": sha, "ETag": etag})
 
     def _at(self, repo: str, revision: str | None) -> tuple[Repository, str]:
         repository = self.hub.repositories[repo]
@@ -270,20 +261,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self) -> None:
         self.close_connection = True
         self.connection.close()
-
-    def _send(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        if not isinstance(body, bytes):
-            self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        """Keeps standard error to the tests."""
 
 
 @pytest.fixture

@@ -271,28 +271,3 @@ def test_without_an_adapter_it_says_what_to_run(recipe_file, capsys):
         convert([str(recipe_file)])
     assert exit_.value.code == 2
     assert "run `finequant train RECIPE` first" in capsys.readouterr().err
-
-
-def test_parameters_are_counted_exactly():
-    from transformers import LlamaConfig
-
-    from finequant.quantize.scheme import parameter_count
-
-    llama_2_13b = LlamaConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        tie_word_embeddings=False,
-    )
-    llama_3_70b = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
-    assert parameter_count(llama_2_13b) == 13_015_864_320
-    assert parameter_count(llama_3_70b) == 70_553_706_496

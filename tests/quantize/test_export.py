@@ -327,7 +327,6 @@ def test_without_a_format_the_known_ones_are_named(make, capsys):
 
 @pytest.mark.slow
 def test_executorch_delegates_every_linear_and_holds_the_codes(make):
-    pytest.importorskip("executorch")
     from executorch.exir._serialize._program import deserialize_pte_binary
     from transformers import AutoModelForCausalLM
 
@@ -366,7 +365,6 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
 @pytest.mark.slow
 def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
-    pytest.importorskip("executorch")
     from finequant.evaluate.exports import greedy_answer
     from finequant.evaluate.runtimes import ExecuTorch
 
@@ -386,7 +384,6 @@ def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
 
 
 def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
-    pytest.importorskip("executorch")
     with pytest.raises(SystemExit):
         make("quantize.bits=8", to=("executorch",))
     assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in capsys.readouterr().err

@@ -314,11 +314,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     script = tmp_path / "convert.py"
     script.write_text(
         """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge import Base, open_base
+from finequant.recipes.rundir import peak_memory
 from finequant.recipes.schema import Calibration, Model, Quantize
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096,
@@ -336,13 +337,13 @@ write_float(folder / "base", base, weights, torch.bfloat16)
 base = open_base(Model(base=str(folder / "base")))
 write_quantized(folder / "out", base, lambda *of: base.weights(*of).float(), Quantize(),
     torch.bfloat16)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory())
 """
     )
     peaks = []
     for layers in (1, 9):
         command = [sys.executable, str(script), str(tmp_path / str(layers)), str(layers)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks.append(int(done.stdout) * 1024)
+        peaks.append(int(done.stdout))
     weights = 8 * (4 * 1024**2 + 3 * 4096 * 1024)
     assert peaks[1] - peaks[0] < 0.25 * weights  # in bfloat16 they take twice their number

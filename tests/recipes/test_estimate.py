@@ -281,8 +281,7 @@ def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, method):
-    """On a model that is large beside the process: within 15% on a machine of its own, but where
-    other tests run, more pieces wait for the disk."""
+    """On a model that is large beside the process."""
     from finequant.finetune.model import load_config
     from finequant.finetune.train import main as train
     from finequant.recipes.machine import this_machine
@@ -301,4 +300,4 @@ def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, method):
     manifest = json.loads((recipe_file.parent / "run" / "manifest.json").read_text())
     predicted = memory_of("quantize", recipe, load_config(recipe.model), this_machine())
     measured = manifest["quantize"]["peak_memory_bytes"]
-    assert sum(predicted.values()) == pytest.approx(measured, rel=0.35)
+    assert sum(predicted.values()) == pytest.approx(measured, rel=0.15)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,3 +320,16 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatc
     with pytest.raises(OSError, match="No space"):
         run.record(recipe, "train", {}, seconds=2.0)
     assert run.manifest() == before
+
+
+def test_peak_memory_is_not_that_of_the_parent_process():
+    child = "from finequant.recipes.rundir import peak_memory; print(peak_memory())"
+    parent = f"""
+import subprocess, sys
+large = bytes(range(256)) * (2 << 20)
+sys.exit(subprocess.run([sys.executable, "-c", {child!r}]).returncode)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True
+    )
+    assert 10**7 < int(done.stdout) < 256 * (2 << 20)
