@@ -3,7 +3,7 @@
 python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
 python benchmarks/torture.py --kills 5 --seed 3 --only kills
 python benchmarks/torture.py --recipe recipes/quickstart.yaml train.max_steps=4 evaluate.limit=8
-Writes docs/reliability.md from what it measured, unless it was told to do only a part.
+Writes what it measured into docs/reliability.md; with --only, its part of that page.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from finequant.recipes.rundir import STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
+TITLE = "# Reliability\n\nWritten by `make torture` (benchmarks/torture.py)."
+KILLS, TESTS = "Killed runs", "Damaged input, full and read-only disks"
 LONGEST = 600
 """Seconds that a run may take."""
 
@@ -56,16 +59,14 @@ class Kill:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
-    with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
-        kills, seconds = [], 0.0
-        if arguments.only in (None, "kills"):
+    kills, tests = [], []
+    if arguments.only != "tests":
+        with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
-    tests = torture_tests(arguments.examples) if arguments.only in (None, "tests") else []
-    table = markdown(arguments, kills, seconds, tests)
-    print(table)
-    if arguments.only is None:
-        PAGE.write_text(table, encoding="utf-8")
-        say(f"{PAGE} written")
+        write_section(KILLS, kills_section(arguments, kills, seconds))
+    if arguments.only != "kills":
+        tests = torture_tests(arguments.examples)
+        write_section(TESTS, tests_section(arguments.examples, tests))
     failed = [kill for kill in kills if not kill.same]
     sys.exit(bool(failed or any(outcome == "failed" for _, outcome, _ in tests)))
 
@@ -233,58 +234,57 @@ def _outcome(case: ElementTree.Element) -> str:
     return "failed" if kinds & {"failure", "error"} else "skipped" if kinds else "passed"
 
 
-def markdown(
-    arguments: argparse.Namespace,
-    kills: list[Kill],
-    seconds: float,
-    tests: list[tuple[str, str, float]],
-) -> str:
-    """The page: what was done, and what came of it."""
+def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: float) -> str:
+    """What was killed when, and what came of it."""
     same = sum(kill.same for kill in kills)
     made, good = (
         Counter(kill.stage for kill in kills),
         Counter(kill.stage for kill in kills if kill.same),
     )
-    lines = ["# Reliability", "", "Written by `make torture` (benchmarks/torture.py)."]
-    if kills:
-        what = arguments.recipe.name if arguments.recipe else "a tiny random Llama"
-        lines += [
-            "",
-            f"## {same} of {len(kills)} killed runs ended with the hashes of an undisturbed one",
-            "",
-            f"`finequant run` over {what}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the "
-            "whole process group, then the same command again. Compared: every file of adapter/ "
-            "and quantized/, and report.json without the seconds of training. "
-            f"Seed {arguments.seed}.",
-            "",
-            "| killed in | runs | same hashes |",
-            "|---|---:|---:|",
-            *[
-                f"| {stage} | {made[stage]} | {good[stage]} |"
-                for stage in (*STAGES, "done")
-                if made[stage]
-            ],
-            "",
-            "| moment | stage | result |",
-            "|---|---|---|",
-            *[f"| {kill.moment} | {kill.stage} | {kill.problem or 'same'} |" for kill in kills],
-        ]
-    if tests:
-        lines += [
-            "",
-            f"## Damaged input and disks, {arguments.examples} examples of each kind of input",
-            "",
-            "Exit code 0 or 2, no traceback, and no file touched; on a disk that is full or can "
-            "only be read: one message, its exit code, and the same command once there is room.",
-            "",
-            "| test | outcome |",
-            "|---|---|",
-            *[
-                f"| {name.removeprefix('test_').replace('_', ' ')} | {outcome} |"
-                for name, outcome, _ in tests
-            ],
-        ]
-    return "\n".join(lines) + "\n"
+    what = arguments.recipe.name if arguments.recipe else "a tiny random Llama"
+    lines = [
+        f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
+        "",
+        f"`finequant run` over {what}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the "
+        "whole process group, then the same command again. Compared: every file of adapter/ "
+        "and quantized/, and report.json without the seconds of training. "
+        f"Seed {arguments.seed}.",
+        "",
+        "| killed in | runs | same hashes |",
+        "|---|---:|---:|",
+    ]
+    stages = [stage for stage in (*STAGES, "done") if made[stage]]
+    lines += [f"| {stage} | {made[stage]} | {good[stage]} |" for stage in stages]
+    lines += ["", "| moment | stage | result |", "|---|---|---|"]
+    lines += [f"| {kill.moment} | {kill.stage} | {kill.problem or 'same'} |" for kill in kills]
+    return "\n".join(lines)
+
+
+def tests_section(examples: int, tests: list[tuple[str, str, float]]) -> str:
+    lines = [
+        f"{examples} examples of each kind of input. Exit code 0 or 2, no traceback, and no file "
+        "touched; on a disk that is full or can only be read: one message, its exit code, and the "
+        "same command once there is room.",
+        "",
+        "| test | outcome |",
+        "|---|---|",
+    ]
+    for name, outcome, _ in tests:
+        lines.append(f"| {name.removeprefix('test_').replace('_', ' ')} | {outcome} |")
+    return "\n".join(lines)
+
+
+def write_section(heading: str, text: str) -> None:
+    """Into the page, in place of what it had under this heading."""
+    sections = dict.fromkeys((KILLS, TESTS), "Not run yet.")
+    if PAGE.exists():
+        _, *parts = re.split(r"^## (.+)\n", PAGE.read_text(encoding="utf-8"), flags=re.M)
+        sections |= zip(parts[::2], map(str.strip, parts[1::2]), strict=True)
+    sections[heading] = text
+    body = "".join(f"\n## {name}\n\n{section}\n" for name, section in sections.items())
+    PAGE.write_text(f"{TITLE}\n{body}", encoding="utf-8")
+    print(f"## {heading}\n\n{text}")
+    say(f"{PAGE} written")
 
 
 if __name__ == "__main__":
