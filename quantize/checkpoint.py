@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
+from bisect import bisect_left
 from collections.abc import Iterable
 from copy import deepcopy
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from xxhash import xxh3_64
 
 from finequant.quantize.merge import Base
 from finequant.quantize.rounding import Rounded
@@ -177,8 +179,11 @@ class Checkpoint:
         """The rows of a parameter as they are written together."""
         found = self._slices[name]
         if rows == WHOLE:
-            return list(found)
-        return [piece for piece in found if rows.start <= piece.start and piece.stop <= rows.stop]
+            return found
+        first, end = (
+            bisect_left(found, row, key=attrgetter("start")) for row in (rows.start, rows.stop)
+        )
+        return found[first:end]
 
     def has(self, name: str, rows: slice) -> bool:
         """Whether these rows are in their file, every byte as it was written."""
@@ -272,10 +277,10 @@ def inner_names(name: str) -> tuple[str, str, str]:
 
 
 def _checksum(tensors: Iterable[torch.Tensor]) -> int:
-    checksum = 0
+    checksum = xxh3_64()
     for tensor in tensors:
-        checksum = zlib.crc32(bytes_of(tensor), checksum)
-    return checksum
+        checksum.update(bytes_of(tensor))
+    return checksum.intdigest()
 
 
 def _power_and_noise(weight: torch.Tensor, rounded: Rounded) -> tuple[float, float]:
