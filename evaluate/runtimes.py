@@ -62,14 +62,19 @@ class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
     def __init__(self, file: Path) -> None:
-        from llama_cpp import Llama
+        from llama_cpp import Llama, llama_get_logits_ith
 
-        self._model = Llama(str(file), n_ctx=CONTEXT, verbose=False)
+        threads = torch.get_num_threads()
+        self._model = Llama(
+            str(file), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self._logits = llama_get_logits_ith
 
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
         self._model.n_tokens = start  # what comes later in its cache is dropped
         self._model.eval(ids)
-        return torch.from_numpy(np.array(self._model.scores[start + len(ids) - 1]))
+        found = np.ctypeslib.as_array(self._logits(self._model.ctx, -1), (self._model.n_vocab(),))
+        return torch.from_numpy(found.copy())  # llama.cpp reuses its memory
 
 
 class Transformers:
