@@ -7,6 +7,7 @@ python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -348,9 +349,24 @@ def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The measurement of an earlier call, if it was made from the same inputs and versions."""
-    kept = _read_json(file) if file.exists() else None
-    same = kept and (kept["inputs"], kept["versions"]) == (inputs, versions())
+    """The measurement of an earlier call, if it was made from the same inputs and versions.
+
+    Raises:
+        UserError: for a file that is not as `keep` wrote it.
+    """
+    if not file.exists():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        digest = kept.pop("sha256")
+    except (ValueError, AttributeError, KeyError):
+        digest = None
+    if digest is None or digest != _digest(kept):
+        raise UserError(
+            f"{file}: not as it was written: truncated, damaged or edited; delete it, and the same "
+            "command measures again"
+        )
+    same = (kept["inputs"], kept["versions"]) == (inputs, versions())
     return kept["measurement"] if same else None
 
 
@@ -358,7 +374,11 @@ def keep(file: Path, inputs: dict[str, Any], measurement: dict[str, Any]) -> Non
     """Writes a measurement for `kept_measurement`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"inputs": inputs, "versions": versions(), "measurement": measurement}
-    replace_text(file, json.dumps(content))
+    replace_text(file, json.dumps(content | {"sha256": _digest(content)}))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> Any:

@@ -38,8 +38,11 @@ SPEED_PROMPT, SPEED_ANSWER = 256, 64
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
     """As `measure_model` does, with speed and peak memory; scores only where the runtime is here.
 
-    lm-eval tasks are not run, they want a model of transformers.
+    lm-eval tasks want a model of transformers: only compressed-tensors is one.
     """
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.compare import measure_model
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count
 
@@ -50,6 +53,12 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     if missing := why_not(name):
         say(f"evaluate: {name}: only its size is measured: {missing}")
         return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
+    if name == "compressed-tensors":
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        found = measure_model(name, model, recipe, material, size)
+        del model
+        found["scores"]["speed"] = speed(name, folder)
+        return found
     runtime = open_runtime(name, folder)
     scores["perplexity"] = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)

@@ -210,12 +210,13 @@ def _starting_codes(
 
 
 def _remove_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
-    """Those that were made from other inputs; a folder of that name that is not ours is kept."""
+    """Those of a training with other inputs that was finished; all else of that name is kept."""
     record = run.checkpoints / "inputs.json"
     with arguments.main_process_first():
         same = record.exists() and record.read_text(encoding="utf-8") == json.dumps(inputs)
         if arguments.process_index == 0 and not same:
-            if record.exists():
+            finished = run.manifest().get("train", {}).get("inputs")
+            if record.exists() and record.read_text(encoding="utf-8") == json.dumps(finished):
                 say(f"train: {run.checkpoints} was made with other inputs: removed")
                 removed = run.checkpoints.with_name("checkpoints.removed")
                 remove(removed)

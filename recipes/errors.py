@@ -48,6 +48,11 @@ def told_to_the_user() -> Iterator[None]:
         lock.release()
 
 
+MEMORY = (
+    "out of memory: give smaller batches (train.micro_batch_size, evaluate.batch_size) or a "
+    "smaller data.max_length"
+)
+
 # What libraries say when the machine is at its end -> what to do. torch.save hides the reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some",
@@ -56,10 +61,9 @@ LIMITS = {
     "unexpected pos": "no space left on the disk, or it failed: free some",
     "Read-only file system": "the disk can only be read: make it writable",
     "Permission denied": "no permission to write here: make it writable",
-    "out of memory": "out of memory: give smaller batches (train.micro_batch_size, "
-    "evaluate.batch_size) or a smaller data.max_length",
-    "not enough memory": "out of memory: give smaller batches (train.micro_batch_size, "
-    "evaluate.batch_size) or a smaller data.max_length",
+    "out of memory": MEMORY,
+    "not enough memory": MEMORY,
+    "allocate memory": MEMORY,
 }
 
 

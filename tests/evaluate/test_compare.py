@@ -106,6 +106,30 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("damage", ["edited", "truncated"])
+def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
+    finished, recipe_file, capsys, damage
+):
+    from finequant.evaluate.compare import main as compare
+
+    first = finished()
+    arguments = [str(recipe_file), "train.learning_rate=1e-2"]
+    file = recipe_file.parent / "run" / "measurements" / "tuned.json"
+    text = file.read_text()
+    other = text.replace('"n": 8', '"n": 9') if damage == "edited" else text[:-20]
+    assert other != text
+    file.write_text(other)
+    with pytest.raises(SystemExit) as exit_:
+        compare(arguments)
+    assert exit_.value.code == 2
+    assert f"{file}: not as it was written" in capsys.readouterr().err
+    assert file.read_text() == other
+    file.unlink()
+    compare(arguments)
+    assert report_of(recipe_file) == first
+
+
+@pytest.mark.slow
 def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     finished()
     capsys.readouterr()

@@ -95,6 +95,15 @@ def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
     assert json.loads(kept.read_text())["r"] == 4
 
 
+def test_checkpoints_of_an_unfinished_training_are_kept(recipe_file, capsys):
+    adapter = train(recipe_file, "train.max_steps=2", "train.save_steps=1")
+    (adapter.parent / "manifest.json").unlink()
+    train(recipe_file, "train.max_steps=2", "train.save_steps=1", "lora.rank=8")
+    kept = adapter.parent / "previous" / "checkpoints-1"
+    assert f"kept the earlier checkpoints as {kept}" in capsys.readouterr().out
+    assert (kept / "checkpoint-2" / "optimizer.pt").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
