@@ -4,6 +4,7 @@ python benchmarks/evaluation.py tasks
 python benchmarks/evaluation.py tasks --limit 100 --dtype bfloat16
 python benchmarks/evaluation.py perplexity
 python benchmarks/evaluation.py decoding
+python benchmarks/evaluation.py exports runs/quickstart
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from finequant.recipes.load import load_recipe
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import LlamaForCausalLM
+
+    from finequant.evaluate.runtimes import Runtime
 
 ARC_EASY = Path(__file__).parents[2] / "shared/data/tasks/arc_easy.jsonl"
 TASK = """\
@@ -166,6 +169,36 @@ def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> 
         in_turn(calls, rounds),
         new_tokens,
     )
+
+
+@app.command()
+def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
+    """Greedy tokens per second of a run's exports in their runtimes, and of float32 transformers.
+
+    A prompt of 32 tokens is read first, which is not timed.
+    """
+    from finequant.evaluate.runtimes import NEEDS, Transformers, open_runtime, why_not
+
+    with tempfile.TemporaryDirectory() as folder:
+        embedded("float32").save_pretrained(folder)
+        runtimes = {"transformers, float32": Transformers(Path(folder))}
+        for name in NEEDS:
+            made = (run / "exports" / name).exists()
+            if (missing := why_not(name)) or not made:
+                say(f"{name}: {missing if made else f'not in {run}/exports'}")
+                continue
+            runtimes[name] = open_runtime(name, run / "exports" / name)
+    prompt = list(range(100, 132))
+    for runtime in runtimes.values():
+        runtime.last_logits(prompt)
+
+    def decode(runtime: Runtime) -> None:
+        for place in range(new_tokens):
+            runtime.last_logits([100 + place], len(prompt) + place)
+
+    calls = {name: lambda one=runtime: decode(one) for name, runtime in runtimes.items()}
+    title = f"Decoding of {new_tokens} tokens, {place()}, median of {rounds} in turn"
+    show_speeds(title, in_turn(calls, rounds), new_tokens)
 
 
 def embedded(dtype: str) -> LlamaForCausalLM:
