@@ -16,7 +16,7 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 -m "not slow"
 
-# Each beside what a user would pick instead, in turn; about 25 minutes on two cores.
+# Each beside what a user would pick instead, in turn; about 15 minutes on two cores.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py compare --rounds 1
 	$(BIN)/python benchmarks/training.py --rounds 1

@@ -155,10 +155,11 @@ def _process(at: Path, name: str, shape: str, method: str) -> Measured:
 def work(name: str, shape: str, method: str, at: Path) -> None:
     """One measured process; prints the seconds of its work, and its peak of memory."""
     # Imports are no work.
-    import peft  # noqa: F401
     import torchao.prototype.safetensors.safetensors_support  # noqa: F401
     from transformers import LlamaForCausalLM, TorchAoConfig  # noqa: F401
 
+    if name == "theirs":
+        import peft  # noqa: F401
     functions = {
         "make": lambda: make(at, shape),
         "ours": lambda: ours(at, method, False),

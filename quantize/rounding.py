@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-ROWS_IN_CACHE = 1 << 18
+ROWS_IN_CACHE = 1 << 19
 """Weights to handle at a time: a dozen passes over them stay in a core's cache."""
 
 RATIOS = tuple(0.60 + 0.025 * step for step in range(18))

@@ -77,10 +77,10 @@ def write_found(
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """One more than torch has, as one of them waits for the disk; each computes by itself."""
+    """As many as torch has, each of which computes by itself: more wait for the interpreter."""
     together = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(together + 1, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:

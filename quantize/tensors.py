@@ -25,7 +25,7 @@ DTYPES = {
     "F16": torch.float16,
     "I8": torch.int8,
 }
-WEIGHTS = 1 << 18
+WEIGHTS = 1 << 19
 """To handle at a time: some copies of them stay in a core's cache, and malloc keeps their memory,
 where larger pieces are returned to the system and cost a page fault for each 4 kB."""
 
