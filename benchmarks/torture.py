@@ -33,7 +33,8 @@ from finequant.recipes.rundir import STAGES
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 TITLE = "# Reliability\n\nWritten by `make torture` (benchmarks/torture.py)."
-KILLS, TESTS = "Killed runs", "Damaged input, full and read-only disks"
+TINY = "a tiny random Llama"
+TESTS = "Damaged input, full and read-only disks"
 LONGEST = 600
 """Seconds that a run may take."""
 
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only != "tests":
         with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
-        write_section(KILLS, kills_section(arguments, kills, seconds))
+        what = arguments.recipe.name if arguments.recipe else TINY
+        write_section(f"Killed runs: {what}", kills_section(arguments, kills, seconds))
     if arguments.only != "kills":
         tests = torture_tests(arguments.examples)
         write_section(TESTS, tests_section(arguments.examples, tests))
@@ -241,12 +243,12 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         Counter(kill.stage for kill in kills),
         Counter(kill.stage for kill in kills if kill.same),
     )
-    what = arguments.recipe.name if arguments.recipe else "a tiny random Llama"
+    changes = f" with {' '.join(arguments.overrides)}" if arguments.overrides else ""
     lines = [
         f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
         "",
-        f"`finequant run` over {what}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the "
-        "whole process group, then the same command again. Compared: every file of adapter/ "
+        f"`finequant run`{changes}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the whole "
+        "process group, then the same command again. Compared: every file of adapter/ "
         "and quantized/, and report.json without the seconds of training. "
         f"Seed {arguments.seed}.",
         "",
@@ -276,10 +278,10 @@ def tests_section(examples: int, tests: list[tuple[str, str, float]]) -> str:
 
 def write_section(heading: str, text: str) -> None:
     """Into the page, in place of what it had under this heading."""
-    sections = dict.fromkeys((KILLS, TESTS), "Not run yet.")
+    sections = {}
     if PAGE.exists():
         _, *parts = re.split(r"^## (.+)\n", PAGE.read_text(encoding="utf-8"), flags=re.M)
-        sections |= zip(parts[::2], map(str.strip, parts[1::2]), strict=True)
+        sections = dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
     sections[heading] = text
     body = "".join(f"\n## {name}\n\n{section}\n" for name, section in sections.items())
     PAGE.write_text(f"{TITLE}\n{body}", encoding="utf-8")
