@@ -55,7 +55,8 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
         return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
     if name == "compressed-tensors":
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
+        with torch.no_grad():
+            model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
         found = measure_model(name, model, recipe, material, size)
         del model
         found["scores"]["speed"] = speed(name, folder)
