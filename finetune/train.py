@@ -59,7 +59,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
-    _remove_stale_checkpoints(run, inputs, arguments)
+    _clear_stale_checkpoints(run, inputs, arguments)
     phases = []
     if recipe.train.has_plain_phase:
         phases.append(fine_tune(recipe, arguments, tokenizer, splits, dtype))
@@ -209,14 +209,14 @@ def _starting_codes(
     return load_rounded(file)
 
 
-def _remove_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
-    """Those of a training with other inputs that was finished; all else of that name is kept."""
+def _clear_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
+    """Removes those of a finished training with other inputs; all else of that name is kept."""
     record = run.checkpoints / "inputs.json"
     with arguments.main_process_first():
-        same = record.exists() and record.read_text(encoding="utf-8") == json.dumps(inputs)
-        if arguments.process_index == 0 and not same:
+        made_from = record.read_text(encoding="utf-8") if record.exists() else None
+        if arguments.process_index == 0 and made_from != json.dumps(inputs):
             finished = run.manifest().get("train", {}).get("inputs")
-            if record.exists() and record.read_text(encoding="utf-8") == json.dumps(finished):
+            if made_from == json.dumps(finished):
                 say(f"train: {run.checkpoints} was made with other inputs: removed")
                 removed = run.checkpoints.with_name("checkpoints.removed")
                 remove(removed)

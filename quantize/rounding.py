@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROWS_IN_CACHE = 1 << 19
-"""Weights to handle at a time: a dozen passes over them stay in a core's cache."""
+"""Weights to handle at a time: the passes over more of them wait for memory."""
 
 RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 """Scales to try, relative to the one that just reaches the largest weight of the group."""

@@ -26,8 +26,7 @@ DTYPES = {
     "I8": torch.int8,
 }
 WEIGHTS = 1 << 19
-"""To handle at a time: some copies of them stay in a core's cache, and malloc keeps their memory,
-where larger pieces are returned to the system and cost a page fault for each 4 kB."""
+"""To handle at a time: with fewer, threads wait for the interpreter, with more, for memory."""
 
 WHOLE = slice(None)
 

@@ -72,7 +72,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     process = start(recipe_file, *overrides)
     wait_for(recipe_file.parent / "run" / "checkpoints" / "checkpoint-6" / SUMS, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=20)
     if number == signal.SIGTERM:
         assert process.returncode == 143, said
         last = said.splitlines()[-1]
@@ -90,7 +90,7 @@ def test_a_signal_saves_the_very_step(recipe_file):
     process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
     assert any("'loss'" in line for line in process.stdout)  # of the first step
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 130, said
     (saved,) = checkpoints(recipe_file)
     assert f"stopped by SIGINT: step {saved.name.split('-')[1]} is saved" in said

@@ -55,7 +55,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 def test_a_signal_ends_a_command_with_its_code_and_one_line(number):
     process = start(AT_ONCE)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=10)
     assert process.returncode == 128 + number
     assert said == f"stopped by {number.name}: the same command goes on from here\n"
 
@@ -64,7 +64,7 @@ def test_a_signal_ends_a_command_with_its_code_and_one_line(number):
 def test_what_is_under_way_is_saved_first(number):
     process = start(SAVES, "0")
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=10)
     assert process.returncode == 128 + number
     assert said.splitlines()[-1] == f"stopped by {number.name}: step 7 is saved"
 
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_at_once():
     time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=5)
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -87,7 +87,7 @@ def test_a_launched_process_saves_before_its_launcher_ends(whom):
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=10)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "stopped by SIGINT: step 7 is saved"
 
@@ -99,7 +99,7 @@ def test_an_ignored_signal_stays_ignored():
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=10)
     assert process.returncode == 143
 
 
