@@ -2,7 +2,7 @@
 
 python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
 python benchmarks/torture.py --kills 5 --seed 3 --only kills
-python benchmarks/torture.py --recipe recipes/quickstart.yaml train.max_steps=4 evaluate.limit=8
+python benchmarks/torture.py --quickstart --only kills    # of the embedded model; an hour
 Writes what it measured into docs/reliability.md; with --only, its part of that page.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,15 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from finequant.finetune.model import load_base, load_tokenizer
 from finequant.recipes.artefact import content_hash
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 TITLE = "# Reliability\n\nWritten by `make torture` (benchmarks/torture.py)."
-TINY = "a tiny random Llama"
+TINY, EMBEDDED = "a tiny random Llama", "the shortened quickstart"
 TESTS = "Damaged input, full and read-only disks"
 LONGEST = 600
 """Seconds that a run may take."""
@@ -44,6 +47,19 @@ SHORT = (
     "train.save_steps=2",
     "lora.dropout=0.0",
     "train.quantization_aware={steps: 4}",
+)
+# Of the quickstart: both phases, all stages, a few rows, and nothing that only takes time.
+SHORTENED = (
+    "train.max_steps=4",
+    "train.save_steps=2",
+    "train.batch_size=2",
+    "train.micro_batch_size=2",
+    "train.quantization_aware={steps: 4, distillation: 1.0}",
+    "quantize.method=rtn",
+    "quantize.scale=max",
+    "data.validation=[{source: data/quickstart/validation.jsonl, limit: 4}]",
+    "data.test=[{source: data/quickstart/test.jsonl, limit: 4}]",
+    "evaluate.max_new_tokens=8",
 )
 HALF_MADE = (".partial", ".replaced", ".removed")
 
@@ -64,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only != "tests":
         with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
-        what = arguments.recipe.name if arguments.recipe else TINY
+        what = EMBEDDED if arguments.quickstart else TINY
         write_section(f"Killed runs: {what}", kills_section(arguments, kills, seconds))
     if arguments.only != "kills":
         tests = torture_tests(arguments.examples)
@@ -81,9 +97,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, default=1000, help="damaged inputs of each kind")
     parser.add_argument("--only", choices=["kills", "tests"])
-    parser.add_argument("--recipe", type=Path, help="default: a tiny Llama made here")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("--quickstart", action="store_true", help=f"{EMBEDDED}, not {TINY}")
+    return parser.parse_args(argv)
 
 
 def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], float]:
@@ -98,8 +113,10 @@ def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], 
     say(f"undisturbed: {seconds:.0f} s, {len(events)} changes on the disk; seed {arguments.seed}")
     pick, kills = random.Random(arguments.seed), []
     for number in range(1, arguments.kills + 1):
-        kill = kill_once(command, folder / f"run-{number}", log, pick, seconds, events)
-        found, left = fingerprint(folder / f"run-{number}"), half_made(folder / f"run-{number}")
+        run = folder / f"run-{number}"
+        kill = kill_once(command, run, log, pick, seconds, events)
+        found, left = fingerprint(run), half_made(run)
+        shutil.rmtree(run)
         problem = differing(expected, found) or ", ".join(left)
         kills.append(Kill(*kill, not problem, problem))
         say(f"{number}/{arguments.kills} {kill[1]}, {kill[0]}: {problem or 'the same hashes'}")
@@ -107,9 +124,22 @@ def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], 
 
 
 def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    recipe = arguments.recipe or tiny_recipe(folder)
-    overrides = arguments.overrides if arguments.recipe else [*SHORT, *arguments.overrides]
+    if arguments.quickstart:
+        recipe = ROOT / "recipes" / "quickstart.yaml"
+        overrides = [*SHORTENED, f"model.base={embedded_base(recipe, folder / 'base')}"]
+    else:
+        recipe, overrides = tiny_recipe(folder), SHORT
     return [sys.executable, "-m", "finequant.recipes.run", "run", str(recipe), *overrides]
+
+
+def embedded_base(recipe: Path, folder: Path) -> Path:
+    """The quickstart's base as safetensors: half of a short run would go into reading its GGUF."""
+    import torch
+
+    model = load_recipe(recipe).model
+    load_base(model, torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
 
 
 def tiny_recipe(folder: Path) -> Path:
@@ -243,14 +273,14 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         Counter(kill.stage for kill in kills),
         Counter(kill.stage for kill in kills if kill.same),
     )
-    changes = f" with {' '.join(arguments.overrides)}" if arguments.overrides else ""
+    changes = SHORTENED if arguments.quickstart else SHORT
     lines = [
         f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
         "",
-        f"`finequant run`{changes}, all stages, {seconds:.0f} s undisturbed. SIGKILL to the whole "
-        "process group, then the same command again. Compared: every file of adapter/ "
-        "and quantized/, and report.json without the seconds of training. "
-        f"Seed {arguments.seed}.",
+        f"`finequant run` with {', '.join(f'`{change}`' for change in changes)}: all stages, "
+        f"{seconds:.0f} s undisturbed. SIGKILL to the whole process group, then the same command "
+        "again. Compared: every file of adapter/ and quantized/, and report.json without the "
+        f"seconds of training. Seed {arguments.seed}.",
         "",
         "| killed in | runs | same hashes |",
         "|---|---:|---:|",
