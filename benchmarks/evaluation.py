@@ -152,6 +152,7 @@ def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> 
         "quantized, as it is loaded": quantized(dtype),
     }
 
+    @torch.inference_mode()  # as evaluate does
     def generate(model: LlamaForCausalLM) -> None:
         finished(
             model.generate(

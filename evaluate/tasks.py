@@ -263,7 +263,7 @@ def _squad_tokens(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """One batch of greedy answers, padded on the left."""
     configured = model.generation_config.eos_token_id

@@ -19,6 +19,10 @@ ROWS_IN_CACHE = 1 << 19
 RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 """Scales to try, relative to the one that just reaches the largest weight of the group."""
 
+STEPS = torch.tensor(255.0, device="cpu")
+LOWEST = torch.tensor(-128.0, device="cpu")
+"""Of int8 activations. As tensors: decoding divides a few numbers by them, and for so few torch
+takes longer to make a tensor of a number than to divide."""
 
 INSIDE = 0.49
 """Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it,
@@ -163,11 +167,11 @@ def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
     torchao's arithmetic, step by step in the same dtype, so bit for bit its result. Its own
     function is private, and for a single token takes five times as long.
     """
-    low = activations.amin(dim=-1, keepdim=True).clamp_(max=0)
-    high = activations.amax(dim=-1, keepdim=True).clamp_(min=0)
+    low = activations.amin(-1, keepdim=True).clamp_max_(0)
+    high = activations.amax(-1, keepdim=True).clamp_min_(0)
     tiny = torch.finfo(activations.dtype).smallest_normal
-    scale = high.sub_(low).div_(255).clamp_(min=tiny)
-    zero = low.div_(scale).round_().neg_().sub_(128).clamp_(-128, 127)
+    scale = high.sub_(low).div_(STEPS).clamp_min_(tiny)
+    zero = LOWEST.sub(low.div_(scale).round_()).clamp_max_(127)
     codes = (activations * scale.reciprocal()).round_().add_(zero).clamp_(-128, 127)
     return codes.sub_(zero).mul_(scale)
 
