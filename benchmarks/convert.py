@@ -2,12 +2,13 @@
 
 python benchmarks/convert.py compare
 python benchmarks/convert.py compare --shape 8b --no-theirs
-python benchmarks/convert.py compare --shape 8b --no-theirs --method gptq --rounds 1
+python benchmarks/convert.py compare --shape 8b --no-theirs --method gptq --rounds 1 --blocks 3
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -84,6 +85,8 @@ def compare(
     method: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
     theirs: Annotated[bool, typer.Option(help="measure transformers + peft + torchao, too")] = True,
     checks: Annotated[bool, typer.Option(help="also ours with its checks of the result")] = False,
+    blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
+    cold: Annotated[bool, typer.Option(help="read the base from the disk each time")] = False,
     rounds: Annotated[int, typer.Option(help="of each, in turn; medians count")] = 3,
     folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
 ) -> None:
@@ -92,21 +95,31 @@ def compare(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         at = Path(scratch)
         say(f"making a checkpoint of the shape {shape}")
-        _process(at, "make", shape, method)
+        _process(at, "make", shape, method, blocks)
         measured: dict[str, list[Measured]] = {name: [] for name in names}
         for number in range(rounds):
             for name in names:
                 say(f"round {number + 1} of {rounds}: {name}")
+                if cold:
+                    forget(at / "base")
                 measured[name].append(_process(at, name, shape, method))
                 shutil.rmtree(at / "merged", ignore_errors=True)
                 shutil.rmtree(at / "out")
         sizes = [sum(f.stat().st_size for f in (at / "base").glob("*.safetensors"))]
-    _show(measured, sizes[0], shape, method, rounds)
+    title = f"Llama {shape}{f', {blocks} of its blocks' if blocks else ''}"
+    title += f", {sizes[0] / 1e9:.2f} GB of bfloat16{' from the disk' if cold else ''}, {method}"
+    _show(measured, sizes[0], title, rounds)
 
 
-def _show(
-    measured: dict[str, list[Measured]], size: int, shape: str, method: str, rounds: int
-) -> None:
+def forget(folder: Path) -> None:
+    """Makes the system drop what it keeps of these files in memory."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: int) -> None:
     """The table in Markdown, and the same as JSON on one line."""
     median = {
         name: Measured(*map(statistics.median, zip(*found, strict=True)))
@@ -119,8 +132,7 @@ def _show(
         "theirs": "transformers + peft + torchao",
     }
     print(
-        f"\nLlama {shape}, {size / 1e9:.2f} GB of bfloat16, rank {RANK}, {method}; "
-        f"{torch.get_num_threads()} threads, median of {rounds}, in turn\n"
+        f"\n{title}, rank {RANK}; {torch.get_num_threads()} threads, median of {rounds}, in turn\n"
     )
     print("| | seconds | of them work | peak memory, GB | GB/s of work | times ours |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: |")
@@ -134,15 +146,17 @@ def _show(
     print(f"\nOurs runs at {rate:.2f} of the rate of reading, casting and writing.\n")
     print(
         json.dumps(
-            {"shape": shape, "method": method, "bytes": size}
+            {"title": title, "bytes": size}
             | {name: found._asdict() for name, found in median.items()}
         )
     )
 
 
-def _process(at: Path, name: str, shape: str, method: str) -> Measured:
+def _process(at: Path, name: str, shape: str, method: str, blocks: int | None = None) -> Measured:
     """Runs one of the commands below in a fresh process."""
     command = [sys.executable, __file__, "work", name, shape, method, str(at)]
+    if blocks:
+        command += ["--blocks", str(blocks)]
     started = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -152,7 +166,7 @@ def _process(at: Path, name: str, shape: str, method: str) -> Measured:
 
 
 @app.command(hidden=True)
-def work(name: str, shape: str, method: str, at: Path) -> None:
+def work(name: str, shape: str, method: str, at: Path, blocks: int | None = None) -> None:
     """One measured process; prints the seconds of its work, and its peak of memory."""
     # Imports are no work.
     import torchao.prototype.safetensors.safetensors_support  # noqa: F401
@@ -161,7 +175,7 @@ def work(name: str, shape: str, method: str, at: Path) -> None:
     if name == "theirs":
         import peft  # noqa: F401
     functions = {
-        "make": lambda: make(at, shape),
+        "make": lambda: make(at, shape, blocks),
         "ours": lambda: ours(at, method, False),
         "checks": lambda: ours(at, method, True),
         "copy": lambda: copy(at, method),
@@ -172,7 +186,7 @@ def work(name: str, shape: str, method: str, at: Path) -> None:
     print(time.monotonic() - started, peak_memory())
 
 
-def make(at: Path, shape: str) -> None:
+def make(at: Path, shape: str, blocks: int | None) -> None:
     """Random weights and a random adapter, written in pieces."""
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -181,7 +195,7 @@ def make(at: Path, shape: str) -> None:
     from finequant.quantize.convert import write_float
     from finequant.quantize.merge import PREFIX, Base
 
-    config = LlamaConfig(**SHAPES[shape])
+    config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": blocks} if blocks else {}))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
