@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 
 from finequant.finetune.model import load_base, load_tokenizer
 from finequant.recipes.artefact import content_hash
-from finequant.recipes.command_line import say
+from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import told_to_the_user
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import STAGES
@@ -76,6 +76,7 @@ class Kill:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
+    quiet_libraries()
     kills, tests = [], []
     if arguments.only != "tests":
         with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
