@@ -82,6 +82,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
         "models": models,
+        "changes": _changes(recipe, material, measured),
         "divergence": measured["quantized"]["divergence"],
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": _samples(recipe, material, measured),
@@ -310,6 +311,19 @@ def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) 
     if name == "base" and file:
         return (folder / file).stat().st_size
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _changes(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """From tuned to quantized, on the rows that both answered."""
+    from finequant.evaluate.tasks import METRICS, paired_changes
+
+    if not material.rows:
+        return {}
+    generated = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
+    answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
+    return {HELD_OUT: paired_changes(*answers, material.references, generated)}
 
 
 def _samples(

@@ -1,10 +1,11 @@
 """The report of a run: report.json, report.md, plots/ and the table in the terminal.
 
-A report is a plain dict, `{"recipe", "versions", "models", "divergence", "layers", "samples",
-"training", "gate"}`; all but `models` may be missing. `models` maps base, tuned, quantized (and
-further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS: {"token", "word",
-"byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; of exports also `"speed":
-{"prompt", "decoding": tokens per second, "peak_memory_bytes"}`.
+A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "layers",
+"samples", "training", "gate"}`; all but `models` may be missing. `models` maps base, tuned,
+quantized (and further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS:
+{"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; of
+exports also `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}`. `changes`
+has `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized and row by row.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         )
         label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
         label += f", n={n})" if n else ")"
-        rows.append(row(label, shown_score(scale), _points(scale), "tasks", task, metric))
+        error = value_at(report, "changes", task, metric, "stderr")
+        rows.append(row(label, shown_score(scale), _points(scale, error), "tasks", task, metric))
     for label, shown, key in SPEEDS:
         if any(value_at(model, "speed", key) for model in models.values()):
             rows.append(row(label, shown, _ratio, "speed", key))
@@ -160,7 +162,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "To repeat it: `finequant run recipe.yaml`",
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
-        "All models are measured on the same inputs. ± is one standard error.",
+        "All models are measured on the same inputs. ± is one standard error; that of a change "
+        "is of the differences row by row.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         "\n".join(f"- {line}" for line in [*divergence_lines(report), *verdict_lines(report)]),
@@ -481,9 +484,14 @@ def _ratio(tuned: float | None, quantized: float | None) -> str:
     return f"{ratio - 1:+z.1%}" if ratio < 100 else f"×{ratio:.3g}"
 
 
-def _points(scale: float) -> Callable[[dict | None, dict | None], str]:
+def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | None], str]:
+    """error: the standard error of the change, where it is known."""
+
     def shown(tuned: dict | None, quantized: dict | None) -> str:
         change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
-        return f"{change:+z.1f} points" if math.isfinite(change) else MISSING
+        if not math.isfinite(change):
+            return MISSING
+        spread = f" ± {error * scale:.1f}" if _finite(error) else ""
+        return f"{change:+z.1f}{spread} points"
 
     return shown

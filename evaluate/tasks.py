@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 
+from finequant.evaluate.report import OUT_OF_100
 from finequant.evaluate.shared_context import Continuation, log_likelihoods
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Evaluate, Task
@@ -129,6 +130,28 @@ def score_answers(
         UserError: json_match and a reference that is no JSON.
     """
     return {metric: METRICS[metric](answers, references) for metric in metrics}
+
+
+def paired_changes(
+    before: list[str], after: list[str], references: list[str], metrics: list[str]
+) -> dict[str, Score]:
+    """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
+
+    Its standard error is that of the mean of the differences, which is far below what those of
+    the two scores suggest: most rows are answered alike. Metrics of a whole corpus are left out.
+    """
+    rows = list(zip(before, after, references, strict=True))
+    return {
+        metric: _mean(
+            [
+                METRICS[metric]([later], [reference])["value"]
+                - METRICS[metric]([earlier], [reference])["value"]
+                for earlier, later, reference in rows
+            ]
+        )
+        for metric in metrics
+        if metric not in OUT_OF_100
+    }
 
 
 def multiple_choice(

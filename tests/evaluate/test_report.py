@@ -142,6 +142,12 @@ def test_rows(report):
     ]
 
 
+def test_a_paired_change_has_its_own_error(report):
+    report["changes"] = {"held_out": {"json_match": {"value": -0.03, "stderr": 0.0071, "n": 300}}}
+    _, rows = comparison_rows(report)
+    assert [row[-1] for row in rows[-2:]] == ["-3.0 ± 0.7 points", "-1.5 points"]
+
+
 def test_rows_with_gaps_and_further_models(report):
     report["models"]["gguf"] = {"size_bytes": 93_000_000}
     report["models"]["quantized"] = model(perplexity=2e8) | {"bits_per_weight": None, "tasks": {}}

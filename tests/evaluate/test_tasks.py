@@ -15,6 +15,7 @@ from finequant.evaluate.tasks import (
     check_tasks,
     lm_eval_tasks,
     multiple_choice,
+    paired_changes,
     score_answers,
 )
 from finequant.recipes.errors import UserError
@@ -144,6 +145,17 @@ def test_rouge_bleu_and_chrf():
     perfect = score_answers(references, references, ["bleu", "chrf"])
     assert [score["value"] for score in perfect.values()] == pytest.approx([100, 100])
     assert all(score["stderr"] > 0 and score["n"] == 2 for score in scores.values())
+
+
+def test_changes_are_of_the_same_rows():
+    references = ["red", "green", "blue", "grey"]
+    before, after = ["red", "green", "", "grey"], ["red", "", "blue", ""]
+    found = paired_changes(before, after, references, ["exact_match", "bleu", "f1"])
+    assert list(found) == ["exact_match", "f1"]  # bleu is none of rows
+    # 0, -1, +1, -1: their mean, and their sample standard deviation over the square root of 4
+    assert found["exact_match"] == {"value": -0.25, "stderr": pytest.approx(0.478714), "n": 4}
+    same = paired_changes(before, before, references, ["exact_match"])["exact_match"]
+    assert same == {"value": 0, "stderr": 0, "n": 4}
 
 
 def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
