@@ -275,13 +275,14 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         Counter(kill.stage for kill in kills if kill.same),
     )
     changes = SHORTENED if arguments.quickstart else SHORT
+    base = " The base was saved as safetensors first: its GGUF file takes longer to read."
     lines = [
         f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
         "",
         f"`finequant run` with {', '.join(f'`{change}`' for change in changes)}: all stages, "
         f"{seconds:.0f} s undisturbed. SIGKILL to the whole process group, then the same command "
         "again. Compared: every file of adapter/ and quantized/, and report.json without the "
-        f"seconds of training. Seed {arguments.seed}.",
+        f"seconds of training. Seed {arguments.seed}.{base if arguments.quickstart else ''}",
         "",
         "| killed in | runs | same hashes |",
         "|---|---:|---:|",
