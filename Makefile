@@ -24,7 +24,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py perplexity
 	$(BIN)/python benchmarks/evaluation.py decoding
 
-# Half an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
+# About an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
 torture: $(VENV)/installed
 	$(BIN)/python benchmarks/torture.py
 
