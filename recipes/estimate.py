@@ -80,16 +80,17 @@ def training_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Me
     train, adapter = recipe.train, trainable(recipe.lora, config)
     dtype = machine.training_dtype(train.precision)
     tokens = train.micro_batch_size * recipe.data.max_length
-    learned = tokens if recipe.data.loss_on == "all" else int(tokens * LEARNED)
-    if machine.kind == "gpu":  # trl's loss takes all tokens there
-        learned = tokens
+    aware = train.quantization_aware
+    # trl's loss, on a GPU, takes all tokens, and so does learning from the tuned model.
+    takes_all = machine.kind == "gpu" or (aware and aware.distillation)
+    learned = tokens if takes_all or recipe.data.loss_on == "all" else int(tokens * LEARNED)
     saved = _saved_per_token(recipe, config, dtype)
     blocks = config.num_hidden_layers
     activations = tokens * saved * blocks
     if train.gradient_checkpointing:
         activations = tokens * (saved + blocks * config.hidden_size * _size(dtype))
     weights = parameter_count(config) * _size(dtype)
-    if train.quantization_aware:  # float32 weights, and their codes
+    if aware:  # float32 weights, and their codes
         weights = parameter_count(config) * 5
     return _memory(
         "train",
