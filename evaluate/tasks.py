@@ -137,8 +137,8 @@ def paired_changes(
 ) -> dict[str, Score]:
     """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
 
-    Its standard error is that of the mean of the differences, which is far below what those of
-    the two scores suggest: most rows are answered alike. Metrics of a whole corpus are left out.
+    Its standard error is that of the mean of the differences: rows that both models answer alike
+    add nothing to it. Metrics of a whole corpus are left out.
     """
     rows = list(zip(before, after, references, strict=True))
     return {

@@ -146,7 +146,8 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         header, rows = header[:-1], [row[:-1] for row in rows]
     parts = [
         markdown_table(header, rows),
-        "All models on the same inputs, ± is one standard error. `report.json` has every figure.",
+        "All models on the same inputs, ± is one standard error, that of a change of the "
+        "differences row by row. `report.json` has every figure.",
     ]
     if kind == QUANTIZED:
         parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))

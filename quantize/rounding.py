@@ -19,9 +19,9 @@ ROWS_IN_CACHE = 1 << 19
 RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 """Scales to try, relative to the one that just reaches the largest weight of the group."""
 
-STEPS = torch.tensor(255.0, device="cpu")
-LOWEST = torch.tensor(-128.0, device="cpu")
-"""Of int8 activations. As tensors: decoding divides a few numbers by them, and for so few torch
+INT8_RANGE = torch.tensor(255.0, device="cpu")
+INT8_LOWEST = torch.tensor(-128.0, device="cpu")
+"""Of activations. As tensors: decoding divides a few numbers by them, and for so few torch
 takes longer to make a tensor of a number than to divide."""
 
 INSIDE = 0.49
@@ -170,8 +170,9 @@ def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
     low = activations.amin(-1, keepdim=True).clamp_max_(0)
     high = activations.amax(-1, keepdim=True).clamp_min_(0)
     tiny = torch.finfo(activations.dtype).smallest_normal
-    scale = high.sub_(low).div_(STEPS).clamp_min_(tiny)
-    zero = LOWEST.sub(low.div_(scale).round_()).clamp_max_(127)
+    scale = high.sub_(low).div_(INT8_RANGE).clamp_min_(tiny)
+    # low is never above 0, so no zero point is below the lowest code.
+    zero = INT8_LOWEST.sub(low.div_(scale).round_()).clamp_max_(127)
     codes = (activations * scale.reciprocal()).round_().add_(zero).clamp_(-128, 127)
     return codes.sub_(zero).mul_(scale)
 
