@@ -1,50 +1,30 @@
-"""Calibrated quantization without labels: GPTQ, block by block (https://arxiv.org/abs/2210.17323).
+"""Calibrated quantization without labels, block by block.
 
-Each block sees the inputs that the already quantized blocks before it produce. Its weights are
-first corrected for how far those inputs are from the float model's, so that errors do not add up
-(as in https://arxiv.org/abs/2504.02692), then rounded column by column, then trained together for
-some steps if the recipe says so. Memory holds the activations and one block.
+Each block sees the inputs that the already quantized blocks before it produce. Its layers are
+rounded by GPTQ, then trained together for some steps if the recipe says so. Memory holds the
+activations and one block.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from finequant.quantize.blocks import Rotary, decoder_block, embed, normed, rotary_of
+from finequant.quantize.gptq import ROWS, Statistics, gptq
 from finequant.quantize.reconstruct import TrainedLayer, reconstruct
-from finequant.quantize.rounding import (
-    Rounded,
-    choose_scale,
-    code_range,
-    quantize_activations,
-    round_to_nearest,
-)
+from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
 from finequant.quantize.tensors import WHOLE, Weights, filled, row_slices
-from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-COLUMNS = 128
-"""Columns whose errors are spread at once to those behind them."""
-
-ROWS = 2048
-"""Rows whose columns are rounded at a time."""
-
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, relative to its mean."""
-
-CORRECTION = 0.5
-"""Share of the drift that is corrected: the whole of it fits the calibration text too well."""
 
 TOKENS = 4096
 """Tokens of a forward pass."""
@@ -85,47 +65,93 @@ def calibrate(
     known: what an earlier call found; a block that is known is only run.
     steps: of training each block after gptq.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
-    exact = [embed(weights, ids).to(device, dtype) for ids in batches]
-    shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
-    quantized = [embed(shipped, ids).to(device, dtype) for ids in batches]
-    rotary = rotary_of(config, exact[0])
+    calibration = _Calibration(weights, config, sequences, plan, dtype, known, steps)
     for number in _shown(config.num_hidden_layers):
-        block = decoder_block(config, number, weights, dtype).to(device)
+        yield from calibration.block(number)
+    if plan[HEAD]:
+        yield from calibration.head()
+
+
+class _Calibration:
+    """The activations on their way through both models, and what is done to each block there.
+
+    A block, and what is known of its inputs, is gone before the next one is read.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: LlamaConfig,
+        sequences: torch.Tensor,
+        plan: Plan,
+        dtype: torch.dtype,
+        known: Callable[[str, slice], Rounded | None],
+        steps: int,
+    ) -> None:
+        self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
+        self._known, self._steps = known, steps
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
+        shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
+        self._exact = [embed(weights, ids).to(self._device, dtype) for ids in batches]
+        self._quantized = [embed(shipped, ids).to(self._device, dtype) for ids in batches]
+        self._rotary = rotary_of(config, self._exact[0])
+
+    def block(self, number: int) -> Iterator[Piece]:
+        """Its layers; the activations move on to its outputs."""
+        block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
         prefix = f"model.layers.{number}."
-        schemes = {name: plan[prefix + name] for name in _layers(LEADERS) if plan[prefix + name]}
-        found = {name: known(prefix + name, WHOLE) for name in schemes}
+        names = [name for name in _layers(LEADERS) if self._plan[prefix + name]]
+        found = {name: self._known(prefix + name, WHOLE) for name in names}
         if all(found.values()):
-            exact = [block(hidden, position_embeddings=rotary) for hidden in exact]
+            self._exact = [self._run(block, hidden) for hidden in self._exact]
         else:
-            float_weights = {}
-            for leader, sums in _block_statistics(block, quantized, exact, rotary):
-                for name in (leader, *LEADERS[leader]):
-                    if name in schemes:
-                        shape = block.get_submodule(name).weight.shape
-                        weight = filled(weights, f"{prefix}{name}.weight", shape, torch.float32)
-                        found[name] = gptq(weight.to(device), sums, schemes[name])
-                        if steps:
-                            float_weights[name] = weight.to(device)
-            if steps:
-                start = {
-                    name: TrainedLayer(float_weights.pop(name), found[name], scheme)
-                    for name, scheme in schemes.items()
-                }
-                found = reconstruct(block, start, quantized, exact, rotary, steps)
+            found = self._round(block, prefix, names)
             for name, rounded in found.items():
                 yield prefix + name, WHOLE, _on_cpu(rounded)
         for name, rounded in found.items():
-            _install(block.get_submodule(name), rounded, dtype)
-        quantized = [block(hidden, position_embeddings=rotary) for hidden in quantized]
-    if plan[HEAD]:
+            _install(block.get_submodule(name), rounded, self._dtype)
+        self._quantized = [self._run(block, hidden) for hidden in self._quantized]
+
+    def _run(self, block: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        return block(hidden, position_embeddings=self._rotary)
+
+    def _round(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> dict[str, Rounded]:
+        """Of a float block; the float model's activations move on to its outputs."""
+        found, float_weights = {}, {}
+        for leader, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
+            for name in (leader, *LEADERS[leader]):
+                if name in names:
+                    shape = block.get_submodule(name).weight.shape
+                    weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
+                    weight = weight.to(self._device)
+                    found[name] = gptq(weight, sums, self._plan[prefix + name])
+                    if self._steps:
+                        float_weights[name] = weight
+        if not self._steps:
+            return found
+        start = {
+            name: TrainedLayer(float_weights.pop(name), rounded, self._plan[prefix + name])
+            for name, rounded in found.items()
+        }
+        return reconstruct(block, start, self._quantized, self._exact, self._rotary, self._steps)
+
+    def head(self) -> Iterator[Piece]:
+        """Some rows at a time: it may be larger than a block."""
         sums = Statistics()
-        for one, other in zip(quantized, exact, strict=True):
-            x, y = (normed(config, weights, hidden) for hidden in (one, other))
-            sums.add(quantize_activations(x), y)
-        del exact, quantized, one, other, x, y
-        yield from _calibrate_head(weights, config, sums, plan[HEAD], known, device)
+        while self._exact:  # what is summed is not needed any more
+            one, other = (
+                normed(self._config, self._weights, hidden.pop(0))
+                for hidden in (self._quantized, self._exact)
+            )
+            sums.add(quantize_activations(one), other)
+        pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
+        step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
+        for first in range(0, len(pieces), step):
+            rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
+            if self._known(HEAD, rows) is None:
+                weight = self._weights(f"{HEAD}.weight", rows).to(self._device)
+                yield HEAD, rows, _on_cpu(gptq(weight, sums, self._plan[HEAD]))
 
 
 def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
@@ -148,138 +174,6 @@ def _shown(blocks: int) -> Iterator[int]:
 
 def _layers(leaders: dict[str, tuple[str, ...]]) -> list[str]:
     return [name for leader, others in leaders.items() for name in (leader, *others)]
-
-
-def _calibrate_head(
-    weights: Weights,
-    config: LlamaConfig,
-    sums: Statistics,
-    scheme: LayerScheme,
-    known: Callable[[str, slice], Rounded | None],
-    device: torch.device,
-) -> Iterator[Piece]:
-    """Some rows at a time: it may be larger than a block."""
-    pieces = list(row_slices((config.vocab_size, config.hidden_size)))
-    step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
-    for first in range(0, len(pieces), step):
-        rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
-        if known(HEAD, rows) is None:
-            weight = weights(f"{HEAD}.weight", rows).to(device)
-            yield HEAD, rows, _on_cpu(gptq(weight, sums, scheme))
-
-
-@dataclass
-class Statistics:
-    """Sums over tokens of a layer's inputs: x after the quantized blocks, y in the float model."""
-
-    hessian: torch.Tensor | None = None
-    """sum of x x^T, [in, in]"""
-    drift: torch.Tensor | None = None
-    """sum of (y - x) x^T, [in, in]"""
-    solved: Solved | None = None
-
-    def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
-        """Inputs of the same tokens, [..., in]."""
-        x, y = (tensor.float().flatten(0, -2) for tensor in (quantized, exact))
-        if self.hessian is None:
-            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
-            self.drift = torch.zeros_like(self.hessian)
-        self.hessian.addmm_(x.T, x)
-        self.drift.addmm_((y - x).T, x)
-
-    def solve(self) -> Solved:
-        """Takes the Hessian's place, which is not needed any more."""
-        if self.solved is None:
-            dead = self.hessian.diagonal() == 0
-            self.hessian.diagonal()[dead] = 1.0
-            inverse, factor = _inverse(self.hessian)
-            self.solved, self.hessian = Solved(self.drift, inverse, factor, dead), None
-        return self.solved
-
-
-class Solved(NamedTuple):
-    """What layers with the same inputs share."""
-
-    drift: torch.Tensor
-    inverse: torch.Tensor
-    """of the damped Hessian"""
-    factor: torch.Tensor
-    """its upper Cholesky factor"""
-    dead: torch.Tensor
-    """columns whose inputs are always zero, [in]"""
-
-
-def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> Rounded:
-    """Codes and scales of a weight [out, in] that keep the layer's outputs; rows by themselves.
-
-    Columns whose inputs are always zero take part in no correction. A Hessian that is not
-    positive definite is damped until it is.
-    """
-    solved = statistics.solve()
-    groups = weight.shape[1] // scheme.group_size
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), groups, dtype=scheme.scale_dtype, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        part = weight[rows].detach().float()
-        moved = (part @ solved.drift @ solved.inverse).masked_fill_(solved.dead, 0.0)
-        corrected = part + CORRECTION * moved
-        _round_columns(corrected, solved.factor, scheme, Rounded(codes[rows], scale[rows]))
-    return Rounded(codes, scale)
-
-
-def _round_columns(
-    weight: torch.Tensor, factor: torch.Tensor, scheme: LayerScheme, rounded: Rounded
-) -> None:
-    """Rounds some rows into `rounded`; `weight` is used up.
-
-    factor: upper Cholesky factor of the inverse Hessian.
-    """
-    size = scheme.group_size
-    width = size * max(1, COLUMNS // size)
-    importance = factor.diagonal().square().reciprocal()
-    low, high = code_range(scheme.bits)
-    for first in range(0, weight.shape[1], width):
-        last = min(first + width, weight.shape[1])
-        block = weight[:, first:last].T.contiguous()  # so that a column lies together
-        triangle, errors = factor[first:last, first:last], []
-        for column in range(last - first):
-            here = first + column
-            if column % size == 0:
-                group = block[column : column + size].T.contiguous()
-                found = choose_scale(
-                    group, scheme.bits, size, scheme.rule, importance[here : here + size]
-                )
-                rounded.scale[:, here // size] = found[:, 0]
-                scale = rounded.scale[:, here // size].float()
-            codes = (block[column] * scale.reciprocal()).round_().clamp_(low, high)
-            rounded.codes[:, here] = codes
-            error = (block[column] - codes * scale) / triangle[column, column]
-            block[column + 1 :].addr_(triangle[column, column + 1 :], error, alpha=-1)
-            errors.append(error)
-        weight[:, last:].addmm_(torch.stack(errors, dim=1), factor[first:last, last:], alpha=-1)
-
-
-def _inverse(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the damped Hessian, with its upper Cholesky factor; ten times the damping until float32
-    can factor it. The Hessian is used up: with 14,336 columns each of these takes 0.8 GB."""
-    if not hessian.isfinite().all():
-        raise UserError(
-            "quantize: the activations of the calibration text are not finite: the merged weights "
-            "are damaged, or overflow in quantize.dtype; train again, or use float32"
-        )
-    damping = DAMPING * hessian.diagonal().mean()
-    exact = hessian.diagonal().clone()
-    while True:
-        hessian.diagonal().copy_(exact + damping)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return inverse, upper
-        damping *= 10
 
 
 def _on_cpu(rounded: Rounded) -> Rounded:

@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING
 
 from finequant.finetune.model import locate_base
-from finequant.quantize.calibrate import LEADERS, ROWS, TOKENS
+from finequant.quantize.calibrate import LEADERS, TOKENS
+from finequant.quantize.gptq import ROWS
 from finequant.quantize.scheme import (
     EMBEDDING,
     HEAD,
@@ -153,19 +154,20 @@ def _gguf_bytes(recipe: Recipe) -> int:
 
 
 def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) -> Memory:
-    """While the widest layer of a block is solved: Hessian, drift, factor and inverse of its
-    inputs; activations of all tokens, of two models."""
+    """While a block's inputs are summed up, or its widest layer is solved."""
     shapes, wish = layer_shapes(config), recipe.quantize.calibration
     widths = [shapes[f"model.layers.0.{name}"][1] for name in LEADERS]
     tokens = max(wish.tokens, wish.length)
     forward = min(TOKENS, tokens)
-    collected = 8 * sum(width**2 for width in widths) + 12 * forward * max(widths)
-    solved = 16 * max(widths) ** 2 + 16 * ROWS * max(widths)
+    # Of each Hessian and drift; of two models, with three float32 copies of the widest input.
+    summed = 8 * sum(width**2 for width in widths)
+    summed += forward * (2 * dtype * sum(widths) + 12 * max(widths))
+    solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
+    rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
     memory = {
         "block": dtype * block,
-        "activations": 2 * tokens * config.hidden_size * dtype
-        + forward * config.intermediate_size * dtype * 4,
-        "Hessians": max(collected, solved),
+        "activations": 2 * tokens * config.hidden_size * dtype,
+        "Hessians": max(summed, solved, rounded),
     }
     if wish.steps:  # places, their gradients and Adam's two moments; codes, for the backward
         memory["training"] = (16 + 4 + dtype) * block

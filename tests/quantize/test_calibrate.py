@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finequant.quantize.calibrate import Statistics, gptq
+from finequant.quantize.gptq import Statistics, gptq
 from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
