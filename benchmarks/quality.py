@@ -42,32 +42,38 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
+    from finequant.quantize.rotation import rotate
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext(f"quantize.group_size={group_size}")
     tokenizer = load_tokenizer(recipe.model)
     rows = [("float", 0.0, perplexity(load_base(recipe.model, torch.bfloat16), recipe, whole))]
-    for method, scale, steps in (
-        ("rtn", "max", 0),
-        ("rtn", "search", 0),
-        ("hqq", "max", 0),
-        ("gptq", "search", 0),
-        ("gptq", "search", 32),
+    for method, scale, steps, rotates in (
+        ("rtn", "max", 0, False),
+        ("rtn", "search", 0, False),
+        ("hqq", "max", 0, False),
+        ("gptq", "search", 0, False),
+        ("gptq", "search", 0, True),
+        ("gptq", "search", 32, True),
     ):
         chosen = wikitext(
             f"quantize.group_size={group_size}",
             f"quantize.method={method}",
             f"quantize.scale={scale}",
+            f"quantize.rotate={str(rotates).lower()}",
             f"quantize.calibration={{tokens: {tokens}, steps: {steps}}}",
         )
         model = load_base(chosen.model, torch.float32)
         untie_head(model)
+        if rotates:
+            rotate(model)
         started = time.monotonic()
         rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
         seconds = time.monotonic() - started
         plan = layer_plan(chosen.quantize, model.config)
         model = quantized_model(model, rounded, plan, torch.bfloat16)
-        name = f"{method}, scale: {scale}" + (f", {steps} steps a block" if steps else "")
+        name = f"{method}, scale: {scale}" + (", rotated" if rotates else "")
+        name += f", {steps} steps a block" if steps else ""
         rows.append((name, seconds, perplexity(model, chosen, whole)))
         del model, rounded
         gc.collect()

@@ -261,6 +261,7 @@ def measure_point(
     from finequant.quantize.checkpoint import quantized_model
     from finequant.quantize.methods import round_model
     from finequant.quantize.plan import model_size
+    from finequant.quantize.rotation import rotate
     from finequant.quantize.scheme import (
         layer_plan,
         parameter_count,
@@ -271,9 +272,11 @@ def measure_point(
 
     config = load_config(point.recipe.model)
     dtype = shipped_dtype(point.recipe.quantize, config)
+    model = _own_weights(model)
+    if point.recipe.quantize.rotate:
+        rotate(model)
     recipe = within_budget(point.recipe, model, material.tokenizer, dtype)
     plan = layer_plan(recipe.quantize, config)
-    model = _own_weights(model)
     if unties_head(plan):
         untie_head(model)
     size = _bytes_on_disk(model, plan, dtype)

@@ -172,11 +172,12 @@ def _refuse_split_weights(recipe: Recipe) -> None:
 
 
 def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:
-    """The base in float32, with the adapter of plain LoRA merged into it."""
+    """The base in float32, with the adapter of plain LoRA merged into it; turned, if wished."""
     import torch
     from peft import PeftModel
 
     from finequant.finetune.model import load_base
+    from finequant.quantize.rotation import rotate
     from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 
     base = load_base(recipe.model, torch.float32)
@@ -184,6 +185,8 @@ def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:
         base = PeftModel.from_pretrained(base, plain).merge_and_unload()
     if unties_head(layer_plan(recipe.quantize, base.config)):
         untie_head(base)
+    if recipe.quantize.rotate:
+        rotate(base)
     return base
 
 

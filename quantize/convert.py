@@ -53,6 +53,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.merge import Adapter, merged_weights, open_base
     from finequant.quantize.merge_check import check_merge
     from finequant.quantize.methods import calibration_sequences
+    from finequant.quantize.rotation import rotated
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
     watch = Stopwatch()
@@ -77,6 +78,8 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.merged, recipe, inputs) as folder:
             write_float(folder, base, weights, dtype)
             tokenizer.save_pretrained(folder)
+    if recipe.quantize.rotate:
+        weights = rotated(weights, config)
     sequences = None
     if recipe.quantize.method == "gptq" and not trained:
         sequences = calibration_sequences(recipe, tokenizer)
@@ -115,8 +118,11 @@ def _within_budget(
     """With the layers that measured sensitivity chooses, on the whole merged model."""
     from finequant.quantize.budget import within_budget
     from finequant.quantize.merge import merge
+    from finequant.quantize.rotation import rotate
 
     merged, _ = merge(recipe, run, prompts[:1])
+    if recipe.quantize.rotate:
+        rotate(merged)
     return within_budget(recipe, merged, tokenizer, dtype)
 
 
@@ -249,6 +255,7 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
     if config.tie_word_embeddings:
         head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
     embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
+    method = "rotated, then " if quantize.rotate else ""
     return {
         "summary": f"{', '.join(f'int{number}' for number in bits)} symmetric weights in groups of "
         f"{', '.join(map(str, sizes))}, int8 asymmetric activations per token; head: {head}; "
@@ -259,7 +266,7 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
         "head": head,
         "embedding": embedding,
         "bits_per_rounded_weight": round(bits_per_weight(plan, config), 4),
-        "method": METHODS[quantize.method] + (", then trained" if trained else ""),
+        "method": method + METHODS[quantize.method] + (", then trained" if trained else ""),
         "plan": as_layers(plan),
     }
 

@@ -18,8 +18,17 @@ if TYPE_CHECKING:
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
-PLAN_KEYS = ("bits", "group_size", "layers", "budget", "head", "embedding", "scale_dtype")
-"""Of the section `quantize`: those that decide the plan."""
+PLAN_KEYS = (
+    "bits",
+    "group_size",
+    "layers",
+    "budget",
+    "head",
+    "embedding",
+    "scale_dtype",
+    "rotate",
+)
+"""Of the section `quantize`: those that decide what is rounded, and to what."""
 
 CANDIDATES = range(2, 9)
 """Bits that a budget chooses from."""
@@ -78,6 +87,7 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
     plan[EMBEDDING] = _scheme("float" if bits == "float" else Layer(bits=bits), quantize)
     _check_group_sizes(quantize, plan, shapes)
     _check_budget(quantize, plan, config)
+    _check_rotation(quantize, plan, config)
     return plan
 
 
@@ -157,6 +167,21 @@ def _check_budget(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
             f"quantize.budget: {quantize.budget} bits per weight are too few, the plan takes at "
             f"least {least:.3f}, scales included: use larger groups or quantize.scale_dtype="
             "bfloat16, or say fewer bits in quantize.layers"
+        )
+
+
+def _check_rotation(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
+    if not quantize.rotate:
+        return
+    if config.tie_word_embeddings and not unties_head(plan):
+        raise UserError(
+            "quantize.rotate: the head is tied to the embedding, and would need weights of its "
+            "own: set quantize.head=quantize, or quantize.rotate=false"
+        )
+    if config.attention_bias or config.mlp_bias:
+        raise UserError(
+            "quantize.rotate: layers of this base have biases, for which it is not made: "
+            "set quantize.rotate=false"
         )
 
 

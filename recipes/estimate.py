@@ -134,6 +134,9 @@ def quantize_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Me
         fixed |= {"GGUF file": _gguf_bytes(recipe)}
     if recipe.quantize.budget:
         fixed = {"base": 8 * whole}
+    if recipe.quantize.rotate:  # the matrix; two layers in float32
+        down = config.hidden_size * config.intermediate_size
+        fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
     phases = [
         {"block, two in float32": 8 * block},  # peft's, and the merged one
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},

@@ -298,6 +298,11 @@ class Quantize(Section):
         "max", description="of rtn and gptq: reaches the largest weight, or has the least error"
     )
     calibration: Calibration = Calibration()
+    rotate: bool = Field(
+        False,
+        description="turns the hidden states, so that outliers spread over all places; it is "
+        "folded into the weights and costs nothing at run time",
+    )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="embedding, norms and arithmetic; auto: as the base is stored"
@@ -467,6 +472,12 @@ class Recipe(Section):
                 "train.quantization_aware cannot be combined with quantize.budget, which chooses "
                 "the plan after training: quantize once without training, then copy `plan` of "
                 "quantization.json to quantize.layers"
+            )
+        if aware and not aware.steps and self.quantize.rotate:
+            raise ValueError(
+                "quantize.rotate cannot be combined with train.quantization_aware from the start, "
+                "whose adapter would be one of the turned base: give "
+                "train.quantization_aware.steps, to come after plain LoRA"
             )
         if aware and not aware.steps and aware.distillation:
             raise ValueError(

@@ -55,6 +55,7 @@ def aware(recipe_file, monkeypatch):
         ["quantize.head=float"],
         ["quantize.embedding=4"],
         ["train.quantization_aware.steps=3"],
+        ["train.quantization_aware.steps=3", "quantize.rotate=true"],
         ["train.quantization_aware.steps=3", "quantize.layers={'*.v_proj': float}"],
         ["quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}"],
     ],

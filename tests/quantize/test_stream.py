@@ -23,6 +23,7 @@ from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge import Adapter, merged_weights, open_base
 from finequant.quantize.merge_check import check_merge
 from finequant.quantize.methods import calibration_sequences, round_model
+from finequant.quantize.rotation import rotate, rotated
 from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 from finequant.quantize.tensors import TensorFile, header, row_slices
 from finequant.recipes.errors import UserError
@@ -101,10 +102,13 @@ def test_merged_weights_are_pefts_to_the_bit(
     assert all(torch.equal(merged.state_dict()[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "turned"),
+    [("rtn", False), ("rtn", True), ("hqq", False), ("gptq", False), ("gptq", True)],
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_are_what_a_whole_model_gives(
-    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, tied
+    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, turned, tied
 ):
     """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
     base = llama("base", tie_word_embeddings=tied)
@@ -120,11 +124,15 @@ def test_pieces_are_what_a_whole_model_gives(
     plan, model = layer_plan(quantize, source.config), theirs(base, folder)
     if unties_head(plan):
         untie_head(model)
+    if turned:
+        rotate(model)
     recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
     sequences = calibration_sequences(recipe, tokenizer)
     expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
     shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
+    if turned:
+        weights = rotated(weights, source.config)
     out = tmp_path / "out"
     out.mkdir()
     written = write_quantized(out, source, weights, quantize, torch.bfloat16, sequences)

@@ -1,0 +1,74 @@
+"""The turned model computes the same, and has fewer outliers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from finequant.quantize.rotation import orthogonal, rotate, rotated
+from finequant.quantize.scheme import layer_plan
+from finequant.quantize.tensors import row_slices
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Quantize
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def with_outliers(folder):
+    """A Llama whose norms are not all ones and whose hidden states have a few large places."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight += torch.rand(weight.shape, generator=generator)
+        model.model.embed_tokens.weight[:, 3] *= 30
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 24, 45, 576])
+def test_it_is_orthogonal(size):
+    matrix = orthogonal(size).double()
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size).double(), atol=1e-6)
+    assert torch.equal(orthogonal(size), orthogonal(size))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_turned_model_computes_the_same(llama, tied):
+    model = with_outliers(llama("base", tie_word_embeddings=tied))
+    with torch.no_grad():
+        before = model(PROMPT, output_hidden_states=True)
+        rotate(model)
+        after = model(PROMPT, output_hidden_states=True)
+    assert torch.allclose(after.logits, before.logits, atol=1e-4 * before.logits.abs().max())
+    for x, y in zip(before.hidden_states[:-1], after.hidden_states[:-1], strict=True):
+        assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-4)
+        assert y.abs().max() < 0.7 * x.abs().max()
+    norms = [w for name, w in model.named_parameters() if "norm" in name]
+    assert all((weight == 1).all() for weight in norms)
+
+
+def test_rows_are_the_same_bits_however_they_are_read(llama):
+    model = with_outliers(llama("base"))
+    parameters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = rotated(lambda name, rows: parameters[name][rows], model.config)
+    for name, tensor in parameters.items():
+        whole = weights(name, slice(None))
+        parts = [weights(name, rows) for rows in row_slices(tensor.shape)]
+        assert torch.equal(torch.cat(parts), whole), name
+        single = slice(len(tensor) // 2, len(tensor) // 2 + 1)
+        if name == "model.embed_tokens.weight":
+            assert torch.equal(weights(name, single), whole[single])
+
+
+@pytest.mark.parametrize(
+    ("config", "quantize", "reason"),
+    [
+        ({"tie_word_embeddings": True}, {"head": "float"}, "quantize.head=quantize"),
+        ({"attention_bias": True}, {}, "biases"),
+        ({"mlp_bias": True}, {}, "biases"),
+    ],
+)
+def test_what_cannot_be_turned_is_refused(config, quantize, reason):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    with pytest.raises(UserError, match=reason):
+        layer_plan(Quantize(rotate=True, **quantize), LlamaConfig(**shape, **config))
