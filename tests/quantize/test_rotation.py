@@ -1,5 +1,7 @@
 """The turned model computes the same, and has fewer outliers."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -72,3 +74,27 @@ def test_what_cannot_be_turned_is_refused(config, quantize, reason):
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
     with pytest.raises(UserError, match=reason):
         layer_plan(Quantize(rotate=True, **quantize), LlamaConfig(**shape, **config))
+
+
+@pytest.mark.parametrize("how", ["quantize.bits=8", "quantize.budget=9"])
+def test_what_ships_is_the_turned_merged_model(recipe_file, tiny_base, how):
+    from peft import PeftModel
+
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2"]
+    train(arguments)
+    convert([*arguments, "quantize.rotate=true", how])
+    run = recipe_file.parent / "run"
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    tuned = PeftModel.from_pretrained(base, run / "adapter").merge_and_unload()
+    shipped = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    with torch.no_grad():
+        expected, found = tuned(PROMPT).logits, shipped(PROMPT).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (shipped.model.norm.weight == 1).all()
+    embedding = shipped.model.embed_tokens.weight
+    assert (embedding - tuned.model.embed_tokens.weight).norm() > embedding.norm()
+    record = json.loads((run / "quantized" / "quantization.json").read_text())
+    assert record["method"].startswith("rotated, then")
