@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.quantize.scheme import EMBEDDING, HEAD, untie_head
-from finequant.quantize.tensors import WHOLE, Weights, filled
+from finequant.quantize.tensors import FEWEST, WHOLE, Weights, filled
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,9 +29,6 @@ NORMS = {
     "up_proj": "post_attention_layernorm",
 }
 """Before the layers of a block that read from the residual stream; the others write to it."""
-
-FEWEST = 32
-"""Rows of a product: a handful is rounded in another way than the same rows among many."""
 
 
 def rotate(model: LlamaForCausalLM) -> None:

@@ -28,6 +28,10 @@ DTYPES = {
 WEIGHTS = 1 << 19
 """To handle at a time: with fewer, threads wait for the interpreter, with more, for memory."""
 
+FEWEST = 32
+"""Rows of a piece: a matrix product rounds a handful in another way than the same rows among many,
+so what is computed from them would depend on where they are cut."""
+
 WHOLE = slice(None)
 
 Weights = Callable[[str, slice], torch.Tensor]
@@ -125,14 +129,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of about `WEIGHTS` weights that cover a tensor, none of them of a few rows only.
-
-    A matrix product rounds a handful of rows in another way than the same rows among many, so
-    a merged weight would depend on where it is cut.
-    """
+    """Slices of about `WEIGHTS` weights that cover a tensor, none with less than `FEWEST` rows."""
     total = shape[0]
-    step = max(32, WEIGHTS // max(1, math.prod(shape[1:])) // 32 * 32)
-    starts = list(range(0, max(1, total - 31), step))
+    step = max(FEWEST, WEIGHTS // max(1, math.prod(shape[1:])) // FEWEST * FEWEST)
+    starts = list(range(0, max(1, total - FEWEST + 1), step))
     yield from (slice(start, end) for start, end in zip(starts, [*starts[1:], total], strict=True))
 
 

@@ -1,5 +1,7 @@
 """The turned model computes the same, and has fewer outliers."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
