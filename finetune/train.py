@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 finetune/train.py recipes/chat.yaml
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finequant.recipes.artefact import differences, remove, replace_text, seal
+from finequant.recipes.artefact import content_hash, differences, remove, replace_text, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
 from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from finequant.quantize.rounding import Rounded
 
 LOG = "training_log.json"
+ROUNDED_PHASE = "quantization_aware"
+"""Folder in checkpoints/ of the phase that trains through rounded weights."""
+STARTING_CODES = "start-{}.safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,11 +63,12 @@ def train(recipe: Recipe, run: RunDir) -> None:
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
-    _clear_stale_checkpoints(run, inputs, arguments)
+    _clear_stale_checkpoints(run, run.checkpoints, _of_plain(inputs), arguments)
     phases = []
     if recipe.train.has_plain_phase:
         phases.append(fine_tune(recipe, arguments, tokenizer, splits, dtype))
     if recipe.train.quantization_aware:
+        _clear_stale_checkpoints(run, run.checkpoints / ROUNDED_PHASE, inputs, arguments)
         phases.append(train_rounded(recipe, run, tokenizer, splits, dtype, *phases))
     if arguments.process_index == 0:
         log = _joined_log(phases)
@@ -135,10 +140,12 @@ def train_rounded(
     from finequant.quantize.scheme import layer_plan
 
     phase = recipe.rounded_phase()
-    checkpoints = run.checkpoints / "quantization_aware"
+    checkpoints = run.checkpoints / ROUNDED_PHASE
     arguments = training_arguments(phase, checkpoints, dtype, bool(splits.validation))
     base = _float_base(recipe, plain)
-    start = _starting_codes(recipe, base, tokenizer, arguments, dtype)
+    start = _starting_codes(
+        recipe, base, tokenizer, arguments, dtype, _starting_codes_file(recipe, run, plain)
+    )
     trainer = build_trainer(phase, arguments, base, tokenizer, splits)
     model = trainer.accelerator.unwrap_model(trainer.model)
     plan = layer_plan(recipe.quantize, model.config)
@@ -148,7 +155,7 @@ def train_rounded(
     trainer.rounded_layers = tuple(layers.values())
     trainer.distillation = recipe.train.quantization_aware.distillation
     run_trainer(trainer, last_checkpoint(arguments))
-    folder = run.checkpoints / "rounded"
+    folder = checkpoints / "rounded"
     with _written_by_one(trainer, folder) as partial:
         if partial:
             save_adapter(model, partial, None)
@@ -196,38 +203,54 @@ def _starting_codes(
     tokenizer: PreTrainedTokenizerBase,
     arguments: SFTConfig,
     dtype: torch.dtype,
+    file: Path,
 ) -> dict[str, Rounded]:
     """What the recipe's method makes of the float weights; by the first process, for all."""
     from finequant.quantize.methods import round_model
     from finequant.quantize.rounding import load_rounded, save_rounded
 
-    file = Path(arguments.output_dir) / ROUNDED
     with arguments.main_process_first():
         if not file.exists():
             say(f"train: rounding the weights by {recipe.quantize.method}, to train from there")
-            file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             save_rounded(round_model(base, recipe, tokenizer, dtype), partial)
+            for earlier in file.parent.glob(STARTING_CODES.format("*")):
+                remove(earlier)
             partial.replace(file)
     return load_rounded(file)
 
 
-def _clear_stale_checkpoints(run: RunDir, inputs: dict, arguments: SFTConfig) -> None:
+def _starting_codes_file(recipe: Recipe, run: RunDir, plain: Path | None) -> Path:
+    """Named by all that decides the codes: they are not made again for other training."""
+    inputs = run.inputs(recipe, "train").items()
+    made_from = {key: value for key, value in inputs if not key.startswith("train.")}
+    made_from["plain"] = plain and content_hash(plain)
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    return run.checkpoints / STARTING_CODES.format(digest[:12])
+
+
+def _of_plain(inputs: dict) -> dict:
+    """Those that plain LoRA depends on; when others change it is not repeated."""
+    later = ("train.quantization_aware", "quantize.")
+    return {key: value for key, value in inputs.items() if not key.startswith(later)}
+
+
+def _clear_stale_checkpoints(run: RunDir, folder: Path, inputs: dict, arguments: SFTConfig) -> None:
     """Removes those of a finished training with other inputs; all else of that name is kept."""
-    record = run.checkpoints / "inputs.json"
+    record = folder / "inputs.json"
     with arguments.main_process_first():
         made_from = record.read_text(encoding="utf-8") if record.exists() else None
         if arguments.process_index == 0 and made_from != json.dumps(inputs):
-            finished = run.manifest().get("train", {}).get("inputs")
-            if made_from == json.dumps(finished):
-                say(f"train: {run.checkpoints} was made with other inputs: removed")
-                removed = run.checkpoints.with_name("checkpoints.removed")
+            finished = run.manifest().get("train", {}).get("inputs", {})
+            if made_from in (json.dumps(finished), json.dumps(_of_plain(finished))):
+                say(f"train: {folder} was made with other inputs: removed")
+                removed = folder.with_name(folder.name + ".removed")
                 remove(removed)
-                run.checkpoints.rename(removed)
+                folder.rename(removed)
                 remove(removed)
-            elif run.checkpoints.exists() and any(run.checkpoints.iterdir()):
-                run.keep_as_previous(run.checkpoints)
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            elif folder.exists() and any(folder.iterdir()):
+                run.keep_as_previous(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             replace_text(record, json.dumps(inputs))
 
 

@@ -185,7 +185,7 @@ def test_resumed_is_uninterrupted(aware, phase):
     expected = {path.name: load_file(path) for path in (whole / "adapter").glob("*.safetensors")}
     assert len(expected) == 2
     checkpoints = whole / "checkpoints"
-    shutil.rmtree(checkpoints / "rounded")
+    shutil.rmtree(checkpoints / "quantization_aware" / "rounded")
     shutil.rmtree(checkpoints / "quantization_aware" / "checkpoint-4")
     if phase == "plain":  # as a kill in the first phase leaves it
         shutil.rmtree(checkpoints / "plain")
@@ -195,6 +195,28 @@ def test_resumed_is_uninterrupted(aware, phase):
     for path in (resumed / "adapter").glob("*.safetensors"):
         found = load_file(path)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected[path.name].items())
+
+
+def test_what_did_not_change_is_not_done_again(aware, capsys):
+    """Another second phase: neither plain LoRA nor, with the same scheme, the calibration."""
+    run, *_ = aware(*AFTER, "train.quantization_aware.distillation=0.25")
+    expected = {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
+    shutil.rmtree(run)
+    aware(*AFTER, "quantize.bits=3")
+    for overrides, calibrates in (
+        ([], True),
+        (["train.quantization_aware.distillation=0.25"], False),
+    ):
+        capsys.readouterr()
+        aware(*AFTER, *overrides)
+        said = capsys.readouterr().err
+        assert "plain LoRA was done before" in said
+        assert ("rounding the weights by gptq" in said) == calibrates
+        assert "quantization_aware was made with other inputs: removed" in said
+    assert len(expected) == 2
+    for name, content in expected.items():
+        assert (run / "adapter" / name).read_bytes() == content
+    assert len(list((run / "checkpoints").glob("start-*"))) == 1
 
 
 @pytest.mark.parametrize(
