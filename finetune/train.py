@@ -149,7 +149,8 @@ def train_rounded(
     trainer = build_trainer(phase, arguments, base, tokenizer, splits)
     model = trainer.accelerator.unwrap_model(trainer.model)
     plan = layer_plan(recipe.quantize, model.config)
-    layers = round_in_training(model, start, plan, dtype)
+    learns = recipe.train.quantization_aware.learns
+    layers = round_in_training(model, start, plan, dtype, learns)
     if plain:
         keep_float_layers(model)
     trainer.rounded_layers = tuple(layers.values())

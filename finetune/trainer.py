@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.model import lora_config
-from finequant.finetune.quantization_aware import Rounding, not_rounded
+from finequant.finetune.quantization_aware import Rounding, load_scales, not_rounded, save_scales
 from finequant.finetune.stopping import last_checkpoint
 from finequant.finetune.tokens import IGNORED, encode, to_dataset
 from finequant.recipes.artefact import differences, seal
@@ -46,8 +46,7 @@ class LoraTrainer(SFTTrainer):
 
     rounded_layers: tuple[Rounding, ...] = ()
     distillation = 0.0
-    """Share of the loss that is the divergence from the float model, which trains no more. It is
-    summed over all tokens, prompts included, and divided by the learned ones like the rest."""
+    """Share of the loss that is the divergence from the float model, which trains no more."""
 
     rows: list[Row]
     data: Data
@@ -68,16 +67,12 @@ class LoraTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         learned = labels != IGNORED
+        logits = self._logits(model, inputs, learned)
+        total = cross_entropy(logits, labels[learned], reduction="sum")
         if self.distillation and model.training:
-            seen = _continued(inputs)[:, 1:]
-            logits = self._logits(model, inputs, seen)
-            exact = self._float_logits(model, inputs, seen)
-            total = self.distillation * divergence(exact, logits)
-            logits = logits[learned[seen]]
-        else:
-            logits, total = self._logits(model, inputs, learned), 0.0
-        share = 1 - self.distillation if model.training else 1.0
-        total = total + share * cross_entropy(logits, labels[learned], reduction="sum")
+            exact = self._float_logits(model, inputs, learned)
+            share = self.distillation
+            total = share * divergence(exact, logits) + (1 - share) * total
         if num_items_in_batch is None:
             loss = total / learned.sum().clamp(min=1)
         else:
@@ -159,8 +154,17 @@ class LoraTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir)
+            save_scales(self.model, folder / f"checkpoint-{self.state.global_step}")
             seal(folder / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, folder: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(folder, model)
+        load_scales(self.model, Path(folder))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_scales(self.model, Path(self.state.best_model_checkpoint))
 
     @torch.no_grad()
     def _float_logits(
@@ -170,12 +174,6 @@ class LoraTrainer(SFTTrainer):
         plain = self.accelerator.unwrap_model(model)
         with plain.disable_adapter(), not_rounded(self.rounded_layers):
             return self._logits(plain, inputs, chosen)
-
-
-def _continued(inputs: dict[str, Any]) -> torch.Tensor:
-    """Which tokens continue a row: neither padding nor the first of a row."""
-    positions = inputs.get("position_ids")  # of rows that lie end to end
-    return inputs["attention_mask"].bool() if positions is None else positions > 0
 
 
 def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:

@@ -167,11 +167,16 @@ class QuantizationAware(Section):
         description="optimizer steps of it, after plain LoRA; default: no plain LoRA, "
         "all steps are quantization-aware",
     )
+    learns: Literal["adapter", "scales"] = Field(
+        "adapter",
+        description="the LoRA that moves weights from code to code, or the scales of the codes; "
+        "a scale's learning rate is a share of it",
+    )
     learning_rate: float | None = Field(None, gt=0, description="default: that of plain LoRA")
     distillation: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
         description="share of the loss that is the divergence from the model that plain LoRA "
-        "left, on all tokens",
+        "left; 1 - share is that from the answers",
     )
 
 
@@ -477,6 +482,11 @@ class Recipe(Section):
             raise ValueError(
                 "quantize.rotate cannot be combined with train.quantization_aware from the start, "
                 "whose adapter would be one of the turned base: give "
+                "train.quantization_aware.steps, to come after plain LoRA"
+            )
+        if aware and not aware.steps and aware.learns == "scales":
+            raise ValueError(
+                "train.quantization_aware.learns=scales needs the tuned model's codes: give "
                 "train.quantization_aware.steps, to come after plain LoRA"
             )
         if aware and not aware.steps and aware.distillation:

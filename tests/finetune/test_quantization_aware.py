@@ -33,9 +33,9 @@ def aware(recipe_file, monkeypatch):
         kept["trainer"] = build(*arguments)
         return kept["trainer"]
 
-    def round_in_training(model, start, bits, dtype):
+    def round_in_training(model, start, *others):
         kept["start"] = start
-        return begin(model, start, bits, dtype)
+        return begin(model, start, *others)
 
     monkeypatch.setattr(trainers, "build_trainer", build_trainer)
     monkeypatch.setattr(quantization_aware, "round_in_training", round_in_training)
@@ -57,6 +57,8 @@ def aware(recipe_file, monkeypatch):
         ["train.quantization_aware.steps=3"],
         ["train.quantization_aware.steps=3", "quantize.rotate=true"],
         ["train.quantization_aware.steps=3", "quantize.layers={'*.v_proj': float}"],
+        ["train.quantization_aware={steps: 3, learns: scales}"],
+        ["train.quantization_aware={steps: 3, learns: scales}", "quantize.scale_dtype=bfloat16"],
         ["quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}"],
     ],
 )
@@ -146,7 +148,7 @@ def test_after_plain_lora_the_adapter_is_that_of_plain_lora(aware, recipe_file):
 
 
 def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(aware, recipe_file):
-    """By hand, from the merged adapter and the converted checkpoint, prompts included."""
+    """By hand, from the merged adapter and the converted checkpoint, on the learned tokens."""
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.convert import main as convert
@@ -167,21 +169,55 @@ def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(aware, re
     convert([str(recipe_file), *overrides])
     tuned, _ = merge(load_recipe(recipe_file, overrides), RunDir(run), [[5, 6]])
     quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
-    far = []
-    for row in batch["input_ids"][0].tensor_split(batch["cu_seq_lens_q"][1:-1].long()):
+    far, bounds = [], batch["cu_seq_lens_q"][1:-1].long()
+    for row in batch["input_ids"][0].tensor_split(bounds):
         with torch.no_grad():
             exact, rounded = (
                 model(row[None]).logits[0, :-1].log_softmax(-1) for model in (tuned, quantized)
             )
         far.append((exact.exp() * (exact - rounded)).sum(-1))
-    far, learned = torch.cat(far), (batch["labels"] != -100).sum()
-    assert 0 < learned < len(far)
-    assert loss == pytest.approx((far.sum() / learned).item(), rel=1e-3)
+    learned = [row[1:] != -100 for row in batch["labels"][0].tensor_split(bounds)]
+    far, learned = torch.cat(far), torch.cat(learned)
+    assert 0 < learned.sum() < len(far)
+    assert loss == pytest.approx(far[learned].mean().item(), rel=1e-3)
 
 
+def test_where_scales_learn_the_codes_stay(aware):
+    run, trainer, start = aware(*AFTER, "train.quantization_aware.learns=scales")
+    for name, layer in zip(start, trainer.rounded_layers, strict=True):
+        before, after = start[name], layer.rounded()
+        assert torch.equal(before.codes, after.codes)
+        assert not torch.equal(before.scale, after.scale)
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(start)
+
+
+def test_the_gradient_of_the_scales_is_that_of_autograd(aware):
+    """Of the same product, with the rounding of the activations passed by."""
+    from torch.nn.functional import linear
+
+    from finequant.quantize.rounding import quantize_activations
+
+    _, trainer, _ = aware(*AFTER, "train.quantization_aware.learns=scales", "train.precision=fp32")
+    layer = trainer.rounded_layers[0]
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    growth = layer.growth
+    growth.grad = None
+    layer(x).square().sum().backward()
+    found, of_x = growth.grad.clone(), x.grad.clone()
+    codes, scale = layer.rounded().codes.float(), layer._scale.float()
+    growth.grad = x.grad = None
+    weight = codes.unflatten(1, (scale.shape[1], -1)) * (scale * (1 + growth))[:, :, None]
+    rounded = x + (quantize_activations(x.detach()) - x.detach())
+    linear(rounded, weight.flatten(1)).square().sum().backward()
+    torch.testing.assert_close(found, growth.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_x, x.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learns", ["adapter", "scales"])
 @pytest.mark.parametrize("phase", ["plain", "rounded"])
-def test_resumed_is_uninterrupted(aware, phase):
-    whole, *_ = aware(*AFTER)
+def test_resumed_is_uninterrupted(aware, phase, learns):
+    learns = f"train.quantization_aware.learns={learns}"
+    whole, *_ = aware(*AFTER, learns)
     expected = {path.name: load_file(path) for path in (whole / "adapter").glob("*.safetensors")}
     assert len(expected) == 2
     checkpoints = whole / "checkpoints"
@@ -191,7 +227,7 @@ def test_resumed_is_uninterrupted(aware, phase):
         shutil.rmtree(checkpoints / "plain")
         shutil.rmtree(checkpoints / "quantization_aware")
         shutil.rmtree(checkpoints / "checkpoint-6")
-    resumed, *_ = aware(*AFTER)
+    resumed, *_ = aware(*AFTER, learns)
     for path in (resumed / "adapter").glob("*.safetensors"):
         found = load_file(path)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected[path.name].items())
