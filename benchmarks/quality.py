@@ -160,12 +160,19 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     say(f"{dtype}: {reason}")
     ids = calibration_sequences(recipe, tokenizer)[: tokens // 512]
     models = {}
-    for name in ("plain", "quantization-aware", "quantization-aware, with a teacher"):
+    for name in (
+        "plain",
+        "quantization-aware",
+        "quantization-aware, with a teacher",
+        "quantization-aware, scales",
+    ):
         base = load_base(recipe.model, dtype)
         untie_head(base)
         start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
         model = get_peft_model(base, lora_config(recipe.lora, base))
-        layers = round_in_training(model, start, layer_plan(recipe.quantize, base.config), dtype)
+        plan = layer_plan(recipe.quantize, base.config)
+        learns = "scales" if name.endswith("scales") else "adapter"
+        layers = round_in_training(model, start, plan, dtype, learns)
         if not start:
             fuse(model)  # as plain training on a CPU does
         weights = [weight for weight in model.parameters() if weight.requires_grad]
