@@ -273,6 +273,25 @@ def test_what_is_not_supported_is_refused_by_name(recipe_file, capsys, override,
     assert f"train.quantization_aware cannot be combined with {reason}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "quantize.rotate=true",
+        "train.quantization_aware={learns: scales}",
+        "train.quantization_aware={distillation: 0.5}",
+    ],
+)
+def test_what_needs_a_tuned_model_is_refused_from_the_start(recipe_file, capsys, override):
+    from finequant.finetune.train import main as train
+
+    with pytest.raises(SystemExit) as exit_:
+        train([str(recipe_file), *AWARE, override])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert override.partition("=")[0] in said
+    assert "give train.quantization_aware.steps, to come after" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
 def test_split_weights_are_refused_before_anything_is_trained(
     recipe_file, monkeypatch, capsys, launcher
