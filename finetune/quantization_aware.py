@@ -100,10 +100,15 @@ class Rounding:
         """Starts from these codes; `dtype` is that of the shipped arithmetic."""
         self._scale = rounded.scale.to(self.weight.device)
         self._bits, self._dtype = bits, dtype
-        # From 7 bits on float16 cannot tell the places beside the largest codes apart.
-        self._place = places(self.weight, rounded, torch.float16 if bits <= 6 else torch.float32)
+        self._place = self._first_places(rounded)
         self._weight = self._made_of = None
         self.rounds = True
+
+    def _first_places(self, rounded: Rounded) -> torch.Tensor:
+        """[out, in], in steps of the scale."""
+        # From 7 bits on float16 cannot tell the places beside the largest codes apart.
+        dtype = torch.float16 if self._bits <= 6 else torch.float32
+        return places(self.weight, rounded, dtype)
 
     def rounded_weight(self) -> torch.Tensor:
         """[out, in], as the shipped model dequantizes it."""
@@ -185,9 +190,11 @@ class LearnedScales(Rounding):
 
     def start(self, rounded: Rounded, bits: int, dtype: torch.dtype) -> None:
         super().start(rounded, bits, dtype)
-        self._place = rounded.codes.to(self.weight.device)
         # What each scale grows by, as a share of it.
         self.growth = torch.nn.Parameter(torch.zeros_like(self._scale, dtype=torch.float32))
+
+    def _first_places(self, rounded: Rounded) -> torch.Tensor:
+        return rounded.codes.to(self.weight.device)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if not self.rounds:
