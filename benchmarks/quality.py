@@ -57,6 +57,7 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
         ("gptq", "search", 32, True),
     ):
         chosen = wikitext(
+            "train.quantization_aware=false",
             f"quantize.group_size={group_size}",
             f"quantize.method={method}",
             f"quantize.scale={scale}",
@@ -75,6 +76,7 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
         name = f"{method}, scale: {scale}" + (", rotated" if rotates else "")
         name += f", {steps} steps a block" if steps else ""
         rows.append((name, seconds, perplexity(model, chosen, whole)))
+        say(f"{name}: {rows[-1][2]:.2f}")
         del model, rounded
         gc.collect()
     show(
