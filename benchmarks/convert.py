@@ -26,7 +26,7 @@ from finequant.recipes.errors import told_to_the_user
 from finequant.recipes.rundir import peak_memory
 
 if TYPE_CHECKING:
-    from finequant.quantize.merge import Base
+    from finequant.quantize.merge.adapter import Base
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -193,7 +193,7 @@ def make(at: Path, shape: str, blocks: int | None) -> None:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     from finequant.quantize.convert import write_float
-    from finequant.quantize.merge import PREFIX, Base
+    from finequant.quantize.merge.adapter import PREFIX, Base
 
     config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": blocks} if blocks else {}))
     with torch.device("meta"):
@@ -223,7 +223,7 @@ def make(at: Path, shape: str, blocks: int | None) -> None:
 
 def ours(at: Path, method: str, checked: bool) -> None:
     from finequant.quantize.convert import check_quantized, write_quantized
-    from finequant.quantize.merge import Adapter, merged_weights
+    from finequant.quantize.merge.adapter import Adapter, merged_weights
     from finequant.quantize.scheme import layer_plan
 
     base, quantize = _opened(at, method)
@@ -232,7 +232,7 @@ def ours(at: Path, method: str, checked: bool) -> None:
     ids = torch.randint(base.config.vocab_size, (TOKENS // 512, 512))
     prompts = [row[:32].tolist() for row in ids]
     if checked:
-        from finequant.quantize.merge_check import check_merge
+        from finequant.quantize.merge.check import check_merge
 
         check_merge(base, adapter, at / "adapter", prompts)
     out = at / "out"
@@ -247,7 +247,7 @@ def ours(at: Path, method: str, checked: bool) -> None:
 
 def _opened(at: Path, method: str) -> tuple[Base, object]:
     """The head stays in float: TorchAoConfig does not quantize one that is tied."""
-    from finequant.quantize.merge import open_base
+    from finequant.quantize.merge.adapter import open_base
     from finequant.recipes.schema import Model, Quantize
 
     quantize = Quantize(method=method, group_size=GROUP_SIZE, head="float")
@@ -256,10 +256,10 @@ def _opened(at: Path, method: str) -> tuple[Base, object]:
 
 def copy(at: Path, method: str) -> None:
     """Reads the base and writes as many bytes as the checkpoint has, cast and no more."""
-    from finequant.quantize.checkpoint import Checkpoint, stored_shapes
+    from finequant.quantize.checkpoint.reading import write_rows
+    from finequant.quantize.checkpoint.streaming import each_piece
+    from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes
     from finequant.quantize.scheme import layer_plan
-    from finequant.quantize.stream import each_piece
-    from finequant.quantize.tensors import write_rows
 
     base, quantize = _opened(at, method)
     plan = layer_plan(quantize, base.config)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import LlamaForCausalLM
 
-    from finequant.evaluate.runtimes import Runtime
+    from finequant.quantize.formats.runtimes import Runtime
 
 ARC_EASY = Path(__file__).parents[2] / "shared/data/tasks/arc_easy.jsonl"
 TASK = """\
@@ -64,7 +64,7 @@ def tasks(
     """
     from lm_eval.models.huggingface import HFLM
 
-    from finequant.evaluate.lm_eval_model import SharedContextLM
+    from finequant.evaluate.metrics.lm_eval_model import SharedContextLM
     from finequant.finetune.model import load_tokenizer
 
     model, tokenizer = embedded(dtype), load_tokenizer(load_recipe(WIKITEXT).model)
@@ -104,7 +104,7 @@ def perplexity(
     windows: int = 16, rounds: int = 5, batch_size: int = 4, dtype: str = "bfloat16"
 ) -> None:
     """Tokens per second of WikiText-2's perplexity, and of forward passes over the same windows."""
-    from finequant.evaluate.perplexity import (
+    from finequant.evaluate.metrics.perplexity import (
         corpus_windows,
         negative_log_likelihoods,
         read_corpus,
@@ -178,7 +178,7 @@ def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
 
     A prompt of 32 tokens is read first, which is not timed.
     """
-    from finequant.evaluate.runtimes import NEEDS, Transformers, open_runtime, why_not
+    from finequant.quantize.formats.runtimes import NEEDS, Transformers, open_runtime, why_not
 
     with tempfile.TemporaryDirectory() as folder:
         embedded("float32").save_pretrained(folder)
@@ -211,8 +211,8 @@ def embedded(dtype: str) -> LlamaForCausalLM:
 def quantized(dtype: str) -> LlamaForCausalLM:
     """Rounded to nearest, in torchao's tensors."""
     from finequant.finetune.model import load_base, load_tokenizer
-    from finequant.quantize.checkpoint import quantized_model
-    from finequant.quantize.methods import round_model
+    from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.method import round_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe, kind = load_recipe(WIKITEXT, ["quantize.method=rtn"]), getattr(torch, dtype)

@@ -40,9 +40,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -> None:
     """Perplexity without labels: float, and each method at four bits, head included."""
     from finequant.finetune.model import load_base, load_tokenizer
-    from finequant.quantize.checkpoint import quantized_model
-    from finequant.quantize.methods import round_model
-    from finequant.quantize.rotation import rotate
+    from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.method import round_model
+    from finequant.quantize.methods.rotation import rotate
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext(f"quantize.group_size={group_size}")
@@ -151,10 +151,10 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
 
     from finequant.finetune.lora import fuse
     from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
-    from finequant.finetune.quantization_aware import not_rounded, round_in_training
     from finequant.finetune.trainer import divergence
-    from finequant.quantize.methods import calibration_sequences, round_model
+    from finequant.quantize.methods.method import calibration_sequences, round_model
     from finequant.quantize.scheme import layer_plan, untie_head
+    from finequant.quantize.training.fake_quantize import not_rounded, round_in_training
 
     recipe = wikitext("quantize.method=rtn")
     tokenizer = load_tokenizer(recipe.model)
@@ -224,7 +224,7 @@ def wikitext(*overrides: str) -> Recipe:
 def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
     """Per token, on the recipe's windows; `whole`: on all of wiki.test.raw, as lm-eval has it."""
     from finequant.evaluate.dequantized import dequantize_once
-    from finequant.evaluate.perplexity import corpus_windows, measure, read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows, measure, read_corpus
     from finequant.finetune.model import load_tokenizer
 
     corpus = recipe.evaluate.perplexity[0]

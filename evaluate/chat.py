@@ -87,7 +87,7 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
 
 def available(run: RunDir) -> list[str]:
     """Names of the models that this run has and that can be run here; the base always."""
-    from finequant.evaluate.runtimes import why_not
+    from finequant.quantize.formats.runtimes import why_not
 
     exported = []
     for name, form in EXPORTS.items():
@@ -136,9 +136,9 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     Raises:
         UserError: if that is not installed.
     """
-    from finequant.evaluate.exports import greedy_tokens
-    from finequant.evaluate.runtimes import open_runtime, why_not
+    from finequant.evaluate.metrics.exports import greedy_tokens
     from finequant.finetune.model import load_tokenizer
+    from finequant.quantize.formats.runtimes import open_runtime, why_not
 
     if missing := why_not(EXPORTS[name]):
         raise UserError(f"{name}: its runtime is not installed: {missing}")
@@ -230,8 +230,8 @@ def system_message(recipe: Recipe) -> Messages:
 
 
 def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    from finequant.finetune.data import Row
-    from finequant.finetune.tokens import encode_prompt
+    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.tokens import encode_prompt
 
     asked = Row("chat", messages=(*messages, {"role": "assistant", "content": ""}))
     return encode_prompt(asked, tokenizer, recipe.data)

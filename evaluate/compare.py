@@ -23,8 +23,8 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from finequant.evaluate.perplexity import Document, ScoredSequence
-    from finequant.finetune.data import Row
+    from finequant.evaluate.metrics.perplexity import Document, ScoredSequence
+    from finequant.finetune.data.rows import Row
 
 MODELS = ("base", "tuned", "quantized")
 HELD_OUT = "held_out"
@@ -63,8 +63,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     Raises:
         UserError: for unknown tasks, unreadable texts, or missing artefacts.
     """
-    from finequant.evaluate.report import gate, print_table, write_report
-    from finequant.evaluate.tasks import check_tasks
+    from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.evaluate.report.report import gate, print_table, write_report
 
     watch = Stopwatch()
     run.require("train")
@@ -103,10 +103,10 @@ def prepare(recipe: Recipe) -> Material:
     Raises:
         UserError: where there is nothing to measure on.
     """
-    from finequant.evaluate.perplexity import corpus_windows, read_corpus
-    from finequant.finetune.data import load_splits
+    from finequant.evaluate.metrics.perplexity import corpus_windows, read_corpus
+    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.tokens import encode_prompt
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.finetune.tokens import encode_prompt
 
     tokenizer = load_tokenizer(recipe.model)
     positions = load_config(recipe.model).max_position_embeddings
@@ -138,7 +138,11 @@ def measure_all(
     recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
 ) -> dict[str, dict[str, Any]]:
     """Each model's measurement, one model in memory at a time; earlier ones are reused."""
-    from finequant.evaluate.divergence import divergence, log_probabilities, reference_sequences
+    from finequant.evaluate.metrics.divergence import (
+        divergence,
+        log_probabilities,
+        reference_sequences,
+    )
 
     measured, reference = {}, None
     sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
@@ -170,7 +174,7 @@ def measure_exports(
     recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
 ) -> dict[str, dict[str, Any]]:
     """The measurement of each format that the recipe exports, by its key in the report."""
-    from finequant.evaluate.exports import KEYS, measure_export
+    from finequant.evaluate.metrics.exports import KEYS, measure_export
 
     measured = {}
     for name in exports_of(recipe):
@@ -193,7 +197,7 @@ def load_model(
 
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_base, load_config
-    from finequant.quantize.merge import merge
+    from finequant.quantize.merge.adapter import merge
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     say(f"evaluate: {name}: loading")
@@ -222,8 +226,8 @@ def measure_model(
 
     size: bytes of the model's weights on disk.
     """
-    from finequant.evaluate.perplexity import measure
-    from finequant.evaluate.tasks import (
+    from finequant.evaluate.metrics.perplexity import measure
+    from finequant.evaluate.metrics.tasks import (
         METRICS,
         answer,
         lm_eval_tasks,
@@ -275,8 +279,8 @@ def _answers_as_corpus(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> tuple[list[ScoredSequence], list[Document]]:
     """The learned tokens of the held-out rows; words and bytes are those of the answers."""
-    from finequant.evaluate.perplexity import ScoredSequence, count
-    from finequant.finetune.tokens import IGNORED, encode
+    from finequant.evaluate.metrics.perplexity import ScoredSequence, count
+    from finequant.finetune.data.tokens import IGNORED, encode
 
     encoded = [encode(row, tokenizer, recipe.data) for row in rows]
     sequences = [
@@ -303,7 +307,7 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
 def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
     """Of the weights on disk; for a float model that is not on disk, what it would take there."""
     from finequant.finetune.model import locate_base
-    from finequant.quantize.checkpoint import weight_bytes
+    from finequant.quantize.checkpoint.writing import weight_bytes
 
     folder, file = locate_base(recipe.model)
     if name == "quantized":
@@ -317,7 +321,7 @@ def _changes(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """From tuned to quantized, on the rows that both answered."""
-    from finequant.evaluate.tasks import METRICS, paired_changes
+    from finequant.evaluate.metrics.tasks import METRICS, paired_changes
 
     if not material.rows:
         return {}

@@ -77,7 +77,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
         UserError: for a point that is not valid, before anything is loaded; for what `evaluate`
             refuses; without an adapter where the tuned model is swept.
     """
-    from finequant.evaluate.sweep_report import print_sweep, write_sweep
+    from finequant.evaluate.report.sweep_report import print_sweep, write_sweep
 
     points = read_points(path, overrides)
     quiet_libraries()
@@ -179,7 +179,7 @@ def _measure_all(
 ) -> dict[str, dict[str, Any]]:
     """Each job's measurement by its name; a model is loaded only if one is missing."""
     from finequant.evaluate.compare import keep, kept_measurement, prepare
-    from finequant.evaluate.tasks import check_tasks
+    from finequant.evaluate.metrics.tasks import check_tasks
 
     kept = {job.name: kept_measurement(job.file, job.inputs) for job in jobs}
     measured = {name: measurement for name, measurement in kept.items() if measurement}
@@ -224,7 +224,7 @@ def _float_model(
     import torch
 
     from finequant.finetune.model import load_base
-    from finequant.quantize.merge import merge
+    from finequant.quantize.merge.adapter import merge
 
     say(f"sweep: loading the {swept} model")
     if swept == "base":
@@ -257,11 +257,10 @@ def measure_point(
     from finequant.evaluate.compare import device, measure_model
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_config
-    from finequant.quantize.budget import within_budget
-    from finequant.quantize.checkpoint import quantized_model
-    from finequant.quantize.methods import round_model
-    from finequant.quantize.plan import model_size
-    from finequant.quantize.rotation import rotate
+    from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.budget import within_budget
+    from finequant.quantize.methods.method import round_model
+    from finequant.quantize.methods.rotation import rotate
     from finequant.quantize.scheme import (
         layer_plan,
         parameter_count,
@@ -269,6 +268,7 @@ def measure_point(
         untie_head,
         unties_head,
     )
+    from finequant.quantize.size.plan import model_size
 
     config = load_config(point.recipe.model)
     dtype = shipped_dtype(point.recipe.quantize, config)
@@ -303,7 +303,7 @@ def _own_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> int:
     """What `quantize` would report of its checkpoint, without writing it."""
-    from finequant.quantize.checkpoint import layout, stored_shapes
+    from finequant.quantize.checkpoint.writing import layout, stored_shapes
 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     files = layout(stored_shapes(shapes, model.config, plan), plan, dtype)

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.functional import linear
 
-from finequant.finetune.quantization_aware import ADAPTER
+from finequant.quantize.training.fake_quantize import ADAPTER
 
 
 class _Product(torch.autograd.Function):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from finequant.finetune.data import Splits
+    from finequant.finetune.data.rows import Splits
     from finequant.finetune.trainer import LoraTrainer
     from finequant.quantize.rounding import Rounded
 
@@ -49,7 +49,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
-    from finequant.finetune.data import load_splits
+    from finequant.finetune.data.rows import load_splits
     from finequant.finetune.model import load_tokenizer, training_precision
     from finequant.finetune.trainer import training_arguments
 
@@ -133,11 +133,11 @@ def train_rounded(
     Returns the folder with the codes that it ended with, its adapter and its log.
     """
     from finequant.finetune.model import save_adapter
-    from finequant.finetune.quantization_aware import keep_float_layers, round_in_training
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, training_arguments
     from finequant.quantize.rounding import save_rounded
     from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.training.fake_quantize import keep_float_layers, round_in_training
 
     phase = recipe.rounded_phase()
     checkpoints = run.checkpoints / ROUNDED_PHASE
@@ -185,7 +185,7 @@ def _float_base(recipe: Recipe, plain: Path | None) -> LlamaForCausalLM:
     from peft import PeftModel
 
     from finequant.finetune.model import load_base
-    from finequant.quantize.rotation import rotate
+    from finequant.quantize.methods.rotation import rotate
     from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 
     base = load_base(recipe.model, torch.float32)
@@ -207,7 +207,7 @@ def _starting_codes(
     file: Path,
 ) -> dict[str, Rounded]:
     """What the recipe's method makes of the float weights; by the first process, for all."""
-    from finequant.quantize.methods import round_model
+    from finequant.quantize.methods.method import round_model
     from finequant.quantize.rounding import load_rounded, save_rounded
 
     with arguments.main_process_first():

@@ -18,10 +18,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
+from finequant.finetune.data.tokens import IGNORED, encode, to_dataset
 from finequant.finetune.model import lora_config
-from finequant.finetune.quantization_aware import Rounding, load_scales, not_rounded, save_scales
 from finequant.finetune.stopping import last_checkpoint
-from finequant.finetune.tokens import IGNORED, encode, to_dataset
+from finequant.quantize.training.fake_quantize import (
+    Rounding,
+    load_scales,
+    not_rounded,
+    save_scales,
+)
 from finequant.recipes.artefact import differences, seal
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import GOES_ON, Interrupted
@@ -30,7 +35,7 @@ from finequant.recipes.schema import Data, Recipe
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from finequant.finetune.data import Row, Splits
+    from finequant.finetune.data.rows import Row, Splits
 
 
 class LoraTrainer(SFTTrainer):

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-    from finequant.quantize.checkpoint import Checkpoint
-    from finequant.quantize.merge import Base
+    from finequant.quantize.checkpoint.reading import TensorFile, Weights
+    from finequant.quantize.checkpoint.writing import Checkpoint
+    from finequant.quantize.merge.adapter import Base
     from finequant.quantize.scheme import Plan
-    from finequant.quantize.tensors import TensorFile, Weights
 
 PROMPTS = 8
 """Prompts of the recipe's own rows on which merging and reloading are checked."""
@@ -49,11 +49,11 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
             checkpoint that does not give the same logits once reloaded.
     """
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.quantize.checkpoint import weight_bytes
-    from finequant.quantize.merge import Adapter, merged_weights, open_base
-    from finequant.quantize.merge_check import check_merge
-    from finequant.quantize.methods import calibration_sequences
-    from finequant.quantize.rotation import rotated
+    from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.merge.check import check_merge
+    from finequant.quantize.methods.method import calibration_sequences
+    from finequant.quantize.methods.rotation import rotated
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
     watch = Stopwatch()
@@ -116,9 +116,9 @@ def _within_budget(
     dtype: torch.dtype,
 ) -> Recipe:
     """With the layers that measured sensitivity chooses, on the whole merged model."""
-    from finequant.quantize.budget import within_budget
-    from finequant.quantize.merge import merge
-    from finequant.quantize.rotation import rotate
+    from finequant.quantize.merge.adapter import merge
+    from finequant.quantize.methods.budget import within_budget
+    from finequant.quantize.methods.rotation import rotate
 
     merged, _ = merge(recipe, run, prompts[:1])
     if recipe.quantize.rotate:
@@ -128,9 +128,9 @@ def _within_budget(
 
 def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
     """A checkpoint of the weights as they are."""
-    from finequant.quantize.checkpoint import Checkpoint, stored_shapes, write_config
+    from finequant.quantize.checkpoint.streaming import write_alone
+    from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.scheme import EMBEDDING, HEAD
-    from finequant.quantize.stream import write_alone
 
     plan = dict.fromkeys((HEAD, EMBEDDING))
     shapes = stored_shapes(base.shapes, base.config, plan)
@@ -153,12 +153,12 @@ def write_quantized(
 
     sequences: token ids [rows, length] for gptq.
     """
-    from finequant.quantize.calibrate import calibrate
-    from finequant.quantize.checkpoint import Checkpoint, stored_shapes, write_config
-    from finequant.quantize.methods import is_calibrated, round_alone
+    from finequant.quantize.checkpoint.streaming import write_alone, write_found
+    from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
+    from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.method import is_calibrated, round_alone
     from finequant.quantize.rounding import Rounded
     from finequant.quantize.scheme import layer_plan
-    from finequant.quantize.stream import write_alone, write_found
 
     plan, method = layer_plan(quantize, base.config), quantize.method
     shapes = stored_shapes(base.shapes, base.config, plan)
@@ -192,7 +192,7 @@ def check_quantized(
     Raises:
         UserError: if not.
     """
-    from finequant.quantize.reload import blocks_that_fit, check_reload, shipped_logits
+    from finequant.quantize.checkpoint.reload import blocks_that_fit, check_reload, shipped_logits
 
     for name in checkpoint.shapes:
         if not checkpoint.has(name, slice(None)):
@@ -216,8 +216,8 @@ def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
     Raises:
         UserError: where they were trained for another scheme than the recipe's.
     """
+    from finequant.quantize.checkpoint.reading import TensorFile
     from finequant.quantize.scheme import PLAN_KEYS
-    from finequant.quantize.tensors import TensorFile
     from finequant.recipes.load import read_section
 
     file = run.adapter / ROUNDED
@@ -272,8 +272,8 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
 
 
 def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
-    from finequant.finetune.data import load_splits
-    from finequant.finetune.tokens import encode
+    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.tokens import encode
 
     splits = load_splits(recipe.data, recipe.seed)
     rows = (splits.validation or splits.train)[:PROMPTS]

@@ -24,14 +24,14 @@ from finequant.recipes.schema import Export, Recipe
 if TYPE_CHECKING:
     import torch
 
+    from finequant.quantize.checkpoint.stored import Stored
     from finequant.quantize.rounding import Rounded
-    from finequant.quantize.stored import Stored
 
 # Each has PACKAGES, check_fits, write, read_rounded and last_logits.
 MODULES = {
-    "compressed-tensors": "finequant.quantize.to_compressed",
-    "gguf": "finequant.quantize.to_gguf",
-    "executorch": "finequant.quantize.to_executorch",
+    "compressed-tensors": "finequant.quantize.formats.compressed_tensors",
+    "gguf": "finequant.quantize.formats.gguf",
+    "executorch": "finequant.quantize.formats.executorch",
 }
 PROMPTS = 8
 """Of the recipe's own rows, on which logits are compared."""
@@ -61,7 +61,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
         UserError: for a format that cannot hold these codes, a package that is not installed, or
             a file that, read again, has other codes or other logits.
     """
-    from finequant.quantize.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_stored
 
     run.require("quantize")
     if not formats:
@@ -173,8 +173,8 @@ def _module(name: str) -> ModuleType:
 def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from finequant.finetune.data import load_splits
-    from finequant.finetune.tokens import encode
+    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.tokens import encode
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     splits = load_splits(recipe.data, recipe.seed)
@@ -185,7 +185,7 @@ def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:
 def _reference(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.merge import last_logits
+    from finequant.quantize.merge.adapter import last_logits
 
     return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
 

@@ -53,10 +53,10 @@ def run(
     ] = False,
 ) -> None:
     """All stages in turn; skips those whose inputs have not changed."""
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.resources import refuse_what_cannot_finish
     from finequant.recipes.command_line import say
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.machine import this_machine
-    from finequant.recipes.resources import refuse_what_cannot_finish
     from finequant.recipes.rundir import STAGES, RunDir, stages_of
 
     loaded = load_recipe(recipe, overrides or [])
@@ -131,8 +131,8 @@ def publish(
     ] = False,
 ) -> None:
     """Put the result on the Hugging Face Hub, with a card that says what was measured."""
-    from finequant.quantize.publish import Options
-    from finequant.quantize.publish import publish as stage
+    from finequant.publish.publish import Options
+    from finequant.publish.publish import publish as stage
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -226,7 +226,7 @@ def data(
     rows: Annotated[int, typer.Option(help="how many rows to show", min=0)] = 3,
 ) -> None:
     """Show rows as the model will see them, learned tokens in colour, and statistics."""
-    from finequant.finetune.preview import preview
+    from finequant.finetune.data.preview import preview
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
 
@@ -254,11 +254,11 @@ def plan(
 
     Reads configurations only; once quantized, it shows signal-to-noise ratios, too.
     """
-    from finequant.quantize.plan import show_plan
+    from finequant.quantize.size.machine import bytes_of, named_gpu
+    from finequant.quantize.size.plan import show_plan
+    from finequant.quantize.size.resources import show_resources
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.machine import bytes_of, named_gpu
-    from finequant.recipes.resources import show_resources
     from finequant.recipes.rundir import RunDir
 
     loaded = load_recipe(recipe, overrides or [])
@@ -320,7 +320,7 @@ def _remaining(directory, stages: list[str]) -> str:
 
 def _show_report(directory) -> bool:
     """Prints the table of the last evaluation; whether its gate passed."""
-    from finequant.evaluate.report import print_table
+    from finequant.evaluate.report.report import print_table
 
     report = json.loads(directory.report.read_text(encoding="utf-8"))
     print_table(report)

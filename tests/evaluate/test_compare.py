@@ -60,8 +60,8 @@ def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tin
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from finequant.finetune.data import load_splits
-    from finequant.finetune.tokens import encode
+    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.tokens import encode
     from finequant.recipes.load import load_recipe
 
     report = finished()
@@ -177,7 +177,7 @@ def test_multiple_choice_and_text_metrics(finished):
 
 
 def test_divergence_on_distributions_worked_out_by_hand():
-    from finequant.evaluate.divergence import divergence
+    from finequant.evaluate.metrics.divergence import divergence
 
     tuned = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     quantized = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()

@@ -1,4 +1,4 @@
-"""evaluate/exports.py: an export is measured in its own runtime, on the tokens of the others."""
+"""Exports are measured in their own runtimes, on the tokens of the other models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from finequant.evaluate.exports import greedy_answer, nll
-from finequant.evaluate.perplexity import ScoredSequence
-from finequant.evaluate.runtimes import Transformers
+from finequant.evaluate.metrics.exports import greedy_answer, nll
+from finequant.evaluate.metrics.perplexity import ScoredSequence
+from finequant.quantize.formats.runtimes import Transformers
 
 
 def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):
@@ -28,7 +28,7 @@ def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):
 def test_answers_are_those_of_generate(tiny_base, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.tasks import answer
+    from finequant.evaluate.metrics.tasks import answer
 
     prompt = tokenizer("open the red door")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()

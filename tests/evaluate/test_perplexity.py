@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finequant.evaluate.perplexity import (
+from finequant.evaluate.metrics.perplexity import (
     Document,
     ScoredSequence,
     corpus_windows,
@@ -74,7 +74,7 @@ def plain(model, sequence: ScoredSequence) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_equals_plain_logits_whatever_the_batch(model, batch_size, monkeypatch, capsys):
-    monkeypatch.setattr("finequant.evaluate.perplexity.LOGITS_CHUNK", 7)
+    monkeypatch.setattr("finequant.evaluate.metrics.perplexity.LOGITS_CHUNK", 7)
     sequences = mixed_sequences()
     found = negative_log_likelihoods(model, sequences, batch_size, "test")
     assert found == pytest.approx([plain(model, sequence) for sequence in sequences], rel=1e-5)

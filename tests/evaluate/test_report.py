@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from finequant.evaluate.report import comparison_rows, gate, print_table, write_report
+from finequant.evaluate.report.report import comparison_rows, gate, print_table, write_report
 from finequant.recipes.schema import Gate
 
 PLOTS = {"comparison.png", "layers.png", "loss.png"}

@@ -8,9 +8,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from finequant.evaluate import shared_context
-from finequant.evaluate.lm_eval_model import SharedContextLM
-from finequant.evaluate.shared_context import Continuation, log_likelihoods
+from finequant.evaluate.metrics import shared_context
+from finequant.evaluate.metrics.lm_eval_model import SharedContextLM
+from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.recipes.errors import UserError
 
 CONTEXTS = [

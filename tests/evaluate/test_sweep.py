@@ -8,14 +8,14 @@ import re
 
 import pytest
 
-from finequant.evaluate.sweep import read_points, split_values, sweep
-from finequant.evaluate.sweep_report import (
+from finequant.evaluate.report.sweep_report import (
     groupwise_tables,
     mean_accuracy,
     print_sweep,
     sweep_rows,
     write_sweep,
 )
+from finequant.evaluate.sweep import read_points, split_values, sweep
 from finequant.recipes.errors import UserError
 
 TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
@@ -190,7 +190,7 @@ def test_nothing_is_measured_twice(swept, measured, capsys):
 
 
 def test_an_interrupted_sweep_goes_on(swept, measured, monkeypatch):
-    from finequant.quantize import methods
+    from finequant.quantize.methods.method import method as methods
 
     round_model = methods.round_model
 
@@ -248,7 +248,7 @@ def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accu
 
 
 def test_panels_with_nothing_to_show_are_left_out():
-    from finequant.evaluate.sweep_report import _plot
+    from finequant.evaluate.report.sweep_report import _plot
 
     point = {"method": "rtn", "bits": 4, "group_size": 32}
     panels = {

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from finequant.evaluate import tasks
-from finequant.evaluate.shared_context import Likelihood
-from finequant.evaluate.tasks import (
+from finequant.evaluate.metrics import tasks
+from finequant.evaluate.metrics.shared_context import Likelihood
+from finequant.evaluate.metrics.tasks import (
     answer,
     check_tasks,
     lm_eval_tasks,

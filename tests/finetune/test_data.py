@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finequant.finetune.data import Row, Splits, load_splits, read_rows
+from finequant.finetune.data.rows import Row, Splits, load_splits, read_rows
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data
 

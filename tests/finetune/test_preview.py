@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finequant.finetune.data import Row
-from finequant.finetune.preview import _coloured, preview
-from finequant.finetune.tokens import encode
+from finequant.finetune.data.preview import _coloured, preview
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.tokens import encode
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Data

@@ -123,7 +123,7 @@ def test_every_adapter_belongs_to_the_unchanged_base(recipe_file, tiny_base, ove
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.merge import merge
+    from finequant.quantize.merge.adapter import merge
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -145,9 +145,9 @@ def test_every_adapter_belongs_to_the_unchanged_base(recipe_file, tiny_base, ove
 
 def evaluation_loss(model: torch.nn.Module, recipe) -> float:
     """Mean loss of the learned validation tokens, computed without the trainer."""
-    from finequant.finetune.data import load_splits
+    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.tokens import encode
     from finequant.finetune.model import load_tokenizer
-    from finequant.finetune.tokens import encode
 
     tokenizer = load_tokenizer(recipe.model)
     total = count = 0
@@ -186,7 +186,7 @@ def test_early_stopping_keeps_the_best(recipe_file):
     log = json.loads((adapter / "training_log.json").read_text())
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) < 16
-    from finequant.quantize.merge import merge
+    from finequant.quantize.merge.adapter import merge
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 

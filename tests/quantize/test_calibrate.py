@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finequant.quantize.gptq import Statistics, gptq
+from finequant.quantize.methods.gptq import Statistics, gptq
 from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
@@ -101,7 +101,7 @@ def test_a_zero_weight_stays_zero():
 def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.calibrate import calibrate
+    from finequant.quantize.methods.calibrate import calibrate
     from finequant.quantize.scheme import layer_plan
     from finequant.recipes.schema import Quantize
 

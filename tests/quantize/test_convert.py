@@ -243,7 +243,7 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
 def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.reload import check_reload
+    from finequant.quantize.checkpoint.reload import check_reload
 
     folder = quantize()
     prompts = [[5, 6, 7]]

@@ -191,7 +191,7 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
 def test_gguf_says_how_words_are_cut(tmp_path, tokenizer):
     from tokenizers import Regex, pre_tokenizers
 
-    from finequant.quantize.to_gguf import LLAMA_3_WORDS, pre_tokenizer
+    from finequant.quantize.formats.gguf import LLAMA_3_WORDS, pre_tokenizer
     from finequant.recipes.errors import UserError
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -293,9 +293,9 @@ def altered(file: Path, name: str, byte: int) -> None:
 
 
 def test_an_altered_export_is_caught(make, tmp_path):
+    from finequant.quantize.checkpoint.stored import read_stored
     from finequant.quantize.export import check_codes
-    from finequant.quantize.stored import read_stored
-    from finequant.quantize.to_compressed import read_rounded
+    from finequant.quantize.formats.compressed_tensors import read_rounded
     from finequant.recipes.errors import UserError
 
     run = make(to=("compressed-tensors",))
@@ -309,7 +309,7 @@ def test_an_altered_export_is_caught(make, tmp_path):
 
 
 def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
-    import finequant.quantize.to_gguf as module
+    import finequant.quantize.formats.gguf as module
 
     monkeypatch.setattr(module, "PACKAGES", {"no_such_module": "no-such-wheel"})
     with pytest.raises(SystemExit) as exit_:
@@ -330,7 +330,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
     from executorch.exir._serialize._program import deserialize_pte_binary
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.runtimes import ExecuTorch
+    from finequant.quantize.formats.runtimes import ExecuTorch
 
     run = make("quantize.cache_length=64", to=("executorch",))
     file = run / "exports" / "executorch" / "model.pte"
@@ -365,8 +365,8 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
 @pytest.mark.slow
 def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
-    from finequant.evaluate.exports import greedy_answer
-    from finequant.evaluate.runtimes import ExecuTorch
+    from finequant.evaluate.metrics.exports import greedy_answer
+    from finequant.quantize.formats.runtimes import ExecuTorch
 
     folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
     expected = greedy_answer(

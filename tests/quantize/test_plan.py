@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finequant.quantize.budget import allocate, sensitivity, within_budget
-from finequant.quantize.methods import round_model
-from finequant.quantize.plan import layer_size, show_plan
+from finequant.quantize.methods.budget import allocate, sensitivity, within_budget
+from finequant.quantize.methods.method import round_model
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
     EMBEDDING,
@@ -21,6 +20,7 @@ from finequant.quantize.scheme import (
     layer_plan,
     unties_head,
 )
+from finequant.quantize.size.plan import layer_size, show_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir

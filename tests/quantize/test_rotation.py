@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finequant.quantize.rotation import orthogonal, rotate, rotated
+from finequant.quantize.checkpoint.reading import row_slices
+from finequant.quantize.methods.rotation import orthogonal, rotate, rotated
 from finequant.quantize.scheme import layer_plan
-from finequant.quantize.tensors import row_slices
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
 

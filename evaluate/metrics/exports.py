@@ -1,0 +1,171 @@
+"""What was exported, measured as the other models are, each format in its own runtime."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.nn.functional import cross_entropy
+
+from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
+from finequant.quantize.formats.runtimes import Runtime, open_runtime, why_not
+from finequant.recipes.command_line import say
+from finequant.recipes.errors import UserError
+from finequant.recipes.rundir import RunDir, peak_memory
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.evaluate.compare import Material
+
+KEYS = {"executorch": "pte"}
+"""Under which a format stands in report.json, where that is not its name."""
+
+SPEED_PROMPT, SPEED_ANSWER = 256, 64
+"""Tokens to time: of the prompt, in one call, and of the answer, one by one."""
+
+
+def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
+    """As `measure_model` does, with speed and peak memory; scores only where the runtime is here.
+
+    lm-eval tasks want a model of transformers: only compressed-tensors is one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.compare import measure_model
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import parameter_count
+
+    folder = run.exports / name
+    size = sum(file.stat().st_size for file in folder.glob("model*"))
+    bits = 8 * size / parameter_count(load_config(recipe.model))
+    scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
+    if missing := why_not(name):
+        say(f"evaluate: {name}: only its size is measured: {missing}")
+        return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
+    if name == "compressed-tensors":
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
+        found = measure_model(name, model, recipe, material, size)
+        del model
+        found["scores"]["speed"] = speed(name, folder)
+        return found
+    runtime = open_runtime(name, folder)
+    scores["perplexity"] = {
+        corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
+        for corpus, texts in material.corpora.items()
+    }
+    scores["tasks"], answers = _answers(name, runtime, recipe, material)
+    del runtime
+    scores["speed"] = speed(name, folder)
+    return {"scores": scores, "answers": answers}
+
+
+def _answers(
+    name: str, runtime: Runtime, recipe: Recipe, material: Material
+) -> tuple[dict[str, Any], list[str]]:
+    from finequant.evaluate.compare import HELD_OUT
+    from finequant.evaluate.metrics.tasks import METRICS, score_answers
+
+    if not material.prompts:
+        return {}, []
+    say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
+    limit = recipe.evaluate.max_new_tokens
+    answers = [
+        greedy_answer(runtime, material.tokenizer, prompt, limit)
+        for prompt in _tracked(material.prompts, f"{name}: answers")
+    ]
+    wanted = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
+    return {HELD_OUT: score_answers(answers, material.references, wanted)}, answers
+
+
+def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str) -> float:
+    """Nats of the scored tokens of all sequences, summed."""
+    return math.fsum(nll(runtime, sequence) for sequence in _tracked(sequences, description))
+
+
+def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
+    """Nats of the scored tokens of one sequence: what comes before the first of them is read in
+    one call, the rest token by token, as when decoding."""
+    total, done = 0.0, 0
+    for place, scored in enumerate(sequence.scored):
+        if not scored:
+            continue
+        logits = runtime.last_logits(sequence.ids[done:place], done)
+        total += cross_entropy(logits.double(), torch.tensor(sequence.ids[place])).item()
+        done = place
+    return total
+
+
+def greedy_answer(
+    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int
+) -> str:
+    """At most `limit` tokens, up to the tokenizer's end token; without special tokens, stripped."""
+    answer = list(greedy_tokens(runtime, prompt, tokenizer.eos_token_id, limit))
+    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
+
+
+def greedy_tokens(
+    runtime: Runtime, prompt: list[int], stop: int | None, limit: int
+) -> Iterator[int]:
+    """At most `limit` tokens after the prompt, up to `stop`, which is not among them."""
+    logits = runtime.last_logits(prompt)
+    for place in range(len(prompt), len(prompt) + limit):
+        token = int(logits.argmax())
+        if token == stop:
+            return
+        yield token
+        logits = runtime.last_logits([token], place)
+
+
+def speed(name: str, folder: Path) -> dict[str, float | int]:
+    """{"prompt", "decoding": tokens per second, "peak_memory_bytes"}, in a process of its own.
+
+    Raises:
+        UserError: if that process fails.
+    """
+    command = [sys.executable, "-m", "finequant.evaluate.metrics.exports", name, str(folder)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"evaluate: {name}: cannot be timed: {reason}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def _time(name: str, folder: Path) -> dict[str, float | int]:
+    runtime = open_runtime(name, folder)
+    ids = [3 + index % 50 for index in range(SPEED_PROMPT)]
+    runtime.last_logits(ids)  # the first call also loads
+    started = time.perf_counter()
+    runtime.last_logits(ids)
+    read = time.perf_counter()
+    for place in range(SPEED_ANSWER):
+        runtime.last_logits([5], SPEED_PROMPT + place)
+    done = time.perf_counter()
+    return {
+        "prompt": SPEED_PROMPT / (read - started),
+        "decoding": SPEED_ANSWER / (done - read),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _tracked(items: list, description: str):
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # rich would leave an empty line in a log
+    return track(items, description, console=console, transient=True, disable=quiet)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_time(sys.argv[1], Path(sys.argv[2]))))

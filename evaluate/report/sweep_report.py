@@ -1,0 +1,226 @@
+"""What a sweep has found: sweep.json, sweep.md, plots/ and the table in the terminal.
+
+It is a report as in report.py, whose `models` are the float model and one for each point. Beside
+their scores these have `settings` and `packed_bits_per_weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from finequant.evaluate.report.report import (
+    COLOURS,
+    MARKERS,
+    MISSING,
+    Report,
+    corpora_of,
+    draw_plot,
+    finite_only,
+    float_at,
+    image_link,
+    markdown_table,
+    metrics_of,
+    new_figure,
+    print_rows,
+    shown_number,
+    shown_score,
+    to_percent,
+    value_at,
+)
+from finequant.recipes.rundir import replace_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Model = dict[str, Any]
+
+FARTHEST = 30
+"""Perplexities beyond so many times the lowest are drawn at the top edge."""
+
+NOTES = """\
+Every point is quantized from the same float model and measured on the same inputs. Bits per weight
+count the whole model, scales and float embedding included, for each weight of the float model:
+as torchao's file has it (a byte a code), and with codes packed to their own bits. ± is one standard
+error. In the plot each point says the bits of its codes; with ↑ it lies beyond the scale."""
+
+
+def write_sweep(report: Report, folder: Path) -> None:
+    """Writes plots/sweep.png, sweep.md and, last, sweep.json (infinite or not a number: null)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {"sweep"} if draw_plot(_plot, report, folder, "sweep") else set()
+    replace_text(folder / "sweep.md", _markdown(report, plots))
+    content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
+    replace_text(folder / "sweep.json", content + "\n")
+
+
+def print_sweep(report: Report) -> None:
+    """Prints a row for each point to stdout."""
+    print_rows(*sweep_rows(report))
+
+
+def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the float model, then a row for each point."""
+    models = report["models"]
+    keys = list(dict.fromkeys(key for m in models.values() for key in m["settings"]))
+    header = [key.replace("_", " ") for key in keys]
+    header += ["bits per weight on disk", "bits per weight, packed"]
+    header += [f"perplexity, {corpus}" for corpus in corpora_of(models)]
+    for task, metric in metrics_of(models):
+        header.append(f"{task}, {metric} {'out of 100' if to_percent(metric) == 1 else 'in %'}")
+    accuracy = ["mean task accuracy in %"] if metrics_of(models) else []
+    return header + accuracy, [_row(model, keys, models) for model in models.values()]
+
+
+def _row(model: Model, keys: list[str], models: dict[str, Model]) -> list[str]:
+    cells = [str(model["settings"].get(key, MISSING)) for key in keys]
+    if not model["settings"]:
+        cells[0] = f"float ({model['dtype']})"
+    cells += [shown_number(model[key]) for key in ("bits_per_weight", "packed_bits_per_weight")]
+    for corpus in corpora_of(models):
+        cells.append(shown_number(value_at(model, "perplexity", corpus, "token")))
+    for task, metric in metrics_of(models):
+        cells.append(shown_score(to_percent(metric))(value_at(model, "tasks", task, metric)))
+    if metrics_of(models):
+        mean = mean_accuracy(model)
+        cells.append(MISSING if math.isnan(mean) else f"{mean:.1f}")
+    return cells
+
+
+def mean_accuracy(model: Model) -> float:
+    """In percent, the mean over tasks of each one's first metric; nan where there is none."""
+    first = {task: next(iter(metrics)) for task, metrics in model["tasks"].items() if metrics}
+    values = [
+        to_percent(metric) * float_at(model, "tasks", task, metric, "value")
+        for task, metric in first.items()
+    ]
+    return fmean(values) if values else math.nan
+
+
+def groupwise_tables(report: Report) -> list[str]:
+    """For each corpus: the float model, and four bits at each group size, a row for each method.
+
+    Layout of the table in ExecuTorch's Llama documentation. Empty where there are fewer than two
+    group sizes at four bits.
+    """
+    floating, *points = report["models"].values()
+    four = [point for point in points if point["settings"]["bits"] == 4]
+    sizes = sorted({point["settings"]["group_size"] for point in four})
+    if len(sizes) < 2:
+        return []
+    tables = []
+    for corpus in corpora_of(report["models"]):
+        found: dict[str, dict[int, str]] = {}
+        for point in four:
+            shown = shown_number(value_at(point, "perplexity", corpus, "token"))
+            found.setdefault(_method(point), {})[point["settings"]["group_size"]] = shown
+        baseline = shown_number(value_at(floating, "perplexity", corpus, "token"))
+        rows = [
+            [f"{_model_name(report)}, {method}", baseline]
+            + [cells.get(size, MISSING) for size in sizes]
+            for method, cells in found.items()
+        ]
+        header = [f"perplexity, {corpus}", f"baseline ({floating['dtype']})"]
+        header += [f"groupwise 4-bit ({size})" for size in sizes]
+        tables.append(markdown_table(header, rows))
+    return tables
+
+
+def _markdown(report: Report, plots: set[str]) -> str:
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    four_bits = "\n\n".join(groupwise_tables(report))
+    sections = [
+        f"# {report['recipe']['name']}: the {report['swept']} model, quantized in every way",
+        f"Base model {_base_name(report)}, seed {report['recipe']['seed']}.",
+        markdown_table(*sweep_rows(report)),
+        NOTES,
+        image_link(plots, "sweep", "Perplexity and mean task accuracy against bits per weight"),
+        f"## Four bits\n\n{four_bits}" if four_bits else "",
+        f"## Made with\n\n{versions}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _base_name(report: Report) -> str:
+    """Without its folder, which may be one of this machine."""
+    return Path(report["recipe"]["model"]["base"]).name
+
+
+def _model_name(report: Report) -> str:
+    return _base_name(report) if report["swept"] == "base" else report["recipe"]["name"]
+
+
+def _method(model: Model) -> str:
+    """What points of one line and of one row have in common, beside the group size."""
+    method, _, _, *further = model["settings"].items()
+    return ", ".join([method[1], *(f"{key} {value}" for key, value in further)])
+
+
+def _plot(report: Report) -> Figure | None:
+    models = report["models"]
+    panels = {
+        f"perplexity per token, {corpus}\n(lower is better)": [
+            float_at(model, "perplexity", corpus, "token") for model in models.values()
+        ]
+        for corpus in corpora_of(models)
+    }
+    accuracies = [mean_accuracy(model) for model in models.values()]
+    panels["mean task accuracy in %\n(higher is better)"] = accuracies
+    panels = {label: values for label, values in panels.items() if any(map(math.isfinite, values))}
+    if not panels:
+        return None
+    figure = new_figure(1 + 5 * len(panels))
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, values) in zip(all_axes, panels.items(), strict=True):
+        axes.set(
+            ylabel=label, xlabel="bits per weight, packed: scales and float embedding included"
+        )
+        _panel(axes, list(models.values()), values, is_perplexity=label.startswith("perplexity"))
+    handles, names = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _panel(axes: Axes, models: list[Model], values: list[float], is_perplexity: bool) -> None:
+    """One score of every model; the float model's is a dashed line."""
+    ceiling = None
+    if is_perplexity:
+        ceiling = FARTHEST * min(filter(math.isfinite, values))
+        _plain_log_scale(axes)
+    for index, (name, points) in enumerate(_lines(models[1:], values[1:], ceiling).items()):
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
+        bits, heights, _ = zip(*sorted(points), strict=True)
+        axes.plot(bits, heights, label=name, **style)
+        for x, height, label in points:
+            axes.annotate(label, (x, height), (4, 4), textcoords="offset points", fontsize=8)
+    if math.isfinite(values[0]):
+        style = {"linestyle": "--", "color": "black"}
+        axes.axhline(values[0], label=f"float ({models[0]['dtype']})", **style)
+    axes.grid(alpha=0.3)
+
+
+def _lines(
+    models: list[Model], values: list[float], ceiling: float | None
+) -> dict[str, list[tuple[float, float, str]]]:
+    """(bits per weight, height, label) of each point, by method and group size."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for model, value in zip(models, values, strict=True):
+        beyond = ceiling is not None and not value < ceiling  # nan is beyond, too
+        height, label = ceiling if beyond else value, str(model["settings"]["bits"])
+        point = model["packed_bits_per_weight"], height, label + ("↑" if beyond else "")
+        name = f"{_method(model)}, groups of {model['settings']['group_size']}"
+        lines.setdefault(name, []).append(point)
+    return lines
+
+
+def _plain_log_scale(axes: Axes) -> None:
+    """With 20, 30, 50 beside the ticks, which powers of ten between 20 and 90 lack."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(3, 0.4)))

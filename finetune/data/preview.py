@@ -1,0 +1,84 @@
+"""Rows as the model will see them: learned tokens in colour, lengths, truncation, duplicates."""
+
+from __future__ import annotations
+
+from statistics import quantiles
+from typing import TYPE_CHECKING
+
+from finequant.finetune.data.rows import Row, load_splits
+from finequant.finetune.data.tokens import IGNORED, Encoded, encode, to_dataset
+from finequant.finetune.model import load_tokenizer
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+FIGURES = ("rows", "repeated", "tokens", "learned", "median", "95%", "longest")
+
+
+def preview(recipe: Recipe, count: int) -> None:
+    """Prints the first `count` training rows and statistics of every split.
+
+    Raises:
+        UserError: for whatever training would refuse in the data.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    tokenizer = load_tokenizer(recipe.model)
+    splits = load_splits(recipe.data, recipe.seed)
+    for note in splits.notes:
+        console.print(note, markup=False, highlight=False)
+    for row in splits.train[:count]:
+        console.rule(Text(row.where))
+        console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
+    console.rule()
+    console.print(_statistics(recipe, tokenizer, splits._asdict()))
+    console.print("learned tokens are green and bold; the others are read, but not learned")
+    for rows in (splits.train, splits.validation):
+        if rows:
+            to_dataset(rows, tokenizer, recipe.data)
+
+
+def _coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    run: list[int] = []
+    learned = False
+    # A token alone need not be a whole character, so runs of tokens are decoded together.
+    for token, label in [*zip(encoded.input_ids, encoded.labels, strict=True), (None, None)]:
+        if run and (token is None or (label != IGNORED) != learned):
+            shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+            text.append(shown, style="bold green" if learned else "dim")
+            run = []
+        learned = label != IGNORED
+        run.append(token)
+    return text
+
+
+def _statistics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: dict):
+    from rich.table import Table
+
+    limit = recipe.data.max_length
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("split")
+    for heading in (*FIGURES, f"over {limit}"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for name in ("train", "validation", "test"):
+        rows: list[Row] = splits[name]
+        if not rows:
+            continue
+        encoded = [encode(row, tokenizer, recipe.data) for row in rows]
+        lengths = [item.full_length for item in encoded]
+        cuts = quantiles(lengths if len(rows) > 1 else lengths * 2, n=20, method="inclusive")
+        # A row with a weight of 2 is there twice, but from one place.
+        repeated = len({(row.where, row.key) for row in rows}) - len({row.key for row in rows})
+        labels = [label for item in encoded for label in item.labels]
+        learned = sum(label != IGNORED for label in labels) / len(labels)
+        figures = [len(rows), repeated, sum(lengths), f"{learned:.0%}", round(cuts[9])]
+        figures += [round(cuts[18]), max(lengths), sum(length > limit for length in lengths)]
+        table.add_row(name, *map(str, figures))
+    return table

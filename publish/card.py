@@ -1,0 +1,221 @@
+"""The model card: the Hub's metadata, what was measured, how to load it, what nobody measured."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from finequant.evaluate.report.report import (
+    comparison_rows,
+    corpora_of,
+    divergence_lines,
+    markdown_table,
+    metrics_of,
+    value_at,
+    verdict_lines,
+)
+from finequant.publish.licence import Licence
+from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, fenced, loading, on_hub
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+REPEAT = "`finequant run recipe.yaml` repeats it, with the local files that it names beside it."
+
+# Names of an export's folder and, where they differ, of its row in the report.
+ROWS = {"executorch": "pte"}
+
+
+def card_text(
+    recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str, files: list[str]
+) -> str:
+    """README.md of the repository.
+
+    recipe: as it is published, without this machine's folders.
+    report: report.json, with quantization.json under "quantization".
+    kind: `quantized`, or `adapter` where it is published alone.
+    files: names of the other files of the repository.
+    """
+    name = (recipe.publish.repo_id or recipe.name).split("/")[-1]
+    exports = sorted({file.split("/")[0] for file in files if "/" in file})
+    sections = [
+        f"---\n{metadata(recipe, report, licence, kind)}\n---",
+        f"# {name}",
+        "**Built with Llama**" if licence.is_llama else "",
+        recipe.publish.description or "",
+        _introduction(recipe, report, kind),
+        _overruled(report) if kind == QUANTIZED else "",
+        f"## Measured\n\n{_measured(report, kind)}",
+        f"## Load it\n\n{loading(recipe, report, kind, files)}",
+        f"## Limits\n\n{_bullets(_limits(recipe, report, kind, exports))}",
+        f"## Licence\n\n{_licence(licence, recipe)}",
+        f"## Recipe\n\n{REPEAT}\n\n{fenced('yaml', _yaml(recipe))}",
+        f"## Made with\n\n{_versions(report)}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str) -> ModelCardData:
+    """The card's front matter, in the words of the Hub."""
+    from huggingface_hub import ModelCardData
+
+    datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
+    base = base_on_hub(recipe)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=kind if base else None,
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        language=recipe.publish.language or None,
+        tags=["finequant", "llama", *_scheme(report, kind), *recipe.publish.tags],
+        pipeline_tag="text-generation",
+        model_name=(recipe.publish.repo_id or recipe.name).split("/")[-1],
+        eval_results=_results(recipe, report, kind),
+        library_name="peft" if kind == ADAPTER else "transformers",
+    )
+
+
+def _scheme(report: dict[str, Any], kind: str) -> list[str]:
+    """What torchao calls int8 dynamic activations and weights of so many bits: 8da4w."""
+    bits = report["quantization"]["bits"]  # None where layers differ
+    return [f"8da{bits}w"] if kind == QUANTIZED and bits else []
+
+
+def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResult]:
+    """What the Hub calls model-index; accuracies as fractions of 1, as in report.json."""
+    from huggingface_hub import EvalResult
+
+    model = {"shipped": report["models"]["tuned" if kind == ADAPTER else QUANTIZED]}
+    found = []
+    for corpus in corpora_of(model):
+        value = value_at(model["shipped"], "perplexity", corpus, "token")
+        found.append((corpus, "perplexity", "perplexity per token", value))
+    for task, metric in metrics_of(model):
+        value = value_at(model["shipped"], "tasks", task, metric, "value")
+        found.append((task, metric, metric, value))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=f"held-out rows of {recipe.name}" if task == "held_out" else task,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=value,
+        )
+        for task, metric, name, value in found
+        if value is not None
+    ]
+
+
+def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
+    base = base_on_hub(recipe)
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{recipe.model.base}`"
+    rows = [row.source for row in recipe.data.train]
+    data = ", ".join(row if on_hub(row) else f"`{row}` (rows of its author)" for row in rows)
+    lora = f"LoRA of rank {recipe.lora.rank} on {data}"
+    if kind == ADAPTER:
+        return f"An adapter ({lora}) of {name}. It is a change to the base, which it needs."
+    quantization = report["quantization"]
+    return (
+        f"{name}, fine-tuned ({lora}), merged and quantized: {quantization['summary']}. Method: "
+        f"{quantization['method']}. {quantization['bits_per_rounded_weight']} bits for each "
+        "rounded weight, scales included; `quantization.json` says how each layer was done."
+    )
+
+
+def _overruled(report: dict[str, Any]) -> str:
+    """That the gate failed and the model is here all the same."""
+    if report["gate"]["passed"]:
+        return ""
+    failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
+    return (
+        "> **The gate of its recipe failed, and was overruled by whoever published this model:** "
+        f"{', '.join(failed)}. The lines below say by how much."
+    )
+
+
+def _measured(report: dict[str, Any], kind: str) -> str:
+    shown = report
+    if kind == ADAPTER:
+        shown = report | {"models": {name: report["models"][name] for name in ("base", "tuned")}}
+    header, rows = comparison_rows(shown)
+    if kind == ADAPTER:  # the last column compares with quantized
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    parts = [
+        markdown_table(header, rows),
+        "All models on the same inputs, ± is one standard error, that of a change of the "
+        "differences row by row. `report.json` has every figure.",
+    ]
+    if kind == QUANTIZED:
+        parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str]) -> list[str]:
+    """What a reader might take for granted, and nobody measured."""
+    models = report["models"]
+    tasks = {task for task, _ in metrics_of(models)}
+    limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
+    if not tasks - {"held_out"}:
+        limits.append("No public benchmark was run: what the model lost elsewhere is not known.")
+    if not set(corpora_of(models)) - {"held_out"}:
+        limits.append("Perplexity was measured on the held-out rows only, on no general text.")
+    if "held_out" not in tasks:
+        limits.append("No answers to held-out rows were scored.")
+    scored = [
+        value_at(model, "tasks", *pair, "n")
+        for model in models.values()
+        for pair in metrics_of(models)
+    ]
+    if smallest := min(filter(None, scored), default=0):
+        limits.append(f"Accuracies are of {smallest} rows or more: mind their standard errors.")
+    if kind == QUANTIZED and not report["gate"]["checks"]:
+        limits.append("Its recipe sets no gate: no limit for what quantization may cost.")
+    if kind == QUANTIZED:
+        size = report["models"][QUANTIZED]["bits_per_weight"]
+        limits.append(
+            f"The torchao file takes {size:.2f} bits for each weight of the base: it keeps each "
+            "code of 8 bits or fewer in a byte."
+        )
+        limits += [
+            f"The export {name} is not in the table: it holds the same codes, and was not measured."
+            for name in exports
+            if name not in models and ROWS.get(name) not in models
+        ]
+    aware = recipe.train.quantization_aware
+    if kind == ADAPTER and aware and not aware.steps:
+        limits.append("It was trained on the rounded base: on the float base it is not the same.")
+    if base_on_hub(recipe) != recipe.model.base:
+        limits.append(f"The base it was trained on is `{recipe.model.base}`.")
+    return [*limits, "Safety, bias and the truth of what it says were not measured."]
+
+
+def _licence(licence: Licence, recipe: Recipe) -> str:
+    name = licence.name or licence.id
+    shown = f"[{name}]({licence.link})" if licence.link else name
+    text = f"{shown}, the licence of its base, `{base_on_hub(recipe) or recipe.model.base}`."
+    if licence.documents:
+        text += f" See {', '.join(f'`{file}`' for file in licence.documents)}."
+    return text
+
+
+def _versions(report: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return f"finequant {version('finequant')}; measured with {libraries}."
+
+
+def _yaml(recipe: Recipe) -> str:
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    yaml, text = YAML(), StringIO()
+    yaml.dump(recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True), text)
+    return text.getvalue().strip()
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

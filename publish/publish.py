@@ -1,0 +1,259 @@
+"""Publish the quantized model, or its adapter alone, on the Hugging Face Hub: -> publish/, the Hub
+
+python publish/publish.py recipes/chat.yaml --dry-run publish.repo_id=your-name/Llama-3.2-1B-chat
+python publish/publish.py recipes/chat.yaml publish.repo_id=your-name/Llama-3.2-1B-chat
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finequant.publish.licence import Licence
+from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
+from finequant.recipes.artefact import SUMS, replace_text
+from finequant.recipes.command_line import say
+from finequant.recipes.errors import UserError, listed
+from finequant.recipes.load import without_folders, write_recipe
+from finequant.recipes.rundir import ROUNDED, STAGES, RunDir
+from finequant.recipes.schema import Recipe
+
+CARD = "README.md"
+
+# Beside an artefact, but not for others: it names this machine's folders, is only for resuming, or
+# has hashes. The publication has its own, by which the next one knows which files it made.
+STAYS_HERE = ("recipe.yaml", "training_log.json", ROUNDED, SUMS)
+
+LINKED = (".safetensors", ".gguf", ".pte")
+"""Large files that nobody edits: linked into publish/ where the file system can."""
+
+
+class Options(NamedTuple):
+    """What is said on the command line, not in the recipe."""
+
+    yes: bool = False
+    dry_run: bool = False
+    adapter_only: bool = False
+    overrule_gate: tuple[str, ...] = ()
+    into_existing: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from finequant.recipes.run import main as finequant
+
+    finequant(["publish", *(sys.argv[1:] if argv is None else argv)])
+
+
+def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
+    """Writes publish/, shows it, asks, uploads it and compares every file with the Hub's.
+
+    Raises:
+        UserError: where the report is not of what would be published, its gate failed, the base's
+            licence is not followed, or the Hub refuses.
+        OutsideError: where the network or the Hub fails.
+    """
+    from finequant.publish.upload import look, send, verify
+
+    kind = ADAPTER if options.adapter_only else QUANTIZED
+    check_name(recipe, kind, options.dry_run)
+    run.hold()
+    check_current(recipe, run)
+    report = read_report(run)
+    if kind == QUANTIZED:
+        check_gate(report, options.overrule_gate)
+    folder = assemble(recipe, run, report, kind)
+    files = files_of(folder)
+    if options.dry_run:
+        show(files, f"{recipe.publish.repo_id or 'no repository named'}, {visibility(recipe)}")
+        say(f"publish: dry run, nothing was sent: {folder} holds what would be")
+        return
+    remote = look(recipe, kind, options.into_existing)
+    show(files, f"{remote.url}, {visibility(recipe)}")
+    for line in remote.in_words(files):
+        say(f"publish: {line}")
+    if not options.yes and not confirmed():
+        say("publish: nothing was sent")
+        sys.exit(1)
+    commit = send(recipe, files, remote)
+    verify(recipe, files, commit)
+    say(f"publish: {remote.url} has all {len(files)} files, each with the hash of the one here")
+
+
+def check_name(recipe: Recipe, kind: str, dry_run: bool) -> None:
+    """Refuses before anything is written what could be seen from the recipe.
+
+    Raises:
+        UserError: without a repository, or for an adapter whose base nobody else could find.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo_id = recipe.publish.repo_id
+    if repo_id is None and not dry_run:
+        raise UserError("publish.repo_id: where to? Set publish.repo_id=your-name/model-name")
+    try:
+        validate_repo_id(repo_id or "name/model")
+    except HFValidationError as error:
+        raise UserError(f"publish.repo_id: {error}") from None
+    if kind == ADAPTER and base_on_hub(without_folders(recipe)) is None:
+        raise UserError(
+            f"publish.base_model: an adapter needs its base, and {recipe.model.base} is not on the "
+            "Hub: set publish.base_model=org/name"
+        )
+
+
+def check_current(recipe: Recipe, run: RunDir) -> None:
+    """The card speaks of the recipe, the report and the weights together: all must be of one run.
+
+    Raises:
+        UserError: where a stage is missing or something has changed since.
+    """
+    for stage in STAGES:
+        run.require(stage)
+        changes = run.what_changed(recipe, stage)
+        if changes is None:
+            raise UserError(f"publish: {stage} was not finished here: run `finequant run RECIPE`")
+        if changes:
+            raise UserError(
+                f"publish: the report is not of what would be published: since {stage} ran here\n"
+                f"  {listed(changes)}\nrun `finequant run RECIPE` first"
+            )
+
+
+def read_report(run: RunDir) -> dict[str, Any]:
+    """report.json, with quantization.json under "quantization"."""
+    report = json.loads(run.report.read_text(encoding="utf-8"))
+    record = json.loads((run.quantized / "quantization.json").read_text(encoding="utf-8"))
+    return report | {"quantization": record}
+
+
+def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
+    """Refuses what the recipe's own gate refused, unless each failed check is overruled by name.
+
+    Raises:
+        UserError: for a failed check that is not overruled, or an overruled one that is unknown.
+    """
+    checks = report["gate"]["checks"]
+    names = [check["name"] for check in checks]
+    if unknown := [name for name in overruled if name not in names]:
+        raise UserError(
+            f"--overrule-gate: the gate has no check {unknown[0]!r}; it has "
+            f"{', '.join(map(repr, names)) or 'none'}"
+        )
+    failed = [check["name"] for check in checks if not check["passed"]]
+    if left := [name for name in failed if name not in overruled]:
+        flags = " ".join(f'--overrule-gate "{name}"' for name in left)
+        raise UserError(
+            f"publish: the gate failed: {', '.join(left)}; report.md says by how much. To publish "
+            f"all the same, and have the card say so: {flags}"
+        )
+
+
+def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> Path:
+    """Writes publish/: the artefact, exports, licence, report and card, without local folders."""
+    from finequant.publish.card import card_text
+    from finequant.publish.licence import licence_of
+
+    licence: Licence = licence_of(recipe)
+    shown = without_folders(recipe)
+    with run.writing(run.publication, shown) as folder:
+        if kind == ADAPTER:
+            _take(run.adapter, folder)
+            _name_base(folder / "adapter_config.json", shown)
+        else:
+            _take(run.quantized, folder)
+            for export in exports(run):
+                _take(export, folder / export.name)
+        for name, content in licence.documents.items():
+            (folder / name).write_bytes(content)
+        measured = {key: value for key, value in report.items() if key != "quantization"}
+        measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
+        _write_json(folder / "report.json", measured)
+        card = card_text(shown, report, licence, kind, list(files_of(folder)))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        write_recipe(shown, folder / "recipe.yaml")
+    return run.publication
+
+
+def exports(run: RunDir) -> list[Path]:
+    """Finished exports of the quantized model, each a folder named after its format.
+
+    Raises:
+        UserError: for one that was made of another quantized/ than the one here.
+    """
+    found = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
+    record = (run.quantized / "quantization.json").read_bytes()
+    for folder in found:
+        copy = folder / "quantization.json"  # says how each layer came out, so it tells them apart
+        if copy.exists() and copy.read_bytes() != record:
+            raise UserError(
+                f"{folder}: made of an earlier quantized/: run `finequant export RECIPE --to "
+                f"{folder.name}` again, or delete it"
+            )
+    return [folder for folder in found if folder.is_dir()]
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> file."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def visibility(recipe: Recipe) -> str:
+    return "private" if recipe.publish.private else "public"
+
+
+def show(files: dict[str, Path], where: str) -> None:
+    """Prints what would be uploaded."""
+    from finequant.evaluate.report.report import print_rows
+
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    rows = [[name, f"{size / 1e3:,.1f}"] for name, size in sizes.items()]
+    total = [f"{len(files)} files to {where}", f"{sum(sizes.values()) / 1e3:,.1f}"]
+    print_rows(["file", "kB"], [*rows, total])
+
+
+def confirmed() -> bool:
+    """Asks on the terminal.
+
+    Raises:
+        UserError: where nobody is there to ask.
+    """
+    if not sys.stdin.isatty():
+        raise UserError("publish: there is nobody to ask: look at the list above, then add --yes")
+    return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _take(source: Path, target: Path) -> None:
+    """Copies an artefact for others; large files are linked."""
+    for name, path in files_of(source).items():
+        if path.name in STAYS_HERE:
+            continue
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (os.link if path.suffix in LINKED else shutil.copyfile)(path, copy)
+        except OSError:  # another file system
+            shutil.copyfile(path, copy)
+
+
+def _name_base(file: Path, recipe: Recipe) -> None:
+    """peft finds the base of an adapter by this name; here it may be a folder of this machine."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    same = recipe.model.base == base_on_hub(recipe)
+    config["base_model_name_or_path"] = base_on_hub(recipe)
+    config["revision"] = recipe.model.revision if same else None
+    _write_json(file, config)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    replace_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A Llama with one decoder block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
+from finequant.quantize.scheme import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def empty_block(config: LlamaConfig, number: int) -> LlamaDecoderLayer:
+    """The block, without memory for its weights."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with torch.device("meta"):
+        return LlamaDecoderLayer(config, number).eval().requires_grad_(False)
+
+
+def fill(block: torch.nn.Module, read: Callable[[str, torch.Size], torch.Tensor]) -> None:
+    """Gives every parameter of an empty block its values; `read` gets names and shapes."""
+    tensors = {name: read(name, tensor.shape) for name, tensor in block.named_parameters()}
+    block.load_state_dict(tensors, assign=True)
+    block.requires_grad_(False)
+
+
+def decoder_block(
+    config: LlamaConfig, number: int, weights: Weights, dtype: torch.dtype
+) -> LlamaDecoderLayer:
+    """The block with its weights in `dtype`."""
+    block, prefix = empty_block(config, number), f"model.layers.{number}."
+    fill(block, lambda name, shape: filled(weights, prefix + name, shape, dtype))
+    return block
+
+
+def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the embedding [*ids.shape, hidden]; no others are read."""
+    known, places = ids.unique(return_inverse=True)
+    name = f"{EMBEDDING}.weight"
+    table = torch.cat([weights(name, slice(number, number + 1)) for number in known.tolist()])
+    return table[places]
+
+
+def rotary_of(config: LlamaConfig, hidden: torch.Tensor) -> Rotary:
+    """Cosines and sines for hidden states [rows, length, hidden], on their device."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    positions = torch.arange(hidden.shape[1])[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=hidden.dtype), positions)
+    return cos.to(hidden.device), sin.to(hidden.device)
+
+
+def normed(config: LlamaConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+    """After the norm that comes before the head."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps).requires_grad_(False)
+    norm.weight.data = weights("model.norm.weight", WHOLE).to(hidden.device, hidden.dtype)
+    return norm(hidden)
+
+
+def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
+    """[rows, vocabulary] of normed hidden states [rows, hidden], the head read in parts."""
+    name = f"{HEAD}.weight"
+    parts = [linear(hidden, weights(name, rows).to(hidden.dtype)) for rows in row_slices(shape)]
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,116 @@
+"""The checkpoint, loaded by plain `from_pretrained` in a fresh process, gives the same logits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
+from finequant.quantize.checkpoint.reading import Weights, filled
+from finequant.quantize.rounding import quantize_activations
+from finequant.quantize.scheme import HEAD, Plan
+from finequant.recipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from finequant.quantize.checkpoint.writing import Checkpoint
+
+PROCESS_BYTES = 10**9
+"""Of Python, torch, transformers and torchao before a model is loaded, and to spare."""
+
+# Runs where finequant was never imported: what a user who downloads the model will do.
+RELOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, blocks, prompts, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=int(blocks))
+with torch.inference_mode():
+    rows = {
+        name: model(ids[None]).logits[0, -1].float().clone()
+        for name, ids in load_file(prompts).items()
+    }
+save_file(rows, logits)
+"""
+
+
+def blocks_that_fit(checkpoint: Checkpoint, config: LlamaConfig) -> int:
+    """How many blocks of the model a fresh process can load into the memory that is free."""
+    import psutil
+
+    largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
+    # Python with its libraries; then codes as a float32 and in the model's dtype at each forward.
+    fixed = PROCESS_BYTES + largest * (4 + checkpoint.dtype.itemsize)
+    total = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    room = (psutil.virtual_memory().available - fixed) / max(1, total)
+    every = config.num_hidden_layers
+    return every if room >= 1 else max(1, int(room * every))
+
+
+@torch.inference_mode()
+def shipped_logits(
+    config: LlamaConfig,
+    plan: Plan,
+    weights: Weights,
+    dtype: torch.dtype,
+    prompts: list[list[int]],
+    blocks: int,
+) -> torch.Tensor:
+    """float32 logits [prompts, vocabulary] after each prompt, a block in memory at a time.
+
+    weights: as they are shipped, codes times scales.
+    blocks: the first so many are run.
+    """
+    hidden = [embed(weights, torch.tensor([prompt])) for prompt in prompts]
+    rotary = [rotary_of(config, one) for one in hidden]
+    for number in range(blocks):
+        block = decoder_block(config, number, weights, dtype)
+        for name, module in block.named_modules():
+            if plan.get(f"model.layers.{number}.{name}"):
+                module.register_forward_pre_hook(lambda _, x: (quantize_activations(x[0]),))
+        pairs = zip(hidden, rotary, strict=True)
+        hidden = [block(one, position_embeddings=angles) for one, angles in pairs]
+    hidden = [normed(config, weights, one) for one in hidden]
+    if plan[HEAD]:
+        hidden = [quantize_activations(one) for one in hidden]
+    # In one piece: a part of it may be multiplied in another order.
+    shape = (config.vocab_size, config.hidden_size)
+    head = filled(weights, f"{HEAD}.weight", shape, dtype)
+    return torch.stack([linear(one, head)[0, -1].float() for one in hidden])
+
+
+def check_reload(
+    expected: torch.Tensor, folder: Path, prompts: list[list[int]], blocks: int
+) -> None:
+    """Loads the folder in a process without finequant and compares logits, exactly.
+
+    Raises:
+        UserError: if loading fails or any logit differs.
+    """
+    from safetensors.torch import load_file, save_file
+
+    exchange = folder / "reload"
+    shutil.rmtree(exchange, ignore_errors=True)
+    exchange.mkdir()
+    rows = {f"{index:03}": torch.tensor(prompt) for index, prompt in enumerate(prompts)}
+    save_file(rows, exchange / "prompts.safetensors")
+    files = [str(exchange / name) for name in ("prompts.safetensors", "logits.safetensors")]
+    command = [sys.executable, "-P", "-c", RELOAD, str(folder), str(blocks), *files]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {reason}")
+    reloaded = load_file(files[1])
+    actual = torch.stack([reloaded[name] for name in sorted(reloaded)])
+    shutil.rmtree(exchange)
+    if not torch.equal(actual, expected):
+        worst = (actual - expected).abs().max().item()
+        raise UserError(f"{folder}: reloaded logits differ by {worst}: the checkpoint is not kept")

@@ -1,0 +1,88 @@
+"""Float weights -> a checkpoint, in pieces: reading, arithmetic and writing at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from finequant.quantize.checkpoint.reading import WHOLE, Weights
+from finequant.quantize.checkpoint.writing import Checkpoint
+from finequant.quantize.rounding import Rounded
+
+Rounding = Callable[[str, slice, torch.Tensor], Rounded]
+"""Of rows of a layer, by its name, with their float32 weights."""
+
+
+def write_alone(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    names: Iterable[str],
+    rounding: Rounding | None = None,
+    whole: bool = False,
+) -> None:
+    """Parameters whose pieces depend on no others: each is read, rounded and written by a thread.
+
+    names: those of them that the checkpoint's plan has are rounded.
+    whole: rounded parameters are one piece each.
+    """
+
+    def convert(piece: tuple[str, slice]) -> None:
+        name, rows = piece
+        if not checkpoint.has(name, rows):
+            weight = weights(name, rows)
+            rounds = name in checkpoint.plan
+            layer = name.removesuffix(".weight")
+            checkpoint.write(name, rows, weight, rounding(layer, rows, weight) if rounds else None)
+
+    each_piece(convert, _pieces(checkpoint, names, whole))
+
+
+def each_piece(
+    convert: Callable[[tuple[str, slice]], None], pieces: Iterable[tuple[str, slice]]
+) -> None:
+    """Converts the pieces in threads; the first error of one of them is raised."""
+    with _threads() as pool:
+        for _ in pool.map(convert, pieces):
+            pass
+
+
+def _pieces(
+    checkpoint: Checkpoint, names: Iterable[str], whole: bool
+) -> Iterator[tuple[str, slice]]:
+    for name in names:
+        one = whole and name in checkpoint.plan
+        for rows in [WHOLE] if one else checkpoint.pieces(name):
+            yield name, rows
+
+
+def write_found(
+    checkpoint: Checkpoint, weights: Weights, found: Iterable[tuple[str, slice, Rounded]]
+) -> None:
+    """Layers as they are found; each is written while the next is sought."""
+
+    def write(layer: str, rows: slice, rounded: Rounded) -> None:
+        name = f"{layer}.weight"
+        checkpoint.write(name, rows, weights(name, rows), rounded)
+
+    with ThreadPoolExecutor(1) as pool:
+        before = pool.submit(lambda: None)
+        for layer, rows, rounded in found:
+            before.result()
+            before = pool.submit(write, layer, rows, rounded)
+        before.result()
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as torch has, each of which computes by itself: more wait for the interpreter."""
+    together = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(together)

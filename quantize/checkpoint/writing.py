@@ -1,0 +1,357 @@
+"""The checkpoint that plain `from_pretrained` loads: torchao's layout, written piece by piece.
+
+Every tensor has its place in a file before the first is computed, so pieces are written in any
+order by any thread. A journal says which are there: a killed process goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Iterable
+from copy import deepcopy
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from xxhash import xxh3_64
+
+from finequant.quantize.checkpoint.reading import (
+    WHOLE,
+    Entry,
+    TensorFile,
+    Weights,
+    bytes_of,
+    header,
+    row_slices,
+    write_rows,
+)
+from finequant.quantize.merge.adapter import Base
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import (
+    EMBEDDING,
+    HEAD,
+    LayerScheme,
+    Plan,
+    cast_weights,
+    quantization_config,
+    unties_head,
+)
+
+if TYPE_CHECKING:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+JOURNAL = "journal.jsonl"
+SHARD_BYTES = 4 * 10**9
+"""Of a file, at most, unless a single tensor is larger."""
+
+
+class Written(NamedTuple):
+    """A piece that is in its file: a checksum of its bytes, and power of weights and errors."""
+
+    checksum: int
+    power: float
+    noise: float
+
+
+class File(NamedTuple):
+    """A safetensors file to write: its first bytes, and the places of its tensors."""
+
+    name: str
+    header: bytes
+    entries: dict[str, Entry]
+
+    @property
+    def size(self) -> int:
+        return max(sum(entry.bytes_of(WHOLE)) for entry in self.entries.values())
+
+
+def layout(
+    shapes: dict[str, tuple[int, ...]],
+    plan: Plan,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[File]:
+    """The files of a checkpoint, byte for byte but for the tensors' content.
+
+    shapes: of the parameters to write, by name, in the model's order.
+    dtype: of what stays in float.
+    """
+    shards: list[dict] = [{}]
+    room = shard_bytes
+    for name, shape in shapes.items():
+        stored = _stored_as(name, shape, plan.get(name.removesuffix(".weight")), dtype)
+        size = sum(math.prod(part) * kind.itemsize for kind, part in stored.values())
+        if shards[-1] and size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = stored
+        room -= size
+    files, metadata = [], _metadata(list(shapes), plan, dtype)
+    for number, shard in enumerate(shards, start=1):
+        several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        tensors = {key: value for stored in shard.values() for key, value in stored.items()}
+        start = header(tensors, metadata)
+        files.append(File(f"model{several}.safetensors", *start))
+    return files
+
+
+def _stored_as(
+    name: str, shape: tuple[int, ...], scheme: LayerScheme | None, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a parameter is in the file: itself, or codes, scales and zero points."""
+    if not scheme:
+        return {name: (dtype, shape)}
+    groups = (shape[0], shape[1] // scheme.group_size)
+    stored = (torch.int8, shape), (scheme.scale_dtype, groups), (torch.int8, groups)
+    return dict(zip(inner_names(name), stored, strict=True))
+
+
+def _metadata(names: list[str], plan: Plan, dtype: torch.dtype) -> dict[str, str]:
+    """Of every file: from several, `from_pretrained` keeps the list of names of one."""
+    if not any(plan.values()):
+        return {"format": "pt"}
+    described = {}
+    for name in names:
+        scheme = plan.get(name.removesuffix(".weight"))
+        plain = json.dumps({"_type": "Tensor"})
+        described[name] = torchao_metadata(name, scheme, dtype) if scheme else plain
+    return {**described, "tensor_names": json.dumps(names), "format": "pt"}
+
+
+class Checkpoint:
+    """The weights of a folder: rounded as the plan says, others in `dtype`.
+
+    shapes: of the parameters to write, by name, in the model's order.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        plan: Plan,
+        dtype: torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.folder, self.shapes, self.dtype = folder, shapes, dtype
+        self._slices = {name: list(row_slices(shape)) for name, shape in shapes.items()}
+        self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
+        self.places: dict[str, tuple[int, Entry]] = {}
+        self._files: dict[str, TensorFile] = {}
+        self._descriptors: list[int] = []
+        for file in layout(shapes, plan, dtype, shard_bytes):
+            self._open(file)
+        self._written = self._read_journal()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self._journal = os.open(folder / JOURNAL, flags, 0o644)
+        os.write(self._journal, b"\n")  # ends a line that a kill has cut off
+
+    def _open(self, file: File) -> None:
+        """Makes a file of its full size, if it is not there; its zero points are right by that."""
+        path = self.folder / file.name
+        if not path.exists() or path.stat().st_size != file.size:
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+            with path.open("wb") as stream:
+                stream.write(file.header)
+                stream.truncate(file.size)
+        descriptor, reader = os.open(path, os.O_WRONLY), TensorFile(path)
+        self._descriptors.append(descriptor)
+        for key, entry in file.entries.items():
+            self.places[key], self._files[key] = (descriptor, entry), reader
+
+    def _read_journal(self) -> dict[tuple[str, int], Written]:
+        """What is in the files; empty lines and those that a kill has cut off are left out."""
+        found = {}
+        path = self.folder / JOURNAL
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                name, start, *rest = json.loads(line)
+            except ValueError:
+                continue
+            found[name, start] = Written(*rest)
+        return found
+
+    def pieces(self, name: str, rows: slice = WHOLE) -> list[slice]:
+        """The rows of a parameter as they are written together."""
+        found = self._slices[name]
+        if rows == WHOLE:
+            return found
+        first, end = (
+            bisect_left(found, row, key=attrgetter("start")) for row in (rows.start, rows.stop)
+        )
+        return found[first:end]
+
+    def has(self, name: str, rows: slice) -> bool:
+        """Whether these rows are in their file, every byte as it was written."""
+        return all(self._is_written(name, piece) for piece in self.pieces(name, rows))
+
+    def _is_written(self, name: str, piece: slice) -> bool:
+        written = self._written.get((name, piece.start))
+        if written is None:
+            return False
+        stored = [self._files[key].read(key, piece) for key in self.stored(name)]
+        return written.checksum == _checksum(stored)
+
+    def write(
+        self, name: str, rows: slice, weight: torch.Tensor, rounded: Rounded | None = None
+    ) -> None:
+        """Puts rows into their file.
+
+        weight: their float32 weights, which are what is written unless they are rounded.
+        """
+        first = rows.start or 0
+        for piece in self.pieces(name, rows):
+            own = slice(piece.start - first, piece.stop - first)
+            part = rounded and Rounded(rounded.codes[own], rounded.scale[own])
+            self._write_piece(name, piece, weight[own], part)
+
+    def _write_piece(
+        self, name: str, piece: slice, weight: torch.Tensor, rounded: Rounded | None
+    ) -> None:
+        tensors = rounded or (weight.to(self.dtype),)
+        for key, tensor in zip(self.stored(name), tensors, strict=True):
+            descriptor, entry = self.places[key]
+            write_rows(descriptor, entry, piece, tensor)
+        figures = _power_and_noise(weight, rounded) if rounded else (0.0, 0.0)
+        written = Written(_checksum(tensors), *figures)
+        # One call, so that lines of several threads do not mix.
+        os.write(self._journal, json.dumps([name, piece.start, *written]).encode() + b"\n")
+        self._written[name, piece.start] = written
+
+    def known(self, layer: str, rows: slice) -> Rounded | None:
+        """What is written of a layer, if all these rows are."""
+        name = f"{layer}.weight"
+        return self.rounded(name, rows) if self.has(name, rows) else None
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The tensors of the file that hold a parameter."""
+        return inner_names(name)[:2] if name in self.plan else (name,)
+
+    def rounded(self, name: str, rows: slice) -> Rounded:
+        """Codes and scales as they are in the file."""
+        return Rounded(*(self._files[key].read(key, rows) for key in self.stored(name)))
+
+    def weights(self) -> Weights:
+        """Rows as the shipped model computes with them, in its dtype."""
+
+        def weights(name: str, rows: slice) -> torch.Tensor:
+            if name in self.plan:
+                return self.rounded(name, rows).dequantize(self.dtype)
+            if name not in self.shapes:  # a tied head
+                name = f"{EMBEDDING}.weight"
+            return self._files[name].read(name, rows)
+
+        return weights
+
+    def snr_db(self, name: str) -> float | None:
+        """Power of the weights over that of their errors, in decibels; None in float."""
+        if name not in self.plan:
+            return None
+        found = [self._written[name, rows.start] for rows in self.pieces(name)]
+        power, noise = (math.fsum(getattr(p, key) for p in found) for key in ("power", "noise"))
+        return round(10 * math.log10(power / noise), 2) if noise else math.inf
+
+    def finish(self) -> None:
+        """Writes the index of several files and removes the journal: all pieces are there."""
+        names = {key: file.path.name for key, file in self._files.items()}
+        if len(self._descriptors) > 1:
+            total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.places.values())
+            weights = sum(math.prod(shape) for shape in self.shapes.values())
+            metadata = {"total_parameters": weights, "total_size": total}
+            index = {"metadata": metadata, "weight_map": names}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (self.folder / JOURNAL).unlink()
+        for descriptor in (*self._descriptors, self._journal):
+            os.close(descriptor)
+
+
+def inner_names(name: str) -> tuple[str, str, str]:
+    """torchao's names for codes, scales and zero points of `LAYER.weight`."""
+    layer, _, kind = name.rpartition(".")
+    return tuple(f"{layer}._{kind}_{part}" for part in ("qdata", "scale", "zero_point"))
+
+
+def _checksum(tensors: Iterable[torch.Tensor]) -> int:
+    checksum = xxh3_64()
+    for tensor in tensors:
+        checksum.update(bytes_of(tensor))
+    return checksum.intdigest()
+
+
+def _power_and_noise(weight: torch.Tensor, rounded: Rounded) -> tuple[float, float]:
+    """Sums of squares of the weights and of their errors."""
+    signal = weight.flatten()
+    error = rounded.dequantize(torch.float32).flatten().sub_(signal)
+    return torch.dot(signal, signal).item(), torch.dot(error, error).item()
+
+
+def stored_shapes(
+    shapes: dict[str, tuple[int, ...]], config: LlamaConfig, plan: Plan
+) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that a checkpoint has: a head that stays tied is not among them."""
+    tied = config.tie_word_embeddings and not unties_head(plan)
+    return {
+        name: shape for name, shape in shapes.items() if not (tied and name == f"{HEAD}.weight")
+    }
+
+
+def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
+    """config.json and generation_config.json, as `save_pretrained` writes them."""
+    config = deepcopy(base.config)
+    config.name_or_path = ""  # it may be a path of this machine
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = ["LlamaForCausalLM"]
+    if unties_head(plan):
+        config.tie_word_embeddings = False
+    if any(plan.values()):
+        config.quantization_config = quantization_config(plan)
+    config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+
+
+def torchao_tensor(
+    name: str, rounded: Rounded, scheme: LayerScheme, dtype: torch.dtype
+) -> IntxUnpackedToInt8Tensor:
+    """Codes and scales of a layer as torchao's tensor, which computes in `dtype`."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    return IntxUnpackedToInt8Tensor(
+        qdata=rounded.codes,
+        scale=rounded.scale,
+        zero_point=torch.zeros_like(rounded.scale, dtype=torch.int8),
+        target_dtype=getattr(torch, f"int{scheme.bits}"),
+        block_size=(1, scheme.group_size),
+        dtype=dtype,
+        activation_quantization=None if name == EMBEDDING else "int8_asym_per_token",
+    )
+
+
+def torchao_metadata(name: str, scheme: LayerScheme, dtype: torch.dtype) -> str:
+    """What torchao writes of a tensor into the metadata of its file; shapes take no part."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    codes = torch.zeros(1, scheme.group_size, dtype=torch.int8)
+    rounded = Rounded(codes, torch.ones(1, 1, dtype=scheme.scale_dtype))
+    tensor = torchao_tensor(name.removesuffix(".weight"), rounded, scheme, dtype)
+    return flatten_tensor_state_dict({name: tensor})[1][name]
+
+
+def quantized_model(
+    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """A whole merged model with torchao's tensors in place of rounded weights, in place."""
+    model = cast_weights(merged, dtype)
+    for name, codes in rounded.items():
+        weight = torchao_tensor(name, codes, plan[name], dtype)
+        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model.eval()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,169 @@
+"""quantized/ -> compressed-tensors: 4 bits a weight on disk, laid out as vLLM and transformers read
+it (https://github.com/vllm-project/compressed-tensors, format pack-quantized).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+PACKAGES = {"compressed_tensors": "compressed-tensors"}
+BITS = (4, 8)
+"""Those that fill 32 bits without a rest, which every version packs alike."""
+
+
+def check_fits(stored: Stored) -> None:
+    """Refuses what the format cannot hold.
+
+    Raises:
+        UserError: for other bits than 4 and 8.
+    """
+    others = sorted(set(_linear(stored).values()) - set(BITS))
+    if others:
+        raise UserError(
+            f"compressed-tensors: {stored.folder} has layers of "
+            f"{', '.join(map(str, others))} bits; expected 4 or 8: change quantize.bits, "
+            "quantize.layers or quantize.budget"
+        )
+
+
+def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes weights, configuration and tokenizer; returns figures for the manifest.
+
+    Scales go into the dtype of the model, into which readers would round them anyway.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    packed: dict[str, torch.Tensor] = {}
+    for name, bits in _linear(stored).items():
+        codes, scale = stored.rounded[name]
+        packed[f"{name}.weight_packed"] = pack(codes, bits)
+        packed[f"{name}.weight_scale"] = _read_back(scale, stored.dtype)
+        packed[f"{name}.weight_shape"] = torch.tensor(codes.shape)
+    floats = dict(stored.floats)
+    if EMBEDDING in stored.rounded:  # its kind of layer is not packed: the same values in float
+        floats[f"{EMBEDDING}.weight"] = stored.rounded[EMBEDDING].dequantize(stored.dtype)
+    save_torch_state_dict(packed | floats, folder)
+    config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(stored)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_beside(stored, folder)
+    weights = sum(stored.rounded[name].codes.numel() for name in _linear(stored))
+    return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in packed.values()) / weights}
+
+
+def _read_back(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scales as `from_pretrained` and vLLM will have them, unless they fit as they are."""
+    return scale.contiguous() if dtype == torch.float32 else scale.to(dtype)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [out, in] -> int32 [out, in x bits / 32]: offset binary, lowest bits first."""
+    count = 32 // bits
+    values = codes.to(torch.int32) + 2 ** (bits - 1)
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % count))
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    # Bits of different codes do not overlap, so the sum is their union, wrapped into the sign.
+    return (values.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
+
+
+def quantization_config(stored: Stored) -> dict[str, Any]:
+    """The schemes as config.json says them: one for all linear layers, or lists of names."""
+    linear = _linear(stored)
+    schemes: dict[tuple[int, int], list[str]] = {}
+    for name, bits in linear.items():
+        schemes.setdefault((bits, stored.group_size(name)), []).append(name)
+    left = [HEAD] if HEAD not in linear else []
+    left += [
+        name.removesuffix(".weight") for name in stored.floats if name.endswith("_proj.weight")
+    ]
+    alone = len(schemes) == 1
+    groups = {
+        f"group_{number}": _scheme(*scheme, ["Linear"] if alone else names)
+        for number, (scheme, names) in enumerate(schemes.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": left,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _scheme(bits: int, group_size: int, targets: list[str]) -> dict[str, Any]:
+    common = {"type": "int", "observer": None}
+    return {
+        "targets": targets,
+        "format": "pack-quantized",  # else compressed-tensors infers another from the scheme
+        "weights": {
+            **common,
+            "num_bits": bits,
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": group_size,
+            "dynamic": False,
+        },
+        "input_activations": {
+            **common,
+            "num_bits": 8,
+            "symmetric": False,
+            "strategy": "token",
+            "dynamic": True,
+        },
+        "output_activations": None,
+    }
+
+
+def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
+    """Codes and scales as the format's own package unpacks them."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    bits = _bits_of_names(folder, tensors)
+    return {
+        name: Rounded(
+            unpack_from_int32(
+                tensors[f"{name}.weight_packed"], bits[name], tensors[f"{name}.weight_shape"]
+            ),
+            tensors[f"{name}.weight_scale"],
+        )
+        for name in bits
+    }
+
+
+def _bits_of_names(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """From the shapes: 32 bits of a packed number over the columns it holds."""
+    end = ".weight_packed"
+    names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+    return {
+        name: 32 * tensors[name + end].shape[1] // int(tensors[f"{name}.weight_shape"][1])
+        for name in names
+    }
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, vocabulary] of the model as plain transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.merge.adapter import last_logits
+
+    return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
+
+
+def _linear(stored: Stored) -> dict[str, int]:
+    return {name: bits for name, bits in stored.bits.items() if name != EMBEDDING}

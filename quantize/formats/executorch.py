@@ -1,0 +1,359 @@
+"""quantized/ -> a .pte for ExecuTorch: 4-bit linears in XNNPACK's integer kernels, ExecuTorch's own
+attention and cache operators, and the metadata that its LLM runner reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from executorch.exir import EdgeProgramManager
+    from transformers import LlamaConfig
+
+PACKAGES = {"executorch": "'finequant[executorch]'"}
+FILE = "model.pte"
+
+
+MOST_BITS = 4
+GROUP = 32
+"""XNNPACK's groups are multiples of it."""
+
+INTEGER, LINEAR = "torchao.choose_qparams_affine.default", "aten.linear.default"
+LEFT_BEHIND = {"linear", "addmm", "mm", "bmm", "dequantize_affine"}
+"""Operators that would run outside XNNPACK, on weights in float."""
+
+
+def check_fits(stored: Stored) -> None:
+    """Refuses what XNNPACK's 4-bit kernels do not take.
+
+    Raises:
+        UserError: for more than 4 bits, or groups that are no multiples of 32.
+    """
+    linear = {name: bits for name, bits in stored.bits.items() if name != EMBEDDING}
+    if wide := sorted({bits for bits in linear.values() if bits > MOST_BITS}):
+        raise UserError(
+            f"executorch: {stored.folder} has linear layers of {', '.join(map(str, wide))} bits; "
+            "XNNPACK's kernels for groups take 4: quantize with quantize.bits=4"
+        )
+    sizes = {stored.group_size(name) for name in linear}
+    if uneven := sorted(size for size in sizes if size % GROUP):
+        raise UserError(
+            f"executorch: {stored.folder} has groups of {', '.join(map(str, uneven))}; XNNPACK "
+            f"takes multiples of {GROUP}: quantize with quantize.group_size={GROUP}"
+        )
+
+
+def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes the program and the tokenizer; returns figures for the manifest.
+
+    Raises:
+        UserError: if XNNPACK did not take every linear layer.
+    """
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # torch.ops.llama
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of coming torch releases, and that the cache changes
+        edge = lower(Decoder(stored, length).eval(), length, metadata(stored, length))
+        delegated = count_delegated(edge, stored)
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            )
+        )
+    with (folder / FILE).open("wb") as file:
+        program.write_to_file(file)
+    copy_beside(stored, folder)
+    return {"delegated_linears": delegated, "cache_length": length}
+
+
+def metadata(stored: Stored, length: int) -> dict[str, Any]:
+    """What ExecuTorch's LLM runner asks the program for before it runs."""
+    config = stored.config
+    ends = config.eos_token_id
+    first = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
+    return first | {
+        "get_eos_ids": ends if isinstance(ends, list) else [ends],
+        "get_vocab_size": config.vocab_size,
+        "get_n_layers": config.num_hidden_layers,
+        "get_max_seq_len": length,
+        "get_max_context_len": length,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def count_delegated(edge: EdgeProgramManager, stored: Stored) -> int:
+    """Linear layers inside XNNPACK.
+
+    Raises:
+        UserError: if one of them is not, or one with codes does not run on integers.
+    """
+    from executorch.exir.lowered_backend_module import get_lowered_submodules
+
+    graph = edge.exported_program().graph_module
+    inside: Counter[str] = Counter()
+    for _, module, _ in get_lowered_submodules(graph):
+        inside.update(_operators(module.original_module.graph))
+    outside = [name for name in _operators(graph.graph) if LEFT_BEHIND & set(name.split("."))]
+    blocks = stored.config.num_hidden_layers
+    layers = 7 * blocks + 1
+    products = layers + 2 * blocks + 1 + 2 * blocks  # those of Norm and Rotation
+    integers = len(stored.rounded) - (EMBEDDING in stored.rounded)
+    taken = inside[LINEAR] - products + layers
+    if outside or taken != layers or inside[INTEGER] != integers:
+        raise UserError(
+            f"executorch: of {layers} linear layers, {integers} of them with codes, XNNPACK took "
+            f"{taken}, {inside[INTEGER]} on integers; outside: {', '.join(outside) or 'none'}: "
+            "install the executorch that finequant is tested with: pip install executorch==1.4.1"
+        )
+    return layers
+
+
+def _operators(graph: torch.fx.Graph) -> list[str]:
+    """Names such as aten.linear.default."""
+    return [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
+
+
+class Decoder(nn.Module):
+    """The quantized Llama in float32 with a static cache: what is exported.
+
+    transformers' own wrapper does not export (torch 2.13: duplicate buffers), and would leave
+    attention and cache updates to portable kernels.
+    """
+
+    def __init__(self, stored: Stored, length: int) -> None:
+        super().__init__()
+        self.embed = Embedding(stored)
+        self.layers = nn.ModuleList(
+            Block(stored, number, length) for number in range(stored.config.num_hidden_layers)
+        )
+        self.norm = _norm(stored, "model.norm")
+        self.head = _linear(stored, HEAD)
+        for name, table in zip(("cos", "sin"), rotations(stored.config, length), strict=True):
+            self.register_buffer(name, table)
+
+    def forward(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Logits [1, vocabulary] after the last of `tokens` [1, n], the first at `start` [1]."""
+        count, place = tokens.shape[1], start[0].item()
+        torch._check(place >= 0)
+        torch._check(place + count <= len(self.cos))
+        cos, sin = (table.narrow(0, place, count)[None, :, None] for table in (self.cos, self.sin))
+        states = self.embed(tokens)
+        for layer in self.layers:
+            states = layer(states, cos, sin, place)
+        return self.head(self.norm(states[:, -1]))
+
+
+class Block(nn.Module):
+    def __init__(self, stored: Stored, number: int, length: int) -> None:
+        super().__init__()
+        config, name = stored.config, f"model.layers.{number}"
+        self.size, self.rotate = config.head_dim, Rotation(config.head_dim)
+        self.norm_1 = _norm(stored, f"{name}.input_layernorm")
+        self.norm_2 = _norm(stored, f"{name}.post_attention_layernorm")
+        self.q, self.k, self.v, self.o = (
+            _linear(stored, f"{name}.self_attn.{part}_proj") for part in "qkvo"
+        )
+        self.gate, self.up, self.down = (
+            _linear(stored, f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")
+        )
+        shape = (1, length, config.num_key_value_heads, config.head_dim)
+        self.register_buffer("keys", torch.zeros(shape))
+        self.register_buffer("values", torch.zeros(shape))
+
+    def forward(
+        self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: int
+    ) -> torch.Tensor:
+        states = states + self.attend(self.norm_1(states), cos, sin, place)
+        inputs = self.norm_2(states)
+        return states + self.down(nn.functional.silu(self.gate(inputs)) * self.up(inputs))
+
+    def attend(
+        self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: int
+    ) -> torch.Tensor:
+        query, key, value = (
+            linear(inputs).unflatten(-1, (-1, self.size)) for linear in (self.q, self.k, self.v)
+        )
+        torch.ops.llama.update_cache(self.rotate(key, cos, sin), self.keys, place)
+        torch.ops.llama.update_cache(value, self.values, place)
+        query = self.rotate(query, cos, sin)
+        found = torch.ops.llama.custom_sdpa(query, self.keys, self.values, place, None, 0.0, True)
+        return self.o(found.flatten(2))
+
+
+class Norm(nn.Module):
+    """RMSNorm with its mean as a product, as XNNPACK has no mean over the last dimension: a block
+    then has two delegates, not ten, and export takes minutes less."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("mean", torch.full((1, len(weight)), 1 / len(weight)))
+        self.register_buffer("epsilon", torch.tensor([epsilon]))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        power = nn.functional.linear(states * states, self.mean) + self.epsilon
+        return states * torch.rsqrt(power) * self.weight
+
+
+class Rotation(nn.Module):
+    """Rotary positions as transformers applies them, the halves of a head belong together; to
+    exchange them is a product as well, so that XNNPACK does it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        half = torch.eye(size // 2)
+        zero = torch.zeros_like(half)
+        self.register_buffer(
+            "exchange", torch.cat([torch.cat([zero, -half], 1), torch.cat([half, zero], 1)])
+        )
+
+    def forward(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return heads * cos + nn.functional.linear(heads, self.exchange) * sin
+
+
+class Embedding(nn.Module):
+    """Rows of the table as it is stored: the model's dtype, or 8-bit codes with their scales."""
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        if EMBEDDING in stored.rounded:
+            codes, scale = stored.rounded[EMBEDDING]
+            self.register_buffer("scale", scale)
+        else:
+            codes, self.scale = stored.floats[f"{EMBEDDING}.weight"], None
+        self.register_buffer("table", codes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = self.table.index_select(0, tokens[0]).float()
+        if self.scale is not None:
+            scale = self.scale.index_select(0, tokens[0]).float()
+            rows = (rows.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+        return rows[None]
+
+
+def rotations(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [length, head_dim] of every position."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    places = torch.arange(length)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
+    return cos[0], sin[0]
+
+
+def _norm(stored: Stored, name: str) -> Norm:
+    return Norm(stored.floats[f"{name}.weight"].float(), stored.config.rms_norm_eps)
+
+
+def _linear(stored: Stored, name: str) -> nn.Linear:
+    """A linear layer over the stored codes, or over what stayed in float."""
+    weight = _integer_weight(stored, name) if name in stored.rounded else _float(stored, name)
+    bias = stored.floats.get(f"{name}.bias")
+    with torch.device("meta"):
+        linear = nn.Linear(*reversed(weight.shape), bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return linear
+
+
+def _integer_weight(stored: Stored, name: str) -> torch.Tensor:
+    """torchao's tensor, whose operations XNNPACK knows; it holds scales in bfloat16."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    codes, scale = stored.rounded[name]
+    return IntxUnpackedToInt8Tensor(
+        qdata=codes.contiguous(),
+        scale=scale.to(torch.bfloat16).float(),
+        zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        target_dtype=torch.int4,
+        block_size=(1, stored.group_size(name)),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )
+
+
+def _float(stored: Stored, name: str) -> torch.Tensor:
+    tied = stored.floats.get(f"{EMBEDDING}.weight")  # then the head is not stored
+    return stored.floats.get(f"{name}.weight", tied).float()
+
+
+def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramManager:
+    """Exports with a dynamic number of tokens and delegates what XNNPACK takes."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    count = torch.export.Dim("count", min=1, max=length)
+    example = (torch.ones(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    with torch.no_grad():
+        exported = torch.export.export(model, example, dynamic_shapes=({1: count}, {}), strict=True)
+        exported = exported.run_decompositions({})
+    return to_edge_transform_and_lower(
+        exported,
+        partitioner=[XnnpackPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        constant_methods=metadata,
+    )
+
+
+def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
+    """Codes and scales out of the file, which keeps constants under the hash of their bytes.
+
+    Raises:
+        UserError: if the file has no constant with the bytes of some layer.
+    """
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    data = deserialize_pte_binary((folder / FILE).read_bytes()).named_data
+    constants = {key: data.buffers[entry.buffer_index] for key, entry in data.pte_data.items()}
+    found = {}
+    for name, (codes, scale) in stored.rounded.items():
+        if name == EMBEDDING:
+            continue
+        packed = constants.get(_digest(_pack(codes)))
+        scales = constants.get(f"scale_{_digest(scale.to(torch.bfloat16))}")
+        if packed is None or scales is None:
+            raise UserError(f"executorch: the file has not the codes of {name}: it is not kept")
+        halves = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
+        both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+        read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
+        found[name] = Rounded(both, read)
+    return found
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in / 2]: code + 8, the first of two in the low half."""
+    offset = (codes + 8).to(torch.uint8)
+    return offset[:, ::2] | offset[:, 1::2] << 4
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, vocabulary] of the ExecuTorch runtime."""
+    from finequant.quantize.formats.runtimes import ExecuTorch
+
+    runtime = ExecuTorch(folder / FILE)
+    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])

@@ -1,0 +1,251 @@
+"""quantized/ -> GGUF for llama.cpp: the same codes in blocks of 32, scales in half precision.
+
+4 bits go into Q4_0, 5 to 8 into Q8_0 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md),
+the embedding into F16, norms into F32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from finequant.quantize.checkpoint.stored import Stored
+from finequant.quantize.rounding import Rounded
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, TensorNameMap
+    from transformers import LlamaConfig
+
+PACKAGES = {"gguf": "gguf"}
+FILE = "model.gguf"
+BLOCK = 32
+"""Weights that share a scale in Q4_0 and Q8_0."""
+
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def check_fits(stored: Stored) -> None:
+    """Refuses what the format cannot hold.
+
+    Raises:
+        UserError: for group sizes that blocks of 32 do not divide, and for tokenizers and rotary
+            scalings that have no name in GGUF.
+    """
+    sizes = sorted({stored.group_size(name) for name in stored.rounded})
+    if uneven := [size for size in sizes if size % BLOCK]:
+        raise UserError(
+            f"gguf: {stored.folder} has groups of {', '.join(map(str, uneven))}, which blocks of "
+            f"{BLOCK} weights cannot hold: quantize with quantize.group_size={BLOCK}, or a multiple"
+        )
+    largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
+    if largest > torch.finfo(torch.float16).max:
+        raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
+    pre_tokenizer(stored.folder)
+    if (kind := stored.config.rope_parameters["rope_type"]) not in ("default", "llama3"):
+        raise UserError(f"gguf: rotary scaling {kind!r} is not written; expected none or llama3")
+
+
+def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes the file; returns figures for the manifest."""
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+    writer = GGUFWriter(folder / FILE, "llama")
+    _add_config(writer, stored.config, recipe.name)
+    _add_tokenizer(writer, stored)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
+    size = _add_rounded(writer, stored, names)
+    for name, tensor in stored.floats.items():
+        kind = np.float16 if tensor.dim() == 2 else np.float32
+        array = permuted(tensor, name, stored.config).float().numpy().astype(kind)
+        writer.add_tensor(_gguf_name(names, name), array)
+    if stored.config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", rope_factors(stored.config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shutil.copy2(stored.folder / "quantization.json", folder)
+    weights = sum(codes.numel() for codes, _ in stored.rounded.values())
+    return {"bits_per_rounded_weight": 8 * size / weights}
+
+
+def _add_rounded(writer: GGUFWriter, stored: Stored, names: TensorNameMap) -> int:
+    """Adds every rounded layer; returns their bytes."""
+    from gguf import GGMLQuantizationType
+
+    size = 0
+    for name, rounded in stored.rounded.items():
+        few = stored.bits[name] <= 4
+        kind = GGMLQuantizationType.Q4_0 if few else GGMLQuantizationType.Q8_0
+        codes = permuted(rounded.codes, name, stored.config)
+        repeated = rounded.scale.repeat_interleave(stored.group_size(name) // BLOCK, dim=1)
+        data = blocks(codes, permuted(repeated, name, stored.config), few)
+        writer.add_tensor(_gguf_name(names, f"{name}.weight"), data, raw_dtype=kind)
+        size += data.nbytes
+    return size
+
+
+def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndarray:
+    """uint8 [out, bytes] of Q4_0 or Q8_0: a half-precision scale, then the codes of its block.
+
+    Q4_0 stores code + 8; byte i holds code i in its low and code i + 16 in its high half.
+    """
+    half = scale.float().numpy().astype("<f2")[:, :, None].view(np.uint8)
+    values = codes.numpy().reshape(len(codes), -1, BLOCK)
+    if four_bits:
+        offset = (values + 8).astype(np.uint8)
+        values = offset[:, :, : BLOCK // 2] | offset[:, :, BLOCK // 2 :] << 4
+    return np.concatenate([half, values.view(np.uint8)], axis=-1).reshape(len(codes), -1)
+
+
+def permuted(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
+    """Rows of q_proj and k_proj as llama.cpp rotates them: neighbours, not halves of a head."""
+    heads = _heads(name, config)
+    if not heads:
+        return tensor.contiguous()
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _restored(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
+    heads = _heads(name, config)
+    if not heads:
+        return tensor
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _heads(name: str, config: LlamaConfig) -> int | None:
+    found = re.search(r"\.([qk])_proj\b", name)
+    counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    return counts[found[1]] if found else None
+
+
+def rope_factors(config: LlamaConfig) -> np.ndarray:
+    """float32 [head_dim / 2]: by what Llama 3 divides each rotary frequency."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    size = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** size
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return (plain / scaled).numpy()
+
+
+def _gguf_name(names: TensorNameMap, name: str) -> str:
+    return names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_name(name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
+    """Tokens, merges, special tokens and the chat template."""
+    from gguf import SpecialVocab, TokenType
+
+    described = _tokenizer_json(stored.folder)
+    size = stored.config.vocab_size
+    tokens = [f"[PAD{index}]" for index in range(size)]  # rows of the embedding without a token
+    types = [TokenType.UNUSED] * size
+    for token, index in described["model"]["vocab"].items():
+        tokens[index], types[index] = token, TokenType.NORMAL
+    for added in described["added_tokens"]:
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(stored.folder))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
+    special.add_special_token.setdefault("bos", False)  # else llama.cpp puts one in front
+    special.add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer(folder: Path) -> str:
+    """llama.cpp's name for how the tokenizer cuts a text into words.
+
+    Raises:
+        UserError: for a tokenizer that is no byte-level BPE, or cuts in a way without a name here.
+    """
+    described = _tokenizer_json(folder)
+    found = described["pre_tokenizer"] or {}
+    steps = found.get("pretokenizers", [found])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == LLAMA_3_WORDS:
+        return "llama-bpe"
+    raise UserError(
+        f"gguf: {folder / 'tokenizer.json'}: cuts words by {kinds or 'nothing'}, for which "
+        "llama.cpp's name is not known here; expected a byte-level BPE as GPT-2, SmolLM or Llama 3"
+    )
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
+    """Codes and scales of the file, in the rows and groups of `stored`.
+
+    The values come from the gguf package, so its reading of the layout counts, not ours.
+    """
+    from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+    from gguf.quants import dequantize
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(folder / FILE).tensors}
+    found = {}
+    for name in stored.rounded:
+        tensor = tensors[_gguf_name(names, f"{name}.weight")]
+        width = BLOCK // 2 if tensor.tensor_type.name == "Q4_0" else BLOCK
+        raw = tensor.data.reshape(len(tensor.data), -1, 2 + width)
+        scale = torch.from_numpy(raw[:, :, :2].copy().view(np.float16)[:, :, 0])
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        divisor = torch.where(scale == 0, 1, scale).float().repeat_interleave(BLOCK, dim=1)
+        codes = (values / divisor).round().to(torch.int8)
+        codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
+        found[name] = Rounded(codes, scale[:, :: stored.group_size(name) // BLOCK])
+    return found
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, vocabulary] of llama.cpp where it is installed, else of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.formats.runtimes import LlamaCpp
+    from finequant.quantize.merge.adapter import last_logits
+
+    if find_spec("llama_cpp"):
+        runtime = LlamaCpp(folder / FILE)
+        return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return last_logits(model.eval(), prompts)

@@ -1,0 +1,207 @@
+"""base + adapter -> merged weights, row by row, or as a whole model where one is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from finequant.finetune.model import load_base, weight_files
+from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights
+from finequant.recipes.errors import UserError
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Model, Recipe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+LARGEST_DIFFERENCE = 1e-3
+"""Of merged logits, relative to the largest logit. float32 rounding stays below 1e-4."""
+
+PREFIX = "base_model.model."
+"""Before the names of parameters in peft's files."""
+
+# What of an adapter is not B A: none of it comes from a recipe.
+REFUSED = ("bias", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias")
+
+
+class Base(NamedTuple):
+    """A float model whose weights are read when they are asked for."""
+
+    config: LlamaConfig
+    generation_config: GenerationConfig
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter, in the model's order; a tied head has an entry, too."""
+    weights: Weights
+
+
+def open_base(model: Model) -> Base:
+    """The base's safetensors files, in place; a GGUF file is dequantized into memory.
+
+    Raises:
+        UserError: as `load_base` does.
+    """
+    if model.base.endswith(".gguf"):
+        loaded = load_base(model, torch.float32)
+        tensors = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
+        return _described(loaded, lambda name, rows: tensors[name][rows])
+    skeleton = load_base(model, torch.float32, "meta")
+    files = [TensorFile(path) for path in weight_files(model)]
+    where = {name: file for file in files for name in file.entries}
+    tied = skeleton.config.tie_word_embeddings
+
+    def weights(name: str, rows: slice) -> torch.Tensor:
+        if tied and name == "lm_head.weight":
+            name = "model.embed_tokens.weight"
+        if name not in where:  # files of the model without its head say less
+            name = name.removeprefix("model.")
+        return where[name].read(name, rows)
+
+    return _described(skeleton, weights)
+
+
+def _described(model: LlamaForCausalLM, weights: Weights) -> Base:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Base(model.config, model.generation_config, shapes, weights)
+
+
+class Adapter:
+    """LoRA, rsLoRA or DoRA, whose matrices are read when they are asked for.
+
+    Raises:
+        UserError: if it is not one of this base, has numbers that are none, or more than
+            matrices for linear layers.
+    """
+
+    def __init__(self, folder: Path, base: Base, name: str) -> None:
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            self._file = TensorFile(folder / "adapter_model.safetensors")
+            self._scaling = {None: _scaling(config, None)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}: not an adapter of {name}: {reason}") from None
+        self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
+        found = [key for key in REFUSED if config.get(key) not in (None, False, "none", [], {})]
+        pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
+        matched = {key: pattern.fullmatch(key) for key in self._file.entries}
+        found += [key for key, match in matched.items() if not match][:1]
+        if found:
+            raise UserError(f"{folder}: cannot be merged: has {', '.join(found)}, beside LoRA")
+        self.layers = {match[1] for match in matched.values()}
+        self._scaling = {layer: _scaling(config, layer) for layer in self.layers}
+        for layer in sorted(self.layers):
+            refused = f"{folder}: not an adapter of {name}"
+            self._check(layer, base.shapes, _rank(config, layer), refused, folder)
+
+    def _check(self, layer: str, shapes: dict, rank: int, refused: str, folder: Path) -> None:
+        entries, prefix = self._file.entries, f"{PREFIX}{layer}.lora_"
+        a, b = entries.get(f"{prefix}A.weight"), entries.get(f"{prefix}B.weight")
+        shape = shapes.get(f"{layer}.weight")
+        if shape is None or a is None or b is None:
+            raise UserError(f"{refused}: {layer} is in one of them only")
+        if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"{refused}: {layer} is {' x '.join(map(str, shape))} there, and "
+                f"{b.shape[0]} x {a.shape[1]} in the adapter"
+            )
+        if a.shape[0] != rank:
+            raise UserError(
+                f"{refused}: {layer} has rank {a.shape[0]}, and adapter_config.json says {rank}"
+            )
+        for key in entries:
+            if key.startswith(prefix) and not self.read(key).isfinite().all():
+                raise UserError(f"{folder}: cannot be merged: numbers in {key} are not finite")
+
+    def add(self, layer: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
+        """Rows of the merged weight, from float32 rows of the base's, which are used up.
+
+        To the bit what peft's `merge_and_unload` gives in float32.
+        """
+        if layer not in self.layers:
+            return weight
+        prefix = f"{PREFIX}{layer}.lora_"
+        delta = self.read(f"{prefix}B.weight")[rows] @ self.read(f"{prefix}A.weight")
+        weight += delta.mul_(self._scaling[layer])
+        magnitude = f"{prefix}magnitude_vector"
+        if magnitude in self._file.entries:  # DoRA: https://arxiv.org/abs/2402.09353
+            norm = torch.linalg.norm(weight, dim=1)
+            weight *= (self.read(magnitude)[rows] / norm)[:, None]
+        return weight
+
+
+def _scaling(config: dict, layer: str | None) -> float:
+    """s of W + s B A."""
+    alpha = _chosen(config.get("alpha_pattern"), config["lora_alpha"], layer)
+    rank = _rank(config, layer)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _rank(config: dict, layer: str | None) -> int:
+    return _chosen(config.get("rank_pattern"), config["r"], layer)
+
+
+def _chosen(patterns: dict[str, int] | None, default: int, layer: str | None) -> int:
+    """Patterns match the ends of names, as in peft."""
+    matching = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", layer or ""))
+    return (patterns or {}).get(next(matching, ""), default)
+
+
+def merged_weights(base: Base, adapter: Adapter) -> Weights:
+    """float32 rows of W + s B A."""
+
+    def weights(name: str, rows: slice = WHOLE) -> torch.Tensor:
+        # A copy also where the base is float32: it is added to.
+        weight = base.weights(name, rows).to(torch.float32, copy=True)
+        return adapter.add(name.removesuffix(".weight"), rows, weight)
+
+    return weights
+
+
+def merge(recipe: Recipe, run: RunDir, prompts: list[list[int]]) -> tuple[LlamaForCausalLM, float]:
+    """The whole merged model in float32, and how far its logits are from base + adapter.
+
+    Raises:
+        UserError: if the adapter is not one of this base, or the logits differ.
+    """
+    from peft import PeftModel
+
+    base = load_base(recipe.model, torch.float32)
+    try:
+        tuned = PeftModel.from_pretrained(base, run.adapter).eval()
+    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{run.adapter}: not an adapter of {recipe.model.base}: {reason}") from None
+    before = last_logits(tuned, prompts)
+    try:
+        merged = tuned.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"{run.adapter}: cannot be merged: {error}") from None
+    return merged, checked_difference(before, last_logits(merged, prompts), run.adapter)
+
+
+def last_logits(model: torch.nn.Module, prompts: list[list[int]]) -> torch.Tensor:
+    """float32 logits [prompts, vocabulary] after the last token of each prompt."""
+    with torch.inference_mode():
+        rows = [model(torch.tensor([prompt])).logits[0, -1].float() for prompt in prompts]
+    return torch.stack(rows)
+
+
+def checked_difference(expected: torch.Tensor, actual: torch.Tensor, adapter: Path) -> float:
+    """Between logits of base + adapter and merged ones, relative to the largest.
+
+    Raises:
+        UserError: if they differ by more than rounding.
+    """
+    difference = ((actual - expected).abs().max() / expected.abs().max()).item()
+    if not difference < LARGEST_DIFFERENCE:
+        raise UserError(
+            f"{adapter}: merged logits differ from base + adapter by {difference:.1e} of the "
+            f"largest; expected below {LARGEST_DIFFERENCE:.0e}: train the adapter again"
+        )
+    return difference

@@ -1,0 +1,199 @@
+"""A layer plan within a budget of bits, by measured sensitivity.
+
+Rounding a layer changes its output for each token by dz = dW x. With g, the gradient of the
+token's loss with respect to that output, the loss rises by half the mean of (g . dz)^2: to second
+order, with the Fisher information for the Hessian (as in BRECQ, https://arxiv.org/abs/2102.05426).
+The loss is that of next tokens drawn from the model itself, so the rise is the divergence from
+the float model. One forward and one backward pass, a block at a time, measure every layer with
+every number of bits; then each bit goes where it buys most (Shoham and Gersho, 1988,
+https://doi.org/10.1109/29.90373).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from finequant.quantize.checkpoint.blocks import rotary_of
+from finequant.quantize.methods.method import calibration_sequences
+from finequant.quantize.rounding import round_to_nearest
+from finequant.quantize.scheme import (
+    CANDIDATES,
+    EMBEDDING,
+    LayerScheme,
+    Plan,
+    as_layers,
+    bits_per_weight,
+    layer_plan,
+    layer_shapes,
+    packed_bits,
+    undecided,
+)
+from finequant.recipes.command_line import say
+from finequant.recipes.schema import Quantize, Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+TOKENS = 2048
+"""Tokens to measure on, at most; all of them in one pass."""
+
+Rises = dict[str, dict[int, float]]
+"""Of the loss, in nats per token, by layer and bits."""
+
+Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""By linear layer: inputs [rows, length, in] and gradients of the outputs [rows, length, out]."""
+
+
+def within_budget(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> Recipe:
+    """The recipe with `quantize.layers` in place of its budget; as it is where it has none.
+
+    model: float weights; it stays as it is.
+    dtype: of the shipped model's arithmetic.
+
+    Raises:
+        UserError: if there is nothing to measure on.
+    """
+    quantize = recipe.quantize
+    if quantize.budget is None:
+        return recipe
+    plan = layer_plan(quantize, model.config)
+    free = {name: plan[name] for name in undecided(quantize, plan)}
+    sequences = calibration_sequences(recipe, tokenizer)
+    sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
+    say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
+    rises = sensitivity(model, sequences, free, dtype, recipe.seed)
+    weights = {name: model.get_submodule(name).weight.numel() for name in free}
+    bits = allocate(rises, weights, _allowance(quantize, plan, free, model.config))
+    plan |= {name: scheme._replace(bits=bits[name]) for name, scheme in free.items()}
+    counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits.values()).items()))
+    say(f"quantize: {bits_per_weight(plan, model.config):.3f} bits per weight; layers: {counts}")
+    chosen = quantize.model_dump() | {"layers": as_layers(plan), "budget": None}
+    return recipe.model_copy(update={"quantize": Quantize.model_validate(chosen)})
+
+
+def sensitivity(
+    model: LlamaForCausalLM,
+    sequences: torch.Tensor,
+    schemes: dict[str, LayerScheme],
+    dtype: torch.dtype,
+    seed: int,
+) -> Rises:
+    """What rounding each of these layers alone, to nearest, would cost.
+
+    sequences: token ids [rows, length].
+    dtype: of the arithmetic.
+    """
+    layers, inputs = model.model.layers, []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(sequences).to(device, dtype)
+        rotary = {"position_embeddings": rotary_of(model.config, hidden)}
+        for layer in layers:
+            inputs.append(hidden)
+            hidden = deepcopy(layer).to(device, dtype)(hidden, **rotary)
+    top = torch.nn.Sequential(OrderedDict(norm=model.model.norm, lm_head=model.lm_head))
+    seen, gradient = _backward(top, hidden, lambda logits: _drawn_gradient(logits, seed))
+    rises = _rises(model, "", seen, schemes)
+    for number in reversed(range(len(layers))):
+        seen, gradient = _backward(
+            layers[number], inputs.pop(), lambda _, above=gradient: above, **rotary
+        )
+        rises |= _rises(model, f"model.layers.{number}.", seen, schemes)
+    return {name: rises[name] for name in schemes}
+
+
+def _backward(
+    block: torch.nn.Module,
+    hidden: torch.Tensor,
+    loss_gradient: Callable[[torch.Tensor], torch.Tensor],
+    **arguments,
+) -> tuple[Seen, torch.Tensor]:
+    """Of the block's linear layers, inputs and gradients of outputs; and the gradient of `hidden`.
+
+    loss_gradient: of the loss with respect to the block's output, which it is called with.
+    """
+    block = deepcopy(block).to(hidden.device, hidden.dtype).requires_grad_(False)
+    inputs, outputs = {}, {}
+
+    def keep(name: str, module_inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        inputs[name], outputs[name] = module_inputs[0].detach(), output
+
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, *found, name=name: keep(name, *found))
+    hidden = hidden.detach().requires_grad_()
+    output = block(hidden, **arguments)
+    of_hidden, *of_outputs = torch.autograd.grad(
+        output, [hidden, *outputs.values()], loss_gradient(output.detach())
+    )
+    found = zip(inputs.items(), of_outputs, strict=True)
+    return {name: (x, gradient) for (name, x), gradient in found}, of_hidden
+
+
+def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Of the summed loss of next tokens drawn from the logits [rows, length, vocabulary]."""
+    probabilities = logits.float().softmax(-1)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+    drawn = drawn.view(*logits.shape[:2], 1)
+    minus_one = probabilities.new_full(drawn.shape, -1.0)
+    return probabilities.scatter_add_(-1, drawn, minus_one).to(logits.dtype)
+
+
+@torch.no_grad()
+def _rises(
+    model: LlamaForCausalLM, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]
+) -> Rises:
+    rises: Rises = {}
+    for name, (x, gradient) in seen.items():
+        if scheme := schemes.get(prefix + name):
+            weight = model.get_submodule(prefix + name).weight.to(x.device).float()
+            rises[prefix + name] = {}
+            for bits in CANDIDATES:
+                rounded = round_to_nearest(weight, *scheme._replace(bits=bits))
+                error = rounded.dequantize(torch.float32).sub_(weight).to(x.dtype)
+                change = linear(x, error).float().mul_(gradient).sum(-1)
+                rises[prefix + name][bits] = change.square().mean().item() / 2
+    return rises
+
+
+def allocate(rises: Rises, weights: dict[str, int], allowance: float) -> dict[str, int]:
+    """Bits of each layer: from the fewest up, always the step that lowers the sum most per bit.
+
+    weights: how many each layer has.
+    allowance: bits for all codes together.
+    """
+    chosen = {name: min(options) for name, options in rises.items()}
+    left = allowance - sum(weights[name] * bits for name, bits in chosen.items())
+    while True:
+        steps = []
+        for name, options in rises.items():
+            for bits, rise in options.items():
+                cost = weights[name] * (bits - chosen[name])
+                if 0 < cost <= left:
+                    steps.append(((options[chosen[name]] - rise) / cost, name, bits))
+        gain, name, bits = max(steps, default=(0.0, "", 0))
+        if gain <= 0:
+            return chosen
+        left -= weights[name] * (bits - chosen[name])
+        chosen[name] = bits
+
+
+def _allowance(quantize: Quantize, plan: Plan, free: Collection[str], config: LlamaConfig) -> float:
+    """Bits that the budget leaves for the codes of the free layers, in all."""
+    shapes = layer_shapes(config)
+    rounded = [name for name in plan if plan[name] and name != EMBEDDING]
+    decided = plan | {name: plan[name]._replace(bits=0) for name in free}
+    total = sum(rows * columns for rows, columns in map(shapes.get, rounded))
+    return quantize.budget * total - sum(packed_bits(shapes[n], decided[n]) for n in rounded)

@@ -1,0 +1,213 @@
+"""Calibrated quantization without labels, block by block.
+
+Each block sees the inputs that the already quantized blocks before it produce. Its layers are
+rounded by GPTQ, then trained together for some steps if the recipe says so. Memory holds the
+activations and one block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
+from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
+from finequant.quantize.methods.gptq import ROWS, Statistics, gptq
+from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
+from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
+from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+TOKENS = 4096
+"""Tokens of a forward pass."""
+
+# The layers of a block whose inputs are kept; others have the input of one of these.
+LEADERS = {
+    "self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": (),
+    "mlp.gate_proj": ("mlp.up_proj",),
+    "mlp.down_proj": (),
+}
+
+
+Piece = tuple[str, slice, Rounded]
+"""A layer's name, rows of it, and what they are rounded to."""
+
+
+def nothing(name: str, rows: slice) -> Rounded | None:
+    """Of what is known before the first block."""
+    return None
+
+
+@torch.no_grad()
+def calibrate(
+    weights: Weights,
+    config: LlamaConfig,
+    sequences: torch.Tensor,
+    plan: Plan,
+    dtype: torch.dtype,
+    known: Callable[[str, slice], Rounded | None] = nothing,
+    steps: int = 0,
+) -> Iterator[Piece]:
+    """Codes and scales of the linear layers that the plan rounds, as soon as they are found.
+
+    weights: of the float model, by name; read a block at a time.
+    sequences: token ids [rows, length].
+    dtype: of the shipped model's arithmetic, in which the activations are computed.
+    known: what an earlier call found; a block that is known is only run.
+    steps: of training each block after gptq.
+    """
+    calibration = _Calibration(weights, config, sequences, plan, dtype, known, steps)
+    for number in _shown(config.num_hidden_layers):
+        yield from calibration.block(number)
+    if plan[HEAD]:
+        yield from calibration.head()
+
+
+class _Calibration:
+    """The activations on their way through both models, and what is done to each block there.
+
+    A block, and what is known of its inputs, is gone before the next one is read.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: LlamaConfig,
+        sequences: torch.Tensor,
+        plan: Plan,
+        dtype: torch.dtype,
+        known: Callable[[str, slice], Rounded | None],
+        steps: int,
+    ) -> None:
+        self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
+        self._known, self._steps = known, steps
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
+        shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
+        self._exact = [embed(weights, ids).to(self._device, dtype) for ids in batches]
+        self._quantized = [embed(shipped, ids).to(self._device, dtype) for ids in batches]
+        self._rotary = rotary_of(config, self._exact[0])
+
+    def block(self, number: int) -> Iterator[Piece]:
+        """Its layers; the activations move on to its outputs."""
+        block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
+        prefix = f"model.layers.{number}."
+        names = [name for name in _layers(LEADERS) if self._plan[prefix + name]]
+        found = {name: self._known(prefix + name, WHOLE) for name in names}
+        if all(found.values()):
+            self._exact = [self._run(block, hidden) for hidden in self._exact]
+        else:
+            found = self._round(block, prefix, names)
+            for name, rounded in found.items():
+                yield prefix + name, WHOLE, _on_cpu(rounded)
+        for name, rounded in found.items():
+            _install(block.get_submodule(name), rounded, self._dtype)
+        self._quantized = [self._run(block, hidden) for hidden in self._quantized]
+
+    def _run(self, block: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        return block(hidden, position_embeddings=self._rotary)
+
+    def _round(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> dict[str, Rounded]:
+        """Of a float block; the float model's activations move on to its outputs."""
+        found, float_weights = {}, {}
+        for leader, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
+            for name in (leader, *LEADERS[leader]):
+                if name in names:
+                    shape = block.get_submodule(name).weight.shape
+                    weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
+                    weight = weight.to(self._device)
+                    found[name] = gptq(weight, sums, self._plan[prefix + name])
+                    if self._steps:
+                        float_weights[name] = weight
+        if not self._steps:
+            return found
+        start = {
+            name: TrainedLayer(float_weights.pop(name), rounded, self._plan[prefix + name])
+            for name, rounded in found.items()
+        }
+        return reconstruct(block, start, self._quantized, self._exact, self._rotary, self._steps)
+
+    def head(self) -> Iterator[Piece]:
+        """Some rows at a time: it may be larger than a block."""
+        sums = Statistics()
+        while self._exact:  # what is summed is not needed any more
+            one, other = (
+                normed(self._config, self._weights, hidden.pop(0))
+                for hidden in (self._quantized, self._exact)
+            )
+            sums.add(quantize_activations(one), other)
+        pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
+        step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
+        for first in range(0, len(pieces), step):
+            rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
+            if self._known(HEAD, rows) is None:
+                weight = self._weights(f"{HEAD}.weight", rows).to(self._device)
+                yield HEAD, rows, _on_cpu(gptq(weight, sums, self._plan[HEAD]))
+
+
+def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
+    """Of the embedding, as the shipped model has them: it is rounded to nearest."""
+    if not scheme:
+        return weights
+    return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
+
+
+def _shown(blocks: int) -> Iterator[int]:
+    """Their numbers, with a progress bar or, without a terminal, a line for every ten."""
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    shown = track(range(blocks), "gptq: blocks", console=console, transient=True, disable=quiet)
+    for number in shown:
+        yield number
+        if quiet and number % 10 == 9:
+            print(f"gptq: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
+
+
+def _layers(leaders: dict[str, tuple[str, ...]]) -> list[str]:
+    return [name for leader, others in leaders.items() for name in (leader, *others)]
+
+
+def _on_cpu(rounded: Rounded) -> Rounded:
+    return Rounded(rounded.codes.cpu(), rounded.scale.cpu())
+
+
+def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:
+    module.weight = torch.nn.Parameter(rounded.dequantize(dtype), requires_grad=False)
+    module.register_forward_pre_hook(lambda _, inputs: (quantize_activations(inputs[0]),))
+
+
+def _block_statistics(
+    block: LlamaDecoderLayer,
+    quantized: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    rotary: Rotary,
+) -> Iterator[tuple[str, Statistics]]:
+    """By leader, of a float block; `exact` moves on to the block's outputs."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        return lambda _, arguments: inputs.__setitem__(name, arguments[0])
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in LEADERS]
+    statistics = {name: Statistics() for name in LEADERS}
+    for index, (one, other) in enumerate(zip(quantized, exact, strict=True)):
+        exact[index] = block(other, position_embeddings=rotary)
+        exact_inputs = dict(inputs)
+        block(one, position_embeddings=rotary)
+        for name, sums in statistics.items():
+            sums.add(quantize_activations(inputs[name]), exact_inputs[name])
+    for hook in hooks:
+        hook.remove()
+    inputs.clear()
+    del exact_inputs, one, other
+    for name in LEADERS:
+        yield name, statistics.pop(name)

@@ -1,0 +1,128 @@
+"""A block's codes and scales, trained to give the float block's outputs.
+
+GPTQ rounds each layer by itself; here all layers of one decoder block learn together, for some
+dozen steps, where between two codes each weight belongs (https://arxiv.org/abs/2407.11062, its
+first phase). Memory holds one block, its gradients and Adam's moments.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from finequant.quantize.rounding import Rounded, code_range, places, quantize_activations
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from finequant.quantize.checkpoint.blocks import Rotary
+    from finequant.quantize.scheme import LayerScheme
+
+LEARNING_RATE = 0.002
+"""Of a weight's place between codes, in steps of its scale."""
+
+SCALE_LEARNING_RATE = 1e-3
+"""Relative to a scale."""
+
+TOKENS = 1024
+"""Of a step."""
+
+
+class _Round(torch.autograd.Function):
+    """Places [out, groups, size] and factors of the scales -> weight [out, in]."""
+
+    @staticmethod
+    def forward(ctx, places, factor, scale, bits, dtype):
+        low, high = code_range(bits)
+        codes = places.round().clamp_(low, high)
+        ctx.save_for_backward(places, codes, scale * factor)
+        ctx.scale, ctx.limits = scale, (low, high)
+        return codes.mul((scale * factor)[:, :, None]).to(dtype).flatten(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        places, codes, scale = ctx.saved_tensors
+        low, high = ctx.limits
+        gradient = gradient.float().unflatten(1, (scale.shape[1], -1))
+        of_factor = (gradient * codes).sum(-1).mul_(ctx.scale)
+        inside = (places > low - 0.5) & (places < high + 0.5)
+        return gradient.mul(scale[:, :, None]).mul_(inside), of_factor, None, None, None
+
+
+class TrainedLayer:
+    """What is learned of a linear layer: where its weights lie between codes, and its scales."""
+
+    def __init__(self, weight: torch.Tensor, start: Rounded, scheme: LayerScheme) -> None:
+        """weight: [out, in] of the float model."""
+        self._bits, self._scale, self._scale_dtype = (
+            scheme.bits,
+            start.scale.float(),
+            start.scale.dtype,
+        )
+        self.places = places(weight, start, torch.float32)
+        self.places = self.places.unflatten(1, (self._scale.shape[1], -1)).requires_grad_()
+        self.factor = torch.ones_like(self._scale).requires_grad_()
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return _Round.apply(self.places, self.factor, self._scale, self._bits, dtype)
+
+    def rounded(self) -> Rounded:
+        codes = self.places.detach().round().clamp_(*code_range(self._bits))
+        scale = (self._scale * self.factor.detach()).to(self._scale_dtype)
+        return Rounded(codes.flatten(1).to(torch.int8), scale)
+
+
+def reconstruct(
+    block: LlamaDecoderLayer,
+    layers: dict[str, TrainedLayer],
+    inputs: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    rotary: Rotary,
+    steps: int,
+) -> dict[str, Rounded]:
+    """Codes and scales of a block's layers, whose names are those inside the block.
+
+    block: in the dtype of the shipped arithmetic.
+    inputs, targets: hidden states [rows, tokens, hidden], what the quantized blocks before this
+    one give and what the float block gives.
+    """
+    modules = {name: block.get_submodule(name) for name in layers}
+    for name, module in modules.items():
+        module.forward = partial(_product, layer=layers[name])
+    rows = max(1, TOKENS // inputs[0].shape[1])
+    batches = [
+        pair
+        for ours, exact in zip(inputs, targets, strict=True)
+        for pair in zip(ours.split(rows), exact.split(rows), strict=True)
+    ]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [layer.places for layer in layers.values()], "lr": LEARNING_RATE},
+            {"params": [layer.factor for layer in layers.values()], "lr": SCALE_LEARNING_RATE},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    with torch.enable_grad():
+        for hidden, exact in islice(cycle(batches), steps):
+            error = (block(hidden, position_embeddings=rotary).float() - exact.float()).square()
+            # Relative to each token, as the norms that follow see it: some are very large, and
+            # that of a padding token is zero.
+            power = exact.float().square().sum(-1)
+            loss = (error.sum(-1) / (power + 1e-6 * power.mean())).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    for module in modules.values():
+        del module.forward
+    return {name: layer.rounded() for name, layer in layers.items()}
+
+
+def _product(x: torch.Tensor, layer: TrainedLayer) -> torch.Tensor:
+    """Activations rounded as in the shipped model; their gradient passes unchanged."""
+    rounding = quantize_activations(x.detach()) - x.detach()
+    return linear(x + rounding, layer.weight(x.dtype))

@@ -1,0 +1,242 @@
+"""Memory and disk that a recipe takes, from configurations alone: no weight is read for it.
+
+Memory is that of one process. What a term stands for, and where its factor was measured, is said
+beside it; `finequant plan` shows the terms, `finequant run` stops at what cannot finish.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from finequant.finetune.model import locate_base
+from finequant.quantize.methods.calibrate import LEADERS, TOKENS
+from finequant.quantize.methods.gptq import ROWS
+from finequant.quantize.scheme import (
+    EMBEDDING,
+    HEAD,
+    layer_plan,
+    layer_shapes,
+    norm_count,
+    parameter_count,
+    shipped_dtype,
+)
+from finequant.quantize.size.machine import Machine
+from finequant.recipes.schema import Lora, Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+Memory = dict[str, int]
+"""Bytes at the peak of a stage, by what they are for."""
+
+MB = 10**6
+PROCESS = {"train": 560 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
+"""Python with the libraries of a stage: torch, transformers, and trl, torchao or lm-eval."""
+
+CUDA_CONTEXT = 500 * MB
+
+ALLOCATED = {"cpu": 1.9, "gpu": 1.1}
+"""Resident over live bytes of what comes and goes. glibc keeps what batches of one length leave,
+and those of the next do not fit into it: 1.9 after the 250 steps of the quickstart."""
+
+# Bytes that a decoder block keeps for the backward pass of LoRA on all linear layers, per token:
+# times hidden size, query width, intermediate size, rank. Exact, counted with saved_tensors_hooks.
+SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
+
+LOGITS = 18
+"""Bytes for each logit of a learned token: bf16, float32, its log-softmax, and their gradients."""
+
+LEARNED = 0.5
+"""Share of the tokens that are learned, where prompts are not."""
+
+
+def components(config: LlamaConfig) -> dict[str, int]:
+    """Weights by part of the model; they add up to `parameter_count`."""
+    shapes = layer_shapes(config)
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    return {
+        "embedding": counts[EMBEDDING],
+        "attention": sum(count for name, count in counts.items() if ".self_attn." in name),
+        "mlp": sum(count for name, count in counts.items() if ".mlp." in name),
+        "norms": norm_count(config),
+        "head": 0 if config.tie_word_embeddings else counts[HEAD],
+    }
+
+
+def trainable(lora: Lora, config: LlamaConfig) -> int:
+    """Weights of the adapter."""
+    total = 0
+    for name, (rows, columns) in layer_shapes(config).items():
+        aimed = lora.target_modules == "all-linear" or any(
+            f".{name}".endswith(f".{wish}") for wish in lora.target_modules
+        )
+        if aimed and name not in (HEAD, EMBEDDING):
+            total += lora.rank * (rows + columns) + (rows if lora.use_dora else 0)
+    return total
+
+
+def training_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+    """Of a step on a full micro-batch: rows of `data.max_length` tokens."""
+    train, adapter = recipe.train, trainable(recipe.lora, config)
+    dtype = machine.training_dtype(train.precision)
+    tokens = train.micro_batch_size * recipe.data.max_length
+    aware = train.quantization_aware
+    # trl's loss, on a GPU, takes all tokens, and so does learning from the tuned model.
+    takes_all = machine.kind == "gpu" or (aware and aware.distillation)
+    learned = tokens if takes_all or recipe.data.loss_on == "all" else int(tokens * LEARNED)
+    saved = _saved_per_token(recipe, config, dtype)
+    blocks = config.num_hidden_layers
+    activations = tokens * saved * blocks
+    if train.gradient_checkpointing:
+        activations = tokens * (saved + blocks * config.hidden_size * _size(dtype))
+    weights = parameter_count(config) * _size(dtype)
+    if aware:  # float32 weights, and their codes
+        weights = parameter_count(config) * 5
+    return _memory(
+        "train",
+        machine,
+        {
+            "weights": weights,
+            "adapter": 4 * adapter,
+            "gradients": 4 * adapter,
+            "optimizer": _optimizer_bytes(train.optimizer) * adapter,
+        },
+        {"activations": int(activations), "logits": learned * config.vocab_size * LOGITS},
+    )
+
+
+def _saved_per_token(recipe: Recipe, config: LlamaConfig, dtype: str) -> float:
+    hidden, query, inner, rank = SAVED[dtype]
+    return (
+        hidden * config.hidden_size
+        + query * config.num_attention_heads * config.head_dim
+        + inner * config.intermediate_size
+        + rank * recipe.lora.rank
+    )
+
+
+def _optimizer_bytes(name: str) -> int:
+    """For each trained weight: Adam's two moments in float32, or in eight bits."""
+    return 2 if "8bit" in name else 0 if name == "sgd" else 8
+
+
+def quantize_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+    """Of the largest phase: the check of the merge, rounding, or the check of the result."""
+    dtype = shipped_dtype(recipe.quantize, config).itemsize
+    shapes = layer_shapes(config)
+    block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
+    whole = parameter_count(config)
+    fixed = {}
+    if recipe.model.base.endswith(".gguf"):
+        # Read whole; a tensor that is being dequantized is there twice.
+        fixed = {"base, dequantized": 4 * whole + 8 * components(config)["embedding"]}
+        fixed |= {"GGUF file": _gguf_bytes(recipe)}
+    if recipe.quantize.budget:
+        fixed = {"base": 8 * whole}
+    if recipe.quantize.rotate:  # the matrix; two layers in float32
+        down = config.hidden_size * config.intermediate_size
+        fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
+    phases = [
+        {"block, two in float32": 8 * block},  # peft's, and the merged one
+        {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
+    ]
+    if recipe.quantize.method == "gptq" and not recipe.train.quantization_aware:
+        phases.append(_calibration(recipe, config, dtype, block))
+    if recipe.quantize.method == "hqq":
+        phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    here = machine._replace(kind="cpu")  # a GPU helps with gptq only
+    return _memory("quantize", here, {**fixed, **largest}, {})
+
+
+def _gguf_bytes(recipe: Recipe) -> int:
+    """Of the file, which is mapped."""
+    folder, file = locate_base(recipe.model)
+    return (folder / file).stat().st_size
+
+
+def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) -> Memory:
+    """While a block's inputs are summed up, or its widest layer is solved."""
+    shapes, wish = layer_shapes(config), recipe.quantize.calibration
+    widths = [shapes[f"model.layers.0.{name}"][1] for name in LEADERS]
+    tokens = max(wish.tokens, wish.length)
+    forward = min(TOKENS, tokens)
+    # Of each Hessian and drift; of two models, with three float32 copies of the widest input.
+    summed = 8 * sum(width**2 for width in widths)
+    summed += forward * (2 * dtype * sum(widths) + 12 * max(widths))
+    solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
+    rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
+    memory = {
+        "block": dtype * block,
+        "activations": 2 * tokens * config.hidden_size * dtype,
+        "Hessians": max(summed, solved, rounded),
+    }
+    if wish.steps:  # places, their gradients and Adam's two moments; codes, for the backward
+        memory["training"] = (16 + 4 + dtype) * block
+    return memory
+
+
+def evaluation_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+    """Of the tuned model, which is merged in float32, or of the comparison with it."""
+    evaluate, dtype = recipe.evaluate, shipped_dtype(recipe.quantize, config).itemsize
+    length = max([corpus.max_length for corpus in evaluate.perplexity] + [recipe.data.max_length])
+    tokens = evaluate.batch_size * length
+    kept = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype
+    rows = evaluate.batch_size * (recipe.data.max_length + evaluate.max_new_tokens)
+    return _memory(
+        "evaluate",
+        machine,
+        {"weights": parameter_count(config) * (4 + dtype)},
+        {
+            "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
+            # A step's keys and values lie beside those of the step before.
+            "key-value cache": 2 * rows * kept,
+            # Two models' log-probabilities, and what their divergence is computed with.
+            "logits": 5 * evaluate.divergence_tokens * config.vocab_size * 4,
+        },
+    )
+
+
+def _memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:
+    """With the process itself, and what the allocator keeps beside the bytes in use."""
+    process = CUDA_CONTEXT if machine.kind == "gpu" else PROCESS[stage]
+    kept = int(sum(passing.values()) * (ALLOCATED[machine.kind] - 1))
+    memory = {"process": process, **lasting, **passing, "allocator": kept}
+    return {name: size for name, size in memory.items() if size}
+
+
+def memory_of(stage: str, recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+    """What a stage takes at its peak."""
+    stages = {
+        "train": training_memory,
+        "quantize": quantize_memory,
+        "evaluate": evaluation_memory,
+    }
+    return stages[stage](recipe, config, machine)
+
+
+def disk_of(stage: str, recipe: Recipe, config: LlamaConfig) -> int:
+    """Bytes that a stage leaves in the run directory, or has there for a while."""
+    from finequant.quantize.size.plan import model_size
+
+    adapter = trainable(recipe.lora, config)
+    if stage == "train":
+        each = adapter * (4 + _optimizer_bytes(recipe.train.optimizer))
+        return 4 * adapter + each * (recipe.train.save_total_limit + 1)
+    if stage == "quantize":
+        dtype = shipped_dtype(recipe.quantize, config)
+        size = model_size(layer_plan(recipe.quantize, config), config, dtype).disk
+        merged = parameter_count(config) * dtype.itemsize if recipe.quantize.keep_merged else 0
+        return size + merged
+    return 50 * MB
+
+
+def cache_bytes(config: LlamaConfig, tokens: int, dtype_bytes: int = 2) -> int:
+    """Keys and values of one sequence, in 16 bits."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * width * tokens * dtype_bytes
+
+
+def _size(dtype: str) -> int:
+    return {"bfloat16": 2, "float32": 4}[dtype]

@@ -1,0 +1,122 @@
+"""What a recipe takes, printed; and the refusal of what cannot finish here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finequant.finetune.model import load_config
+from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
+from finequant.quantize.size.estimate import (
+    Memory,
+    cache_bytes,
+    components,
+    disk_of,
+    memory_of,
+    trainable,
+)
+from finequant.quantize.size.machine import Machine, free_disk, this_machine
+from finequant.quantize.size.plan import model_size
+from finequant.recipes.errors import UserError
+from finequant.recipes.rundir import STAGES, RunDir
+from finequant.recipes.schema import Quantize, Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+BITS = (8, 4, 3)
+
+
+def show_resources(
+    recipe: Recipe, run: RunDir, gpu: Machine | None, device_memory: int | None, context: int | None
+) -> None:
+    """Prints parameters, memory of each stage, disk, sizes, and whether a device holds it.
+
+    gpu: another machine to plan for, beside this one.
+    device_memory: bytes of the device that the model is for.
+    context: tokens of its key-value cache; default: `data.max_length`.
+    """
+    config = load_config(recipe.model)
+    parts = components(config)
+    print(f"\nparameters: {parameter_count(config):,}: " + _listed(parts))
+    adapter = trainable(recipe.lora, config)
+    print(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
+    for machine in filter(None, (this_machine(), gpu)):
+        print(f"\npeak memory on {machine.name}, which has {_gb(machine.memory)}:")
+        for stage in STAGES:
+            memory = memory_of(stage, recipe, config, machine)
+            total = sum(memory.values())
+            fits = "" if total <= machine.memory else " does not fit:"
+            named = {name: _gb(size) for name, size in memory.items()}
+            print(
+                f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
+            )
+    disk = {stage: disk_of(stage, recipe, config) for stage in STAGES}
+    print(f"\ndisk: {_gb(sum(disk.values()))}, free are {_gb(free_disk(run.root))}")
+    _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
+
+
+def _show_sizes(
+    recipe: Recipe, config: LlamaConfig, device_memory: int | None, context: int
+) -> None:
+    """At the recipe's own widths, then with the same number of bits for all."""
+    cache = cache_bytes(config, context)
+    print(f"\nquantized, packed, with {_gb(cache)} of key-value cache for {context:,} tokens:")
+    chosen = recipe.quantize
+    sizes = {} if chosen.budget else {"as the recipe says": chosen}
+    plain = chosen.model_dump() | {"layers": {}, "budget": None}
+    sizes |= {f"{bits} bits": Quantize.model_validate(plain | {"bits": bits}) for bits in BITS}
+    for name, quantize in sizes.items():
+        dtype = shipped_dtype(quantize, config)
+        size = model_size(layer_plan(quantize, config), config, dtype).packed
+        line = f"  {name}: {_gb(size)}, with the cache {_gb(size + cache)}"
+        if device_memory:
+            fits = "fits" if size + cache <= device_memory else "does not fit"
+            line += f": {fits} into {_gb(device_memory)}"
+        print(line)
+
+
+def refuse_what_cannot_finish(
+    recipe: Recipe, run: RunDir, stages: list[str], machine: Machine
+) -> None:
+    """Before the first of these stages starts on the machine.
+
+    Raises:
+        UserError: if one of them takes more memory than there is, or all of them more disk.
+    """
+    config, problems = load_config(recipe.model), []
+    for stage in stages:
+        memory = memory_of(stage, recipe, config, machine)
+        # What runs on the CPU of a machine with a GPU is not held against the GPU's memory.
+        if (stage != "quantize" or machine.kind == "cpu") and sum(memory.values()) > machine.memory:
+            problems.append(_too_much(stage, memory, machine))
+    needed, free = sum(disk_of(stage, recipe, config) for stage in stages), free_disk(run.root)
+    if needed > free:
+        problems.append(f"disk: {_gb(needed)} are needed for {run.root}, free are {_gb(free)}")
+    if problems:
+        raise UserError(
+            "this run cannot finish here:\n  "
+            + "\n  ".join(problems)
+            + "\n`finequant plan` shows the estimate; --force starts in spite of it"
+        )
+
+
+def _too_much(stage: str, memory: Memory, machine: Machine) -> str:
+    most = sorted(memory, key=memory.get, reverse=True)[:2]
+    hint = {
+        "train": "try a smaller train.micro_batch_size or train.gradient_checkpointing=true",
+        "quantize": "try quantize.method=rtn",
+        "evaluate": "try a smaller evaluate.batch_size",
+    }[stage]
+    largest = " and ".join(f"{_gb(memory[name])} for {name}" for name in most)
+    return (
+        f"{stage}: {_gb(sum(memory.values()))} of memory, of them {largest}; "
+        f"{machine.name} has {_gb(machine.memory)}: {hint}"
+    )
+
+
+def _listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,458 @@
+"""publish/publish.py: real processes and the real client, against a Hub on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WRITE, READ = "hf_PlantedTokenThatMayWrite", "hf_PlantedTokenThatMayOnlyRead"
+REPOSITORY = "alice/tiny"
+COMMAND = ("-m", "finequant.publish.publish")
+
+LICENCE = """\
+LLAMA 3.2 COMMUNITY LICENSE AGREEMENT
+iii. You must retain in all copies the following attribution notice within a “Notice” text file:
+“Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc.
+All Rights Reserved.”
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_base) -> Path:
+    """Folder with recipe.yaml and its finished run/, over the tiny Llama. Shared: copy it."""
+    from finequant.evaluate.compare import main as compare
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    folder = tmp_path_factory.mktemp("finished")
+    for name, start, count in (("train", 0, 16), ("test", 100, 4)):
+        rows = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(start, start + count)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        f"""\
+name: tiny
+output_dir: {folder / "run"}
+model: {{base: {tiny_base}}}
+data: {{train: train.jsonl, test: test.jsonl, validation_fraction: 0, max_length: 64}}
+train: {{max_steps: 12, batch_size: 4, micro_batch_size: 4, learning_rate: 1e-2, precision: fp32}}
+quantize: {{bits: 2}}
+evaluate: {{max_new_tokens: 2, gate: {{max_perplexity_increase: 9}}}}
+publish: {{repo_id: {REPOSITORY}, license: apache-2.0, language: en, tags: [test]}}
+""",
+        encoding="utf-8",
+    )
+    for stage in (train, convert, compare):
+        stage([str(folder / "recipe.yaml")])
+    return folder
+
+
+@pytest.fixture
+def recipe(finished, tmp_path) -> Path:
+    """A recipe whose run is finished, with an export beside it; the test's own copy."""
+    shutil.copytree(finished, tmp_path / "copy")
+    path = tmp_path / "copy" / "recipe.yaml"
+    text = path.read_text(encoding="utf-8").replace(str(finished), str(path.parent))
+    path.write_text(text, encoding="utf-8")
+    export = path.parent / "run" / "exports" / "gguf"
+    export.mkdir(parents=True)
+    (export / "model.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 40)
+    return path
+
+
+@pytest.fixture
+def publish(on_hub, recipe):
+    """Runs `finequant publish` against the Hub, without asking."""
+
+    def run(*arguments: str, token: str = WRITE, **environment: str):
+        command = (*COMMAND, str(recipe), "--yes", *arguments)
+        return on_hub(*command, HF_TOKEN=token, **environment)
+
+    return run
+
+
+def in_process(*arguments: object) -> None:
+    from finequant.publish.publish import main
+
+    main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """What the command says when it refuses with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        in_process(*arguments)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def dry_run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as exit_:  # typer ends every command so
+        in_process(*arguments, "--dry-run")
+    assert exit_.value.code in (0, None)
+
+
+def folder_of(recipe: Path) -> Path:
+    return recipe.parent / "run" / "publish"
+
+
+def card_of(recipe: Path):
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(folder_of(recipe) / "README.md")
+
+
+def everything_under(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+# argv: a repository, a folder, and code of the card. The same logits from both; the code runs.
+LOADS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+repository, folder, code = sys.argv[1:]
+ids = torch.arange(100).unsqueeze(0)
+with torch.inference_mode():
+    there, here = (
+        AutoModelForCausalLM.from_pretrained(name)(ids).logits for name in (repository, folder)
+    )
+print(torch.equal(there, here))
+exec(code)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
+    hub, on_hub, publish, recipe, tmp_path
+):
+    done = publish()
+    assert done.returncode == 0, done.stderr
+    assert "alice: the repository will be created" in done.stderr
+    repository = hub.repositories[REPOSITORY]
+    assert repository.private
+    assert len(repository.commits) == 2  # nobody sees half of it
+    there = {name: blob.content for name, blob in repository.files.items()}
+    del there[".gitattributes"]
+    folder = folder_of(recipe)
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    assert there == {name: path.read_bytes() for name, path in here.items() if path.is_file()}
+    sums = there["SHA256SUMS"].decode().splitlines()
+    assert {*sums} == {
+        f"{hashlib.sha256(there[name]).hexdigest()}  {name}" for name in {*there} - {"SHA256SUMS"}
+    }
+    assert {"model.safetensors", "gguf/model.gguf", "README.md", "recipe.yaml"} <= set(there)
+    assert (
+        there["model.safetensors"]
+        == (recipe.parent / "run" / "quantized" / "model.safetensors").read_bytes()
+    )
+
+    code = re.search(r"```python\n(.*?)```", there["README.md"].decode(), re.DOTALL)[1]
+    quantized = str(recipe.parent / "run" / "quantized")
+    loaded = on_hub("-c", LOADS, REPOSITORY, quantized, code, HF_TOKEN=WRITE)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("True\n")
+
+    for output in (done, loaded):
+        assert "hf_Planted" not in output.stdout + output.stderr
+    assert b"hf_Planted" not in everything_under(tmp_path)
+
+
+def test_publishing_again_sends_nothing_that_is_there_and_removes_what_is_gone(
+    hub, publish, recipe
+):
+    assert publish().returncode == 0
+    assert len(hub.received) == 2
+    first = hub.repositories[REPOSITORY].head
+    again = publish()
+    assert again.returncode == 0, again.stderr
+    assert hub.repositories[REPOSITORY].head == first
+    shutil.rmtree(recipe.parent / "run" / "exports")
+    smaller = publish("publish.description=For tests.")
+    assert smaller.returncode == 0, smaller.stderr
+    assert "removed, as this publication does not have them: gguf/model.gguf" in smaller.stderr
+    files = hub.repositories[REPOSITORY].files
+    assert "gguf/model.gguf" not in files
+    assert b"\nFor tests.\n" in files["README.md"].content
+    assert len(hub.received) == 2
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_upload_resumes(hub, hub_environment, publish, recipe, how, code):
+    hub.stall_at = 2
+    command = [sys.executable, *COMMAND, str(recipe), "--yes"]
+    client = subprocess.Popen(
+        command, env=hub_environment | {"HF_TOKEN": WRITE}, stderr=subprocess.PIPE, text=True
+    )
+    assert hub.stalled.wait(60)
+    client.send_signal(how)
+    said = client.communicate(timeout=60)[1]
+    assert client.returncode == code, said
+    assert "Traceback" not in said
+    assert len(hub.received) == 1
+    assert len(hub.repositories[REPOSITORY].commits) == 1  # nothing to be seen yet
+    resumed = publish()
+    assert resumed.returncode == 0, resumed.stderr
+    assert "the repository exists and is empty" in resumed.stderr
+    assert len(hub.received) == len(set(hub.received)) == 2
+
+
+def test_a_lost_connection_is_tried_again(hub, publish):
+    hub.drop = 1
+    done = publish()
+    assert done.returncode == 0, done.stderr
+    assert hub.uploads == 3
+
+
+def test_files_that_arrive_otherwise_are_named(hub, publish):
+    hub.damage = "quantization.json"
+    done = publish()
+    assert done.returncode == 1
+    assert "error: publish: on the Hub, 1 files are not as they are here" in done.stderr
+    assert "quantization.json: differs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "environment", "code", "words"),
+    [
+        ("hf_PlantedTokenOfNobody", {}, 2, "the Hub does not accept this token: `hf auth login`"),
+        (READ, {}, 2, f"this token may not write to {REPOSITORY}"),
+        ("", {}, 2, "no token for the Hub: `hf auth login`"),
+        (WRITE, {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
+        (WRITE, {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the Hub cannot be reached"),
+    ],
+)
+def test_without_a_right_token_or_network_one_message(
+    hub, publish, recipe, token, environment, code, words
+):
+    stopped = publish(token=token, **environment)
+    assert stopped.returncode == code, stopped.stderr
+    *notes, message = stopped.stderr.strip().splitlines()
+    assert message.startswith("error: publish: ")
+    assert words in message
+    assert hub.repositories == {}
+    assert "hf_Planted" not in stopped.stdout + stopped.stderr
+    assert b"hf_Planted" not in everything_under(recipe.parent)
+
+
+def test_another_namespace_is_refused(hub, publish):
+    stopped = publish("publish.repo_id=somebody/tiny")
+    assert stopped.returncode == 2
+    assert "this token may not write to somebody/tiny" in stopped.stderr
+
+
+def test_a_repository_of_something_else_is_not_written_to_unless_told(hub, publish):
+    repository = make_repository(hub, {"model.bin": b"precious", "config.json": b"{}"})
+    stopped = publish()
+    assert stopped.returncode == 2
+    assert "alice/tiny exists, with 2 files that this recipe did not publish" in stopped.stderr
+    assert "--into-existing" in stopped.stderr
+    assert len(repository.commits) == 1
+    for arguments in (["--into-existing"], ["publish.description=Again."]):
+        told = publish(*arguments)
+        assert told.returncode == 0, told.stderr
+        assert "model.bin" in repository.files
+
+
+def make_repository(hub, files: dict[str, bytes], private: bool = True):
+    kind, blob = type(hub).repository, type(hub).blob
+    hub.repositories[REPOSITORY] = kind(private)
+    hub.repositories[REPOSITORY].commits[hub.repositories[REPOSITORY].head].update(
+        {name: blob(content, False) for name, content in files.items()}
+    )
+    return hub.repositories[REPOSITORY]
+
+
+def test_an_existing_repository_keeps_its_visibility(hub, publish):
+    make_repository(hub, {}, private=False)
+    stopped = publish()
+    assert stopped.returncode == 2
+    assert "the recipe says private, but alice/tiny is public" in stopped.stderr
+    assert publish("publish.private=false").returncode == 0
+
+
+def test_it_asks(hub, hub_environment, recipe):
+    command = [sys.executable, *COMMAND, str(recipe)]
+    environment = hub_environment | {"HF_TOKEN": WRITE}
+    nobody = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert nobody.returncode == 2
+    assert "add --yes" in nobody.stderr
+    ours, theirs = pty.openpty()
+    os.write(ours, b"n\n")
+    no = subprocess.run(command, env=environment, stdin=theirs, capture_output=True, text=True)
+    assert no.returncode == 1
+    assert "model.safetensors" in no.stdout
+    assert "nothing was sent" in no.stderr
+    assert hub.repositories == {}
+
+
+def test_a_dry_run_writes_the_folder_without_paths_of_this_machine(recipe, tiny_base, capsys):
+    dry_run(recipe)
+    assert "nothing was sent" in capsys.readouterr().err
+    folder = folder_of(recipe)
+    assert (folder / "README.md").exists()
+    assert (folder / "gguf" / "model.gguf").exists()
+    for part in (str(recipe.parent), str(tiny_base.parent), "/tmp/", str(Path.home()) + "/"):
+        assert part.encode() not in everything_under(folder)
+    card = folder / "README.md"
+    card.write_text("my own words", encoding="utf-8")
+    dry_run(recipe)
+    kept = recipe.parent / "run" / "previous" / "publish-1"
+    assert (kept / "README.md").read_text(encoding="utf-8") == "my own words"
+    dry_run(recipe)  # the same card again: nothing to keep
+    assert len(list(kept.parent.iterdir())) == 1
+
+
+def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
+    dry_run(recipe, "publish.base_model=org/base")
+    report = json.loads((recipe.parent / "run" / "report.json").read_text(encoding="utf-8"))
+    card, data = card_of(recipe), card_of(recipe).data
+    assert (data.base_model, data.base_model_relation) == ("org/base", "quantized")
+    assert (data.license, data.language, data.library_name) == (
+        "apache-2.0",
+        ["en"],
+        "transformers",
+    )
+    assert {"finequant", "8da2w", "test"} <= set(data.tags)
+    assert data.pipeline_tag == "text-generation"
+    quantized = report["models"]["quantized"]
+    assert {(r.dataset_type, r.metric_type): r.metric_value for r in data.eval_results} == {
+        ("held_out", "perplexity"): quantized["perplexity"]["held_out"]["token"],
+        ("held_out", "exact_match"): quantized["tasks"]["held_out"]["exact_match"]["value"],
+    }
+    for model in report["models"].values():
+        assert f"{model['perplexity']['held_out']['token']:,.2f}" in card.text
+        assert f"{model['bits_per_weight']:.2f}" in card.text
+    assert "export gguf is not in the table" in card.text
+
+
+def test_an_unpublishable_state_is_refused(recipe, capsys):
+    run = recipe.parent / "run"
+    changed = refused(capsys, recipe, "--dry-run", "quantize.bits=8")
+    assert "quantize.bits: 2 -> 8" in changed
+    assert "run `finequant run RECIPE` first" in changed
+    record = run / "quantized" / "quantization.json"
+    record.write_text(record.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    altered = refused(capsys, recipe, "--dry-run")
+    assert "quantized: not as it was written" in altered and "quantization.json" in altered
+    shutil.rmtree(run / "quantized")
+    assert "quantized does not exist" in refused(capsys, recipe, "--dry-run")
+    assert not folder_of(recipe).exists()
+
+
+def test_an_export_of_another_quantization_is_refused(recipe, capsys):
+    export = recipe.parent / "run" / "exports" / "gguf"
+    (export / "quantization.json").write_text("{}", encoding="utf-8")
+    message = refused(capsys, recipe, "--dry-run")
+    assert "gguf: made of an earlier quantized/" in message
+    assert "finequant export RECIPE --to gguf" in message
+
+
+def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
+    from finequant.evaluate.compare import main as compare
+
+    strict = [str(recipe), "evaluate.gate.max_perplexity_increase=0"]
+    with pytest.raises(SystemExit):
+        compare(strict)
+    capsys.readouterr()
+    report = json.loads((recipe.parent / "run" / "report.json").read_text(encoding="utf-8"))
+    failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
+    assert "perplexity held_out" in failed
+    message = refused(capsys, *strict, "--dry-run")
+    assert "the gate failed: perplexity held_out" in message
+    assert '--overrule-gate "perplexity held_out"' in message
+    unknown = refused(capsys, *strict, "--dry-run", "--overrule-gate", "perplexity")
+    assert "the gate has no check 'perplexity'" in unknown
+    overruled = [word for name in failed for word in ("--overrule-gate", name)]
+    dry_run(*strict, *overruled)
+    text = (folder_of(recipe) / "README.md").read_text(encoding="utf-8")
+    assert "gate of its recipe failed, and was overruled" in text
+    assert "Gate FAILED: perplexity held_out" in text
+
+
+@pytest.mark.slow
+def test_the_adapter_alone(hub, on_hub, publish, recipe, tiny_base, capsys):
+    message = refused(capsys, recipe, "--dry-run", "--adapter-only")
+    assert "publish.base_model: an adapter needs its base" in message
+    done = publish("--adapter-only", "publish.base_model=org/base")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories[REPOSITORY].files
+    config = json.loads(files["adapter_config.json"].content)
+    assert config["base_model_name_or_path"] == "org/base"
+    assert not any(name.startswith(("model.", "gguf/")) for name in files)
+    data = card_of(recipe).data
+    assert (data.base_model_relation, data.library_name) == ("adapter", "peft")
+    code = (
+        "import sys; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "PeftModel.from_pretrained(base, sys.argv[2])"
+    )
+    loaded = on_hub("-c", code, str(tiny_base), REPOSITORY, HF_TOKEN=WRITE)
+    assert loaded.returncode == 0, loaded.stderr
+    # The quantized model does not take the adapter's place unasked.
+    assert "did not publish" in publish().stderr
+
+
+@pytest.fixture
+def papers(tmp_path) -> Path:
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "LICENSE.txt").write_text(LICENCE, encoding="utf-8")
+    (folder / "USE_POLICY.md").write_text("Use it well.", encoding="utf-8")
+    return folder
+
+
+def test_what_llamas_licence_asks_is_done(recipe, papers, capsys):
+    llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
+    message = refused(capsys, *llama)
+    assert "alice/tiny" in message
+    assert "begin with Llama: such as alice/Llama-tiny" in message
+    named = (*llama, "publish.repo_id=alice/Llama-tiny")
+    dry_run(*named)
+    folder = folder_of(recipe)
+    assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == LICENCE
+    assert (folder / "USE_POLICY.md").exists()
+    assert (folder / "NOTICE").read_text(encoding="utf-8") == (
+        "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, "
+        "Inc. All Rights Reserved.\n"
+    )
+    assert "\n**Built with Llama**\n" in (folder / "README.md").read_text(encoding="utf-8")
+    (papers / "USE_POLICY.md").unlink()
+    message = refused(capsys, *named)
+    assert "USE_POLICY.md" in message
+    assert "publish.license_folder" in message
+
+
+def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe, capsys):
+    message = refused(capsys, recipe, "--dry-run", "publish.base_model=meta-llama/Llama-3.2-1B")
+    assert "the base is of meta-llama" in message
+
+
+def test_a_licence_must_be_known_and_is_not_changed(recipe, tiny_base, capsys):
+    from finequant.publish.licence import licence_of
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
+
+    unknown = refused(capsys, recipe, "--dry-run", "publish.license=null")
+    assert "does not say its licence" in unknown
+    base = recipe.parent / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n", encoding="utf-8")
+    (base / "LICENSE").write_text("MIT", encoding="utf-8")
+    with pytest.raises(UserError, match="apache-2.0, but .* says mit"):
+        licence_of(load_recipe(recipe, [f"model.base={base}"]))
+    followed = licence_of(load_recipe(recipe, [f"model.base={base}", "publish.license=null"]))
+    assert followed.id == "mit"
+    assert followed.documents == {"LICENSE": b"MIT"}

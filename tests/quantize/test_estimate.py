@@ -1,0 +1,305 @@
+"""Exact counts, predicted memory, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from finequant.finetune.model import load_base, lora_config
+from finequant.quantize.checkpoint.writing import layout, stored_shapes
+from finequant.quantize.scheme import layer_plan, parameter_count
+from finequant.quantize.size import machine as machines
+from finequant.quantize.size.estimate import (
+    cache_bytes,
+    components,
+    disk_of,
+    memory_of,
+    trainable,
+    training_memory,
+)
+from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
+from finequant.quantize.size.resources import refuse_what_cannot_finish
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Lora
+
+LLAMA_2_13B = LlamaConfig(
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    dtype="float16",
+)
+LLAMA_3_70B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    dtype="bfloat16",
+)
+SMALL = Machine("a small machine", 10**9, "cpu")
+
+
+@pytest.fixture
+def plan(recipe_file, tmp_path):
+    """`finequant plan` of a configuration without any weights, as its printed text."""
+
+    def show(config: LlamaConfig, *arguments: str) -> str:
+        folder = tmp_path / "big"
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        command = [sys.executable, "-m", "finequant.recipes.run", "plan", str(recipe_file)]
+        done = subprocess.run(
+            [*command, f"model.base={folder}", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return show
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (
+            LLAMA_2_13B,
+            "13,015,864,320: embedding 163,840,000, attention 4,194,304,000, mlp 8,493,465,600, "
+            "norms 414,720, head 163,840,000",
+        ),
+        (
+            LLAMA_3_70B,
+            "70,553,706,496: embedding 1,050,673,152, attention 12,079,595,520, "
+            "mlp 56,371,445,760, norms 1,318,912, head 1,050,673,152",
+        ),
+    ],
+    ids=["13b", "70b"],
+)
+def test_parameters_are_exact_from_the_configuration_alone(plan, config, parts):
+    out = plan(config, "--gpu", "h100", "--device-memory", "6GB", "--context", "2048")
+    assert f"parameters: {parts}\n" in out
+    assert "peak memory on H100, which has 80.00 GB:" in out
+    assert "does not fit into 6.00 GB" in out
+    assert all(f"  {bits} bits: " in out for bits in (8, 4, 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_components_add_up_to_the_models(tied):
+    from transformers import LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sum(components(config).values()) == model.num_parameters() == parameter_count(config)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=4),
+        Lora(rank=3, target_modules=["q_proj", "mlp.up_proj"]),
+        Lora(rank=4, use_dora=True, target_modules=["1.self_attn.k_proj", "down_proj"]),
+    ],
+)
+def test_trainable_weights_are_pefts(recipe_file, lora):
+    from peft import get_peft_model
+
+    base = load_base(load_recipe(recipe_file).model, torch.float32)
+    expected = trainable(lora, base.config)
+    model = get_peft_model(base, lora_config(lora, base))
+    assert model.get_nb_trainable_parameters()[0] == expected
+
+
+def test_activations_are_what_autograd_keeps(recipe_file):
+    """The bytes that a block more keeps for the backward pass, counted."""
+    from peft import get_peft_model
+    from transformers import LlamaForCausalLM
+
+    recipe = load_recipe(recipe_file, ["lora.rank=8"])
+    rows, length = 2, 64
+
+    def kept(blocks: int) -> tuple[int, LlamaConfig]:
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=blocks,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        base = LlamaForCausalLM(config)
+        model = get_peft_model(base, lora_config(recipe.lora, base)).train()
+        own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        found = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        ids = torch.randint(3, 100, (rows, length))
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum()
+        return sum(size for size, _ in found.values()), config
+
+    (one, _), (two, config) = kept(1), kept(2)
+    changes = {"micro_batch_size": rows, "precision": "fp32"}
+    train = recipe.train.model_copy(update=changes)
+    data = recipe.data.model_copy(update={"max_length": length})
+    recipe = recipe.model_copy(update={"train": train, "data": data})
+    predicted = training_memory(recipe, config, Machine("this machine", 10**10, "cpu"))
+    assert predicted["activations"] / 2 == pytest.approx(two - one, rel=0.05)
+
+
+def test_less_is_predicted_for_less(recipe_file):
+    recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
+    cpu = Machine("this machine", 10**12, "cpu")
+
+    def total(stage: str, *overrides: str, machine: Machine = cpu) -> int:
+        changed = load_recipe(
+            recipe_file, ["data.max_length=4096", "train.micro_batch_size=8", *overrides]
+        )
+        return sum(memory_of(stage, changed, LLAMA_2_13B, machine).values())
+
+    whole = total("train")
+    assert whole == sum(memory_of("train", recipe, LLAMA_2_13B, cpu).values())
+    assert total("train", "train.gradient_checkpointing=true") < 0.8 * whole
+    assert total("train", "train.micro_batch_size=1") < 0.5 * whole
+    assert total("train", "lora.rank=64") > whole
+    aware = [f"train.quantization_aware={{steps: 2, distillation: {x}}}" for x in (0, 1)]
+    assert whole < total("train", aware[0]) < total("train", aware[1])
+    assert total("quantize") < 0.1 * total("quantize", "quantize.budget=4.5")
+    assert total("quantize") < total("quantize", "quantize.method=gptq")
+    assert total("evaluate", "evaluate.batch_size=1") < total("evaluate")
+
+
+def test_disk_is_what_the_files_will_take(recipe_file):
+    from finequant.quantize.merge.adapter import open_base
+
+    recipe = load_recipe(recipe_file, ["quantize.embedding=8"])
+    base = open_base(recipe.model)
+    plan = layer_plan(recipe.quantize, base.config)
+    files = layout(stored_shapes(base.shapes, base.config, plan), plan, torch.float32)
+    exact = sum(file.size for file in files)
+    assert disk_of("quantize", recipe, base.config) == pytest.approx(exact, rel=0.1)
+
+
+def test_a_cache_of_keys_and_values():
+    assert cache_bytes(LLAMA_3_70B, 1) == 2 * 80 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6 * 10**9), ("1.5 GiB", 1610612736), ("512mb", 512 * 10**6), ("80", 80)],
+)
+def test_sizes(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "six", "6XB", "GB", "-1GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="is no size: expected a number with MB, GB"):
+        bytes_of(text)
+
+
+def test_gpus_by_name_and_by_memory():
+    assert named_gpu("rtx 4090") == Machine("RTX 4090", 24 * 10**9, "gpu")
+    assert named_gpu("24GB") == Machine("24GB", 24 * 10**9, "gpu")
+    assert named_gpu("T4").training_dtype("auto") == "float32"
+    assert named_gpu("H100").training_dtype("auto") == "bfloat16"
+    with pytest.raises(UserError, match="--gpu: 'H1000' is none of T4, V100"):
+        named_gpu("H1000")
+
+
+def test_what_cannot_finish_is_refused_with_figures(recipe_file):
+    recipe = load_recipe(recipe_file, ["train.micro_batch_size=8", "data.max_length=100000"])
+    with pytest.raises(UserError) as error:
+        refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["train", "quantize"], SMALL)
+    message = str(error.value)
+    assert "train: " in message
+    assert "for activations" in message
+    assert "a small machine has 1.00 GB" in message
+    assert "train.micro_batch_size" in message
+    assert "quantize:" not in message
+    refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
+
+
+def test_too_little_disk_is_refused(recipe_file, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(UserError, match="disk: .* are needed for .*, free are 0.0 MB"):
+        refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
+
+
+def test_a_container_has_what_it_may_take(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    limit.write_text("123456789\n")
+    monkeypatch.setattr(machines, "CONTAINER_LIMIT", limit)
+    if not torch.cuda.is_available():
+        assert machines.this_machine().memory == 123456789
+        limit.write_text("max\n")
+        assert machines.this_machine().memory > 123456789
+
+
+def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path):
+    """A recipe that asks for petabytes: exit code 2, figures, and nothing is written."""
+    command = [sys.executable, "-m", "finequant.recipes.run", "run", str(recipe_file)]
+    huge = ["data.max_length=100000000", "train.micro_batch_size=64", "train.batch_size=64"]
+    done = subprocess.run([*command, *huge], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: this run cannot finish here" in done.stderr
+    assert "--force starts in spite of it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    forced = subprocess.run(
+        [*command, *huge, "--force", "data.train=nowhere.jsonl"], capture_output=True, text=True
+    )
+    assert "cannot finish" not in forced.stderr
+    assert "nowhere.jsonl" in forced.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, method):
+    """On a model that is large beside the process."""
+    from finequant.finetune.model import load_config
+    from finequant.finetune.train import main as train
+    from finequant.quantize.size.machine import this_machine
+
+    base = llama("wide", hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    overrides = [
+        f"model.base={base}",
+        "train.max_steps=1",
+        f"quantize.method={method}",
+        "quantize.calibration={tokens: 2048, length: 64}",
+    ]
+    train([str(recipe_file), *overrides])
+    command = [sys.executable, "-m", "finequant.quantize.convert", str(recipe_file), *overrides]
+    subprocess.run(command, check=True, capture_output=True)
+    recipe = load_recipe(recipe_file, overrides)
+    manifest = json.loads((recipe_file.parent / "run" / "manifest.json").read_text())
+    predicted = memory_of("quantize", recipe, load_config(recipe.model), this_machine())
+    measured = manifest["quantize"]["peak_memory_bytes"]
+    assert sum(predicted.values()) == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,362 @@
+"""Merge and quantize in pieces: equal to whole models, in files that load, resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from finequant.quantize.checkpoint.reading import TensorFile, header, row_slices
+from finequant.quantize.checkpoint.writing import (
+    JOURNAL,
+    Checkpoint,
+    quantized_model,
+    stored_shapes,
+)
+from finequant.quantize.checkpoint.writing import reading as tensors
+from finequant.quantize.convert import write_float, write_quantized
+from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+from finequant.quantize.merge.check import check_merge
+from finequant.quantize.methods.method import calibration_sequences, round_model
+from finequant.quantize.methods.rotation import rotate, rotated
+from finequant.quantize.scheme import layer_plan, untie_head, unties_head
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Calibration, Model, Quantize
+
+SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Every layer in several pieces."""
+    monkeypatch.setattr(tensors, "WEIGHTS", 32 * 64)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Makes a random adapter of a base: adapter(folder, **LoraConfig) -> its folder."""
+
+    def make(base: Path, **changes) -> Path:
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(task_type="CAUSAL_LM", **settings),
+        )
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(std=0.05)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+def opened(base: Path, folder: Path):
+    found = open_base(Model(base=str(base)))
+    return found, Adapter(folder, found, str(base))
+
+
+def theirs(base: Path, folder: Path) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 3}},
+        {"use_dora": True, "target_modules": ["v_proj", "down_proj"]},
+    ],
+    ids=["lora", "patterns", "dora"],
+)
+def test_merged_weights_are_pefts_to_the_bit(
+    llama, adapter, small_pieces, tmp_path, kind, settings
+):
+    base = llama("base", max_shard_size="60KB" if kind == "shards" else "1GB")
+    if kind == "bfloat16":
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model.save_pretrained(base)
+    folder = adapter(base, **settings)
+    source, own = opened(base, folder)
+    expected = theirs(base, folder).state_dict()
+    weights = merged_weights(source, own)
+    assert list(source.shapes) == list(expected)
+    for name, tensor in expected.items():
+        found = torch.cat([weights(name, rows) for rows in row_slices(tensor.shape)])
+        assert torch.equal(found, tensor), name
+    assert check_merge(source, own, folder, [[5, 6, 7, 8], [9]]) < 1e-5
+    (tmp_path / "merged").mkdir()
+    write_float(tmp_path / "merged", source, weights, torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(merged.state_dict()[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "turned"),
+    [("rtn", False), ("rtn", True), ("hqq", False), ("gptq", False), ("gptq", True)],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_pieces_are_what_a_whole_model_gives(
+    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, turned, tied
+):
+    """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
+    base = llama("base", tie_word_embeddings=tied)
+    folder = adapter(base)
+    source, own = opened(base, folder)
+    quantize = Quantize(
+        method=method,
+        scale="search",
+        layers={"*.1.*.up_proj": "float"},
+        embedding=8,
+        calibration=Calibration(tokens=512, length=32),
+    )
+    plan, model = layer_plan(quantize, source.config), theirs(base, folder)
+    if unties_head(plan):
+        untie_head(model)
+    if turned:
+        rotate(model)
+    recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
+    sequences = calibration_sequences(recipe, tokenizer)
+    expected = round_model(model, recipe, tokenizer, torch.bfloat16)
+    whole = quantized_model(model, expected, plan, torch.bfloat16)
+    shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
+    if turned:
+        weights = rotated(weights, source.config)
+    out = tmp_path / "out"
+    out.mkdir()
+    written = write_quantized(out, source, weights, quantize, torch.bfloat16, sequences)
+    for name, rounded in expected.items():
+        found = written.rounded(f"{name}.weight", slice(None))
+        assert torch.equal(found.codes, rounded.codes), name
+        assert torch.equal(found.scale, rounded.scale), name
+    several = Checkpoint(tmp_path, shapes, plan, torch.bfloat16, shard_bytes=40_000)
+    for name in shapes:
+        rounded = expected.get(name.removesuffix(".weight"))
+        several.write(name, slice(None), weights(name, slice(None)), rounded)
+    shutil.copy(out / "config.json", tmp_path)
+    written.finish()
+    several.finish()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    with torch.no_grad():
+        logits = whole(SEQUENCES).logits
+        for folder in (out, tmp_path):
+            reloaded = AutoModelForCausalLM.from_pretrained(folder)
+            assert torch.equal(reloaded(SEQUENCES).logits, logits)
+
+
+def test_the_header_is_safetensors_own(tmp_path):
+    tensors_ = {
+        "b": torch.randn(3, 5),
+        "a": torch.ones(7, dtype=torch.int8),
+        "é": torch.randn(2, 2).bfloat16(),
+        "c": torch.randn(4).half(),
+        "a.b": torch.randn(9),
+    }
+    save_file(tensors_, tmp_path / "theirs.safetensors", {"format": "pt"})
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors_.items()}
+    start, entries = header(described, {"format": "pt"})
+    assert (tmp_path / "theirs.safetensors").read_bytes().startswith(start)
+    file = TensorFile(tmp_path / "theirs.safetensors")
+    assert file.entries == entries
+    for name, tensor in tensors_.items():
+        assert torch.equal(file.read(name), tensor)
+        assert torch.equal(file.read(name, slice(1, 3)), tensor[1:3])
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, b"\x02" + bytes(7) + b"[]"])
+def test_a_damaged_file_is_a_message(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="x.safetensors: damaged"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_ends_early_is_a_message(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(64, 8)}, path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with pytest.raises(UserError, match="ends in the middle of a"):
+        TensorFile(path).read("a")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (33, 4096), (1000, 4096), (1050, 14336)])
+def test_slices_cover_all_and_none_is_thin(rows, columns):
+    slices = list(row_slices((rows, columns)))
+    assert [one.start for one in slices] == [0, *(one.stop for one in slices[:-1])]
+    assert slices[-1].stop == rows
+    assert all(one.stop - one.start >= min(32, rows) for one in slices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_what_is_no_lora_of_linear_layers_is_refused_by_name(tiny_base, adapter, settings, named):
+    with pytest.raises(UserError, match=f"cannot be merged: has .*{named}"):
+        opened(tiny_base, adapter(tiny_base, **settings))
+
+
+def test_a_merge_that_is_wrong_is_noticed(tiny_base, adapter, monkeypatch):
+    folder = adapter(tiny_base)
+    source, own = opened(tiny_base, folder)
+    monkeypatch.setattr(own, "_scaling", dict.fromkeys(own.layers, 2.1))
+    with pytest.raises(UserError, match="merged logits differ from base \\+ adapter"):
+        check_merge(source, own, folder, [[5, 6, 7]])
+
+
+def test_what_is_written_is_kept_and_what_is_damaged_is_not(
+    tiny_base, adapter, small_pieces, tmp_path
+):
+    source, own = opened(tiny_base, adapter(tiny_base))
+    weights, out = merged_weights(source, own), tmp_path / "out"
+    out.mkdir()
+    quantize, asked = Quantize(), []
+
+    def counted(name: str, rows: slice) -> torch.Tensor:
+        asked.append((name, rows.start))
+        return weights(name, rows)
+
+    def convert() -> bytes:
+        asked.clear()
+        write_quantized(out, source, counted, quantize, torch.float32)
+        return (out / "model.safetensors").read_bytes()
+
+    whole = convert()
+    every = set(asked)
+    assert convert() == whole
+    assert not asked
+    journal = [line for line in (out / JOURNAL).read_text().splitlines() if line]
+    assert len(journal) == len(every)
+    (out / JOURNAL).write_text("\n".join(journal[:20]) + "\n" + journal[20][:9])  # cut off
+    assert convert() == whole
+    assert len(asked) == len(every) - 20
+    entry = TensorFile(out / "model.safetensors").entries[
+        "model.layers.1.mlp.up_proj._weight_qdata"
+    ]
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(entry.start + 70)
+        file.write(b"\x55")
+    assert convert() == whole
+    assert set(asked) == {("model.layers.1.mlp.up_proj.weight", 0)}
+    (out / "model.safetensors").unlink()
+    assert convert() == whole
+    assert set(asked) == every
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, method):
+    """The process is killed while it writes; the next call asks for less, and equals one call."""
+    from finequant.finetune.train import main as train
+
+    base = llama("deep", num_hidden_layers=24)
+    arguments = [
+        str(recipe_file),
+        f"model.base={base}",
+        "train.max_steps=1",
+        f"quantize.method={method}",
+        "quantize.calibration={tokens: 2048, length: 64}",
+    ]
+    train(arguments)
+    run = recipe_file.parent / "run"
+    command = [sys.executable, "-m", "finequant.quantize.convert", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+    expected = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
+    shutil.rmtree(run / "quantized")
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    journal = run / "quantized.partial" / JOURNAL
+    while not journal.exists() or len(journal.read_bytes()) < 8000:
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(journal.read_text().splitlines())
+    assert not (run / "quantized").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    found = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
+    assert found == expected
+    assert kept > 20
+
+
+@pytest.mark.slow
+def test_other_inputs_start_over(recipe_file):
+    """What was written for 4 bits is no part of what is written for 3."""
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.max_steps=1"]
+    train(arguments)
+    convert([*arguments, "quantize.bits=3"])
+    run = recipe_file.parent / "run"
+    expected = load_file(run / "quantized" / "model.safetensors")
+    partial = run / "quantized.partial"
+    shutil.copytree(run / "quantized", partial)
+    record = {"inputs": {"quantize.bits": 4}, "versions": {}}
+    (partial / "inputs.json").write_text(json.dumps(record))
+    (partial / "stale.safetensors").write_bytes(b"")
+    convert([*arguments, "quantize.bits=3"])
+    found = load_file(run / "quantized" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not (run / "quantized" / "stale.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Two models, one with eight times the layers: the peak is that of a layer, not of all."""
+    script = tmp_path / "convert.py"
+    script.write_text(
+        """
+import sys, torch
+from pathlib import Path
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from finequant.quantize.convert import write_float, write_quantized
+from finequant.quantize.merge.adapter import Base, open_base
+from finequant.recipes.rundir import peak_memory
+from finequant.recipes.schema import Calibration, Model, Quantize
+folder, layers = Path(sys.argv[1]), int(sys.argv[2])
+config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096,
+    num_hidden_layers=layers, num_attention_heads=8, dtype="bfloat16")
+with torch.device("meta"):
+    model = LlamaForCausalLM(config)
+shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def weights(name, rows):
+    first, last, _ = rows.indices(shapes[name][0])
+    return torch.full((last - first, *shapes[name][1:]), 0.01)
+for name in ("base", "out"):
+    (folder / name).mkdir(parents=True)
+base = Base(config, GenerationConfig(), shapes, weights)
+write_float(folder / "base", base, weights, torch.bfloat16)
+base = open_base(Model(base=str(folder / "base")))
+write_quantized(folder / "out", base, lambda *of: base.weights(*of).float(), Quantize(),
+    torch.bfloat16)
+print(peak_memory())
+"""
+    )
+    peaks = []
+    for layers in (1, 9):
+        command = [sys.executable, str(script), str(tmp_path / str(layers)), str(layers)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout))
+    weights = 8 * (4 * 1024**2 + 3 * 4096 * 1024)
+    assert peaks[1] - peaks[0] < 0.25 * weights  # in bfloat16 they take twice their number
