@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
     """Prints tokens per second, the share of the matrix products' peak, and the losses."""
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
     from finequant.finetune.model import load_config, load_tokenizer
 
@@ -93,7 +93,7 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
 def local_copy(folder: Path, validation: int) -> Recipe:
     """The quickstart with its base as a folder; beside it the rows' tokens for trl, which would
     learn the line break after an answer, too."""
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import to_dataset
     from finequant.finetune.model import load_base, load_tokenizer
 

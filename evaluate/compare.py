@@ -104,7 +104,7 @@ def prepare(recipe: Recipe) -> Material:
         UserError: where there is nothing to measure on.
     """
     from finequant.evaluate.metrics.perplexity import corpus_windows, read_corpus
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode_prompt
     from finequant.finetune.model import load_config, load_tokenizer
 

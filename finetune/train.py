@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from finequant.finetune.data.rows import Splits
+    from finequant.finetune.data.splits import Splits
     from finequant.finetune.trainer import LoraTrainer
     from finequant.quantize.rounding import Rounded
 
@@ -49,7 +49,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer, training_precision
     from finequant.finetune.trainer import training_arguments
 

@@ -35,7 +35,8 @@ from finequant.recipes.schema import Data, Recipe
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from finequant.finetune.data.rows import Row, Splits
+    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.splits import Splits
 
 
 class LoraTrainer(SFTTrainer):

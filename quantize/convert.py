@@ -272,7 +272,7 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
 
 
 def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
 
     splits = load_splits(recipe.data, recipe.seed)

@@ -173,7 +173,7 @@ def _module(name: str) -> ModuleType:
 def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -276,7 +276,7 @@ def _read_rows(corpus: Corpus) -> list[str]:
     """`corpus.column` of every row."""
     path = Path(corpus.source)
     if path.is_absolute():
-        from finequant.finetune.data.rows import read_rows
+        from finequant.finetune.data.readers import read_rows
 
         rows = read_rows(path)
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
-from finequant.finetune.data.rows import Row, load_splits
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode, to_dataset
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.schema import Recipe

@@ -72,7 +72,7 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         UserError: if the rows have fewer tokens than one sequence needs.
     """
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
 
     wish = recipe.quantize.calibration

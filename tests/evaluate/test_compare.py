@@ -60,7 +60,7 @@ def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tin
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
     from finequant.recipes.load import load_recipe
 

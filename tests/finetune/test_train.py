@@ -145,7 +145,7 @@ def test_every_adapter_belongs_to_the_unchanged_base(recipe_file, tiny_base, ove
 
 def evaluation_loss(model: torch.nn.Module, recipe) -> float:
     """Mean loss of the learned validation tokens, computed without the trainer."""
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
     from finequant.finetune.model import load_tokenizer
 

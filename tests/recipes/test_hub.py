@@ -10,7 +10,7 @@ TOKEN = "hf_PlantedTokenThatMustNotBeShown"
 LOADS = """
 import hashlib, json, sys
 import torch
-from finequant.finetune.data.rows import load_splits
+from finequant.finetune.data.splits import load_splits
 from finequant.finetune.model import load_base, load_config, load_tokenizer
 from finequant.recipes.schema import Data, Model
 

@@ -202,7 +202,7 @@ def test_strange_rows(rows, tokenizer, capsys):
 
 def read(path: Path, tokenizer) -> int:
     """Reads, splits and tokenizes as training does."""
-    from finequant.finetune.data.rows import load_splits
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
 
     data = Data(train=str(path), validation_fraction=0.3, max_length=32)
