@@ -306,8 +306,8 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
 
 def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
     """Of the weights on disk; for a float model that is not on disk, what it would take there."""
-    from finequant.finetune.model import locate_base
     from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.recipes.base import locate_base
 
     folder, file = locate_base(recipe.model)
     if name == "quantized":

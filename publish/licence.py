@@ -73,7 +73,7 @@ def _base_folder(model: Model) -> Path | None:
     Raises:
         UserError: for a Hub id whose papers can be had neither from the Hub nor from the cache.
     """
-    from finequant.finetune.model import locate_base
+    from finequant.recipes.base import locate_base
 
     folder, file = locate_base(model)
     if file:
@@ -111,7 +111,7 @@ def _said_by_the_base(model: Model, folder: Path | None) -> dict[str, str | None
 def _said_by_gguf(model: Model) -> str | None:
     from gguf import GGUFReader
 
-    from finequant.finetune.model import locate_base
+    from finequant.recipes.base import locate_base
 
     folder, file = locate_base(model)
     field = GGUFReader(folder / file).get_field("general.license")

@@ -16,6 +16,7 @@ from typing import Any
 
 from finequant.recipes import lock
 from finequant.recipes.artefact import content_hash, differences, remove, replace_text, seal, verify
+from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
@@ -337,8 +338,6 @@ def _command(stage: str) -> str:
 
 
 def _base_identity(recipe: Recipe) -> str:
-    from finequant.finetune.model import locate_base
-
     folder, file = locate_base(recipe.model)
     if folder is None:
         return f"{recipe.model.base}@{recipe.model.revision or 'main'}"

