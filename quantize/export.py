@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, get_args
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, refuse_all, told_to_the_user
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Export, Recipe
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from finequant.quantize.checkpoint.stored import Stored
+    from finequant.quantize.formats.contents import Contents
     from finequant.quantize.rounding import Rounded
 
 # Each has PACKAGES, check_fits, write, read_rounded and last_logits.
@@ -71,10 +73,8 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
         )
     if "torchao" in formats:
         say(f"export: torchao: {run.quantized} is in this format")
-    modules = {name: _module(name) for name in dict.fromkeys(formats) if name != "torchao"}
     stored = read_stored(run.quantized)
-    for module in modules.values():
-        module.check_fits(stored)
+    modules = fitting_modules(formats, stored.contents)
     reference = None
     for name, module in modules.items():
         if reference is None:
@@ -162,12 +162,22 @@ def check_logits(name: str, logits: torch.Tensor, reference: torch.Tensor) -> fl
     return difference
 
 
-def _module(name: str) -> ModuleType:
-    """The format's module, if what it needs is installed."""
-    module = import_module(MODULES[name])
+def fitting_modules(formats: Sequence[str], contents: Contents) -> dict[str, ModuleType]:
+    """The module of each format; torchao is quantized/ itself and needs none.
+
+    Raises:
+        UserError: with a line for each format that cannot hold the contents, or whose package is
+            not installed.
+    """
+    modules = {name: import_module(MODULES[name]) for name in formats if name != "torchao"}
+    refuse_all(partial(_check_format, name, module, contents) for name, module in modules.items())
+    return modules
+
+
+def _check_format(name: str, module: ModuleType, contents: Contents) -> None:
     if missing := [wheel for package, wheel in module.PACKAGES.items() if not find_spec(package)]:
         raise UserError(f"{name}: needs a package: pip install {' '.join(missing)}")
-    return module
+    module.check_fits(contents)
 
 
 def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -76,6 +76,22 @@ def _of_the_machine(error: BaseException | None) -> str | None:
         if theirs.lower() in said.lower():
             return ours
     return _of_the_machine(error.__cause__ or error.__context__)
+
+
+def refuse_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Runs every check, so that a person hears of all problems at once.
+
+    Raises:
+        UserError: with the messages of all checks that raised one.
+    """
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def listed(problems: list[str], most: int = 20) -> str:

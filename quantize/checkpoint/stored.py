@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
 
@@ -39,6 +40,17 @@ class Stored(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of embedding, norms and arithmetic."""
         return self.floats["model.norm.weight"].dtype
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+        return json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+    @property
+    def contents(self) -> Contents:
+        """What a format has to hold of it."""
+        sizes = {name: self.group_size(name) for name in self.rounded}
+        return Contents(self.config, self.bits, sizes, self.tokenizer)
 
     def group_size(self, name: str) -> int:
         """Weights of a layer that share a scale."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -21,18 +22,16 @@ BITS = (4, 8)
 """Those that fill 32 bits without a rest, which every version packs alike."""
 
 
-def check_fits(stored: Stored) -> None:
+def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
         UserError: for other bits than 4 and 8.
     """
-    others = sorted(set(_linear(stored).values()) - set(BITS))
-    if others:
+    if others := sorted(contents.linear_bits() - set(BITS)):
         raise UserError(
-            f"compressed-tensors: {stored.folder} has layers of "
-            f"{', '.join(map(str, others))} bits; expected 4 or 8: change quantize.bits, "
-            "quantize.layers or quantize.budget"
+            f"compressed-tensors: layers of {', '.join(map(str, others))} bits; expected 4 or 8: "
+            "change quantize.bits, quantize.layers or quantize.budget"
         )
 
 

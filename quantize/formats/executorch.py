@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -36,23 +37,21 @@ LEFT_BEHIND = {"linear", "addmm", "mm", "bmm", "dequantize_affine"}
 """Operators that would run outside XNNPACK, on weights in float."""
 
 
-def check_fits(stored: Stored) -> None:
+def check_fits(contents: Contents) -> None:
     """Refuses what XNNPACK's 4-bit kernels do not take.
 
     Raises:
         UserError: for more than 4 bits, or groups that are no multiples of 32.
     """
-    linear = {name: bits for name, bits in stored.bits.items() if name != EMBEDDING}
-    if wide := sorted({bits for bits in linear.values() if bits > MOST_BITS}):
+    if wide := sorted(bits for bits in contents.linear_bits() if bits > MOST_BITS):
         raise UserError(
-            f"executorch: {stored.folder} has linear layers of {', '.join(map(str, wide))} bits; "
-            "XNNPACK's kernels for groups take 4: quantize with quantize.bits=4"
+            f"executorch: linear layers of {', '.join(map(str, wide))} bits; "
+            "XNNPACK's kernels for groups take 4: set quantize.bits=4"
         )
-    sizes = {stored.group_size(name) for name in linear}
-    if uneven := sorted(size for size in sizes if size % GROUP):
+    if uneven := sorted(size for size in contents.linear_group_sizes() if size % GROUP):
         raise UserError(
-            f"executorch: {stored.folder} has groups of {', '.join(map(str, uneven))}; XNNPACK "
-            f"takes multiples of {GROUP}: quantize with quantize.group_size={GROUP}"
+            f"executorch: groups of {', '.join(map(str, uneven))} weights; XNNPACK takes multiples "
+            f"of {GROUP}: set quantize.group_size={GROUP}"
         )
 
 

@@ -6,7 +6,6 @@ the embedding into F16, norms into F32.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from finequant.quantize.checkpoint.stored import Stored
+from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
@@ -36,31 +36,34 @@ LLAMA_3_WORDS = (
 )
 
 
-def check_fits(stored: Stored) -> None:
+def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
         UserError: for group sizes that blocks of 32 do not divide, and for tokenizers and rotary
             scalings that have no name in GGUF.
     """
-    sizes = sorted({stored.group_size(name) for name in stored.rounded})
-    if uneven := [size for size in sizes if size % BLOCK]:
+    if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % BLOCK):
         raise UserError(
-            f"gguf: {stored.folder} has groups of {', '.join(map(str, uneven))}, which blocks of "
-            f"{BLOCK} weights cannot hold: quantize with quantize.group_size={BLOCK}, or a multiple"
+            f"gguf: groups of {', '.join(map(str, uneven))} weights do not fit into its blocks of "
+            f"{BLOCK}: set quantize.group_size={BLOCK}, or a multiple"
         )
-    largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
-    if largest > torch.finfo(torch.float16).max:
-        raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
-    pre_tokenizer(stored.folder)
-    if (kind := stored.config.rope_parameters["rope_type"]) not in ("default", "llama3"):
+    pre_tokenizer(contents.tokenizer)
+    if (kind := contents.config.rope_parameters["rope_type"]) not in ("default", "llama3"):
         raise UserError(f"gguf: rotary scaling {kind!r} is not written; expected none or llama3")
 
 
 def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Writes the file; returns figures for the manifest."""
+    """Writes the file; returns figures for the manifest.
+
+    Raises:
+        UserError: for a scale beyond half precision.
+    """
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
+    largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
+    if largest > torch.finfo(torch.float16).max:
+        raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
     writer = GGUFWriter(folder / FILE, "llama")
     _add_config(writer, stored.config, recipe.name)
     _add_tokenizer(writer, stored)
@@ -169,7 +172,7 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
     """Tokens, merges, special tokens and the chat template."""
     from gguf import SpecialVocab, TokenType
 
-    described = _tokenizer_json(stored.folder)
+    described = stored.tokenizer
     size = stored.config.vocab_size
     tokens = [f"[PAD{index}]" for index in range(size)]  # rows of the embedding without a token
     types = [TokenType.UNUSED] * size
@@ -179,7 +182,7 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(stored.folder))
+    writer.add_tokenizer_pre(pre_tokenizer(described))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
@@ -187,13 +190,14 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def pre_tokenizer(folder: Path) -> str:
+def pre_tokenizer(described: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer cuts a text into words.
+
+    described: the content of tokenizer.json.
 
     Raises:
         UserError: for a tokenizer that is no byte-level BPE, or cuts in a way without a name here.
     """
-    described = _tokenizer_json(folder)
     found = described["pre_tokenizer"] or {}
     steps = found.get("pretokenizers", [found])
     kinds = [step.get("type") for step in steps]
@@ -204,13 +208,13 @@ def pre_tokenizer(folder: Path) -> str:
     if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == LLAMA_3_WORDS:
         return "llama-bpe"
     raise UserError(
-        f"gguf: {folder / 'tokenizer.json'}: cuts words by {kinds or 'nothing'}, for which "
+        f"gguf: the tokenizer cuts words by {_names(kinds)}, for which "
         "llama.cpp's name is not known here; expected a byte-level BPE as GPT-2, SmolLM or Llama 3"
     )
 
 
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+def _names(kinds: list[str | None]) -> str:
+    return ", ".join(filter(None, kinds)) or "no rule (as Llama 2's does)"
 
 
 def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:

@@ -1,0 +1,54 @@
+"""What a format has to hold: known from the recipe before anything is trained, and from quantized/.
+
+A format's `check_fits` takes it, so the same refusal comes before the first stage and at export.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan, undecided
+from finequant.recipes.schema import Quantize
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+
+class Contents(NamedTuple):
+    """Everything that decides whether a format can hold a quantized model, but its numbers."""
+
+    config: LlamaConfig
+    bits: dict[str, int | None]
+    """By quantized layer; None where a budget will choose."""
+    group_sizes: dict[str, int]
+    """By quantized layer."""
+    tokenizer: dict[str, Any]
+    """tokenizer.json"""
+
+    def linear_bits(self) -> set[int]:
+        """Bits of linear layers and head, as far as they are decided."""
+        return {bits for name, bits in self.bits.items() if bits and name != EMBEDDING}
+
+    def linear_group_sizes(self) -> set[int]:
+        """Group sizes of linear layers and head."""
+        return {size for name, size in self.group_sizes.items() if name != EMBEDDING}
+
+
+def planned(
+    quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
+) -> Contents:
+    """What `quantize` will write for a base, by the recipe's plan.
+
+    Raises:
+        UserError: for a plan that does not fit the base.
+    """
+    plan: Plan = layer_plan(quantize, config)
+    schemes = {name: scheme for name, scheme in plan.items() if scheme}
+    later = undecided(quantize, plan) if quantize.budget else []
+    return Contents(
+        config,
+        {name: None if name in later else scheme.bits for name, scheme in schemes.items()},
+        {name: scheme.group_size for name, scheme in schemes.items()},
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+    )
