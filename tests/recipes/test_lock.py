@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -46,7 +45,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(tmp_path, other):
     with pytest.raises(UserError) as caught:
         lock.hold(tmp_path / "run")
     message = str(caught.value)
-    assert f"run is in use by process {other.pid}, since 2" in message
+    assert f"run is in use by process {other.pid} on {socket.gethostname()}, since 2" in message
     assert "recipe.yaml" in message
     assert "wait until it has ended, stop it, or give another output_dir" in message
 
@@ -59,12 +58,11 @@ def test_a_lock_ends_with_its_process(tmp_path, other, number):
     assert json.loads((tmp_path / "run" / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_given_back_it_names_nobody_and_can_be_taken_again(tmp_path):
+def test_it_can_be_given_back_and_taken_again(tmp_path):
     for _ in range(2):
         lock.hold(tmp_path)
         lock.hold(tmp_path)  # ours already
         lock.release()
-        assert (tmp_path / lock.NAME).read_text() == ""
 
 
 def test_other_processes_of_one_training_do_not_ask(tmp_path, other, monkeypatch):
@@ -72,49 +70,10 @@ def test_other_processes_of_one_training_do_not_ask(tmp_path, other, monkeypatch
     lock.hold(tmp_path / "run")
 
 
-def write_lock(folder: Path, host: str, seconds_ago: float) -> os.stat_result:
-    file = folder / lock.NAME
-    holder = {"pid": 7, "host": host, "since": "2026-01-02 03:04:05", "command": "train.py"}
-    file.write_text(json.dumps(holder), encoding="utf-8")
-    os.utime(file, ns=(file.stat().st_mtime_ns - int(seconds_ago * 1e9),) * 2)
-    return file.stat()
-
-
-def test_another_machine_on_a_shared_disk_counts_while_it_gives_signs_of_life(tmp_path):
-    """Its `flock` is not seen here on every file system."""
-    before = write_lock(tmp_path, "elsewhere", lock.SILENT / 2)
-    for _ in range(2):  # asking is no sign of life
-        with pytest.raises(UserError, match="process 7 on elsewhere, since 2026-01-02 03:04:05"):
-            lock.hold(tmp_path)
-        assert (tmp_path / lock.NAME).stat().st_mtime_ns == before.st_mtime_ns
-
-
-@pytest.mark.parametrize(
-    ("host", "seconds_ago"), [("elsewhere", lock.SILENT + 1), (socket.gethostname(), 1)]
-)
-def test_a_stale_lock_is_taken(tmp_path, host, seconds_ago):
-    """That of a machine that fell silent, or of a process that was killed here."""
-    write_lock(tmp_path, host, seconds_ago)
-    lock.hold(tmp_path)
-    assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
-
-
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\0" * 9])
 def test_a_damaged_lock_is_no_lock(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content, encoding="utf-8")
     lock.hold(tmp_path)
-
-
-def test_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.01)
-    before = write_lock(tmp_path, socket.gethostname(), 1000)
-    lock.hold(tmp_path)
-    for _ in range(500):
-        os.utime(tmp_path / lock.NAME, ns=(before.st_mtime_ns,) * 2)
-        lock.threading.Event().wait(0.02)
-        if (tmp_path / lock.NAME).stat().st_mtime_ns > before.st_mtime_ns:
-            return
-    pytest.fail("none")
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
