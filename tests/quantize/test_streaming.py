@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from finequant.quantize.checkpoint import reading as tensors
 from finequant.quantize.checkpoint.reading import TensorFile, header, row_slices
 from finequant.quantize.checkpoint.writing import (
     JOURNAL,
@@ -24,7 +25,6 @@ from finequant.quantize.checkpoint.writing import (
     quantized_model,
     stored_shapes,
 )
-from finequant.quantize.checkpoint.writing import reading as tensors
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
