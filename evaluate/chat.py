@@ -121,13 +121,15 @@ def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
         UserError: if its runtime is not there.
     """
     from finequant.evaluate.compare import load_model
+    from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
 
     if name in EXPORTS:
         return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
-    return transformers_speaker(load_model(name, recipe, run, [prompt]), tokenizer, recipe)
+    ends = end_tokens(recipe.model, recipe.data, tokenizer)
+    return transformers_speaker(load_model(name, recipe, run, [prompt], ends), tokenizer, recipe)
 
 
 def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
@@ -137,6 +139,7 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
         UserError: if that is not installed.
     """
     from finequant.evaluate.metrics.exports import greedy_tokens
+    from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
     from finequant.quantize.formats.runtimes import open_runtime, why_not
 
@@ -144,11 +147,12 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
         raise UserError(f"{name}: its runtime is not installed: {missing}")
     runtime = open_runtime(EXPORTS[name], run.exports / EXPORTS[name])
     tokenizer = load_tokenizer(recipe.model)
+    ends = end_tokens(recipe.model, recipe.data, tokenizer)
 
     def speak(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
         started = time.monotonic()
-        for token in greedy_tokens(runtime, ids, tokenizer.eos_token_id, max_new_tokens):
+        for token in greedy_tokens(runtime, ids, ends, max_new_tokens):
             new.append(token)
             write(tokenizer.decode([token], skip_special_tokens=True))
         seconds = time.monotonic() - started
@@ -164,12 +168,20 @@ def transformers_speaker(
     import torch
     from transformers import TextStreamer
 
+    from finequant.finetune.data.turns import configured_ends, until_end
+
+    ends = configured_ends(model)
+
     class Writer(TextStreamer):
-        """Hands text on when a word is complete."""
+        """Hands text on when a word is complete; an end token is none, special or not."""
 
         def __init__(self, write: Callable[[str], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.write = write
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or value.item() not in ends:
+                super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.write(text)
@@ -189,9 +201,10 @@ def transformers_speaker(
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=Writer(write),
             )
-        new = output[0, ids.shape[1] :]
+        new = output[0, ids.shape[1] :].tolist()
         seconds = time.monotonic() - started
-        return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
+        text = tokenizer.decode(until_end(new, ends), skip_special_tokens=True)
+        return Answer(text.strip(), len(new), seconds)
 
     return speak
 

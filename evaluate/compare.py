@@ -39,6 +39,8 @@ class Material:
     """What every model is measured on, as token ids that all of them share."""
 
     tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+    """Ids at which answers stop."""
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]
     rows: list[Row]
     prompts: list[list[int]]
@@ -106,6 +108,7 @@ def prepare(recipe: Recipe) -> Material:
     from finequant.evaluate.metrics.perplexity import corpus_windows, read_corpus
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode_prompt
+    from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_config, load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
@@ -126,6 +129,7 @@ def prepare(recipe: Recipe) -> Material:
     asked = [row for row in rows if row.messages]
     return Material(
         tokenizer,
+        end_tokens(recipe.model, recipe.data, tokenizer),
         corpora,
         asked,
         [encode_prompt(row, tokenizer, recipe.data) for row in asked],
@@ -156,7 +160,7 @@ def measure_all(
             say(f"evaluate: {name}: measured before, unchanged")
             measured[name] = kept[name]
             continue
-        model = load_model(name, recipe, run, material.prompts)
+        model = load_model(name, recipe, run, material.prompts, material.ends)
         if needs_reference:
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
         size = size_bytes(name, model, recipe, run)
@@ -190,12 +194,16 @@ def measure_exports(
 
 
 def load_model(
-    name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]]
+    name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]], ends: list[int]
 ) -> LlamaForCausalLM:
-    """One of the three, in the dtype that is shipped, on the GPU if there is one."""
+    """One of the three, in the dtype that is shipped, on the GPU if there is one.
+
+    ends: ids at which base and tuned stop; quantized/ says itself where it does.
+    """
     from transformers import AutoModelForCausalLM
 
     from finequant.evaluate.dequantized import dequantize_once
+    from finequant.finetune.data.turns import stop_at
     from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge.adapter import merge
     from finequant.quantize.scheme import cast_weights, shipped_dtype
@@ -209,6 +217,7 @@ def load_model(
         return dequantize_once(model.to(device()), (prompts or [[0]])[0])
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
+    stop_at(model, ends)
     return cast_weights(model, dtype).to(device()).eval()
 
 

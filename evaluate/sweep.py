@@ -180,6 +180,7 @@ def _measure_all(
     """Each job's measurement by its name; a model is loaded only if one is missing."""
     from finequant.evaluate.compare import keep, kept_measurement, prepare
     from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.finetune.data.turns import stop_at
 
     kept = {job.name: kept_measurement(job.file, job.inputs) for job in jobs}
     measured = {name: measurement for name, measurement in kept.items() if measurement}
@@ -190,6 +191,7 @@ def _measure_all(
     check_tasks(recipe.evaluate)
     material = prepare(recipe)
     model = _float_model(recipe, run, swept, material.prompts)
+    stop_at(model, material.ends)
     for job in missing:
         say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
         watch = Stopwatch()

@@ -18,7 +18,12 @@ from finequant.recipes.schema import Lora, Model
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerBase,
+    )
 
 # As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -69,6 +74,20 @@ def _read_config(model: Model) -> LlamaConfig:
     return config
 
 
+def load_generation_config(model: Model) -> GenerationConfig:
+    """The base's generation_config.json; where it has none, what its configuration says."""
+    from transformers import GenerationConfig
+
+    folder, file = locate_base(model)
+    try:
+        if not file:
+            revision = model.revision or "main"
+            return GenerationConfig.from_pretrained(folder or model.base, revision=revision)
+    except OSError:  # not there
+        pass
+    return GenerationConfig.from_model_config(load_config(model))
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template if it gives one, and a padding token.
 
@@ -88,9 +107,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             else model.chat_template
         )
     if tokenizer.pad_token is None:
-        # Llama 3 reserves a token for this; elsewhere padding is masked, so the end token will do.
+        # Llama 3 reserves a token for this; elsewhere padding is masked, so any token will do.
         reserved = "<|finetune_right_pad_id|>"
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+        usual = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else usual
     return tokenizer
 
 
@@ -196,6 +216,11 @@ def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:
     from peft import LoraConfig
 
     if lora.target_modules != "all-linear":
+        if "lm_head" in lora.target_modules:
+            raise UserError(
+                "lora.target_modules: lm_head, the head, takes no LoRA here: the loss multiplies "
+                "with its stored weight, which a tied embedding shares: leave it out"
+            )
         linear = [
             name
             for name, module in seed_model.model.named_modules(prefix="model")

@@ -50,6 +50,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         UserError: for data or a base that cannot be used.
     """
     from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.turns import save_tokenizer
     from finequant.finetune.model import load_tokenizer, training_precision
     from finequant.finetune.trainer import training_arguments
 
@@ -75,7 +76,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.adapter, recipe) as folder:
             for phase in reversed(phases):  # of two adapters, that of plain LoRA
                 shutil.copytree(phase, folder, dirs_exist_ok=True)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, recipe.data, folder)
             (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
         figures = _figures(log) | {"processes": arguments.world_size}
         run.record(recipe, "train", inputs, seconds=watch.seconds, **figures)

@@ -48,6 +48,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
             checkpoint that does not give the same logits once reloaded.
     """
+    from finequant.finetune.data.turns import as_configured, end_tokens, save_tokenizer
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.checkpoint.writing import weight_bytes
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
@@ -69,6 +70,8 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         planned = _within_budget(recipe, run, tokenizer, prompts, dtype)
     plan = layer_plan(planned.quantize, config)
     base = open_base(recipe.model)
+    ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
+    base.config.eos_token_id = base.generation_config.eos_token_id = ends
     adapter = Adapter(run.adapter, base, recipe.model.base)
     say("quantize: merging")
     difference = check_merge(base, adapter, run.adapter, prompts)
@@ -77,7 +80,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     if recipe.quantize.keep_merged:
         with run.writing(run.merged, recipe, inputs) as folder:
             write_float(folder, base, weights, dtype)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, recipe.data, folder)
     if recipe.quantize.rotate:
         weights = rotated(weights, config)
     sequences = None
@@ -89,7 +92,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         chosen = planned.quantize
         checkpoint = write_quantized(folder, base, weights, chosen, dtype, sequences, trained)
         record["layers"] = layer_table(checkpoint, base, plan)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, recipe.data, folder)
         text = json.dumps(record, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
         check_quantized(checkpoint, base, plan, prompts)

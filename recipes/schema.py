@@ -107,6 +107,11 @@ class Data(Section):
         "truncate", description="split: texts only, into pieces of max_length"
     )
     loss_on: Literal["assistant", "all"] = "assistant"
+    missing_end: Literal["error", "allow"] = Field(
+        "error",
+        description="where no token ends an answer (in the chat template) or a text (the "
+        "tokenizer's EOS); allow: the model does not learn to stop",
+    )
     packing: bool = Field(False, description="fill max_length with several rows, kept apart")
     duplicates: Literal["keep", "drop"] = Field("keep", description="repeated training rows")
     overlap: Literal["error", "drop"] = Field(

@@ -83,7 +83,7 @@ def _answers(
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     limit = recipe.evaluate.max_new_tokens
     answers = [
-        greedy_answer(runtime, material.tokenizer, prompt, limit)
+        greedy_answer(runtime, material.tokenizer, prompt, material.ends, limit)
         for prompt in _tracked(material.prompts, f"{name}: answers")
     ]
     wanted = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
@@ -109,22 +109,26 @@ def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
 
 
 def greedy_answer(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    ends: list[int],
+    limit: int,
 ) -> str:
-    """At most `limit` tokens, up to the tokenizer's end token; without special tokens, stripped."""
-    answer = list(greedy_tokens(runtime, prompt, tokenizer.eos_token_id, limit))
+    """At most `limit` tokens, up to one of `ends`; without special tokens, stripped."""
+    answer = list(greedy_tokens(runtime, prompt, ends, limit))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
 
 
 def greedy_tokens(
-    runtime: Runtime, prompt: list[int], stop: int | None, limit: int
+    runtime: Runtime, prompt: list[int], ends: list[int], limit: int
 ) -> Iterator[int]:
-    """At most `limit` tokens after the prompt, up to `stop`, which is not among them."""
+    """At most `limit` tokens after the prompt, up to one of `ends`, which is not among them."""
     logits = runtime.last_logits(prompt)
     for place in range(len(prompt), len(prompt) + limit):
         token = int(logits.argmax())
-        if token == stop:
+        if token in ends:
             return
         yield token
         logits = runtime.last_logits([token], place)

@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.evaluate.report.report import OUT_OF_100
+from finequant.finetune.data.turns import configured_ends, until_end
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Evaluate, Task
 
@@ -108,7 +109,7 @@ def answer(
 ) -> list[str]:
     """Greedy answers to prompts of token ids: in their order, without special tokens, stripped.
 
-    Stops at the end tokens of the generation configuration and of the tokenizer.
+    Stops at the end tokens of the generation configuration, as plain `generate` does.
     """
     # Longest first: memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -289,10 +290,8 @@ def _squad_tokens(text: str) -> list[str]:
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """One batch of greedy answers, padded on the left."""
-    configured = model.generation_config.eos_token_id
-    stops = configured if isinstance(configured, list) else [configured]
-    stops = sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    ends = configured_ends(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     left = {"batch_first": True, "padding_side": "left"}
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=pad, **left)
     mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)
@@ -305,12 +304,12 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
         temperature=None,  # with these two: the model's own sampling defaults, meaningless here
         top_p=None,
         top_k=None,
-        eos_token_id=stops or None,
         pad_token_id=pad,
     )
+    new = [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     # Cleaning up spaces would turn " ." into ".", which the reference may well contain.
     texts = tokenizer.batch_decode(
-        output[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        new, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [text.strip() for text in texts]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode, to_dataset
+from finequant.finetune.data.turns import answer_end, end_tokens
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.schema import Recipe
 
@@ -37,10 +38,27 @@ def preview(recipe: Recipe, count: int) -> None:
         console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
     console.rule()
     console.print(_statistics(recipe, tokenizer, splits._asdict()))
+    for line in _ends(recipe, tokenizer, splits.train):
+        console.print(line, markup=False, highlight=False)
     console.print("learned tokens are green and bold; the others are read, but not learned")
     for rows in (splits.train, splits.validation):
         if rows:
             to_dataset(rows, tokenizer, recipe.data)
+
+
+def _ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:
+    """The token that ends an answer, or a text, and where generation stops, in words."""
+
+    def shown(end: int | None) -> str:
+        return "no token" if end is None else f"{tokenizer.decode([end])} ({end})"
+
+    lines = []
+    if any(row.messages for row in rows):
+        lines.append(f"answers end in {shown(answer_end(tokenizer, recipe.data).id)}")
+    if not all(row.messages for row in rows):
+        lines.append(f"texts end in {shown(tokenizer.eos_token_id)}")
+    stops = map(shown, end_tokens(recipe.model, recipe.data, tokenizer))
+    return [*lines, f"generation stops at {', '.join(stops) or 'no token'}"]
 
 
 def _coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.finetune.data.rows import Message, Row
+from finequant.finetune.data.turns import answer_end
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data
 
@@ -28,14 +30,18 @@ class Encoded(NamedTuple):
 def encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, whole: bool = False
 ) -> Encoded:
-    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are learned."""
+    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are learned.
+
+    Raises:
+        UserError: for a row that ends in no token, where data.missing_end does not allow it, and
+            for a chat template that writes answers otherwise than it asks for them.
+    """
     if not row.messages:
-        ids = tokenizer(row.text)["input_ids"]
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+        ids = _text_with_end(row, tokenizer, data)
         learned = [True] * len(ids)
     elif data.loss_on == "all":
         text = _render(row, row.messages, tokenizer, data)
+        _answer_span(row, len(row.messages) - 1, text, tokenizer, data)  # refuses what is not one
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         learned = [True] * len(ids)
     else:
@@ -131,29 +137,92 @@ def _tokenize(
     return ids, places
 
 
+def _text_with_end(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
+    ids = tokenizer(row.text)["input_ids"]
+    end = tokenizer.eos_token_id
+    if end is None and data.missing_end == "error":
+        raise UserError(
+            f"{row.where}: the base's tokenizer has no EOS token to end a text with: name one as "
+            "eos_token in its tokenizer_config.json, or set data.missing_end=allow"
+        )
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
 def _render_with_spans(
     row: Row, tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character ranges that the assistant says.
-
-    An answer begins where the template's generation prompt ends and includes the template's end
-    of turn, which the model has to learn to say.
-    """
+    """The conversation as text, and the character ranges that the assistant says."""
     text = _render(row, row.messages, tokenizer, data)
-    spans = []
-    for index, message in enumerate(row.messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(row, row.messages[:index], tokenizer, data, add_generation_prompt=True)
-        after = _render(row, row.messages[: index + 1], tokenizer, data).rstrip()
-        if not (text.startswith(after) and after.startswith(before)):
+    return text, [
+        _answer_span(row, index, text, tokenizer, data)
+        for index, message in enumerate(row.messages)
+        if message["role"] == "assistant"
+    ]
+
+
+def _answer_span(
+    row: Row, index: int, text: str, tokenizer: PreTrainedTokenizerBase, data: Data
+) -> tuple[int, int]:
+    """The characters of an answer in the whole conversation, with the token that ends it.
+
+    It begins where the template's generation prompt ends: there the model will be asked.
+    """
+    prompt = _render(row, row.messages[:index], tokenizer, data, add_generation_prompt=True)
+    alone = text
+    if index < len(row.messages) - 1:
+        alone = _render(row, row.messages[: index + 1], tokenizer, data)
+    if not alone.startswith(prompt):
+        same = len(commonprefix([prompt, alone]))
+        raise UserError(
+            f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, but "
+            f"writes this one without it ({alone[same:][:40]!r}), so the model would learn another "
+            "prompt than it will be asked with: give a model.chat_template whose generation prompt "
+            "is what it writes before answers: without an opened thought, or keeping theirs"
+        )
+    last_word = _end_of_content(row, index, alone, len(prompt))
+    end = answer_end(tokenizer, data)
+    if end.token is None and data.missing_end == "error":
+        raise UserError(_no_end(end.written))
+    at = alone.rfind(end.token, last_word) if end.token else -1
+    stop = len(alone.rstrip()) if at < 0 else at + len(end.token)
+    if not text.startswith(alone[:stop]):
+        # Some templates end the last answer of a conversation only.
+        stop = last_word
+    if not text.startswith(alone[:stop]):
+        raise UserError(
+            f"{row.where}: the chat template writes earlier turns differently once later ones "
+            "follow, so the answers cannot be told apart: use rows of one answer, a "
+            "model.chat_template that only appends, or data.loss_on=all, which learns the prompts "
+            "too"
+        )
+    return len(prompt), stop
+
+
+def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
+    """Where the last word of an answer ends; templates may change the white space between words.
+
+    Raises:
+        UserError: for an answer that is not in the text.
+    """
+    for word in row.messages[index]["content"].split():
+        at = text.find(word, start)
+        if at < 0:
             raise UserError(
-                f"{row.where}: the chat template writes earlier turns differently once later ones "
-                "follow, so the answers cannot be told apart: use data.loss_on=all, rows of one "
-                "answer, or a model.chat_template that only appends"
+                f"{row.where}: the chat template leaves {word[:40]!r} out of the answer, as "
+                "those of reasoning models do with thoughts: give a model.chat_template that keeps "
+                "it, or take it out of the row"
             )
-        spans.append((len(before), len(after)))
-    return text, spans
+        start = at + len(word)
+    return start
+
+
+def _no_end(written: str) -> str:
+    what = f"{written!r}, of which nothing is" if written.strip() else "nothing that is"
+    return (
+        f"model.chat_template: answers end in no token: after an answer it writes {what} an added "
+        "token of the tokenizer, so the model would not learn to stop: give a model.chat_template "
+        "that writes {{ eos_token }} there, or set data.missing_end=allow"
+    )
 
 
 def _render(

@@ -37,6 +37,13 @@ class Stored(NamedTuple):
     """By parameter, such as `model.norm.weight`."""
 
     @property
+    def end_tokens(self) -> list[int]:
+        """At which generation stops, the end of an answer first."""
+        text = (self.folder / "generation_config.json").read_text(encoding="utf-8")
+        ends = json.loads(text).get("eos_token_id")
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of embedding, norms and arithmetic."""
         return self.floats["model.norm.weight"].dtype
@@ -101,7 +108,6 @@ def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict
 
 
 def copy_beside(stored: Stored, folder: Path) -> None:
-    """Copies what is neither weights nor configuration: tokenizer, chat template, records."""
-    for file in stored.folder.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
-            shutil.copy2(file, folder / file.name)
+    """Copies what is neither weights nor configuration: tokenizer, chat templates, records."""
+    ignored = shutil.ignore_patterns(*NOT_COPIED)
+    shutil.copytree(stored.folder, folder, ignore=ignored, dirs_exist_ok=True)

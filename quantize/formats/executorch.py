@@ -87,10 +87,9 @@ def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
 def metadata(stored: Stored, length: int) -> dict[str, Any]:
     """What ExecuTorch's LLM runner asks the program for before it runs."""
     config = stored.config
-    ends = config.eos_token_id
     first = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
     return first | {
-        "get_eos_ids": ends if isinstance(ends, list) else [ends],
+        "get_eos_ids": stored.end_tokens,
         "get_vocab_size": config.vocab_size,
         "get_n_layers": config.num_hidden_layers,
         "get_max_seq_len": length,

@@ -187,7 +187,21 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
     writer.add_token_types(types)
     special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
     special.add_special_token.setdefault("bos", False)  # else llama.cpp puts one in front
+    special.special_token_ids |= _end_of_turn(stored, special.special_token_ids.get("eos"))
     special.add_to_gguf(writer, quiet=True)
+
+
+def _end_of_turn(stored: Stored, eos: int | None) -> dict[str, int]:
+    """The end tokens under the three keys at which llama.cpp stops; more of them it knows by name.
+
+    eos: that of the tokenizer, which is the end of an answer unless that would change its texts.
+    """
+    ends = stored.end_tokens
+    if not ends:
+        return {}
+    found = {"eos": ends[0] if eos is None else eos, "eot": ends[0]}
+    left = [end for end in ends if end not in found.values()]
+    return found | ({"eom": left[0]} if left else {})
 
 
 def pre_tokenizer(described: dict[str, Any]) -> str:

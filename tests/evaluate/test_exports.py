@@ -33,7 +33,8 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
     prompt = tokenizer("open the red door")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
     expected = answer(model, tokenizer, [prompt], 12, 1, "test")
-    assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, 12)] == expected
+    ends = [tokenizer.eos_token_id]
+    assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, ends, 12)] == expected
 
 
 @pytest.mark.slow

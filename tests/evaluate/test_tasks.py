@@ -77,13 +77,16 @@ def test_batched_answers_equal_single_ones_in_order(model, tokenizer, prompts):
     assert answer(model, tokenizer, [], 12, 2, "answers") == []
 
 
-def test_answers_stop_at_either_end_token(model, tokenizer, prompts):
+def test_answers_stop_before_either_end_token(model, tokenizer, prompts):
+    """One that is not special, too, is no part of the answer."""
     whole = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
     with torch.no_grad():
         first = int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())
+        second = int(model(torch.tensor([[*prompts[0], first]])).logits[0, -1].argmax())
+    assert first != second
     before = model.generation_config.eos_token_id
     try:
-        model.generation_config.eos_token_id = [before, first]
+        model.generation_config.eos_token_id = [before, second]
         model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
         stopped = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
     finally:

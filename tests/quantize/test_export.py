@@ -368,9 +368,9 @@ def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
     from finequant.quantize.formats.runtimes import ExecuTorch
 
     folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
-    expected = greedy_answer(
-        ExecuTorch(folder / "model.pte"), tokenizer, tokenizer("open the red")["input_ids"], 12
-    )
+    prompt, ends = tokenizer("open the red")["input_ids"], [tokenizer.eos_token_id]
+    runtime = ExecuTorch(folder / "model.pte")
+    expected = greedy_answer(runtime, tokenizer, prompt, ends, 12)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))

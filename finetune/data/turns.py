@@ -1,0 +1,121 @@
+"""Which tokens end an answer: the chat template says so, and training, evaluation, chat and every
+artefact follow it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from finequant.recipes.schema import Data, Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUESTION, ANSWER = "question", "finequant answers"
+
+
+class AnswerEnd(NamedTuple):
+    """What a chat template writes after an answer."""
+
+    written: str
+    """All of it, such as `<|im_end|>` and a line break."""
+    token: str | None
+    """The token in it that ends an answer; None where it is plain text, or nothing."""
+    id: int | None
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> AnswerEnd:
+    """The first added token, or EOS, that the chat template writes after an answer.
+
+    What follows that token is never generated: generation stops there.
+    """
+    arguments = json.dumps([data.system, data.template_arguments], default=str)
+    template = json.dumps(tokenizer.chat_template)
+    return _answer_end(tokenizer, template, tokenizer.eos_token, arguments)
+
+
+@lru_cache(maxsize=16)
+def _answer_end(
+    tokenizer: PreTrainedTokenizerBase, template: str, eos: str | None, arguments: str
+) -> AnswerEnd:
+    """template, eos: those of the tokenizer, which may change while it stays the same object."""
+    system, variables = json.loads(arguments)
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+    # A template is a program. What it does to the rows themselves is told where they are rendered.
+    except Exception:
+        text = ""
+    written = text.rpartition(ANSWER)[2] if ANSWER in text else ""
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    end = next((token for token in ids if token in added or token == tokenizer.eos_token_id), None)
+    return AnswerEnd(written, None if end is None else tokenizer.decode([end]), end)
+
+
+def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which generation stops, the end of an answer first.
+
+    The others are the base's own: of its generation_config.json, config.json and tokenizer. A Llama
+    3 that ends answers in <|eot_id|> also stops at <|end_of_text|> and <|eom_id|>.
+    """
+    from finequant.finetune.model import load_config, load_generation_config
+
+    ends = [answer_end(tokenizer, data).id]
+    for configured in (load_generation_config(model), load_config(model), tokenizer):
+        ends += _as_list(configured.eos_token_id)
+    return [end for end in dict.fromkeys(ends) if end is not None and end >= 0]
+
+
+def stop_at(model: PreTrainedModel, ends: list[int]) -> None:
+    """Has `generate` stop at these tokens."""
+    model.generation_config.eos_token_id = ends or None
+
+
+def configured_ends(model: PreTrainedModel) -> list[int]:
+    """Ids at which `generate` stops."""
+    return _as_list(model.generation_config.eos_token_id)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list) else [ids]
+
+
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The generated ids before the first end token."""
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def as_configured(ends: list[int]) -> int | list[int] | None:
+    """End tokens as configurations write them: a number where there is one."""
+    return ends[0] if len(ends) == 1 else ends or None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path) -> None:
+    """Saves the tokenizer of a model that was trained on `data`.
+
+    Programs that stop at the tokenizer's EOS alone stop where an answer ends: it becomes the EOS,
+    unless texts or conversations would then be other tokens.
+    """
+    end = answer_end(tokenizer, data)
+    saved = copy.deepcopy(tokenizer)
+    if end.token and end.id != tokenizer.eos_token_id:
+        saved.eos_token = end.token
+        if _samples(saved, data) != _samples(tokenizer, data):
+            saved = tokenizer
+    saved.save_pretrained(folder)
+
+
+def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[object]:
+    """Ids of a text, and of a conversation of two turns."""
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    conversation = tokenizer.apply_chat_template(turns, tokenize=False, **data.template_arguments)
+    return [tokenizer(QUESTION)["input_ids"], tokenizer(conversation)["input_ids"]]

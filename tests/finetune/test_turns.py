@@ -1,0 +1,196 @@
+"""Which token ends an answer, in every kind of chat template, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
+from finequant.finetune.data.turns import answer_end, end_tokens, save_tokenizer, until_end
+from finequant.finetune.model import load_tokenizer
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Data, Model
+
+ENDS = ("<|eot_id|>", "<|eom_id|>", "<end>")
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def ending(end: str) -> str:
+    """A template with `end` after each message."""
+    return "{% for m in messages %}" + TURN + end + "{% endfor %}" + ASKS
+
+
+TEMPLATES = {
+    "a token and a line break": (ending("<|im_end|>\n"), "<|im_end|>"),
+    "a line break and a token": (ending("\n<|im_end|>"), "<|im_end|>"),
+    "EOS": (ending("{{ eos_token }}"), "<|endoftext|>"),
+    "two tokens": (ending("<|eot_id|><|endoftext|>"), "<|eot_id|>"),
+    "a token that is not special": (ending("<end>\n"), "<end>"),
+    "EOS after the last answer": (
+        ending("{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"),
+        "<|endoftext|>",
+    ),
+    "another token after the last answer": (
+        ending("<|eot_id|>{% if loop.last and m.role == 'assistant' %}<|eom_id|>{% endif %}"),
+        "<|eot_id|>",
+    ),
+    "nothing": (ending(""), None),
+    "text": (ending("\n\n"), None),
+    "what is no token": (ending("<|im_stop|>\n"), None),
+}
+# In the manner of the distillations of R1: the prompt opens a thought, turns lose theirs.
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content.split('</think>')[-1] }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:<think>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def ended(tokenizer):
+    """A tokenizer with EOS <|endoftext|>, more end tokens, and a template."""
+
+    def make(template: str | dict | None):
+        changed = copy.deepcopy(tokenizer)
+        changed.eos_token = "<|endoftext|>"
+        changed.add_special_tokens({"extra_special_tokens": list(ENDS[:2])})
+        changed.add_tokens(list(ENDS[2:]))
+        changed.chat_template = template
+        return changed
+
+    return make
+
+
+def conversation(*contents: str) -> Row:
+    roles = ["user", "assistant"] * (len(contents) // 2)
+    turns = zip(roles, contents, strict=True)
+    return Row("rows.jsonl:7", tuple({"role": role, "content": text} for role, text in turns))
+
+
+def data(**changes) -> Data:
+    return Data(train="rows.jsonl", **changes)
+
+
+def targets(row: Row, tokenizer, **changes) -> str:
+    labels = encode(row, tokenizer, data(**changes)).labels
+    return tokenizer.decode([label for label in labels if label != IGNORED])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_end_is_the_first_token_that_the_template_adds(ended, name):
+    template, expected = TEMPLATES[name]
+    tokenizer = ended(template)
+    end = answer_end(tokenizer, data())
+    assert end.token == expected
+    assert end.id == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name][1]])
+def test_each_answer_is_learned_up_to_its_end_and_no_further(ended, name):
+    template, end = TEMPLATES[name]
+    between = "\n" if "a line break and" in name else ""
+    last = "EOS after the last" in name
+    tokenizer = ended(template)
+    answers = targets(conversation("end", "im", "open", "end"), tokenizer)
+    assert answers == f"im{'' if last else between + end}end{between}{end}"
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name][1]])
+def test_answers_that_end_in_no_token_are_refused_or_allowed(ended, name, loss_on):
+    tokenizer = ended(TEMPLATES[name][0])
+    with pytest.raises(UserError, match=r"answers end in no token.*data\.missing_end=allow") as e:
+        encode(conversation("open", "ok"), tokenizer, data(loss_on=loss_on))
+    assert ("'<|im_stop|>\\n'" in str(e.value)) == (name == "what is no token")
+    allowed = data(loss_on=loss_on, missing_end="allow")
+    encoded = encode(conversation("open", "ok"), tokenizer, allowed)
+    learned = [label for label in encoded.labels if label != IGNORED]
+    assert tokenizer.decode(learned).rstrip().endswith(("ok", "<|im_stop|>"))
+
+
+def test_a_text_without_eos(ended):
+    tokenizer = ended(None)
+    tokenizer.eos_token = None
+    row = Row("rows.jsonl:1", text="open the door")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* no EOS token .*missing_end=allow"):
+        encode(row, tokenizer, data())
+    assert targets(row, tokenizer, missing_end="allow").endswith("door")
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_prompt_that_opens_a_thought_which_the_row_does_not_have(ended, loss_on):
+    for answer in ("ok", "<think>\nwhy\n</think>\nok"):
+        with pytest.raises(UserError) as error:
+            encode(conversation("open", answer), ended(REASONING), data(loss_on=loss_on))
+        message = str(error.value)
+        assert message.startswith("rows.jsonl:7: the chat template asks for an answer with '<th")
+        assert "earlier turns" not in message
+        assert "loss_on" not in message
+    # As it says: a template that asks as it writes.
+    plain = ended(REASONING.replace("<think>\\n", "").replace("<think>\n", ""))
+    assert targets(conversation("open", "ok"), plain) == "ok<|im_end|>"
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_thought_that_the_template_cuts_is_not_lost_in_silence(ended, loss_on):
+    cutting = ended(REASONING.replace("<think>\n", ""))
+    row = conversation("open", "<think>\nwhy\n</think>\nok")
+    with pytest.raises(UserError, match="rows.jsonl:7: .* leaves '<think>' out of the answer"):
+        encode(row, cutting, data(loss_on=loss_on))
+
+
+def test_white_space_is_the_templates_own(ended):
+    trimming = ended(ending("<|im_end|>").replace("m.content", "m.content | trim"))
+    assert targets(conversation("open", " ok \n"), trimming) == "ok<|im_end|>"
+
+
+def test_the_bases_own_ends_follow_that_of_the_template(ended, tmp_path):
+    """As a Llama 3 is published: EOS in config.json, a list in generation_config.json."""
+    tokenizer = ended(ending("<|eot_id|>"))
+    eot, eom, _ = tokenizer.convert_tokens_to_ids(ENDS)
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    model = Model(base=str(tmp_path))
+    assert end_tokens(model, data(), load_tokenizer(model)) == [eot, 0]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, eom, eot]}))
+    assert end_tokens(model, data(), load_tokenizer(model)) == [eot, 0, eom]
+    other = Model(base=str(tmp_path), chat_template=ending("<|im_end|>"))
+    ends = end_tokens(other, data(), load_tokenizer(other))
+    assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, eom, eot]
+    assert until_end([5, 6, eom, 7, 0], ends) == [5, 6]
+    assert until_end([5, 6], ends) == [5, 6]
+
+
+def test_the_end_is_the_saved_tokenizers_eos(ended, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = ended(ending("<|im_end|>\n"))
+    save_tokenizer(tokenizer, data(), tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.eos_token, saved.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert tokenizer.eos_token == "<|endoftext|>"  # texts end in it
+    row = conversation("open", "ok", "close", "done")
+    assert encode_prompt(row, saved, data()) == encode_prompt(row, tokenizer, data())
+
+
+@pytest.mark.parametrize("kind", ["template", "texts"])
+def test_eos_stays_where_ids_depend_on_it(ended, tmp_path, kind):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    end = "<|im_end|>{{ eos_token }}" if kind == "template" else "<|im_end|>"
+    tokenizer = ended(ending(end))
+    if kind == "texts":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+        )
+    save_tokenizer(tokenizer, data(), tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    row = conversation("open", "ok")
+    assert encode_prompt(row, saved, data()) == encode_prompt(row, tokenizer, data())
+    assert saved("open")["input_ids"] == tokenizer("open")["input_ids"]
+    assert (saved.eos_token == "<|endoftext|>") == (kind == "template")
