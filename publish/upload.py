@@ -95,6 +95,9 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
 def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
     """Uploads in one commit, so that nobody sees half of it; large files first, one by one.
 
+    `HfApi.upload_folder` would be shorter, but since huggingface_hub 2.4 it commits a large folder
+    in several parts: https://huggingface.co/docs/huggingface_hub/guides/upload
+
     Interrupted, a second call sends only what the Hub does not have.
 
     Returns:
