@@ -11,6 +11,7 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
 	$(BIN)/pytest -n 2
 
 test-fast: $(VENV)/installed

@@ -398,6 +398,8 @@ def _layers(report: Report) -> Figure | None:
             others.append((layer["name"], layer["snr_db"]))
     if not kinds and not others:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(8)
     axes = figure.add_subplot(
         xlabel="layer (then the head)", ylabel="signal to noise in dB (higher is better)"
@@ -408,7 +410,7 @@ def _layers(report: Report) -> Figure | None:
     after = 1 + max((depth for points in kinds.values() for depth, _ in points), default=-1)
     for place, (name, snr) in enumerate(others, after):
         axes.plot([place], [snr], "k*", markersize=10, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
