@@ -50,7 +50,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         UserError: for data or a base that cannot be used.
     """
     from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.data.turns import save_tokenizer
+    from finequant.finetune.data.turns import generation_config, save_tokenizer
     from finequant.finetune.model import load_tokenizer, training_precision
     from finequant.finetune.trainer import training_arguments
 
@@ -77,6 +77,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
             for phase in reversed(phases):  # of two adapters, that of plain LoRA
                 shutil.copytree(phase, folder, dirs_exist_ok=True)
             save_tokenizer(tokenizer, recipe.data, folder)
+            # For who loads base + adapter: the base's own may not know where an answer ends.
+            stops = generation_config(recipe.model, recipe.data, tokenizer)
+            stops.to_json_file(folder / "generation_config.json")
             (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
         figures = _figures(log) | {"processes": arguments.world_size}
         run.record(recipe, "train", inputs, seconds=watch.seconds, **figures)

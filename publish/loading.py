@@ -17,8 +17,13 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
     chat = _chat(recipe, report)
     if kind == ADAPTER:
         base = json.dumps(base_on_hub(recipe))
-        model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{{}}")'
-        code = f"from peft import PeftModel\n{_transformers(repository, chat, model)}"
+        # The base's own generation configuration need not name the token that ends an answer.
+        model = (
+            f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{{0}}")\n'
+            'model.generation_config = GenerationConfig.from_pretrained("{0}")'
+        )
+        code = "from peft import PeftModel\nfrom transformers import GenerationConfig\n"
+        code += _transformers(repository, chat, model)
         return f"`pip install transformers peft`\n\n{fenced('python', code)}"
     plain = 'AutoModelForCausalLM.from_pretrained("{}")'
     parts = [

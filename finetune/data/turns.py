@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from finequant.recipes.schema import Data, Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUESTION, ANSWER = "question", "finequant answers"
 
@@ -71,6 +71,17 @@ def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> 
     for configured in (load_generation_config(model), load_config(model), tokenizer):
         ends += _as_list(configured.eos_token_id)
     return [end for end in dict.fromkeys(ends) if end is not None and end >= 0]
+
+
+def generation_config(
+    model: Model, data: Data, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """The base's, with every end token."""
+    from finequant.finetune.model import load_generation_config
+
+    config = load_generation_config(model)
+    config.eos_token_id = as_configured(end_tokens(model, data, tokenizer))
+    return config
 
 
 def stop_at(model: PreTrainedModel, ends: list[int]) -> None:

@@ -311,7 +311,8 @@ def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> No
     if any(plan.values()):
         config.quantization_config = quantization_config(plan)
     config.save_pretrained(folder)
-    base.generation_config.save_pretrained(folder)
+    # save_pretrained would refuse what Llama 2 is published with: a temperature without do_sample.
+    base.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def torchao_tensor(

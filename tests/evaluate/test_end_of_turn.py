@@ -61,7 +61,9 @@ def run(tmp_path_factory) -> Path:
     base = make_llama(folder / "base", vocab_size=len(tokenizer), **ids)
     tokenizer.save_pretrained(base)
     file = base / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [END_OF_TEXT, EOM]}), encoding="utf-8")
+    # A temperature without do_sample, as Llama 2 was published: transformers refuses to save it.
+    published = {"eos_token_id": [END_OF_TEXT, EOM], "temperature": 0.9}
+    file.write_text(json.dumps(published), encoding="utf-8")
     recipe = make_recipe(folder, base)
     for split, numbers in {"train": range(48), "test": range(80, 84)}.items():
         rows = [{"prompt": row["prompt"], "completion": "done"} for row in make_rows(numbers)]
@@ -80,14 +82,27 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+def load(run: Path, folder: str):
+    """As its users do: an adapter with peft and the generation configuration beside it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if folder != "adapter":
+        return AutoModelForCausalLM.from_pretrained(run / folder)
+    base = AutoModelForCausalLM.from_pretrained(run.parent / "base")
+    model = PeftModel.from_pretrained(base, run / folder)
+    model.generation_config = GenerationConfig.from_pretrained(run / folder)
+    return model
+
+
+@pytest.mark.parametrize("folder", ["adapter", *FOLDERS])
 def test_plain_generate_stops_where_the_reports_answers_stop(run, folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["models"]["quantized"]["tasks"]["held_out"]["exact_match"]["value"] == 1
     sample = report["samples"][0]
-    model = AutoModelForCausalLM.from_pretrained(run / folder)
+    model = load(run, folder)
     tokenizer = AutoTokenizer.from_pretrained(run / folder)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": sample["prompt"]}],

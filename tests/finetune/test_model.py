@@ -429,13 +429,18 @@ def test_lora_on_chosen_layers(tiny_base, targets):
     assert all(any(f"{target}.lora_" in name for name in changed) for target in targets)
 
 
-@pytest.mark.parametrize("name", ["q_prj", "mlp", "proj", "lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize("name", ["q_prj", "mlp", "proj", "embed_tokens", "norm"])
 def test_unknown_lora_targets_are_named(tiny_base, name):
     with pytest.raises(UserError) as caught:
         lora_config(Lora(target_modules=["q_proj", name]), load(tiny_base))
     message = str(caught.value)
     assert f"lora.target_modules: the model has no linear layer {name}; it has " in message
     assert message.endswith("down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+
+
+def test_lora_on_the_head_is_refused_for_what_it_is(tiny_base):
+    with pytest.raises(UserError, match=r"lora\.target_modules: lm_head, the head, takes no LoRA"):
+        lora_config(Lora(target_modules=["q_proj", "lm_head"]), load(tiny_base))
 
 
 def test_gathered_weights_are_what_is_saved(tiny_base, tmp_path):
