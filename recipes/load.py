@@ -18,8 +18,9 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Recipe, Section
+from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".raw", ".jinja")
+LOCAL_SUFFIXES = (*TABLES, *COMPRESSIONS, ".txt", ".raw", ".jinja")
 FOLDERS = ("task_folder", "license_folder")
 OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
 Location = tuple[str | int, ...]
@@ -321,6 +322,8 @@ def _with_absolute_paths(
 def _existing(folder: Path, value: str) -> Path | None:
     try:
         path = (folder / Path(value).expanduser()).resolve()
-        return path if path.exists() else None
+        if path.exists() or (is_pattern(path) and matching_files(path)):
+            return path
+        return None
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
         return None

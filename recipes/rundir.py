@@ -20,6 +20,7 @@ from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
+from finequant.recipes.sources import matching_files
 
 STAGES = ("train", "quantize", "evaluate")
 EXPORTS = ("compressed-tensors", "gguf", "executorch")
@@ -290,7 +291,8 @@ def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and Path(inputs[key]).is_absolute():
-            inputs[key] = f"sha256:{content_hash(Path(inputs[key]))}"
+            files = matching_files(Path(inputs[key]))
+            inputs[key] = " ".join(f"sha256:{content_hash(file)}" for file in files)
     return inputs
 
 

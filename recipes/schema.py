@@ -51,18 +51,24 @@ class Model(Section):
 
 
 class Source(Section):
-    """Rows from one place: a Hub dataset or a local .jsonl, .json, .csv, .parquet or .txt file."""
+    """Rows from one place: a Hub dataset, or local files (JSON, JSON Lines, CSV, TSV, Parquet,
+    Arrow, text; also compressed), a folder of them, or a pattern such as shards/*.parquet."""
 
     source: str = Field(
         description="Hub dataset id, or a file path relative to the recipe", min_length=1
     )
     name: str | None = Field(None, description="Hub dataset configuration")
-    split: str = Field("train", description="Hub dataset split")
+    split: str = Field(
+        "train", description="of a Hub dataset, or of a folder or file that has several"
+    )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
-    columns: dict[Literal["messages", "system", "prompt", "completion", "text"], str] = Field(
-        default_factory=dict,
-        description="field: a column's name, or a template such as 'Question: {question}'",
+    columns: dict[Literal["messages", "system", "tools", "prompt", "completion", "text"], str] = (
+        Field(
+            default_factory=dict,
+            description="field: a column, a field inside it such as answers.text[0], or a "
+            "template such as 'Question: {question}'",
+        )
     )
     weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")
     limit: Positive | None = Field(None, description="use this many rows, a seeded choice")
@@ -113,6 +119,17 @@ class Data(Section):
         "tokenizer's EOS); allow: the model does not learn to stop",
     )
     packing: bool = Field(False, description="fill max_length with several rows, kept apart")
+    bad_rows: Literal["error", "drop", "repair"] = Field(
+        "error",
+        description="rows that cannot be used: list them and stop, leave them out, or mend them "
+        "(drop an empty turn, merge turns that a user or system repeats, cut turns after the last "
+        "answer) and leave out what cannot be mended",
+    )
+    same_rows: Literal["prompt", "row"] | None = Field(
+        None,
+        description="what makes rows the same in splits, overlap and duplicates: the prompt, or "
+        "the answer too; default: prompt, but row where training has fewer than 10 prompts",
+    )
     duplicates: Literal["keep", "drop"] = Field("keep", description="repeated training rows")
     overlap: Literal["error", "drop"] = Field(
         "error", description="training rows that also occur in validation or test"

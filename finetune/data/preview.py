@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
-from finequant.finetune.data.tokens import IGNORED, Encoded, encode, to_dataset
+from finequant.finetune.data.tokens import IGNORED, Encoded, check_template, encode, to_dataset
 from finequant.finetune.data.turns import answer_end, end_tokens
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.schema import Recipe
@@ -33,6 +34,10 @@ def preview(recipe: Recipe, count: int) -> None:
     splits = load_splits(recipe.data, recipe.seed)
     for note in splits.notes:
         console.print(note, markup=False, highlight=False)
+    if noisy := _prompts_with_several_answers(splits.train):
+        console.print(f"train: {noisy} prompts have several answers", highlight=False)
+    for rows in splits[:3]:
+        check_template(rows, tokenizer, recipe.data)
     for row in splits.train[:count]:
         console.rule(Text(row.where))
         console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
@@ -59,6 +64,14 @@ def _ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -
         lines.append(f"texts end in {shown(tokenizer.eos_token_id)}")
     stops = map(shown, end_tokens(recipe.model, recipe.data, tokenizer))
     return [*lines, f"generation stops at {', '.join(stops) or 'no token'}"]
+
+
+def _prompts_with_several_answers(rows: list[Row]) -> int:
+    answers: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.messages:
+            answers[row.prompt_key].add(row.key)
+    return sum(len(keys) > 1 for keys in answers.values())
 
 
 def _coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -94,7 +107,7 @@ def _statistics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: dict
         lengths = [item.full_length for item in encoded]
         cuts = quantiles(lengths if len(rows) > 1 else lengths * 2, n=20, method="inclusive")
         # A row with a weight of 2 is there twice, but from one place.
-        repeated = len({(row.where, row.key) for row in rows}) - len({row.key for row in rows})
+        repeated = len({row.where for row in rows}) - len({row.prompt_key for row in rows})
         labels = [label for item in encoded for label in item.labels]
         learned = sum(label != IGNORED for label in labels) / len(labels)
         figures = [len(rows), repeated, sum(lengths), f"{learned:.0%}", round(cuts[9])]

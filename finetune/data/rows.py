@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-from finequant.finetune.data.readers import parse_json, shown
+from finequant.finetune.data.messages import (
+    Message,
+    check_characters,
+    check_messages,
+    read_messages,
+    read_tools,
+    repair_messages,
+)
+from finequant.finetune.data.readers import BadRowError, parse_json, shown
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Source
+from finequant.recipes.schema import Data, Source
 
-Message = dict[str, str]
+FORMATS = (
+    # format, the columns that tell it, further columns that it reads
+    ("messages", {"messages"}, set()),
+    ("messages", {"conversations"}, set()),
+    ("prompt_completion", {"prompt", "completion"}, {"history"}),
+    ("alpaca", {"instruction", "output"}, {"input", "context", "history"}),
+    ("alpaca", {"instruction", "response"}, {"input", "context", "history"}),
+    ("text", {"text"}, set()),
+)
 CHAT_COLUMNS = ("messages", "conversations")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+WANTED = ("label", "kto_tag")
+"""KTO's columns: false marks an answer that people did not want."""
+PREFERENCES = (
+    "pairs of preference (chosen, rejected) are not learned here; write the chosen answer as the "
+    "last message of its conversation, or map it: columns: {prompt: ..., completion: chosen}"
+)
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
+STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
 @dataclass(frozen=True)
@@ -28,29 +51,208 @@ class Row:
     text: str = ""
     weight: float = 1.0
     """How often it is seen in an epoch."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Function definitions that the chat template is given."""
+    excluded: frozenset[int] = frozenset()
+    """Answers that are read but not learned, by their index in messages."""
+
+    @property
+    def targets(self) -> list[int]:
+        """The answers to learn, by their index in messages; nothing asks for a greeting."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if index and message["role"] == "assistant" and index not in self.excluded
+        ]
+
+    @property
+    def prompt_key(self) -> str:
+        """What a model is shown, white space aside."""
+        return self._key(self.messages[:-1])
 
     @property
     def key(self) -> str:
-        """What a model is shown, case and white space aside: equal keys are the same row."""
-        shown = [message["content"] for message in self.messages[:-1]] or [self.text]
-        return " ".join("\n".join(shown).casefold().split())
+        """Prompt and answer, white space aside."""
+        return self._key(self.messages)
+
+    def _key(self, messages: tuple[Message, ...]) -> str:
+        parts = [part for turn in messages for part in (turn["content"], turn.get("tool_calls"))]
+        return " ".join(
+            word
+            for part in [*parts, self.tools or None, self.text]
+            if part
+            for word in (part if isinstance(part, str) else json.dumps(part)).split()
+        )
+
+
+@dataclass
+class RowReader:
+    """Turns what a source holds into rows; counts what it left out, repaired and did not read."""
+
+    source: Source
+    data: Data
+    form: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What was done to rows, in words, and to how many."""
+    repaired: list[str] = field(default_factory=list)
+    """Each row that was repaired, and how."""
+    unread: dict[str, None] = field(default_factory=dict)
+    """Columns and keys of messages that say nothing here, in the order they were met."""
+
+    def read(self, where: str, row: dict[str, Any]) -> Row | None:
+        """The row, or None for one that its own weight or label leaves out.
+
+        Raises:
+            UserError: a format that cannot be told from the source's first row.
+            BadRowError: a row that cannot be used.
+        """
+        if not self.form:
+            self.form = detect_format(self.source, row)
+        if not self.source.columns:
+            known = self._known_columns(row)
+            self.unread |= {name: None for name in row if name not in known}
+        if reason := self._left_out(row):
+            self.counts[f"rows left out: {reason}"] += 1
+            return None
+        if self.form == "text":
+            return self._text(where, row)
+        messages = self._messages(where, row)
+        if self.data.bad_rows == "repair":
+            messages, done = repair_messages(messages)
+            self.repaired += [f"{where}: {what}" for what in done]
+        if "rejected" in row and messages and messages[-1]["role"] != "assistant":
+            raise UserError(f"{where}: {PREFERENCES}")
+        check_messages(messages, where)
+        system = self._text_of("system", row, where, "") or self.data.system
+        if system and messages[0]["role"] != "system":
+            check_characters(system, where)
+            messages.insert(0, _message("system", system))
+        excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
+        if excluded:
+            self.counts["answers read, but not learned: weight 0 or train false"] += len(excluded)
+        if messages[0]["role"] == "assistant":
+            self.counts["greetings read, but not learned: nothing stands before them"] += 1
+        tools = read_tools(self._cell("tools", row), where)
+        return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
+
+    def _text(self, where: str, row: dict[str, Any]) -> Row:
+        text = self._text_of("text", row, where)
+        if not text.strip():
+            raise BadRowError(f"{where}: empty text: remove the row or fill it in")
+        check_characters(text, where)
+        return Row(where, text=text, weight=self.source.weight)
+
+    def _messages(self, where: str, row: dict[str, Any]) -> list[Message]:
+        if self.form == "messages":
+            return self._chat(where, row)
+        if self.form == "alpaca":
+            ask, say = "instruction", "output" if "output" in row else "response"
+            below = "input" if "input" in row else "context"
+        else:
+            ask, say, below = "prompt", "completion", ""
+        prompt = self._text_of(ask, row, where)
+        if below and (extra := self._text_of(below, row, where, "")).strip():
+            prompt += f"\n\n{extra}"
+        answer = self._text_of(say, row, where)
+        return [*self._history(row, where), _message("user", prompt), _message("assistant", answer)]
+
+    def _chat(self, where: str, row: dict[str, Any]) -> list[Message]:
+        names = (name for name in CHAT_COLUMNS if name in row)
+        column = self.source.columns.get("messages") or next(names, CHAT_COLUMNS[0])
+        turns = value_of(row, column, where)
+        if isinstance(turns, str):  # a cell of a CSV file
+            turns = parse_json(turns, f"{where}: {column}", "a list of role and content")
+        messages, unread = read_messages(turns, f"{where}: {column}")
+        self.unread |= dict.fromkeys(f"{key} of messages" for key in sorted(unread))
+        return messages
+
+    def _history(self, row: dict[str, Any], where: str) -> list[Message]:
+        """LLaMA-Factory's earlier turns, pairs of question and answer."""
+        pairs = self._cell("history", row) or []
+        if isinstance(pairs, str):
+            pairs = parse_json(pairs, f"{where}: history", "a list of pairs") if pairs else []
+        if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+            raise BadRowError(
+                f"{where}: history: expected pairs of question and answer, found {shown(pairs)}"
+            )
+        turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
+        return [_message(role, content) for pair in turns for role, content in pair]
+
+    def _cell(self, name: str, row: dict[str, Any]) -> Any:
+        """What a column of this name says, unless the recipe reads it as something else."""
+        if (column := self.source.columns.get(name)) is not None:
+            return value_of(row, column, self.source.source)
+        return None if name in self._mapped else row.get(name)
+
+    def _text_of(
+        self, name: str, row: dict[str, Any], where: str, default: str | None = None
+    ) -> str:
+        """A field as the recipe's `columns` say: a column or a template of columns."""
+        template = self.source.columns.get(name)
+        if template is None and default is not None and name in self._mapped:
+            return default
+        if template is None:
+            template = name
+        elif "{" in template:
+            return self._filled(name, template, row, where)
+        return text_of(row, template, where, default)
+
+    def _filled(self, name: str, template: str, row: dict[str, Any], where: str) -> str:
+        text, count = PLACEHOLDER.subn(lambda match: text_of(row, match[1], where), template)
+        if not count:
+            raise UserError(
+                f"{where}: columns.{name}: {template!r} names no column; write {{COLUMN}} "
+                f"with one of {_columns(row)}"
+            )
+        return text
+
+    @property
+    def _mapped(self) -> set[str]:
+        """The columns that the recipe's `columns` read."""
+        paths = [
+            path
+            for template in self.source.columns.values()
+            for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
+        ]
+        return {*paths, *(re.split(r"[.\[]", path)[0] for path in paths)}
+
+    def _known_columns(self, row: dict[str, Any]) -> set[str]:
+        known = {name for name in WANTED if isinstance(row.get(name), bool)}
+        if row.get("weight") in (0, 1):
+            known.add("weight")
+        for form, needed, more in FORMATS:
+            if form == self.form and needed <= row.keys():
+                extra = set() if form == "text" else {"system", "tools"}
+                return known | needed | (more - ({"context"} if "input" in row else set())) | extra
+        return known
+
+    def _left_out(self, row: dict[str, Any]) -> str:
+        """Why the row's own columns leave it out, if they do."""
+        weight = row.get("weight")
+        if "weight" not in self._mapped and isinstance(weight, (int, float)) and weight == 0:
+            return "weight 0"
+        for name in WANTED:
+            if name not in self._mapped and row.get(name) is False:
+                return f"{name} false"
+        return ""
 
 
 def detect_format(source: Source, row: dict[str, Any]) -> str:
+    """The format of a source, as the recipe or its first row says.
+
+    Raises:
+        UserError: for columns of no known format.
+    """
     if source.columns:
         mapped = set(source.columns)
         return next((form for form in ("messages", "text") if form in mapped), "prompt_completion")
     if source.format != "auto":
         return source.format
-    for form, columns in (
-        ("messages", {"messages"}),
-        ("messages", {"conversations"}),
-        ("prompt_completion", {"prompt", "completion"}),
-        ("alpaca", {"instruction", "output"}),
-        ("text", {"text"}),
-    ):
+    for form, columns, _ in FORMATS:
         if columns <= row.keys():
             return form
+    if {"chosen", "rejected"} <= row.keys():
+        raise UserError(f"{source.source}: {PREFERENCES}")
     raise UserError(
         f"{source.source}: cannot tell the format from the columns {_columns(row)}; "
         "expected messages, prompt and completion, instruction and output, or text. "
@@ -58,65 +260,61 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
     )
 
 
-def to_row(where: str, row: dict[str, Any], form: str, source: Source, system: str | None) -> Row:
-    def field(name: str, default: str | None = None) -> str:
-        template = source.columns.get(name, name)
-        if "{" not in template:
-            return _cell(row, template, where, default)
-        text, found = PLACEHOLDER.subn(lambda match: _cell(row, match[1], where), template)
-        if not found:
-            raise UserError(
-                f"{where}: columns.{name}: {template!r} names no column; write {{COLUMN}} "
-                f"with one of {_columns(row)}"
-            )
-        return text
+def value_of(row: dict[str, Any], path: str, where: str) -> Any:
+    """A column, or a field inside it, such as `answers.text[0]`.
 
-    if form == "text":
-        text = field("text")
-        if not text.strip():
-            raise UserError(f"{where}: empty text: remove the row or fill it in")
-        _check_characters(text, where)
-        return Row(where, text=text, weight=source.weight)
-    if form == "messages":
-        messages = _chat(row, source.columns.get("messages"), where)
-    elif form == "alpaca":
-        extra = field("input", default="")
-        prompt = field("instruction") + (f"\n\n{extra}" if extra.strip() else "")
-        messages = [_message("user", prompt), _message("assistant", field("output"))]
-    else:
-        messages = [
-            _message("user", field("prompt")),
-            _message("assistant", field("completion")),
-        ]
-    if "system" in source.columns:
-        system = field("system")
-    _check_conversation(messages, where)
-    if system and messages[0]["role"] != "system":
-        _check_characters(system, where)
-        messages.insert(0, _message("system", system))
-    return Row(where, messages=tuple(messages), weight=source.weight)
+    Raises:
+        BadRowError: naming what is missing, and what there is.
+    """
+    if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
+        if path not in row:
+            raise BadRowError(f"{where}: no column {path}; the columns are {_columns(row)}")
+        return row[path]
+    value, name = row[match[1]], match[1]
+    if isinstance(value, str) and value[:1] in ("{", "["):  # a cell of a CSV file
+        value = parse_json(value, f"{where}: {name}", "JSON")
+    for key, index in STEP.findall(match[2]):
+        if key:
+            if not isinstance(value, dict) or key not in value:
+                has = f"only {_columns(value)}" if isinstance(value, dict) else shown(value)
+                raise BadRowError(f"{where}: {path}: no {key} in {name}: {has}")
+            value, name = value[key], f"{name}.{key}"
+        else:
+            if not isinstance(value, list) or int(index) >= len(value):
+                has = f"{len(value)} entries" if isinstance(value, list) else shown(value)
+                raise BadRowError(f"{where}: {path}: no entry {index} in {name}: {has}")
+            value, name = value[int(index)], f"{name}[{index}]"
+    return value
 
 
-def _cell(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
-    value = row.get(column)
+def text_of(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
+    """A value as text; what is no text is written as JSON.
+
+    Raises:
+        BadRowError: a missing column or value without a default, or what JSON cannot write.
+    """
+    value = default if default is not None and row.get(column) is None else None
     if value is None:
-        value = default
+        value = value_of(row, column, where)
     if value is None:
-        what = f"{column} is null" if column in row else f"no column {column}"
-        raise UserError(f"{where}: {what}; the columns are {_columns(row)}")
+        raise BadRowError(f"{where}: {column} is null; the columns are {_columns(row)}")
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        raise UserError(
+        raise BadRowError(
             f"{where}: {column} is a list of messages, expected text; put the whole "
             "conversation into one column `messages`"
         )
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):  # a date, bytes; NaN, which stands for a missing value
-        raise UserError(
+        raise BadRowError(
             f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
         ) from None
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
 
 
 def _columns(row: dict[str, Any]) -> str:
@@ -125,57 +323,3 @@ def _columns(row: dict[str, Any]) -> str:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _chat(row: dict[str, Any], column: str | None, where: str) -> list[Message]:
-    column = column or next((name for name in CHAT_COLUMNS if name in row), CHAT_COLUMNS[0])
-    if column not in row:
-        raise UserError(f"{where}: no column {column}; the columns are {_columns(row)}")
-    turns = row[column]
-    if isinstance(turns, str):  # a cell of a CSV file
-        turns = parse_json(turns, f"{where}: {column}", "a list of role and content")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(
-            f"{where}: {column}: expected a list of role and content, found {shown(turns)}"
-        )
-    messages = []
-    for turn in turns:
-        speaker = turn.get("from")
-        role = turn.get("role", SHAREGPT_ROLES.get(str(speaker), speaker))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(content, str):
-            raise UserError(
-                f"{where}: {column}: a turn whose content is no text: {shown(turn)}; "
-                "write the content as a string, or remove the row"
-            )
-        messages.append(_message(str(role), content))
-    return messages
-
-
-def _check_conversation(messages: list[Message], where: str) -> None:
-    roles = [message["role"] for message in messages]
-    strange = sorted(set(roles) - {"system", "user", "assistant"})
-    if strange:
-        raise UserError(f"{where}: role {strange[0]!r}: expected system, user or assistant")
-    turns = roles[1:] if roles and roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or turns != expected:
-        raise UserError(
-            f"{where}: the turns are {', '.join(roles) or 'none'}; expected an optional system "
-            "message, then user and assistant in turn, ending with assistant"
-        )
-    empty = [message["role"] for message in messages if not message["content"].strip()]
-    if empty:
-        raise UserError(f"{where}: empty {empty[0]} message: remove the row or fill it in")
-    for message in messages:
-        _check_characters(message["content"], where)
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Refuses what JSON can write but no tokenizer reads, and the traces of a damaged file."""
-    wrong = UNREADABLE.search(text)
-    if wrong:
-        raise UserError(
-            f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, which is no text "
-            "(half a surrogate pair, or NUL): write the file as plain UTF-8, or remove the row"
-        )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from finequant.finetune.data.readers import read_source
-from finequant.finetune.data.rows import Row, detect_format, to_row
+from finequant.finetune.data.readers import BadRowError, read_source
+from finequant.finetune.data.rows import Row, RowReader
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data, Source
+
+FEW_PROMPTS = 10
+"""Fewer distinct prompts than this can't be split by prompt: data.same_rows is then `row`."""
+SHOWN = 5
 
 
 class Splits(NamedTuple):
@@ -17,31 +23,33 @@ class Splits(NamedTuple):
     validation: list[Row]
     test: list[Row]
     notes: list[str]
-    """What was detected, split off, repeated and dropped, in words."""
+    """What was detected, left out, repaired, split off, repeated and dropped, in words."""
 
 
 def load_splits(data: Data, seed: int) -> Splits:
     """Reads every source and keeps the three splits disjoint.
 
     Raises:
-        UserError: naming file and line of a broken row, or the rows that training shares with
-            validation or test.
+        UserError: naming file and line of every row that cannot be used, or the rows that training
+            shares with validation or test.
     """
-    notes: list[str] = []
-    train = _read_sources(data.train, data, seed, notes)
-    validation = _weighted(_read_sources(data.validation, data, seed, notes), seed)
-    test = _weighted(_read_sources(data.test, data, seed, notes), seed)
+    reading = _Reading(data, seed)
+    train, validation, test = map(reading.rows_of, (data.train, data.validation, data.test))
+    reading.refuse_bad_rows()
+    notes = reading.notes
+    key = _identity(data, train, notes)
+    validation, test = _weighted(validation, seed), _weighted(test, seed)
     if not validation and data.validation_fraction:
-        train, validation = _split_off(train, data.validation_fraction, seed)
+        train, validation = _split_off(train, data.validation_fraction, seed, key)
         notes.append(f"validation: {len(validation)} rows split off, seed {seed}")
     if not test and data.test_fraction:
-        train, test = _split_off(train, data.test_fraction, seed + 1)
+        train, test = _split_off(train, data.test_fraction, seed + 1, key)
         notes.append(f"test: {len(test)} rows split off, seed {seed}")
-    train = _without_overlap(train, validation, test, data.overlap, notes)
+    train = _without_overlap(train, validation, test, data, notes, key)
     if data.duplicates == "drop":
         first: dict[str, Row] = {}
         for row in train:
-            first.setdefault(row.key, row)
+            first.setdefault(key(row), row)
         notes.append(f"train: {len(train) - len(first)} repeated rows dropped")
         train = list(first.values())
     train = _weighted(train, seed)
@@ -53,19 +61,71 @@ def load_splits(data: Data, seed: int) -> Splits:
     return Splits(train, validation, test, notes)
 
 
-def _read_sources(sources: list[Source], data: Data, seed: int, notes: list[str]) -> list[Row]:
-    rows: list[Row] = []
-    for number, source in enumerate(sources):
-        raw = read_source(source)
-        form = detect_format(source, raw[0][1])
-        read = [to_row(where, row, form, source, data.system) for where, row in raw]
-        pick = random.Random(f"{seed}/{number}")
-        if source.limit is not None and source.limit < len(read):
-            read = [read[index] for index in sorted(pick.sample(range(len(read)), source.limit))]
-        rows += read
+@dataclass
+class _Reading:
+    """Reads sources; collects what there is to say about them, and the rows that are bad."""
+
+    data: Data
+    seed: int
+    notes: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+    def rows_of(self, sources: list[Source]) -> list[Row]:
+        return [row for at, source in enumerate(sources) for row in self._rows_of(at, source)]
+
+    def _rows_of(self, number: int, source: Source) -> list[Row]:
+        reader, bad, rows = RowReader(source, self.data), [], []
+        for where, read in read_source(source):
+            try:
+                if isinstance(read, BadRowError):
+                    raise read
+                rows.append(reader.read(where, read))
+            except BadRowError as error:
+                bad.append(str(error))
+        rows = [row for row in rows if row is not None]
+        if source.limit is not None and source.limit < len(rows):
+            pick = random.Random(f"{self.seed}/{number}")
+            rows = [rows[index] for index in sorted(pick.sample(range(len(rows)), source.limit))]
+        self._note(Path(source.source).name, source, reader, bad, len(rows))
+        return rows
+
+    def _note(
+        self, name: str, source: Source, reader: RowReader, bad: list[str], count: int
+    ) -> None:
+        self.bad += bad
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
-        notes.append(f"{Path(source.source).name}: {len(read)} rows, format {form}{weight}")
-    return rows
+        self.notes.append(f"{name}: {count} rows, format {reader.form}{weight}")
+        self.notes += [f"{name}: {number} {what}" for what, number in reader.counts.items()]
+        if reader.unread:
+            self.notes.append(f"{name}: not read: {', '.join(reader.unread)}")
+        for what, rows in (("repaired", reader.repaired), ("bad rows dropped", bad)):
+            if rows and not (what.startswith("bad") and self.data.bad_rows == "error"):
+                self.notes.append(f"{name}: {len(rows)} {what}\n  {listed(rows, most=SHOWN)}")
+
+    def refuse_bad_rows(self) -> None:
+        if not self.bad or self.data.bad_rows != "error":
+            return
+        if len(self.bad) == 1:
+            raise UserError(f"{self.bad[0]}; or leave such rows out with data.bad_rows=drop")
+        raise UserError(
+            f"data: {len(self.bad)} rows cannot be used; correct them, or set data.bad_rows to "
+            f"drop, or to repair what can be repaired\n  {listed(self.bad)}"
+        )
+
+
+def _identity(data: Data, train: list[Row], notes: list[str]) -> Callable[[Row], str]:
+    """What makes two rows the same: the prompt, or prompt and answer."""
+    by = data.same_rows
+    if by is None:
+        prompts = {row.prompt_key for row in train}
+        answers = {row.key for row in train}
+        by = "row" if len(prompts) < min(FEW_PROMPTS, len(answers)) else "prompt"
+        if by == "row":
+            notes.append(
+                f"train: only {len(prompts)} prompts: rows with another answer count as other "
+                "rows (data.same_rows=row)"
+            )
+    return {"prompt": lambda row: row.prompt_key, "row": lambda row: row.key}[by]
 
 
 def _weighted(rows: list[Row], seed: int) -> list[Row]:
@@ -80,29 +140,39 @@ def _weighted(rows: list[Row], seed: int) -> list[Row]:
     return seen
 
 
-def _split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def _split_off(
+    rows: list[Row], fraction: float, seed: int, key: Callable[[Row], str]
+) -> tuple[list[Row], list[Row]]:
     """Splits by key, so that repetitions of a row stay on one side."""
-    keys = list(dict.fromkeys(row.key for row in rows))
+    keys = list(dict.fromkeys(map(key, rows)))
     random.Random(seed).shuffle(keys)
     chosen = set(keys[: max(1, round(fraction * len(keys)))])
     return (
-        [row for row in rows if row.key not in chosen],
-        [row for row in rows if row.key in chosen],
+        [row for row in rows if key(row) not in chosen],
+        [row for row in rows if key(row) in chosen],
     )
 
 
 def _without_overlap(
-    train: list[Row], validation: list[Row], test: list[Row], policy: str, notes: list[str]
+    train: list[Row],
+    validation: list[Row],
+    test: list[Row],
+    data: Data,
+    notes: list[str],
+    key: Callable[[Row], str],
 ) -> list[Row]:
-    held_out = {row.key: row.where for row in [*validation, *test]}
-    shared = [row for row in train if row.key in held_out]
+    held_out = {key(row): row for row in [*validation, *test]}
+    shared = [row for row in train if key(row) in held_out]
     if not shared:
         return train
-    if policy == "error":
-        pairs = [f"{row.where} = {held_out[row.key]}" for row in shared]
+    if data.overlap == "error":
+        pairs = [f"{row.where} = {held_out[key(row)].where}" for row in shared]
+        answers = any(row.key != held_out[key(row)].key for row in shared)
         raise UserError(
-            f"data: {len(shared)} training rows also occur in validation or test; remove them, "
-            f"or leave them out of training with data.overlap=drop\n  {listed(pairs, most=10)}"
+            f"data: {len(shared)} training rows also occur in validation or test; remove them, or "
+            "leave them out of training with data.overlap=drop"
+            + ("; answers differ: data.same_rows=row compares them too" if answers else "")
+            + f"\n  {listed(pairs, most=10)}"
         )
     notes.append(f"train: {len(shared)} rows dropped that occur in validation or test")
-    return [row for row in train if row.key not in held_out]
+    return [row for row in train if key(row) not in held_out]

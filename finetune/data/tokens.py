@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.finetune.data.rows import Message, Row
+from finequant.finetune.data.messages import Message
+from finequant.finetune.data.rows import Row
 from finequant.finetune.data.turns import answer_end
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data
@@ -39,16 +42,19 @@ def encode(
     if not row.messages:
         ids = _text_with_end(row, tokenizer, data)
         learned = [True] * len(ids)
-    elif data.loss_on == "all":
+    elif data.loss_on == "all" and not row.excluded:
         text = _render(row, row.messages, tokenizer, data)
         _answer_span(row, len(row.messages) - 1, text, tokenizer, data)  # refuses what is not one
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         learned = [True] * len(ids)
     else:
-        text, spans = _render_with_spans(row, tokenizer, data)
+        inside = data.loss_on == "assistant"
+        answers = row.targets if inside else row.excluded
+        text, spans = _render_with_spans(row, answers, tokenizer, data)
         ids, places = _tokenize(text, spans, tokenizer)
         learned = [
-            any(start < last and first < end for start, end in spans) for first, last in places
+            any(start < last and first < end for start, end in spans) == inside
+            for first, last in places
         ]
     labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
     kept = len(ids) if whole else data.max_length
@@ -79,6 +85,7 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
     """
     from datasets import Dataset
 
+    check_template(rows, tokenizer, data)
     encoded = [
         (row, piece)
         for row in rows
@@ -118,6 +125,48 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
     )
 
 
+def check_template(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Whether the chat template writes all that rows have: a template may pass over what it does
+    not know. Each thing is looked for in the first row that has it.
+
+    Raises:
+        UserError: naming the row and what the template leaves out.
+    """
+    checked = set()
+    for row in rows:
+        for what, without in _lesser_rows(row):
+            if what in checked:
+                continue
+            checked.add(what)
+            text = _render(row, row.messages, tokenizer, data)
+            try:
+                left_out = text == _render(without, without.messages, tokenizer, data)
+            except UserError:  # such as two turns of the user in a row, without what was between
+                continue
+            if left_out:
+                raise UserError(
+                    f"{row.where}: the chat template leaves out {what}: the model would never see "
+                    "it; give a model.chat_template that writes it, or remove it from the rows"
+                )
+
+
+def _lesser_rows(row: Row) -> Iterator[tuple[str, Row]]:
+    """What a row has besides words of user and assistant, and the row without it."""
+    if row.tools:
+        yield "the function definitions (tools)", replace(row, tools=())
+    for index, message in enumerate(row.messages):
+        before, after = row.messages[:index], row.messages[index + 1 :]
+        if calls := message.get("tool_calls"):
+            fewer = {**message, "tool_calls": calls[:-1]}
+            if len(calls) == 1:
+                del fewer["tool_calls"]
+            what = f"call {len(calls)} of an answer (tool_calls)"
+            yield what, replace(row, messages=(*before, fewer, *after))
+        if message["role"] in ("system", "tool"):
+            late = " after other turns" if message["role"] == "system" and index else ""
+            yield f"a {message['role']} message{late}", replace(row, messages=(*before, *after))
+
+
 def _tokenize(
     text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -149,15 +198,11 @@ def _text_with_end(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
 
 
 def _render_with_spans(
-    row: Row, tokenizer: PreTrainedTokenizerBase, data: Data
+    row: Row, answers: Collection[int], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character ranges that the assistant says."""
+    """The conversation as text, and the character ranges of some answers of the assistant."""
     text = _render(row, row.messages, tokenizer, data)
-    return text, [
-        _answer_span(row, index, text, tokenizer, data)
-        for index, message in enumerate(row.messages)
-        if message["role"] == "assistant"
-    ]
+    return text, [_answer_span(row, index, text, tokenizer, data) for index in sorted(answers)]
 
 
 def _answer_span(
@@ -171,7 +216,8 @@ def _answer_span(
     alone = text
     if index < len(row.messages) - 1:
         alone = _render(row, row.messages[: index + 1], tokenizer, data)
-    if not alone.startswith(prompt):
+    start = _end_of_prompt(alone, prompt)
+    if start is None:
         same = len(commonprefix([prompt, alone]))
         raise UserError(
             f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, but "
@@ -179,13 +225,13 @@ def _answer_span(
             "prompt than it will be asked with: give a model.chat_template whose generation prompt "
             "is what it writes before answers: without an opened thought, or keeping theirs"
         )
-    last_word = _end_of_content(row, index, alone, len(prompt))
+    last_word = _end_of_content(row, index, alone, start)
     end = answer_end(tokenizer, data)
     if end.token is None and data.missing_end == "error":
         raise UserError(_no_end(end.written))
     at = alone.rfind(end.token, last_word) if end.token else -1
     stop = len(alone.rstrip()) if at < 0 else at + len(end.token)
-    if not text.startswith(alone[:stop]):
+    if not text.startswith(alone[:stop]) and not row.messages[index].get("tool_calls"):
         # Some templates end the last answer of a conversation only.
         stop = last_word
     if not text.startswith(alone[:stop]):
@@ -195,7 +241,23 @@ def _answer_span(
             "model.chat_template that only appends, or data.loss_on=all, which learns the prompts "
             "too"
         )
-    return len(prompt), stop
+    return start, stop
+
+
+def _end_of_prompt(text: str, prompt: str) -> int | None:
+    """Where the prompt ends in a text that begins with it; None for another text.
+
+    White space may differ inside it: Hermes' template writes a line break after the result of a
+    call only once other turns follow.
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    written = list("".join(prompt.split()))
+    letters = [at for at, letter in enumerate(text) if not letter.isspace()][: len(written)]
+    if [text[at] for at in letters] != written:
+        return None
+    after, tail = letters[-1] + 1, prompt[len(prompt.rstrip()) :]
+    return after + len(tail) if text.startswith(tail, after) else None
 
 
 def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
@@ -240,6 +302,7 @@ def _render(
     try:
         return tokenizer.apply_chat_template(
             list(messages),
+            tools=list(row.tools) or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **data.template_arguments,

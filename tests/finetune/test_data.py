@@ -248,10 +248,12 @@ def test_splits_are_disjoint_and_depend_on_the_seed_alone(tmp_path):
 
 
 def test_repetitions_stay_on_one_side(tmp_path):
-    rows = numbered(0, 20) + [{"prompt": f"  ASK   {n}", "completion": "x"} for n in range(20)]
+    rows = numbered(0, 20) + [{"prompt": f"  ask   {n}\n", "completion": "x"} for n in range(20)]
     splits = load(write(tmp_path / "rows.jsonl", rows), validation_fraction=0.3)
     assert [len(rows) for rows in splits[:2]] == [28, 12]
-    assert not {row.key for row in splits.train} & {row.key for row in splits.validation}
+    assert not {row.prompt_key for row in splits.train} & {
+        row.prompt_key for row in splits.validation
+    }
 
 
 def test_weights_are_for_training_not_for_what_is_split_off(tmp_path):
@@ -272,12 +274,13 @@ def test_a_given_split_is_not_split_off(tmp_path):
 @pytest.mark.parametrize("held_out", ["validation", "test"])
 def test_shared_rows_are_an_error_that_names_both_places(tmp_path, held_out):
     train = write(tmp_path / "train.jsonl", numbered(0, 20))
-    rows = numbered(50, 55) + [{"prompt": "Ask\n 7", "completion": "another answer"}]
+    rows = numbered(50, 55) + [{"prompt": "ask\n 7", "completion": "another answer"}]
     held = write(tmp_path / "held.csv", rows)
     with pytest.raises(UserError) as error:
         load(source(train, weight=2), **{held_out: held})
     assert "1 training rows also occur in validation or test" in str(error.value)
-    assert str(error.value).endswith("data.overlap=drop\n  train.jsonl:8 = held.csv:7")
+    assert "data.overlap=drop; answers differ: data.same_rows=row compares" in str(error.value)
+    assert str(error.value).endswith("\n  train.jsonl:8 = held.csv:7")
 
 
 def test_shared_rows_can_be_left_out_of_training(tmp_path):
@@ -289,7 +292,7 @@ def test_shared_rows_can_be_left_out_of_training(tmp_path):
 
 
 def test_repeated_rows_can_be_dropped(tmp_path):
-    path = write(tmp_path / "rows.jsonl", numbered(0, 4) + numbered(2, 8) + numbered(0, 1, "ASK"))
+    path = write(tmp_path / "rows.jsonl", numbered(0, 4) + numbered(2, 8) + numbered(0, 1, "ask "))
     assert len(load(path).train) == 11
     splits = load(path, duplicates="drop")
     lines = [1, 2, 3, 4, 7, 8, 9, 10]
@@ -329,13 +332,13 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "object, not list": (
         "rows.json",
         '{"train": []}',
-        ["rows.json: expected a JSON list of objects, found {'train': []}"],
+        ["cannot tell the format from the columns train"],
     ),
     "scalar": ("rows.json", "7", ["rows.json: expected a JSON list of objects, found 7"]),
     "list in JSON lines": (
         "rows.jsonl",
-        f"[{GOOD.strip()}]\n",
-        ["rows.jsonl:1: expected a JSON object on each line", "belongs in a .json file"],
+        GOOD + f"[{GOOD.strip()}]\n",
+        ["rows.jsonl:2: expected a JSON object on each line, found [{'prompt': "],
     ),
     "number of 5000 digits": ("rows.jsonl", GOOD + "7" * 5000, ["rows.jsonl:2: this JSON cannot"]),
     "nested too deeply": ("rows.json", "[" * 10**6, ["rows.json: this JSON cannot be read"]),
@@ -349,7 +352,16 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         "text\ngood\nÎle\n".encode("latin-1"),
         ["rows.csv:3: not UTF-8 text", "save the file as UTF-8"],
     ),
-    "UTF-16": ("rows.csv", "text\ngood\n".encode("utf-16"), ["rows.csv:1: not UTF-8 text"]),
+    "UTF-16 without its mark": (
+        "rows.csv",
+        "text\ngood\n".encode("utf-16-le"),
+        ["rows.csv: UTF-16 without a byte order mark: save the file as UTF-8"],
+    ),
+    "UTF-16 cut off": (
+        "rows.csv",
+        "text\ngood\n".encode("utf-16")[:-1],
+        ["rows.csv:2: not UTF-16", "save the file as UTF-8"],
+    ),
     "empty": ("rows.jsonl", "", ["rows.jsonl: no rows in this file"]),
     "empty JSON": ("rows.json", "", ["rows.json: no rows in this file"]),
     "empty list": ("rows.json", "[]", ["rows.json: no rows in this file"]),
@@ -383,28 +395,34 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     ),
     "unknown role": (
         "rows.jsonl",
-        chat(("user", "a"), ("tool", "b")),
-        ["rows.jsonl:2: role 'tool': expected system, user or assistant"],
+        chat(("user", "a"), ("critic", "b")),
+        ["rows.jsonl:2: messages: role 'critic': expected system, user, assistant or tool"],
     ),
     "unknown speaker": (
         "rows.jsonl",
         '{"conversations": [{"from": "narrator", "value": "a"}]}',
-        ["rows.jsonl:1: role 'narrator': expected system, user or assistant"],
+        ["rows.jsonl:1: conversations: role 'narrator': expected system, user, assistant or"],
     ),
     "two user turns": (
         "rows.jsonl",
         chat(("user", "a"), ("user", "b"), ("assistant", "c")),
-        ["rows.jsonl:2: the turns are user, user, assistant; expected"],
+        ["rows.jsonl:2: the turns are user, user, assistant; expected no two of user in a row"],
     ),
     "ends with user": (
         "rows.jsonl",
         chat(("user", "a"), ("assistant", "b"), ("user", "c")),
-        ["rows.jsonl:2: the turns are user, assistant, user", "ending with assistant"],
+        ["rows.jsonl:2: the turns are user, assistant, user; expected the last to be assistant"],
     ),
-    "late system message": (
+    "no answer": (
         "rows.jsonl",
-        chat(("user", "a"), ("system", "b"), ("assistant", "c")),
-        ["rows.jsonl:2: the turns are user, system, assistant"],
+        chat(("system", "a"), ("user", "b")),
+        ["rows.jsonl:2: the turns are system, user; expected an answer (assistant)"],
+    ),
+    "a greeting alone": ("rows.jsonl", chat(("assistant", "a")), ["rows.jsonl:2: the turns are a"]),
+    "two system messages": (
+        "rows.jsonl",
+        chat(("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")),
+        ["rows.jsonl:2: the turns are system, system, user", "no two of system in a row"],
     ),
     "no turns": ("rows.jsonl", chat(), ["rows.jsonl:2: the turns are none"]),
     "empty assistant turn": (
@@ -414,8 +432,8 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     ),
     "content is a list": (
         "rows.jsonl",
-        chat(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")),
-        ["rows.jsonl:2: messages: a turn whose content is no text", "as a string"],
+        chat(("user", ["a"]), ("assistant", "b")),
+        ["rows.jsonl:2: messages: a user message whose content is no text: ['a']"],
     ),
     "turn is no object": (
         "rows.jsonl",
@@ -462,10 +480,9 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "unknown suffix": (
         "rows.xlsx",
         b"PK",
-        ["rows.xlsx: expected a .jsonl, .json, .csv, .parquet or .txt file"],
+        ["rows.xlsx: expected a file that ends in .jsonl", "Excel: save the sheet as CSV UTF-8"],
     ),
-    "folder": ("rows", None, ["rows: expected a .jsonl, .json, .csv, .parquet or .txt file"]),
-    "folder named like a file": ("rows.jsonl", None, ["rows.jsonl: cannot be read: Is a dir"]),
+    "empty folder": ("rows", None, ["rows: no file of rows for train in this folder"]),
     "unknown columns": (
         "rows.jsonl",
         '{"frage": "ask", "antwort": "say"}',

@@ -71,7 +71,7 @@ def test_a_name_that_looks_like_markup(recipe_file, capsys):
 def test_statistics(recipe_file, capsys, tokenizer):
     answers = ["ok", "ok " * 5, "ok " * 9, "ok " * 60]
     rows = [{"prompt": f"open {n}", "completion": said} for n, said in enumerate(answers)]
-    repeated = [{"prompt": "OPEN  0", "completion": "ok"}]
+    repeated = [{"prompt": " open  0", "completion": "ok"}]
     write(recipe_file.parent / "train.jsonl", rows + repeated)
     printed = shown(recipe_file, capsys, "data.max_length=64")
 

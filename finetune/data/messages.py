@@ -1,0 +1,217 @@
+"""Turns of every known form -> messages as chat templates take them; which are sound, and repair.
+
+A message has `role` (system, user, assistant or tool) and `content` (text), and may have
+`tool_calls`, `tool_call_id`, `name` and thoughts. Known forms are OpenAI's `role` and `content`,
+ShareGPT's `from` and `value` with `function_call` and `observation`, and content in parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+from finequant.finetune.data.readers import BadRowError, parse_json, shown
+
+Message = dict[str, Any]
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant"},
+    **{"observation": "tool", "function": "tool", "ipython": "tool"},
+}
+KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+"""Keys that go to the template as they are."""
+FLAGS = ("weight", "train", "training")
+"""Whether an answer is learned: OpenAI's and mistral-finetune's weight, axolotl's train."""
+READ = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT, *FLAGS}
+UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
+
+
+def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]]:
+    """Messages, and the keys of turns that are not read. Answers that are not to be learned
+    (`weight: 0`, `train: false`) have `learned: False`.
+
+    Raises:
+        BadRowError: a turn that is none.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRowError(f"{where}: expected a list of role and content, found {shown(turns)}")
+    # Tables give every turn the keys of all turns.
+    turns = [{key: turn[key] for key in turn if turn[key] is not None} for turn in turns]
+    unread = {key for turn in turns for key in turn if key not in READ}
+    return [_message(turn, where) for turn in turns], unread
+
+
+def _message(turn: dict[str, Any], where: str) -> Message:
+    speaker = turn.get("role", turn.get("from"))
+    role = ROLES.get(str(speaker))
+    if role is None:
+        raise BadRowError(f"{where}: role {speaker!r}: expected system, user, assistant or tool")
+    content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls")
+    if speaker == "function_call":
+        content, calls = None, parse_json(str(content), f"{where}: function_call", "a call")
+    elif "function_call" in turn:  # OpenAI's form before tool_calls
+        calls = turn["function_call"]
+    message: Message = {"role": role, "content": _text(content, role, bool(calls), where)}
+    if calls:
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [_call(call, where) for call in calls]
+    message |= {key: turn[key] for key in KEPT if key in turn}
+    if not _is_learned(turn, where) and role == "assistant":
+        message["learned"] = False
+    return message
+
+
+def _text(content: Any, role: str, calls: bool, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and calls:
+        return ""
+    if _is_parts(content):
+        others = [part["type"] for part in content if not isinstance(part.get("text"), str)]
+        if others:
+            raise BadRowError(
+                f"{where}: a {role} message with a part {others[0]!r}: only text is read"
+            )
+        return "\n".join(part["text"] for part in content)
+    if role == "tool" and content is not None:
+        return json.dumps(content, ensure_ascii=False)
+    raise BadRowError(f"{where}: a {role} message whose content is no text: {shown(content)}")
+
+
+def _is_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+    )
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call with its arguments as values: templates write them as JSON themselves."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRowError(f"{where}: a call without a name: {shown(call)}")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        what = f"{where}: arguments of the call {function['name']}"
+        arguments = parse_json(arguments, what, "an object") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise BadRowError(
+            f"{where}: arguments of the call {function['name']}: expected an object, found "
+            f"{shown(arguments)}"
+        )
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    called = {"name": function["name"], "arguments": arguments}
+    return {**identity, "type": "function", "function": called}
+
+
+def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Function definitions, as a list or its JSON text, in the form that templates take.
+
+    Raises:
+        BadRowError: what is no definition.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}: tools", "a list of functions") if value.strip() else []
+    if not value:
+        return ()
+    tools = value if isinstance(value, list) else [value]
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRowError(f"{where}: tools: a function without a name: {shown(tool)}")
+    return tuple(
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    )
+
+
+def _is_learned(turn: dict[str, Any], where: str) -> bool:
+    for key in FLAGS:
+        if (value := turn.get(key)) is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            raise BadRowError(f"{where}: {key} of a message is {shown(value)}, expected {expected}")
+        if not value:
+            return False
+    return True
+
+
+def check_messages(messages: list[Message], where: str) -> None:
+    """Whether a row can be learned from; what else may be is for the chat template to say.
+
+    Raises:
+        BadRowError: no answer at the end or none to learn, a repeated user or system turn, an empty
+            one, or characters that are no text.
+    """
+    roles = [message["role"] for message in messages]
+    said = f"{where}: the turns are {', '.join(roles) or 'none'}"
+    if "assistant" not in roles[1:]:
+        raise BadRowError(f"{said}; expected an answer (assistant) to what stands before it")
+    if roles[-1] != "assistant":
+        raise BadRowError(f"{said}; expected the last to be assistant")
+    if repeated := [role for role, after in pairwise(roles) if role == after in MERGED]:
+        raise BadRowError(f"{said}; expected no two of {repeated[0]} in a row")
+    if empty := [message["role"] for message in messages if _is_empty(message)]:
+        raise BadRowError(f"{where}: empty {empty[0]} message: remove the row or fill it in")
+    if all(
+        message["role"] != "assistant" or not message.get("learned", True)
+        for message in messages[1:]
+    ):
+        raise BadRowError(f"{where}: no answer to learn: all have weight 0 or train false")
+    for message in messages:
+        for text in strings_of(message):
+            check_characters(text, where)
+
+
+MERGED = ("user", "system")
+
+
+def repair_messages(messages: list[Message]) -> tuple[list[Message], list[str]]:
+    """A conversation without empty turns, with the turns that a user or system repeats merged (an
+    empty line between), and cut after its last answer; and what was done, in words."""
+    done = []
+    kept = [message for message in messages if not _is_empty(message)]
+    if len(kept) < len(messages):
+        done.append("empty turn dropped")
+    merged: list[Message] = []
+    for message in kept:
+        if merged and message["role"] == merged[-1]["role"] in MERGED:
+            content = f"{merged[-1]['content']}\n\n{message['content']}"
+            merged[-1] = {**merged[-1], "content": content}
+            done.append(f"{message['role']} turns merged")
+        else:
+            merged.append(message)
+    while merged and merged[-1]["role"] != "assistant":
+        done.append(f"{merged.pop()['role']} turn at the end cut")
+    return merged, list(dict.fromkeys(done))
+
+
+def _is_empty(message: Message) -> bool:
+    """A call needs no words, and the result of a call may be none."""
+    return (
+        message["role"] != "tool"
+        and not message.get("tool_calls")
+        and not message["content"].strip()
+    )
+
+
+def strings_of(value: Any) -> list[str]:
+    """All texts inside a message or a function definition."""
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in strings_of(part)]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in strings_of(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuses what JSON can write but no tokenizer reads, and the traces of a damaged file."""
+    if wrong := UNREADABLE.search(text):
+        raise BadRowError(
+            f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, which is no text "
+            "(half a surrogate pair, or NUL): write the file as plain UTF-8, or remove the row"
+        )

@@ -1,0 +1,24 @@
+"""Names of data files: which are read, and which a pattern such as `shards/*.parquet` matches."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""Suffixes of files that hold rows; a .txt file is one text."""
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes that may stand behind those."""
+
+
+def is_pattern(name: str | Path) -> bool:
+    """Whether it may stand for several files."""
+    return glob.has_magic(str(name))
+
+
+def matching_files(path: Path) -> list[Path]:
+    """The file itself, or the files that a pattern matches, in the order of their names."""
+    if path.exists() or not is_pattern(path):
+        return [path]
+    pattern = path.relative_to(path.anchor)
+    return sorted(match for match in Path(path.anchor).glob(str(pattern)) if match.is_file())

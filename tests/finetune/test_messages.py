@@ -1,0 +1,312 @@
+"""Conversations in every form people have: whose turns they are, which are learned, repair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finequant.finetune.data.splits import Splits, load_splits
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Data
+
+
+def load(folder: Path, rows: list[dict[str, Any]], validation: float = 0.0, **keys: Any) -> Splits:
+    columns = keys.pop("columns", {})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"source": str(folder / "rows.jsonl"), "columns": columns}
+    return load_splits(Data(train=[source], validation_fraction=validation, **keys), 0)
+
+
+def said(splits: Splits, row: int = 0) -> list[str]:
+    return [f"{turn['role']}: {turn['content']}" for turn in splits.train[row].messages]
+
+
+def chat(*turns: str, **more: Any) -> dict[str, Any]:
+    """A row of messages; "u text" is a turn of the user."""
+    roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
+    return {"messages": [{"role": roles[t[0]], "content": t[2:]} for t in turns], **more}
+
+
+GOOD = chat("u ask", "a say")
+
+
+# Columns beside the turns
+
+
+def test_system_and_history_of_alpaca(tmp_path):
+    row = {"instruction": "c", "output": "d", "system": "Be brief.", "history": [["a", "b"]]}
+    splits = load(tmp_path, [row, {**row, "system": "", "history": []}], system="Default.")
+    assert said(splits) == [
+        "system: Be brief.",
+        "user: a",
+        "assistant: b",
+        "user: c",
+        "assistant: d",
+    ]
+    assert said(splits, 1) == ["system: Default.", "user: c", "assistant: d"]
+    assert splits.train[0].targets == [2, 4]
+    assert len(splits.notes) == 1
+
+
+@pytest.mark.parametrize("history", [[["a"]], ["ab"], {"a": "b"}, [["a", None]]])
+def test_a_history_that_is_none(tmp_path, history):
+    row = {"instruction": "c", "output": "d", "history": history}
+    with pytest.raises(UserError, match="rows.jsonl:1: history: expected pairs of question and"):
+        load(tmp_path, [row])
+
+
+@pytest.mark.parametrize("answer", ["output", "response"])
+def test_the_context_of_an_instruction(tmp_path, answer):
+    row = {"instruction": "Who?", "context": "It is Ann's.", answer: "Ann", "category": "qa"}
+    splits = load(tmp_path, [row])
+    assert said(splits) == ["user: Who?\n\nIt is Ann's.", "assistant: Ann"]
+    assert splits.notes[1:] == ["rows.jsonl: not read: category"]
+
+
+def test_a_column_that_is_not_read_is_named_once(tmp_path):
+    rows = [{"prompt": f"a{n}", "completion": "b", "context": "c", "id": n} for n in range(3)]
+    turns = [{"role": "user", "content": "a", "mood": "x"}, {"role": "assistant", "content": "b"}]
+    assert load(tmp_path, rows).notes[1:] == ["rows.jsonl: not read: context, id"]
+    assert load(tmp_path, [{"messages": turns}] * 2).notes[1:] == [
+        "rows.jsonl: not read: mood of messages"
+    ]
+    mapped = {"prompt": "{context} {prompt}", "completion": "completion"}
+    assert len(load(tmp_path, rows, columns=mapped).notes) == 1
+
+
+def test_a_column_that_the_recipe_reads_is_not_read_as_something_else(tmp_path):
+    row = {"system": "Windows", "weight": 0, "label": False, "q": "ask"}
+    columns = {"prompt": "{q} on {system}: {weight} kg", "completion": "label"}
+    splits = load(tmp_path, [row], columns=columns)
+    assert said(splits) == ["user: ask on Windows: 0 kg", "assistant: false"]
+
+
+# Weights and labels
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
+    from finequant.finetune.data.tokens import IGNORED, encode
+
+    on = {key: type(value)(1) for key, value in flag.items()}
+    turns = [
+        ("user", "a", {}),
+        ("assistant", "wrong", flag),
+        ("user", "b", {}),
+        ("assistant", "right", on),
+    ]
+    if form == "messages":
+        row = {form: [{"role": role, "content": text, **more} for role, text, more in turns]}
+    else:
+        names = {"user": "human", "assistant": "gpt"}
+        row = {form: [{"from": names[role], "value": text, **more} for role, text, more in turns]}
+    splits = load(tmp_path, [row])
+    (read,) = splits.train
+    assert read.targets == [3]
+    assert all(set(message) == {"role", "content"} for message in read.messages)
+    assert splits.notes[1:] == [
+        "rows.jsonl: 1 answers read, but not learned: weight 0 or train false"
+    ]
+    for loss_on in ("assistant", "all"):
+        data = Data(train="rows.jsonl", loss_on=loss_on)
+        encoded = encode(read, tokenizer, data)
+        learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+        assert "right<|im_end|>" in learned
+        assert "wrong" not in learned
+        assert ("user" in learned) == (loss_on == "all")
+        assert "wrong" in tokenizer.decode(encoded.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ({"weight": 0.5}, "weight of a message is 0.5, expected 0 or 1"),
+        ({"train": "false"}, "train of a message is 'false', expected true or false"),
+        ({"weight": 0}, "no answer to learn: all have weight 0 or train false"),
+    ],
+)
+def test_a_weight_that_cannot_be_kept(tmp_path, flag, message):
+    row = chat("u ask", "a say")
+    row["messages"][1] |= flag
+    with pytest.raises(UserError, match=f"rows.jsonl:1: .*{message}"):
+        load(tmp_path, [row])
+
+
+@pytest.mark.parametrize("column", ["weight", "label", "kto_tag"])
+def test_a_row_can_be_left_out_by_its_own_column(tmp_path, column):
+    values = [0, 1, 0] if column == "weight" else [False, True, False]
+    rows = [{**chat(f"u ask {n}", "a say"), column: v} for n, v in enumerate(values)]
+    splits = load(tmp_path, rows)
+    assert [row.where for row in splits.train] == ["rows.jsonl:2"]
+    assert splits.notes[1:] == [
+        f"rows.jsonl: 2 rows left out: {column} {'0' if column == 'weight' else 'false'}"
+    ]
+
+
+def test_a_weight_or_label_of_another_kind_is_named(tmp_path):
+    rows = [{"prompt": "Describe.", "completion": "a cat", "weight": 4.5, "label": 3}]
+    splits = load(tmp_path, rows)
+    assert len(splits.train) == 1
+    assert splits.notes[1:] == ["rows.jsonl: not read: weight, label"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {**chat("u a"), "chosen": {"role": "assistant", "content": "b"}, "rejected": {}},
+    ],
+)
+def test_pairs_of_preference_are_refused_by_name(tmp_path, row):
+    with pytest.raises(
+        UserError, match=r"pairs of preference \(chosen, rejected\) are not learned"
+    ):
+        load(tmp_path, [row])
+
+
+# Turns
+
+
+@pytest.mark.parametrize(
+    ("turns", "targets"),
+    [
+        (("a Welcome!", "u hi", "a hello"), [2]),
+        (("s Be brief.", "a ok"), [1]),
+        (("u one", "a two", "a three"), [1, 2]),
+        (("u one", "a two", "s now be rude", "u three", "a four"), [1, 4]),
+        (("a Welcome!", "a Ask!", "u hi", "a hello"), [1, 3]),
+    ],
+)
+def test_turns_that_are_for_the_template_to_judge(tmp_path, tokenizer, turns, targets):
+    from finequant.finetune.data.tokens import IGNORED, encode
+
+    (row,) = load(tmp_path, [chat(*turns)]).train
+    assert row.targets == targets
+    encoded = encode(row, tokenizer, Data(train="rows.jsonl"))
+    learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+    assert learned == "".join(f"{turns[index][2:]}<|im_end|>" for index in targets)
+
+
+def test_developer_is_another_name_of_system(tmp_path):
+    splits = load(tmp_path, [chat("d Be brief.", "u a", "a b")], system="Default.")
+    assert said(splits) == ["system: Be brief.", "user: a", "assistant: b"]
+
+
+# name: (turns, what repair makes of them, what it says)
+REPAIRED = {
+    "ends with user": (
+        ("u 1", "a 2", "u 3"),
+        ["user: 1", "assistant: 2"],
+        "user turn at the end cut",
+    ),
+    "two users": (("u 1", "u 2", "a 3"), ["user: 1\n\n2", "assistant: 3"], "user turns merged"),
+    "two systems": (
+        ("s 1", "d 2", "u 3", "a 4"),
+        ["system: 1\n\n2", "user: 3", "assistant: 4"],
+        "system turns merged",
+    ),
+    "empty system": (("s ", "u 1", "a 2"), ["user: 1", "assistant: 2"], "empty turn dropped"),
+    "empty answer": (
+        ("u 1", "a ", "u 2", "a 3"),
+        ["user: 1\n\n2", "assistant: 3"],
+        "empty turn dropped",
+    ),
+    "ends with a result": (
+        ("u 1", "a 2", "u 3", "t 4"),
+        ["user: 1", "assistant: 2"],
+        "tool turn at the end cut",
+    ),
+}
+BEYOND_REPAIR = {
+    "no answer": chat("u 1", "u 2"),
+    "nothing": chat(),
+    "only empty answers": chat("u 1", "a \n"),
+    "unknown role": {"messages": [{"role": "critic", "content": "1"}]},
+    "null": {"messages": None},
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_repair(tmp_path, name):
+    turns, expected, what = REPAIRED[name]
+    rows = [GOOD, chat(*turns)]
+    with pytest.raises(UserError, match="rows.jsonl:2: "):
+        load(tmp_path, rows)
+    dropped = load(tmp_path, rows, bad_rows="drop")
+    assert [row.where for row in dropped.train] == ["rows.jsonl:1"]
+    assert "rows.jsonl: 1 bad rows dropped\n  " in dropped.notes[1]
+    repaired = load(tmp_path, rows, bad_rows="repair")
+    assert said(repaired) == ["user: ask", "assistant: say"]
+    assert said(repaired, 1) == expected
+    assert f"rows.jsonl:2: {what}" in repaired.notes[1]
+
+
+@pytest.mark.parametrize("name", BEYOND_REPAIR)
+def test_what_cannot_be_repaired_is_dropped_and_named(tmp_path, name):
+    splits = load(tmp_path, [GOOD, BEYOND_REPAIR[name]], bad_rows="repair")
+    assert [row.where for row in splits.train] == ["rows.jsonl:1"]
+    assert any("1 bad rows dropped" in note and "rows.jsonl:2" in note for note in splits.notes)
+
+
+def test_all_bad_rows_are_listed_at_once(tmp_path):
+    rows = [GOOD, chat("u 1"), {"messages": 7}, GOOD, {"text": "a"}]
+    with pytest.raises(UserError) as error:
+        load(tmp_path, rows)
+    first, *listed = str(error.value).splitlines()
+    assert first.startswith("data: 3 rows cannot be used; correct them, or set data.bad_rows to")
+    assert [line.split(": ")[0].strip() for line in listed] == [
+        f"rows.jsonl:{n}" for n in (2, 3, 5)
+    ]
+
+
+def test_a_source_without_a_single_good_row(tmp_path):
+    with pytest.raises(UserError, match="(?s)no rows are left to train on.*: 2 bad rows dropped"):
+        load(tmp_path, [chat("u 1"), chat("u 2")], bad_rows="drop")
+
+
+# One prompt, many answers
+
+
+def jokes(count: int, prompts: int = 1) -> list[dict[str, str]]:
+    return [{"prompt": f"Joke {n % prompts}!", "completion": f"joke {n}"} for n in range(count)]
+
+
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_rows_of_few_prompts_are_split_by_row(tmp_path, prompts):
+    splits = load(tmp_path, jokes(60, prompts), validation=0.1)
+    assert [len(rows) for rows in splits[:2]] == [54, 6]
+    assert f"train: only {prompts} prompts: " in splits.notes[1]
+    assert not {row.key for row in splits.train} & {row.key for row in splits.validation}
+
+
+def test_answers_to_one_prompt_stay_on_one_side(tmp_path):
+    splits = load(tmp_path, jokes(60, 30), validation=0.1)
+    assert [len(rows) for rows in splits[:2]] == [54, 6]
+    assert len({row.prompt_key for row in splits.validation}) == 3
+    by_row = load(tmp_path, jokes(60, 30), validation=0.1, same_rows="row")
+    assert len(by_row.validation) == 6
+    assert {r.prompt_key for r in by_row.train} & {r.prompt_key for r in by_row.validation}
+
+
+def test_a_test_file_of_the_same_prompt(tmp_path):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in jokes(70)[60:]))
+    assert len(load(tmp_path, jokes(60), test=str(held)).test) == 10
+    with pytest.raises(UserError, match="60 training rows .*answers differ: data.same_rows=row"):
+        load(tmp_path, jokes(60), test=str(held), same_rows="prompt")
+    held.write_text(json.dumps(jokes(60)[7]) + "\n")
+    with pytest.raises(
+        UserError, match="1 training rows also occur.*\n  rows.jsonl:8 = held.jsonl"
+    ):
+        load(tmp_path, jokes(60), test=str(held))
+
+
+def test_prompts_that_differ_in_case_are_different(tmp_path):
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "FIX: a word", "completion": "A WORD"}\n')
+    rows = [{"prompt": f"Fix: {w}", "completion": w.upper()} for w in ("a word", "another")]
+    assert len(load(tmp_path, rows, test=str(held)).train) == 2

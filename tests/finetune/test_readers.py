@@ -1,0 +1,252 @@
+"""The same rows from every shape that files have; the true cause where a file cannot be read."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finequant.finetune.data.readers import BadRowError, read_rows, read_source
+from finequant.finetune.data.splits import load_splits
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Data, Source
+
+ROWS = [
+    {"prompt": f"Où est {n}; là, ou\tici?", "completion": f'{{"n": {n}, "✓": 1}}'}
+    for n in (1, 2, 3)
+]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def table(separator: str = ",", encoding: str = "utf-8", end: str = "\n", first: str = "") -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=separator, lineterminator=end)
+    writer.writerow(ROWS[0])
+    writer.writerows(row.values() for row in ROWS)
+    return (first + text.getvalue()).encode(encoding)
+
+
+def zstd(content: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+FILES: dict[str, bytes] = {
+    "rows.jsonl": LINES.encode(),
+    "rows.ndjson": LINES.encode(),
+    "rows.json": json.dumps(ROWS).encode(),
+    "lines called.json": LINES.encode(),
+    "one line called.jsonl": json.dumps(ROWS).encode(),
+    "a list called.jsonl": json.dumps(ROWS, indent=2).encode(),
+    "mark.json": json.dumps(ROWS).encode("utf-8-sig"),
+    "utf-16.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+    "utf-16.jsonl": LINES.encode("utf-16"),
+    "wrapped.json": json.dumps({"version": "1.0", "data": ROWS}).encode(),
+    "wrapped and pretty.json": json.dumps({"rows": ROWS, "n": 3}, indent=1).encode(),
+    "by id.json": json.dumps({f"id-{n}": row for n, row in enumerate(ROWS)}).encode(),
+    "columns.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode(),
+    "splits.json": json.dumps({"test": ROWS[:1], "train": ROWS}).encode(),
+    "rows.csv": table(),
+    "excel.csv": table(encoding="utf-8-sig", end="\r\n"),
+    "semicolons.csv": table(";", "utf-8-sig", "\r\n"),
+    "named.csv": table(";", first="sep=;\r\n", end="\r\n"),
+    "unicode text.csv": table("\t", "utf-16", "\r\n"),
+    "pipes.csv": table("|"),
+    "rows.tsv": table("\t"),
+    "rows.jsonl.gz": gzip.compress(LINES.encode()),
+    "rows.csv.gz": gzip.compress(table(";")),
+    "rows.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
+    "rows.tsv.xz": lzma.compress(table("\t")),
+    "rows.jsonl.zst": zstd(LINES.encode()),
+    "ROWS.JSONL.GZ": gzip.compress(LINES[: LINES.index("\n") + 1].encode())
+    + gzip.compress(LINES[LINES.index("\n") + 1 :].encode()),
+}
+
+
+def rows_of(path: Path, split: str = "train") -> list[dict[str, Any]]:
+    return [row for _, row in read_source(Source(source=str(path), split=split))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_shape_gives_the_same_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert rows_of(tmp_path / name) == ROWS
+
+
+def saved(folder: Path, splits: bool) -> None:
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list(ROWS)
+    other = DatasetDict({"test": dataset.select([0]), "train": dataset})
+    (other if splits else dataset).save_to_disk(str(folder))
+
+
+def sharded(folder: Path, names: tuple[str, str], form: str = "parquet") -> None:
+    import pyarrow.parquet
+
+    folder.mkdir()
+    for name, rows in zip(names, (ROWS[:2], ROWS[2:]), strict=True):
+        shard = pyarrow.Table.from_pylist(rows)
+        if form == "parquet":
+            pyarrow.parquet.write_table(shard, folder / name)
+        else:
+            opened = pyarrow.ipc.new_file if form == "file" else pyarrow.ipc.new_stream
+            with opened(str(folder / name), shard.schema) as file:
+                file.write_table(shard)
+    (folder / "README.md").write_text("not rows")
+
+
+FOLDERS = {
+    "save_to_disk": lambda folder: saved(folder, splits=False),
+    "save_to_disk with splits": lambda folder: saved(folder, splits=True),
+    "shards": lambda folder: sharded(
+        folder, ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
+    ),
+    "arrow files": lambda folder: sharded(folder, ("a.arrow", "b.arrow"), "file"),
+    "arrow streams": lambda folder: sharded(folder, ("a.arrow", "b.arrow"), "stream"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_gives_the_same_rows(tmp_path, kind):
+    FOLDERS[kind](tmp_path / "my rows")
+    assert rows_of(tmp_path / "my rows") == ROWS
+
+
+def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
+    (tmp_path / "train_1.jsonl").write_text(LINES)
+    (tmp_path / "dev.jsonl").write_text('{"text": "held"}\n')
+    assert rows_of(tmp_path) == ROWS
+    assert rows_of(tmp_path, "validation") == [{"text": "held"}]
+    with pytest.raises(UserError, match="no file of rows for test .*only files of train, valid"):
+        rows_of(tmp_path, "test")
+
+
+@pytest.mark.parametrize("written", ["my shards/*.jsonl", "./my shards/part-?.jsonl", "my shards"])
+def test_a_pattern_in_a_recipe(tmp_path, tiny_base, written):
+    shards = tmp_path / "my shards"
+    shards.mkdir()
+    for number, row in enumerate(ROWS):
+        (shards / f"part-{number}.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: a\nmodel: {{base: {tiny_base}}}\ndata:\n  train: '{written}'\n")
+    data = load_recipe(recipe).data
+    assert [where for where, _ in read_source(data.train[0])] == [
+        f"part-{n}.jsonl:1" for n in range(3)
+    ]
+
+
+def test_a_pattern_that_matches_nothing(tmp_path, tiny_base):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: a\nmodel: {{base: {tiny_base}}}\ndata: {{train: ./no/*.parquet}}\n")
+    with pytest.raises(UserError, match=r"data.train: no such file or folder: ./no/\*.parquet"):
+        load_recipe(recipe)
+
+
+def test_what_a_pattern_matches_decides_whether_training_is_up_to_date(recipe_file):
+    from finequant.recipes.rundir import section_inputs
+
+    (recipe_file.parent / "s").mkdir()
+    shard = recipe_file.parent / "s" / "a.jsonl"
+    shard.write_text(LINES)
+    recipe = load_recipe(recipe_file, ["data.train=s/*.jsonl"])
+    before = section_inputs(recipe, ("data",))
+    assert before == section_inputs(recipe, ("data",))
+    shard.with_name("b.jsonl").write_text(LINES)
+    assert before != section_inputs(recipe, ("data",))
+
+
+# file: (content, what the message says)
+UNREADABLE = {
+    "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-20], ["cut.jsonl.gz: cannot be read: ", "end"]),
+    "plain.jsonl.gz": (LINES.encode(), ["plain.jsonl.gz: cannot be read: Not a gzipped file"]),
+    "plain.csv.xz": (table(), ["plain.csv.xz: cannot be read: "]),
+    "plain.csv.zst": (table(), ["plain.csv.zst: cannot be read: "]),
+    "ansi.csv": (
+        "prompt;completion\r\nOù?;là\r\n".encode("cp1252"),
+        ["ansi.csv:2: not UTF-8 text: save the file as UTF-8 (in Excel: CSV UTF-8)"],
+    ),
+    "splits.json": (
+        json.dumps({"easy": ROWS, "hard": ROWS}).encode(),
+        ["several lists of rows: easy, hard; name one of them as `split`"],
+    ),
+    "no.arrow": (b"no arrow", ["no.arrow: cannot be read as a arrow file: "]),
+    "rows.xlsx": (
+        b"PK",
+        ["rows.xlsx: expected a file that ends in", "save the sheet as CSV UTF-8"],
+    ),
+    "rows.zip": (b"PK", ["rows.zip: expected a file that ends in"]),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_the_true_cause_is_named(tmp_path, name):
+    content, expected = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        rows_of(tmp_path / name)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_a_broken_line_is_a_bad_row_and_the_others_are_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f"{LINES}{{'prompt': 1}}\n{LINES}")
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert [row for row in rows if not isinstance(row, BadRowError)] == ROWS * 2
+    with pytest.raises(UserError, match="rows.jsonl:4: broken JSON at column 2"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+NESTED = {
+    "id": 7,
+    "answers": {"text": ["in 1999", "1999"], "start": [3, 9]},
+    "turns": [{"ask": "When?"}],
+    "dotted.name": "whole",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("answers.text[0]", "in 1999"),
+        ("{turns[0].ask} ({answers.start[1]})", "When? (9)"),
+        ("dotted.name", "whole"),
+        ("answers.text", '["in 1999", "1999"]'),
+    ],
+)
+def test_fields_inside_a_column(tmp_path, path, text):
+    cells = {
+        name: json.dumps(v) if isinstance(v, (dict, list)) else v for name, v in NESTED.items()
+    }
+    for name, row in (("rows.jsonl", NESTED), ("cells.jsonl", cells)):
+        (tmp_path / name).write_text(json.dumps(row))
+        columns = {"prompt": "id", "completion": path}
+        source = {"source": str(tmp_path / name), "columns": columns}
+        (found,) = load_splits(Data(train=[source], validation_fraction=0.0), 0).train
+        assert found.messages[1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("answers.text[2]", r"rows.jsonl:1: answers.text\[2\]: no entry 2 in answers.text: 2 entr"),
+        ("answers.txt[0]", "answers.txt.*: no txt in answers: only text, start"),
+        ("id.text", "rows.jsonl:1: id.text: no text in id: 7"),
+        ("answer.text", "rows.jsonl:1: no column answer.text; the columns are id, answers"),
+    ],
+)
+def test_a_field_that_is_not_there(tmp_path, path, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(NESTED))
+    columns = {"prompt": "id", "completion": path}
+    source = {"source": str(tmp_path / "rows.jsonl"), "columns": columns}
+    with pytest.raises(UserError, match=message):
+        load_splits(Data(train=[source], validation_fraction=0.0), 0)
