@@ -177,6 +177,14 @@ def stored_dtype(config: LlamaConfig) -> torch.dtype:
     return config.dtype or torch.float32
 
 
+def trains_on_cpu() -> bool:
+    """Whether there is no GPU, or accelerate's configuration says to leave it alone (use_cpu)."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def training_precision(wish: str) -> tuple[torch.dtype, str]:
     """The dtype to train in, and the reason in words.
 
@@ -189,16 +197,17 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
 
     if wish == "fp32":
         return torch.float32, "as the recipe says"
-    if torch.cuda.is_available():
-        native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    elif torch.backends.mps.is_available():
-        native, where = True, "this GPU (mps)"
-    else:
+    on_cpu = trains_on_cpu()
+    if on_cpu:
         capabilities = torch.cpu.get_capabilities()
         native = any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
         where = "this CPU"
+    elif torch.cuda.is_available():
+        native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        native, where = True, f"this GPU ({torch.accelerator.current_accelerator().type})"
     if wish == "bf16":
-        if torch.cuda.is_available() and not native:
+        if not on_cpu and not native:
             raise UserError("train.precision: this GPU has no bf16: use train.precision=fp32")
         return torch.bfloat16, "as the recipe says"
     if native:
@@ -272,17 +281,32 @@ def save_adapter(
 
     `weights`: the model's state, gathered from the processes that share it (FSDP, ZeRO-3).
     With `initial`, the difference to that starting point is written (rank doubles), as peft
-    documents for PiSSA (https://arxiv.org/abs/2404.02948).
+    does for PiSSA (https://arxiv.org/abs/2404.02948), but not for weights that were gathered.
     """
     # A set, which would be written in another order by each process.
     config = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)
-    model.save_pretrained(
-        folder,
-        state_dict=weights,
-        path_initial_model_for_weight_conversion=str(initial) if initial else None,
-    )
+    if initial:
+        weights = _minus_initial(weights or model.state_dict(), initial)
+        config.init_lora_weights, config.r = True, 2 * config.r
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the scaling stays
+    model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def _minus_initial(weights: dict[str, torch.Tensor], initial: Path) -> dict[str, torch.Tensor]:
+    """B A - B0 A0 as one product: [B, -B0] [A; A0]."""
+    import torch
+    from safetensors.torch import load_file
+
+    difference = {}
+    for name, first in load_file(initial / "adapter_model.safetensors").items():
+        trained_name = name.removesuffix("weight") + "default.weight"
+        trained = weights[trained_name].cpu()
+        is_a = "lora_A" in name
+        parts = [trained, first if is_a else -first]
+        difference[trained_name] = torch.cat(parts, dim=0 if is_a else 1)
+    return difference
 
 
 def _from_pretrained(auto_class: type, model: Model, **options: object):
@@ -359,9 +383,12 @@ def _check_weights(model: Model, found: dict[str, set]) -> None:
 
 def _check_finite(model: Model, base: LlamaForCausalLM) -> None:
     import torch
+    from peft.utils.integrations import gather_params_ctx
 
     for name, weight in base.named_parameters():
-        if not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        with gather_params_ctx(weight, modifier_rank=None):  # ZeRO-3 has split it by now
+            extremes = torch.zeros(1) if weight.is_meta else torch.stack(weight.detach().aminmax())
+        if not extremes.isfinite().all():
             raise UserError(
                 f"model.base: {name} of {model.base} has numbers that are infinite or none (NaN): "
                 "copy or download it again"

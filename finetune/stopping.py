@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,25 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
+from finequant.finetune.processes import (
+    LAUNCHERS,
+    decided_by_first,
+    number_of_processes,
+    sharding,
+)
 from finequant.recipes.artefact import differences, remove
 from finequant.recipes.command_line import say
+from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import Interrupted, Wish, put_off
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from finequant.finetune.trainer import LoraTrainer
+
+
+LAUNCHER = "launcher.json"
+"""In a checkpoint: how the weights were split, and over how many processes."""
 
 
 class SavesWhenStopped(TrainerCallback):
@@ -56,16 +68,51 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
 
 
 def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
-    """The newest whole checkpoint in the folder of the arguments; others are removed."""
-    with arguments.main_process_first():
-        for checkpoint in reversed(sort_checkpoints(arguments.output_dir)):
-            changed = differences(Path(checkpoint))
-            if changed == []:
-                if not quiet:
-                    say(f"train: going on from {checkpoint}")
-                return checkpoint
-            if arguments.process_index == 0:
-                what = changed[0] if changed else "saving it was interrupted"
-                say(f"train: {checkpoint} is not whole ({what}): removed")
-                remove(Path(checkpoint))
+    """The newest whole checkpoint in the folder of the arguments; others are removed.
+
+    Raises:
+        UserError: if its weights are split in another way than by the launcher of this training.
+    """
+    folder = Path(arguments.output_dir)
+    name = decided_by_first(lambda: _last_whole(folder, quiet))
+    return str(folder / name) if name else None
+
+
+def say_launcher(checkpoint: Path) -> None:
+    """Keeps in a checkpoint what may go on from it."""
+    text = json.dumps({"sharding": sharding(), "processes": number_of_processes()})
+    (checkpoint / LAUNCHER).write_text(text, encoding="utf-8")
+
+
+def _last_whole(folder: Path, quiet: bool) -> str | None:
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(folder)))):
+        changed = differences(checkpoint)
+        if changed == []:
+            if not quiet:
+                _refuse_other_launcher(checkpoint)
+                say(f"train: going on from {checkpoint}")
+            return checkpoint.name
+        what = changed[0] if changed else "saving it was interrupted"
+        say(f"train: {checkpoint} is not whole ({what}): removed")
+        remove(checkpoint)
     return None
+
+
+def _refuse_other_launcher(checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / LAUNCHER).read_text(encoding="utf-8"))
+    here = {"sharding": sharding(), "processes": number_of_processes()}
+    same = saved["sharding"] == here["sharding"]
+    # ZeRO's parts are those of so many processes.
+    if same and (saved == here or sharding() != "DeepSpeed"):
+        return
+    raise UserError(
+        f"train: {checkpoint} was saved by {_in_words(**saved)}, and {_in_words(**here)} cannot go "
+        f"on from it: train with {LAUNCHERS[saved['sharding']]} again, or delete "
+        f"{checkpoint.parent} to begin anew"
+    )
+
+
+def _in_words(sharding: str | None, processes: int) -> str:
+    """such as "2 processes with FSDP"."""
+    several = f"{processes} process{'es' if processes > 1 else ''}"
+    return f"{several} with {sharding}" if sharding else f"{several} without FSDP or DeepSpeed"

@@ -52,11 +52,12 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
     from finequant.finetune.model import load_tokenizer, training_precision
+    from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.trainer import training_arguments
 
     watch = Stopwatch()
     _refuse_split_weights(recipe)
-    inputs = run.inputs(recipe, "train")
+    inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
     splits = load_splits(recipe.data, recipe.seed)
     for note in splits.notes:
         say(f"data: {note}")
@@ -64,14 +65,16 @@ def train(recipe: Recipe, run: RunDir) -> None:
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
-    _clear_stale_checkpoints(run, run.checkpoints, _of_plain(inputs), arguments)
+    require_shared(run.root)
+    decided_by_first(lambda: _clear_stale_checkpoints(run, run.checkpoints, _of_plain(inputs)))
     phases = []
     if recipe.train.has_plain_phase:
         phases.append(fine_tune(recipe, arguments, tokenizer, splits, dtype))
     if recipe.train.quantization_aware:
-        _clear_stale_checkpoints(run, run.checkpoints / ROUNDED_PHASE, inputs, arguments)
+        folder = run.checkpoints / ROUNDED_PHASE
+        decided_by_first(lambda: _clear_stale_checkpoints(run, folder, inputs))
         phases.append(train_rounded(recipe, run, tokenizer, splits, dtype, *phases))
-    if arguments.process_index == 0:
+    if is_first():
         log = _joined_log(phases)
         with run.writing(run.adapter, recipe) as folder:
             for phase in reversed(phases):  # of two adapters, that of plain LoRA
@@ -101,12 +104,13 @@ def fine_tune(
         save_adapter,
         save_initial_adapter,
     )
+    from finequant.finetune.processes import decided_by_first
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, gathered_weights
 
     checkpoints = Path(arguments.output_dir)
     folder, initial = checkpoints / "plain", checkpoints / "initial"
-    if folder.exists() and differences(folder) == []:
+    if decided_by_first(lambda: differences(folder) == []):
         say("train: plain LoRA was done before")
         return folder
     base = load_base(recipe.model, dtype)
@@ -137,6 +141,7 @@ def train_rounded(
     Returns the folder with the codes that it ended with, its adapter and its log.
     """
     from finequant.finetune.model import save_adapter
+    from finequant.finetune.processes import decided_by_first
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, training_arguments
     from finequant.quantize.rounding import save_rounded
@@ -147,9 +152,8 @@ def train_rounded(
     checkpoints = run.checkpoints / ROUNDED_PHASE
     arguments = training_arguments(phase, checkpoints, dtype, bool(splits.validation))
     base = _float_base(recipe, plain)
-    start = _starting_codes(
-        recipe, base, tokenizer, arguments, dtype, _starting_codes_file(recipe, run, plain)
-    )
+    file = decided_by_first(lambda: _starting_codes_file(recipe, run, plain))
+    start = _starting_codes(recipe, base, tokenizer, arguments, dtype, file)
     trainer = build_trainer(phase, arguments, base, tokenizer, splits)
     model = trainer.accelerator.unwrap_model(trainer.model)
     plan = layer_plan(recipe.quantize, model.config)
@@ -172,10 +176,9 @@ def train_rounded(
 
 def _refuse_split_weights(recipe: Recipe) -> None:
     """Before the first phase, which may take hours."""
-    from accelerate.utils import parse_flag_from_env
+    from finequant.finetune.processes import sharding
 
-    launchers = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if recipe.train.quantization_aware and any(map(parse_flag_from_env, launchers)):
+    if recipe.train.quantization_aware and sharding():
         raise UserError(
             "train.quantization_aware: not with FSDP or DeepSpeed, which split the weights that "
             "have to be rounded whole: use recipes/accelerate/several_gpus.yaml, "
@@ -214,7 +217,7 @@ def _starting_codes(
     from finequant.quantize.methods.method import round_model
     from finequant.quantize.rounding import load_rounded, save_rounded
 
-    with arguments.main_process_first():
+    with arguments.main_process_first(local=False):
         if not file.exists():
             say(f"train: rounding the weights by {recipe.quantize.method}, to train from there")
             partial = file.with_suffix(".partial")
@@ -240,23 +243,23 @@ def _of_plain(inputs: dict) -> dict:
     return {key: value for key, value in inputs.items() if not key.startswith(later)}
 
 
-def _clear_stale_checkpoints(run: RunDir, folder: Path, inputs: dict, arguments: SFTConfig) -> None:
+def _clear_stale_checkpoints(run: RunDir, folder: Path, inputs: dict) -> None:
     """Removes those of a finished training with other inputs; all else of that name is kept."""
     record = folder / "inputs.json"
-    with arguments.main_process_first():
-        made_from = record.read_text(encoding="utf-8") if record.exists() else None
-        if arguments.process_index == 0 and made_from != json.dumps(inputs):
-            finished = run.manifest().get("train", {}).get("inputs", {})
-            if made_from in (json.dumps(finished), json.dumps(_of_plain(finished))):
-                say(f"train: {folder} was made with other inputs: removed")
-                removed = folder.with_name(folder.name + ".removed")
-                remove(removed)
-                folder.rename(removed)
-                remove(removed)
-            elif folder.exists() and any(folder.iterdir()):
-                run.keep_as_previous(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_text(record, json.dumps(inputs))
+    made_from = record.read_text(encoding="utf-8") if record.exists() else None
+    if made_from == json.dumps(inputs):
+        return
+    finished = run.manifest().get("train", {}).get("inputs", {})
+    if made_from in (json.dumps(finished), json.dumps(_of_plain(finished))):
+        say(f"train: {folder} was made with other inputs: removed")
+        removed = folder.with_name(folder.name + ".removed")
+        remove(removed)
+        folder.rename(removed)
+        remove(removed)
+    elif folder.exists() and any(folder.iterdir()):
+        run.keep_as_previous(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(record, json.dumps(inputs))
 
 
 @contextmanager

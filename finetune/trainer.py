@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -18,9 +17,18 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
+from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.tokens import IGNORED, encode, to_dataset
-from finequant.finetune.model import lora_config
-from finequant.finetune.stopping import last_checkpoint
+from finequant.finetune.model import lora_config, trains_on_cpu
+from finequant.finetune.processes import (
+    TIMEOUT,
+    decided_by_first,
+    gathered,
+    number_of_processes,
+    refuse,
+    sharding,
+)
+from finequant.finetune.stopping import last_checkpoint, say_launcher
 from finequant.quantize.training.fake_quantize import (
     Rounding,
     load_scales,
@@ -33,6 +41,7 @@ from finequant.recipes.interrupt import GOES_ON, Interrupted
 from finequant.recipes.schema import Data, Recipe
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from finequant.finetune.data.rows import Row
@@ -60,7 +69,15 @@ class LoraTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._read: list[dict[str, Any]] = []  # by the micro-batches of this step
+        # The micro-batches of this step, and the loss of each.
+        self._read: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self._rows_to_learn = len(self.train_dataset)
+        multiple = self.args.per_device_train_batch_size * self.args.world_size
+        self.train_dataset = padded(self.train_dataset, multiple if self.args.world_size > 1 else 1)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ShuffledThenBlank:
+        blanks = len(self.train_dataset) - self._rows_to_learn
+        return ShuffledThenBlank(self._rows_to_learn, blanks, self.args.seed)
 
     def compute_loss(
         self,
@@ -102,16 +119,17 @@ class LoraTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
-        self._read.append(inputs)
-        if not loss.isfinite():
-            self._refuse_step(f"the loss is {loss.item():g}")
+        self._read.append((inputs, loss))
         return loss
 
     def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float:
         """Called with all gradients of a step, just before the optimizer makes use of them."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None and not math.isfinite(norm):  # None: DeepSpeed before its first step
-            self._refuse_step(f"the norm of the gradient is {float(norm):g}")
+        is_finite = norm is None or math.isfinite(norm)  # None: DeepSpeed before its first step
+        is_finite = is_finite and all(loss.isfinite() for _, loss in self._read)
+        flag = torch.tensor([is_finite], device=self.accelerator.device)
+        if not self.accelerator.gather(flag).all():
+            self._refuse_step(norm)
         self._read.clear()
         return norm
 
@@ -129,28 +147,35 @@ class LoraTrainer(SFTTrainer):
     def save_and_leave(self, number: int) -> None:
         """Ends training for the signal of that number, with a checkpoint of the last step."""
         step = self.state.global_step
-        if differences(Path(self.args.output_dir) / f"checkpoint-{step}") != []:
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if decided_by_first(lambda: differences(folder) != []):
             self._save_checkpoint(self.model_wrapped, trial=None)
         raise Interrupted(number, f"step {step} is saved, {GOES_ON}")
 
-    def _refuse_step(self, what: str) -> None:
+    def _refuse_step(self, norm: torch.Tensor | float | None) -> NoReturn:
         """Nothing is learned from such a step; checkpoints of earlier ones stay."""
         step, rate = self.state.global_step + 1, self._get_learning_rate()
+        failed = [(inputs, loss) for inputs, loss in self._read if not loss.isfinite()]
+        losses = sum(gathered([loss.item() for _, loss in failed]), [])
+        suspects = failed if losses else self._read  # each row may have made such a gradient
+        names = sum(gathered(self._names_of_rows([inputs for inputs, _ in suspects])), [])
+        what = f"the loss is {losses[0]:g}" if losses else f"the norm of the gradient is {norm:g}"
         kept = last_checkpoint(self.args, quiet=True)
-        raise UserError(
-            f"train: step {step}: {what}; its rows are {self._names_of_rows()}. Lower "
+        refuse(
+            f"train: step {step}: {what}; its rows are "
+            f"{', '.join(dict.fromkeys(names)) or 'not known'}. Lower "
             f"train.learning_rate (it is {rate:.2g} there), look at these rows, or try "
             f"train.precision=fp32; {f'{kept} is kept' if kept else 'no checkpoint was made yet'}"
         )
 
-    def _names_of_rows(self) -> str:
-        """File and line of the rows of this step, found by their tokens."""
+    def _names_of_rows(self, batches: list[dict[str, Any]]) -> list[str]:
+        """File and line of the rows of some micro-batches, found by their tokens."""
         known = {
             tuple(encode(row, self.processing_class, self.data).input_ids): row.where
             for row in self.rows
         }
-        found = [known.get(tuple(ids)) for inputs in self._read for ids in _rows_of(inputs)]
-        return ", ".join(dict.fromkeys(name for name in found if name)) or "not known"
+        names = [known.get(tuple(ids)) for inputs in batches for ids in _rows_of(inputs)]
+        return [name for name in names if name]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Sealed once every process has written its part; only then do earlier ones go."""
@@ -161,6 +186,7 @@ class LoraTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             save_scales(self.model, folder / f"checkpoint-{self.state.global_step}")
+            say_launcher(folder / f"checkpoint-{self.state.global_step}")
             seal(folder / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
@@ -233,23 +259,25 @@ def training_arguments(
 
     Raises:
         UserError: for a tracker or optimizer that is not there, or rows that cannot be shared
-            equally by the processes.
+            equally by the processes, or GPUs and processes that do not go together.
     """
     train = recipe.train
+    on_cpu, packing = trains_on_cpu(), recipe.data.packing
+    _refuse_launch(on_cpu)
     absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
     if absent:
         names = " ".join(absent)
         raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
-    per_step = train.micro_batch_size * _processes()
+    processes = number_of_processes()
+    per_step = train.micro_batch_size * processes
     if train.batch_size % per_step:
         raise UserError(
-            f"train.batch_size: {train.batch_size} rows cannot be shared by {_processes()} "
+            f"train.batch_size: {train.batch_size} rows cannot be shared by {processes} "
             f"processes in micro-batches of {train.micro_batch_size}: "
             f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
         )
     # transformers' "constant" ignores the warm-up.
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    on_cpu, packing = not torch.accelerator.is_available(), recipe.data.packing
     try:
         return SFTConfig(
             output_dir=str(folder),
@@ -268,6 +296,7 @@ def training_arguments(
             optim=train.optimizer,
             bf16=dtype == torch.bfloat16,
             use_cpu=on_cpu,
+            ddp_timeout=TIMEOUT,
             gradient_checkpointing=train.gradient_checkpointing,
             # Rows are cut before they get here; without padding trl wants to be told nothing.
             max_length=recipe.data.max_length if packing or not on_cpu else None,
@@ -299,9 +328,19 @@ def _when(steps: int | None) -> str:
     return "steps" if steps else "epoch"
 
 
-def _processes() -> int:
-    """As torchrun and accelerate say it; accelerate's own state is not yet set up for the CPU."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _refuse_launch(on_cpu: bool) -> None:
+    """What transformers and trl would ignore, or refuse once the base was loaded."""
+    if on_cpu and sharding():
+        raise UserError(
+            f"train: {sharding()} splits weights over GPUs, and training runs on the CPU here: "
+            "start it without, or with torchrun --nproc_per_node N"
+        )
+    if not on_cpu and number_of_processes() == 1 and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"train: {torch.cuda.device_count()} GPUs are visible to one process: use all of them "
+            "with --launch recipes/accelerate/several_gpus.yaml (or accelerate launch "
+            "--config_file), or one with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,8 +58,9 @@ def put_off() -> Iterator[Wish]:
 
     def note(number: int) -> None:
         wish.number = number
+        # Not print: the signal may have come in the middle of one, which may not be entered again.
         with suppress(OSError):  # of a terminal that was closed
-            print("stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+            os.write(2, b"stopping after this step; once more ends at once\n")
 
     with _handled(note):
         yield wish

@@ -45,6 +45,17 @@ UPSTREAM = {
 # Of the section `quantize`, but they change nothing in quantized/.
 ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 
+# Of the section `train`, but they change the adapter by no more than the number of processes does:
+# less than 1e-6, or other random numbers for dropout. Who runs out of memory, or wants to see more,
+# goes on from the last checkpoint.
+HOW_IT_IS_TRAINED = (
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.logging_steps",
+    "train.report_to",
+    "train.save_total_limit",
+)
+
 # In adapter/: the codes that quantization-aware training ended with.
 ROUNDED = "rounded.safetensors"
 
@@ -287,7 +298,8 @@ def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     inputs = {
         key: content[key]
         for key in content
-        if _within(key, sections) and (key in sections or key not in ONLY_FOR_EXPORTS)
+        if _within(key, sections)
+        and (key in sections or key not in (*ONLY_FOR_EXPORTS, *HOW_IT_IS_TRAINED))
     }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and Path(inputs[key]).is_absolute():

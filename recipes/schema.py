@@ -210,7 +210,9 @@ class Train(Section):
     batch_size: Positive = Field(
         16, description="rows per optimizer step, over all processes and accumulation steps"
     )
-    micro_batch_size: Positive = Field(8, description="rows per forward pass of one process")
+    micro_batch_size: Positive = Field(
+        8, description="rows per forward pass of one process; decides memory, not the result"
+    )
     learning_rate: float = Field(2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = Field(0.03, description="share of all steps")

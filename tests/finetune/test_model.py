@@ -18,6 +18,7 @@ from finequant.finetune.model import (
     save_adapter,
     stored_dtype,
     training_precision,
+    trains_on_cpu,
 )
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
@@ -467,7 +468,7 @@ def hardware(monkeypatch):
     def pretend(gpu: bool | None, cpu: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: gpu)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
 
     return pretend
@@ -496,6 +497,23 @@ def test_bf16_on_a_gpu_without_it_is_refused(hardware):
     hardware(gpu=False)
     with pytest.raises(UserError, match="this GPU has no bf16: use train.precision=fp32"):
         training_precision("bf16")
+
+
+def test_a_gpu_that_is_to_be_left_alone_decides_nothing(hardware, monkeypatch):
+    """accelerate's `use_cpu: true`, of recipes/accelerate/cpu.yaml."""
+    hardware(gpu=True, cpu=("avx512_f",))
+    assert not trains_on_cpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert trains_on_cpu()
+    assert training_precision("auto") == (torch.float32, "this CPU does not compute in bf16")
+    assert training_precision("bf16")[0] == torch.bfloat16  # emulated
+
+
+def test_other_gpus_compute_in_bf16(hardware, monkeypatch):
+    hardware(gpu=None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert training_precision("auto") == (torch.bfloat16, "this GPU (mps) computes in bf16")
 
 
 def test_precision_of_the_machine_that_tests_run_on():

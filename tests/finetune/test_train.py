@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
-TRAIN = str(ROOT / "finetune" / "train.py")
 
 
 def train(recipe: Path, *overrides: str) -> Path:
@@ -27,12 +22,6 @@ def train(recipe: Path, *overrides: str) -> Path:
 
 def weights(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter / "adapter_model.safetensors")
-
-
-def launch(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
 
 
 def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -82,6 +71,22 @@ def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
     train(recipe_file, *steps)
     assert "going on from" in capsys.readouterr().err
     assert (adapter / "adapter_model.safetensors").read_bytes() == undisturbed
+
+
+def test_another_micro_batch_goes_on_from_the_last_checkpoint(recipe_file, tmp_path, capsys):
+    """As who runs out of memory is told to do."""
+    steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
+    adapter = train(recipe_file, *steps)
+    undisturbed = weights(adapter)
+    shutil.rmtree(adapter)
+    for name in ("checkpoint-4", "checkpoint-6", "plain"):
+        shutil.rmtree(adapter.parent / "checkpoints" / name)
+    (adapter.parent / "manifest.json").unlink()
+    capsys.readouterr()
+    smaller = ["train.micro_batch_size=1", "train.gradient_checkpointing=true"]
+    train(recipe_file, *steps, *smaller, "train.logging_steps=1")
+    assert "going on from" in capsys.readouterr().err
+    assert relative_difference(undisturbed, weights(adapter)) < 1e-6
 
 
 def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
@@ -236,6 +241,30 @@ def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch
     assert "train.batch_size: 8 rows cannot be shared by 3 processes" in capsys.readouterr().err
 
 
+def test_a_launch_that_would_do_something_else_is_refused(recipe_file, monkeypatch, capsys):
+    """Before the base is loaded; libraries would ignore the first, and refuse the second late."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert refused(recipe_file, capsys).startswith(
+        "error: train: FSDP splits weights over GPUs, and training runs on the CPU here: "
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("finequant.finetune.trainer.trains_on_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said = refused(recipe_file, capsys)
+    assert said.startswith("error: train: 2 GPUs are visible to one process: ")
+    assert "--launch recipes/accelerate/several_gpus.yaml" in said
+    assert "CUDA_VISIBLE_DEVICES=0" in said
+
+
+def refused(recipe: Path, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe)
+    assert exit_.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -251,37 +280,3 @@ def test_what_only_the_libraries_know_is_still_one_message(recipe_file, capsys, 
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_adapter_of_one(recipe_file, tmp_path):
-    alone = train(recipe_file, "train.micro_batch_size=8", f"output_dir={tmp_path / 'one'}")
-    result = launch(
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        TRAIN,
-        str(recipe_file),
-        "train.micro_batch_size=4",
-        f"output_dir={tmp_path / 'two'}",
-    )
-    assert result.returncode == 0, result.stderr
-    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
-    assert manifest["train"]["processes"] == 2
-    assert relative_difference(weights(alone), weights(tmp_path / "two" / "adapter")) < 1e-3
-
-
-@pytest.mark.slow
-def test_accelerate_launch(recipe_file, tmp_path):
-    cpu = str(ROOT / "recipes" / "accelerate" / "cpu.yaml")
-    result = launch(
-        "accelerate.commands.launch",
-        "--config_file",
-        cpu,
-        TRAIN,
-        str(recipe_file),
-        f"output_dir={tmp_path / 'launched'}",
-    )
-    assert result.returncode == 0, result.stderr
-    alone = train(recipe_file, f"output_dir={tmp_path / 'plain'}")
-    assert relative_difference(weights(alone), weights(tmp_path / "launched" / "adapter")) < 1e-6

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -16,6 +17,9 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from transformers import LlamaForCausalLM, TrainingArguments
+
+from finequant.finetune.model import trains_on_cpu
+from finequant.finetune.processes import sharding
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "accelerate"
@@ -64,6 +68,16 @@ def test_precision_is_left_to_the_recipe(name, tmp_path, monkeypatch):
     for bf16, expected in ((False, "no"), (True, "bf16")):
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=bf16)
         assert arguments.mixed_precision == expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_only_one_file_leaves_the_gpu_alone(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for variable, value in launch(name)[1].items():
+        monkeypatch.setenv(variable, value)
+    assert trains_on_cpu() == (name == "cpu.yaml")
+    expected = {"fsdp.yaml": "FSDP", "deepspeed_zero3.yaml": "DeepSpeed"}
+    assert sharding() == expected.get(name)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -103,6 +103,22 @@ def test_an_ignored_signal_stays_ignored():
     assert process.returncode == 143
 
 
+def test_a_signal_in_the_middle_of_a_print_is_noted(monkeypatch, capfd):
+    """Python refuses to enter the stream again."""
+
+    class Entered:
+        def write(self, text: str) -> None:
+            raise RuntimeError("reentrant call")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Entered())
+    with put_off() as wish:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert wish.number == signal.SIGTERM
+    assert capfd.readouterr().err == "stopping after this step; once more ends at once\n"
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with told_to_the_user(), put_off() as wish:

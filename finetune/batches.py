@@ -1,0 +1,52 @@
+"""Which rows a step reads: the same on one process and on several.
+
+accelerate fills the last batches of several processes with rows from the beginning of the epoch, so
+that each has as many; these would be learned twice. Here rows without a target token fill them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Sampler
+
+from finequant.finetune.data.tokens import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def padded(dataset: Dataset, multiple: int) -> Dataset:
+    """The rows, followed by blank ones up to a multiple; a blank row has no target token."""
+    from datasets import Dataset, concatenate_datasets
+
+    missing = -len(dataset) % multiple
+    if not missing:
+        return dataset
+    values = {"input_ids": dataset[0]["input_ids"][:2], "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    blank = {name: values[name] for name in dataset.column_names}
+    blanks = Dataset.from_list([blank] * missing, features=dataset.features)
+    return concatenate_datasets([dataset, blanks])
+
+
+class ShuffledThenBlank(Sampler[int]):
+    """Each row once, in an order that the seed and the epoch decide, and then the blank rows.
+
+    The order is that of accelerate's SeedableRandomSampler.
+    """
+
+    def __init__(self, rows: int, blanks: int, seed: int) -> None:
+        self.rows, self.blanks, self.seed, self.epoch = rows, blanks, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows + self.blanks
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.rows + self.blanks)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch

@@ -1,0 +1,128 @@
+"""Several processes that train together: the first decides, all hear of it, and all stop together.
+
+Each function is to be called by every process, at the same point.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from torch import distributed
+
+from finequant.recipes.errors import UserError
+
+Value = TypeVar("Value")
+
+TIMEOUT = 24 * 3600
+"""Seconds that processes wait for each other: the first may hash or calibrate a large base for
+hours. A process that dies is noticed by the launcher, which ends the others."""
+
+APPEARS_WITHIN = 60
+"""Seconds after which a new file is seen on every machine; NFS remembers for up to 30, by default,
+what a folder did not contain."""
+
+LAUNCHERS = {
+    "FSDP": "recipes/accelerate/fsdp.yaml",
+    "DeepSpeed": "recipes/accelerate/deepspeed_zero3.yaml",
+    None: "one process, torchrun or recipes/accelerate/several_gpus.yaml",
+}
+"""How the weights are split -> what starts such processes."""
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def number_of_processes() -> int:
+    """As torchrun and accelerate set it; accelerate's own state may not exist yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharding() -> str | None:
+    """FSDP or DeepSpeed if the launcher asks for one of them, which split the weights."""
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP"
+    return "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def decided_by_first(decide: Callable[[], Value]) -> Value:
+    """What `decide` returns in the first process, the only one that calls it.
+
+    Raises:
+        UserError: if `decide` raises it; all processes end.
+    """
+    if not distributed.is_initialized():
+        return decide()
+    outcome: list = [None, None]
+    if is_first():
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        refuse(outcome[1])
+    return outcome[0]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The values of all processes, in their order."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends all processes; the message is the first one's to show.
+
+    Raises:
+        UserError: in the first process.
+    """
+    if is_first():
+        raise UserError(message)
+    sys.exit(UserError.code)
+
+
+def require_shared(folder: Path) -> None:
+    """Proves that all processes see the folder that the first one writes.
+
+    Raises:
+        UserError: naming the machines that do not.
+    """
+    marker = decided_by_first(lambda: _leave_marker(folder))
+    seen = gathered((socket.gethostname(), _appears(folder / marker)))
+    if is_first():
+        (folder / marker).unlink()
+    if blind := sorted({host for host, sees in seen if not sees}):
+        refuse(
+            f"output_dir: {folder} on {seen[0][0]} is not seen by the processes on "
+            f"{', '.join(blind)}: all need the same folder, where checkpoints are written and "
+            "read: give one that the machines share, output_dir=/SHARED/FOLDER"
+        )
+
+
+def _leave_marker(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f".shared-{secrets.token_hex(8)}"
+    (folder / name).touch()
+    return name
+
+
+def _appears(file: Path) -> bool:
+    until = time.monotonic() + APPEARS_WITHIN
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,115 @@
+"""torchrun --nproc_per_node 2 several.py FOLDER: what two processes do, scenario after scenario.
+
+One launch for all, as a start takes longer than a training. Each scenario is a call of the real
+entry; `FOLDER/NAME-RANK.json` keeps its exit code and what it said.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from finequant.finetune import processes, trainer
+from finequant.finetune.train import main
+from finequant.finetune.trainer import LoraTrainer
+
+FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+FSDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp.yaml"
+
+
+def train(name: str, *overrides: str, run: str | None = None) -> None:
+    """Trains in FOLDER/RUN, which is called as the scenario if nothing is said."""
+    said, code = io.StringIO(), 0
+    with redirect_stderr(said):
+        try:
+            main([str(FOLDER / "recipe.yaml"), f"output_dir={FOLDER / (run or name)}", *overrides])
+        except SystemExit as stop:
+            code = stop.code
+    result = {"code": code, "said": said.getvalue()}
+    (FOLDER / f"{name}-{RANK}.json").write_text(json.dumps(result), encoding="utf-8")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def at_step(step: int, rank: int, do) -> Iterator[None]:
+    """In one process, `do` gets the loss of that step; what it returns takes its place."""
+    whole = LoraTrainer.compute_loss
+
+    def compute_loss(self, *arguments, **options):
+        loss = whole(self, *arguments, **options)
+        chosen = rank == RANK and self.model.training and self.state.global_step == step - 1
+        return do(loss) if chosen else loss
+
+    LoraTrainer.compute_loss = compute_loss
+    yield
+    LoraTrainer.compute_loss = whole
+
+
+@contextmanager
+def fsdp() -> Iterator[None]:
+    """As `accelerate launch --config_file fsdp.yaml` starts processes, but on the CPU.
+
+    accelerate takes FSDP for GPUs only, so it is told that these are some.
+    """
+    parser = launch_command_parser()
+    arguments = ["--config_file", str(FSDP), "--main_process_port", "0", "train.py"]
+    launched = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
+    names = {name for name in launched if name.startswith("FSDP_")} | {"ACCELERATE_USE_FSDP"}
+    before, build = dict(os.environ), trainer.training_arguments
+
+    def training_arguments(*arguments):
+        made = build(*arguments)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        return made
+
+    refuse, trainer._refuse_launch = trainer._refuse_launch, lambda on_cpu: None
+    trainer.training_arguments = training_arguments
+    os.environ.update({name: launched[name] for name in names})
+    yield
+    trainer.training_arguments, trainer._refuse_launch = build, refuse
+    for name in names - before.keys():
+        del os.environ[name]
+
+
+def stop(loss):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+
+STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
+LORA = ["train.save_steps=2", "train.max_steps=3"]
+
+train("uneven", f"data.train={FOLDER / 'uneven.jsonl'}")
+train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
+with at_step(2, 1, lambda loss: loss * float("nan")):
+    train("nan", "train.save_steps=1")
+train("undisturbed", *STEPS)
+with at_step(3, 1, stop):
+    train("stopped", *STEPS)
+with fsdp():
+    train("whole weights opened by FSDP", *STEPS, run="stopped")
+train("gone on", *STEPS, run="stopped")
+processes.APPEARS_WITHIN = 0.2
+train("shared", run="apart" if RANK else "shared")
+with fsdp():
+    train("rounded", "train.quantization_aware=true")
+    with at_step(2, 0, stop):
+        train("lora, stopped", *LORA, run="lora")
+train("split weights opened by DDP", *LORA, run="lora")
+with fsdp():
+    train("lora", *LORA)
+    train("dora", "lora.use_dora=true", "train.max_steps=2")
+    train("pissa", "lora.init_lora_weights=pissa", "train.max_steps=2")
+    train("olora", "lora.init_lora_weights=olora", "train.max_steps=2")

@@ -1,0 +1,150 @@
+"""Two processes with gloo: the adapter of one, and no one waits for a process that has stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_recipe, make_rows, write_jsonl
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+WEIGHTS = "adapter/adapter_model.safetensors"
+LORA = ["train.save_steps=2", "train.max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_base) -> Path:
+    """Where several.py has put the results of its scenarios."""
+    folder = tmp_path_factory.mktemp("several")
+    make_recipe(folder, tiny_base)
+    write_jsonl(folder / "uneven.jsonl", make_rows(range(0, 45)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, str(HERE / "several.py"), str(folder)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_one(folder):
+    """Trains in this process; the run directory."""
+    from finequant.finetune.train import main
+
+    def train(name: str, *overrides: str) -> Path:
+        main([str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides])
+        return folder / name
+
+    return train
+
+
+def results(folder: Path, name: str) -> tuple[list[int], list[str]]:
+    """Exit codes of both processes, and what each said."""
+    read = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    return [result["code"] for result in read], [result["said"] for result in read]
+
+
+def relative_difference(one: Path, other: Path) -> float:
+    one, other = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert one.keys() == other.keys()
+    return max(((one[name] - other[name]).norm() / one[name].norm()).item() for name in one)
+
+
+def test_rows_that_cannot_be_shared_equally_give_the_adapter_of_one_process(folder, by_one):
+    """45 rows in steps of 8: the last five are four and one."""
+    alone = by_one("uneven alone", f"data.train={folder / 'uneven.jsonl'}")
+    assert results(folder, "uneven")[0] == [0, 0]
+    assert relative_difference(alone, folder / "uneven") < 1e-6
+    manifest = json.loads((folder / "uneven" / "manifest.json").read_text())
+    assert manifest["train"]["processes"] == 2
+    packs = ["data.packing=true", "data.max_length=64", "train.micro_batch_size=2"]
+    assert relative_difference(by_one("packed alone", *packs), folder / "packed") < 1e-6
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_all(folder):
+    codes, (said, other) = results(folder, "nan")
+    assert codes == [2, 2]
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: train: step 2: the loss is nan; its rows are train.jsonl:")
+    named = line.partition("its rows are ")[2].partition(". Lower")[0].split(", ")
+    assert len(set(named)) == len(named) == 4  # of this process
+    assert line.endswith("checkpoint-1 is kept")
+    assert "error" not in other
+
+
+def test_a_signal_to_one_process_saves_the_step_of_all(folder):
+    codes, (said, _) = results(folder, "stopped")
+    assert codes == [143, 143]
+    assert "stopped by SIGTERM: step 3 is saved" in said
+    codes, (said, _) = results(folder, "gone on")
+    assert codes == [0, 0]
+    assert f"going on from {folder / 'stopped' / 'checkpoints' / 'checkpoint-3'}" in said
+    stopped, undisturbed = (folder / name / WEIGHTS for name in ("stopped", "undisturbed"))
+    assert stopped.read_bytes() == undisturbed.read_bytes()
+
+
+def test_a_folder_that_machines_do_not_share_is_refused(folder):
+    codes, (said, _) = results(folder, "shared")
+    assert codes == [2, 2]
+    assert f"error: output_dir: {folder / 'shared'} on " in said
+    assert "is not seen by the processes on" in said
+    assert "output_dir=/SHARED/FOLDER" in said
+    assert not list((folder / "shared").glob(".shared-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "saved", "here", "way_out"),
+    [
+        (
+            "whole weights opened by FSDP",
+            "stopped/checkpoints/checkpoint-3",
+            "2 processes without FSDP or DeepSpeed",
+            "2 processes with FSDP",
+            "one process, torchrun or recipes/accelerate/several_gpus.yaml",
+        ),
+        (
+            "split weights opened by DDP",
+            "lora/checkpoints/checkpoint-2",
+            "2 processes with FSDP",
+            "2 processes without FSDP or DeepSpeed",
+            "recipes/accelerate/fsdp.yaml",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_launcher_is_refused(folder, name, run, saved, here, way_out):
+    codes, (said, other) = results(folder, name)
+    assert codes == [2, 2]
+    assert f"error: train: {folder / run} was saved by {saved}, and {here} cannot go on" in said
+    assert f"train with {way_out} again, or delete {(folder / run).parent} to begin anew" in said
+    assert "error" not in other
+
+
+VARIANTS = {
+    "lora": LORA,
+    "dora": ["lora.use_dora=true", "train.max_steps=2"],
+    "pissa": ["lora.init_lora_weights=pissa", "train.max_steps=2"],
+    "olora": ["lora.init_lora_weights=olora", "train.max_steps=2"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fsdp_saves_the_adapter_of_one_process(folder, by_one, name):
+    codes, said = results(folder, name)
+    assert codes == [0, 0], said
+    alone = by_one(f"{name} alone", *VARIANTS[name])
+    assert relative_difference(alone, folder / name) < 1e-5
+    config, expected = (
+        json.loads((run / "adapter" / "adapter_config.json").read_text())
+        for run in (folder / name, alone)
+    )
+    assert config == expected
+
+
+def test_fsdp_splits_what_quantization_aware_training_needs_whole(folder):
+    codes, (said, _) = results(folder, "rounded")
+    assert codes == [2, 2]
+    assert "train.quantization_aware: not with FSDP or DeepSpeed" in said
