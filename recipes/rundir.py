@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import resource
@@ -355,7 +356,17 @@ def _base_identity(recipe: Recipe) -> str:
     folder, file = locate_base(recipe.model)
     if folder is None:
         return f"{recipe.model.base}@{recipe.model.revision or 'main'}"
-    return f"sha256:{content_hash(folder / file if file else folder)}"
+    base = folder / file if file else folder
+    files = filter(Path.is_file, sorted([base, *base.rglob("*")]))
+    stats = [(path, path.stat()) for path in files]
+    state = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return f"sha256:{_hash_of_base(base, state)}"
+
+
+@functools.cache
+def _hash_of_base(base: Path, state: tuple) -> str:
+    """Once in a process for each state of its files: a large base takes minutes."""
+    return content_hash(base)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

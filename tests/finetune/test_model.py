@@ -4,13 +4,17 @@ import copy
 import json
 import os
 import pickle
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from finequant.finetune.model import (
+    _check_finite,
     load_base,
     load_config,
     load_tokenizer,
@@ -459,6 +463,31 @@ def test_gathered_weights_are_what_is_saved(tiny_base, tmp_path):
     assert own.keys() == other.keys()
     assert all(torch.equal(other[name], own[name] + 1) for name in own)
     assert not (tmp_path / "own" / "README.md").exists()
+
+
+def test_weights_that_zero3_has_split_are_whole_when_they_are_checked(tiny_base, monkeypatch):
+    """Simulated: DeepSpeed leaves an empty tensor in place of a weight, and gathers on demand."""
+    base = load(tiny_base)
+    whole = {id(weight): weight.data for weight in base.parameters()}
+    gathered = []
+
+    @contextmanager
+    def gather(weight, modifier_rank, fwd_module):
+        gathered.append(weight)
+        weight.data = whole[id(weight)]
+        yield
+        weight.data = torch.empty(0)
+
+    deepspeed = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gather))
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    monkeypatch.setattr("peft.utils.integrations.check_deepspeed_zero3_enabled", lambda: True)
+    for weight in base.parameters():
+        weight.data = torch.empty(0)
+    _check_finite(Model(base=str(tiny_base)), base)
+    assert len(gathered) == len(whole)
+    whole[id(base.model.norm.weight)][3] = torch.inf
+    with pytest.raises(UserError, match="model.norm.weight of .* has numbers that are infinite"):
+        _check_finite(Model(base=str(tiny_base)), base)
 
 
 @pytest.fixture

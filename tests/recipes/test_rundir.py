@@ -333,3 +333,32 @@ sys.exit(subprocess.run([sys.executable, "-c", {child!r}]).returncode)
         [sys.executable, "-c", parent], capture_output=True, text=True, check=True
     )
     assert 10**7 < int(done.stdout) < 256 * (2 << 20)
+
+
+def test_what_memory_allows_and_what_is_shown_do_not_decide_the_adapter(folder):
+    recipe, run = load(folder)
+    finish(recipe, run, "train")
+    shown = ["train.logging_steps=1", "train.report_to=[tensorboard]", "train.save_total_limit=9"]
+    memory = ["train.micro_batch_size=1", "train.gradient_checkpointing=true"]
+    assert run.what_changed(load(folder, *memory, *shown)[0], "train") == []
+    for other in ("train.batch_size=8", "train.precision=fp32", "train.warmup=0.5"):
+        (change,) = run.what_changed(load(folder, other)[0], "train")
+        assert change.startswith(other.partition("=")[0])
+
+
+def test_a_base_is_hashed_once(folder, monkeypatch):
+    from finequant.recipes import rundir
+
+    hashed = []
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return content_hash(path)
+
+    monkeypatch.setattr(rundir, "content_hash", count)
+    recipe, run = load(folder)
+    before = [run.inputs(recipe, "train")["model.base"] for _ in range(3)]
+    assert hashed.count(folder / "base") == 1
+    (folder / "base" / "model.safetensors").write_text("others!", encoding="utf-8")
+    assert run.inputs(recipe, "train")["model.base"] not in before
+    assert hashed.count(folder / "base") == 2
