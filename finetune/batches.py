@@ -1,7 +1,7 @@
 """Which rows a step reads: the same on one process and on several.
 
-accelerate fills the last batches of several processes with rows from the beginning of the epoch, so
-that each has as many; these would be learned twice. Here rows without a target token fill them.
+accelerate gives each process equally many rows by repeating some from the beginning of the epoch,
+which would then be learned twice. Here blank rows, without a target token, fill the last batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def padded(dataset: Dataset, multiple: int) -> Dataset:
     missing = -len(dataset) % multiple
     if not missing:
         return dataset
-    values = {"input_ids": dataset[0]["input_ids"][:2], "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    token = dataset[0]["input_ids"][0]
+    values = {"input_ids": [token] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
     blank = {name: values[name] for name in dataset.column_names}
     blanks = Dataset.from_list([blank] * missing, features=dataset.features)
     return concatenate_datasets([dataset, blanks])

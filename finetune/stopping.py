@@ -78,8 +78,8 @@ def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
     return str(folder / name) if name else None
 
 
-def say_launcher(checkpoint: Path) -> None:
-    """Keeps in a checkpoint what may go on from it."""
+def record_launcher(checkpoint: Path) -> None:
+    """Writes how the weights are split, which decides who can resume from the checkpoint."""
     text = json.dumps({"sharding": sharding(), "processes": number_of_processes()})
     (checkpoint / LAUNCHER).write_text(text, encoding="utf-8")
 
@@ -102,7 +102,7 @@ def _refuse_other_launcher(checkpoint: Path) -> None:
     saved = json.loads((checkpoint / LAUNCHER).read_text(encoding="utf-8"))
     here = {"sharding": sharding(), "processes": number_of_processes()}
     same = saved["sharding"] == here["sharding"]
-    # ZeRO's parts are those of so many processes.
+    # DeepSpeed resumes only with the same number of processes, among which it split the weights.
     if same and (saved == here or sharding() != "DeepSpeed"):
         return
     raise UserError(
@@ -113,6 +113,6 @@ def _refuse_other_launcher(checkpoint: Path) -> None:
 
 
 def _in_words(sharding: str | None, processes: int) -> str:
-    """such as "2 processes with FSDP"."""
+    """For example "2 processes with FSDP"."""
     several = f"{processes} process{'es' if processes > 1 else ''}"
     return f"{several} with {sharding}" if sharding else f"{several} without FSDP or DeepSpeed"

@@ -28,7 +28,7 @@ from finequant.finetune.processes import (
     refuse,
     sharding,
 )
-from finequant.finetune.stopping import last_checkpoint, say_launcher
+from finequant.finetune.stopping import last_checkpoint, record_launcher
 from finequant.quantize.training.fake_quantize import (
     Rounding,
     load_scales,
@@ -186,7 +186,7 @@ class LoraTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             save_scales(self.model, folder / f"checkpoint-{self.state.global_step}")
-            say_launcher(folder / f"checkpoint-{self.state.global_step}")
+            record_launcher(folder / f"checkpoint-{self.state.global_step}")
             seal(folder / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 

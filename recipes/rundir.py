@@ -46,9 +46,9 @@ UPSTREAM = {
 # Of the section `quantize`, but they change nothing in quantized/.
 ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 
-# Of the section `train`, but they change the adapter by no more than the number of processes does:
-# less than 1e-6, or other random numbers for dropout. Who runs out of memory, or wants to see more,
-# goes on from the last checkpoint.
+# Of the section `train`, but the adapter depends on them no more than on the number of processes:
+# by rounding (1e-7), and by the random numbers of dropout. After running out of memory, training
+# resumes from the last checkpoint with a smaller micro-batch.
 HOW_IT_IS_TRAINED = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
