@@ -303,6 +303,8 @@ def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
         and (key in sections or key not in (*ONLY_FOR_EXPORTS, *HOW_IT_IS_TRAINED))
     }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
+        if key == "model.base":  # which takes minutes, and is left to _base_identity
+            continue
         if key in inputs and Path(inputs[key]).is_absolute():
             files = matching_files(Path(inputs[key]))
             inputs[key] = " ".join(f"sha256:{content_hash(file)}" for file in files)
