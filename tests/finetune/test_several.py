@@ -9,23 +9,30 @@ from pathlib import Path
 
 import pytest
 from conftest import make_recipe, make_rows, write_jsonl
+from filelock import FileLock
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 WEIGHTS = "adapter/adapter_model.safetensors"
 LORA = ["train.save_steps=2", "train.max_steps=3"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_base) -> Path:
-    """Where several.py has put the results of its scenarios."""
-    folder = tmp_path_factory.mktemp("several")
-    make_recipe(folder, tiny_base)
-    write_jsonl(folder / "uneven.jsonl", make_rows(range(0, 45)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, str(HERE / "several.py"), str(folder)], capture_output=True, text=True
-    )
+def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
+    """Where several.py has put the results of its scenarios; once for all of pytest's workers."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "several"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder
+        folder.mkdir()
+        make_recipe(folder, tiny_base)
+        write_jsonl(folder / "uneven.jsonl", make_rows(range(0, 45)))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        run = subprocess.run(
+            [*launch, str(HERE / "several.py"), str(folder)], capture_output=True, text=True
+        )
     assert run.returncode == 0, run.stderr
     return folder
 
