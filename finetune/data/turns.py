@@ -8,7 +8,7 @@ import copy
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.recipes.schema import Data, Model
 
@@ -44,14 +44,7 @@ def _answer_end(
 ) -> AnswerEnd:
     """template, eos: those of the tokenizer, which may change while it stays the same object."""
     system, variables = json.loads(arguments)
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
-    # A template is a program. What it does to the rows themselves is told where they are rendered.
-    except Exception:
-        text = ""
+    text = _rendered(tokenizer, system, variables, turns=1)
     written = text.rpartition(ANSWER)[2] if ANSWER in text else ""
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
@@ -125,8 +118,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path)
     saved.save_pretrained(folder)
 
 
-def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[object]:
-    """Ids of a text, and of a conversation of two turns."""
-    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-    conversation = tokenizer.apply_chat_template(turns, tokenize=False, **data.template_arguments)
-    return [tokenizer(QUESTION)["input_ids"], tokenizer(conversation)["input_ids"]]
+def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
+    """Ids of a text and of conversations."""
+    texts = [_rendered(tokenizer, data.system, data.template_arguments, turns) for turns in (1, 2)]
+    return [tokenizer(text)["input_ids"] for text in (QUESTION, *texts)]
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, arguments: dict[str, Any], turns: int
+) -> str:
+    """A conversation by the chat template; empty where it refuses this one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for _ in range(turns):
+        messages += [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    # A template is a program. What it says to the rows themselves is told where they are rendered.
+    except Exception:
+        return ""

@@ -194,3 +194,12 @@ def test_eos_stays_where_ids_depend_on_it(ended, tmp_path, kind):
     assert encode_prompt(row, saved, data()) == encode_prompt(row, tokenizer, data())
     assert saved("open")["input_ids"] == tokenizer("open")["input_ids"]
     assert (saved.eos_token == "<|endoftext|>") == (kind == "template")
+
+
+def test_a_template_that_refuses_a_plain_conversation_is_no_traceback(ended, tmp_path):
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = ended(needs + ending("<|im_end|>"))
+    assert answer_end(tokenizer, data()).token is None
+    assert answer_end(tokenizer, data(system="Be brief.")).token == "<|im_end|>"
+    save_tokenizer(tokenizer, data(system="Be brief."), tmp_path)
+    save_tokenizer(tokenizer, data(), tmp_path)
