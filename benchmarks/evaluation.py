@@ -104,11 +104,8 @@ def perplexity(
     windows: int = 16, rounds: int = 5, batch_size: int = 4, dtype: str = "bfloat16"
 ) -> None:
     """Tokens per second of WikiText-2's perplexity, and of forward passes over the same windows."""
-    from finequant.evaluate.metrics.perplexity import (
-        corpus_windows,
-        negative_log_likelihoods,
-        read_corpus,
-    )
+    from finequant.evaluate.metrics.corpora import read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows, negative_log_likelihoods
     from finequant.finetune.model import load_tokenizer
 
     recipe = load_recipe(WIKITEXT)

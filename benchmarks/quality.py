@@ -224,7 +224,8 @@ def wikitext(*overrides: str) -> Recipe:
 def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
     """Per token, on the recipe's windows; `whole`: on all of wiki.test.raw, as lm-eval has it."""
     from finequant.evaluate.dequantized import dequantize_once
-    from finequant.evaluate.metrics.perplexity import corpus_windows, measure, read_corpus
+    from finequant.evaluate.metrics.corpora import read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows, measure
     from finequant.finetune.model import load_tokenizer
 
     corpus = recipe.evaluate.perplexity[0]

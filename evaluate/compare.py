@@ -23,8 +23,10 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from finequant.evaluate.metrics.perplexity import Document, ScoredSequence
+    from finequant.evaluate.metrics.corpora import Document
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
     from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.splits import Splits
 
 MODELS = ("base", "tuned", "quantized")
 HELD_OUT = "held_out"
@@ -67,6 +69,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     """
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.evaluate.report.report import gate, print_table, write_report
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
 
     watch = Stopwatch()
     run.require("train")
@@ -76,7 +80,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     inputs = run.inputs(recipe, "evaluate")
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate)
-    material = prepare(recipe)
+    splits = load_splits(recipe.data, recipe.seed)
+    material = prepare(recipe, splits, load_tokenizer(recipe.model))
     measured = measure_all(recipe, run, inputs, material)
     measured |= measure_exports(recipe, run, inputs, material)
     models = {name: found["scores"] for name, found in measured.items()}
@@ -99,40 +104,44 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     return report["gate"]["passed"]
 
 
-def prepare(recipe: Recipe) -> Material:
-    """Reads every text and row, and turns them into tokens once.
+def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """Reads every text, and turns texts and held-out rows into tokens once.
 
     Raises:
-        UserError: where there is nothing to measure on.
+        UserError: for what `evaluate.check` refuses.
     """
-    from finequant.evaluate.metrics.perplexity import corpus_windows, read_corpus
-    from finequant.finetune.data.splits import load_splits
+    from finequant.evaluate.check import (
+        check_chat_template,
+        check_lengths,
+        check_rows,
+        check_texts,
+    )
+    from finequant.evaluate.metrics.corpora import read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows
     from finequant.finetune.data.tokens import encode_prompt
     from finequant.finetune.data.turns import end_tokens
-    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.finetune.model import load_config
 
-    tokenizer = load_tokenizer(recipe.model)
+    rows = check_rows(recipe, splits)
+    check_texts(recipe.evaluate)
+    check_chat_template(recipe.evaluate, tokenizer)
     positions = load_config(recipe.model).max_position_embeddings
-    splits = load_splits(recipe.data, recipe.seed)
     corpora = {
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
         for corpus in recipe.evaluate.perplexity
     }
-    rows = splits.test[: recipe.evaluate.limit]
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
-    if not corpora and not recipe.evaluate.tasks:
-        raise UserError(
-            "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
-            "evaluate.perplexity or evaluate.tasks"
-        )
     asked = [row for row in rows if row.messages]
+    prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
+    read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
+    check_lengths(recipe, positions, read, longest_scored(corpora))
     return Material(
         tokenizer,
         end_tokens(recipe.model, recipe.data, tokenizer),
         corpora,
         asked,
-        [encode_prompt(row, tokenizer, recipe.data) for row in asked],
+        prompts,
         [_answer_of(row) for row in asked],
         _choices(recipe, [*splits.train, *asked]),
     )
@@ -236,13 +245,8 @@ def measure_model(
     size: bytes of the model's weights on disk.
     """
     from finequant.evaluate.metrics.perplexity import measure
-    from finequant.evaluate.metrics.tasks import (
-        METRICS,
-        answer,
-        lm_eval_tasks,
-        multiple_choice,
-        score_answers,
-    )
+    from finequant.evaluate.metrics.tasks import answer, lm_eval_tasks, multiple_choice
+    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count
 
@@ -288,7 +292,8 @@ def _answers_as_corpus(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> tuple[list[ScoredSequence], list[Document]]:
     """The learned tokens of the held-out rows; words and bytes are those of the answers."""
-    from finequant.evaluate.metrics.perplexity import ScoredSequence, count
+    from finequant.evaluate.metrics.corpora import count
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
     from finequant.finetune.data.tokens import IGNORED, encode
 
     encoded = [encode(row, tokenizer, recipe.data) for row in rows]
@@ -301,6 +306,12 @@ def _answers_as_corpus(
         for row in rows
     ]
     return sequences, [count(text) for text in said]
+
+
+def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:
+    """Input tokens of the longest sequence; the last token is only predicted."""
+    lengths = [len(item.ids) - 1 for sequences, _ in corpora.values() for item in sequences]
+    return max(lengths, default=0)
 
 
 def _answer_of(row: Row) -> str:
@@ -330,7 +341,7 @@ def _changes(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """From tuned to quantized, on the rows that both answered."""
-    from finequant.evaluate.metrics.tasks import METRICS, paired_changes
+    from finequant.evaluate.metrics.text_metrics import METRICS, paired_changes
 
     if not material.rows:
         return {}

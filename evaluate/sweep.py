@@ -180,7 +180,9 @@ def _measure_all(
     """Each job's measurement by its name; a model is loaded only if one is missing."""
     from finequant.evaluate.compare import keep, kept_measurement, prepare
     from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.turns import stop_at
+    from finequant.finetune.model import load_tokenizer
 
     kept = {job.name: kept_measurement(job.file, job.inputs) for job in jobs}
     measured = {name: measurement for name, measurement in kept.items() if measurement}
@@ -189,7 +191,8 @@ def _measure_all(
     if not missing:
         return measured
     check_tasks(recipe.evaluate)
-    material = prepare(recipe)
+    splits = load_splits(recipe.data, recipe.seed)
+    material = prepare(recipe, splits, load_tokenizer(recipe.model))
     model = _float_model(recipe, run, swept, material.prompts)
     stop_at(model, material.ends)
     for job in missing:

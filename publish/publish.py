@@ -107,6 +107,19 @@ def check_name(recipe: Recipe, kind: str, dry_run: bool) -> None:
         )
 
 
+def check(recipe: Recipe) -> None:
+    """What publishing would refuse of a recipe that says where to, before anything is trained.
+
+    Raises:
+        UserError: for a repository's name or a licence that publishing does not take.
+    """
+    from finequant.publish.licence import licence_of
+
+    if recipe.publish.repo_id:
+        check_name(recipe, QUANTIZED, dry_run=False)
+        licence_of(recipe)
+
+
 def check_current(recipe: Recipe, run: RunDir) -> None:
     """The card speaks of the recipe, the report and the weights together: all must be of one run.
 

@@ -17,16 +17,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, get_args
 
+from finequant.quantize.formats.contents import Contents, planned
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, refuse_all, told_to_the_user
 from finequant.recipes.rundir import RunDir, Stopwatch
-from finequant.recipes.schema import Export, Recipe
+from finequant.recipes.schema import Export, Quantize, Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
     from finequant.quantize.checkpoint.stored import Stored
-    from finequant.quantize.formats.contents import Contents
     from finequant.quantize.rounding import Rounded
 
 # Each has PACKAGES, check_fits, write, read_rounded and last_logits.
@@ -160,6 +161,17 @@ def check_logits(name: str, logits: torch.Tensor, reference: torch.Tensor) -> fl
             f"{LARGEST_DIFFERENCE:.0%}: the file is not kept"
         )
     return difference
+
+
+def check_exports(
+    quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What can be known before training: the layer plan, and whether each format holds it.
+
+    Raises:
+        UserError: for a plan that does not fit the base, or formats that cannot hold it.
+    """
+    fitting_modules(quantize.exports, planned(quantize, config, tokenizer))
 
 
 def fitting_modules(formats: Sequence[str], contents: Contents) -> dict[str, ModuleType]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -78,20 +79,21 @@ def _of_the_machine(error: BaseException | None) -> str | None:
     return _of_the_machine(error.__cause__ or error.__context__)
 
 
-def refuse_all(checks: Iterable[Callable[[], object]]) -> None:
-    """Runs every check, so that a person hears of all problems at once.
+def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Runs every check, so that a person hears of all problems at once; returns their results.
 
     Raises:
         UserError: with the messages of all checks that raised one.
     """
-    problems = []
+    results, problems = [], []
     for check in checks:
         try:
-            check()
+            results.append(check())
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+    return results
 
 
 def listed(problems: list[str], most: int = 20) -> str:

@@ -44,11 +44,30 @@ def hold(root: Path) -> None:
         lock.release()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
-            f"{root}: cannot be written ({error.strerror}): make it writable, or give another "
-            "folder with output_dir=FOLDER"
-        ) from None
+        raise _not_writable(root, error.strerror) from None
     _held[root.resolve()] = lock
+
+
+def check_writable(root: Path) -> None:
+    """Checks that the directory could be made and written; makes nothing.
+
+    Raises:
+        UserError: if not.
+    """
+    there = root
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise _not_writable(root, os.strerror(errno.ENOTDIR))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _not_writable(root, os.strerror(errno.EACCES))
+
+
+def _not_writable(root: Path, reason: str) -> UserError:
+    return UserError(
+        f"{root}: cannot be written ({reason}): make it writable, or give another folder with "
+        "output_dir=FOLDER"
+    )
 
 
 def release() -> None:

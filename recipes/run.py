@@ -12,12 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, refuse_all, told_to_the_user
+
+if TYPE_CHECKING:
+    from finequant.finetune.data.splits import Splits
+    from finequant.quantize.size.estimate import Lengths
+    from finequant.recipes.rundir import RunDir
+    from finequant.recipes.schema import Recipe
 
 # Libraries are imported where they are used: `--help` answers in under a second.
 app = typer.Typer(
@@ -53,8 +60,6 @@ def run(
     ] = False,
 ) -> None:
     """All stages in turn; skips those whose inputs have not changed."""
-    from finequant.quantize.size.machine import this_machine
-    from finequant.quantize.size.resources import refuse_what_cannot_finish
     from finequant.recipes.command_line import say
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import STAGES, RunDir, stages_of
@@ -69,10 +74,13 @@ def run(
             say(f"[{number}/{len(stages)}] {stage}: up to date")
             continue
         if not ran:
-            check_base(loaded)
+            lengths = preflight(loaded, directory)
             if not force:
+                from finequant.quantize.size.machine import this_machine
+                from finequant.quantize.size.resources import refuse_what_cannot_finish
+
                 left = [name for name in stages[number - 1 :] if name in STAGES]
-                refuse_what_cannot_finish(loaded, directory, left, this_machine())
+                refuse_what_cannot_finish(loaded, directory, left, this_machine(), lengths)
         say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
         for change in changes or []:
             say(f"  because {change}")
@@ -203,11 +211,20 @@ def sweep(
 
 
 @app.command()
-def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Check a recipe; loads neither data nor a model."""
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="read rows, texts, tokenizer and tasks too, as run does")
+    ] = False,
+) -> None:
+    """Check a recipe; loads neither data nor a model, with --deep no weights."""
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
 
     loaded = load_recipe(recipe, overrides or [])
+    if deep:
+        preflight(loaded, RunDir.of(loaded))
     print(f"{recipe}: a valid recipe, {loaded.name}")
 
 
@@ -274,18 +291,66 @@ def main(argv: Sequence[str] | None = None) -> None:
         app(argv)
 
 
-def check_base(recipe) -> None:
-    """Refuses a base or a layer plan that a later stage would refuse, before the first starts.
+def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
+    """Refuses before the first stage starts what any stage would refuse; what is cheap comes first.
+
+    Returns:
+        How long the recipe's rows are, which decides the memory that stages take.
 
     Raises:
-        UserError: if the base is no Llama, or the plan does not fit its layers.
+        UserError: with all problems that can be seen at the same cost.
     """
-    from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import layer_plan
+    from finequant.evaluate.metrics.tasks import load_tasks
+
+    splits = _check_files(recipe, directory)
+    lengths = _check_tokens(recipe, splits)
+    load_tasks(recipe.evaluate)
+    return lengths
+
+
+def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
+    """What can be told in seconds, without torch: paths, rows, texts, task files, the licence."""
+    from finequant.evaluate.check import check_rows, check_texts
+    from finequant.finetune.data.splits import load_splits
+    from finequant.publish.publish import check as check_publishing
+    from finequant.recipes import lock
+
+    def rows() -> Splits:
+        splits = load_splits(recipe.data, recipe.seed)
+        check_rows(recipe, splits)
+        return splits
+
+    splits, *_ = refuse_all(
+        [
+            rows,
+            partial(lock.check_writable, directory.root),
+            partial(check_texts, recipe.evaluate),
+            partial(check_publishing, recipe),
+        ]
+    )
+    return splits
+
+
+def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
+    """What takes the base's configuration and tokenizer: plan, exports, rows as tokens."""
+    from finequant.evaluate.compare import longest_scored, prepare
+    from finequant.finetune.check import check_training
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.export import check_exports
+    from finequant.quantize.size.estimate import Lengths
     from finequant.recipes.command_line import quiet_libraries
 
     quiet_libraries()
-    layer_plan(recipe.quantize, load_config(recipe.model))
+    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    _, training, material = refuse_all(
+        [
+            partial(check_exports, recipe.quantize, config, tokenizer),
+            partial(check_training, recipe, config, splits, tokenizer),
+            partial(prepare, recipe, splits, tokenizer),
+        ]
+    )
+    longest_prompt = max(map(len, material.prompts), default=0)
+    return Lengths(training, longest_scored(material.corpora), longest_prompt)
 
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:

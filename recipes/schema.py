@@ -202,6 +202,11 @@ class QuantizationAware(Section):
     )
 
 
+def micro_batch_size(batch_size: int) -> int:
+    """The largest divisor of the batch size up to 8."""
+    return max(rows for rows in range(1, 9) if batch_size % rows == 0)
+
+
 class Train(Section):
     """Optimisation. Machine options (device, processes) belong to accelerate."""
 
@@ -211,7 +216,9 @@ class Train(Section):
         16, description="rows per optimizer step, over all processes and accumulation steps"
     )
     micro_batch_size: Positive = Field(
-        8, description="rows per forward pass of one process; decides memory, not the result"
+        default_factory=lambda section: micro_batch_size(section.get("batch_size", 1)),
+        description="rows per forward pass of one process; decides memory, not the result; "
+        "default: the largest divisor of batch_size up to 8",
     )
     learning_rate: float = Field(2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -380,6 +387,11 @@ class Task(Section):
     task: str
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: Positive | None = None
+    apply_chat_template: bool = Field(
+        False,
+        description="ask through the chat template, examples as earlier turns; as lm-eval's "
+        "--apply_chat_template",
+    )
 
 
 class Gate(Section):

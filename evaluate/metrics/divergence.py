@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import log_softmax
 
-from finequant.evaluate.metrics.perplexity import Document, ScoredSequence, predicting_states
+from finequant.evaluate.metrics.corpora import Document
+from finequant.evaluate.metrics.perplexity import ScoredSequence, predicting_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 
+from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
-from finequant.quantize.formats.runtimes import Runtime, open_runtime, why_not
+from finequant.quantize.formats.runtimes import CONTEXT, Runtime, open_runtime, why_not
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir, peak_memory
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 KEYS = {"executorch": "pte"}
 """Under which a format stands in report.json, where that is not its name."""
-
-SPEED_PROMPT, SPEED_ANSWER = 256, 64
-"""Tokens to time: of the prompt, in one call, and of the answer, one by one."""
 
 
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
@@ -61,7 +59,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
         del model
         found["scores"]["speed"] = speed(name, folder)
         return found
-    runtime = open_runtime(name, folder)
+    runtime = open_runtime(name, folder, _context(recipe, material))
     scores["perplexity"] = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
@@ -72,11 +70,18 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     return {"scores": scores, "answers": answers}
 
 
+def _context(recipe: Recipe, material: Material) -> int:
+    """Tokens of the longest sequence that a runtime has to hold."""
+    scored = [len(item.ids) for sequences, _ in material.corpora.values() for item in sequences]
+    asked = [len(prompt) + recipe.evaluate.max_new_tokens for prompt in material.prompts]
+    return max([*scored, *asked], default=CONTEXT)
+
+
 def _answers(
     name: str, runtime: Runtime, recipe: Recipe, material: Material
 ) -> tuple[dict[str, Any], list[str]]:
     from finequant.evaluate.compare import HELD_OUT
-    from finequant.evaluate.metrics.tasks import METRICS, score_answers
+    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
 
     if not material.prompts:
         return {}, []

@@ -7,10 +7,8 @@ compare with theirs: `HFLM(pretrained=..., max_length=N)` is a corpus with `max_
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from rich.progress import track
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
+from finequant.evaluate.metrics.corpora import Document, count
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
 
@@ -31,8 +30,6 @@ LOGITS_CHUNK = 256
 LOGITS_IN_CACHE = 1 << 19
 """On a CPU, logits to take the logarithm of at a time: passes over them stay in a core's cache."""
 
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
-
 
 class ScoredSequence(NamedTuple):
     """Token ids, and which of them are predicted from those before and counted."""
@@ -40,20 +37,6 @@ class ScoredSequence(NamedTuple):
     ids: list[int]
     scored: list[bool]
     """As long as `ids`; the first is always False, nothing comes before it."""
-
-
-class Document(NamedTuple):
-    """A text that stands alone, and what its negative log-likelihood is divided by."""
-
-    text: str
-    words: int
-    bytes: int
-
-
-def count(text: str, original: str | None = None) -> Document:
-    """Words and bytes by lm-eval's rules, of `original` where `text` was made from it."""
-    counted = text if original is None else original
-    return Document(text, len(re.split(r"\s+", counted)), len(counted.encode("utf-8")))
 
 
 def negative_log_likelihoods(
@@ -228,104 +211,3 @@ def _decode(sequences: list[ScoredSequence], tokenizer: PreTrainedTokenizerBase)
     pairs = (pair for sequence in sequences for pair in zip(*sequence, strict=True))
     ids = [token for token, scored in pairs if scored]
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def read_corpus(corpus: Corpus) -> list[Document]:
-    """The documents of a corpus; local sources are absolute paths (the recipe's loader sees to it).
-
-    `wikitext` gives the documents of lm-eval's task of that name, from the raw file, from
-    Salesforce/wikitext (a row is a line) or EleutherAI/wikitext_document_level (column `page`).
-
-    Raises:
-        UserError: no such file, column or dataset, not UTF-8, or no text at all.
-    """
-    path = Path(corpus.source)
-    if path.is_absolute() and path.suffix not in TABLES:
-        texts = [_read_text(path, corpus)]
-    else:
-        texts = _read_rows(corpus)
-        if corpus.documents == "wikitext":
-            texts = [_wikitext_file(texts)]
-    if corpus.documents == "file":
-        texts = ["\n\n".join(texts)]
-    if corpus.documents == "wikitext":
-        documents = list(_articles(texts[0]))
-    else:
-        documents = [count(text) for text in texts if text.strip()]
-    if not documents:
-        raise UserError(f"{_where(corpus)}: no text in it; expected at least one word")
-    return documents
-
-
-def _where(corpus: Corpus) -> str:
-    return f"perplexity corpus {corpus.name}: {corpus.source}"
-
-
-def _read_text(path: Path, corpus: Corpus) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{_where(corpus)}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{_where(corpus)}: not UTF-8 text at byte {error.start}: save it as UTF-8"
-        ) from None
-
-
-def _read_rows(corpus: Corpus) -> list[str]:
-    """`corpus.column` of every row."""
-    path = Path(corpus.source)
-    if path.is_absolute():
-        from finequant.finetune.data.readers import read_rows
-
-        rows = read_rows(path)
-    else:
-        rows = _read_hub(corpus)
-    texts = []
-    for where, row in rows:
-        text = row.get(corpus.column)
-        if not isinstance(text, str):
-            found = f"it is {text!r:.60}" if corpus.column in row else f"there are {', '.join(row)}"
-            raise UserError(
-                f"perplexity corpus {corpus.name}: {where}: no text in column "
-                f"{corpus.column!r}: {found}\nName the column with the text: `column: ...`"
-            )
-        texts.append(text)
-    return texts
-
-
-def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(corpus.source, corpus.config, split=corpus.split)
-    # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{_where(corpus)}: cannot load the Hub dataset (config {corpus.config}, split "
-            f"{corpus.split}): {reason}\nA local file works too: give its path as `source`."
-        ) from None
-    return [(f"{corpus.source}[{index}]", row) for index, row in enumerate(dataset)]
-
-
-def _wikitext_file(rows: list[str]) -> str:
-    """The raw file again: rows of pages lack a line end, rows of lines the space of blank ones."""
-    return "".join(row if row.endswith("\n") else f"{row or ' '}\n" for row in rows)
-
-
-def _articles(text: str) -> Iterator[Document]:
-    """Splits before each title, by the rule that made EleutherAI/wikitext_document_level.
-
-    The rule takes every line ` = ... = ` for a title; two of the test split's 62 are formulas.
-    """
-    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
-
-    pages: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if re.fullmatch(r"= (?!=).*(?<!=) =", line.strip()):
-            pages.append([])
-        pages[-1].append(line)
-    for page in map("\n".join, pages):
-        if page.strip():
-            yield count(wikitext_detokenizer({"page": page}), original=page)

@@ -6,21 +6,15 @@ are fractions from 0 to 1, except bleu and chrf, which are sacrebleu's 0 to 100.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import re
-import string
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from numbers import Real
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,17 +22,16 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 
+from finequant.evaluate.check import check_task_files
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
-from finequant.evaluate.report.report import OUT_OF_100
+from finequant.evaluate.metrics.text_metrics import Score, mean
 from finequant.finetune.data.turns import configured_ends, until_end
-from finequant.recipes.errors import UserError, listed
+from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Score = dict[str, float | int | None]
 
 # Draws for the few metrics without a closed-form standard error. lm-eval's default is 100,000;
 # its 0 would drop the closed-form ones as well.
@@ -49,18 +42,12 @@ def check_tasks(evaluate: Evaluate) -> None:
     """Checks task names against lm-eval's index (seconds); loads neither data nor a model.
 
     Raises:
-        UserError: an unknown or repeated task, or a task folder that is none.
+        UserError: an unknown or repeated task, a broken task file, or a task folder that is none.
     """
-    if evaluate.task_folder and not Path(evaluate.task_folder).is_dir():
-        raise UserError(
-            f"evaluate.task_folder: there is no folder {evaluate.task_folder}\n"
-            "Expected a folder with lm-eval task files (*.yaml)."
-        )
+    check_task_files(evaluate)
     if not evaluate.tasks:
         return
     names = [task.task for task in evaluate.tasks]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"evaluate.tasks: each task once; repeated: {', '.join(repeated)}")
     known = _task_manager(evaluate.task_folder).task_index
     if unknown := [name for name in names if name not in known]:
         problems = [_unknown(name, list(known)) for name in unknown]
@@ -81,15 +68,13 @@ def lm_eval_tasks(
     Raises:
         UserError: an unknown task, or one that cannot be loaded or run as the recipe says.
     """
-    check_tasks(evaluate)
     if not evaluate.tasks:
         return {}
     from finequant.evaluate.metrics.lm_eval_model import SharedContextLM
 
     results = {}
+    loaded = load_tasks(evaluate)
     with _quiet_lm_eval():
-        # All are loaded before the first one runs, so missing data shows at once.
-        loaded = [_load(task, evaluate.task_folder) for task in evaluate.tasks]
         wrapped = SharedContextLM(
             pretrained=model, tokenizer=tokenizer, batch_size=evaluate.batch_size
         )
@@ -97,6 +82,22 @@ def lm_eval_tasks(
             print(f"lm-eval task {task.task}", file=sys.stderr)
             results |= _run(wrapped, task, objects, evaluate.task_folder, seed)
     return results
+
+
+def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
+    """The lm-eval group or tasks behind each entry, with their data, before the first one runs.
+
+    Raises:
+        UserError: an unknown task, and each that cannot be loaded or run as the recipe says.
+    """
+    check_tasks(evaluate)
+    loaded: list[list[Any]] = []
+    with _quiet_lm_eval():
+        refuse_all(
+            lambda task=task: loaded.append(_load(task, evaluate.task_folder))
+            for task in evaluate.tasks
+        )
+    return loaded
 
 
 def answer(
@@ -120,39 +121,6 @@ def answer(
         for row, text in zip(rows, _greedy(model, tokenizer, batch, max_new_tokens), strict=True):
             answers[row] = text
     return answers
-
-
-def score_answers(
-    answers: list[str], references: list[str], metrics: list[str]
-) -> dict[str, Score]:
-    """Scores answers with each of `metrics`, which are keys of METRICS: {metric: score}.
-
-    Raises:
-        UserError: json_match and a reference that is no JSON.
-    """
-    return {metric: METRICS[metric](answers, references) for metric in metrics}
-
-
-def paired_changes(
-    before: list[str], after: list[str], references: list[str], metrics: list[str]
-) -> dict[str, Score]:
-    """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
-
-    Its standard error is that of the mean of the differences: rows that both models answer alike
-    add nothing to it. Metrics of a whole corpus are left out.
-    """
-    rows = list(zip(before, after, references, strict=True))
-    return {
-        metric: _mean(
-            [
-                METRICS[metric]([later], [reference])["value"]
-                - METRICS[metric]([earlier], [reference])["value"]
-                for earlier, later, reference in rows
-            ]
-        )
-        for metric in metrics
-        if metric not in OUT_OF_100
-    }
 
 
 def multiple_choice(
@@ -184,107 +152,7 @@ def multiple_choice(
     logs = [found.log for found in log_likelihoods(model, asked, batch_size, description)]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
     picks = [choices[row.index(max(row))] for row in rows]
-    return _mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
-
-
-def exact_match(answers: list[str], references: list[str]) -> Score:
-    """Equal after stripping whitespace at both ends."""
-    return _mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])
-
-
-def json_match(answers: list[str], references: list[str]) -> Score:
-    """Both are JSON and equal as values: key order, whitespace and 1 or 1.0 do not matter."""
-    expected = [_canonical_json(reference) for reference in references]
-    if None in expected:
-        row = expected.index(None)
-        raise UserError(
-            f"held-out row {row + 1}: the reference is no JSON: {references[row][:80]!r}\n"
-            "json_match needs JSON in every row; correct it or drop json_match from "
-            "evaluate.metrics."
-        )
-    pairs = zip(answers, expected, strict=True)
-    return _mean([_canonical_json(answer) == value for answer, value in pairs])
-
-
-def f1(answers: list[str], references: list[str]) -> Score:
-    """Token F1 of SQuAD's evaluation script (version 2: two empty texts agree)."""
-
-    def score(answer: str, reference: str) -> float:
-        ours, theirs = _squad_tokens(answer), _squad_tokens(reference)
-        if not ours or not theirs:
-            return ours == theirs
-        return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
-
-    return _mean([score(a, r) for a, r in zip(answers, references, strict=True)])
-
-
-def rouge(answers: list[str], references: list[str]) -> Score:
-    """ROUGE-L F1 without stemming. rouge_score sees only a-z and 0-9: not for other scripts."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(answers, references, strict=True)
-    return _mean(
-        [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
-    )
-
-
-def bleu(answers: list[str], references: list[str]) -> Score:
-    """sacrebleu's corpus BLEU, 0 to 100."""
-    from sacrebleu import BLEU
-
-    return _sacrebleu(BLEU(force=True), answers, references)
-
-
-def chrf(answers: list[str], references: list[str]) -> Score:
-    """sacrebleu's corpus chrF2, 0 to 100."""
-    from sacrebleu import CHRF
-
-    return _sacrebleu(CHRF(), answers, references)
-
-
-METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
-    metric.__name__: metric for metric in (exact_match, json_match, f1, rouge, bleu, chrf)
-}
-
-
-def _mean(values: list[float]) -> Score:
-    """The mean, and the standard error of the mean: sample standard deviation / sqrt(n)."""
-    n = len(values)
-    return {"value": fmean(values), "stderr": stdev(values) / n**0.5 if n > 1 else None, "n": n}
-
-
-def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
-    """A corpus score; its standard error from sacrebleu's seeded bootstrap of 1,000 draws."""
-    n = len(answers)
-    score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
-    # _ci is half the width of the 95% interval; 1.96 standard errors of a normal distribution.
-    stderr = float(score._ci) / 1.96 if n > 1 else None
-    return {"value": float(score.score), "stderr": stderr, "n": n}
-
-
-def _canonical_json(text: str) -> str | None:
-    """The same string for equal JSON values; None for what is no JSON."""
-
-    def number(digits: str) -> int | float:
-        value = float(digits)
-        return int(value) if value.is_integer() else value
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        value = json.loads(text, parse_float=number, parse_constant=refuse)
-        # As strings, because Python says True == 1 and JSON does not.
-        return json.dumps(value, sort_keys=True)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _squad_tokens(text: str) -> list[str]:
-    """Lower case, without punctuation and articles, as SQuAD's script normalises answers."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    return mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
 
 
 @torch.inference_mode()
@@ -387,6 +255,7 @@ def _run(
         tasks=objects,
         num_fewshot=task.num_fewshot,
         limit=task.limit,
+        apply_chat_template=task.apply_chat_template,
         bootstrap_iters=BOOTSTRAP_DRAWS,
         log_samples=False,
         task_manager=_task_manager(folder),

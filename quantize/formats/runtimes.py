@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 CONTEXT = 2048
-"""Tokens of llama.cpp's cache; that of a .pte is in the file."""
+"""Tokens of llama.cpp's cache, where nobody asks for more; that of a .pte is in the file."""
 
 NEEDS = {
     "gguf": ("llama_cpp", "llama-cpp-python"),
@@ -32,10 +32,13 @@ def why_not(name: str) -> str | None:
     return None if find_spec(package) else f"pip install {wheel}"
 
 
-def open_runtime(name: str, folder: Path) -> Runtime:
-    """The export in `folder`, loaded."""
+def open_runtime(name: str, folder: Path, context: int = CONTEXT) -> Runtime:
+    """The export in `folder`, loaded.
+
+    context: tokens that llama.cpp's cache has to hold.
+    """
     if name == "gguf":
-        return LlamaCpp(folder / "model.gguf")
+        return LlamaCpp(folder / "model.gguf", context)
     return ExecuTorch(folder / "model.pte") if name == "executorch" else Transformers(folder)
 
 
@@ -61,12 +64,12 @@ class ExecuTorch:
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, context: int = CONTEXT) -> None:
         from llama_cpp import Llama, llama_get_logits_ith
 
         threads = torch.get_num_threads()
         self._model = Llama(
-            str(file), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
+            str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
         )
         self._logits = llama_get_logits_ith
 

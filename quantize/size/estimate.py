@@ -7,7 +7,7 @@ beside it; `finequant plan` shows the terms, `finequant run` stops at what canno
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.quantize.methods.calibrate import LEADERS, TOKENS
 from finequant.quantize.methods.gptq import ROWS
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 
 Memory = dict[str, int]
 """Bytes at the peak of a stage, by what they are for."""
+
+
+class Lengths(NamedTuple):
+    """Tokens of what a recipe reads, which decide the memory of activations."""
+
+    training: list[int]
+    """Of each training row."""
+    scored: int
+    """Of the longest sequence whose likelihood is measured."""
+    prompt: int
+    """Of the longest held-out prompt."""
+
 
 MB = 10**6
 PROCESS = {"train": 560 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
@@ -76,11 +88,29 @@ def trainable(lora: Lora, config: LlamaConfig) -> int:
     return total
 
 
-def training_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
-    """Of a step on a full micro-batch: rows of `data.max_length` tokens."""
+def longest(recipe: Recipe) -> Lengths:
+    """What the recipe allows, where its rows have not been read."""
+    limit = recipe.data.max_length
+    windows = [corpus.max_length for corpus in recipe.evaluate.perplexity]
+    return Lengths([limit] * recipe.train.micro_batch_size, max([*windows, limit]), limit)
+
+
+def _step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
+    """Of the largest micro-batch that can come: padded on a GPU, end to end on a CPU."""
+    count = recipe.train.micro_batch_size
+    if recipe.data.packing:
+        return count * recipe.data.max_length
+    rows = sorted(lengths.training, reverse=True)[:count]
+    return sum(rows) if machine.kind == "cpu" else count * max(rows)
+
+
+def training_memory(
+    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+) -> Memory:
+    """Of a step on the micro-batch with the most tokens."""
     train, adapter = recipe.train, trainable(recipe.lora, config)
     dtype = machine.training_dtype(train.precision)
-    tokens = train.micro_batch_size * recipe.data.max_length
+    tokens = _step_tokens(recipe, lengths, machine)
     aware = train.quantization_aware
     # trl's loss, on a GPU, takes all tokens, and so does learning from the tuned model.
     takes_all = machine.kind == "gpu" or (aware and aware.distillation)
@@ -121,7 +151,9 @@ def _optimizer_bytes(name: str) -> int:
     return 2 if "8bit" in name else 0 if name == "sgd" else 8
 
 
-def quantize_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+def quantize_memory(
+    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+) -> Memory:
     """Of the largest phase: the check of the merge, rounding, or the check of the result."""
     dtype = shipped_dtype(recipe.quantize, config).itemsize
     shapes = layer_shapes(config)
@@ -177,13 +209,14 @@ def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) ->
     return memory
 
 
-def evaluation_memory(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+def evaluation_memory(
+    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+) -> Memory:
     """Of the tuned model, which is merged in float32, or of the comparison with it."""
     evaluate, dtype = recipe.evaluate, shipped_dtype(recipe.quantize, config).itemsize
-    length = max([corpus.max_length for corpus in evaluate.perplexity] + [recipe.data.max_length])
-    tokens = evaluate.batch_size * length
+    tokens = evaluate.batch_size * lengths.scored
     kept = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype
-    rows = evaluate.batch_size * (recipe.data.max_length + evaluate.max_new_tokens)
+    rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
     return _memory(
         "evaluate",
         machine,
@@ -206,14 +239,23 @@ def _memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> M
     return {name: size for name, size in memory.items() if size}
 
 
-def memory_of(stage: str, recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
-    """What a stage takes at its peak."""
+def memory_of(
+    stage: str,
+    recipe: Recipe,
+    config: LlamaConfig,
+    machine: Machine,
+    lengths: Lengths | None = None,
+) -> Memory:
+    """What a stage takes at its peak.
+
+    lengths: of the rows that it reads; default: the longest that the recipe allows.
+    """
     stages = {
         "train": training_memory,
         "quantize": quantize_memory,
         "evaluate": evaluation_memory,
     }
-    return stages[stage](recipe, config, machine)
+    return stages[stage](recipe, config, machine, lengths or longest(recipe))
 
 
 def disk_of(stage: str, recipe: Recipe, config: LlamaConfig) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.model import load_config
 from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 from finequant.quantize.size.estimate import (
+    Lengths,
     Memory,
     cache_bytes,
     components,
@@ -76,19 +78,26 @@ def _show_sizes(
 
 
 def refuse_what_cannot_finish(
-    recipe: Recipe, run: RunDir, stages: list[str], machine: Machine
+    recipe: Recipe,
+    run: RunDir,
+    stages: list[str],
+    machine: Machine,
+    lengths: Lengths | None = None,
 ) -> None:
     """Before the first of these stages starts on the machine.
+
+    lengths: of the recipe's rows; default: the longest that the recipe allows.
 
     Raises:
         UserError: if one of them takes more memory than there is, or all of them more disk.
     """
     config, problems = load_config(recipe.model), []
     for stage in stages:
-        memory = memory_of(stage, recipe, config, machine)
+        memory = memory_of(stage, recipe, config, machine, lengths)
         # What runs on the CPU of a machine with a GPU is not held against the GPU's memory.
         if (stage != "quantize" or machine.kind == "cpu") and sum(memory.values()) > machine.memory:
-            problems.append(_too_much(stage, memory, machine))
+            hint = _what_fits(stage, recipe, config, machine, lengths)
+            problems.append(_too_much(stage, memory, machine, hint))
     needed, free = sum(disk_of(stage, recipe, config) for stage in stages), free_disk(run.root)
     if needed > free:
         problems.append(f"disk: {_gb(needed)} are needed for {run.root}, free are {_gb(free)}")
@@ -100,13 +109,47 @@ def refuse_what_cannot_finish(
         )
 
 
-def _too_much(stage: str, memory: Memory, machine: Machine) -> str:
+def _what_fits(
+    stage: str, recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths | None
+) -> str:
+    """The overrides with which the stage fits that cost the least, in words."""
+    for changes in _smaller(stage, recipe):
+        section = getattr(recipe, stage).model_copy(update=changes)
+        changed = recipe.model_copy(update={stage: section})
+        if sum(memory_of(stage, changed, config, machine, lengths).values()) <= machine.memory:
+            return "it fits with " + " ".join(
+                f"{stage}.{key}={str(value).lower()}" for key, value in changes.items()
+            )
+    shorter = {
+        "train": ", or a smaller data.max_length",
+        "evaluate": ", or a smaller max_length of evaluate.perplexity",
+    }
+    return f"none of its settings fits: take a machine with more memory{shorter.get(stage, '')}"
+
+
+def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Settings of a stage that take less and less memory."""
+    if stage == "quantize":
+        yield {"method": "rtn"}
+        return
+    if stage == "evaluate":
+        yield from ({"batch_size": rows} for rows in _divisors(recipe.evaluate.batch_size))
+        return
+    whole = recipe.train.micro_batch_size
+    yield from ({"micro_batch_size": rows} for rows in _divisors(whole))
+    yield from (
+        {"micro_batch_size": rows, "gradient_checkpointing": True}
+        for rows in [whole, *_divisors(whole)]
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    """Those below the number, the largest first."""
+    return [part for part in range(number - 1, 0, -1) if number % part == 0]
+
+
+def _too_much(stage: str, memory: Memory, machine: Machine, hint: str) -> str:
     most = sorted(memory, key=memory.get, reverse=True)[:2]
-    hint = {
-        "train": "try a smaller train.micro_batch_size or train.gradient_checkpointing=true",
-        "quantize": "try quantize.method=rtn",
-        "evaluate": "try a smaller evaluate.batch_size",
-    }[stage]
     largest = " and ".join(f"{_gb(memory[name])} for {name}" for name in most)
     return (
         f"{stage}: {_gb(sum(memory.values()))} of memory, of them {largest}; "

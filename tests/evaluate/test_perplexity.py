@@ -10,14 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finequant.evaluate.metrics.corpora import Document, count, read_corpus
 from finequant.evaluate.metrics.perplexity import (
-    Document,
     ScoredSequence,
     corpus_windows,
-    count,
     measure,
     negative_log_likelihoods,
-    read_corpus,
 )
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus

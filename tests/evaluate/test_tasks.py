@@ -15,9 +15,8 @@ from finequant.evaluate.metrics.tasks import (
     check_tasks,
     lm_eval_tasks,
     multiple_choice,
-    paired_changes,
-    score_answers,
 )
+from finequant.evaluate.metrics.text_metrics import paired_changes, score_answers
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Evaluate
 

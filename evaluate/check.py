@@ -1,0 +1,198 @@
+"""What `evaluate` refuses, told before anything is trained.
+
+`check_texts` and `check_rows` import no torch: a misspelt column is told in seconds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finequant.evaluate.metrics.corpora import read_texts
+from finequant.evaluate.metrics.text_metrics import canonical_json
+from finequant.recipes.errors import UserError, listed, refuse_all
+from finequant.recipes.schema import Evaluate, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.splits import Splits
+
+SPEED_PROMPT, SPEED_ANSWER = 256, 64
+"""Tokens to time an export with: of the prompt, in one call, and of the answer, one by one."""
+
+
+def check_texts(evaluate: Evaluate) -> None:
+    """Reads every corpus and task file.
+
+    Raises:
+        UserError: for each that cannot be read, or does not have the column that is named.
+    """
+    checks = [partial(read_texts, corpus) for corpus in evaluate.perplexity]
+    refuse_all([*checks, partial(check_task_files, evaluate)])
+
+
+def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
+    """Checks metrics, choices and gate against the held-out rows, which are returned.
+
+    Raises:
+        UserError: with everything that measuring would refuse.
+    """
+    test = splits.test[: recipe.evaluate.limit]
+    evaluate = recipe.evaluate
+    answers = {row.where: row.messages[-1]["content"] for row in test if row.messages}
+    refuse_all(
+        [
+            partial(_check_something_to_measure, evaluate, test),
+            partial(_check_gate, evaluate, test),
+            partial(_check_references, evaluate, answers),
+            partial(_check_choices, evaluate, answers),
+        ]
+    )
+    return test
+
+
+def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
+    if not test and not evaluate.perplexity and not evaluate.tasks:
+        raise UserError(
+            "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
+            "evaluate.perplexity or evaluate.tasks"
+        )
+
+
+def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
+    """A limit that nothing is held against would pass whatever quantization cost."""
+    gate, asked = evaluate.gate, any(row.messages for row in test)
+    if gate.max_accuracy_drop is not None and not (evaluate.tasks or asked and evaluate.metrics):
+        raise UserError(
+            "evaluate.gate.max_accuracy_drop: no accuracy is measured; give data.test with "
+            "conversations, or evaluate.tasks"
+        )
+    if gate.max_perplexity_increase is not None and not (evaluate.perplexity or test):
+        raise UserError(
+            "evaluate.gate.max_perplexity_increase: no perplexity is measured; give data.test or "
+            "evaluate.perplexity"
+        )
+
+
+def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
+    if "json_match" not in evaluate.metrics:
+        return
+    broken = [
+        f"{where}: {answer!r:.80}"
+        for where, answer in answers.items()
+        if canonical_json(answer) is None
+    ]
+    if broken:
+        raise UserError(
+            f"evaluate.metrics: json_match needs JSON, and the answers of {len(broken)} held-out "
+            "rows are none: correct them, or leave json_match out\n  " + listed(broken, most=10)
+        )
+
+
+def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:
+    if "multiple_choice" not in evaluate.metrics or evaluate.choices == "completions":
+        return
+    if "" in evaluate.choices:
+        raise UserError("evaluate.choices: an empty choice has no likelihood; remove or name it")
+    unknown = [
+        f"{where}: {answer!r:.80}"
+        for where, answer in answers.items()
+        if answer not in evaluate.choices
+    ]
+    if unknown:
+        raise UserError(
+            f"evaluate.choices: the answers of {len(unknown)} held-out rows are not among them "
+            f"({', '.join(map(repr, evaluate.choices[:20]))}): add them, or set "
+            "evaluate.choices=completions\n  " + listed(unknown, most=10)
+        )
+
+
+def check_task_files(evaluate: Evaluate) -> None:
+    """Reads the YAML of the recipe's own tasks, whose errors lm-eval skips in silence.
+
+    Raises:
+        UserError: naming file and line of each that is broken; for a folder that is none, or a
+            task that is named twice.
+    """
+    names = [task.task for task in evaluate.tasks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"evaluate.tasks: each task once; repeated: {', '.join(repeated)}")
+    if not evaluate.task_folder:
+        return
+    folder = Path(evaluate.task_folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"evaluate.task_folder: there is no folder {folder}\n"
+            "Expected a folder with lm-eval task files (*.yaml)."
+        )
+    problems = [problem for file in sorted(folder.rglob("*.yaml")) if (problem := _broken(file))]
+    if problems:
+        raise UserError(f"evaluate.task_folder: {listed(problems)}")
+
+
+def _broken(file: Path) -> str | None:
+    """Why a task file is not read."""
+    import yaml  # the library that lm-eval reads it with, so the error is the same
+
+    class Loader(yaml.SafeLoader):
+        """Leaves `!function` and other tags unread."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    try:
+        content = yaml.load(file.read_bytes(), Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a month 13
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        reason = getattr(error, "problem", None) or error
+        return f"{where}: not valid YAML: {' '.join(str(reason).split())}"
+    except OSError as error:
+        return f"{file}: cannot be read: {error.strerror}"
+    return None if isinstance(content, dict) else f"{file}: expected a mapping with the key `task`"
+
+
+def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a task that is to be asked through a chat template where there is none."""
+    names = [task.task for task in evaluate.tasks if task.apply_chat_template]
+    if names and not tokenizer.chat_template:
+        raise UserError(
+            f"evaluate.tasks: {', '.join(names)}: apply_chat_template, but this base has no chat "
+            "template: give model.chat_template"
+        )
+
+
+def check_lengths(
+    recipe: Recipe, positions: int, prompts: list[tuple[str, int]], scored: int
+) -> None:
+    """Compares what will be read with the positions of the base and the cache of a .pte.
+
+    prompts: where each held-out row stands, and the tokens of its prompt.
+    scored: input tokens of the longest sequence whose likelihood is measured.
+
+    Raises:
+        UserError: naming the rows that are too long, and the setting that fits.
+    """
+    room = recipe.evaluate.max_new_tokens
+    longest = max((tokens for _, tokens in prompts), default=0)
+    long = [f"{where}: {tokens} tokens" for where, tokens in prompts if tokens + room > positions]
+    if long:
+        hint = f"set evaluate.max_new_tokens={positions - longest}"
+        if longest >= positions:
+            hint = "leave rows with longer prompts out of data.test"
+        raise UserError(
+            f"evaluate: {len(long)} held-out prompts, each with an answer of up to "
+            f"evaluate.max_new_tokens={room}, do not fit into the {positions} positions of the "
+            f"base: {hint}\n  {listed(long, most=10)}"
+        )
+    if "executorch" not in recipe.quantize.exports:
+        return
+    needed = max(scored, longest + room if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
+    if recipe.quantize.cache_length < min(needed, positions):
+        raise UserError(
+            f"quantize.cache_length: {recipe.quantize.cache_length} tokens are too few to measure "
+            f"the executorch export: the longest window, or prompt and answer, takes {needed}: "
+            f"set quantize.cache_length={min(needed, positions)}, or leave executorch out of "
+            "quantize.exports"
+        )

@@ -1,0 +1,151 @@
+"""Answers against references: metrics of texts, without torch.
+
+A score is `{"value": float, "stderr": float | None, "n": int}`. Higher is always better; values
+are fractions from 0 to 1, except bleu and chrf, which are sacrebleu's 0 to 100.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from statistics import fmean, stdev
+from typing import Any
+
+from finequant.evaluate.report.report import OUT_OF_100
+from finequant.recipes.errors import UserError
+
+Score = dict[str, float | int | None]
+
+
+def score_answers(
+    answers: list[str], references: list[str], metrics: list[str]
+) -> dict[str, Score]:
+    """Scores answers with each of `metrics`, which are keys of METRICS: {metric: score}.
+
+    Raises:
+        UserError: json_match and a reference that is no JSON.
+    """
+    return {metric: METRICS[metric](answers, references) for metric in metrics}
+
+
+def paired_changes(
+    before: list[str], after: list[str], references: list[str], metrics: list[str]
+) -> dict[str, Score]:
+    """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
+
+    Its standard error is that of the mean of the differences: rows that both models answer alike
+    add nothing to it. Metrics of a whole corpus are left out.
+    """
+    rows = list(zip(before, after, references, strict=True))
+    return {
+        metric: mean(
+            [
+                METRICS[metric]([later], [reference])["value"]
+                - METRICS[metric]([earlier], [reference])["value"]
+                for earlier, later, reference in rows
+            ]
+        )
+        for metric in metrics
+        if metric not in OUT_OF_100
+    }
+
+
+def exact_match(answers: list[str], references: list[str]) -> Score:
+    """Equal after stripping whitespace at both ends."""
+    return mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])
+
+
+def json_match(answers: list[str], references: list[str]) -> Score:
+    """Both are JSON and equal as values: key order, whitespace and 1 or 1.0 do not matter."""
+    expected = [canonical_json(reference) for reference in references]
+    if None in expected:
+        row = expected.index(None)
+        raise UserError(
+            f"held-out row {row + 1}: the reference is no JSON: {references[row][:80]!r}\n"
+            "json_match needs JSON in every row; correct it or drop json_match from "
+            "evaluate.metrics."
+        )
+    pairs = zip(answers, expected, strict=True)
+    return mean([canonical_json(answer) == value for answer, value in pairs])
+
+
+def f1(answers: list[str], references: list[str]) -> Score:
+    """Token F1 of SQuAD's evaluation script (version 2: two empty texts agree)."""
+
+    def score(answer: str, reference: str) -> float:
+        ours, theirs = _squad_tokens(answer), _squad_tokens(reference)
+        if not ours or not theirs:
+            return ours == theirs
+        return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
+
+    return mean([score(a, r) for a, r in zip(answers, references, strict=True)])
+
+
+def rouge(answers: list[str], references: list[str]) -> Score:
+    """ROUGE-L F1 without stemming. rouge_score sees only a-z and 0-9: not for other scripts."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(answers, references, strict=True)
+    return mean([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs])
+
+
+def bleu(answers: list[str], references: list[str]) -> Score:
+    """sacrebleu's corpus BLEU, 0 to 100."""
+    from sacrebleu import BLEU
+
+    return _sacrebleu(BLEU(force=True), answers, references)
+
+
+def chrf(answers: list[str], references: list[str]) -> Score:
+    """sacrebleu's corpus chrF2, 0 to 100."""
+    from sacrebleu import CHRF
+
+    return _sacrebleu(CHRF(), answers, references)
+
+
+METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
+    metric.__name__: metric for metric in (exact_match, json_match, f1, rouge, bleu, chrf)
+}
+
+
+def mean(values: list[float]) -> Score:
+    """The mean, and the standard error of the mean: sample standard deviation / sqrt(n)."""
+    n = len(values)
+    return {"value": fmean(values), "stderr": stdev(values) / n**0.5 if n > 1 else None, "n": n}
+
+
+def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
+    """A corpus score; its standard error from sacrebleu's seeded bootstrap of 1,000 draws."""
+    n = len(answers)
+    score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
+    # _ci is half the width of the 95% interval; 1.96 standard errors of a normal distribution.
+    stderr = float(score._ci) / 1.96 if n > 1 else None
+    return {"value": float(score.score), "stderr": stderr, "n": n}
+
+
+def canonical_json(text: str) -> str | None:
+    """The same string for equal JSON values; None for what is no JSON."""
+
+    def number(digits: str) -> int | float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        value = json.loads(text, parse_float=number, parse_constant=refuse)
+        # As strings, because Python says True == 1 and JSON does not.
+        return json.dumps(value, sort_keys=True)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _squad_tokens(text: str) -> list[str]:
+    """Lower case, without punctuation and articles, as SQuAD's script normalises answers."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()

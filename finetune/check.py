@@ -1,0 +1,42 @@
+"""What `train` refuses, told before any stage starts: rows as tokens, and the targets of LoRA."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from finequant.recipes.errors import refuse_all
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+    from finequant.finetune.data.splits import Splits
+
+
+def check_training(
+    recipe: Recipe, config: LlamaConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Tokenizes the rows and looks for LoRA's targets in a model without weights.
+
+    Returns:
+        The number of tokens of each training row.
+
+    Raises:
+        UserError: for rows that cannot be trained on, and targets that the base does not have.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from finequant.finetune.data.tokens import to_dataset
+    from finequant.finetune.model import lora_config
+
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    checks = [
+        partial(to_dataset, rows, tokenizer, recipe.data)
+        for rows in (splits.train, splits.validation)
+        if rows
+    ]
+    train, *_ = refuse_all([*checks, partial(lora_config, recipe.lora, skeleton)])
+    return [len(ids) for ids in train["input_ids"]]
