@@ -192,6 +192,8 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
     """One line for each key at fault, in the order of the schema."""
     problems: dict[Location, list[str]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":  # its default follows from keys at fault
+            continue
         missing = item["type"] == "missing"
         at = tuple(item["loc"]) if missing else _in_document(tuple(item["loc"]), document)
         if item["type"] == "extra_forbidden":

@@ -300,11 +300,9 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
     Raises:
         UserError: with all problems that can be seen at the same cost.
     """
-    from finequant.evaluate.metrics.tasks import load_tasks
-
     splits = _check_files(recipe, directory)
     lengths = _check_tokens(recipe, splits)
-    load_tasks(recipe.evaluate)
+    _check_tasks(recipe)
     return lengths
 
 
@@ -351,6 +349,13 @@ def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     )
     longest_prompt = max(map(len, material.prompts), default=0)
     return Lengths(training, longest_scored(material.corpora), longest_prompt)
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    """lm-eval's index of over ten thousand files, and the data of the recipe's tasks."""
+    from finequant.evaluate.metrics.tasks import load_tasks
+
+    load_tasks(recipe.evaluate)
 
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:

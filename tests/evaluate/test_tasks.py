@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from finequant.evaluate.check import check_chat_template
 from finequant.evaluate.metrics import tasks
 from finequant.evaluate.metrics.shared_context import Likelihood
 from finequant.evaluate.metrics.tasks import (
@@ -187,6 +189,69 @@ def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
 def test_a_reference_outside_the_choices_is_named(model, tokenizer, prompts):
     with pytest.raises(UserError, match="row 2: the answer 'pink'"):
         multiple_choice(model, tokenizer, prompts[:2], ["red", "pink"], ["red", "blue"], 1, "")
+
+
+GENERATION = """\
+task: repeat
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
+output_type: generate_until
+test_split: test
+fewshot_split: train
+num_fewshot: 2
+doc_to_text: "{{{{request}}}}"
+doc_to_target: "{{{{label}}}}"
+generation_kwargs: {{until: ["\\n\\n"], do_sample: false, max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+
+
+def test_a_task_through_the_chat_template_asks_what_lm_eval_asks(
+    model, tokenizer, task_folder, tmp_path, monkeypatch
+):
+    """Examples are earlier turns; without the key they are plain text."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    (tmp_path / "repeat.yaml").write_text(GENERATION.format(data=f"{task_folder}/rows.jsonl"))
+    asked = []
+
+    def keep(self, requests, **_):
+        asked.append([request.args[0] for request in requests])
+        return ["red"] * len(requests)
+
+    monkeypatch.setattr(HFLM, "generate_until", keep)
+    for through in (False, True):
+        task = {"task": "repeat", "limit": 3, "apply_chat_template": through}
+        lm_eval_tasks(model, tokenizer, Evaluate(tasks=[task], task_folder=str(tmp_path)), seed=3)
+        simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+            tasks=["repeat"],
+            limit=3,
+            task_manager=small_task_manager(str(tmp_path)),
+            apply_chat_template=through,
+            fewshot_random_seed=3,
+        )
+        ours, theirs = asked[-2:]
+        assert ours == theirs
+        assert ours[0].count("<|im_start|>user") == (3 if through else 0)
+
+
+def small_task_manager(folder: str):
+    """Without lm-eval's own index, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=False)
+
+
+def test_a_chat_template_that_is_not_there_is_refused(tokenizer):
+    task = {"task": "mine", "apply_chat_template": True}
+    check_chat_template(Evaluate(tasks=[task]), tokenizer)
+    check_chat_template(Evaluate(tasks=["mine"]), SimpleNamespace(chat_template=None))
+    with pytest.raises(UserError, match="mine: apply_chat_template, but this base has no chat"):
+        check_chat_template(Evaluate(tasks=[task]), SimpleNamespace(chat_template=None))
 
 
 @pytest.mark.slow

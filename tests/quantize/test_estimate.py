@@ -17,12 +17,12 @@ from finequant.quantize.checkpoint.writing import layout, stored_shapes
 from finequant.quantize.scheme import layer_plan, parameter_count
 from finequant.quantize.size import machine as machines
 from finequant.quantize.size.estimate import (
+    Lengths,
     cache_bytes,
     components,
     disk_of,
     memory_of,
     trainable,
-    training_memory,
 )
 from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
 from finequant.quantize.size.resources import refuse_what_cannot_finish
@@ -169,7 +169,7 @@ def test_activations_are_what_autograd_keeps(recipe_file):
     train = recipe.train.model_copy(update=changes)
     data = recipe.data.model_copy(update={"max_length": length})
     recipe = recipe.model_copy(update={"train": train, "data": data})
-    predicted = training_memory(recipe, config, Machine("this machine", 10**10, "cpu"))
+    predicted = memory_of("train", recipe, config, Machine("this machine", 10**10, "cpu"))
     assert predicted["activations"] / 2 == pytest.approx(two - one, rel=0.05)
 
 
@@ -241,9 +241,45 @@ def test_what_cannot_finish_is_refused_with_figures(recipe_file):
     assert "train: " in message
     assert "for activations" in message
     assert "a small machine has 1.00 GB" in message
-    assert "train.micro_batch_size" in message
+    assert "none of its settings fits" in message
     assert "quantize:" not in message
     refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
+
+
+def test_the_lengths_of_the_rows_count_not_what_the_recipe_allows(recipe_file):
+    allowed = ["train.micro_batch_size=8", "data.max_length=100000"]
+    recipe, run = load_recipe(recipe_file, allowed), RunDir.of(load_recipe(recipe_file))
+    lengths = Lengths([54] * 40 + [200], scored=128, prompt=64)
+    refuse_what_cannot_finish(recipe, run, ["train", "quantize", "evaluate"], SMALL, lengths)
+    cpu, gpu = SMALL, SMALL._replace(kind="gpu")
+    config = load_base(recipe.model, torch.float32, "meta").config
+
+    def activations(machine: Machine) -> int:
+        return memory_of("train", recipe, config, machine, lengths)["activations"]
+
+    # Rows lie end to end on a CPU; on a GPU all are padded to the longest.
+    assert activations(gpu) / activations(cpu) == pytest.approx(8 * 200 / (200 + 7 * 54))
+    packed = load_recipe(recipe_file, [*allowed, "data.packing=true"])
+    whole = memory_of("train", packed, config, cpu)
+    assert memory_of("train", packed, config, cpu, lengths) == whole
+
+
+@pytest.mark.parametrize(
+    ("stage", "megabytes", "hint"),
+    [
+        ("train", 660, "it fits with train.micro_batch_size=4"),
+        ("train", 610, "it fits with train.micro_batch_size=2"),
+        ("evaluate", 820, "it fits with evaluate.batch_size=8"),
+    ],
+)
+def test_the_refusal_names_what_fits(recipe_file, stage, megabytes, hint):
+    recipe = load_recipe(recipe_file, ["train.micro_batch_size=8"])
+    run, machine = RunDir.of(recipe), Machine("a machine", megabytes * 10**6, "cpu")
+    lengths = Lengths([1000] * 48, scored=2000, prompt=1000)
+    with pytest.raises(UserError, match=hint):
+        refuse_what_cannot_finish(recipe, run, [stage], machine, lengths)
+    smaller = load_recipe(recipe_file, [hint.split()[-1]])
+    refuse_what_cannot_finish(smaller, run, [stage], machine, lengths)
 
 
 def test_too_little_disk_is_refused(recipe_file, monkeypatch):
@@ -266,7 +302,7 @@ def test_a_container_has_what_it_may_take(monkeypatch, tmp_path):
 def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path):
     """A recipe that asks for petabytes: exit code 2, figures, and nothing is written."""
     command = [sys.executable, "-m", "finequant.recipes.run", "run", str(recipe_file)]
-    huge = ["data.max_length=100000000", "train.micro_batch_size=64", "train.batch_size=64"]
+    huge = ["data.max_length=100000000", "data.packing=true", "train.batch_size=64"]
     done = subprocess.run([*command, *huge], capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: this run cannot finish here" in done.stderr

@@ -370,6 +370,19 @@ def test_r_is_rank(write, written, override):
     assert load_recipe(path, [f"lora.{override}=4"]).lora.rank == 4
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "rows"), [(2, 2), (7, 7), (11, 1), (12, 6), (16, 8), (20, 5), (64, 8)]
+)
+def test_a_batch_size_alone_is_enough(write, batch_size, rows):
+    """The micro-batch is its largest divisor up to 8, unless the recipe says another."""
+    alone = load_recipe(write(f"{RECIPE}train: {{batch_size: {batch_size}}}"))
+    assert alone.train.micro_batch_size == rows
+    one = load_recipe(
+        write(RECIPE + "train: {micro_batch_size: 1}"), [f"train.batch_size={batch_size}"]
+    )
+    assert one.train.micro_batch_size == 1
+
+
 def test_paths_start_at_the_recipe(write, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

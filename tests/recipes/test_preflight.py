@@ -1,0 +1,180 @@
+"""What a later stage would refuse is refused before the first one starts, with its true cause."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_rows, write_jsonl
+
+from finequant.recipes import run
+from finequant.recipes.errors import UserError, refuse_all
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+
+
+@pytest.fixture
+def refused(recipe_file, monkeypatch, capsys):
+    """What `finequant run` says of a recipe that it refuses before it starts a stage."""
+
+    def start(stage: str, *_) -> None:
+        raise AssertionError(f"{stage} was started")
+
+    monkeypatch.setattr(run, "_start", start)
+
+    def message(*overrides: str) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            run.main(["run", str(recipe_file), *overrides])
+        assert exit_.value.code == 2
+        assert not (recipe_file.parent / "run").exists()
+        return capsys.readouterr().err.partition("error: ")[2]
+
+    return message
+
+
+@pytest.fixture
+def prose(tmp_path) -> str:
+    """An override with held-out answers that are no JSON."""
+    rows = [{"prompt": row["prompt"], "completion": row["prompt"]} for row in make_rows(range(3))]
+    write_jsonl(tmp_path / "prose.jsonl", [*rows, {"prompt": "a", "completion": "NaN"}])
+    return "data.test=prose.jsonl"
+
+
+NO_TEXT = ["data.test=[]", "evaluate.perplexity=[]"]
+IN_SECONDS = {
+    "nothing to measure": (NO_TEXT, "evaluate: nothing to measure on; give data.test"),
+    "a gate on accuracy without any": (
+        ["data.test=[]", "evaluate.gate.max_accuracy_drop=0.1"],
+        "evaluate.gate.max_accuracy_drop: no accuracy is measured",
+    ),
+    "a gate on perplexity without any": (
+        [*NO_TEXT, "evaluate.tasks=[arc_easy]", "evaluate.gate.max_perplexity_increase=0.1"],
+        "evaluate.gate.max_perplexity_increase: no perplexity is measured",
+    ),
+    "choices": (
+        ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, blue]"],
+        "the answers of 8 held-out rows are not among them ('red', 'blue')",
+    ),
+    "an empty choice": (
+        ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, '']"],
+        "evaluate.choices: an empty choice has no likelihood",
+    ),
+    "a column": (
+        ["evaluate.perplexity=[{name: c, source: test.jsonl, column: txt}]"],
+        "perplexity corpus c: test.jsonl:1: no text in column 'txt': there are prompt, completion",
+    ),
+    "a task twice": (["evaluate.tasks=[arc_easy, arc_easy]"], "each task once; repeated: arc_easy"),
+    "an output below a file": (["output_dir=/dev/null/run"], "cannot be written (Not a directory)"),
+    "a licence": (["publish.repo_id=a/b"], "does not say its licence: give it"),
+    "a repository": (
+        ["publish.repo_id=a/b--c", "publish.license=mit"],
+        "publish.repo_id: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), IN_SECONDS.values(), ids=IN_SECONDS)
+def test_refused_in_seconds(refused, monkeypatch, overrides, message):
+    monkeypatch.setattr(run, "_check_tokens", None)  # not reached
+    assert message in refused(*overrides)
+
+
+def test_answers_that_are_no_json_are_listed_with_all_other_problems(refused, prose, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\ndoc_to_text: [a\nx: y\n")
+    (tmp_path / "tasks" / "words.yaml").write_text("only words")
+    (tmp_path / "tasks" / "good.yaml").write_text("task: good\nf: !function utils.f\n")
+    said = refused(
+        prose,
+        "data.overlap=drop",
+        "evaluate.metrics=[json_match]",
+        "evaluate.task_folder=tasks",
+        "output_dir=/dev/null/run",
+    )
+    assert "json_match needs JSON, and the answers of 4 held-out rows are none" in said
+    assert 'prose.jsonl:1: "open the red door' in said
+    assert "prose.jsonl:4: 'NaN'" in said
+    assert "mine.yaml:3: not valid YAML: expected ',' or ']'" in said
+    assert "words.yaml: expected a mapping with the key `task`" in said
+    assert "good.yaml" not in said
+    assert "cannot be written" in said
+
+
+def test_a_misspelt_column_is_told_without_torch(recipe_file):
+    """Torch takes seconds to import, and a tokenizer more to read."""
+    code = (
+        "import sys\nfrom finequant.recipes.run import main\n"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    column = "evaluate.perplexity=[{name: c, source: test.jsonl, column: txt}]"
+    command = [sys.executable, "-c", code, "run", str(recipe_file), column]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "no text in column 'txt'" in done.stderr) == (2, True), done.stderr
+
+
+WITH_A_TOKENIZER = {
+    "six bits": (
+        ["quantize.bits=6", "quantize.exports=[compressed-tensors, gguf]"],
+        "compressed-tensors: layers of 6 bits; expected 4 or 8",
+    ),
+    "a layer of eight bits": (
+        ["quantize.layers={'*.v_proj': {bits: 8}}", "quantize.exports=[executorch]"],
+        "executorch: linear layers of 8 bits; XNNPACK's kernels for groups take 4",
+    ),
+    "a cache": (
+        ["quantize.cache_length=300", "quantize.exports=[executorch]"],
+        "quantize.cache_length: 300 tokens are too few to measure the executorch export: the "
+        "longest window, or prompt and answer, takes 320: set quantize.cache_length=320",
+    ),
+    "an answer beyond the positions": (
+        ["evaluate.max_new_tokens=500"],
+        "8 held-out prompts, each with an answer of up to evaluate.max_new_tokens=500, do not fit "
+        "into the 512 positions of the base: set evaluate.max_new_tokens=4",
+    ),
+    "rows without an answer": (["data.max_length=3"], "nothing is left to learn in 48 rows"),
+    "the head": (
+        ["lora.target_modules=[q_proj, lm_head]"],
+        "lora.target_modules: lm_head: LoRA is for the layers of the decoder blocks",
+    ),
+    "a layer plan": (["quantize.group_size=64"], "does not divide the input features of mlp.down"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), WITH_A_TOKENIZER.values(), ids=WITH_A_TOKENIZER)
+def test_refused_before_the_first_stage(refused, overrides, message):
+    assert message in refused(*overrides)
+
+
+def test_a_prompt_beyond_the_positions_names_its_row(refused, tmp_path):
+    row = {"prompt": "open the red door " * 200, "completion": "{}"}
+    write_jsonl(tmp_path / "long.jsonl", [*make_rows(range(90, 92)), row])
+    said = refused("data.test=long.jsonl")
+    assert "1 held-out prompts" in said
+    assert "leave rows with longer prompts out of data.test" in said
+    assert "long.jsonl:3: " in said
+
+
+def test_a_good_recipe_passes_and_its_lengths_are_known(recipe_file, capsys):
+    recipe = load_recipe(recipe_file, ["quantize.exports=[compressed-tensors, gguf, executorch]"])
+    lengths = run.preflight(recipe, RunDir.of(recipe))
+    assert len(lengths.training) == 48
+    assert 20 < max(lengths.training) < 100
+    assert 10 < lengths.prompt < max(lengths.training)
+    assert lengths.scored == 64  # the windows of the corpus
+    run.validate(recipe_file, deep=True)
+    assert "a valid recipe, tiny" in capsys.readouterr().out
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_every_problem_is_listed_once():
+    def fails(message: str):
+        def check() -> None:
+            raise UserError(message)
+
+        return check
+
+    assert refuse_all([lambda: 1, lambda: 2]) == [1, 2]
+    with pytest.raises(UserError, match="^first\nsecond$"):
+        refuse_all([fails("first"), lambda: 1, fails("second")])
