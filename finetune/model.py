@@ -25,8 +25,6 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-HEAD = "lm_head"
-
 # As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
@@ -242,11 +240,6 @@ def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:
             for wish in lora.target_modules  # as peft takes them: the end of a name
             if not any(f".{name}".endswith(f".{wish}") for name in linear)
         ]
-        if heads := [wish for wish in unknown if f".{HEAD}".endswith(f".{wish}")]:
-            raise UserError(
-                f"lora.target_modules: {heads[0]}: LoRA is for the layers of the decoder blocks; "
-                "the head keeps the base's weights: leave it out"
-            )
         if unknown:
             raise UserError(
                 f"lora.target_modules: the model has no linear layer {', '.join(unknown)}; it has "

@@ -136,8 +136,9 @@ WITH_A_TOKENIZER = {
     "rows without an answer": (["data.max_length=3"], "nothing is left to learn in 48 rows"),
     "the head": (
         ["lora.target_modules=[q_proj, lm_head]"],
-        "lora.target_modules: lm_head: LoRA is for the layers of the decoder blocks",
+        "lora.target_modules: lm_head, the head, takes no LoRA here",
     ),
+    "a layer that is not there": (["lora.target_modules=[q_prj]"], "no linear layer q_prj"),
     "a layer plan": (["quantize.group_size=64"], "does not divide the input features of mlp.down"),
 }
 
