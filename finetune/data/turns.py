@@ -74,6 +74,7 @@ def generation_config(
 
     config = load_generation_config(model)
     config.eos_token_id = as_configured(end_tokens(model, data, tokenizer))
+    config._from_model_config = False  # else `generate` may take config.json's again
     return config
 
 

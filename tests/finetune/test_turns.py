@@ -9,7 +9,13 @@ import pytest
 
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
-from finequant.finetune.data.turns import answer_end, end_tokens, save_tokenizer, until_end
+from finequant.finetune.data.turns import (
+    answer_end,
+    end_tokens,
+    generation_config,
+    save_tokenizer,
+    until_end,
+)
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data, Model
@@ -156,6 +162,8 @@ def test_the_bases_own_ends_follow_that_of_the_template(ended, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
     model = Model(base=str(tmp_path))
     assert end_tokens(model, data(), load_tokenizer(model)) == [eot, 0]
+    stops = generation_config(model, data(), load_tokenizer(model))
+    assert (stops.eos_token_id, stops._from_model_config) == ([eot, 0], False)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, eom, eot]}))
     assert end_tokens(model, data(), load_tokenizer(model)) == [eot, 0, eom]
     other = Model(base=str(tmp_path), chat_template=ending("<|im_end|>"))
