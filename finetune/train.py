@@ -80,7 +80,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
             for phase in reversed(phases):  # of two adapters, that of plain LoRA
                 shutil.copytree(phase, folder, dirs_exist_ok=True)
             save_tokenizer(tokenizer, recipe.data, folder)
-            # For who loads base + adapter: the base's own may not know where an answer ends.
+            # For those who load base and adapter: the base's own may not know where an answer ends.
             stops = generation_config(recipe.model, recipe.data, tokenizer)
             stops.to_json_file(folder / "generation_config.json")
             (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")

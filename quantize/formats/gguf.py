@@ -192,16 +192,17 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
 
 
 def _end_of_turn(stored: Stored, eos: int | None) -> dict[str, int]:
-    """The end tokens under the three keys at which llama.cpp stops; more of them it knows by name.
+    """The end tokens, under the three keys at which llama.cpp stops.
 
-    eos: that of the tokenizer, which is the end of an answer unless that would change its texts.
+    A fourth has no key; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their text.
+    eos: the tokenizer's, which is the end of an answer unless that would change its texts.
     """
     ends = stored.end_tokens
     if not ends:
         return {}
-    found = {"eos": ends[0] if eos is None else eos, "eot": ends[0]}
-    left = [end for end in ends if end not in found.values()]
-    return found | ({"eom": left[0]} if left else {})
+    ids = {"eos": ends[0] if eos is None else eos, "eot": ends[0]}
+    remaining = [end for end in ends if end not in ids.values()]
+    return ids | ({"eom": remaining[0]} if remaining else {})
 
 
 def pre_tokenizer(described: dict[str, Any]) -> str:
