@@ -48,6 +48,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
             partial(_check_something_to_measure, evaluate, test),
             partial(_check_gate, evaluate, test),
             partial(_check_references, evaluate, answers),
+            partial(_check_some_calls, evaluate, test),
             partial(_check_choices, evaluate, answers),
         ]
     )
@@ -89,6 +90,14 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
         raise UserError(
             f"evaluate.metrics: json_match needs JSON, and the answers of {len(broken)} held-out "
             "rows are none: correct them, or leave json_match out\n  " + listed(broken, most=10)
+        )
+
+
+def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
+    has_calls = any(message.get("tool_calls") for row in test for message in row.messages)
+    if "tool_call_recall" in evaluate.metrics and not has_calls:
+        raise UserError(
+            "evaluate.metrics: tool_call_recall needs calls, and the held-out rows have none"
         )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.data.tokens import encode_prompt
+    from finequant.finetune.data.tokens import answer_text, check_template, encode_prompt
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_config
 
@@ -130,9 +130,12 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
         for corpus in recipe.evaluate.perplexity
     }
+    check_template(rows, tokenizer, recipe.data)
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
-    asked = [row for row in rows if row.messages]
+    asked = [row for whole in rows for row in _asked_rows(whole)]
+    references = [answer_text(row, tokenizer, recipe.data) for row in asked]
+    _check_calls(asked, references)
     prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
     read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
     check_lengths(recipe, positions, read, longest_scored(corpora))
@@ -142,7 +145,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         corpora,
         asked,
         prompts,
-        [_answer_of(row) for row in asked],
+        references,
         _choices(recipe, [*splits.train, *asked]),
     )
 
@@ -294,7 +297,7 @@ def _answers_as_corpus(
     """The learned tokens of the held-out rows; words and bytes are those of the answers."""
     from finequant.evaluate.metrics.corpora import count
     from finequant.evaluate.metrics.perplexity import ScoredSequence
-    from finequant.finetune.data.tokens import IGNORED, encode
+    from finequant.finetune.data.tokens import IGNORED, answer_text, encode
 
     encoded = [encode(row, tokenizer, recipe.data) for row in rows]
     sequences = [
@@ -302,7 +305,8 @@ def _answers_as_corpus(
         for item in encoded
     ]
     said = [
-        "\n".join(m["content"] for m in row.messages if m["role"] == "assistant") or row.text
+        "\n".join(answer_text(row, tokenizer, recipe.data, index) for index in row.targets)
+        or row.text
         for row in rows
     ]
     return sequences, [count(text) for text in said]
@@ -314,13 +318,33 @@ def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]
     return max(lengths, default=0)
 
 
-def _answer_of(row: Row) -> str:
-    return row.messages[-1]["content"]
+def _asked_rows(row: Row) -> list[Row]:
+    """What a held-out row asks: its last answer; where it has calls, each of its answers."""
+    if any(message.get("tool_calls") for message in row.messages):
+        return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
+    return [row] if row.messages else []
+
+
+def _check_calls(rows: list[Row], references: list[str]) -> None:
+    """Whether the calls can be found in what the chat template makes of them.
+
+    Raises:
+        UserError: for a template that writes them in another form, so that none would match.
+    """
+    from finequant.evaluate.metrics.text_metrics import calls_in, canonical_call
+
+    for row, reference in zip(rows, references, strict=True):
+        calls = [call["function"] for call in row.messages[-1].get("tool_calls", ())]
+        if calls and calls_in(reference) != [canonical_call(call) for call in calls]:
+            raise UserError(
+                f"{row.where}: the chat template writes calls as {reference[:80]!r}, in which they "
+                "are not found; expected JSON objects with name and arguments or parameters"
+            )
 
 
 def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
     if recipe.evaluate.choices == "completions":
-        return sorted({_answer_of(row) for row in rows if row.messages})
+        return sorted({row.messages[-1]["content"] for row in rows if row.messages})
     return list(recipe.evaluate.choices or [])
 
 

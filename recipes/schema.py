@@ -23,7 +23,17 @@ from pydantic import (
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Export = Literal["torchao", "compressed-tensors", "gguf", "executorch"]
-Metric = Literal["exact_match", "json_match", "f1", "multiple_choice", "rouge", "bleu", "chrf"]
+Metric = Literal[
+    "exact_match",
+    "json_match",
+    "f1",
+    "tool_call_match",
+    "tool_call_recall",
+    "multiple_choice",
+    "rouge",
+    "bleu",
+    "chrf",
+]
 
 # peft initialisations that need calibration data or an already quantized base.
 UNSUPPORTED_INITS = {

@@ -37,7 +37,7 @@ def paired_changes(
     """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
 
     Its standard error is that of the mean of the differences: rows that both models answer alike
-    add nothing to it. Metrics of a whole corpus are left out.
+    add nothing to it. Metrics that are no mean over rows are left out.
     """
     rows = list(zip(before, after, references, strict=True))
     return {
@@ -49,7 +49,7 @@ def paired_changes(
             ]
         )
         for metric in metrics
-        if metric not in OUT_OF_100
+        if metric not in (*OUT_OF_100, "tool_call_recall")
     }
 
 
@@ -70,6 +70,32 @@ def json_match(answers: list[str], references: list[str]) -> Score:
         )
     pairs = zip(answers, expected, strict=True)
     return mean([canonical_json(answer) == value for answer, value in pairs])
+
+
+def tool_call_match(answers: list[str], references: list[str]) -> Score:
+    """The answer makes the calls of the reference, in any order, and no other: with the same names,
+    and arguments equal as values. An answer to a reference without calls makes none."""
+    pairs = zip(answers, references, strict=True)
+    return mean([Counter(calls_in(a)) == Counter(calls_in(r)) for a, r in pairs])
+
+
+def tool_call_recall(answers: list[str], references: list[str]) -> Score:
+    """Each call of the references by itself: whether its answer makes it.
+
+    Raises:
+        UserError: where no reference has a call.
+    """
+    made: list[bool] = []
+    for answer, reference in zip(answers, references, strict=True):
+        left = Counter(calls_in(answer))
+        for call in calls_in(reference):
+            made.append(left[call] > 0)
+            left[call] -= 1
+    if not made:
+        raise UserError(
+            "evaluate.metrics: tool_call_recall needs calls, and the held-out rows have none"
+        )
+    return mean(made)
 
 
 def f1(answers: list[str], references: list[str]) -> Score:
@@ -108,7 +134,17 @@ def chrf(answers: list[str], references: list[str]) -> Score:
 
 
 METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
-    metric.__name__: metric for metric in (exact_match, json_match, f1, rouge, bleu, chrf)
+    metric.__name__: metric
+    for metric in (
+        exact_match,
+        json_match,
+        f1,
+        tool_call_match,
+        tool_call_recall,
+        rouge,
+        bleu,
+        chrf,
+    )
 }
 
 
@@ -149,3 +185,35 @@ def _squad_tokens(text: str) -> list[str]:
     """Lower case, without punctuation and articles, as SQuAD's script normalises answers."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def calls_in(text: str) -> list[str]:
+    """The function calls of a text, each the same string for the same name and arguments.
+
+    A call is an object with a `name`, and `arguments` or `parameters` that are an object, wherever
+    it stands: chat templates write calls as such objects, and differ in what they put around them.
+    """
+    decoder, calls, at = json.JSONDecoder(), [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            value, end = None, at + 1
+        call = canonical_call(value)
+        if call is not None:
+            calls.append(call)
+        at = text.find("{", end if call is not None else at + 1)
+    return calls
+
+
+def canonical_call(value: Any) -> str | None:
+    """The same string for calls of equal name and arguments; None for what is no call."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments)
+    if not isinstance(arguments, str) or not arguments.lstrip().startswith("{"):
+        return None
+    arguments = canonical_json(arguments)
+    return arguments and f"{value['name']} {arguments}"

@@ -76,6 +76,16 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> l
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, index: int = -1) -> str:
+    """An answer of the assistant as text; calls are as the chat template writes them."""
+    index %= len(row.messages)
+    if not row.messages[index].get("tool_calls"):
+        return row.messages[index]["content"]
+    text = _render(row, row.messages, tokenizer, data)
+    start, stop = _answer_span(row, index, text, tokenizer, data)
+    return text[start:stop].removesuffix(answer_end(tokenizer, data).token or "").strip()
+
+
 def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
     """Columns `input_ids` and `labels`, as trl's SFTTrainer takes them ready made.
 

@@ -1,0 +1,103 @@
+"""Function calls in answers: found in what templates write, compared as values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finequant.evaluate.metrics.text_metrics import calls_in, paired_changes, score_answers
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+
+BLUE = '{"name": "lamp", "arguments": {"room": "blue", "level": 1}}'
+RED = '{"name": "lamp", "arguments": {"room": "red"}}'
+FORMS = [
+    BLUE,
+    '{"arguments": {"level": 1.0, "room": "blue"}, "name":"lamp"}',
+    '{"name": "lamp", "parameters": {"room": "blue", "level": 1}}',
+    f"<tool_call>\n{BLUE}\n</tool_call>",
+    f"I will. <|python_tag|>{BLUE} {{done}}",
+    f"[{BLUE}]",
+    json.dumps([{"type": "function", "function": json.loads(BLUE)}]),
+    json.dumps({"name": "lamp", "arguments": '{"room": "blue", "level": 1}'}),
+]
+OTHERS = [
+    "The lamp is lit.",
+    "",
+    RED,
+    BLUE.replace("1", "true"),
+    BLUE.replace("1", '"1"'),
+    BLUE.replace("lamp", "Lamp"),
+    f"{BLUE} {BLUE}",
+    BLUE[:-2],
+    '{"name": "lamp"}',
+    '{"name": "lamp", "arguments": [1]}',
+    "{" * 2000,
+]
+
+
+@pytest.mark.parametrize("answer", FORMS)
+def test_the_same_call_in_any_form(answer):
+    assert score_answers([answer], [BLUE], ["tool_call_match"])["tool_call_match"]["value"] == 1
+
+
+@pytest.mark.parametrize("answer", OTHERS)
+def test_another_answer_is_no_match(answer):
+    assert score_answers([answer], [BLUE], ["tool_call_match"])["tool_call_match"]["value"] == 0
+
+
+def test_several_calls_by_answer_and_by_call():
+    references = [f"{BLUE}\n{RED}", BLUE, "no call", f"{BLUE} {BLUE}"]
+    answers = [f"{RED}\n{BLUE}", f"{BLUE}{RED}", RED, BLUE]
+    scores = score_answers(answers, references, ["tool_call_match", "tool_call_recall"])
+    assert (scores["tool_call_match"]["value"], scores["tool_call_match"]["n"]) == (0.25, 4)
+    assert (scores["tool_call_recall"]["value"], scores["tool_call_recall"]["n"]) == (0.8, 5)
+    changes = paired_changes(answers, references, references, list(scores))
+    assert changes["tool_call_match"]["value"] == 0.75
+    assert list(changes) == ["tool_call_match"]
+    with pytest.raises(UserError, match="tool_call_recall needs calls, and the held-out rows"):
+        score_answers(["a"], ["no call"], ["tool_call_recall"])
+
+
+TURNS = [
+    {"role": "user", "content": "light"},
+    {"role": "assistant", "tool_calls": [{"name": "lamp", "arguments": {"room": "blue"}}]},
+    {"role": "tool", "content": "ok"},
+    {"role": "assistant", "content": "lit"},
+]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def prepared(recipe_file, call: str):
+    from finequant.evaluate.compare import prepare
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
+
+    rows = [{"prompt": "open", "completion": "done"}, {"prompt": "shut", "completion": "done"}]
+    (recipe_file.parent / "test.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
+    (recipe_file.parent / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (recipe_file.parent / "t.jinja").write_text(TEMPLATE.replace("CALL", call))
+    recipe = load_recipe(recipe_file, ["model.chat_template=t.jinja"])
+    return prepare(recipe, load_splits(recipe.data, recipe.seed), load_tokenizer(recipe.model))
+
+
+def test_each_answer_of_a_row_with_calls_is_asked_for(recipe_file):
+    material = prepared(recipe_file, "<call>{{ call.function | tojson }}</call>")
+    decoded = [material.tokenizer.decode(prompt) for prompt in material.prompts]
+    assert decoded[0] == "<|im_start|>user\nlight<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded[1].endswith("<|im_start|>tool\nok<|im_end|>\n<|im_start|>assistant\n")
+    call = '{"name": "lamp", "arguments": {"room": "blue"}}'
+    assert material.references == [f"<call>{call}</call>", "lit"]
+    assert calls_in(material.references[0]) == calls_in(call)
+
+
+def test_calls_that_the_metric_could_not_find_are_refused(recipe_file):
+    with pytest.raises(
+        UserError, match=r"test.jsonl:1: the chat template writes calls as 'lamp\(\)'"
+    ):
+        prepared(recipe_file, "{{ call.function.name }}()")
