@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from copy import deepcopy
@@ -11,6 +10,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finequant.finetune.stored import as_stored
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Lora, Model
@@ -41,14 +41,14 @@ REASONS = {
 
 
 def load_config(model: Model) -> LlamaConfig:
-    """The base's configuration, without its weights; a copy of the caller's own.
+    """The base's configuration as its files bear it out; a copy of the caller's own.
 
     Raises:
         UserError: if it cannot be read, or is not that of a LlamaForCausalLM.
     """
     if model.base.endswith(".gguf"):
         return deepcopy(_read_gguf_config(model))
-    return _read_config(model)
+    return as_stored(_read_config(model), model)
 
 
 @functools.cache
@@ -147,27 +147,25 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
         )
     _check_weights(model, found)
     _check_finite(model, base)
+    if not is_gguf:  # a model of the Hub has its files only now
+        base.config.tie_word_embeddings = as_stored(config, model).tie_word_embeddings
     base.config.name_or_path = model.base
     return base
 
 
-def weight_files(model: Model) -> list[Path]:
-    """The safetensors files of a base that `load_base` has read, from its folder or the cache."""
-    found = _cached(model, "model.safetensors")
-    if found:
-        return [found]
-    index = json.loads(_cached(model, "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return [_cached(model, name) for name in sorted(set(index["weight_map"].values()))]
+def load_on_disk(model: Model, has_embedding: bool = True) -> LlamaForCausalLM:
+    """What plain `from_pretrained` makes of a base in float32, its own config.json included.
 
+    The weights stay in their safetensors files: accelerate reads them for each use.
 
-def _cached(model: Model, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    has_embedding: whether the files have it; else accelerate would look for it there (seen with
+    1.14), so a model whose embedding is tied to the head in its files is read whole.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    folder, _ = locate_base(model)
-    if folder:
-        return folder / name if (folder / name).exists() else None
-    found = try_to_load_from_cache(model.base, name, revision=model.revision or "main")
-    return Path(found) if isinstance(found, str) else None
+    where = {"": "disk"} if has_embedding else None
+    return _from_pretrained(AutoModelForCausalLM, model, dtype=torch.float32, device_map=where)
 
 
 def stored_dtype(config: LlamaConfig) -> torch.dtype:

@@ -81,7 +81,7 @@ def round_to_nearest(
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (-1, group_size))
-        scale[rows] = _scales(groups, low, high, rule)
+        scale[rows] = stored_scale(_scales(groups, low, high, rule), scale_dtype)
         codes[rows] = _codes(groups, scale[rows].float(), low, high).flatten(1)
     return Rounded(codes, scale)
 
@@ -108,6 +108,15 @@ def choose_scale(
         groups = weight[rows].float().unflatten(1, (-1, group_size))
         scales[rows] = _scales(groups, low, high, rule, weigh)
     return scales
+
+
+def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Positive scales in the dtype that is stored, none of them rounded to zero.
+
+    A group of zeros has a scale that float16 does not have; a code over it would not be a number.
+    """
+    stored = scale.to(dtype)
+    return stored.masked_fill(stored == 0, torch.finfo(dtype).tiny)
 
 
 def _scales(

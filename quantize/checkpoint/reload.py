@@ -32,7 +32,11 @@ import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 folder, blocks, prompts, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=int(blocks))
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, num_hidden_layers=int(blocks), output_loading_info=True
+)
+if info["missing_keys"] or info["mismatched_keys"]:
+    sys.exit(f"not in the files as the model needs them: {info}")
 with torch.inference_mode():
     rows = {
         name: model(ids[None]).logits[0, -1].float().clone()

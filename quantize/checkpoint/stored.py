@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+NOT_TENSORS = ("format", "tensor_names")
+"""Of the metadata; its other keys each describe a tensor."""
+
 NOT_COPIED = (*WEIGHTS, "config.json", "recipe.yaml")
 
 
@@ -80,7 +83,7 @@ def read_stored(folder: Path) -> Stored:
         try:
             with safe_open(file, "pt") as stream:
                 for name, text in stream.metadata().items():
-                    if name.endswith("weight"):  # `format` and `tensor_names` are not tensors
+                    if name not in NOT_TENSORS:
                         _read_tensor(stream, name, json.loads(text), rounded, bits, floats)
         except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
             raise UserError(

@@ -40,6 +40,7 @@ from finequant.quantize.scheme import (
     quantization_config,
     unties_head,
 )
+from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -213,6 +214,8 @@ class Checkpoint:
         self, name: str, piece: slice, weight: torch.Tensor, rounded: Rounded | None
     ) -> None:
         tensors = rounded or (weight.to(self.dtype),)
+        if not tensors[-1].isfinite().all():
+            raise UserError(self._beyond(name, tensors[-1].dtype))
         for key, tensor in zip(self.stored(name), tensors, strict=True):
             descriptor, entry = self.places[key]
             write_rows(descriptor, entry, piece, tensor)
@@ -221,6 +224,15 @@ class Checkpoint:
         # One call, so that lines of several threads do not mix.
         os.write(self._journal, json.dumps([name, piece.start, *written]).encode() + b"\n")
         self._written[name, piece.start] = written
+
+    def _beyond(self, name: str, dtype: torch.dtype) -> str:
+        """The message for numbers that a dtype does not hold."""
+        what = f"a scale of {name}" if name in self.plan else name
+        key = "scale_dtype" if name in self.plan else "dtype"
+        return (
+            f"quantize.{key}: {what} is not a finite number in {str(dtype).removeprefix('torch.')},"
+            f" whose largest is {torch.finfo(dtype).max:.4g}: set quantize.{key}=bfloat16"
+        )
 
     def known(self, layer: str, rows: slice) -> Rounded | None:
         """What is written of a layer, if all these rows are."""

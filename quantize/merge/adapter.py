@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from finequant.finetune.model import load_base, weight_files
-from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights
+from finequant.finetune.model import load_base, load_on_disk
+from finequant.finetune.stored import weight_files
+from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
+from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Model, Recipe
@@ -26,8 +29,16 @@ LARGEST_DIFFERENCE = 1e-3
 PREFIX = "base_model.model."
 """Before the names of parameters in peft's files."""
 
-# What of an adapter is not B A: none of it comes from a recipe.
-REFUSED = ("bias", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias")
+HEAD_COPY = f"{PREFIX}{HEAD}.base_layer.weight"
+
+# What of an adapter is not B A, by peft's key: none of it comes from a recipe.
+REFUSED = {
+    "bias": "trained biases",
+    "modules_to_save": "layers trained as a whole",
+    "fan_in_fan_out": "transposed layers",
+    "trainable_token_indices": "trained rows of the embedding",
+    "lora_bias": "biases beside its matrices",
+}
 
 
 class Base(NamedTuple):
@@ -38,6 +49,8 @@ class Base(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter, in the model's order; a tied head has an entry, too."""
     weights: Weights
+    plain: Callable[[], LlamaForCausalLM]
+    """The model as `from_pretrained` makes it, its weights on disk wherever the format allows."""
 
 
 def open_base(model: Model) -> Base:
@@ -49,25 +62,35 @@ def open_base(model: Model) -> Base:
     if model.base.endswith(".gguf"):
         loaded = load_base(model, torch.float32)
         tensors = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
-        return _described(loaded, lambda name, rows: tensors[name][rows])
+        return _described(loaded, lambda name, rows: tensors[name][rows], lambda: loaded)
     skeleton = load_base(model, torch.float32, "meta")
     files = [TensorFile(path) for path in weight_files(model)]
     where = {name: file for file in files for name in file.entries}
-    tied = skeleton.config.tie_word_embeddings
+    # transformers ties whichever of the two a file lacks to the other.
+    tied = {HEAD: EMBEDDING, EMBEDDING: HEAD} if skeleton.config.tie_word_embeddings else {}
+
+    def stored_name(name: str) -> str:
+        """Files of the model without its head leave out `model.`."""
+        layer = name.removesuffix(".weight")
+        names = [name, f"{tied[layer]}.weight"] if layer in tied else [name]
+        candidates = [*names, *(name.removeprefix("model.") for name in names)]
+        return next(name for name in candidates if name in where)
 
     def weights(name: str, rows: slice) -> torch.Tensor:
-        if tied and name == "lm_head.weight":
-            name = "model.embed_tokens.weight"
-        if name not in where:  # files of the model without its head say less
-            name = name.removeprefix("model.")
+        name = stored_name(name)
         return where[name].read(name, rows)
 
-    return _described(skeleton, weights)
+    has_embedding = any(
+        name.endswith(f"{EMBEDDING.removeprefix('model.')}.weight") for name in where
+    )
+    return _described(skeleton, weights, lambda: load_on_disk(model, has_embedding))
 
 
-def _described(model: LlamaForCausalLM, weights: Weights) -> Base:
+def _described(
+    model: LlamaForCausalLM, weights: Weights, plain: Callable[[], LlamaForCausalLM]
+) -> Base:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Base(model.config, model.generation_config, shapes, weights)
+    return Base(model.config, model.generation_config, shapes, weights, plain)
 
 
 class Adapter:
@@ -87,17 +110,48 @@ class Adapter:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not an adapter of {name}: {reason}") from None
         self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
-        found = [key for key in REFUSED if config.get(key) not in (None, False, "none", [], {})]
+        for key, what in REFUSED.items():
+            if (value := config.get(key)) not in (None, False, "none", [], {}):
+                raise UserError(
+                    f"{folder}: cannot be merged: it has {what} ({key}: {value}); expected "
+                    "matrices of LoRA, rsLoRA or DoRA only: train without"
+                )
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
         matched = {key: pattern.fullmatch(key) for key in self._file.entries}
-        found += [key for key, match in matched.items() if not match][:1]
-        if found:
-            raise UserError(f"{folder}: cannot be merged: has {', '.join(found)}, beside LoRA")
+        # peft saves the head that it was given beside LoRA for it.
+        if matched.pop(HEAD_COPY, 0) is None and not self._is_the_bases(HEAD_COPY, base):
+            raise UserError(
+                f"{folder}: cannot be merged: it brings a {HEAD} that is not that of {name}: "
+                "train without, or name the base it was trained on"
+            )
+        if unknown := [key for key, match in matched.items() if not match]:
+            raise UserError(
+                f"{folder}: cannot be merged: it has {unknown[0]}; expected matrices of LoRA, "
+                "rsLoRA or DoRA for linear layers only"
+            )
         self.layers = {match[1] for match in matched.values()}
+        if HEAD in self.layers and base.config.tie_word_embeddings:
+            raise UserError(
+                f"{folder}: cannot be merged: it changes {HEAD}, which the base ties to its "
+                "embedding, so that both would change: save the base with a head of its own "
+                "(tie_word_embeddings: false), or train without"
+            )
         self._scaling = {layer: _scaling(config, layer) for layer in self.layers}
         for layer in sorted(self.layers):
             refused = f"{folder}: not an adapter of {name}"
             self._check(layer, base.shapes, _rank(config, layer), refused, folder)
+
+    def _is_the_bases(self, key: str, base: Base) -> bool:
+        """Whether the adapter's copy of the head equals the base's, in the copy's dtype."""
+        name = f"{HEAD}.weight"
+        if self._file.entries[key].shape != base.shapes[name]:
+            return False
+        return all(
+            self._file.read(key, rows).equal(
+                base.weights(name, rows).to(self._file.entries[key].dtype)
+            )
+            for rows in row_slices(base.shapes[name])
+        )
 
     def _check(self, layer: str, shapes: dict, rank: int, refused: str, folder: Path) -> None:
         entries, prefix = self._file.entries, f"{PREFIX}{layer}.lora_"

@@ -1,8 +1,13 @@
-"""logits(base + adapter) = logits(merged), on real prompts, a block in memory at a time."""
+"""logits(base + adapter) = logits(merged), on real prompts, a block in memory at a time.
+
+Base and adapter are read and joined by transformers and peft alone, so that a weight which we read
+wrongly, or not at all, shows as a difference.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,86 +16,105 @@ import torch
 from finequant.quantize.checkpoint.blocks import (
     decoder_block,
     embed,
-    fill,
     head_logits,
     normed,
     rotary_of,
 )
-from finequant.quantize.checkpoint.reading import Weights, filled
-from finequant.quantize.merge.adapter import (
-    PREFIX,
-    Adapter,
-    Base,
-    checked_difference,
-    merged_weights,
-)
+from finequant.quantize.checkpoint.reading import Weights
+from finequant.quantize.merge.adapter import Adapter, Base, checked_difference, merged_weights
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER_NAME = "default"
-
 
 @torch.no_grad()
-def check_merge(base: Base, adapter: Adapter, folder: Path, prompts: list[list[int]]) -> float:
+def check_merge(
+    base: Base, adapter: Adapter, folder: Path, prompts: list[list[int]]
+) -> tuple[float, torch.Tensor]:
     """How far the merged logits are from those of peft's base + adapter, relative to the largest.
 
-    Both models go through their blocks side by side, each on its own hidden states.
+    Returns:
+        The difference, and the logits of base + adapter [prompts, vocabulary].
 
     Raises:
         UserError: if it is more than rounding, or peft does not take the adapter.
     """
-    merged, tuned = merged_weights(base, adapter), _without_weights(base, folder)
-    exact = [embed(base.weights, torch.tensor([prompt])).float() for prompt in prompts]
-    found = list(exact)
-    rotary = [rotary_of(base.config, hidden) for hidden in exact]
-    for number, layer in enumerate(tuned.get_base_model().model.layers):
-        _fill_tuned(layer, number, base.weights, adapter)
-        exact = _run(layer, exact, rotary)
-        layer.to("meta")
-        found = _run(decoder_block(base.config, number, merged, torch.float32), found, rotary)
-    logits = [
-        _last_logits(base, weights, hidden)
-        for weights, hidden in ((base.weights, exact), (merged, found))
-    ]
-    return checked_difference(*logits, folder)
+    expected = tuned_logits(base, folder, prompts)
+    merged = _merged_logits(base, merged_weights(base, adapter), prompts)
+    return checked_difference(expected, merged, folder), expected
 
 
-def _without_weights(base: Base, folder: Path) -> PeftModel:
-    """Base and adapter as peft joins them, neither with any memory."""
+def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """float32 logits [prompts, vocabulary] after each prompt, of transformers' and peft's model."""
+    tuned = _joined(base, folder)
+    model, head = tuned.get_base_model().model, tuned.get_base_model().lm_head
+    together = model.embed_tokens(torch.tensor([sum(prompts, [])]))
+    hidden = together.float().split([len(prompt) for prompt in prompts], dim=1)
+    positions = [torch.arange(states.shape[1])[None] for states in hidden]
+    rotary = [model.rotary_emb(*pair) for pair in zip(hidden, positions, strict=True)]
+    for number, layer in enumerate(model.layers):
+        with _in_memory(tuned, layer, f".layers.{number}.", folder):
+            hidden = _run(layer, hidden, rotary)
+    last = model.norm(torch.cat([states[:, -1] for states in hidden]))
+    with _in_memory(tuned, head, ".lm_head.", folder):
+        logits = head(last).float()
+    tuned.unload()  # a model that is in memory whole goes on as the base
+    return logits
+
+
+def _joined(base: Base, folder: Path) -> PeftModel:
+    """Base and adapter as peft joins them, the base's weights still on disk."""
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
 
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(base.config)
+    model = base.plain()
+    # With it peft would spread base and adapter over devices again, and loses DoRA on the way.
+    vars(model).pop("hf_device_map", None)
     try:
-        return PeftModel.from_pretrained(empty, folder, low_cpu_mem_usage=True).eval()
-    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
+        return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).eval()
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: peft does not take this adapter: {reason}") from None
 
 
-def _fill_tuned(layer: torch.nn.Module, number: int, weights: Weights, adapter: Adapter) -> None:
-    prefix = f"model.layers.{number}."
+@contextmanager
+def _in_memory(
+    tuned: PeftModel, module: torch.nn.Module, name: str, folder: Path
+) -> Iterator[None]:
+    """Reads the module's weights, which accelerate has left on disk, and its part of the adapter.
 
-    def read(name: str, shape: torch.Size) -> torch.Tensor:
-        if ".lora_" not in name:
-            plain = name.replace(".base_layer", "")
-            return filled(weights, prefix + plain, shape, torch.float32)
-        key = f"{PREFIX}{prefix}{name.replace(f'.{ADAPTER_NAME}', '')}"
-        # In its file a magnitude vector has no `.weight` at its end.
-        return adapter.read(key.replace("magnitude_vector.weight", "magnitude_vector"))
+    accelerate's own hooks do so for one linear layer at a time, but DoRA looks at a weight outside
+    of it; and peft keeps no adapter for weights that are not in memory.
 
-    fill(layer, read)
+    name: in the middle of the names of the adapter's tensors for the module.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import has_offloaded_params
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    offloaded = [part for part in module.modules() if has_offloaded_params(part)]
+    for part in offloaded:
+        part._hf_hook.pre_forward(part)
+        remove_hook_from_module(part)
+    if offloaded:
+        adapter = load_peft_weights(str(folder), device="cpu")
+        part = {key: tensor for key, tensor in adapter.items() if name in key}
+        set_peft_model_state_dict(tuned, part, low_cpu_mem_usage=True)
+    yield
+    if offloaded:
+        module.to("meta")
+
+
+def _merged_logits(base: Base, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
+    """The same of the weights as they are merged here."""
+    hidden = [embed(weights, torch.tensor([prompt])).float() for prompt in prompts]
+    rotary = [rotary_of(base.config, states) for states in hidden]
+    for number in range(base.config.num_hidden_layers):
+        hidden = _run(decoder_block(base.config, number, weights, torch.float32), hidden, rotary)
+    last = normed(base.config, weights, torch.cat([states[:, -1] for states in hidden]))
+    return head_logits(weights, base.shapes["lm_head.weight"], last)
 
 
 def _run(block: torch.nn.Module, hidden: list[torch.Tensor], rotary: list) -> list[torch.Tensor]:
     pairs = zip(hidden, rotary, strict=True)
-    return [block(one, position_embeddings=angles) for one, angles in pairs]
-
-
-def _last_logits(base: Base, weights: Weights, hidden: list[torch.Tensor]) -> torch.Tensor:
-    last = torch.cat([one[:, -1] for one in hidden])
-    shape = base.shapes["lm_head.weight"]
-    return head_logits(weights, shape, normed(base.config, weights, last))
+    return [block(states, position_embeddings=angles) for states, angles in pairs]

@@ -47,6 +47,11 @@ def nothing(name: str, rows: slice) -> Rounded | None:
     return None
 
 
+def device() -> torch.device:
+    """Where blocks are run and rounded."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @torch.no_grad()
 def calibrate(
     weights: Weights,
@@ -90,7 +95,7 @@ class _Calibration:
     ) -> None:
         self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
         self._known, self._steps = known, steps
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device()
         batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
         shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
         self._exact = [embed(weights, ids).to(self._device, dtype) for ids in batches]
@@ -181,7 +186,8 @@ def _on_cpu(rounded: Rounded) -> Rounded:
 
 
 def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:
-    module.weight = torch.nn.Parameter(rounded.dequantize(dtype), requires_grad=False)
+    weight = rounded.dequantize(dtype).to(module.weight.device)  # known codes are on the CPU
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
     module.register_forward_pre_hook(lambda _, inputs: (quantize_activations(inputs[0]),))
 
 

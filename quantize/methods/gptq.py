@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from finequant.quantize.rounding import Rounded, choose_scale, code_range
+from finequant.quantize.rounding import Rounded, choose_scale, code_range, stored_scale
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
 
@@ -117,7 +117,7 @@ def _round_columns(
                 found = choose_scale(
                     group, scheme.bits, size, scheme.rule, importance[here : here + size]
                 )
-                rounded.scale[:, here // size] = found[:, 0]
+                rounded.scale[:, here // size] = stored_scale(found[:, 0], scheme.scale_dtype)
                 scale = rounded.scale[:, here // size].float()
             codes = (block[column] * scale.reciprocal()).round_().clamp_(low, high)
             rounded.codes[:, here] = codes

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from finequant.quantize.rounding import Rounded, code_range, places, quantize_activations
+from finequant.quantize.rounding import (
+    Rounded,
+    code_range,
+    places,
+    quantize_activations,
+    stored_scale,
+)
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -72,7 +78,7 @@ class TrainedLayer:
 
     def rounded(self) -> Rounded:
         codes = self.places.detach().round().clamp_(*code_range(self._bits))
-        scale = (self._scale * self.factor.detach()).to(self._scale_dtype)
+        scale = stored_scale(self._scale * self.factor.detach(), self._scale_dtype)
         return Rounded(codes.flatten(1).to(torch.int8), scale)
 
 
@@ -92,7 +98,7 @@ def reconstruct(
     """
     modules = {name: block.get_submodule(name) for name in layers}
     for name, module in modules.items():
-        module.forward = partial(_product, layer=layers[name])
+        module.forward = partial(_product, layer=layers[name], bias=module.bias)
     rows = max(1, TOKENS // inputs[0].shape[1])
     batches = [
         pair
@@ -122,7 +128,7 @@ def reconstruct(
     return {name: layer.rounded() for name, layer in layers.items()}
 
 
-def _product(x: torch.Tensor, layer: TrainedLayer) -> torch.Tensor:
+def _product(x: torch.Tensor, layer: TrainedLayer, bias: torch.Tensor | None) -> torch.Tensor:
     """Activations rounded as in the shipped model; their gradient passes unchanged."""
     rounding = quantize_activations(x.detach()) - x.detach()
-    return linear(x + rounding, layer.weight(x.dtype))
+    return linear(x + rounding, layer.weight(x.dtype), bias)

@@ -1,0 +1,106 @@
+"""What a base's safetensors files say of themselves, where config.json says something else.
+
+transformers loads what is in the files: a head of its own stays one although config.json says
+`tie_word_embeddings`. And a dtype that config.json names, or leaves out, changes no file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finequant.recipes.base import locate_base
+from finequant.recipes.schema import Model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ROWS = 4096
+"""Rows of head and embedding to compare at a time."""
+
+
+def weight_files(model: Model) -> list[Path]:
+    """The safetensors files of a base, in its folder or the cache; none if they are not there."""
+    whole = _cached(model, "model.safetensors")
+    if whole:
+        return [whole]
+    index = _cached(model, "model.safetensors.index.json")
+    if not index:
+        return []
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = [_cached(model, name) for name in sorted(names)]
+    return files if all(files) else []
+
+
+def _cached(model: Model, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    folder, _ = locate_base(model)
+    if folder:
+        return folder / name if (folder / name).exists() else None
+    path = try_to_load_from_cache(model.base, name, revision=model.revision or "main")
+    return Path(path) if isinstance(path, str) else None
+
+
+def as_stored(config: LlamaConfig, model: Model) -> LlamaConfig:
+    """The configuration with `dtype` and `tie_word_embeddings` as the files have them, in place.
+
+    Files that are not there yet, or are damaged, leave it as it is: `load_base` says why.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        files = weight_files(model)
+        stamps = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        config.dtype = _dtype(stamps) or config.dtype
+        config.tie_word_embeddings = config.tie_word_embeddings and not _has_own_head(stamps)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
+        pass
+    return config
+
+
+Stamps = tuple[tuple[Path, int, int], ...]
+"""Files with what tells whether they have changed."""
+
+
+@functools.cache
+def _dtype(files: Stamps) -> torch.dtype | None:
+    """The dtype of most weights; None without files."""
+    import torch
+
+    weights: Counter[str] = Counter()
+    for tensor in _tensors(files).values():
+        weights[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    floats = [kind for kind, _ in weights.most_common() if kind in DTYPES]
+    return getattr(torch, DTYPES[floats[0]]) if floats else None
+
+
+@functools.cache
+def _has_own_head(files: Stamps) -> bool:
+    """Whether there is a head that differs from the embedding, which transformers does not tie."""
+    tensors = _tensors(files)
+    tables = [tensors[name] for name in tensors if name.endswith((HEAD, EMBEDDING))]
+    if len(tables) < 2:
+        return False
+    first, second = tables
+    if first.get_shape() != second.get_shape():
+        return True
+    return any(
+        not first[start : start + ROWS].float().equal(second[start : start + ROWS].float())
+        for start in range(0, first.get_shape()[0], ROWS)
+    )
+
+
+def _tensors(files: Stamps) -> dict:
+    """safetensors' own slices, by name; nothing is read of them yet."""
+    from safetensors import safe_open
+
+    opened = (safe_open(path, "pt") for path, *_ in files)
+    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
