@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finequant.quantize.checkpoint.stored import Stored
     from finequant.quantize.rounding import Rounded
 
-# Each has PACKAGES, check_fits, write, read_rounded and last_logits.
+# Each has PACKAGES, check_fits, write, read_back and last_logits.
 MODULES = {
     "compressed-tensors": "finequant.quantize.formats.compressed_tensors",
     "gguf": "finequant.quantize.formats.gguf",
@@ -42,6 +42,9 @@ PROMPTS = 8
 LARGEST_DIFFERENCE = 0.15
 """Of the logits, root mean square, relative to those of quantized/: runtimes round activations to
 8 bits each in its own way, and one and the same model differs by 0.05 between them."""
+
+FLOAT_ROUNDING = 2.0**-11
+"""Relative: half precision."""
 
 SCALE_ROUNDING = 2.0**-8
 """Relative: half precision and bfloat16 stay below."""
@@ -99,7 +102,10 @@ def export_one(
     say(f"export: {name}: writing")
     with run.writing(run.exports / name, recipe) as folder:
         figures = module.write(stored, folder, recipe)
-        scales = check_codes(name, stored, module.read_rounded(folder, stored))
+        rounded, floats = module.read_back(folder, stored)
+        scales = check_codes(name, stored, rounded)
+        if floats is not None:
+            check_floats(name, stored, floats)
         logits = module.last_logits(folder, prompts)
         difference = check_logits(name, logits, reference)
         size = sum(file.stat().st_size for file in folder.glob("model*"))
@@ -132,7 +138,10 @@ def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:
     """
     import torch
 
+    from finequant.quantize.scheme import EMBEDDING
+
     worst = 0.0
+    check_names(name, {*stored.rounded} - {EMBEDDING}, {*found} - {EMBEDDING})
     for layer, (codes, scale) in found.items():
         expected = stored.rounded[layer]
         if not torch.equal(codes, expected.codes):
@@ -146,6 +155,30 @@ def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:
                 f"{name}: scales of {layer} differ by {worst:.1%}: the file is not kept"
             )
     return max(worst, 0.0)
+
+
+def check_floats(name: str, stored: Stored, found: dict[str, torch.Tensor]) -> None:
+    """Compares embedding, norms, biases and float layers: every one, as near as float16 has it.
+
+    Raises:
+        UserError: if one is not there, is one too many, or differs.
+    """
+    check_names(name, stored.floats, found)
+    for parameter, tensor in found.items():
+        exact = stored.floats[parameter].float()
+        beyond = (tensor.float() - exact).abs() - exact.abs() * FLOAT_ROUNDING - 2.0**-24
+        if tensor.shape != exact.shape or not (beyond <= 0).all():
+            raise UserError(f"{name}: {parameter} differs once read: the file is not kept")
+
+
+def check_names(name: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raises a UserError unless a file has all tensors, and no others."""
+    lost, added = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    for names, what in ((lost, "lacks"), (added, "should not have")):
+        if names:
+            raise UserError(
+                f"{name}: the file {what} {len(names)} tensors, such as {names[0]}: it is not kept"
+            )
 
 
 def check_logits(name: str, logits: torch.Tensor, reference: torch.Tensor) -> float:

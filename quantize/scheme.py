@@ -295,7 +295,19 @@ def parameter_count(config: LlamaConfig) -> int:
     shapes = layer_shapes(config)
     if config.tie_word_embeddings:
         del shapes[HEAD]
-    return norm_count(config) + sum(rows * columns for rows, columns in shapes.values())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    return weights + norm_count(config) + bias_count(config)
+
+
+def bias_count(config: LlamaConfig) -> int:
+    """Biases of linear layers, which always stay in float."""
+    shapes = layer_shapes(config)
+    return sum(
+        rows
+        for name, (rows, _) in shapes.items()
+        if (".self_attn." in name and config.attention_bias)
+        or (".mlp." in name and config.mlp_bias)
+    )
 
 
 def norm_count(config: LlamaConfig) -> int:

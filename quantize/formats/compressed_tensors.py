@@ -125,27 +125,37 @@ def _scheme(bits: int, group_size: int, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
-    """Codes and scales as the format's own package unpacks them."""
+def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+    """Codes and scales as the format's own package unpacks them, and all that is not packed.
+
+    An embedding with codes has none here: they are those of `stored` where its floats are equal.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    bits = _bits_of_names(folder, tensors)
-    return {
+    bits = _bits_of_names(tensors)
+    rounded = {
         name: Rounded(
             unpack_from_int32(
-                tensors[f"{name}.weight_packed"], bits[name], tensors[f"{name}.weight_shape"]
+                tensors.pop(f"{name}.weight_packed"),
+                bits[name],
+                tensors.pop(f"{name}.weight_shape"),
             ),
-            tensors[f"{name}.weight_scale"],
+            tensors.pop(f"{name}.weight_scale"),
         )
         for name in bits
     }
+    table = f"{EMBEDDING}.weight"
+    if EMBEDDING in stored.rounded and table in tensors:
+        if tensors.pop(table).equal(stored.rounded[EMBEDDING].dequantize(stored.dtype)):
+            rounded[EMBEDDING] = stored.rounded[EMBEDDING]
+    return rounded, tensors
 
 
-def _bits_of_names(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """From the shapes: 32 bits of a packed number over the columns it holds."""
     end = ".weight_packed"
     names = [key.removesuffix(end) for key in tensors if key.endswith(end)]

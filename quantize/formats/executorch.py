@@ -314,8 +314,10 @@ def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramM
     )
 
 
-def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
+def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], None]:
     """Codes and scales out of the file, which keeps constants under the hash of their bytes.
+
+    What stayed in float is not read: the program's constants have no names.
 
     Raises:
         UserError: if the file has no constant with the bytes of some layer.
@@ -336,7 +338,7 @@ def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
         both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
         found[name] = Rounded(both, read)
-    return found
+    return found, None
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGES = {"gguf": "gguf"}
 FILE = "model.gguf"
+ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
 
@@ -74,7 +75,7 @@ def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
         array = permuted(tensor, name, stored.config).float().numpy().astype(kind)
         writer.add_tensor(_gguf_name(names, name), array)
     if stored.config.rope_parameters["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", rope_factors(stored.config))
+        writer.add_tensor(ROPE_FACTORS, rope_factors(stored.config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -232,8 +233,8 @@ def _names(kinds: list[str | None]) -> str:
     return ", ".join(filter(None, kinds)) or "no rule (as Llama 2's does)"
 
 
-def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
-    """Codes and scales of the file, in the rows and groups of `stored`.
+def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+    """Codes and scales of the file, in the rows and groups of `stored`; and its other tensors.
 
     The values come from the gguf package, so its reading of the layout counts, not ours.
     """
@@ -241,10 +242,18 @@ def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
     from gguf.quants import dequantize
 
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in GGUFReader(folder / FILE).tensors}
-    found = {}
-    for name in stored.rounded:
-        tensor = tensors[_gguf_name(names, f"{name}.weight")]
+    ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
+    theirs = {_gguf_name(names, name): name for name in ours}
+    rounded, floats = {}, {}
+    for tensor in GGUFReader(folder / FILE).tensors:
+        if tensor.name == ROPE_FACTORS:
+            continue
+        name = theirs.get(tensor.name, tensor.name)
+        layer = name.removesuffix(".weight")
+        if tensor.tensor_type.name in ("F16", "F32"):
+            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            floats[name] = _restored(values, name, stored.config)
+            continue
         width = BLOCK // 2 if tensor.tensor_type.name == "Q4_0" else BLOCK
         raw = tensor.data.reshape(len(tensor.data), -1, 2 + width)
         scale = torch.from_numpy(raw[:, :, :2].copy().view(np.float16)[:, :, 0])
@@ -252,13 +261,15 @@ def read_rounded(folder: Path, stored: Stored) -> dict[str, Rounded]:
         divisor = torch.where(scale == 0, 1, scale).float().repeat_interleave(BLOCK, dim=1)
         codes = (values / divisor).round().to(torch.int8)
         codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
-        found[name] = Rounded(codes, scale[:, :: stored.group_size(name) // BLOCK])
-    return found
+        step = stored.group_size(layer) // BLOCK if layer in stored.rounded else 1
+        rounded[layer] = Rounded(codes, scale[:, ::step])
+    return rounded, floats
 
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """[prompts, vocabulary] of llama.cpp where it is installed, else of transformers."""
-    from transformers import AutoModelForCausalLM
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from finequant.quantize.formats.runtimes import LlamaCpp
     from finequant.quantize.merge.adapter import last_logits
@@ -266,5 +277,12 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     if find_spec("llama_cpp"):
         runtime = LlamaCpp(folder / FILE)
         return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config.
+    config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    layers = {tensor.name for tensor in GGUFReader(folder / FILE).tensors}
+    config.attention_bias = "blk.0.attn_q.bias" in layers
+    config.mlp_bias = "blk.0.ffn_up.bias" in layers
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=FILE, config=config, dtype=torch.float32
+    )
     return last_logits(model.eval(), prompts)

@@ -14,6 +14,7 @@ from finequant.quantize.methods.gptq import ROWS
 from finequant.quantize.scheme import (
     EMBEDDING,
     HEAD,
+    bias_count,
     layer_plan,
     layer_shapes,
     norm_count,
@@ -72,6 +73,7 @@ def components(config: LlamaConfig) -> dict[str, int]:
         "attention": sum(count for name, count in counts.items() if ".self_attn." in name),
         "mlp": sum(count for name, count in counts.items() if ".mlp." in name),
         "norms": norm_count(config),
+        "biases": bias_count(config),
         "head": 0 if config.tie_word_embeddings else counts[HEAD],
     }
 
@@ -170,7 +172,7 @@ def quantize_memory(
         down = config.hidden_size * config.intermediate_size
         fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
     phases = [
-        {"block, two in float32": 8 * block},  # peft's, and the merged one
+        {"block, read and in float32": 6 * block, "head in float32": 4 * math.prod(shapes[HEAD])},
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
     ]
     if recipe.quantize.method == "gptq" and not recipe.train.quantization_aware:

@@ -19,6 +19,7 @@ from finequant.quantize.scheme import (
     PLAN_KEYS,
     LayerScheme,
     Plan,
+    bias_count,
     layer_plan,
     layer_shapes,
     norm_count,
@@ -58,9 +59,9 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
 
 
 def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
-    """Of the whole model, norms included; a head that is tied to the embedding counts once."""
-    shapes, norms = layer_shapes(config), norm_count(config)
-    sizes = [Size(norms, norms * dtype.itemsize, norms * dtype.itemsize)]
+    """Of the whole model, norms and biases included; a head that is tied to the embedding counts once."""
+    shapes, vectors = layer_shapes(config), norm_count(config) + bias_count(config)
+    sizes = [Size(vectors, vectors * dtype.itemsize, vectors * dtype.itemsize)]
     sizes += [layer_size(shapes[name], plan[name], dtype) for name in _own_weights(plan, config)]
     return Size(*map(sum, zip(*sizes, strict=True)))
 

@@ -294,17 +294,17 @@ def altered(file: Path, name: str, byte: int) -> None:
 def test_an_altered_export_is_caught(make, tmp_path):
     from finequant.quantize.checkpoint.stored import read_stored
     from finequant.quantize.export import check_codes
-    from finequant.quantize.formats.compressed_tensors import read_rounded
+    from finequant.quantize.formats.compressed_tensors import read_back
     from finequant.recipes.errors import UserError
 
     run = make(to=("compressed-tensors",))
     stored = read_stored(run / "quantized")
     folder = tmp_path / "copy"
     shutil.copytree(run / "exports" / "compressed-tensors", folder)
-    assert check_codes("x", stored, read_rounded(folder, stored)) == 0
+    assert check_codes("x", stored, read_back(folder, stored)[0]) == 0
     altered(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight_packed", 77)
     with pytest.raises(UserError, match=r"codes of model\.layers\.0\.mlp\.up_proj differ"):
-        check_codes("x", stored, read_rounded(folder, stored))
+        check_codes("x", stored, read_back(folder, stored)[0])
 
 
 def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
