@@ -149,9 +149,11 @@ def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], dict[st
         for name in bits
     }
     table = f"{EMBEDDING}.weight"
-    if EMBEDDING in stored.rounded and table in tensors:
-        if tensors.pop(table).equal(stored.rounded[EMBEDDING].dequantize(stored.dtype)):
-            rounded[EMBEDDING] = stored.rounded[EMBEDDING]
+    if embedding := stored.rounded.get(EMBEDDING):
+        exact = embedding.dequantize(stored.dtype)
+        if table in tensors and tensors[table].equal(exact):
+            rounded[EMBEDDING] = embedding
+            del tensors[table]
     return rounded, tensors
 
 

@@ -59,7 +59,7 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
 
 
 def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
-    """Of the whole model, norms and biases included; a head that is tied to the embedding counts once."""
+    """Of the whole model with norms and biases; a head tied to the embedding counts once."""
     shapes, vectors = layer_shapes(config), norm_count(config) + bias_count(config)
     sizes = [Size(vectors, vectors * dtype.itemsize, vectors * dtype.itemsize)]
     sizes += [layer_size(shapes[name], plan[name], dtype) for name in _own_weights(plan, config)]

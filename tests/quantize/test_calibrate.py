@@ -135,3 +135,71 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
     again = found(40)
     for name, (codes, scale) in together.items():
         assert torch.equal(codes, again[name].codes) and torch.equal(scale, again[name].scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "trained"])
+def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
+    """float16 has no number as small as the scale of zeros is in float32."""
+    from finequant.quantize.methods.method import round_alone
+    from finequant.quantize.methods.reconstruct import TrainedLayer
+
+    torch.manual_seed(0)
+    weight, zeros = torch.randn(4, 64), slice(32, 64)
+    weight[1, zeros] = weight[2] = 0
+    wanted = LayerScheme(4, 32, "search", dtype)
+    if method == "gptq":
+        rounded = gptq(weight, statistics(torch.randn(200, 64)), wanted)
+    else:
+        rounded = round_alone(weight, wanted, "hqq" if method == "hqq" else "rtn")
+    if method == "trained":
+        rounded = TrainedLayer(weight, rounded, wanted).rounded()
+    assert rounded.scale.dtype == dtype
+    assert rounded.scale.isfinite().all() and (rounded.scale > 0).all()
+    found = rounded.dequantize(torch.float32)
+    assert found.isfinite().all()
+    assert not found[2].any()
+    assert (found[0] - weight[0]).norm() < 0.2 * weight[0].norm()
+
+
+def test_small_weights_keep_their_codes_in_float16():
+    """Scales below float16's normal numbers are not those of zeros."""
+    weight = 1e-4 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    found = round_to_nearest(weight, 4, 32, "max", torch.float16).dequantize(torch.float32)
+    assert (found - weight).norm() < 0.2 * weight.norm()
+
+
+def test_a_trained_layer_computes_as_torchaos_with_its_bias():
+    from finequant.quantize.checkpoint.writing import torchao_tensor
+    from finequant.quantize.methods.reconstruct import TrainedLayer, _product
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 48)
+    start = round_to_nearest(layer.weight.detach(), *scheme())
+    x = torch.randn(5, 64)
+    found = _product(x, TrainedLayer(layer.weight.detach(), start, scheme()), layer.bias)
+    shipped = torchao_tensor("layer", start, scheme(), torch.float32)
+    layer.weight = torch.nn.Parameter(shipped, requires_grad=False)
+    torch.testing.assert_close(found, layer(x))
+
+
+def test_known_codes_go_where_the_block_is(llama, monkeypatch):
+    """After a kill they come from the CPU, and the block may be on a GPU: here, on no device."""
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.methods import calibrate
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.schema import Model, Quantize
+
+    base = open_base(Model(base=str(llama("base", attention_bias=True))))
+    plan = layer_plan(Quantize(head="float"), base.config)
+    asked = []
+
+    def known(layer: str, rows: slice) -> Rounded:
+        asked.append(layer)
+        return round_to_nearest(base.weights(f"{layer}.weight", rows), *plan[layer])
+
+    monkeypatch.setattr(calibrate, "device", lambda: torch.device("meta"))
+    sequences = torch.randint(300, (4, 16))
+    pieces = calibrate.calibrate(base.weights, base.config, sequences, plan, torch.float32, known)
+    assert not list(pieces)  # nothing is sought again
+    assert sorted(asked) == sorted(name for name in plan if plan[name])

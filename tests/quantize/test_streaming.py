@@ -100,7 +100,7 @@ def test_merged_weights_are_pefts_to_the_bit(
     for name, tensor in expected.items():
         found = torch.cat([weights(name, rows) for rows in row_slices(tensor.shape)])
         assert torch.equal(found, tensor), name
-    assert check_merge(source, own, folder, [[5, 6, 7, 8], [9]]) < 1e-5
+    assert check_merge(source, own, folder, [[5, 6, 7, 8], [9]])[0] < 1e-5
     (tmp_path / "merged").mkdir()
     write_float(tmp_path / "merged", source, weights, torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -262,6 +262,28 @@ def test_what_is_written_is_kept_and_what_is_damaged_is_not(
     (out / "model.safetensors").unlink()
     assert convert() == whole
     assert set(asked) == every
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "reason"),
+    [
+        (Quantize(scale_dtype="float16"), torch.float32, "quantize.scale_dtype: a scale of"),
+        (Quantize(layers={"*up_proj": "float"}), torch.float16, "quantize.dtype: model.layers.0"),
+    ],
+)
+def test_numbers_beyond_half_precision_are_refused(
+    tiny_base, adapter, tmp_path, quantize, dtype, reason
+):
+    """With the layer's name and the dtype that helps."""
+    source, own = opened(tiny_base, adapter(tiny_base))
+    weights = merged_weights(source, own)
+
+    def large(name: str, rows: slice) -> torch.Tensor:
+        return weights(name, rows) * (1e9 if name.endswith("0.mlp.up_proj.weight") else 1)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=f"{reason}.*up_proj.*float16.*bfloat16"):
+        write_quantized(tmp_path / "out", source, large, quantize, dtype)
 
 
 @pytest.mark.slow

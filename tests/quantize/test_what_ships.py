@@ -1,0 +1,285 @@
+"""What ships, as transformers and peft alone have it: in a process that cannot import finequant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from finequant.evaluate.metrics.tasks import answer
+from finequant.finetune.model import load_base, load_config
+from finequant.quantize.checkpoint.reload import shipped_logits
+from finequant.quantize.checkpoint.stored import read_stored
+from finequant.quantize.convert import write_float, write_quantized
+from finequant.quantize.formats import compressed_tensors
+from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+from finequant.quantize.merge.check import check_merge
+from finequant.quantize.scheme import layer_plan, shipped_dtype
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Model, Quantize
+
+PROMPTS = [list(range(20, 60)), [5, 6, 7], [9]]
+NEW_TOKENS = 12
+ENDS = [2, *range(100, 300)]
+"""So many that a random model soon gives one of them."""
+
+
+def edited(change):
+    """An edit of a base's tensors, as {name: tensor}, in place."""
+
+    def edit(base: Path) -> None:
+        tensors = load_file(base / "model.safetensors")
+        change(tensors)
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def own_head(tensors: dict) -> None:
+    tensors["lm_head.weight"] = 0.02 * torch.randn_like(tensors["model.embed_tokens.weight"])
+
+
+def copied_head(tensors: dict) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def only_head(tensors: dict) -> None:
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def random_biases(tensors: dict) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):
+            tensor.normal_(std=0.3)
+
+
+def zero_rows(tensors: dict) -> None:
+    tensors["model.embed_tokens.weight"][20:25] = 0
+
+
+def in_float16(tensors: dict) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(torch.float16)
+
+
+def several_ends(base: Path) -> None:
+    GenerationConfig(eos_token_id=ENDS, pad_token_id=0).save_pretrained(base)
+
+
+BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+VARIANTS = {
+    "tied": ({}, None),
+    "untied": ({"tie_word_embeddings": False}, None),
+    "own_head": ({}, edited(own_head)),
+    "biases": (BIASES, edited(random_biases)),
+    "several_ends": ({}, several_ends),
+    "float16": ({}, edited(in_float16)),
+}
+SIBLINGS = {
+    "copied_head": ({}, edited(copied_head)),
+    "only_head": ({}, edited(only_head)),
+    "zero_rows": ({"tie_word_embeddings": False}, edited(zero_rows)),
+    "dynamic_rope": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, None),
+}
+
+CHILD = """
+import importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "finequant":
+            raise ImportError("finequant is not to be had here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import finequant.quantize.scheme
+except ImportError:
+    pass
+else:
+    sys.exit("finequant can be imported")
+
+import torch
+from pathlib import Path
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+root, prompts, count = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+
+@torch.inference_mode()
+def logits(model):
+    rows = [model.eval()(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]
+    return torch.stack(rows)
+
+for folder in sorted(root.iterdir()):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    found = {"tuned": logits(PeftModel.from_pretrained(base, folder / "adapter"))}
+    for name in ("merged", "quantized", "exported"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder / name, output_loading_info=True
+        )
+        assert not any(info.values()), (folder, name, info)
+        found[name] = logits(model)
+        if name == "quantized":
+            tokenizer = AutoTokenizer.from_pretrained(folder / name)
+            said = []
+            for ids in prompts:
+                ids = torch.tensor([ids])
+                new = model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1]:]
+                said.append(tokenizer.decode(new, skip_special_tokens=True))
+            (folder / "said.json").write_text(json.dumps(said))
+    save_file(found, folder / "logits.safetensors")
+"""
+
+
+def random_adapter(base: Path, folder: Path, **changes) -> Path:
+    """Saves a LoRA adapter with random matrices, without training it."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "bias" in name:
+                weight.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def variant(folder: Path, changes: dict, edit, **lora):
+    """A base and an adapter in a folder: opened, and checked against each other."""
+    torch.manual_seed(3)
+    make_llama(folder / "base", **changes)
+    if edit:
+        edit(folder / "base")
+    random_adapter(folder / "base", folder / "adapter", **lora)
+    base = open_base(Model(base=str(folder / "base")))
+    return base, Adapter(folder / "adapter", base, "base")
+
+
+def build(folder: Path, changes: dict, edit) -> tuple[torch.Tensor, list[str]]:
+    """Every artefact of a variant; the quantized logits and answers as they are measured."""
+    base, adapter = variant(folder, changes, edit)
+    assert check_merge(base, adapter, folder / "adapter", PROMPTS)[0] < 1e-5
+    weights, quantize = merged_weights(base, adapter), Quantize(bits=8)
+    for name in ("merged", "quantized", "exported"):
+        (folder / name).mkdir()
+    write_float(folder / "merged", base, weights, torch.float32)
+    model = Model(base=str(folder / "base"))
+    plan, dtype = layer_plan(quantize, base.config), shipped_dtype(quantize, load_config(model))
+    checkpoint = write_quantized(folder / "quantized", base, weights, quantize, dtype)
+    shipped = checkpoint.weights()
+    blocks = base.config.num_hidden_layers
+    logits = shipped_logits(base.config, plan, shipped, dtype, PROMPTS, blocks)
+    checkpoint.finish()
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "quantized")
+    compressed_tensors.write(read_stored(folder / "quantized"), folder / "exported", None)
+    quantized = AutoModelForCausalLM.from_pretrained(folder / "quantized").eval()
+    return logits, answer(quantized, tokenizer, PROMPTS, NEW_TOKENS, 1, "answers")
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """By variant: logits and answers as we have them, and as the other process does."""
+    root = tmp_path_factory.mktemp("variants")
+    ours = {name: build(root / name, *how) for name, how in VARIANTS.items()}
+    command = [sys.executable, "-P", "-c", CHILD, str(root), json.dumps(PROMPTS), str(NEW_TOKENS)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return {
+        name: (
+            *ours[name],
+            load_file(root / name / "logits.safetensors"),
+            json.loads((root / name / "said.json").read_text()),
+        )
+        for name in VARIANTS
+    }
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
+    logits, answers, theirs, said = shipped[name]
+    assert difference(theirs["merged"], theirs["tuned"]) < 1e-5
+    assert torch.equal(theirs["quantized"], logits)
+    assert difference(theirs["exported"], logits) < 0.01
+    assert difference(theirs["quantized"], theirs["tuned"]) < 0.05  # eight bits
+    assert [text.strip() for text in said] == answers
+
+
+def test_several_ends_end_generation(shipped):
+    """Without them a random model would use up its tokens."""
+    answers = {name: shipped[name][1] for name in ("tied", "several_ends")}
+    assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["tied"]))
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_are_merged_as_transformers_loads_them(tmp_path, name):
+    base, adapter = variant(tmp_path, *SIBLINGS[name])
+    assert check_merge(base, adapter, tmp_path / "adapter", PROMPTS)[0] < 1e-5
+
+
+def test_a_head_that_is_read_wrongly_is_seen(tmp_path):
+    """The other side of the check does not read the head through the same function."""
+    base, adapter = variant(tmp_path, *VARIANTS["own_head"])
+    wrong = base._replace(
+        weights=lambda name, rows: base.weights(name.replace("lm_head", "model.embed_tokens"), rows)
+    )
+    with pytest.raises(UserError, match="merged logits differ from base \\+ adapter"):
+        check_merge(wrong, adapter, tmp_path / "adapter", PROMPTS)
+
+
+def test_lora_of_an_untied_head_is_merged(tmp_path):
+    lora = {"target_modules": ["q_proj", "lm_head"]}
+    base, adapter = variant(tmp_path, *VARIANTS["untied"], **lora)
+    assert "lm_head" in adapter.layers
+    assert check_merge(base, adapter, tmp_path / "adapter", PROMPTS)[0] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora", "reason"),
+    [
+        ({}, {"target_modules": ["q_proj", "lm_head"]}, "lm_head, which the base ties"),
+        (BIASES, {"bias": "all"}, "trained biases \\(bias: all\\)"),
+        ({"tie_word_embeddings": False}, {"modules_to_save": ["lm_head"]}, "trained as a whole"),
+        ({}, {"target_modules": ["q_proj"], "lora_bias": True}, "biases beside its matrices"),
+    ],
+    ids=["tied_head", "biases", "saved_head", "lora_bias"],
+)
+def test_what_is_not_merged_is_refused_for_its_true_reason(tmp_path, changes, lora, reason):
+    with pytest.raises(UserError, match=reason):
+        variant(tmp_path, changes, None, **lora)
+
+
+def test_tied_and_dtype_are_those_of_the_files(tmp_path):
+    """Whatever config.json says."""
+
+    def told(name: str, edit, **said) -> tuple[bool, torch.dtype]:
+        make_llama(tmp_path / name)
+        edit(tmp_path / name)
+        path = tmp_path / name / "config.json"
+        config = {**json.loads(path.read_text()), **said}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value != ""}))
+        config = load_config(Model(base=str(tmp_path / name)))
+        return config.tie_word_embeddings, config.dtype
+
+    assert told("own", edited(own_head)) == (False, torch.float32)
+    assert told("copy", edited(copied_head)) == (True, torch.float32)
+    assert told("silent", edited(in_float16), dtype="") == (True, torch.float16)
+    assert told("lie", edited(zero_rows), dtype="float16") == (True, torch.float32)
+    loaded = load_base(Model(base=str(tmp_path / "own")), torch.float32)
+    assert not loaded.config.tie_word_embeddings
+    assert AutoTokenizer.from_pretrained(tmp_path / "own").eos_token_id == ENDS[0]
