@@ -53,6 +53,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.checkpoint.writing import weight_bytes
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
     from finequant.quantize.merge.check import check_merge
+    from finequant.quantize.merge.overflow import check_range
     from finequant.quantize.methods.method import calibration_sequences
     from finequant.quantize.methods.rotation import rotated
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
@@ -77,6 +78,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     difference, tuned = check_merge(base, adapter, run.adapter, prompts)
     say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
     weights = merged_weights(base, adapter)
+    check_range(config, weights, prompts, dtype)
     if recipe.quantize.keep_merged:
         with run.writing(run.merged, recipe, inputs) as folder:
             write_float(folder, base, weights, dtype)
@@ -111,6 +113,27 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         **logit_error(tuned, shipped if blocks == config.num_hidden_layers else None),
     )
     say(f"quantize: {run.quantized} written in {watch.seconds} s")
+
+
+def check_base_range(recipe: Recipe) -> None:
+    """Runs the base in float16, where that is shipped, before anything is trained on it.
+
+    Raises:
+        UserError: naming the first layer that float16 is too narrow for.
+    """
+    import torch
+
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.merge.overflow import check_range
+    from finequant.quantize.scheme import shipped_dtype
+
+    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    if dtype == torch.float16:
+        base = open_base(recipe.model)
+        check_range(
+            base.config, base.weights, _prompts(recipe, load_tokenizer(recipe.model)), dtype
+        )
 
 
 def _within_budget(

@@ -300,9 +300,12 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
     Raises:
         UserError: with all problems that can be seen at the same cost.
     """
+    from finequant.quantize.convert import check_base_range
+
     splits = _check_files(recipe, directory)
     lengths = _check_tokens(recipe, splits)
     _check_tasks(recipe)
+    check_base_range(recipe)
     return lengths
 
 

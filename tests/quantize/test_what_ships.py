@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_recipe, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -18,12 +18,14 @@ from finequant.evaluate.metrics.tasks import answer
 from finequant.finetune.model import load_base, load_config
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_stored
-from finequant.quantize.convert import write_float, write_quantized
+from finequant.quantize.convert import check_base_range, write_float, write_quantized
 from finequant.quantize.formats import compressed_tensors
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
+from finequant.quantize.merge.overflow import check_range
 from finequant.quantize.scheme import layer_plan, shipped_dtype
 from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model, Quantize
 
 PROMPTS = [list(range(20, 60)), [5, 6, 7], [9]]
@@ -262,6 +264,28 @@ def test_lora_of_an_untied_head_is_merged(tmp_path):
 def test_what_is_not_merged_is_refused_for_its_true_reason(tmp_path, changes, lora, reason):
     with pytest.raises(UserError, match=reason):
         variant(tmp_path, changes, None, **lora)
+
+
+def overflowing(tensors: dict) -> None:
+    """An MLP beyond float16's 65504 that leads back into its range; stored in float16."""
+    in_float16(tensors)
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 600
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 600
+    tensors["model.layers.1.mlp.down_proj.weight"] /= 3000
+
+
+def test_a_base_that_float16_is_too_narrow_for(tmp_path):
+    """The layer is named, with the dtype that helps; no other dtype is looked at."""
+    make_llama(tmp_path / "base")
+    edited(overflowing)(tmp_path / "base")
+    recipe = load_recipe(make_recipe(tmp_path, tmp_path / "base"))
+    with pytest.raises(UserError, match="layers.1.mlp.down_proj are not finite.*=bfloat16"):
+        check_base_range(recipe)
+    recipe.quantize.dtype = "bfloat16"
+    check_base_range(recipe)
+    calm = Model(base=str(make_llama(tmp_path / "calm")))
+    base = open_base(calm)
+    check_range(base.config, base.weights, PROMPTS, torch.float16)
 
 
 def test_tied_and_dtype_are_those_of_the_files(tmp_path):

@@ -1,0 +1,55 @@
+"""float16 ends at 65504: a layer whose numbers go beyond it is named, before long work."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, rotary_of
+from finequant.quantize.checkpoint.reading import Weights
+from finequant.recipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+@torch.inference_mode()
+def check_range(
+    config: LlamaConfig, weights: Weights, prompts: list[list[int]], dtype: torch.dtype
+) -> None:
+    """Runs prompts through the float model in the shipped dtype, a block in memory at a time.
+
+    Raises:
+        UserError: naming the first layer whose inputs or outputs are not finite in float16.
+    """
+    if dtype != torch.float16:
+        return
+    hidden = [embed(weights, torch.tensor([prompt])).to(dtype) for prompt in prompts]
+    rotary = [rotary_of(config, states) for states in hidden]
+    for number in range(config.num_hidden_layers):
+        block = decoder_block(config, number, weights, dtype)
+        for name, module in block.named_modules():
+            full = f"model.layers.{number}.{name}".rstrip(".")
+            module.register_forward_pre_hook(partial(_look_at_inputs, full))
+            module.register_forward_hook(partial(_look_at_outputs, full))
+        pairs = zip(hidden, rotary, strict=True)
+        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+
+
+def _look_at_inputs(name: str, _: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    _look(f"the inputs of {name}", inputs)
+
+
+def _look_at_outputs(name: str, _: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    _look(f"the outputs of {name}", output if isinstance(output, tuple) else (output,))
+
+
+def _look(what: str, tensors: tuple[Any, ...]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+            raise UserError(
+                f"quantize.dtype: in float16, whose largest number is 65504, {what} are not "
+                "finite: set quantize.dtype=bfloat16 (or float32)"
+            )
