@@ -49,7 +49,7 @@ class Base(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter, in the model's order; a tied head has an entry, too."""
     weights: Weights
-    plain: Callable[[], LlamaForCausalLM]
+    plain: Callable[[], LlamaForCausalLM] | None = None
     """The model as `from_pretrained` makes it, its weights on disk wherever the format allows."""
 
 

@@ -213,7 +213,7 @@ def test_slices_cover_all_and_none_is_thin(rows, columns):
     ],
 )
 def test_what_is_no_lora_of_linear_layers_is_refused_by_name(tiny_base, adapter, settings, named):
-    with pytest.raises(UserError, match=f"cannot be merged: has .*{named}"):
+    with pytest.raises(UserError, match=f"cannot be merged: it has .*{named}"):
         opened(tiny_base, adapter(tiny_base, **settings))
 
 

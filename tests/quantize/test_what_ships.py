@@ -251,19 +251,9 @@ def test_lora_of_an_untied_head_is_merged(tmp_path):
     assert check_merge(base, adapter, tmp_path / "adapter", PROMPTS)[0] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("changes", "lora", "reason"),
-    [
-        ({}, {"target_modules": ["q_proj", "lm_head"]}, "lm_head, which the base ties"),
-        (BIASES, {"bias": "all"}, "trained biases \\(bias: all\\)"),
-        ({"tie_word_embeddings": False}, {"modules_to_save": ["lm_head"]}, "trained as a whole"),
-        ({}, {"target_modules": ["q_proj"], "lora_bias": True}, "biases beside its matrices"),
-    ],
-    ids=["tied_head", "biases", "saved_head", "lora_bias"],
-)
-def test_what_is_not_merged_is_refused_for_its_true_reason(tmp_path, changes, lora, reason):
-    with pytest.raises(UserError, match=reason):
-        variant(tmp_path, changes, None, **lora)
+def test_lora_of_a_tied_head_is_refused_for_its_true_reason(tmp_path):
+    with pytest.raises(UserError, match="changes lm_head, which the base ties to its embedding"):
+        variant(tmp_path, {}, None, target_modules=["q_proj", "lm_head"])
 
 
 def overflowing(tensors: dict) -> None:
