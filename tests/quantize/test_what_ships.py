@@ -19,7 +19,8 @@ from finequant.finetune.model import load_base, load_config
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_stored
 from finequant.quantize.convert import check_base_range, write_float, write_quantized
-from finequant.quantize.formats import compressed_tensors
+from finequant.quantize.export import check_codes, check_floats
+from finequant.quantize.formats import compressed_tensors, gguf
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
 from finequant.quantize.merge.overflow import check_range
@@ -191,9 +192,13 @@ def build(folder: Path, changes: dict, edit) -> tuple[torch.Tensor, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory):
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("variants")
+
+
+@pytest.fixture(scope="module")
+def shipped(root):
     """By variant: logits and answers as we have them, and as the other process does."""
-    root = tmp_path_factory.mktemp("variants")
     ours = {name: build(root / name, *how) for name, how in VARIANTS.items()}
     command = [sys.executable, "-P", "-c", CHILD, str(root), json.dumps(PROMPTS), str(NEW_TOKENS)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -226,6 +231,25 @@ def test_several_ends_end_generation(shipped):
     """Without them a random model would use up its tokens."""
     answers = {name: shipped[name][1] for name in ("tied", "several_ends")}
     assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["tied"]))
+
+
+def test_every_tensor_of_a_gguf_is_compared_biases_too(shipped, root, tmp_path):
+    stored = read_stored(root / "biases" / "quantized")
+    assert sum(name.endswith("bias") for name in stored.floats) == 14
+    (stored.folder / "quantization.json").write_text("{}")
+    recipe = load_recipe(make_recipe(tmp_path, root / "biases" / "base"))
+    gguf.write(stored, tmp_path, recipe)
+    rounded, floats = gguf.read_back(tmp_path, stored)
+    assert check_codes("gguf", stored, rounded) < 2**-8
+    check_floats("gguf", stored, floats)
+    assert difference(gguf.last_logits(tmp_path, PROMPTS), shipped["biases"][0]) < 0.02
+    lost = "model.layers.1.self_attn.k_proj.bias"
+    with pytest.raises(UserError, match=f"lacks 1 tensors, such as {lost}"):
+        check_floats("gguf", stored, {k: v for k, v in floats.items() if k != lost})
+    with pytest.raises(UserError, match=f"{lost} differs once read"):
+        check_floats("gguf", stored, floats | {lost: floats[lost] * 1.01})
+    with pytest.raises(UserError, match="lacks 1 tensors, such as lm_head"):
+        check_codes("gguf", stored, {k: v for k, v in rounded.items() if k != "lm_head"})
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
