@@ -84,7 +84,7 @@ VARIANTS = {
     "untied": ({"tie_word_embeddings": False}, None),
     "own_head": ({}, edited(own_head)),
     "biases": (BIASES, edited(random_biases)),
-    "several_ends": ({}, several_ends),
+    "several_ends": ({"tie_word_embeddings": False}, several_ends),
     "float16": ({}, edited(in_float16)),
 }
 SIBLINGS = {
@@ -229,8 +229,8 @@ def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
 
 def test_several_ends_end_generation(shipped):
     """Without them a random model would use up its tokens."""
-    answers = {name: shipped[name][1] for name in ("tied", "several_ends")}
-    assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["tied"]))
+    answers = {name: shipped[name][1] for name in ("untied", "several_ends")}
+    assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["untied"]))
 
 
 def test_every_tensor_of_a_gguf_is_compared_biases_too(shipped, root, tmp_path):
@@ -283,20 +283,20 @@ def test_lora_of_a_tied_head_is_refused_for_its_true_reason(tmp_path):
 def overflowing(tensors: dict) -> None:
     """An MLP beyond float16's 65504 that leads back into its range; stored in float16."""
     in_float16(tensors)
-    tensors["model.layers.1.mlp.gate_proj.weight"] *= 600
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 600
-    tensors["model.layers.1.mlp.down_proj.weight"] /= 3000
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 3000
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 3000
+    tensors["model.layers.1.mlp.down_proj.weight"] /= 60000
 
 
 def test_a_base_that_float16_is_too_narrow_for(tmp_path):
     """The layer is named, with the dtype that helps; no other dtype is looked at."""
     make_llama(tmp_path / "base")
     edited(overflowing)(tmp_path / "base")
-    recipe = load_recipe(make_recipe(tmp_path, tmp_path / "base"))
+    file = make_recipe(tmp_path, tmp_path / "base")
+    recipe = load_recipe(file)
     with pytest.raises(UserError, match="layers.1.mlp.down_proj are not finite.*=bfloat16"):
         check_base_range(recipe)
-    recipe.quantize.dtype = "bfloat16"
-    check_base_range(recipe)
+    check_base_range(load_recipe(file, ["quantize.dtype=bfloat16"]))
     calm = Model(base=str(make_llama(tmp_path / "calm")))
     base = open_base(calm)
     check_range(base.config, base.weights, PROMPTS, torch.float16)
