@@ -92,12 +92,18 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template if it gives one, and a padding token.
 
     Raises:
-        UserError: if it cannot be read, or has tokens that the embedding does not have.
+        UserError: if it cannot be read, has tokens that the embedding does not have, or is that of
+            a GGUF file whose pre-tokenizer is not known.
     """
     from transformers import AutoTokenizer
 
+    from finequant.finetune.pre_tokenizers import restore
+
     tokenizer = _from_pretrained(AutoTokenizer, model)
-    if not model.base.endswith(".gguf"):  # one file, which takes seconds to read
+    folder, file = locate_base(model)
+    if file:
+        restore(tokenizer, folder / file)
+    else:  # a GGUF file is one, and takes seconds to read
         _check_sizes(model, tokenizer)
     if model.chat_template:
         is_file = model.chat_template.endswith(".jinja")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from finequant.finetune.pre_tokenizers import gguf_name
 from finequant.quantize.checkpoint.stored import Stored
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
@@ -30,11 +31,6 @@ FILE = "model.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
-
-LLAMA_3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def check_fits(contents: Contents) -> None:
@@ -214,19 +210,15 @@ def pre_tokenizer(described: dict[str, Any]) -> str:
     Raises:
         UserError: for a tokenizer that is no byte-level BPE, or cuts in a way without a name here.
     """
-    found = described["pre_tokenizer"] or {}
-    steps = found.get("pretokenizers", [found])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == LLAMA_3_WORDS:
-        return "llama-bpe"
-    raise UserError(
-        f"gguf: the tokenizer cuts words by {_names(kinds)}, for which "
-        "llama.cpp's name is not known here; expected a byte-level BPE as GPT-2, SmolLM or Llama 3"
-    )
+    name = gguf_name(described)
+    if name is None:
+        found = described["pre_tokenizer"] or {}
+        kinds = [step.get("type") for step in found.get("pretokenizers", [found])]
+        raise UserError(
+            f"gguf: the tokenizer cuts words by {_names(kinds)}, for which llama.cpp's name is not "
+            "known here; expected a byte-level BPE as GPT-2, SmolLM, Llama 3 or Qwen 2 has it"
+        )
+    return name
 
 
 def _names(kinds: list[str | None]) -> str:

@@ -189,28 +189,46 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
 
 
 def test_gguf_says_how_words_are_cut(tokenizer):
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
 
-    from finequant.quantize.formats.gguf import LLAMA_3_WORDS, pre_tokenizer
+    from finequant.quantize.formats.gguf import pre_tokenizer
     from finequant.recipes.errors import UserError
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated")
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    gpt_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cases = {
-        "gpt-2": gpt_2,
-        "smollm": pre_tokenizers.Sequence([digits, gpt_2]),
-        "llama-bpe": pre_tokenizers.Sequence([words, byte_level]),
-    }
-    for name, cut in cases.items():
-        tokenizer.backend_tokenizer.pre_tokenizer = cut
-        assert pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str())) == name
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokenizer.backend_tokenizer.pre_tokenizer = gpt_2  # the fixture is shared
-    with pytest.raises(UserError, match="cuts words by Whitespace"):
-        pre_tokenizer(described)
+    # As in the tokenizer.json of the models that the names come from.
+    llama_3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    gpt_2 = ByteLevel(add_prefix_space=False)
+    words = Sequence(
+        [
+            Split(Regex(llama_3), "isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    cases = [
+        ("gpt-2", gpt_2, False),
+        ("smollm", Sequence([Digits(individual_digits=True), gpt_2]), False),
+        ("llama-bpe", words, True),
+        ("smaug-bpe", words, False),
+    ]
+
+    def name_of(cut, ignore_merges: bool = False) -> str:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described["pre_tokenizer"] = json.loads(cut.__getstate__())
+        described["model"]["ignore_merges"] = ignore_merges
+        return pre_tokenizer(described)
+
+    for name, cut, ignore_merges in cases:
+        assert name_of(cut, ignore_merges) == name
+    for cut in (
+        Whitespace(),
+        ByteLevel(add_prefix_space=True),
+        Sequence([Digits(individual_digits=False), gpt_2]),
+    ):
+        with pytest.raises(UserError, match="cuts words by (Whitespace|ByteLevel|Digits)"):
+            name_of(cut)
 
 
 def test_eight_bits_and_a_quantized_embedding(make):
