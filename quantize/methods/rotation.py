@@ -98,16 +98,81 @@ def _aligned(rows: slice, step: int) -> tuple[slice, slice]:
 
 
 def orthogonal(size: int) -> torch.Tensor:
-    """float32 [size, size], always the same: a Hadamard matrix with random signs.
+    """float32 [size, size], the same bits on every machine: made of integers and square roots.
 
-    It is as large as the powers of two in the size; the rest is a random orthogonal matrix.
+    A Hadamard matrix with random signs where one of this size is known, as it is for hidden sizes
+    such as 576, 960, 2048, 3072, 3200 and 5120: all its entries are as large, which spreads
+    outliers best. The odd primes that are left of other sizes have matrices of their own.
     """
+    divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
+    largest = max(divisor for divisor in divisors if hadamard_orders(divisor) is not None)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for order in hadamard_orders(largest):
+        matrix = torch.kron(matrix, _hadamard(order))
+    matrix /= largest**0.5
+    for prime in _prime_factors(size // largest):
+        # Q Q^T = prime I - J and Q J = 0, so this is orthogonal.
+        matrix = torch.kron(matrix, _jacobsthal(prime) / prime**0.5 + 1 / prime)
     generator = torch.Generator().manual_seed(size)
     signs = torch.randint(2, (size, 1), generator=generator).double() * 2 - 1
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while size // len(matrix) % 2 == 0:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), matrix)
-    matrix /= len(matrix) ** 0.5
-    rest = torch.randn(2 * [size // len(matrix)], generator=generator, dtype=torch.float64)
-    matrix = torch.kron(matrix, torch.linalg.qr(rest).Q.contiguous())
     return (signs * matrix).float()
+
+
+@lru_cache
+def hadamard_orders(size: int) -> tuple[int, ...] | None:
+    """Orders whose product is `size`, each 2 or one of Paley's; None where none are known here.
+
+    https://en.wikipedia.org/wiki/Paley_construction
+    """
+    if size & (size - 1) == 0:
+        return (2,) * (size.bit_length() - 1)
+    if size % 4:
+        return None
+    if rest := hadamard_orders(size // 2):
+        return (2, *rest)
+    if len(_prime_factors(size - 1)) == 1 or len(_prime_factors(size // 2 - 1)) == 1:
+        return (size,)
+    for divisor in (d for d in range(12, math.isqrt(size) + 1, 4) if size % d == 0):
+        left, right = hadamard_orders(divisor), hadamard_orders(size // divisor)
+        if left and right:
+            return (*left, *right)
+    return None
+
+
+def _hadamard(order: int) -> torch.Tensor:
+    """float64 [order, order] of 1 and -1 with orthogonal rows: Sylvester's of 2, or Paley's."""
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    if order == 2:
+        return sylvester
+    first = len(_prime_factors(order - 1)) == 1
+    prime = order - 1 if first else order // 2 - 1
+    conference = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
+    conference[0, 0] = 0
+    conference[1:, 1:] = _jacobsthal(prime)
+    if first:  # the prime is 3 modulo 4
+        conference[1:, 0] = -1
+        return torch.eye(order, dtype=torch.float64) + conference
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    identity = torch.eye(prime + 1, dtype=torch.float64)
+    return torch.kron(conference, sylvester) + torch.kron(identity, diagonal)
+
+
+def _jacobsthal(prime: int) -> torch.Tensor:
+    """float64 [prime, prime]: 1 where row - column is a square modulo the odd prime, 0 or -1."""
+    numbers = torch.arange(prime)
+    residue = -torch.ones(prime, dtype=torch.float64)
+    residue[numbers * numbers % prime] = 1
+    residue[0] = 0
+    return residue[(numbers[:, None] - numbers) % prime]
+
+
+def _prime_factors(number: int) -> list[int]:
+    """With multiplicity, in order."""
+    factors, divisor = [], 2
+    while divisor * divisor <= number:
+        if number % divisor:
+            divisor += 1
+        else:
+            factors.append(divisor)
+            number //= divisor
+    return [*factors, number] if number > 1 else factors

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finequant.quantize.checkpoint.reading import row_slices
-from finequant.quantize.methods.rotation import orthogonal, rotate, rotated
+from finequant.quantize.methods.rotation import hadamard_orders, orthogonal, rotate, rotated
 from finequant.quantize.scheme import layer_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
 
+DIGESTS = {45: "17236ee19202c797", 64: "b18c85b4a7694b62", 576: "2d325eecec74efdb"}
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
 
@@ -29,11 +32,38 @@ def with_outliers(folder):
     return model
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 24, 45, 576])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 8, 24, 26, 45, 49, 80, 96, 128, 576])
 def test_it_is_orthogonal(size):
     matrix = orthogonal(size).double()
     assert torch.allclose(matrix @ matrix.T, torch.eye(size).double(), atol=1e-6)
     assert torch.equal(orthogonal(size), orthogonal(size))
+
+
+# Hidden sizes of Llamas, and of heads.
+@pytest.mark.parametrize("size", [2, 12, 28, 36, 64, 80, 96, 128, 576, 896, 960, 1536])
+def test_all_entries_are_as_large_and_rows_are_exactly_orthogonal(size):
+    """The matrix is its signs over the square root of the size; products of signs are integers."""
+    matrix = orthogonal(size)
+    assert (matrix.abs() == torch.tensor(size**-0.5, dtype=torch.float32)).all()
+    signs = matrix.sign().double()
+    assert torch.equal(signs @ signs.T, size * torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [2048, 2560, 3072, 3200, 4096, 5120, 6656, 8192, 16384])
+def test_larger_hidden_sizes_are_products_of_known_orders(size):
+    orders = hadamard_orders(size)
+    assert math.prod(orders) == size
+    assert max(orders) <= 256  # small ones, quickly made
+
+
+def test_its_bits_do_not_depend_on_the_machine(monkeypatch):
+    """Recorded once; no library of linear algebra takes part."""
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    digests = {
+        size: hashlib.sha256(orthogonal(size).numpy().tobytes()).hexdigest()[:16]
+        for size in (45, 64, 576)
+    }
+    assert digests == DIGESTS
 
 
 @pytest.mark.parametrize("tied", [True, False])
