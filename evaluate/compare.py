@@ -178,8 +178,9 @@ def measure_all(
         size = size_bytes(name, model, recipe, run)
         measured[name] = kept[name] or measure_model(name, model, recipe, material, size)
         if name == "quantized":
-            found = log_probabilities(model, sequences, recipe.evaluate.batch_size)
-            measured[name]["divergence"] = divergence(reference, found)
+            logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+            tuned, rounding = reference
+            measured[name]["divergence"] = divergence(tuned, logs, rounding)
         keep(measurement_file(run, name), relevant(name, inputs), measured[name])
         del model
         gc.collect()
@@ -294,22 +295,23 @@ def measure_model(
 def _answers_as_corpus(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> tuple[list[ScoredSequence], list[Document]]:
-    """The learned tokens of the held-out rows; words and bytes are those of the answers."""
+    """The learned tokens of the held-out rows; words and bytes are those of the answers, as far
+    as they are scored."""
     from finequant.evaluate.metrics.corpora import count
-    from finequant.evaluate.metrics.perplexity import ScoredSequence
+    from finequant.evaluate.metrics.perplexity import ScoredSequence, scored_part
     from finequant.finetune.data.tokens import IGNORED, answer_text, encode
 
-    encoded = [encode(row, tokenizer, recipe.data) for row in rows]
-    sequences = [
-        ScoredSequence(item.input_ids, [False, *(label != IGNORED for label in item.labels[1:])])
-        for item in encoded
-    ]
-    said = [
-        "\n".join(answer_text(row, tokenizer, recipe.data, index) for index in row.targets)
-        or row.text
-        for row in rows
-    ]
-    return sequences, [count(text) for text in said]
+    sequences, documents = [], []
+    for row in rows:
+        item = encode(row, tokenizer, recipe.data)
+        scored = [False, *(label != IGNORED for label in item.labels[1:])]
+        sequences.append(ScoredSequence(item.input_ids, scored))
+        if item.full_length > len(item.input_ids):
+            documents.append(scored_part(sequences[-1:], tokenizer))
+        else:
+            answers = [answer_text(row, tokenizer, recipe.data, index) for index in row.targets]
+            documents.append(count("\n".join(answers) or row.text))
+    return sequences, documents
 
 
 def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,24 +31,55 @@ def reference_sequences(
 
 def log_probabilities(
     model: PreTrainedModel, sequences: list[ScoredSequence], batch_size: int
-) -> torch.Tensor:
-    """float32 log-probabilities [scored tokens, vocabulary] on the CPU."""
-    rows = []
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 log-probabilities [scored tokens, vocabulary], by a head in float32, and their KL
+    [scored tokens] from those of the head in its own dtype, both on the CPU.
+
+    Logits in bfloat16 are rounded so far that two nearly equal models differ by that alone.
+    """
+    head = _in_float32(model.lm_head)
+    rows, rounding = [], []
     with torch.inference_mode():
         for start in range(0, len(sequences), batch_size):
             hidden, _, _ = predicting_states(model, sequences[start : start + batch_size])
-            rows.append(log_softmax(model.lm_head(hidden).float(), dim=-1).cpu())
-    return torch.cat(rows) if rows else torch.empty(0, 1)
+            exact = log_softmax(head(hidden), dim=-1)
+            shipped = log_softmax(model.lm_head(hidden).float(), dim=-1)
+            rows.append(exact.cpu())
+            rounding.append(_kl(exact, shipped))
+    if not rows:
+        return torch.empty(0, 1), torch.empty(0)
+    return torch.cat(rows), torch.cat(rounding)
 
 
-def divergence(tuned: torch.Tensor, quantized: torch.Tensor) -> dict[str, object]:
+def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
+    """A copy that multiplies in float32; where it quantizes its inputs, as in their own dtype."""
+    head = deepcopy(head).float()
+    # After the hooks that came with the copy.
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    return head
+
+
+def divergence(
+    tuned: torch.Tensor, quantized: torch.Tensor, rounding: torch.Tensor
+) -> dict[str, object]:
     """Mean KL(tuned || quantized) in nats, and how often both rank the same token first.
 
-    Both [tokens, vocabulary] of log-probabilities on the same tokens.
+    tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens. rounding: the
+    tuned model's KL [tokens] from itself with the logits of its shipped dtype; its mean is the
+    floor below which a KL says nothing.
     """
-    kl = (tuned.exp() * (tuned - quantized)).sum(dim=-1).double()
     same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
-    return {"kl": _mean(kl), "top1_agreement": _mean(same), "tokens": len(kl)}
+    return {
+        "kl": _mean(_kl(tuned, quantized)),
+        "floor": _mean(rounding),
+        "top1_agreement": _mean(same),
+        "tokens": len(tuned),
+    }
+
+
+def _kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:
+    """Nats [tokens] of log-probabilities [tokens, vocabulary]."""
+    return (exact.exp() * (exact - approximate)).sum(dim=-1).cpu().double()
 
 
 def _mean(values: torch.Tensor) -> dict[str, float | None]:

@@ -182,7 +182,8 @@ def corpus_windows(
         windows = _windows(document.text, tokenizer, min(corpus.max_length, max_positions))
         kept = windows[: limit - len(sequences)]
         sequences += kept
-        covered.append(document if len(kept) == len(windows) else count(_decode(kept, tokenizer)))
+        whole = len(kept) == len(windows)
+        covered.append(document if whole else scored_part(kept, tokenizer))
     return sequences, covered
 
 
@@ -207,7 +208,10 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list
     ]
 
 
-def _decode(sequences: list[ScoredSequence], tokenizer: PreTrainedTokenizerBase) -> str:
+def scored_part(sequences: list[ScoredSequence], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """The text of the scored tokens, which is shorter than the document that they were cut from."""
     pairs = (pair for sequence in sequences for pair in zip(*sequence, strict=True))
     ids = [token for token, scored in pairs if scored]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return count(text) if text else Document("", 0, 0)
+

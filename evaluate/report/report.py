@@ -189,10 +189,13 @@ def divergence_lines(report: Report) -> list[str]:
     if not divergence:
         return []
     agreement = shown_score(100)(divergence.get("top1_agreement"))
+    shown = shown_score(1, digits=4)
+    floor = divergence.get("floor")
+    rounding = f" (logits in the shipped dtype alone: {shown(floor)})" if floor else ""
     return [
         f"Quantized against tuned, over {divergence.get('tokens')} tokens: KL divergence "
-        f"{shown_score(1, digits=4)(divergence.get('kl'))} nats per token; "
-        f"the same most likely token in {agreement} % of places"
+        f"{shown(divergence.get('kl'))} nats per token{rounding}; "
+        f"the same most likely token in {agreement} % of positions"
     ]
 
 

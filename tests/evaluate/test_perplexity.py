@@ -256,7 +256,7 @@ def test_hub_datasets(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
     corpus = corpus_of("org/set", config="raw", column="page", documents="wikitext")
     assert len(read_corpus(corpus)) == 2
-    assert asked == [(("org/set", "raw"), {"split": "test"})]
+    assert asked == [(("org/set", "raw"), {"split": "test", "revision": None})]
 
 
 def test_an_unreachable_hub_dataset_is_an_error(monkeypatch):
