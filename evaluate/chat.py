@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from finequant.evaluate.compare import MODELS
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError
+from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -79,7 +80,8 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
     """The recipe and the run directory, from either."""
     if not where.is_dir():
         recipe = load_recipe(where, overrides)
-        return recipe, RunDir.of(recipe)
+        run = RunDir.of(recipe)
+        return pinned(recipe, run.commits_of("train"))[0], run
     if not (where / "recipe.yaml").exists():
         raise UserError(f"{where}: no run directory: expected recipe.yaml in it, or give a recipe")
     return load_recipe(where / "recipe.yaml", overrides), RunDir(where)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError
+from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, section_inputs, versions
 from finequant.recipes.schema import Recipe
@@ -111,6 +112,7 @@ def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:
     points = {}
     for combination in product(*choices):
         recipe = load_recipe(path, combination)
+        recipe, _ = pinned(recipe, RunDir.of(recipe).commits_of("train"))
         scheme, said = recipe.quantize, dict(item.split("=", 1) for item in combination)
         bits = scheme.bits if scheme.budget is None else f"budget {scheme.budget}"
         settings = {"method": scheme.method, "bits": bits, "group_size": scheme.group_size}

@@ -38,7 +38,7 @@ STARTING_CODES = "start-{}.safetensors"
 
 def main(argv: Sequence[str] | None = None) -> None:
     with told_to_the_user():
-        recipe, run = read_command_line(__doc__, argv)
+        recipe, run = read_command_line(__doc__, argv, first_stage=True)
         quiet_libraries()
         train(recipe, run)
 

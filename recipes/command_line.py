@@ -8,14 +8,20 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
+from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
 
-def read_command_line(doc: str, argv: Sequence[str] | None) -> tuple[Recipe, RunDir]:
+def read_command_line(
+    doc: str, argv: Sequence[str] | None, first_stage: bool = False
+) -> tuple[Recipe, RunDir]:
     """The recipe that a stage was called with, and its run directory, which is held.
+
+    Hub revisions are commits: those of now in the first stage, in later ones those that it used.
 
     Raises:
         UserError: for a recipe or an override that does not hold, or a directory that another
@@ -32,7 +38,8 @@ def read_command_line(doc: str, argv: Sequence[str] | None) -> tuple[Recipe, Run
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = RunDir.of(recipe)
     run.hold()
-    return recipe, run
+    recipe, commits = pinned(recipe, None if first_stage else run.commits_of("train"))
+    return recipe, replace(run, commits=commits)
 
 
 def quiet_libraries() -> None:

@@ -7,6 +7,7 @@ finequant train recipes/chat.yaml train.epochs=2
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -61,10 +62,12 @@ def run(
 ) -> None:
     """All stages in turn; skips those whose inputs have not changed."""
     from finequant.recipes.command_line import say
+    from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import STAGES, RunDir, stages_of
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded, commits = pinned(load_recipe(recipe, overrides or []))
+    os.environ[COMMITS] = json.dumps(commits)  # for the stages
     directory = RunDir.of(loaded)
     stages = stages_of(loaded)
     started, ran = time.monotonic(), False

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class RunDir:
     """Paths of one run, and what its manifest says of the stages."""
 
     root: Path
+    commits: dict[str, str] = field(default_factory=dict, compare=False)
+    """Of the Hub's branches and tags that the recipe names, as `hub.pinned` gives them."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDir:
@@ -125,6 +127,10 @@ class RunDir:
             f"{self.manifest_file}: damaged, not what a stage has written; "
             "delete it to redo every stage of this run"
         )
+
+    def commits_of(self, stage: str) -> dict[str, str]:
+        """The commits that a finished stage used."""
+        return self.manifest().get(stage, {}).get("commits", {})
 
     def hold(self) -> None:
         """Keeps other processes out until the command ends.
@@ -272,6 +278,7 @@ class RunDir:
             "outputs": {self._key(path): content_hash(path) for path in self.outputs(stage)},
             "seed": recipe.seed,
             "versions": versions(),
+            "commits": self.commits,
             "peak_memory_bytes": peak_memory(),
             "peak_gpu_memory_bytes": peak_gpu_memory(),
             **figures,

@@ -381,6 +381,7 @@ class Corpus(Section):
     )
     config: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field("test", description="Hub dataset split")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
     column: str = "text"
     documents: Literal["file", "rows", "wikitext"] = Field(
         "file",

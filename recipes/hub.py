@@ -1,0 +1,65 @@
+"""One run uses one snapshot of what it takes from the Hub: branches and tags become commits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from finequant.recipes.schema import Recipe
+
+COMMITS = "FINEQUANT_COMMITS"
+"""The environment variable by which `finequant run` tells its stages what it resolved."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def pinned(recipe: Recipe, recorded: dict[str, str] | None = None) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with commits in place of its Hub revisions, and these by what they stand for.
+
+    recorded: commits that an earlier stage of the run used, which are taken again. What cannot be
+    resolved is left as it is: loading it then fails, and says why.
+    """
+    content = recipe.model_dump()
+    known = {**(recorded or {}), **json.loads(os.environ.get(COMMITS, "{}"))}
+    commits: dict[str, str] = {}
+    for kind, repository, holder in _on_the_hub(content):
+        revision = holder["revision"] or "main"
+        if COMMIT.fullmatch(revision):
+            continue
+        key = f"{kind}/{repository}@{revision}"
+        if commit := known.get(key) or _resolved(kind, repository, revision):
+            holder["revision"] = commits[key] = commit
+    return (Recipe.model_validate(content) if commits else recipe), commits
+
+
+def _on_the_hub(content: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Kind, repository and the section with its revision."""
+    data, quantize, evaluate = content["data"], content["quantize"], content["evaluate"]
+    sources = [source for split in ("train", "validation", "test") for source in data[split]]
+    sources += [*quantize["calibration"]["data"], *evaluate["perplexity"]]
+    found = [("datasets", source["source"], source) for source in sources]
+    if not content["model"]["base"].startswith("package:"):
+        found.append(("models", content["model"]["base"], content["model"]))
+    return [(kind, name, holder) for kind, name, holder in found if not Path(name).is_absolute()]
+
+
+@cache
+def _resolved(kind: str, repository: str, revision: str) -> str | None:
+    """The commit that the Hub has now; offline, the one in the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repository,
+            repo_type=kind.removesuffix("s"),
+            revision=revision,
+            allow_patterns=["no file"],
+        )
+    # The client raises its own errors, those of HTTP and of the file system.
+    except Exception:
+        return None
+    return Path(folder).name if COMMIT.fullmatch(Path(folder).name) else None
