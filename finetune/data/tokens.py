@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.finetune.data.messages import Message
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.turns import answer_end
+from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data
 
@@ -51,11 +52,8 @@ def encode(
         inside = data.loss_on == "assistant"
         answers = row.targets if inside else row.excluded
         text, spans = _render_with_spans(row, answers, tokenizer, data)
-        ids, places = _tokenize(text, spans, tokenizer)
-        learned = [
-            any(start < last and first < end for start, end in spans) == inside
-            for first, last in places
-        ]
+        ids, in_answers = _tokenize(text, spans, tokenizer)
+        learned = [part == inside for part in in_answers]
     labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
     kept = len(ids) if whole else data.max_length
     return Encoded(ids[:kept], labels[:kept], len(ids))
@@ -96,6 +94,11 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
     from datasets import Dataset
 
     check_template(rows, tokenizer, data)
+    if not tokenizer.is_fast and data.loss_on == "assistant":
+        say(
+            "data: this tokenizer gives no offsets: prompts and answers are tokenized apart, so "
+            "ids can differ from those of the whole text"
+        )
     encoded = [
         (row, piece)
         for row in rows
@@ -179,26 +182,65 @@ def _lesser_rows(row: Row) -> Iterator[tuple[str, Row]]:
 
 def _tokenize(
     text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and their character ranges; none reaches over the beginning of an answer.
+) -> tuple[list[int], list[bool]]:
+    """Tokens of the whole text, and which of them have a part in one of the spans.
 
-    Where the template's prompt ends in a space, the tokenizer would join it with the first word
-    of the answer; but a model that is asked finds the prompt's own tokens.
+    There is an exception: where the template's prompt ends in a space, a byte-level tokenizer joins
+    it with the first word of the answer, but a model that is asked finds the prompt's own tokens.
+    Such answers are tokenized apart, unless the tokenizer marks the beginning of a text (as Llama
+    2's does with a space), so that the pieces would not be those of this text.
     """
-    for cuts in ([0, len(text)], [0, *(start for start, _ in spans), len(text)]):
-        ids, places = [], []
-        for begin, end in pairwise(cuts):
-            part = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
-            ids += part["input_ids"]
-            places += [(begin + first, begin + last) for first, last in part["offset_mapping"]]
-        if not any(first < start < last for first, last in places for start, _ in spans):
-            break
-    return ids, places
+    if not tokenizer.is_fast:
+        return _tokenize_without_offsets(text, spans, tokenizer)
+    ids, offsets = _with_offsets(text, [0, len(text)], tokenizer)
+    starts = [start for start, _ in spans]
+    if any(first < start < last for first, last in offsets for start in starts):
+        apart, offsets_apart = _with_offsets(text, [0, *starts, len(text)], tokenizer)
+        if tokenizer.decode(apart) == tokenizer.decode(ids):
+            ids, offsets = apart, offsets_apart
+    return ids, [
+        any(start < last and first < end for start, end in spans) for first, last in offsets
+    ]
+
+
+def _with_offsets(
+    text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of the pieces of a text, and their ranges of its characters.
+
+    Some tokenizers leave a token's leading space out of its offsets; here it is the token's.
+    """
+    ids, offsets = [], []
+    for begin, end in pairwise(cuts):
+        piece = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += piece["input_ids"]
+        reached = begin
+        for first, last in piece["offset_mapping"]:
+            offsets.append((min(begin + first, reached), begin + last))
+            reached = max(reached, begin + last)
+    return ids, offsets
+
+
+def _tokenize_without_offsets(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """As `_tokenize`, of the pieces between the ends of the spans."""
+    ids, learned = [], []
+    for begin, end in pairwise([0, *chain(*spans), len(text)]):
+        piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
+        ids += piece
+        learned += [(begin, end) in spans] * len(piece)
+    return ids, learned
 
 
 def _text_with_end(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
+    """Tokens of a text: EOS once, and BOS once where the tokenizer puts one in front."""
     ids = tokenizer(row.text)["input_ids"]
-    end = tokenizer.eos_token_id
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+        ids = ids[1:]
+    if end is not None and ids[-2:] == [end, end]:
+        ids = ids[:-1]
     if end is None and data.missing_end == "error":
         raise UserError(
             f"{row.where}: the base's tokenizer has no EOS token to end a text with: name one as "
