@@ -1,7 +1,7 @@
 """How a byte-level BPE cuts a text into words before it merges, by llama.cpp's names.
 
-A GGUF file holds tokens and merges, but no more than a name for the rest: `tokenizer.ggml.pre`. What
-each name means: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+A GGUF file holds tokens and merges, and for the rest no more than a name, `tokenizer.ggml.pre`.
+What each name means: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
 from __future__ import annotations

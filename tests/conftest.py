@@ -184,17 +184,18 @@ class Hub(Server):
         """Method, path, and the token that came with it."""
         self.gated: set[str] = set()
         """Repositories whose files are shown to nobody."""
-        self._repositories: dict[tuple[str, str], tuple[str, Path]] = {}
+        self._repositories: dict[tuple[str, str], dict[str, Path]] = {}
 
     def add(self, repository: str, folder: Path, kind: str = "models") -> str:
-        """Serves the folder as `repository` (org/name); returns the commit of its only revision."""
-        commit = hashlib.sha1(f"{kind}/{repository}".encode()).hexdigest()
-        self._repositories[kind, repository] = commit, folder
+        """Serves the folder as `repository` (org/name), where `main` moves; returns the commit."""
+        commits = self._repositories.setdefault((kind, repository), {})
+        commit = hashlib.sha1(f"{kind}/{repository}/{len(commits)}".encode()).hexdigest()
+        commits[commit] = folder
         return commit
 
-    def find(self, kind: str, repository: str) -> tuple[str, Path] | None:
-        """Commit and folder of a repository."""
-        return self._repositories.get((kind, repository))
+    def commits(self, kind: str, repository: str) -> dict[str, Path]:
+        """Commits of a repository and their folders; `main` is the last."""
+        return self._repositories.get((kind, repository), {})
 
 
 class _HubHandler(Handler):
@@ -211,12 +212,13 @@ class _HubHandler(Handler):
             kind, repository, verb, revision, folder = match.groups()
         else:
             return self._refuse(404, "EntryNotFound")
-        found = self.hub.find(kind or "models", repository)
-        if found is None:
+        commits = self.hub.commits(kind or "models", repository)
+        if not commits:
             return self._refuse(401, "RepoNotFound")  # as the Hub hides private ones
-        commit, root = found
-        if revision not in ("main", commit):
+        commit = list(commits)[-1] if revision == "main" else revision
+        if commit not in commits:
             return self._refuse(404, "RevisionNotFound")
+        root = commits[commit]
         files = sorted(path for path in root.rglob("*") if path.is_file())
         if verb == "resolve" and repository in self.hub.gated:
             return self._refuse(403, "GatedRepo")

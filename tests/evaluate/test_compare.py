@@ -181,11 +181,60 @@ def test_divergence_on_distributions_worked_out_by_hand():
 
     tuned = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     quantized = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
-    found = divergence(tuned, quantized)
+    found = divergence(tuned, quantized, torch.tensor([0.25, 0.75]))
     by_hand = 0.5 * torch.log(torch.tensor([0.5 / 0.25, 0.5 / 0.75])).sum().item()
     assert found["tokens"] == 2
     assert found["kl"]["value"] == pytest.approx(by_hand / 2)
     assert found["top1_agreement"]["value"] == 0.5
+    assert found["floor"]["value"] == 0.5
+
+
+def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_ones(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.metrics.divergence import log_probabilities
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
+    ids = list(range(40, 70))
+    sequences = [ScoredSequence(ids, [False] + [True] * 29)]
+    logs, rounding = log_probabilities(model, sequences, 1)
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1].float()
+        exact = torch.log_softmax(hidden @ model.lm_head.weight.float().T, dim=-1)
+        shipped = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), dim=-1)
+    torch.testing.assert_close(logs, exact, rtol=0, atol=1e-5)
+    expected = torch.nn.functional.kl_div(shipped, exact, log_target=True, reduction="none")
+    torch.testing.assert_close(rounding.float(), expected.sum(dim=-1), rtol=1e-3, atol=1e-7)
+    assert rounding.mean() > 1e-8
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    _, none = log_probabilities(model.float(), sequences, 1)
+    assert none.abs().max() < 1e-9
+
+
+def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
+    from finequant.evaluate.compare import _answers_as_corpus
+    from finequant.finetune.data.rows import Row
+    from finequant.recipes.load import load_recipe
+
+    def corpus(length: int, row: Row):
+        recipe = load_recipe(recipe_file, [f"data.max_length={length}"])
+        (sequence,), (document,) = _answers_as_corpus([row], tokenizer, recipe)
+        scored = [token for token, counts in zip(*sequence, strict=True) if counts]
+        return tokenizer.decode(scored, skip_special_tokens=True), document
+
+    answer = "the red door and the blue window at 7 o'clock " * 5
+    turns = ({"role": "user", "content": "open"}, {"role": "assistant", "content": answer})
+    for row in (Row("test.jsonl:1", turns), Row("test.jsonl:2", text=answer)):
+        _, whole = corpus(1000, row)
+        assert (whole.words, whole.bytes) == (len(answer.split()) + 1, len(answer))
+        text, cut = corpus(40, row)
+        assert 0 < cut.bytes == len(text) < len(answer)
+        assert len(text.split()) <= cut.words < whole.words
+    # A prompt that fills the row: nothing is scored.
+    long = ({"role": "user", "content": answer}, {"role": "assistant", "content": "ok"})
+    _, nothing = corpus(12, Row("test.jsonl:3", long))
+    assert (nothing.words, nothing.bytes) == (0, 0)
 
 
 def test_dequantizing_once_changes_nothing_and_is_checked(finished, recipe_file):

@@ -153,3 +153,55 @@ def test_the_command_refuses_in_two_lines_and_exits_with_2(
         assert word in message
     assert all(note.startswith(("data: ", "train: ")) for note in notes)
     assert TOKEN not in refused.stdout + refused.stderr
+
+
+# argv: recipe. Prints what a first stage and a later one take, and what decides training.
+PINS = """
+import json, sys
+from finequant.recipes.command_line import read_command_line
+from finequant.recipes.rundir import replace_text
+
+argv = sys.argv[1:]
+recipe, run = read_command_line("", argv, first_stage=True)
+print(json.dumps([recipe.model.revision, recipe.data.train[0].revision,
+    recipe.evaluate.perplexity[0].revision, run.inputs(recipe, "train")["model.base"],
+    (run.what_changed(recipe, "train") or [])[:1]]))
+if not run.adapter.exists():
+    run.adapter.mkdir(parents=True)
+    run.record(recipe, "train", run.inputs(recipe, "train"))
+later, _ = read_command_line("", argv)
+print(json.dumps([later.model.revision, later.data.train[0].revision]))
+"""
+
+
+def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training(
+    hub, on_hub, repositories, tmp_path
+):
+    base, commit, rows_commit = repositories
+    (tmp_path / "recipe.yaml").write_text(
+        "name: hub\nmodel: {base: acme/tiny-llama}\ndata: {train: acme/rows}\n"
+        "evaluate: {perplexity: [{name: text, source: acme/rows, split: train}]}\n",
+        encoding="utf-8",
+    )
+
+    def pins(**environment: str) -> tuple[list, list]:
+        done = on_hub("-c", PINS, "recipe.yaml", **environment)
+        assert done.returncode == 0, done.stderr
+        first, later = map(json.loads, done.stdout.splitlines()[-2:])
+        return first, later
+
+    name = "acme/tiny-llama@"
+    first, later = pins()
+    assert first == [commit, rows_commit, rows_commit, name + commit, []]
+    assert later == [commit, rows_commit]
+
+    moved, moved_rows = hub.add("acme/tiny-llama", base), hub.add("acme/rows", base, "datasets")
+    assert moved != commit
+    first, later = pins()
+    change = f"data.train.0.revision: {rows_commit} -> {moved_rows}"
+    assert first == [moved, moved_rows, moved_rows, name + moved, [change]]
+    assert later == [commit, rows_commit]  # what was trained on is what is quantized and measured
+
+    hub.close()
+    first, _ = pins(HF_HUB_OFFLINE="1")
+    assert first[:2] == [moved, moved_rows]  # the last that was seen
