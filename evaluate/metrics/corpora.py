@@ -105,7 +105,9 @@ def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(corpus.source, corpus.config, split=corpus.split)
+        dataset = load_dataset(
+            corpus.source, corpus.config, split=corpus.split, revision=corpus.revision
+        )
     # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
