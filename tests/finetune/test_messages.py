@@ -252,6 +252,19 @@ def test_what_cannot_be_repaired_is_dropped_and_named(tmp_path, name):
     assert any("1 bad rows dropped" in note and "rows.jsonl:2" in note for note in splits.notes)
 
 
+def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokenizer, capsys):
+    from finequant.finetune.data.tokens import to_dataset
+
+    rows = load(tmp_path, [GOOD, chat(f"u {'long ' * 99}", "a say")]).train
+    with pytest.raises(UserError, match="nothing is left to learn in 1 rows.*\n  rows.jsonl:2"):
+        to_dataset(rows, tokenizer, Data(train="rows.jsonl", max_length=40))
+    data = Data(train="rows.jsonl", max_length=40, bad_rows="drop")
+    assert len(to_dataset(rows, tokenizer, data)) == 1
+    assert "data: 1 bad rows dropped" in "".join(capsys.readouterr())
+    with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
+        to_dataset(rows[1:], tokenizer, data)
+
+
 def test_all_bad_rows_are_listed_at_once(tmp_path):
     rows = [GOOD, chat("u 1"), {"messages": 7}, GOOD, {"text": "a"}]
     with pytest.raises(UserError) as error:
