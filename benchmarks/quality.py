@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import told_to_the_user
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import RunDir
+from finequant.recipes.rundir import STAGES, RunDir, stages_of
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
         ("gptq", "search", 32, True),
     ):
         chosen = wikitext(
-            "train.quantization_aware=false",
             f"quantize.group_size={group_size}",
             f"quantize.method={method}",
             f"quantize.scale={scale}",
@@ -93,23 +92,27 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
 def training(steps: int = 120, learning_rate: float = 5e-4) -> None:
     """Perplexity of plain LoRA in float, of its rounding, and of quantization-aware training.
 
-    `steps` are the budget of each run: those of plain LoRA, and those of quantization-aware LoRA
-    from the start. `learning_rate` is that of plain LoRA; its best checkpoint counts.
+    `steps` are the budget of each run; the second run spends half of it on quantization-aware
+    training. The best checkpoint of plain LoRA counts.
     """
-    aware = wikitext(f"train.max_steps={steps}", "output_dir=runs/wikitext2-aware")
+    aware = wikitext(
+        f"train.max_steps={steps // 2}",
+        f"train.learning_rate={learning_rate}",
+        f"quantize.training={{steps: {steps - steps // 2}}}",
+        "output_dir=runs/wikitext2-aware",
+    )
     plain = wikitext(
         f"train.max_steps={steps}",
         f"train.learning_rate={learning_rate}",
-        "train.quantization_aware=false",
         "output_dir=runs/wikitext2-plain",
     )
-    for recipe in (plain, aware):
-        run_stages(recipe, "train", "quantize")
+    run_stages(plain, "train", "quantize")
+    run_stages(aware, "train", "qat", "quantize")
     float_best = min(float_perplexities(plain))
     rows = [
         ("plain LoRA, float, best checkpoint", float_best),
         ("plain LoRA, then gptq", shipped_perplexity(plain)),
-        ("quantization-aware LoRA, as shipped", shipped_perplexity(aware)),
+        ("plain LoRA, then quantization-aware training, as shipped", shipped_perplexity(aware)),
     ]
     show(
         f"WikiText-2, rank {plain.lora.rank}, {steps} steps of 1,024 tokens, groups of 32",
@@ -126,7 +129,7 @@ def domain(recipe: Path, seeds: str = "0", metric: str = "exact_match") -> None:
         loaded = load_recipe(recipe, [f"seed={seed}"])
         loaded = loaded.model_copy(update={"output_dir": f"runs/{loaded.name}-{seed}"})
         run = RunDir.of(loaded)
-        run_stages(loaded, "train", "quantize", "evaluate")
+        run_stages(loaded, *(name for name in stages_of(loaded) if name in STAGES))
         models = json.loads(run.report.read_text(encoding="utf-8"))["models"]
         scores = [models[name]["tasks"]["held_out"][metric] for name in ("tuned", "quantized")]
         drops.append(100 * (scores[0]["value"] - scores[1]["value"]))
@@ -150,50 +153,55 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from peft import get_peft_model
 
     from finequant.finetune.lora import fuse
-    from finequant.finetune.model import load_base, load_tokenizer, lora_config, training_precision
-    from finequant.finetune.trainer import divergence
-    from finequant.quantize.methods.method import calibration_sequences, round_model
-    from finequant.quantize.scheme import layer_plan, untie_head
-    from finequant.quantize.training.fake_quantize import not_rounded, round_in_training
+    from finequant.finetune.model import load_base, load_tokenizer, lora_config
+    from finequant.quantize.checkpoint.reading import WHOLE
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.methods.method import calibration_sequences, round_alone
+    from finequant.quantize.scheme import layer_plan, shipped_dtype
+    from finequant.quantize.training.fake_quantize import disabled
+    from finequant.quantize.training.model import fake_quantized_layers, fake_quantized_model
+    from finequant.quantize.training.trainer import divergence
 
     recipe = wikitext("quantize.method=rtn")
-    tokenizer = load_tokenizer(recipe.model)
-    dtype, reason = training_precision("auto")
-    say(f"{dtype}: {reason}")
-    ids = calibration_sequences(recipe, tokenizer)[: tokens // 512]
-    models = {}
-    for name in (
-        "plain",
-        "quantization-aware",
-        "quantization-aware, with a teacher",
-        "quantization-aware, scales",
-    ):
-        base = load_base(recipe.model, dtype)
-        untie_head(base)
-        start = round_model(base, recipe, tokenizer, dtype) if name != "plain" else {}
-        model = get_peft_model(base, lora_config(recipe.lora, base))
-        plan = layer_plan(recipe.quantize, base.config)
-        learns = "scales" if name.endswith("scales") else "adapter"
-        layers = round_in_training(model, start, plan, dtype, learns)
-        if not start:
-            fuse(model)  # as plain training on a CPU does
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        models[name] = model, layers.values(), torch.optim.AdamW(weights, lr=1e-4)
+    base = open_base(recipe.model)
+    plan = layer_plan(recipe.quantize, base.config)
+    dtype = shipped_dtype(recipe.quantize, base.config)
+    ids = calibration_sequences(recipe, load_tokenizer(recipe.model))[: tokens // 512]
+    plain = load_base(recipe.model, dtype)
+    plain = get_peft_model(plain, lora_config(recipe.lora, plain))
+    fuse(plain)  # as plain training on a CPU does
+    models = {"plain": plain}
+    start = {
+        name: round_alone(base.weights(f"{name}.weight", WHOLE).float(), scheme, "rtn")
+        for name, scheme in plan.items()
+        if scheme
+    }
+    for name, settings in {
+        "quantization-aware": "{steps: 1}",
+        "quantization-aware, with a teacher": "{steps: 1, distillation: 1.0}",
+        "quantization-aware, scales": "{steps: 1, learns: scales}",
+    }.items():
+        changed = wikitext("quantize.method=rtn", f"quantize.training={settings}")
+        models[name] = fake_quantized_model(changed, base.weights, start, plan, dtype)
+    optimizers = {
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        for name, model in models.items()
+    }
     seconds = {name: [] for name in models}
     for number in range(rounds + 1):
-        for name, (model, layers, optimizer) in models.items():
-            started = time.monotonic()
-            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        for name, model in models.items():
+            started, layers = time.monotonic(), fake_quantized_layers(model).values()
+            with torch.autocast("cpu", dtype, enabled=name == "plain" and dtype == torch.bfloat16):
                 logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
                 if name.endswith("teacher"):
-                    with torch.no_grad(), model.disable_adapter(), not_rounded(layers):
+                    with torch.no_grad(), disabled(layers):
                         exact = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
                     loss = divergence(exact, logits) / ids.numel()
                 else:
                     loss = cross_entropy(logits, ids[:, 1:].flatten())
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
             if number:  # the first one allocates
                 seconds[name].append(time.monotonic() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -209,8 +217,10 @@ def run_stages(recipe: Recipe, *stages: str) -> None:
     from finequant.evaluate.compare import compare
     from finequant.finetune.train import train
     from finequant.quantize.convert import quantize
+    from finequant.quantize.training.train import train as train_codes
 
-    run, functions = RunDir.of(recipe), {"train": train, "quantize": quantize, "evaluate": compare}
+    functions = {"train": train, "qat": train_codes, "quantize": quantize, "evaluate": compare}
+    run = RunDir.of(recipe)
     for stage in stages:
         if run.what_changed(recipe, stage) != []:
             functions[stage](recipe, run)

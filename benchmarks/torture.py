@@ -41,20 +41,20 @@ TESTS = "Damaged input, full and read-only disks"
 LONGEST = 600
 """Seconds that a run may take."""
 
-# Two phases of training with a checkpoint at every second step.
+# Two trainings with a checkpoint at every second step.
 SHORT = (
     "train.max_steps=8",
     "train.save_steps=2",
     "lora.dropout=0.0",
-    "train.quantization_aware={steps: 4}",
+    "quantize.training={steps: 4}",
 )
-# Of the quickstart: both phases, all stages, a few rows, and nothing that only takes time.
+# Of the quickstart: all stages, a few rows, and nothing that only takes time.
 SHORTENED = (
     "train.max_steps=4",
     "train.save_steps=2",
     "train.batch_size=2",
     "train.micro_batch_size=2",
-    "train.quantization_aware={steps: 4, distillation: 1.0}",
+    "quantize.training={steps: 4, distillation: 1.0}",
     "quantize.method=rtn",
     "quantize.scale=max",
     "data.validation=[{source: data/quickstart/validation.jsonl, limit: 4}]",

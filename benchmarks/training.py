@@ -100,10 +100,7 @@ def local_copy(folder: Path, validation: int) -> Recipe:
     few = load_recipe(RECIPE).data.validation[0].source
     recipe = load_recipe(
         RECIPE,
-        [
-            f"data.validation={{source: {few}, limit: {validation}}}",
-            "train.quantization_aware=false",
-        ],
+        [f"data.validation={{source: {few}, limit: {validation}}}"],
     )
     base, tokenizer = load_base(recipe.model, torch.float32), load_tokenizer(recipe.model)
     base.save_pretrained(folder / "base")

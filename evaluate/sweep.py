@@ -20,7 +20,7 @@ from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch, section_inputs, versions
+from finequant.recipes.rundir import RunDir, Stopwatch, section_inputs, versions
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Job(NamedTuple):
 def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
     """Measures each point as `evaluate` would, writes sweep/ of the run directory, prints a table.
 
-    It is quantization after training that is swept: codes that quantization-aware training left
-    beside the adapter take no part.
+    It is quantization after training that is swept: `quantize.training` takes no part.
 
     overrides: `key.sub=value`; of keys of the quantize section also `key.sub=value,value`.
     swept: "tuned", base + adapter of the run directory, or "base".
@@ -236,8 +235,8 @@ def _float_model(
     say(f"sweep: loading the {swept} model")
     if swept == "base":
         return load_base(recipe.model, torch.float32)
-    if (run.adapter / ROUNDED).exists():
-        say("sweep: codes of quantization-aware training take no part; base + adapter is rounded")
+    if recipe.quantize.training:
+        say("sweep: quantize.training takes no part; base + adapter is rounded")
     return merge(recipe, run, prompts[:2] or [[0]])[0]
 
 

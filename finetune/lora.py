@@ -10,7 +10,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.functional import linear
 
-from finequant.quantize.training.fake_quantize import ADAPTER
+ADAPTER = "default"
+"""peft's name for the one adapter of a model."""
 
 
 class _Product(torch.autograd.Function):

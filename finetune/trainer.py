@@ -1,24 +1,25 @@
-"""trl's SFTTrainer: its arguments, and a loss for CPUs and for quantization-aware training."""
+"""trl's SFTTrainer: its arguments, and a loss for CPUs."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.batches import ShuffledThenBlank, padded
-from finequant.finetune.data.tokens import IGNORED, encode, to_dataset
+from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode, to_dataset
 from finequant.finetune.model import lora_config, trains_on_cpu
 from finequant.finetune.processes import (
     TIMEOUT,
@@ -29,12 +30,6 @@ from finequant.finetune.processes import (
     sharding,
 )
 from finequant.finetune.stopping import last_checkpoint, record_launcher
-from finequant.quantize.training.fake_quantize import (
-    Rounding,
-    load_scales,
-    not_rounded,
-    save_scales,
-)
 from finequant.recipes.artefact import differences, seal
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import GOES_ON, Interrupted
@@ -49,19 +44,15 @@ if TYPE_CHECKING:
 
 
 class LoraTrainer(SFTTrainer):
-    """SFTTrainer whose loss on a CPU multiplies the head with learned tokens only.
+    """SFTTrainer whose loss on a CPU multiplies the head with target tokens only.
 
     trl's own loss makes float32 passes over the logits of every token, twice. On a GPU a fused
     kernel does that; on a CPU it takes half of a step, with most of it for tokens that are masked.
     The value is the same. To be removed once trl skips masked tokens on the CPU too.
-
-    Quantization-aware training needs it everywhere: trl's takes the head's weight by itself, and
-    not what the head's forward makes of it.
     """
 
-    rounded_layers: tuple[Rounding, ...] = ()
-    distillation = 0.0
-    """Share of the loss that is the divergence from the float model, which trains no more."""
+    own_loss_everywhere = False
+    """Whether it is used on a GPU, too."""
 
     rows: list[Row]
     data: Data
@@ -71,6 +62,7 @@ class LoraTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         # The micro-batches of this step, and the loss of each.
         self._read: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self._evaluated = [0.0, 0]  # summed loss and target tokens of this evaluation
         self._rows_to_learn = len(self.train_dataset)
         multiple = self.args.per_device_train_batch_size * self.args.world_size
         self.train_dataset = padded(self.train_dataset, multiple if self.args.world_size > 1 else 1)
@@ -86,35 +78,66 @@ class LoraTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if self.accelerator.device.type != "cpu" and not self.rounded_layers:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        learned = labels != IGNORED
-        logits = self._logits(model, inputs, learned)
-        total = cross_entropy(logits, labels[learned], reduction="sum")
-        if self.distillation and model.training:
-            exact = self._float_logits(model, inputs, learned)
-            share = self.distillation
-            total = share * divergence(exact, logits) + (1 - share) * total
-        if num_items_in_batch is None:
-            loss = total / learned.sum().clamp(min=1)
+        targets = inputs["labels"][:, 1:] != IGNORED
+        if self.accelerator.device.type != "cpu" and not self.own_loss_everywhere:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = found[0] if return_outputs else found
         else:
-            # The count is over all processes, whose gradients DDP will average.
-            loss = total / num_items_in_batch * self.accelerator.num_processes
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+            total = self.summed_loss(model, inputs, targets)
+            if num_items_in_batch is None:
+                loss = total / targets.sum().clamp(min=1)
+            else:
+                # The count is over all processes, whose gradients DDP will average.
+                loss = total / num_items_in_batch * self.accelerator.num_processes
+            found = (loss, {"loss": loss.detach()}) if return_outputs else loss
+        if not model.training:
+            tokens = int(targets.sum())
+            self._evaluated[0] += loss.item() * tokens
+            self._evaluated[1] += tokens
+        return found
 
-    def _logits(
-        self, model: torch.nn.Module, inputs: dict[str, Any], chosen: torch.Tensor
+    def summed_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
     ) -> torch.Tensor:
-        """float32 logits [tokens, vocabulary] after the chosen positions."""
+        """Over the target tokens."""
+
+        def loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.logits(model, hidden), labels, reduction="sum")
+
+        hidden = self.hidden_states(model, inputs, targets)
+        return self.in_parts(loss, hidden, inputs["labels"][:, 1:][targets])
+
+    def hidden_states(
+        self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
+    ) -> torch.Tensor:
+        """[tokens, hidden], from which the head predicts the target tokens."""
         others = {key: value for key, value in inputs.items() if key != "labels"}
         # The forward cannot leave the head out; with an index it multiplies one position only.
-        first = torch.tensor([0], device=chosen.device)
-        outputs = model(**others, use_cache=False, output_hidden_states=True, logits_to_keep=first)
-        hidden = outputs.hidden_states[-1][:, :-1][chosen]
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        # accelerate turns what a bf16 forward returns into float32.
-        return head(hidden.to(head.weight.dtype)).float()
+        first = torch.tensor([0], device=targets.device)
+        states: list[torch.Tensor] = []
+        # By a hook: accelerate casts all states that a bf16 forward returns to float32.
+        norm = self.accelerator.unwrap_model(model).get_decoder().norm
+        hook = norm.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+        try:
+            model(**others, use_cache=False, logits_to_keep=first)
+        finally:
+            hook.remove()
+        return states[0][:, :-1][targets]
+
+    def logits(self, model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [tokens, vocabulary]."""
+        return self.accelerator.unwrap_model(model).get_output_embeddings()(hidden).float()
+
+    def in_parts(self, loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """The sum of a loss over some tokens at a time, as their logits take much memory.
+
+        tensors: each [tokens, ...]; `loss` is called with parts of them, and again for the backward
+            pass where there are several.
+        """
+        parts = list(zip(*(tensor.split(TARGETS_AT_ONCE) for tensor in tensors), strict=True))
+        if len(parts) == 1:
+            return loss(*parts[0])
+        return sum(checkpoint(loss, *part, use_reentrant=False) for part in parts)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -132,6 +155,16 @@ class LoraTrainer(SFTTrainer):
             self._refuse_step(norm)
         self._read.clear()
         return norm
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """Its loss is the mean over tokens; transformers' is the mean of the batches' means."""
+        self._evaluated = [0.0, 0]
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = torch.tensor(self._evaluated, device=self.accelerator.device)
+        total, tokens = self.accelerator.reduce(sums).tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = total / max(tokens, 1)
+        return output
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Its data loader draws a number; a run that goes on from a checkpoint at the end of an
@@ -185,27 +218,9 @@ class LoraTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir)
-            save_scales(self.model, folder / f"checkpoint-{self.state.global_step}")
             record_launcher(folder / f"checkpoint-{self.state.global_step}")
             seal(folder / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, folder: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(folder, model)
-        load_scales(self.model, Path(folder))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        load_scales(self.model, Path(self.state.best_model_checkpoint))
-
-    @torch.no_grad()
-    def _float_logits(
-        self, model: torch.nn.Module, inputs: dict[str, Any], chosen: torch.Tensor
-    ) -> torch.Tensor:
-        """Of the model as it was before rounding and without the adapter that is being trained."""
-        plain = self.accelerator.unwrap_model(model)
-        with plain.disable_adapter(), not_rounded(self.rounded_layers):
-            return self._logits(plain, inputs, chosen)
 
 
 def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:
@@ -220,24 +235,22 @@ def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:
         yield ids[0, begin:end].tolist()
 
 
-def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL of the second from the first, summed over tokens; of logits [tokens, vocabulary]."""
-    exact, logits = exact.log_softmax(-1), logits.log_softmax(-1)
-    return kl_div(logits, exact, log_target=True, reduction="sum")
-
-
 def build_trainer(
     recipe: Recipe,
     arguments: SFTConfig,
     base: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
+    trainer_class: type[LoraTrainer] | None = None,
 ) -> LoraTrainer:
-    """The trainer of a fresh adapter on `base`; the same seed, the same adapter."""
+    """The trainer of a fresh adapter on `base`; the same seed, the same adapter.
+
+    trainer_class: one that trains what requires a gradient in `base`, without an adapter.
+    """
     patience = recipe.train.early_stopping_patience
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
-    trainer = LoraTrainer(
+    trainer = (trainer_class or LoraTrainer)(
         model=base,
         args=arguments,
         train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
@@ -245,7 +258,7 @@ def build_trainer(
             to_dataset(splits.validation, tokenizer, recipe.data) if splits.validation else None
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora, base),
+        peft_config=None if trainer_class else lora_config(recipe.lora, base),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.rows, trainer.data = splits.train, recipe.data

@@ -185,9 +185,6 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
             for name in exports
             if name not in models and ROWS.get(name) not in models
         ]
-    aware = recipe.train.quantization_aware
-    if kind == ADAPTER and aware and not aware.steps:
-        limits.append("It was trained on the rounded base: on the float base it is not the same.")
     if base_on_hub(recipe) != recipe.model.base:
         limits.append(f"The base it was trained on is `{recipe.model.base}`.")
     return [*limits, "Safety, bias and the truth of what it says were not measured."]

@@ -20,14 +20,14 @@ from finequant.recipes.artefact import SUMS, replace_text
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
-from finequant.recipes.rundir import ROUNDED, STAGES, RunDir
+from finequant.recipes.rundir import STAGES, RunDir, stages_of
 from finequant.recipes.schema import Recipe
 
 CARD = "README.md"
 
 # Beside an artefact, but not for others: it names this machine's folders, is only for resuming, or
 # has hashes. The publication has its own, by which the next one knows which files it made.
-STAYS_HERE = ("recipe.yaml", "training_log.json", ROUNDED, SUMS)
+STAYS_HERE = ("recipe.yaml", "training_log.json", SUMS)
 
 LINKED = (".safetensors", ".gguf", ".pte")
 """Large files that nobody edits: linked into publish/ where the file system can."""
@@ -126,7 +126,7 @@ def check_current(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: where a stage is missing or something has changed since.
     """
-    for stage in STAGES:
+    for stage in (name for name in stages_of(recipe) if name in STAGES):
         run.require(stage)
         changes = run.what_changed(recipe, stage)
         if changes is None:

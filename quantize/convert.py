@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, told_to_the_user
-from finequant.recipes.rundir import ROUNDED, RunDir, Stopwatch
+from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -255,31 +255,30 @@ def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, 
 
 
 def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
-    """The codes of quantization-aware training; None where the adapter was trained without.
+    """The codes of quantization-aware training; None where the recipe has none.
 
     Raises:
-        UserError: where they were trained for another scheme than the recipe's.
+        UserError: where they were trained for another scheme than the recipe's, or from another
+            adapter than the one that is there.
     """
     from finequant.quantize.checkpoint.reading import TensorFile
+    from finequant.quantize.rounding import CODES
     from finequant.quantize.scheme import PLAN_KEYS
-    from finequant.recipes.load import read_section
 
-    file = run.adapter / ROUNDED
-    if not file.exists():
+    if recipe.quantize.training is None:
         return None
-    trained = read_section(run.adapter / "recipe.yaml", "quantize", Quantize)
-    then, today = trained.model_dump(), recipe.quantize.model_dump()
-    for key in (*PLAN_KEYS, "dtype"):
-        was, now = then[key], today[key]
-        if str(was) != str(now):  # as text: the order of patterns counts
-            what = f"{was}, not {now}: set quantize.{key}={was}"
-            if key == "layers":
-                what = "others: copy those of its recipe.yaml"
+    run.require("qat")
+    trained = run.manifest().get("qat", {"inputs": {}})["inputs"]
+    today = run.inputs(recipe, "qat")
+    for key in (*(f"quantize.{key}" for key in (*PLAN_KEYS, "dtype")), "adapter/"):
+        if key in trained and trained[key] != today[key]:
+            what = f"for {trained[key]}, not {today[key]}"
+            if key in ("adapter/", "quantize.layers"):
+                what = f"with another {key}"
             raise UserError(
-                f"quantize.{key}: the adapter in {run.adapter} was trained for {what}, "
-                "or train again"
+                f"{key}: {run.trained_codes} was trained {what}: run `finequant qat RECIPE` again"
             )
-    return TensorFile(file)
+    return TensorFile(run.trained_codes / CODES)
 
 
 def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:

@@ -29,6 +29,10 @@ INSIDE = 0.49
 also after its place has been rounded to float16."""
 
 
+CODES = "codes.safetensors"
+"""In trained_codes/: codes and scales of every quantized layer."""
+
+
 class Rounded(NamedTuple):
     """int8 codes [out, in] and their scales [out, in / group_size]; code x scale is the weight."""
 
@@ -75,15 +79,17 @@ def round_to_nearest(
     scale_dtype: torch.dtype = torch.float32,
 ) -> Rounded:
     """Codes and scales of a weight [out, in], each weight by itself."""
-    low, high = code_range(bits)
-    shape = (weight.shape[0], weight.shape[1] // group_size)
-    scale = torch.empty(shape, dtype=scale_dtype, device=weight.device)
+    scale = stored_scale(choose_scale(weight, bits, group_size, rule), scale_dtype)
+    return Rounded(nearest_codes(weight, scale, bits), scale)
+
+
+def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [out, in] of a weight, for the scales [out, groups] that ship with them."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(weight):
-        groups = weight[rows].float().unflatten(1, (-1, group_size))
-        scale[rows] = stored_scale(_scales(groups, low, high, rule), scale_dtype)
-        codes[rows] = _codes(groups, scale[rows].float(), low, high).flatten(1)
-    return Rounded(codes, scale)
+        groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
+        codes[rows] = _codes(groups, scale[rows].float(), *code_range(bits)).flatten(1)
+    return codes
 
 
 def choose_scale(
@@ -111,12 +117,13 @@ def choose_scale(
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Positive scales in the dtype that is stored, none of them rounded to zero.
+    """Scales in the dtype that is stored, positive and finite.
 
     A group of zeros has a scale that float16 does not have; a code over it would not be a number.
+    Learned scales may move anywhere.
     """
-    stored = scale.to(dtype)
-    return stored.masked_fill(stored == 0, torch.finfo(dtype).tiny)
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
 
 
 def _scales(

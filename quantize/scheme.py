@@ -88,6 +88,7 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
     _check_group_sizes(quantize, plan, shapes)
     _check_budget(quantize, plan, config)
     _check_rotation(quantize, plan, config)
+    _check_training(quantize, config)
     return plan
 
 
@@ -182,6 +183,16 @@ def _check_rotation(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None
         raise UserError(
             "quantize.rotate: layers of this base have biases, for which it is not made: "
             "set quantize.rotate=false"
+        )
+
+
+def _check_training(quantize: Quantize, config: LlamaConfig) -> None:
+    import torch
+
+    if quantize.training and shipped_dtype(quantize, config) == torch.float16:
+        raise UserError(
+            "quantize.training: it computes in the dtype that ships, and gradients vanish in that "
+            "of this base, float16: set quantize.dtype=bfloat16 or float32"
         )
 
 

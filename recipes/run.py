@@ -37,6 +37,7 @@ app = typer.Typer(
 
 MODULES = {
     "train": "finequant.finetune.train",
+    "qat": "finequant.quantize.training.train",
     "quantize": "finequant.quantize.convert",
     "evaluate": "finequant.evaluate.compare",
 }  # and each export: finequant.quantize.export
@@ -77,6 +78,7 @@ def run(
             say(f"[{number}/{len(stages)}] {stage}: up to date")
             continue
         if not ran:
+            refuse_split_weights(loaded, launch)
             lengths = preflight(loaded, directory)
             if not force:
                 from finequant.quantize.size.machine import this_machine
@@ -87,7 +89,8 @@ def run(
         say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
         for change in changes or []:
             say(f"  because {change}")
-        _start(stage, [str(recipe), *(overrides or [])], launch if stage == "train" else None)
+        trains = stage in ("train", "qat")
+        _start(stage, [str(recipe), *(overrides or [])], launch if trains else None)
         ran = True
     if ran:
         say(f"done in {time.monotonic() - started:.0f} s: {directory.root}")
@@ -102,6 +105,14 @@ def run(
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Fine-tune: recipe -> adapter/ (the same as finetune/train.py)."""
     from finequant.finetune.train import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+@app.command()
+def qat(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Quantization-aware training: adapter/ -> trained_codes/ (quantize/training/train.py)."""
+    from finequant.quantize.training.train import main as stage
 
     stage([str(recipe), *(overrides or [])])
 
@@ -362,6 +373,24 @@ def _check_tasks(recipe: Recipe) -> None:
     from finequant.evaluate.metrics.tasks import load_tasks
 
     load_tasks(recipe.evaluate)
+
+
+def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
+    """Refuses before `train` a launch with which the stage `qat` would not start.
+
+    Raises:
+        UserError: for FSDP or DeepSpeed.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if not (launch and recipe.quantize.training):
+        return
+    kind = load_config_from_file(str(launch)).distributed_type
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise UserError(
+            f"--launch: {launch} is of {kind}, which splits the weights that quantize.training has "
+            "to quantize whole: use recipes/accelerate/several_gpus.yaml, or quantize.training=null"
+        )
 
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import resource
@@ -23,13 +24,15 @@ from finequant.recipes.load import path_fields, write_recipe
 from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import matching_files
 
-STAGES = ("train", "quantize", "evaluate")
+STAGES = ("train", "qat", "quantize", "evaluate")
+"""Without the exports; `qat`, quantization-aware training, is there if the recipe asks for it."""
 EXPORTS = ("compressed-tensors", "gguf", "executorch")
 """Formats that `finequant export` makes of quantized/; each is a stage of its own."""
 
 # The recipe's sections that decide what a stage makes; files and upstream artefacts come on top.
 SECTIONS = {
     "train": ("seed", "model", "data", "lora", "train"),
+    "qat": ("seed", "model", "data", "lora", "train", "quantize"),
     "quantize": ("model", "quantize"),
     "compressed-tensors": (),
     "gguf": (),
@@ -38,7 +41,8 @@ SECTIONS = {
 }
 UPSTREAM = {
     "train": (),
-    "quantize": ("adapter",),
+    "qat": ("adapter",),
+    "quantize": ("adapter",),  # and trained_codes/, if the recipe has quantize.training
     **dict.fromkeys(EXPORTS, ("quantized",)),
     "evaluate": ("adapter", "quantized"),
 }
@@ -56,9 +60,6 @@ HOW_IT_IS_TRAINED = (
     "train.report_to",
     "train.save_total_limit",
 )
-
-# In adapter/: the codes that quantization-aware training ended with.
-ROUNDED = "rounded.safetensors"
 
 LINUX_STATUS = Path("/proc/self/status")
 
@@ -82,6 +83,10 @@ class RunDir:
         return self.root / "adapter"
 
     @property
+    def trained_codes(self) -> Path:
+        return self.root / "trained_codes"
+
+    @property
     def merged(self) -> Path:
         return self.root / "merged"
 
@@ -92,6 +97,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    def starting_codes(self, inputs: dict[str, Any]) -> Path:
+        """What quantization-aware training starts from, named by all that decides it."""
+        digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        return self.checkpoints / "qat" / f"start-{digest[:12]}"
 
     @property
     def measurements(self) -> Path:
@@ -163,14 +173,19 @@ class RunDir:
         inputs = section_inputs(recipe, _sections(recipe, stage))
         if stage not in EXPORTS:  # what decides them lies in quantized/
             inputs["model.base"] = _base_identity(recipe)
-        exported = exports_of(recipe) if stage == "evaluate" else []
-        for artefact in (*UPSTREAM[stage], *(f"exports/{name}" for name in exported)):
+        upstream = list(UPSTREAM[stage])
+        if stage == "quantize" and recipe.quantize.training:
+            upstream.append("trained_codes")
+        if stage == "evaluate":
+            upstream += [f"exports/{name}" for name in exports_of(recipe)]
+        for artefact in upstream:
             inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"
         return inputs
 
     def outputs(self, stage: str) -> list[Path]:
         return {
             "train": [self.adapter],
+            "qat": [self.trained_codes],
             "quantize": [self.quantized],
             **{name: [self.exports / name] for name in EXPORTS},
             "evaluate": [self.report, self.root / "report.md"],
@@ -289,7 +304,8 @@ class RunDir:
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages of this recipe, in their order."""
-    return [*STAGES[:2], *exports_of(recipe), *STAGES[2:]]
+    trained = ["qat"] if recipe.quantize.training else []
+    return ["train", *trained, "quantize", *exports_of(recipe), "evaluate"]
 
 
 def exports_of(recipe: Recipe) -> list[str]:
@@ -402,8 +418,6 @@ def _change(key: str, old: Any, new: Any, said: Any) -> str:
 
 
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    if stage == "train" and recipe.train.quantization_aware:
-        return (*SECTIONS[stage], "quantize")
     if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS[stage]

@@ -191,27 +191,6 @@ class Lora(Section):
         return self
 
 
-class QuantizationAware(Section):
-    """Training through the rounded merged weights that `quantize` will ship."""
-
-    steps: Positive | None = Field(
-        None,
-        description="optimizer steps of it, after plain LoRA; default: no plain LoRA, "
-        "all steps are quantization-aware",
-    )
-    learns: Literal["adapter", "scales"] = Field(
-        "adapter",
-        description="the LoRA that moves weights from code to code, or the scales of the codes; "
-        "a scale's learning rate is a share of it",
-    )
-    learning_rate: float | None = Field(None, gt=0, description="default: that of plain LoRA")
-    distillation: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0,
-        description="share of the loss that is the divergence from the model that plain LoRA "
-        "left; 1 - share is that from the answers",
-    )
-
-
 def micro_batch_size(batch_size: int) -> int:
     """The largest divisor of the batch size up to 8."""
     return max(rows for rows in range(1, 9) if batch_size % rows == 0)
@@ -240,9 +219,6 @@ class Train(Section):
         "auto", description="auto: bf16 where the hardware computes in it"
     )
     gradient_checkpointing: bool = False
-    quantization_aware: QuantizationAware | None = Field(
-        None, description="true, or when and how; off by default"
-    )
     eval_steps: Positive | None = Field(None, description="default: at the end of each epoch")
     early_stopping_patience: Positive | None = Field(
         None, description="stop after so many evaluations without a lower loss; keep the best"
@@ -252,17 +228,15 @@ class Train(Section):
     logging_steps: Positive = 10
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
-    @field_validator(
-        "quantization_aware", mode="before", json_schema_input_type=QuantizationAware | bool | None
-    )
+    @model_validator(mode="before")
     @classmethod
-    def _true_is_all_defaults(cls, value: Any) -> Any:
-        return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-    @property
-    def has_plain_phase(self) -> bool:
-        """Whether some steps are plain LoRA: all, or those before quantization-aware ones."""
-        return self.quantization_aware is None or self.quantization_aware.steps is not None
+    def _quantization_aware_has_moved(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "quantization_aware" in value:
+            raise ValueError(
+                "quantization_aware is now quantize.training: {steps, learns, learning_rate, "
+                "distillation}, a stage of its own after plain LoRA; steps is required"
+            )
+        return value
 
     @model_validator(mode="after")
     def _combinations(self) -> Train:
@@ -277,6 +251,23 @@ class Train(Section):
                 f"({self.save_steps}) must equal eval_steps ({self.eval_steps})"
             )
         return self
+
+
+class QuantizationAwareTraining(Section):
+    """Training of the merged model through the fake-quantized weights that `quantize` ships."""
+
+    steps: Positive = Field(description="optimizer steps")
+    learns: Literal["adapter", "scales"] = Field(
+        "adapter",
+        description="a LoRA that moves weights from code to code, or the scales of the codes; "
+        "a scale's learning rate is relative to the scale",
+    )
+    learning_rate: float | None = Field(None, gt=0, description="default: train.learning_rate")
+    distillation: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="weight of the divergence from the tuned model in the loss; the rest is the "
+        "cross-entropy with the answers",
+    )
 
 
 class Calibration(Section):
@@ -344,6 +335,9 @@ class Quantize(Section):
         "max", description="of rtn and gptq: reaches the largest weight, or has the least error"
     )
     calibration: Calibration = Calibration()
+    training: QuantizationAwareTraining | None = Field(
+        None, description="quantization-aware training, from the codes of `method`; default: none"
+    )
     rotate: bool = Field(
         False,
         description="turns the hidden states, so that outliers spread over all places; it is "
@@ -516,55 +510,10 @@ class Recipe(Section):
                 "train.early_stopping_patience needs validation rows: give data.validation or "
                 "a data.validation_fraction above 0"
             )
-        aware = self.train.quantization_aware
-        if aware and not aware.steps and (problem := self._not_from_the_start()):
-            raise ValueError(f"train.quantization_aware cannot be combined with {problem}")
-        if aware and self.quantize.budget:
+        if self.quantize.training and self.quantize.budget:
             raise ValueError(
-                "train.quantization_aware cannot be combined with quantize.budget, which chooses "
-                "the plan after training: quantize once without training, then copy `plan` of "
+                "quantize.training cannot be combined with quantize.budget, which chooses the plan "
+                "after training: quantize once without training, then copy `plan` of "
                 "quantization.json to quantize.layers"
             )
-        if aware and not aware.steps and self.quantize.rotate:
-            raise ValueError(
-                "quantize.rotate cannot be combined with train.quantization_aware from the start, "
-                "whose adapter would be one of the turned base: give "
-                "train.quantization_aware.steps, to come after plain LoRA"
-            )
-        if aware and not aware.steps and aware.learns == "scales":
-            raise ValueError(
-                "train.quantization_aware.learns=scales needs the tuned model's codes: give "
-                "train.quantization_aware.steps, to come after plain LoRA"
-            )
-        if aware and not aware.steps and aware.distillation:
-            raise ValueError(
-                "train.quantization_aware.distillation learns from the model that plain LoRA "
-                "leaves: give train.quantization_aware.steps, to come after it"
-            )
         return self
-
-    def rounded_phase(self) -> Recipe:
-        """What the quantization-aware steps are trained with."""
-        aware = self.train.quantization_aware
-        train = {"learning_rate": aware.learning_rate or self.train.learning_rate}
-        if not aware.steps:
-            return self.model_copy(update={"train": self.train.model_copy(update=train)})
-        # Merged into the base, whatever the adapter was; what comes now is LoRA or rsLoRA.
-        lora = {"dropout": 0.0, "use_dora": False, "init_lora_weights": "default"}
-        return self.model_copy(
-            update={
-                "seed": self.seed + 1,  # rows in another order
-                "train": self.train.model_copy(update=train | {"max_steps": aware.steps}),
-                "lora": self.lora.model_copy(update=lora),
-            }
-        )
-
-    def _not_from_the_start(self) -> str | None:
-        """What would make the merged weight differ from the one that was trained."""
-        if self.lora.dropout:
-            return "lora.dropout: a merged weight drops nothing; use 0"
-        if self.lora.use_dora:
-            return "lora.use_dora: its norms are not merged into the rounded weight"
-        if self.lora.init_lora_weights.startswith(("pissa", "olora")):
-            return f"lora.init_lora_weights={self.lora.init_lora_weights}: it changes the base"
-        return None

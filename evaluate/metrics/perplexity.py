@@ -214,4 +214,3 @@ def scored_part(sequences: list[ScoredSequence], tokenizer: PreTrainedTokenizerB
     ids = [token for token, scored in pairs if scored]
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return count(text) if text else Document("", 0, 0)
-

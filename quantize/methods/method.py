@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.quantize.rounding import Rounded, round_to_nearest, stored_scale
+from finequant.quantize.rounding import Rounded, nearest_codes, round_to_nearest, stored_scale
 from finequant.quantize.scheme import EMBEDDING, LayerScheme, layer_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
@@ -111,4 +111,5 @@ def _half_quadratic(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
         getattr(torch, f"int{scheme.bits}"),
         intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
     )
-    return Rounded(found.qdata, stored_scale(found.scale, scheme.scale_dtype))
+    scale = stored_scale(found.scale, scheme.scale_dtype)
+    return Rounded(nearest_codes(weight, scale, scheme.bits), scale)

@@ -42,12 +42,13 @@ class _Round(torch.autograd.Function):
     """Places [out, groups, size] and factors of the scales -> weight [out, in]."""
 
     @staticmethod
-    def forward(ctx, places, factor, scale, bits, dtype):
+    def forward(ctx, places, factor, scale, scale_dtype, bits, dtype):
         low, high = code_range(bits)
         codes = places.round().clamp_(low, high)
-        ctx.save_for_backward(places, codes, scale * factor)
+        scaled = stored_scale(scale * factor, scale_dtype).float()  # as it ships
+        ctx.save_for_backward(places, codes, scaled)
         ctx.scale, ctx.limits = scale, (low, high)
-        return codes.mul((scale * factor)[:, :, None]).to(dtype).flatten(1)
+        return codes.mul(scaled[:, :, None]).to(dtype).flatten(1)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -56,7 +57,7 @@ class _Round(torch.autograd.Function):
         gradient = gradient.float().unflatten(1, (scale.shape[1], -1))
         of_factor = (gradient * codes).sum(-1).mul_(ctx.scale)
         inside = (places > low - 0.5) & (places < high + 0.5)
-        return gradient.mul(scale[:, :, None]).mul_(inside), of_factor, None, None, None
+        return gradient.mul(scale[:, :, None]).mul_(inside), of_factor, None, None, None, None
 
 
 class TrainedLayer:
@@ -74,7 +75,9 @@ class TrainedLayer:
         self.factor = torch.ones_like(self._scale).requires_grad_()
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        return _Round.apply(self.places, self.factor, self._scale, self._bits, dtype)
+        return _Round.apply(
+            self.places, self.factor, self._scale, self._scale_dtype, self._bits, dtype
+        )
 
     def rounded(self) -> Rounded:
         codes = self.places.detach().round().clamp_(*code_range(self._bits))

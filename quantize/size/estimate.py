@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.methods.calibrate import LEADERS, TOKENS
 from finequant.quantize.methods.gptq import ROWS
 from finequant.quantize.scheme import (
@@ -20,6 +21,7 @@ from finequant.quantize.scheme import (
     norm_count,
     parameter_count,
     shipped_dtype,
+    unties_head,
 )
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.base import locate_base
@@ -44,7 +46,7 @@ class Lengths(NamedTuple):
 
 
 MB = 10**6
-PROCESS = {"train": 560 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
+PROCESS = {"train": 560 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
 """Python with the libraries of a stage: torch, transformers, and trl, torchao or lm-eval."""
 
 CUDA_CONTEXT = 500 * MB
@@ -59,6 +61,9 @@ SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
 
 LOGITS = 18
 """Bytes for each logit of a learned token: bf16, float32, its log-softmax, and their gradients."""
+
+TAUGHT_LOGITS = 32.5
+"""The same, where a teacher's logits lie beside them."""
 
 LEARNED = 0.5
 """Share of the tokens that are learned, where prompts are not."""
@@ -110,31 +115,71 @@ def training_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
     """Of a step on the micro-batch with the most tokens."""
-    train, adapter = recipe.train, trainable(recipe.lora, config)
-    dtype = machine.training_dtype(train.precision)
+    dtype = machine.training_dtype(recipe.train.precision)
     tokens = _step_tokens(recipe, lengths, machine)
-    aware = train.quantization_aware
-    # trl's loss, on a GPU, takes all tokens, and so does learning from the tuned model.
-    takes_all = machine.kind == "gpu" or (aware and aware.distillation)
-    learned = tokens if takes_all or recipe.data.loss_on == "all" else int(tokens * LEARNED)
+    # trl's loss, on a GPU, takes all tokens.
+    takes_all = machine.kind == "gpu" or recipe.data.loss_on == "all"
+    targets = tokens if takes_all else int(tokens * LEARNED)
+    if machine.kind == "cpu":
+        targets = min(targets, TARGETS_AT_ONCE)
+    weights = parameter_count(config) * _size(dtype)
+    learned = trainable(recipe.lora, config)
+    logits = targets * config.vocab_size * LOGITS
+    return _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, logits)
+
+
+def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths) -> Memory:
+    """Of the larger phase of quantization-aware training: calibration, or a step."""
+    training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
+    shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
+    quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
+    scales = sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
+    in_float = parameter_count(config) - quantized
+    if unties_head(plan) and config.tie_word_embeddings:
+        in_float += math.prod(shapes[HEAD])
+    # The fake-quantized weight, latent weights or codes, and the teacher's weight.
+    each = shipped.itemsize + (1 if training.learns == "scales" else 2)
+    each += shipped.itemsize if training.distillation else 0
+    weights = shipped.itemsize * in_float + each * quantized + 4 * scales
+    learned = scales if training.learns == "scales" else trainable(recipe.lora, config)
+    tokens = _step_tokens(recipe, lengths, machine)
+    targets = min(tokens, TARGETS_AT_ONCE)
+    logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
+    dtype = str(shipped).removeprefix("torch.")
+    step = _step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    if recipe.quantize.method != "gptq":
+        return step
+    block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
+    calibration = _calibration(recipe, config, shipped.itemsize, block)
+    return max(step, _memory("qat", machine, calibration, {}), key=lambda m: sum(m.values()))
+
+
+def _step_memory(
+    stage: str,
+    recipe: Recipe,
+    config: LlamaConfig,
+    machine: Machine,
+    dtype: str,
+    tokens: int,
+    weights: int,
+    learned: int,
+    logits: int,
+) -> Memory:
+    train, blocks = recipe.train, config.num_hidden_layers
     saved = _saved_per_token(recipe, config, dtype)
-    blocks = config.num_hidden_layers
     activations = tokens * saved * blocks
     if train.gradient_checkpointing:
         activations = tokens * (saved + blocks * config.hidden_size * _size(dtype))
-    weights = parameter_count(config) * _size(dtype)
-    if aware:  # float32 weights, and their codes
-        weights = parameter_count(config) * 5
     return _memory(
-        "train",
+        stage,
         machine,
         {
             "weights": weights,
-            "adapter": 4 * adapter,
-            "gradients": 4 * adapter,
-            "optimizer": _optimizer_bytes(train.optimizer) * adapter,
+            "adapter" if stage == "train" else "what learns": 4 * learned,
+            "gradients": 4 * learned,
+            "optimizer": _optimizer_bytes(train.optimizer) * learned,
         },
-        {"activations": int(activations), "logits": learned * config.vocab_size * LOGITS},
+        {"activations": int(activations), "logits": logits},
     )
 
 
@@ -175,7 +220,7 @@ def quantize_memory(
         {"block, read and in float32": 6 * block, "head in float32": 4 * math.prod(shapes[HEAD])},
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
     ]
-    if recipe.quantize.method == "gptq" and not recipe.train.quantization_aware:
+    if recipe.quantize.method == "gptq" and not recipe.quantize.training:
         phases.append(_calibration(recipe, config, dtype, block))
     if recipe.quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
@@ -254,6 +299,7 @@ def memory_of(
     """
     stages = {
         "train": training_memory,
+        "qat": aware_memory,
         "quantize": quantize_memory,
         "evaluate": evaluation_memory,
     }
@@ -264,13 +310,15 @@ def disk_of(stage: str, recipe: Recipe, config: LlamaConfig) -> int:
     """Bytes that a stage leaves in the run directory, or has there for a while."""
     from finequant.quantize.size.plan import model_size
 
-    adapter = trainable(recipe.lora, config)
+    adapter, dtype = trainable(recipe.lora, config), shipped_dtype(recipe.quantize, config)
+    each = adapter * (4 + _optimizer_bytes(recipe.train.optimizer))
+    checkpoints = each * (recipe.train.save_total_limit + 1)
     if stage == "train":
-        each = adapter * (4 + _optimizer_bytes(recipe.train.optimizer))
-        return 4 * adapter + each * (recipe.train.save_total_limit + 1)
+        return 4 * adapter + checkpoints
+    size = model_size(layer_plan(recipe.quantize, config), config, dtype).disk
+    if stage == "qat":  # the codes that it starts from, and those that it ends with
+        return 2 * size + checkpoints
     if stage == "quantize":
-        dtype = shipped_dtype(recipe.quantize, config)
-        size = model_size(layer_plan(recipe.quantize, config), config, dtype).disk
         merged = parameter_count(config) * dtype.itemsize if recipe.quantize.keep_merged else 0
         return size + merged
     return 50 * MB

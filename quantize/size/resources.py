@@ -19,7 +19,7 @@ from finequant.quantize.size.estimate import (
 from finequant.quantize.size.machine import Machine, free_disk, this_machine
 from finequant.quantize.size.plan import model_size
 from finequant.recipes.errors import UserError
-from finequant.recipes.rundir import STAGES, RunDir
+from finequant.recipes.rundir import STAGES, RunDir, stages_of
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -42,9 +42,10 @@ def show_resources(
     print(f"\nparameters: {parameter_count(config):,}: " + _listed(parts))
     adapter = trainable(recipe.lora, config)
     print(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
+    stages = [stage for stage in stages_of(recipe) if stage in STAGES]
     for machine in filter(None, (this_machine(), gpu)):
         print(f"\npeak memory on {machine.name}, which has {_gb(machine.memory)}:")
-        for stage in STAGES:
+        for stage in stages:
             memory = memory_of(stage, recipe, config, machine)
             total = sum(memory.values())
             fits = "" if total <= machine.memory else " does not fit:"
@@ -52,7 +53,7 @@ def show_resources(
             print(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
             )
-    disk = {stage: disk_of(stage, recipe, config) for stage in STAGES}
+    disk = {stage: disk_of(stage, recipe, config) for stage in stages}
     print(f"\ndisk: {_gb(sum(disk.values()))}, free are {_gb(free_disk(run.root))}")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
@@ -114,14 +115,16 @@ def _what_fits(
 ) -> str:
     """The overrides with which the stage fits that cost the least, in words."""
     for changes in _smaller(stage, recipe):
-        section = getattr(recipe, stage).model_copy(update=changes)
-        changed = recipe.model_copy(update={stage: section})
+        name = "train" if stage == "qat" else stage
+        section = getattr(recipe, name).model_copy(update=changes)
+        changed = recipe.model_copy(update={name: section})
         if sum(memory_of(stage, changed, config, machine, lengths).values()) <= machine.memory:
             return "it fits with " + " ".join(
-                f"{stage}.{key}={str(value).lower()}" for key, value in changes.items()
+                f"{name}.{key}={str(value).lower()}" for key, value in changes.items()
             )
     shorter = {
         "train": ", or a smaller data.max_length",
+        "qat": ", or a smaller data.max_length",
         "evaluate": ", or a smaller max_length of evaluate.perplexity",
     }
     return f"none of its settings fits: take a machine with more memory{shorter.get(stage, '')}"

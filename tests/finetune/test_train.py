@@ -58,6 +58,41 @@ def test_training_lowers_the_loss_and_logs_it(recipe_file):
     assert not [path for path in adapter.rglob("*") if path.suffix in {".bin", ".pt", ".pth"}]
 
 
+def test_the_loss_of_an_evaluation_is_the_mean_over_tokens(recipe_file, monkeypatch):
+    """By peft and transformers, row by row; whatever the batches, and however many tokens have
+    their logits in memory at a time."""
+    from conftest import write_jsonl
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from finequant.finetune import trainer as trainers
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.tokens import encode
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import load_recipe
+
+    rows = [{"prompt": f"say {n}", "completion": "again " * n} for n in (1, 40, 2, 3, 30)]
+    write_jsonl(recipe_file.parent / "validation.jsonl", rows)
+    monkeypatch.setattr(trainers, "TARGETS_AT_ONCE", 7)
+    overrides = ["train.micro_batch_size=2", "train.learning_rate=1e-2"]
+    adapter = train(recipe_file, *overrides)
+    log = json.loads((adapter / "training_log.json").read_text())
+    (found,) = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    recipe = load_recipe(recipe_file, overrides)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.base)
+    model, losses = PeftModel.from_pretrained(base, adapter).eval(), []
+    for row in load_splits(recipe.data, recipe.seed).validation:
+        encoded = encode(row, load_tokenizer(recipe.model), recipe.data)
+        ids, labels = torch.tensor([encoded.input_ids]), torch.tensor(encoded.labels)
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")
+        losses.append(each[labels[1:] != -100])
+    batches = [torch.cat(losses[first : first + 2]).mean() for first in (0, 2, 4)]
+    assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert found != pytest.approx(torch.stack(batches).mean().item(), rel=1e-3)
+
+
 def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
     steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
     adapter = train(recipe_file, *steps)

@@ -203,3 +203,101 @@ def test_known_codes_go_where_the_block_is(llama, monkeypatch):
     pieces = calibrate.calibrate(base.weights, base.config, sequences, plan, torch.float32, known)
     assert not list(pieces)  # nothing is sought again
     assert sorted(asked) == sorted(name for name in plan if plan[name])
+
+
+def textbook_gptq(
+    weight: torch.Tensor, inputs: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales by algorithm 1 of https://arxiv.org/abs/2210.17323, a column at a time."""
+    weight, inputs = weight.double().clone(), inputs.double()
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    hessian = inputs.T @ inputs
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    codes, scales = torch.zeros_like(weight), []
+    for column in range(weight.shape[1]):
+        if column % group_size == 0:
+            group = weight[:, column : column + group_size]
+            scales.append(group.abs().amax(1) / ((high - low) / 2))
+        codes[:, column] = (weight[:, column] / scales[-1]).round().clamp(low, high)
+        error = (weight[:, column] - codes[:, column] * scales[-1]) / factor[column, column]
+        weight[:, column:] -= error[:, None] * factor[column, column:]
+    return codes.to(torch.int8), torch.stack(scales, 1).float()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_is_the_textbooks_where_the_inputs_have_not_drifted(bits):
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 40) @ torch.randn(40, 320) / 6 + torch.randn(2000, 320)
+    weight = torch.randn(48, 320)
+    codes, scale = gptq(weight, statistics(inputs), LayerScheme(bits, 32, "max", torch.float32))
+    expected_codes, expected_scale = textbook_gptq(weight, inputs, bits, 32)
+    # float32 here, float64 there: where a tie falls to the other side, the rest of the row follows.
+    equal = (codes == expected_codes).all(1)
+    assert equal.float().mean() > 0.85
+    torch.testing.assert_close(scale[equal], expected_scale[equal], rtol=1e-3, atol=0)
+    nearest = round_to_nearest(weight, bits, 32, "max").codes
+    assert not (nearest == expected_codes).all(1).any()
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype):
+    from finequant.quantize.methods.method import round_alone
+
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64)
+    weight[3, :32] = 0.0  # as of a padding token's row in the head
+    weight[4] *= 1e-4  # whose scales are below the normal numbers of float16
+    plan = LayerScheme(4, 32, "search", dtype)
+    if method == "gptq":
+        inputs = torch.eye(64).repeat(4, 1)  # no column makes up for another
+        codes, scale = gptq(weight, statistics(inputs), plan)
+    else:
+        codes, scale = round_alone(weight, plan, method)
+    assert scale.dtype == dtype
+    assert (scale > 0).all() and scale.isfinite().all()
+    steps = (weight.unflatten(1, (2, 32)) / scale.float()[:, :, None]).flatten(1)
+    nearest = steps.round().clamp(-8, 7).to(torch.int8)
+    assert torch.equal(codes, nearest)
+    assert not codes[3, :32].any()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_a_block_with_biases_is_trained_as_it_ships(llama, scale_dtype):
+    """Training lowers the error of the block that ships, whose large biases it must not make up
+    for; and the scales that it saw are those that ship."""
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.checkpoint.blocks import rotary_of
+    from finequant.quantize.methods.calibrate import _install
+    from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
+
+    model = AutoModelForCausalLM.from_pretrained(
+        llama("biased", attention_bias=True, mlp_bias=True)
+    )
+    block = model.model.layers[0].requires_grad_(False)
+    torch.manual_seed(0)
+    for name, parameter in block.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    hidden = torch.randn(8, 64, model.config.hidden_size)
+    scheme = LayerScheme(3, 32, "search", scale_dtype)
+    rotary = rotary_of(model.config, hidden)
+    target = block(hidden, position_embeddings=rotary)
+    linear = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    start = {name: round_to_nearest(layer.weight, *scheme) for name, layer in linear.items()}
+    layers = {n: TrainedLayer(linear[n].weight, rounded, scheme) for n, rounded in start.items()}
+    found = reconstruct(block, layers, [hidden], [target], rotary, 30)
+
+    def error(rounded: dict[str, Rounded]) -> float:
+        shipped = deepcopy(block)
+        for name, part in rounded.items():
+            _install(shipped.get_submodule(name), part, torch.float32)
+        return (shipped(hidden, position_embeddings=rotary) - target).square().mean().item()
+
+    assert error(found) < 0.9 * error(start)
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight(torch.float32), found[name].dequantize(torch.float32))

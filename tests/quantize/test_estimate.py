@@ -188,8 +188,10 @@ def test_less_is_predicted_for_less(recipe_file):
     assert total("train", "train.gradient_checkpointing=true") < 0.8 * whole
     assert total("train", "train.micro_batch_size=1") < 0.5 * whole
     assert total("train", "lora.rank=64") > whole
-    aware = [f"train.quantization_aware={{steps: 2, distillation: {x}}}" for x in (0, 1)]
-    assert whole < total("train", aware[0]) < total("train", aware[1])
+    aware = [[f"quantize.training={{steps: 2, distillation: {x}}}"] for x in (0, 1)]
+    aware = [[*overrides, "quantize.dtype=bfloat16"] for overrides in aware]
+    assert total("qat", *aware[0]) < total("qat", *aware[1])
+    assert total("quantize", *aware[0], "quantize.method=gptq") == total("quantize")
     assert total("quantize") < 0.1 * total("quantize", "quantize.budget=4.5")
     assert total("quantize") < total("quantize", "quantize.method=gptq")
     assert total("evaluate", "evaluate.batch_size=1") < total("evaluate")

@@ -1,174 +1,191 @@
-"""Quantization-aware LoRA: what is trained is what is converted, saved and loaded again."""
+"""Quantization-aware training: what is trained is what is converted, saved and loaded again."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_llama, make_recipe
 from safetensors.torch import load_file
 
-AWARE = (
-    "train.quantization_aware=true",
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+
+COMMON = (
     "quantize.method=gptq",
     "quantize.scale=search",
     "quantize.calibration={tokens: 256, length: 32}",
     "train.learning_rate=1e-2",
-    "train.max_steps=6",
+    "train.max_steps=4",
+    "train.save_steps=2",
+    "lora.use_rslora=true",
 )
+ADAPTER = "quantize.training={steps: 4}"
+SCALES = "quantize.training={steps: 4, learns: scales}"
+TAUGHT = "quantize.training={steps: 4, distillation: 0.5}"
+
+
+def train_plain(folder: Path, **changes) -> Path:
+    """A recipe file whose run has its adapter."""
+    from finequant.finetune.train import main as train
+
+    recipe = make_recipe(folder, make_llama(folder / "base", **changes))
+    train([str(recipe), *COMMON])
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    return train_plain(tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture(scope="module")
+def tuned_with_biases(tmp_path_factory) -> Path:
+    return train_plain(tmp_path_factory.mktemp("biased"), attention_bias=True, mlp_bias=True)
+
+
+class Stage:
+    """`qat` and `quantize` on a copy of a run that has its adapter."""
+
+    def __init__(self, recipe: Path, run: Path) -> None:
+        self.recipe, self.run, self.trainers = recipe, run, []
+        shutil.copytree(recipe.parent / "run", run)
+
+    def arguments(self, *overrides: str) -> list[str]:
+        return [*COMMON, f"output_dir={self.run}", *overrides]
+
+    def train(self, *overrides: str):
+        from finequant.quantize.training.train import main as stage
+
+        stage([str(self.recipe), *self.arguments(*overrides)])
+        return self.trainers[-1]
+
+    def quantize(self, *overrides: str) -> Path:
+        from finequant.quantize.convert import main as stage
+
+        stage([str(self.recipe), *self.arguments(*overrides)])
+        return self.run / "quantized"
+
+    def start(self, *overrides: str) -> dict:
+        """Codes and scales that training started from."""
+        from finequant.quantize.checkpoint.stored import read_stored
+
+        (folder,) = (self.run / "checkpoints" / "qat").glob("start-*")
+        return read_stored(folder).rounded
 
 
 @pytest.fixture
-def aware(recipe_file, monkeypatch):
-    """Trains, and returns the run folder, the trainer as training left it, and the first codes."""
-    from finequant.finetune import train as stage
-    from finequant.finetune import trainer as trainers
-    from finequant.quantize.training import fake_quantize as quantization_aware
+def stage(tuned, tmp_path, monkeypatch):
+    return make_stage(tuned, tmp_path, monkeypatch)
 
-    kept = {}
-    build, begin = trainers.build_trainer, quantization_aware.round_in_training
+
+def make_stage(recipe: Path, folder: Path, monkeypatch) -> Stage:
+    """Without the process that loads `quantized/` again: these tests load it themselves."""
+    from finequant.finetune import trainer as trainers
+    from finequant.quantize.checkpoint import reload
+
+    made, build = Stage(recipe, folder / "run"), trainers.build_trainer
 
     def build_trainer(*arguments):
-        kept["trainer"] = build(*arguments)
-        return kept["trainer"]
-
-    def round_in_training(model, start, *others):
-        kept["start"] = start
-        return begin(model, start, *others)
+        made.trainers.append(build(*arguments))
+        return made.trainers[-1]
 
     monkeypatch.setattr(trainers, "build_trainer", build_trainer)
-    monkeypatch.setattr(quantization_aware, "round_in_training", round_in_training)
-
-    def run(*overrides: str):
-        stage.main([str(recipe_file), *AWARE, *overrides])
-        return recipe_file.parent / "run", kept["trainer"], kept["start"]
-
-    return run
+    monkeypatch.setattr(reload, "check_reload", lambda *_: None)
+    return made
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ["lora.use_rslora=true"],
-        ["quantize.head=float"],
-        ["quantize.embedding=4"],
-        ["train.quantization_aware.steps=3"],
-        ["train.quantization_aware.steps=3", "quantize.rotate=true"],
-        ["train.quantization_aware.steps=3", "quantize.layers={'*.v_proj': float}"],
-        ["train.quantization_aware={steps: 3, learns: scales}"],
-        ["train.quantization_aware={steps: 3, learns: scales}", "quantize.scale_dtype=bfloat16"],
-        ["quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}"],
-    ],
-)
-def test_training_forward_converted_and_reloaded_are_equal(aware, recipe_file, precision, variant):
+VARIANTS = [
+    [ADAPTER, "quantize.dtype=float32"],
+    [ADAPTER, "quantize.head=float"],
+    [ADAPTER, "quantize.embedding=4"],
+    [TAUGHT, "quantize.rotate=true"],
+    [TAUGHT, "quantize.layers={'*.v_proj': float}"],
+    [SCALES, "quantize.dtype=float32"],
+    [SCALES, "quantize.scale_dtype=bfloat16"],
+    [ADAPTER, "quantize.layers={'*.down_proj': {bits: 7}, 'model.layers.0.*': {bits: 2}}"],
+    [ADAPTER, "train.optimizer=adamw_torch_fused"],
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_forward_converted_and_reloaded_are_equal(stage, variant):
+    """The adapter was trained in float32: also where what ships is bfloat16."""
+    check_equal(stage, "quantize.dtype=bfloat16", *variant)
+
+
+@pytest.mark.parametrize("variant", [TAUGHT, SCALES])
+def test_biases_are_in_the_forward(tuned_with_biases, tmp_path, monkeypatch, variant):
+    check_equal(make_stage(tuned_with_biases, tmp_path, monkeypatch), variant)
+
+
+def check_equal(stage: Stage, *overrides: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.convert import main as convert
-
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    overrides = (f"train.precision={precision}", f"quantize.dtype={dtype}", *variant)
-    run, trainer, _ = aware(*overrides)
+    trainer = stage.train(*overrides)
     prompt = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     trainer.model.set_attn_implementation("sdpa")  # that of from_pretrained, to the last bit
     with torch.no_grad(), trainer.compute_loss_context_manager():
         trained = trainer.model.eval()(prompt).logits
-    convert([str(recipe_file), *AWARE, *overrides])
-    quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(map(torch.isfinite, torch.tensor(losses)))
+    folder = stage.quantize(*overrides)
+    quantized = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        assert torch.equal(quantized(prompt).logits.float(), trained.float())
-    assert "then trained" in json.loads((run / "quantized/quantization.json").read_text())["method"]
+        assert torch.equal(quantized(prompt).logits, trained)
+    assert "then trained" in json.loads((folder / "quantization.json").read_text())["method"]
 
 
-def test_the_first_forward_is_the_calibrated_model_and_training_leaves_it(aware):
-    run, trainer, start = aware()
-    ended = load_file(run / "adapter" / "rounded.safetensors")
-    moved = [
-        (ended[f"{name}.codes"] != rounded.codes).float().mean().item()
-        for name, rounded in start.items()
-        if name != "lm_head"
-    ]
-    assert min(moved) > 0
-    assert torch.equal(ended["lm_head.codes"], start["lm_head"].codes)
-    for name, rounded in start.items():
-        assert torch.equal(ended[f"{name}.scale"], rounded.scale)
+def test_it_starts_from_what_quantize_ships_and_leaves_it(stage):
+    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.training.model import fake_quantized_layers
+
+    trainer = stage.train(ADAPTER)
+    start, layers = stage.start(), fake_quantized_layers(trainer.model)
+    untrained = read_stored(stage.quantize()).rounded
+    ended = load_file(stage.run / "trained_codes" / "codes.safetensors")
+    assert start.keys() == untrained.keys() == layers.keys()
     with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:
-                parameter.zero_()
-    model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
-    for name, rounded in start.items():
-        layer = model.get_submodule(name)
-        assert torch.equal(layer.rounded().codes, rounded.codes)
-        weight = layer.rounded_weight()
-        assert torch.equal(weight, rounded.dequantize(weight.dtype))
+        for name, layer in layers.items():
+            assert torch.equal(start[name].codes, untrained[name].codes)
+            assert torch.equal(start[name].scale, untrained[name].scale)
+            assert torch.equal(ended[f"{name}.scale"], start[name].scale)
+            same = torch.equal(ended[f"{name}.codes"], start[name].codes)
+            assert same == (name == "lm_head")
+            if not same:
+                layer.lora_B.zero_()
+            assert torch.equal(layer.rounded().codes, start[name].codes)
 
 
-def test_gradients_are_those_of_the_merged_weight():
-    """Against autograd through a weight that is formed in full, where rounding changes nothing."""
-    from finequant.quantize.rounding import quantize_activations
-    from finequant.quantize.training.fake_quantize import _StraightThrough
-
-    torch.manual_seed(0)
-    x, a, b = torch.randn(3, 5, 8), torch.randn(2, 8), torch.randn(6, 2)
-    weight = torch.randn(6, 8)
-    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
-    rounded = quantize_activations(x.detach())
-    through = x + (rounded - x).detach()
-    exact = through @ (weight + 0.5 * (b @ a - (b @ a).detach())).T
-    (exact * torch.arange(6.0)).sum().backward()
-    expected = [tensor.grad.clone() for tensor in leaves]
-    for tensor in leaves:
-        tensor.grad = None
-    ours = _StraightThrough.apply(x, a, b, weight, 0.5)
-    assert torch.equal(ours, exact)
-    (ours * torch.arange(6.0)).sum().backward()
-    for tensor, wanted in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(tensor.grad, wanted, rtol=1e-4, atol=1e-4)
-
-
-AFTER = ("train.quantization_aware={steps: 4, distillation: 0.5}", "train.save_steps=2")
-
-
-def test_after_plain_lora_the_adapter_is_that_of_plain_lora(aware, recipe_file):
-    from finequant.finetune.train import main as train
-
-    run, *_ = aware(*AFTER)
-    log = json.loads((run / "adapter" / "training_log.json").read_text())
-    assert [entry["step"] for entry in log if "train_loss" in entry] == [6, 10]
-    tuned = load_file(run / "adapter" / "adapter_model.safetensors")
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["train"]["steps"] == 10
-    train([str(recipe_file), *AWARE, "train.quantization_aware=false"])
-    assert not (run / "adapter" / "rounded.safetensors").exists()
-    plain = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert plain.keys() == tuned.keys()
-    assert all(torch.equal(plain[name], tensor) for name, tensor in tuned.items())
-
-
-def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(aware, recipe_file):
-    """By hand, from the merged adapter and the converted checkpoint, on the learned tokens."""
+def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(stage, monkeypatch):
+    """By hand, from peft's model and the converted checkpoint, on the target tokens; whatever
+    the number of tokens whose logits are in memory at a time."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.convert import main as convert
-    from finequant.quantize.merge.adapter import merge
-    from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
+    from finequant.finetune import trainer as trainers
 
-    overrides = [
-        *AWARE,
-        "train.quantization_aware={steps: 4, distillation: 1.0}",
-        "quantize.dtype=float32",
-        "quantize.bits=2",
-    ]
-    run, trainer, _ = aware(*overrides)
+    overrides = ["quantize.training={steps: 4, distillation: 1.0}", "quantize.bits=2"]
+    trainer = stage.train(*overrides)
     batch = next(iter(trainer.get_train_dataloader()))
-    with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model.train(), dict(batch)).item()
-    convert([str(recipe_file), *overrides])
-    tuned, _ = merge(load_recipe(recipe_file, overrides), RunDir(run), [[5, 6]])
-    quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
+    gradients = []
+    for tokens in (1024, 5):
+        monkeypatch.setattr(trainers, "TARGETS_AT_ONCE", tokens)
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        loss.backward()
+        learned = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        gradients.append([weight.grad.clone() for weight in learned])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+    quantized = AutoModelForCausalLM.from_pretrained(stage.quantize(*overrides))
+    base = AutoModelForCausalLM.from_pretrained(stage.recipe.parent / "base")
+    tuned = PeftModel.from_pretrained(base, stage.run / "adapter").eval()
     far, bounds = [], batch["cu_seq_lens_q"][1:-1].long()
     for row in batch["input_ids"][0].tensor_split(bounds):
         with torch.no_grad():
@@ -176,144 +193,173 @@ def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(aware, re
                 model(row[None]).logits[0, :-1].log_softmax(-1) for model in (tuned, quantized)
             )
         far.append((exact.exp() * (exact - rounded)).sum(-1))
-    learned = [row[1:] != -100 for row in batch["labels"][0].tensor_split(bounds)]
-    far, learned = torch.cat(far), torch.cat(learned)
-    assert 0 < learned.sum() < len(far)
-    assert loss == pytest.approx(far[learned].mean().item(), rel=1e-3)
+    targets = [row[1:] != -100 for row in batch["labels"][0].tensor_split(bounds)]
+    far, targets = torch.cat(far), torch.cat(targets)
+    assert 0 < targets.sum() < len(far)
+    assert loss.item() == pytest.approx(far[targets].mean().item(), rel=1e-3)
 
 
-def test_where_scales_learn_the_codes_stay(aware):
-    run, trainer, start = aware(*AFTER, "train.quantization_aware.learns=scales")
-    for name, layer in zip(start, trainer.rounded_layers, strict=True):
+def test_only_what_learns_has_a_gradient(stage):
+    """Under a teacher, too: nothing of a layer that stays in float, and nothing that is frozen."""
+    trainer = stage.train(TAUGHT, "quantize.layers={'*.v_proj': float}")
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
+    with_gradient = {n for n, weight in trainer.model.named_parameters() if weight.grad is not None}
+    assert {name.rpartition(".")[2] for name in with_gradient} == {"lora_A", "lora_B"}
+    assert not any("v_proj" in name or "lm_head" in name for name in with_gradient)
+    in_optimizer = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert in_optimizer == len(with_gradient) == 2 * 2 * 6
+
+
+def test_where_scales_learn_the_codes_stay(stage):
+    from finequant.quantize.training.model import fake_quantized_layers
+
+    trainer = stage.train(SCALES)
+    start, layers = stage.start(), fake_quantized_layers(trainer.model)
+    for name, layer in layers.items():
         before, after = start[name], layer.rounded()
         assert torch.equal(before.codes, after.codes)
         assert not torch.equal(before.scale, after.scale)
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(start)
 
 
-def test_the_gradient_of_the_scales_is_that_of_autograd(aware):
-    """Of the same product, with the rounding of the activations passed by."""
-    from torch.nn.functional import linear
-
-    from finequant.quantize.rounding import quantize_activations
-
-    _, trainer, _ = aware(*AFTER, "train.quantization_aware.learns=scales", "train.precision=fp32")
-    layer = trainer.rounded_layers[0]
-    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
-    growth = layer.growth
-    growth.grad = None
-    layer(x).square().sum().backward()
-    found, of_x = growth.grad.clone(), x.grad.clone()
-    codes, scale = layer.rounded().codes.float(), layer._scale.float()
-    growth.grad = x.grad = None
-    weight = codes.unflatten(1, (scale.shape[1], -1)) * (scale * (1 + growth))[:, :, None]
-    rounded = x + (quantize_activations(x.detach()) - x.detach())
-    linear(rounded, weight.flatten(1)).square().sum().backward()
-    torch.testing.assert_close(found, growth.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(of_x, x.grad, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("training", [TAUGHT, SCALES])
+def test_resumed_is_uninterrupted(stage, training):
+    stage.train(training)
+    codes = stage.run / "trained_codes" / "codes.safetensors"
+    expected = codes.read_bytes()
+    shutil.rmtree(stage.run / "trained_codes")
+    shutil.rmtree(stage.run / "checkpoints" / "qat" / "steps" / "checkpoint-4")
+    trainer = stage.train(training)
+    assert trainer.state.global_step == 4
+    assert codes.read_bytes() == expected
 
 
-@pytest.mark.parametrize("learns", ["adapter", "scales"])
-@pytest.mark.parametrize("phase", ["plain", "rounded"])
-def test_resumed_is_uninterrupted(aware, phase, learns):
-    learns = f"train.quantization_aware.learns={learns}"
-    whole, *_ = aware(*AFTER, learns)
-    expected = {path.name: load_file(path) for path in (whole / "adapter").glob("*.safetensors")}
-    assert len(expected) == 2
-    checkpoints = whole / "checkpoints"
-    shutil.rmtree(checkpoints / "quantization_aware" / "rounded")
-    shutil.rmtree(checkpoints / "quantization_aware" / "checkpoint-4")
-    if phase == "plain":  # as a kill in the first phase leaves it
-        shutil.rmtree(checkpoints / "plain")
-        shutil.rmtree(checkpoints / "quantization_aware")
-        shutil.rmtree(checkpoints / "checkpoint-6")
-    resumed, *_ = aware(*AFTER, learns)
-    for path in (resumed / "adapter").glob("*.safetensors"):
-        found = load_file(path)
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected[path.name].items())
+def test_starting_codes_are_made_again_only_for_another_scheme(stage, capsys):
+    said = "quantizing by gptq, to train from there"
+    stage.train(ADAPTER)
+    first = (stage.run / "trained_codes" / "codes.safetensors").read_bytes()
+    assert said in capsys.readouterr().err
+    stage.train("quantize.training={steps: 2}")
+    err = capsys.readouterr().err
+    assert said not in err and "was made with other inputs: removed" in err
+    stage.train(ADAPTER, "quantize.bits=3")
+    assert said in capsys.readouterr().err
+    assert len(list((stage.run / "checkpoints" / "qat").glob("start-*"))) == 1
+    stage.train(ADAPTER)
+    assert said in capsys.readouterr().err
+    assert (stage.run / "trained_codes" / "codes.safetensors").read_bytes() == first
 
 
-def test_what_did_not_change_is_not_done_again(aware, capsys):
-    """Another second phase: neither plain LoRA nor, with the same scheme, the calibration."""
-    run, *_ = aware(*AFTER, "train.quantization_aware.distillation=0.25")
-    expected = {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
-    shutil.rmtree(run)
-    aware(*AFTER, "quantize.bits=3")
-    for overrides, calibrates in (
-        ([], True),
-        (["train.quantization_aware.distillation=0.25"], False),
-    ):
-        capsys.readouterr()
-        aware(*AFTER, *overrides)
-        said = capsys.readouterr().err
-        assert "plain LoRA was done before" in said
-        assert ("rounding the weights by gptq" in said) == calibrates
-        assert "quantization_aware was made with other inputs: removed" in said
-    assert len(expected) == 2
-    for name, content in expected.items():
-        assert (run / "adapter" / name).read_bytes() == content
-    assert len(list((run / "checkpoints").glob("start-*"))) == 1
+def test_the_stages_know_what_each_depends_on(stage):
+    def changed(name: str, *overrides: str) -> list[str] | None:
+        recipe = load_recipe(stage.recipe, stage.arguments(*overrides))
+        return RunDir.of(recipe).what_changed(recipe, name)
+
+    stage.train(ADAPTER)
+    assert changed("train", "quantize.training={steps: 9}", "quantize.bits=3") == []
+    assert changed("qat", ADAPTER) == []
+    assert changed("qat", "quantize.training={steps: 9}") == ["quantize.training.steps: 4 -> 9"]
+    assert changed("qat", ADAPTER, "quantize.bits=3") == ["quantize.bits: 4 -> 3"]
+    assert json.loads((stage.run / "manifest.json").read_text())["qat"]["steps"] == 4
+
+
+def refused(capsys, main, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_codes_of_another_scheme_or_adapter_are_not_shipped(stage, capsys):
+    from finequant.quantize.convert import main as convert
+
+    stage.train(ADAPTER)
+    arguments = [str(stage.recipe), *stage.arguments(ADAPTER)]
+    said = refused(capsys, convert, [*arguments, "quantize.bits=8"])
+    assert "quantize.bits:" in said and "was trained for 4, not 8" in said
+    said = refused(capsys, convert, [*arguments, "quantize.layers={lm_head: float}"])
+    assert "quantize.layers:" in said and "run `finequant qat RECIPE` again" in said
+    (stage.run / "adapter" / "SHA256SUMS").unlink()
+    (stage.run / "adapter" / "chat_template.jinja").write_text("another", encoding="utf-8")
+    assert "adapter/:" in refused(capsys, convert, arguments)
+
+
+@pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
+def test_split_weights_are_refused_first(stage, monkeypatch, capsys, launcher):
+    from finequant.quantize.training.train import main
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    said = refused(capsys, main, [str(stage.recipe), *stage.arguments(ADAPTER)])
+    assert "quantize.training: not with FSDP or DeepSpeed" in said
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_zero3"])
+def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
+    recipe_file, monkeypatch, capsys, name
+):
+    from finequant.recipes import run
+
+    monkeypatch.setattr(run, "_start", lambda *_: pytest.fail("a stage was started"))
+    file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
+    arguments = ["run", str(recipe_file), ADAPTER, "--force", "--launch", str(file)]
+    assert f"--launch: {file} is of" in refused(capsys, run.main, arguments)
+
+
+def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():
+    from transformers import LlamaConfig
+
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.schema import Quantize
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, dtype="float16")
+    training = {"training": {"steps": 1}}
+    with pytest.raises(UserError, match="set quantize.dtype=bfloat16 or float32"):
+        layer_plan(Quantize(**training), config)
+    layer_plan(Quantize(dtype="bfloat16", **training), config)
 
 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("lora.dropout=0.1", "lora.dropout"),
-        ("lora.use_dora=true", "lora.use_dora"),
-        ("lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa"),
-        ("quantize.budget=5", "quantize.budget"),
+        ("train.quantization_aware=true", "quantization_aware is now quantize.training"),
+        ("train.quantization_aware={steps: 3}", "quantization_aware is now quantize.training"),
+        ("quantize.training={learns: scales}", "quantize.training.steps"),
+        ("quantize.budget=5", "quantize.training cannot be combined with quantize.budget"),
+        ("quantize.training=null", "quantize.training: absent from the recipe"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(recipe_file, capsys, override, reason):
-    from finequant.finetune.train import main as train
+def test_recipes_that_do_not_hold_are_refused_by_name(recipe_file, capsys, override, reason):
+    from finequant.quantize.training.train import main
 
-    with pytest.raises(SystemExit) as exit_:
-        train([str(recipe_file), *AWARE, override])
-    assert exit_.value.code == 2
-    assert f"train.quantization_aware cannot be combined with {reason}" in capsys.readouterr().err
+    assert reason in refused(capsys, main, [str(recipe_file), ADAPTER, override])
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "quantize.rotate=true",
-        "train.quantization_aware={learns: scales}",
-        "train.quantization_aware={distillation: 0.5}",
-    ],
-)
-def test_what_needs_a_tuned_model_is_refused_from_the_start(recipe_file, capsys, override):
-    from finequant.finetune.train import main as train
-
-    with pytest.raises(SystemExit) as exit_:
-        train([str(recipe_file), *AWARE, override])
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert override.partition("=")[0] in said
-    assert "give train.quantization_aware.steps, to come after" in " ".join(said.split())
-
-
-@pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
-def test_split_weights_are_refused_before_anything_is_trained(
-    recipe_file, monkeypatch, capsys, launcher
-):
-    from finequant.finetune.train import main as train
-
-    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
-    with pytest.raises(SystemExit) as exit_:
-        train([str(recipe_file), *AWARE, *AFTER])
-    assert exit_.value.code == 2
-    assert "train.quantization_aware: not with FSDP or DeepSpeed" in capsys.readouterr().err
-    assert [path.name for path in (recipe_file.parent / "run").iterdir()] == [".lock"]
-
-
-def test_another_scheme_than_the_trained_one_is_refused(aware, recipe_file, capsys):
+def test_the_folder_is_needed_before_it_is_quantized(stage, capsys):
     from finequant.quantize.convert import main as convert
 
-    aware()
-    with pytest.raises(SystemExit) as exit_:
-        convert([str(recipe_file), *AWARE, "quantize.bits=8"])
-    assert exit_.value.code == 2
-    assert "was trained for 4, not 8" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        convert([str(recipe_file), *AWARE, "quantize.layers={lm_head: float}"])
-    assert "quantize.layers: the adapter in" in capsys.readouterr().err
+    said = refused(capsys, convert, [str(stage.recipe), *stage.arguments(ADAPTER)])
+    assert "trained_codes does not exist: run `finequant qat RECIPE` first" in said
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_codes_of_one(stage):
+    root = Path(__file__).parents[2]
+    overrides = (
+        "quantize.training={steps: 3, distillation: 0.5, learning_rate: 1e-3}",
+        "train.micro_batch_size=2",
+    )
+    stage.train(*overrides)
+    codes = stage.run / "trained_codes" / "codes.safetensors"
+    one = load_file(codes)
+    shutil.rmtree(stage.run / "trained_codes")
+    shutil.rmtree(stage.run / "checkpoints" / "qat")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += [str(root / "quantize" / "training" / "train.py"), str(stage.recipe)]
+    subprocess.run([*command, *stage.arguments(*overrides)], check=True, cwd=root, timeout=600)
+    two = load_file(codes)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert (tensor != two[name]).float().mean() < 0.01, name
+    assert json.loads((stage.run / "manifest.json").read_text())["qat"]["processes"] == 2

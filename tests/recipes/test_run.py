@@ -176,7 +176,7 @@ def test_readme_commands_run(tmp_path):
             words += ["--max-new-tokens", "8"]
         if words[0] != "finequant" or words[1] in ("run", "sweep", "export", "publish", "chat"):
             steps = [] if "max_steps" in command else ["train.max_steps=1"]
-            steps += ["train.quantization_aware=false"]
+            steps += ["quantize.training=null"]
             output = [] if "output_dir" in command else [f"output_dir={tmp_path / 'r'}"]
             words += few + steps + output
             words = [word for word in words if not word.startswith("quantize.method=")]

@@ -11,8 +11,10 @@ import pytest
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import STAGES, RunDir, content_hash
+from finequant.recipes.rundir import RunDir, content_hash
 from finequant.recipes.schema import Recipe
+
+STAGES = ("train", "quantize", "evaluate")
 
 RECIPE = """\
 name: tiny

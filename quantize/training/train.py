@@ -1,0 +1,185 @@
+"""Train through the quantized weights that will ship: adapter/ -> trained_codes/
+
+python quantize/training/train.py recipes/chat.yaml
+accelerate launch quantize/training/train.py recipes/chat.yaml quantize.training.steps=100
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finequant.recipes.artefact import differences, remove
+from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from finequant.quantize.checkpoint.reading import Weights
+    from finequant.quantize.merge.adapter import Base
+    from finequant.quantize.training.trainer import QuantizationAwareTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with told_to_the_user():
+        recipe, run = read_command_line(__doc__, argv)
+        quiet_libraries()
+        train(recipe, run)
+
+
+def train(recipe: Recipe, run: RunDir) -> None:
+    """Trains codes or scales of the tuned model and writes `trained_codes/`.
+
+    It starts from what `quantize.method` makes of the tuned model, and goes on from its last
+    checkpoint if there is one. Its arithmetic is that of the shipped model, whatever the adapter
+    was trained in: weights in the shipped dtype, and no autocast.
+
+    Raises:
+        UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
+    """
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.finetune.processes import decided_by_first, is_first, require_shared
+    from finequant.finetune.stopping import last_checkpoint, run_trainer
+    from finequant.finetune.train import clear_stale_checkpoints
+    from finequant.finetune.trainer import build_trainer
+    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.methods.rotation import rotated
+    from finequant.quantize.scheme import layer_plan, shipped_dtype
+    from finequant.quantize.training.model import fake_quantized_model
+    from finequant.quantize.training.trainer import QuantizationAwareTrainer
+
+    watch = Stopwatch()
+    _refuse_what_it_is_not_for(recipe)
+    config = load_config(recipe.model)
+    plan = layer_plan(recipe.quantize, config)
+    run.require("train")
+    inputs = run.inputs(recipe, "qat") if is_first() else {}  # hashes the base
+    tokenizer, splits = load_tokenizer(recipe.model), load_splits(recipe.data, recipe.seed)
+    base = open_base(recipe.model)
+    weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
+    if recipe.quantize.rotate:
+        weights = rotated(weights, config)
+    dtype = shipped_dtype(recipe.quantize, config)
+    arguments = _arguments(recipe, run, bool(splits.validation))
+    require_shared(run.root)
+    start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))
+    steps = Path(arguments.output_dir)
+    decided_by_first(lambda: clear_stale_checkpoints(run, "qat", steps, inputs))
+    model = fake_quantized_model(recipe, weights, read_stored(start).rounded, plan, dtype)
+    trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
+    trainer.distillation = recipe.quantize.training.distillation
+    run_trainer(trainer, last_checkpoint(arguments))
+    if is_first():
+        figures = _write(recipe, run, trainer)
+        run.record(recipe, "qat", inputs, seconds=watch.seconds, **figures)
+        say(f"qat: {figures['steps']} steps, {run.trained_codes} written in {watch.seconds} s")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _refuse_what_it_is_not_for(recipe: Recipe) -> None:
+    from finequant.finetune.processes import sharding
+
+    if recipe.quantize.training is None:
+        raise UserError("quantize.training: absent from the recipe: give it its steps")
+    if sharding():
+        raise UserError(
+            "quantize.training: not with FSDP or DeepSpeed, which split the weights that have to "
+            "be rounded whole: use recipes/accelerate/several_gpus.yaml for `finequant qat`, or "
+            "quantize.training=null"
+        )
+
+
+def starting_codes(
+    recipe: Recipe,
+    run: RunDir,
+    base: Base,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> Path:
+    """A folder with what `quantize` would ship without this stage; made if it is not there.
+
+    It is written as `quantized/` is: interrupted, the same command goes on from there. Named by all
+    that decides the codes, it serves other training settings, too.
+    """
+    plain = recipe.quantize.model_copy(update={"training": None})
+    untrained = recipe.model_copy(update={"quantize": plain})
+    inputs = run.inputs(untrained, "quantize")
+    folder = run.starting_codes(inputs)
+    if differences(folder) != []:
+        for earlier in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
+            if earlier.name != f"{folder.name}.partial":
+                remove(earlier)
+        say(f"qat: quantizing by {plain.method}, to train from there")
+        _write_starting_codes(untrained, run, folder, inputs, base, weights, tokenizer, dtype)
+    return folder
+
+
+def _write_starting_codes(
+    recipe: Recipe,
+    run: RunDir,
+    target: Path,
+    inputs: dict,
+    base: Base,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> None:
+    from finequant.quantize.convert import write_quantized
+    from finequant.quantize.methods.method import calibration_sequences
+
+    sequences = None
+    if recipe.quantize.method == "gptq":
+        sequences = calibration_sequences(recipe, tokenizer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with run.writing(target, recipe, inputs) as folder:
+        write_quantized(folder, base, weights, recipe.quantize, dtype, sequences).finish()
+
+
+def _arguments(recipe: Recipe, run: RunDir, evaluates: bool) -> SFTConfig:
+    import torch
+
+    from finequant.finetune.trainer import training_arguments
+
+    training = recipe.quantize.training
+    train = recipe.train.model_copy(
+        update={
+            "max_steps": training.steps,
+            "learning_rate": training.learning_rate or recipe.train.learning_rate,
+        }
+    )
+    # Another seed than that of plain LoRA: rows in another order.
+    changed = recipe.model_copy(update={"train": train, "seed": recipe.seed + 1})
+    folder = run.checkpoints / "qat" / "steps"
+    arguments = training_arguments(changed, folder, torch.float32, evaluates)
+    arguments.mixed_precision = "no"  # also where accelerate's configuration asks for it
+    arguments.ddp_broadcast_buffers = False  # latent weights, which never change
+    arguments.ddp_find_unused_parameters = False
+    return arguments
+
+
+def _write(recipe: Recipe, run: RunDir, trainer: QuantizationAwareTrainer) -> dict:
+    """trained_codes/; what the manifest says of it."""
+    from finequant.finetune.train import LOG, training_figures
+    from finequant.quantize.rounding import CODES, save_rounded
+    from finequant.quantize.training.model import fake_quantized_layers
+
+    layers = fake_quantized_layers(trainer.accelerator.unwrap_model(trainer.model))
+    log = trainer.state.log_history
+    with run.writing(run.trained_codes, recipe) as folder:
+        save_rounded({name: layer.rounded() for name, layer in layers.items()}, folder / CODES)
+        (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
+    return training_figures(log) | {"processes": trainer.args.world_size}
+
+
+if __name__ == "__main__":
+    main()
