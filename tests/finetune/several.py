@@ -24,17 +24,18 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from finequant.finetune import processes, trainer
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
+from finequant.quantize.training.train import main as train_codes
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 FSDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp.yaml"
 
 
-def train(name: str, *overrides: str, run: str | None = None) -> None:
+def train(name: str, *overrides: str, run: str | None = None, entry=main) -> None:
     """Trains in FOLDER/RUN, which is called as the scenario if nothing is said."""
     said, code = io.StringIO(), 0
     with redirect_stderr(said):
         try:
-            main([str(FOLDER / "recipe.yaml"), f"output_dir={FOLDER / (run or name)}", *overrides])
+            entry([str(FOLDER / "recipe.yaml"), f"output_dir={FOLDER / (run or name)}", *overrides])
         except SystemExit as stop:
             code = stop.code
     result = {"code": code, "said": said.getvalue()}
@@ -90,6 +91,12 @@ def stop(loss):
 
 STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
 LORA = ["train.save_steps=2", "train.max_steps=3"]
+AWARE = [
+    *STEPS,
+    "quantize.method=gptq",
+    "quantize.calibration={tokens: 256, length: 32}",
+    "quantize.training={steps: 3, distillation: 0.5}",
+]
 
 train("uneven", f"data.train={FOLDER / 'uneven.jsonl'}")
 train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
@@ -101,12 +108,11 @@ with at_step(3, 1, stop):
 with fsdp():
     train("whole weights opened by FSDP", *STEPS, run="stopped")
 train("gone on", *STEPS, run="stopped")
+train("codes", *AWARE, run="undisturbed", entry=train_codes)
 processes.APPEARS_WITHIN = 0.2
 train("shared", run="apart" if RANK else "shared")
-with fsdp():
-    train("rounded", "train.quantization_aware=true")
-    with at_step(2, 0, stop):
-        train("lora, stopped", *LORA, run="lora")
+with fsdp(), at_step(2, 0, stop):
+    train("lora, stopped", *LORA, run="lora")
 train("split weights opened by DDP", *LORA, run="lora")
 with fsdp():
     train("lora", *LORA)

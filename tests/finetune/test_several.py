@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 WEIGHTS = "adapter/adapter_model.safetensors"
 LORA = ["train.save_steps=2", "train.max_steps=3"]
+AWARE = [
+    "train.save_steps=2",
+    "lora.dropout=0.1",
+    "quantize.method=gptq",
+    "quantize.calibration={tokens: 256, length: 32}",
+    "quantize.training={steps: 3, distillation: 0.5}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,20 @@ def test_fsdp_saves_the_adapter_of_one_process(folder, by_one, name):
     assert config == expected
 
 
-def test_fsdp_splits_what_quantization_aware_training_needs_whole(folder):
-    codes, (said, _) = results(folder, "rounded")
-    assert codes == [2, 2]
-    assert "train.quantization_aware: not with FSDP or DeepSpeed" in said
+def test_two_processes_train_the_codes_of_one(folder):
+    from finequant.quantize.training.train import main
+
+    codes, said = results(folder, "codes")
+    assert codes == [0, 0], said
+    trained = folder / "undisturbed" / "trained_codes" / "codes.safetensors"
+    alone = folder / "codes of one"
+    shutil.copytree(
+        folder / "undisturbed", alone, ignore=shutil.ignore_patterns("trained_*", "qat")
+    )
+    main([str(folder / "recipe.yaml"), f"output_dir={alone}", *AWARE])
+    one, two = load_file(alone / "trained_codes" / trained.name), load_file(trained)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert (tensor != two[name]).float().mean() < 0.01, name
+    manifest = json.loads((folder / "undisturbed" / "manifest.json").read_text())
+    assert manifest["qat"]["processes"] == 2

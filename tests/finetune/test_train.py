@@ -90,7 +90,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_tokens(recipe_file, monkeypa
         losses.append(each[labels[1:] != -100])
     batches = [torch.cat(losses[first : first + 2]).mean() for first in (0, 2, 4)]
     assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
-    assert found != pytest.approx(torch.stack(batches).mean().item(), rel=1e-3)
+    assert found != pytest.approx(torch.stack(batches).mean().item(), rel=2e-4)
 
 
 def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):

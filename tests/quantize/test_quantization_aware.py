@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -341,25 +339,3 @@ def test_the_folder_is_needed_before_it_is_quantized(stage, capsys):
 
     said = refused(capsys, convert, [str(stage.recipe), *stage.arguments(ADAPTER)])
     assert "trained_codes does not exist: run `finequant qat RECIPE` first" in said
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_codes_of_one(stage):
-    root = Path(__file__).parents[2]
-    overrides = (
-        "quantize.training={steps: 3, distillation: 0.5, learning_rate: 1e-3}",
-        "train.micro_batch_size=2",
-    )
-    stage.train(*overrides)
-    codes = stage.run / "trained_codes" / "codes.safetensors"
-    one = load_file(codes)
-    shutil.rmtree(stage.run / "trained_codes")
-    shutil.rmtree(stage.run / "checkpoints" / "qat")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [str(root / "quantize" / "training" / "train.py"), str(stage.recipe)]
-    subprocess.run([*command, *stage.arguments(*overrides)], check=True, cwd=root, timeout=600)
-    two = load_file(codes)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert (tensor != two[name]).float().mean() < 0.01, name
-    assert json.loads((stage.run / "manifest.json").read_text())["qat"]["processes"] == 2
