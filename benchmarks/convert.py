@@ -22,7 +22,7 @@ import torch
 import typer
 
 from finequant.recipes.command_line import say
-from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import peak_memory
 
 if TYPE_CHECKING:
@@ -299,5 +299,5 @@ def theirs(at: Path) -> None:
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with report_user_errors():
         app()

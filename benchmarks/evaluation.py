@@ -22,7 +22,7 @@ from quality import WIKITEXT, show
 
 from finequant.evaluate.compare import device
 from finequant.recipes.command_line import quiet_libraries, say
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe
 
 if TYPE_CHECKING:
@@ -305,6 +305,6 @@ def show_speeds(title: str, seconds: dict[str, float], tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with report_user_errors():
         quiet_libraries()
         app()

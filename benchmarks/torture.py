@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 from finequant.finetune.model import load_base, load_tokenizer
 from finequant.recipes.artefact import content_hash
 from finequant.recipes.command_line import quiet_libraries, say
-from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import STAGES
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     kills, tests = [], []
     if arguments.only != "tests":
-        with told_to_the_user(), tempfile.TemporaryDirectory() as folder:
+        with report_user_errors(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
         what = EMBEDDED if arguments.quickstart else TINY
         write_section(f"Killed runs: {what}", kills_section(arguments, kills, seconds))

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finequant.recipes.command_line import quiet_libraries, say
-from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Recipe
 
@@ -196,6 +196,6 @@ def show(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> No
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with report_user_errors():
         quiet_libraries()
         typer.run(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch, exports_of, replace_text, versions
 from finequant.recipes.schema import Recipe
 
@@ -51,7 +51,7 @@ class Material:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_to_the_user():
+    with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
         quiet_libraries()
         if not compare(recipe, run):
@@ -427,8 +427,8 @@ def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | Non
         digest = None
     if digest is None or digest != _digest(kept):
         raise UserError(
-            f"{file}: not as it was written: truncated, damaged or edited; delete it, and the same "
-            "command measures again"
+            f"{file}: changed since it was written: truncated, damaged, or edited; delete it, and "
+            "the same command measures again"
         )
     same = (kept["inputs"], kept["versions"]) == (inputs, versions())
     return kept["measurement"] if same else None

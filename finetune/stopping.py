@@ -19,7 +19,7 @@ from finequant.finetune.processes import (
 from finequant.recipes.artefact import differences, remove
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
-from finequant.recipes.interrupt import Interrupted, Wish, put_off
+from finequant.recipes.interrupt import Interrupted, StopRequest, deferred_signals
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -34,8 +34,8 @@ LAUNCHER = "launcher.json"
 class SavesWhenStopped(TrainerCallback):
     """Ends training at the next step, with a checkpoint of it, once a signal has come."""
 
-    def __init__(self, trainer: LoraTrainer, wish: Wish) -> None:
-        self.trainer, self.wish = trainer, wish
+    def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
+        self.trainer, self.request = trainer, request
 
     def on_step_end(self, args, state, control, **_) -> None:
         if (number := self._asked()) and control.should_evaluate and args.load_best_model_at_end:
@@ -49,7 +49,7 @@ class SavesWhenStopped(TrainerCallback):
 
     def _asked(self) -> int:
         """The signal that any process got: they all have to save the same step."""
-        number = torch.tensor(self.wish.number or 0, device=self.trainer.accelerator.device)
+        number = torch.tensor(self.request.number or 0, device=self.trainer.accelerator.device)
         if self.trainer.accelerator.num_processes == 1:
             return int(number)
         return int(self.trainer.accelerator.gather(number.reshape(1)).max())
@@ -62,8 +62,8 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
         UserError: if a loss or a gradient is not finite, naming the step and its rows.
         Interrupted: after a signal, with the last step saved.
     """
-    with put_off() as wish:
-        trainer.add_callback(SavesWhenStopped(trainer, wish))
+    with deferred_signals() as request:
+        trainer.add_callback(SavesWhenStopped(trainer, request))
         trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.artefact import differences, remove, replace_text, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Recipe
 
@@ -32,7 +32,7 @@ LOG = "training_log.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_to_the_user():
+    with report_user_errors():
         recipe, run = read_command_line(__doc__, argv, first_stage=True)
         quiet_libraries()
         train(recipe, run)

@@ -32,7 +32,7 @@ from finequant.finetune.processes import (
 from finequant.finetune.stopping import last_checkpoint, record_launcher
 from finequant.recipes.artefact import differences, seal
 from finequant.recipes.errors import UserError
-from finequant.recipes.interrupt import GOES_ON, Interrupted
+from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.schema import Data, Recipe
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class LoraTrainer(SFTTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if decided_by_first(lambda: differences(folder) != []):
             self._save_checkpoint(self.model_wrapped, trial=None)
-        raise Interrupted(number, f"step {step} is saved, {GOES_ON}")
+        raise Interrupted(number, f"step {step} is saved; {RESUME_HINT}")
 
     def _refuse_step(self, norm: torch.Tensor | float | None) -> NoReturn:
         """Nothing is learned from such a step; checkpoints of earlier ones stay."""

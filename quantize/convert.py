@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Quantize, Recipe
 
@@ -32,7 +32,7 @@ METHODS = {"rtn": "round to nearest", "hqq": "half-quadratic (HQQ)", "gptq": "ca
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_to_the_user():
+    with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
         quiet_libraries()
         quantize(recipe, run)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import UserError, refuse_all, told_to_the_user
+from finequant.recipes.errors import UserError, refuse_all, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Export, Quantize, Recipe
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--to", action="append", choices=get_args(Export), metavar="FORMAT")
     chosen, rest = parser.parse_known_args(argv)
-    with told_to_the_user():
+    with report_user_errors():
         recipe, run = read_command_line(__doc__, rest)
         quiet_libraries()
         export(recipe, run, chosen.to or recipe.quantize.exports)

@@ -1,4 +1,4 @@
-"""A folder that says what is in it: SHA256SUMS, written last and checked before each use."""
+"""Artifacts: folders with a SHA256SUMS file, written last and checked before each use."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from finequant.recipes.errors import UserError, listed
 
 SUMS = "SHA256SUMS"
-"""For `sha256sum -c` too."""
+"""Also readable by `sha256sum -c`."""
 
-# Beside an artefact's content, but no part of it: times and losses differ between equal runs.
+# Files next to an artifact that do not count as its content: times and losses differ between
+# otherwise identical runs.
 NOT_CONTENT = ("training_log.json",)
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents."""
+    """Returns the SHA-256 of a file, or of a folder's relative names and contents."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -30,29 +31,29 @@ def content_hash(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Writes SHA256SUMS of all that is in the folder: it is complete."""
+    """Writes SHA256SUMS for everything in the folder, which marks it as complete."""
     sums = "".join(f"{digest}  {name}\n" for name, digest in _sums(folder).items())
     replace_text(folder / SUMS, sums)
 
 
 def differences(folder: Path) -> list[str] | None:
-    """What is not as it was when the folder was sealed, file by file; None if it never was."""
+    """Lists what changed since the folder was sealed, file by file; None if it never was."""
     if not (folder / SUMS).exists():
         return None
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sealed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = _sums(folder)
-    changed = [name for name in {*sealed, *found} if sealed.get(name) != found.get(name)]
+    current = _sums(folder)
+    changed = [name for name in {*sealed, *current} if sealed.get(name) != current.get(name)]
     return [
-        f"{name}: {'missing' if name not in found else 'altered' if name in sealed else 'added'}"
+        f"{name}: {'missing' if name not in current else 'altered' if name in sealed else 'added'}"
         for name in sorted(changed)
     ]
 
 
 def verify(folder: Path, again: str) -> None:
-    """Refuses a folder that is damaged, edited by hand, or has pickled files in it.
+    """Refuses a folder that is damaged, was edited by hand, or contains pickled files.
 
-    again: the command that makes it anew.
+    again: the command that recreates it.
 
     Raises:
         UserError: naming the files.
@@ -60,19 +61,19 @@ def verify(folder: Path, again: str) -> None:
     pickled = sorted(path for path in folder.rglob("*") if path.suffix in PICKLED)
     if pickled:
         raise UserError(
-            f"{pickled[0]}: pickled files are not read, as they can run code; expected safetensors "
-            f"only: remove it, or make the folder again with `{again}`"
+            f"{pickled[0]}: pickled files are not read because they can run code; expected "
+            f"safetensors only: remove it, or recreate the folder with `{again}`"
         )
     if changed := differences(folder):
         raise UserError(
-            f"{folder}: not as it was written: truncated, damaged or edited\n  "
-            f"{listed(changed, most=10)}\n`finequant run RECIPE` or `{again}` makes it again and "
+            f"{folder}: changed since it was written: truncated, damaged, or edited\n  "
+            f"{listed(changed, most=10)}\n`finequant run RECIPE` or `{again}` recreates it and "
             f"keeps this one in previous/; to use it as it is, delete {folder / SUMS}"
         )
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it; of a link only the link."""
+    """Deletes a file, or a folder with everything in it; for a link, only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -80,14 +81,14 @@ def remove(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old or the new one."""
+    """Writes a temporary file and renames it, so that a kill leaves the old or the new content."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Relative name -> hash; a link's is no hash, for what it leads to may change unseen."""
+    """Maps relative names to hashes; for a link to "link", as its target may change unnoticed."""
     return {
         path.relative_to(folder).as_posix(): "link" if path.is_symlink() else content_hash(path)
         for path in sorted(folder.rglob("*"))

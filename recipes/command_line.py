@@ -19,13 +19,13 @@ from finequant.recipes.schema import Recipe
 def read_command_line(
     doc: str, argv: Sequence[str] | None, first_stage: bool = False
 ) -> tuple[Recipe, RunDir]:
-    """The recipe that a stage was called with, and its run directory, which is held.
+    """Parses a stage's command line into its recipe and its run directory, which it locks.
 
     Hub revisions are commits: those of now in the first stage, in later ones those that it used.
 
     Raises:
-        UserError: for a recipe or an override that does not hold, or a directory that another
-            process uses or that cannot be written.
+        UserError: for an invalid recipe or override, or a directory that another process uses or
+            that cannot be written.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +43,7 @@ def read_command_line(
 
 
 def quiet_libraries() -> None:
-    """Keeps what our users need to read apart from what libraries tell their developers."""
+    """Silences what libraries print for their developers, so that users see what concerns them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # a log file would be full of progress bars
@@ -64,6 +64,6 @@ def quiet_libraries() -> None:
 
 
 def say(message: str) -> None:
-    """One line of progress, from the first process only."""
+    """Prints one line of progress, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)

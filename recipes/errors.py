@@ -1,4 +1,4 @@
-"""Errors that a person can act on."""
+"""Errors that the user can act on."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, where, the value, what was expected and the next step.
+    """Bad input: says what is wrong, where, the value, what was expected, and the next step.
 
-    Entry scripts print it without a traceback and exit with `code`.
+    Entry scripts print the message without a traceback and exit with `code`.
     """
 
     code = 2
 
 
 class OutsideError(UserError):
-    """Something else failed, such as a network or a server: what, and whether to try again."""
+    """A network or a server failed: says what failed, and whether to try again."""
 
     code = 1
 
 
 @contextmanager
-def told_to_the_user() -> Iterator[None]:
-    """The frame of every entry: a UserError becomes its message and exit code, a signal 128 and its
-    number, a full disk or memory exit code 1; whatever the command held is given back."""
+def report_user_errors() -> Iterator[None]:
+    """Wraps every entry point: turns errors into a message and an exit code, and releases locks.
+
+    The exit code is that of a UserError, 128 plus the number of a signal, or 1 when the disk or the
+    memory is full. Any other exception passes through with its traceback.
+    """
     from finequant.recipes import lock
-    from finequant.recipes.interrupt import GOES_ON, Interrupted, interruptible
+    from finequant.recipes.interrupt import RESUME_HINT, Interrupted, interruptible
 
     try:
         with interruptible():
@@ -40,27 +43,27 @@ def told_to_the_user() -> Iterator[None]:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except Exception as error:
-        if (reason := _of_the_machine(error)) is None:
+        if (reason := _machine_limit(error)) is None:
             raise
-        said = " ".join(str(error).split())[:200]
-        print(f"error: {reason}; {GOES_ON} ({said})", file=sys.stderr)
+        original = " ".join(str(error).split())[:200]
+        print(f"error: {reason}; {RESUME_HINT} ({original})", file=sys.stderr)
         sys.exit(1)
     finally:
         lock.release()
 
 
 MEMORY = (
-    "out of memory: give smaller batches (train.micro_batch_size, evaluate.batch_size) or a "
+    "out of memory: use smaller batches (train.micro_batch_size, evaluate.batch_size) or a "
     "smaller data.max_length"
 )
 
-# What libraries say when the machine is at its end -> what to do. torch.save hides the reason.
+# What libraries say when a resource runs out -> what to do. torch.save hides the reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some",
     "Disk quota exceeded": "no space left on the disk: free some",
-    "PytorchStreamWriter failed": "no space left on the disk, or it failed: free some",
-    "unexpected pos": "no space left on the disk, or it failed: free some",
-    "Read-only file system": "the disk can only be read: make it writable",
+    "PytorchStreamWriter failed": "no space left on the disk, or the disk failed: free some space",
+    "unexpected pos": "no space left on the disk, or the disk failed: free some space",
+    "Read-only file system": "the file system is read-only: make it writable",
     "Permission denied": "no permission to write here: make it writable",
     "out of memory": MEMORY,
     "not enough memory": MEMORY,
@@ -68,19 +71,19 @@ LIMITS = {
 }
 
 
-def _of_the_machine(error: BaseException | None) -> str | None:
-    """What to do about an error that no input explains, looked for in its causes too."""
+def _machine_limit(error: BaseException | None) -> str | None:
+    """Says what to do when the error, or one of its causes, means that the machine hit a limit."""
     if error is None:
         return None
-    said = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
-    for theirs, ours in LIMITS.items():
-        if theirs.lower() in said.lower():
-            return ours
-    return _of_the_machine(error.__cause__ or error.__context__)
+    message = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
+    for pattern, advice in LIMITS.items():
+        if pattern.lower() in message.lower():
+            return advice
+    return _machine_limit(error.__cause__ or error.__context__)
 
 
 def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Runs every check, so that a person hears of all problems at once; returns their results.
+    """Runs every check and returns their results; reports all problems at once.
 
     Raises:
         UserError: with the messages of all checks that raised one.
@@ -97,6 +100,6 @@ def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def listed(problems: list[str], most: int = 20) -> str:
-    """One problem a line; beyond `most` only their number."""
+    """Lists one problem per line; beyond `most`, only says how many more there are."""
     rest = len(problems) - most
     return "\n  ".join(problems[:most] + ([f"... and {rest} more"] if rest > 0 else []))

@@ -1,4 +1,4 @@
-"""Ctrl-C, `kill` and a closed terminal: what was begun is saved, and a second one ends at once."""
+"""Ctrl-C, `kill`, and a closed terminal: the first signal saves the work, the second quits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-ONE = 1.0
-"""Seconds within which signals count as one: a launcher passes on what its processes got too."""
+DEBOUNCE_SECONDS = 1.0
+"""Signals within so many seconds count as one: a launcher forwards what its processes got too."""
 
-GOES_ON = "the same command goes on from here"
+RESUME_HINT = "run the same command again to continue from here"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, and what became of the work."""
+    """Raised when a signal stops the command; the message says what happened to the work."""
 
-    def __init__(self, number: int, message: str = GOES_ON) -> None:
+    def __init__(self, number: int, message: str = RESUME_HINT) -> None:
         super().__init__(message)
         self.number = number
 
@@ -34,15 +34,16 @@ class Interrupted(KeyboardInterrupt):
         return f"stopped by {signal.Signals(self.number).name}: {self.args[0]}"
 
 
-class Wish:
-    """That of somebody who sent a signal."""
+class StopRequest:
+    """Set when somebody has asked the command to stop."""
 
     number: int | None = None
+    """The signal's number; None as long as there was none."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Signals raise Interrupted in the block."""
+    """Makes signals raise Interrupted in the block."""
 
     def stop(number: int) -> None:
         raise Interrupted(number)
@@ -52,22 +53,22 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def put_off() -> Iterator[Wish]:
-    """Signals in the block are only noted; whoever runs in it asks for them and saves first."""
-    wish = Wish()
+def deferred_signals() -> Iterator[StopRequest]:
+    """Only records signals in the block, which looks at the request and saves before it stops."""
+    request = StopRequest()
 
     def note(number: int) -> None:
-        wish.number = number
-        # Not print: the signal may have come in the middle of one, which may not be entered again.
-        with suppress(OSError):  # of a terminal that was closed
-            os.write(2, b"stopping after this step; once more ends at once\n")
+        request.number = number
+        # Not print: it is not reentrant, and the signal may have interrupted one.
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, b"stopping after this step; another signal quits immediately\n")
 
     with _handled(note):
-        yield wish
+        yield request
 
 
-def passed_on(process: subprocess.Popen) -> int:
-    """Waits for a process and those it starts, and passes signals on to them; its exit code."""
+def wait_and_forward_signals(process: subprocess.Popen) -> int:
+    """Waits for a process and its children, forwards signals to them, and returns its exit code."""
     import psutil
 
     family: list[psutil.Process] = []
@@ -91,9 +92,9 @@ def passed_on(process: subprocess.Popen) -> int:
 def _handled(
     first: Callable[[int], None], at_once: Callable[[int], None] | None = None
 ) -> Iterator[None]:
-    """`first` is called for the first signal, `at_once` for later ones: by default, the end.
+    """Calls `first` on the first signal and `at_once`, by default an exit, on later ones.
 
-    A signal that is ignored already (nohup) stays so.
+    A signal that is already ignored (nohup) stays ignored.
     """
     seen: list[float] = []
 
@@ -101,20 +102,20 @@ def _handled(
         seen.append(time.monotonic())
         if len(seen) == 1:
             first(number)
-        elif seen[-1] - seen[0] > ONE:
+        elif seen[-1] - seen[0] > DEBOUNCE_SECONDS:
             (at_once or _end)(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
-    for number in heard:
+    handled = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
+    for number in handled:
         signal.signal(number, handle)
     try:
         yield
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, before[number])
 
 

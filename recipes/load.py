@@ -1,4 +1,4 @@
-"""YAML + key.sub=value -> Recipe, with every error at once."""
+"""Loads a recipe from YAML and `key.sub=value` overrides, and reports every error at once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe, applies `key.sub=value` overrides and checks all of it.
+    """Reads a recipe, applies `key.sub=value` overrides, and validates the result.
 
-    Local paths, written relative to the recipe's folder, come back absolute.
+    Local paths are relative to the recipe's folder in the file, and absolute in the result.
 
     Raises:
-        UserError: naming every problem with file, line, key, value and what was expected.
+        UserError: naming every problem with its file, line, key, value, and what was expected.
     """
     path = Path(path)
     document, origins = _read_yaml(path)
@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_section(path: Path, name: str, section: type[SectionType]) -> SectionType:
-    """One section of a resolved recipe, whose other files need not be here.
+    """Reads one section of a resolved recipe; files that other sections name need not exist.
 
     Raises:
         UserError: if it cannot be read.
@@ -62,9 +62,9 @@ def read_section(path: Path, name: str, section: type[SectionType]) -> SectionTy
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe; local paths are relative to where it is written.
+    """Writes the resolved recipe, with local paths relative to the file's folder.
 
-    `output_dir` is left out: an artefact does not depend on the folder it was made in.
+    `output_dir` is left out: an artifact does not depend on the folder it was made in.
     """
     content = recipe.model_dump(mode="json", exclude={"output_dir"})
     for at in path_fields(content):
@@ -78,9 +78,9 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with each local path as a name only, as if the file lay beside the recipe.
+    """Replaces each local path by its file name, as if the file were next to the recipe.
 
-    That is how it can be shown to others: it says nothing of the machine it was made on.
+    The result can be published: it reveals nothing about the machine it was made on.
     """
     content = recipe.model_dump() | {"output_dir": None}
     for at in path_fields(content):
@@ -91,7 +91,7 @@ def without_folders(recipe: Recipe) -> Recipe:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
-    """The document as plain Python, and `file:line` for every key in it."""
+    """Returns the document as plain Python objects, and `file:line` for every key in it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -101,7 +101,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
         raise UserError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
     try:
         tree = YAML().load(text)
-    except Exception as error:  # not only YAMLError: ValueError for a month 13, RecursionError
+    except Exception as error:  # not only YAMLError: ValueError for month 13, RecursionError
         raise UserError(f"{path}{_yaml_problem(error, text)}") from None
     if not isinstance(tree, CommentedMap):
         raise UserError(
@@ -121,7 +121,11 @@ def _yaml_problem(error: Exception, text: str) -> str:
 
 
 def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> Any:
-    """Python's own types in place of ruamel's; notes where each key stands."""
+    """Converts ruamel's types to Python's, and records the line of each key in `origins`.
+
+    `train: {epochs: 2}` on line 3 gives {"train": {"epochs": 2}}, and origins[("train", "epochs")]
+    is "recipe.yaml:3".
+    """
     if len(at) > 50:
         where = f"{_origin(origins, at)}: {_dotted(at[:3])}..."
         raise UserError(f"{where}: nested too deeply, or inside itself")
@@ -130,7 +134,7 @@ def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> 
         plain = {}
         for key, value in items:
             name = key if isinstance(node, CommentedSeq) else str(key)
-            if key in (node.lc.data or {}):  # not so for keys merged in by `<<`
+            if key in (node.lc.data or {}):  # keys merged in by `<<` have no line
                 origins[(*at, name)] = f"{file}:{node.lc.data[key][0] + 1}"
             plain[name] = _plain(value, (*at, name), file, origins)
         return plain if isinstance(node, CommentedMap) else list(plain.values())
@@ -160,7 +164,7 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
     try:
         for part in parts[:-1]:
             at = (*at, _index(holder, part))
-            # `true` for a section is that section with its defaults.
+            # `true` for a section means the section with its defaults.
             if isinstance(holder, dict) and (holder.get(part) is None or holder[part] is True):
                 holder[part] = {}
                 origins[at] = "command line"
@@ -179,7 +183,7 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
 def _override_value(text: str, at: Location, where: str) -> Any:
     try:
         tree = YAML().load(text) if text.strip() else None
-    except Exception:  # no YAML, so plain text
+    except Exception:  # not YAML, so plain text
         return text
     return _plain(tree, at, where, {(): where})
 
@@ -189,10 +193,10 @@ def _index(holder: Any, part: str) -> str | int:
 
 
 def _describe(error: ValidationError, document: Any, origins: dict[Location, str]) -> list[str]:
-    """One line for each key at fault, in the order of the schema."""
+    """Writes one line for each invalid key, in the order of the schema."""
     problems: dict[Location, list[str]] = {}
     for item in error.errors(include_url=False):
-        if item["type"] == "default_factory_not_called":  # its default follows from keys at fault
+        if item["type"] == "default_factory_not_called":  # its default depends on an invalid key
             continue
         missing = item["type"] == "missing"
         at = tuple(item["loc"]) if missing else _in_document(tuple(item["loc"]), document)
@@ -212,7 +216,7 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
 
 
 def _expectation(message: str) -> str:
-    """pydantic's message in the words of a recipe."""
+    """Rephrases pydantic's message in terms of a recipe."""
     for theirs, ours in (
         ("^Value error, ", ""),
         ("^Input should be", "expected"),
@@ -234,8 +238,12 @@ def _summary(path: Path, problems: list[str]) -> str:
 
 
 def _in_document(at: Location, document: Any) -> Location:
-    """The part of pydantic's location that names a key: it also names members of unions."""
-    node, found = document, ()
+    """Keeps the parts of pydantic's location that are keys; it also names members of unions.
+
+    ("quantize", "layers", "*.down_proj", "mapping", "bits") becomes
+    ("quantize", "layers", "*.down_proj", "bits").
+    """
+    node, keys = document, ()
     for part in at:
         if part == 0 and not isinstance(node, list):  # one source, written without its list
             continue
@@ -243,8 +251,8 @@ def _in_document(at: Location, document: Any) -> Location:
             node = node[part]
         except (KeyError, IndexError, TypeError):
             continue
-        found = (*found, part)
-    return found
+        keys = (*keys, part)
+    return keys
 
 
 def _origin(origins: dict[Location, str], at: Location) -> str:
@@ -258,16 +266,17 @@ def _dotted(at: Iterable[str | int]) -> str:
 
 
 def _did_you_mean(at: Location) -> str:
-    """The nearest key beside the unknown one, else the nearest anywhere in a recipe."""
+    """Suggests the closest key in the same section, or else anywhere in a recipe."""
     *parents, name = [part for part in at if isinstance(part, str)]
     keys = sorted(_all_keys(Recipe), key=lambda key: -key.count("."))
-    beside = [key for key in keys if key.split(".")[:-1] == parents]
-    for candidates in (beside, keys):
+    siblings = [key for key in keys if key.split(".")[:-1] == parents]
+    for candidates in (siblings, keys):
         by_leaf = {key.split(".")[-1]: key for key in candidates}
         near = difflib.get_close_matches(name.lower(), by_leaf, n=1, cutoff=0.75)
         if near:
             return f"; did you mean {by_leaf[near[0]]}?"
-    return f"; expected one of {', '.join(key.split('.')[-1] for key in beside)}" if beside else ""
+    expected = ", ".join(key.split(".")[-1] for key in siblings)
+    return f"; expected one of {expected}" if siblings else ""
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
@@ -279,7 +288,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 def path_fields(content: dict[str, Any]) -> Iterable[Location]:
-    """Every place of a dumped recipe that may hold a local path."""
+    """Yields the location of every value in a dumped recipe that may be a local path."""
     yield "model", "base"
     if (content["model"]["chat_template"] or "").endswith(".jinja"):
         yield "model", "chat_template"

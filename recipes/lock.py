@@ -1,4 +1,4 @@
-"""One process at a time in a run directory: filelock's lock on a file that names the holder."""
+"""Lets one process at a time use a run directory: a filelock on a file that names the holder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _held: dict[Path, FileLock] = {}
 
 
 def hold(root: Path) -> None:
-    """Keeps the directory to this process until `release`, or until it ends, however it ends.
+    """Locks the directory for this process until `release`, or until the process ends in any way.
 
-    Of several processes that train together, the first holds it for all.
+    When several processes train together, the first holds the lock for all of them.
 
     Raises:
-        UserError: if another process has it, which is named, or it cannot be written.
+        UserError: if another process, which is named, holds it, or if it is not writable.
     """
     from filelock import FileLock, Timeout
 
@@ -49,29 +49,29 @@ def hold(root: Path) -> None:
 
 
 def check_writable(root: Path) -> None:
-    """Checks that the directory could be made and written; makes nothing.
+    """Checks that the directory can be created and written to, without creating it.
 
     Raises:
-        UserError: if not.
+        UserError: if it cannot.
     """
-    there = root
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
+    existing = root
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
         raise _not_writable(root, os.strerror(errno.ENOTDIR))
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise _not_writable(root, os.strerror(errno.EACCES))
 
 
 def _not_writable(root: Path, reason: str) -> UserError:
     return UserError(
-        f"{root}: cannot be written ({reason}): make it writable, or give another folder with "
+        f"{root}: cannot be written ({reason}): make it writable, or choose another folder with "
         "output_dir=FOLDER"
     )
 
 
 def release() -> None:
-    """Gives back what this process holds."""
+    """Releases every lock that this process holds."""
     while _held:
         _held.popitem()[1].release()
 
@@ -86,11 +86,11 @@ def _this_process() -> dict[str, int | str]:
 
 
 def _holder(root: Path) -> str:
-    """The process that the file names, and what to do about it."""
+    """Names the process that holds the lock, and says what to do about it."""
     try:
         holder = json.loads((root / NAME).read_text(encoding="utf-8"))
         process = f"process {holder['pid']} on {holder['host']}, since {holder['since']} "
         process += f"({holder['command']})"
-    except (OSError, ValueError, TypeError, KeyError):  # it is being written at this moment
+    except (OSError, ValueError, TypeError, KeyError):  # the file is being written right now
         process = "another process"
-    return f"{process}: wait until it has ended, stop it, or give another output_dir=FOLDER"
+    return f"{process}: wait for it to finish, stop it, or choose another output_dir=FOLDER"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from finequant.recipes.errors import UserError, refuse_all, told_to_the_user
+from finequant.recipes.errors import UserError, refuse_all, report_user_errors
 
 if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
@@ -55,13 +55,13 @@ def run(
     overrides: Overrides = None,
     launch: Annotated[
         Path | None,
-        typer.Option(help="accelerate configuration to train with, recipes/accelerate/*.yaml"),
+        typer.Option(help="accelerate configuration for training, as in recipes/accelerate/"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="start also what memory or disk seem too small for")
+        bool, typer.Option("--force", help="start even if memory or disk seem too small")
     ] = False,
 ) -> None:
-    """All stages in turn; skips those whose inputs have not changed."""
+    """Run all stages in turn, skipping those whose inputs have not changed."""
     from finequant.recipes.command_line import say
     from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
@@ -84,8 +84,8 @@ def run(
                 from finequant.quantize.size.machine import this_machine
                 from finequant.quantize.size.resources import refuse_what_cannot_finish
 
-                left = [name for name in stages[number - 1 :] if name in STAGES]
-                refuse_what_cannot_finish(loaded, directory, left, this_machine(), lengths)
+                remaining = [name for name in stages[number - 1 :] if name in STAGES]
+                refuse_what_cannot_finish(loaded, directory, remaining, this_machine(), lengths)
         say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
         for change in changes or []:
             say(f"  because {change}")
@@ -142,17 +142,17 @@ def publish(
         bool, typer.Option("--dry-run", help="write publish/ of the run directory and stop")
     ] = False,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="the adapter in place of the quantized model")
+        bool, typer.Option("--adapter-only", help="publish the adapter, not the quantized model")
     ] = False,
     overrule_gate: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="publish although this check failed; the card says so"),
+        typer.Option(metavar="NAME", help="publish despite this failed check; the card says so"),
     ] = None,
     into_existing: Annotated[
-        bool, typer.Option("--into-existing", help="into a repository that something else filled")
+        bool, typer.Option("--into-existing", help="allow a repository with files from elsewhere")
     ] = False,
 ) -> None:
-    """Put the result on the Hugging Face Hub, with a card that says what was measured."""
+    """Publish the result on the Hugging Face Hub, with a card that says what was measured."""
     from finequant.publish.publish import Options
     from finequant.publish.publish import publish as stage
     from finequant.recipes.load import load_recipe
@@ -172,14 +172,14 @@ def chat(
     overrides: Overrides = None,
     model: Annotated[
         Literal["base", "tuned", "quantized", "pte", "gguf"] | None,
-        typer.Option(help="default: quantized; with --prompt all that are there"),
+        typer.Option(help="default: quantized; with --prompt, every model of the run"),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="ask this once, and show the answers side by side")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="of an answer", min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer, at most", min=1)] = 256,
 ) -> None:
-    """Talk to a model of a run, or ask all of them the same."""
+    """Chat with a model of a run, or ask all of them the same question."""
     from finequant.evaluate.chat import chat as talk
 
     talk(where, overrides or [], model, prompt, max_new_tokens)
@@ -192,8 +192,8 @@ def export(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            help="torchao, compressed-tensors, gguf or executorch; may be given several times; "
-            "default: quantize.exports of the recipe",
+            help="torchao, compressed-tensors, gguf, or executorch; may be repeated; "
+            "default: the recipe's quantize.exports",
         ),
     ] = None,
 ) -> None:
@@ -229,10 +229,10 @@ def validate(
     recipe: RecipePath,
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="read rows, texts, tokenizer and tasks too, as run does")
+        bool, typer.Option("--deep", help="also check rows, texts, tokenizer, and tasks")
     ] = False,
 ) -> None:
-    """Check a recipe; loads neither data nor a model, with --deep no weights."""
+    """Check a recipe without loading data or a model; with --deep, without loading weights."""
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -244,7 +244,7 @@ def validate(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, with which editors complete and check it."""
+    """Print the JSON schema of recipes, which lets editors complete and check them."""
     from finequant.recipes.schema import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -256,7 +256,7 @@ def data(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="how many rows to show", min=0)] = 3,
 ) -> None:
-    """Show rows as the model will see them, learned tokens in colour, and statistics."""
+    """Show rows as the model will see them, target tokens in color, and statistics."""
     from finequant.finetune.data.preview import preview
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
@@ -270,20 +270,20 @@ def data(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    every: Annotated[bool, typer.Option("--all", help="a row for each layer, none joined")] = False,
+    every: Annotated[bool, typer.Option("--all", help="show one row per layer")] = False,
     gpu: Annotated[
         str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
     ] = None,
     device_memory: Annotated[
-        str | None, typer.Option(help="of the phone to ship to, such as 6GB")
+        str | None, typer.Option(help="memory of the target device, such as 6GB")
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
     ] = None,
 ) -> None:
-    """Show what each layer is quantized to, and the memory and disk that everything takes.
+    """Show how each layer is quantized, and how much memory and disk everything takes.
 
-    Reads configurations only; once quantized, it shows signal-to-noise ratios, too.
+    Reads configurations only; after quantization, it also shows signal-to-noise ratios.
     """
     from finequant.quantize.size.machine import bytes_of, named_gpu
     from finequant.quantize.size.plan import show_plan
@@ -301,18 +301,18 @@ def plan(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_to_the_user():
+    with report_user_errors():
         app(argv)
 
 
 def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
-    """Refuses before the first stage starts what any stage would refuse; what is cheap comes first.
+    """Refuses, before the first stage, whatever a later stage would refuse; cheap checks first.
 
     Returns:
-        How long the recipe's rows are, which decides the memory that stages take.
+        The lengths of the recipe's rows, which decide how much memory the stages take.
 
     Raises:
-        UserError: with all problems that can be seen at the same cost.
+        UserError: listing all problems that can be found at the same cost.
     """
     from finequant.quantize.convert import check_base_range
 
@@ -324,7 +324,7 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
 
 
 def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
-    """What can be told in seconds, without torch: paths, rows, texts, task files, the licence."""
+    """Checks what takes seconds and no torch: paths, rows, texts, task files, and the license."""
     from finequant.evaluate.check import check_rows, check_texts
     from finequant.finetune.data.splits import load_splits
     from finequant.publish.publish import check as check_publishing
@@ -347,7 +347,7 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 
 
 def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
-    """What takes the base's configuration and tokenizer: plan, exports, rows as tokens."""
+    """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
     from finequant.evaluate.compare import longest_scored, prepare
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer
@@ -369,14 +369,14 @@ def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
 
 
 def _check_tasks(recipe: Recipe) -> None:
-    """lm-eval's index of over ten thousand files, and the data of the recipe's tasks."""
+    """Loads the recipe's tasks with their data, which needs lm-eval's index of 10,000 files."""
     from finequant.evaluate.metrics.tasks import load_tasks
 
     load_tasks(recipe.evaluate)
 
 
 def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
-    """Refuses before `train` a launch with which the stage `qat` would not start.
+    """Refuses, before `train`, a launch configuration with which the stage `qat` cannot start.
 
     Raises:
         UserError: for FSDP or DeepSpeed.
@@ -388,14 +388,14 @@ def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
     kind = load_config_from_file(str(launch)).distributed_type
     if kind in ("FSDP", "DEEPSPEED"):
         raise UserError(
-            f"--launch: {launch} is of {kind}, which splits the weights that quantize.training has "
-            "to quantize whole: use recipes/accelerate/several_gpus.yaml, or quantize.training=null"
+            f"--launch: {launch} uses {kind}, which shards weights that quantize.training needs "
+            "whole: use recipes/accelerate/several_gpus.yaml, or set quantize.training=null"
         )
 
 
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
-    """Each stage has a process of its own: its memory is returned, and a crash stays there."""
-    from finequant.recipes.interrupt import GOES_ON, passed_on
+    """Runs a stage in its own process, which returns its memory and contains its crashes."""
+    from finequant.recipes.interrupt import RESUME_HINT, wait_and_forward_signals
 
     command = [sys.executable, "-m"]
     if launch:
@@ -405,17 +405,17 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     else:
         command += ["finequant.quantize.export", *arguments, "--to", stage]
     try:
-        code = passed_on(subprocess.Popen(command))
+        code = wait_and_forward_signals(subprocess.Popen(command))
     except FileNotFoundError as error:
         raise UserError(f"{stage}: cannot start {error.filename}") from None
     if code == -signal.SIGKILL:
-        print(f"{stage} was killed, perhaps as memory ran out: {GOES_ON}", file=sys.stderr)
+        print(f"{stage} was killed, perhaps out of memory: {RESUME_HINT}", file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
 def _remaining(directory, stages: list[str]) -> str:
-    """From the seconds that the stages took last time in this run directory."""
+    """Estimates the remaining time from what the stages took last time in this run directory."""
     manifest = directory.manifest()
     known = [manifest[stage]["seconds"] for stage in stages if stage in manifest]
     if len(known) < len(stages):
@@ -424,7 +424,7 @@ def _remaining(directory, stages: list[str]) -> str:
 
 
 def _show_report(directory) -> bool:
-    """Prints the table of the last evaluation; whether its gate passed."""
+    """Prints the table of the last evaluation, and returns whether its gate passed."""
     from finequant.evaluate.report.report import print_table
 
     report = json.loads(directory.report.read_text(encoding="utf-8"))

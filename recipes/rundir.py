@@ -1,4 +1,4 @@
-"""The run directory, the only thing that stages share: paths, manifest, what is done or stale."""
+"""The run directory, the only thing stages share: its paths, its manifest, and what is stale."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import matching_files
 
 STAGES = ("train", "qat", "quantize", "evaluate")
-"""Without the exports; `qat`, quantization-aware training, is there if the recipe asks for it."""
+"""All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks."""
 EXPORTS = ("compressed-tensors", "gguf", "executorch")
-"""Formats that `finequant export` makes of quantized/; each is a stage of its own."""
+"""Formats that `finequant export` writes from quantized/; each is a separate stage."""
 
-# The recipe's sections that decide what a stage makes; files and upstream artefacts come on top.
+# The recipe's sections that decide a stage's result, in addition to files and upstream artifacts.
 SECTIONS = {
     "train": ("seed", "model", "data", "lora", "train"),
     "qat": ("seed", "model", "data", "lora", "train", "quantize"),
@@ -47,13 +47,13 @@ UPSTREAM = {
     "evaluate": ("adapter", "quantized"),
 }
 
-# Of the section `quantize`, but they change nothing in quantized/.
+# Keys of the section `quantize` that have no effect on quantized/.
 ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 
-# Of the section `train`, but the adapter depends on them no more than on the number of processes:
-# by rounding (1e-7), and by the random numbers of dropout. After running out of memory, training
-# resumes from the last checkpoint with a smaller micro-batch.
-HOW_IT_IS_TRAINED = (
+# Keys of the section `train` that affect the adapter no more than the number of processes does: by
+# rounding (1e-7) and by dropout's random numbers. So after running out of memory, training resumes
+# from the last checkpoint with a smaller micro-batch.
+NO_EFFECT_ON_ADAPTER = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.logging_steps",
@@ -68,7 +68,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "acc
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run, and what its manifest says of the stages."""
+    """The paths of one run, and what its manifest says about the stages."""
 
     root: Path
     commits: dict[str, str] = field(default_factory=dict, compare=False)
@@ -99,7 +99,10 @@ class RunDir:
         return self.root / "checkpoints"
 
     def starting_codes(self, inputs: dict[str, Any]) -> Path:
-        """What quantization-aware training starts from, named by all that decides it."""
+        """Returns the folder of the codes that quantization-aware training starts from.
+
+        Its name depends on all inputs that decide those codes.
+        """
         digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         return self.checkpoints / "qat" / f"start-{digest[:12]}"
 
@@ -124,7 +127,7 @@ class RunDir:
         return self.root / "manifest.json"
 
     def manifest(self) -> dict[str, Any]:
-        """What each finished stage recorded; empty before the first."""
+        """Returns what each finished stage recorded; empty before the first one."""
         if not self.manifest_file.exists():
             return {}
         try:
@@ -134,8 +137,8 @@ class RunDir:
         except (ValueError, AttributeError):  # no JSON, or not of objects
             pass
         raise UserError(
-            f"{self.manifest_file}: damaged, not what a stage has written; "
-            "delete it to redo every stage of this run"
+            f"{self.manifest_file}: damaged, not what a stage wrote; "
+            "delete it to rerun every stage of this run"
         )
 
     def commits_of(self, stage: str) -> dict[str, str]:
@@ -143,18 +146,18 @@ class RunDir:
         return self.manifest().get(stage, {}).get("commits", {})
 
     def hold(self) -> None:
-        """Keeps other processes out until the command ends.
+        """Locks the directory until the command ends.
 
         Raises:
-            UserError: naming the process that is here already, or if nothing can be written here.
+            UserError: naming the process that holds the lock, or if the directory is not writable.
         """
         lock.hold(self.root)
 
     def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
-        """Everything that decides the stage's result: recipe keys, and hashes of files.
+        """Returns everything that decides the stage's result: recipe keys and hashes of files.
 
         Raises:
-            UserError: if the adapter that the stage is to use was trained here on another base.
+            UserError: if the adapter in this directory was trained on a different base.
         """
         inputs = self._inputs(recipe, stage)
         trained = self.manifest().get("train")
@@ -163,15 +166,15 @@ class RunDir:
         same = inputs["adapter/"] == f"sha256:{trained['outputs'].get('adapter')}"
         if same and trained["inputs"].get("model.base") != inputs["model.base"]:
             raise UserError(
-                f"{self.adapter}: trained on another base than {recipe.model.base}: run "
-                "`finequant train RECIPE` again, or set model.base to that of "
+                f"{self.adapter}: trained on a different base than {recipe.model.base}: run "
+                "`finequant train RECIPE` again, or set model.base to the one in "
                 f"{self.adapter / 'recipe.yaml'}"
             )
         return inputs
 
     def _inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         inputs = section_inputs(recipe, _sections(recipe, stage))
-        if stage not in EXPORTS:  # what decides them lies in quantized/
+        if stage not in EXPORTS:  # those depend on quantized/ only
             inputs["model.base"] = _base_identity(recipe)
         upstream = list(UPSTREAM[stage])
         if stage == "quantize" and recipe.quantize.training:
@@ -192,29 +195,29 @@ class RunDir:
         }[stage]
 
     def what_changed(self, recipe: Recipe, stage: str) -> list[str] | None:
-        """Why the stage must run: None if never finished, else the changes, [] if up to date."""
+        """Lists why the stage must run: None if it never finished, [] if it is up to date."""
         entry = self.manifest().get(stage)
         if entry is None or not all(path.exists() for path in self.outputs(stage)):
             return None
         old, new = entry["inputs"], self._inputs(recipe, stage)
-        said = _flat(recipe.model_dump(mode="json"))
+        values = _flat(recipe.model_dump(mode="json"))
         return [
-            _change(key, old.get(key, "absent"), new.get(key, "absent"), said.get(key))
+            _change(key, old.get(key, "absent"), new.get(key, "absent"), values.get(key))
             for key in sorted({*old, *new})
             if old.get(key, "absent") != new.get(key, "absent")
         ] + [
-            f"{name}: changed since {stage} wrote it{_which(self.root / name)}"
+            f"{name}: changed since {stage} wrote it{_changed_files(self.root / name)}"
             for name, digest in entry["outputs"].items()
             if content_hash(self.root / name) != digest
         ]
 
     def require(self, stage: str) -> None:
-        """Refuses to build on a stage that has not been run here, or on what it did not write."""
+        """Refuses to build on a stage that has not run, or on files that it did not write."""
         missing = [path for path in self.outputs(stage) if not path.exists()]
         if missing:
             raise UserError(
                 f"{missing[0]} does not exist: run `finequant {_command(stage)}` first, "
-                "or copy the folder here from the machine it was made on"
+                "or copy the folder here from the machine that made it"
             )
         for folder in filter(Path.is_dir, self.outputs(stage)):
             verify(folder, again=f"finequant {_command(stage)}")
@@ -223,17 +226,17 @@ class RunDir:
     def writing(
         self, target: Path, recipe: Recipe, inputs: dict[str, Any] | None = None
     ) -> Iterator[Path]:
-        """A folder beside the target, which takes its place once the block has ended well.
+        """Yields a temporary folder that replaces the target when the block succeeds.
 
-        An earlier adapter is moved to `previous/`, and so is whatever a person has changed or put
-        there; what can be made again is replaced.
+        An earlier adapter, and anything that the user changed or put there, moves to `previous/`;
+        what can be recreated is replaced.
 
-        inputs: what decides the content; with it the folder that an interrupted call with the
-            same inputs and versions left is handed over as it is.
+        inputs: what decides the content. If given, the folder of an interrupted call with the same
+            inputs and versions is reused as it is.
         """
         partial = target.with_name(target.name + ".partial")
         record, made_from = partial / "inputs.json", {"inputs": inputs, "versions": versions()}
-        if inputs is None or not _says(record, made_from):
+        if inputs is None or not _holds_json(record, made_from):
             remove(partial)
             partial.mkdir(parents=True)
         if inputs is not None:
@@ -257,7 +260,7 @@ class RunDir:
         remove(replaced)
 
     def _is_ours(self, target: Path) -> bool:
-        """Whether a folder is as a stage left it."""
+        """Says whether a folder is still as a stage wrote it."""
         changed = None if target.is_symlink() else differences(target)
         if changed is not None:
             return not changed
@@ -265,18 +268,18 @@ class RunDir:
         return target.is_dir() and content_hash(target) in recorded
 
     def _key(self, path: Path) -> str:
-        """An output's name in the manifest."""
+        """Returns an output's name in the manifest."""
         return path.relative_to(self.root).as_posix()
 
     def keep_edited(self, stage: str) -> None:
-        """Moves those of the stage's files that were changed since it wrote them to previous/."""
+        """Moves files that were edited since the stage wrote them to previous/."""
         recorded = self.manifest().get(stage, {"outputs": {}})["outputs"]
         for path in filter(Path.is_file, self.outputs(stage)):
             if content_hash(path) != recorded.get(self._key(path), content_hash(path)):
                 self.keep_as_previous(path)
 
     def keep_as_previous(self, target: Path) -> None:
-        """Moves a file or folder to previous/, where nothing is replaced."""
+        """Moves a file or folder to previous/, where nothing is ever replaced."""
         folder = self.root / "previous"
         folder.mkdir(exist_ok=True)
         number = 1
@@ -286,7 +289,7 @@ class RunDir:
         print(f"kept the earlier {target.name} as {kept}")
 
     def record(self, recipe: Recipe, stage: str, inputs: dict[str, Any], **figures: Any) -> None:
-        """Writes the stage's manifest entry and the resolved recipe: the stage is done."""
+        """Marks the stage as done: writes its manifest entry and the resolved recipe."""
         manifest = self.manifest()
         manifest[stage] = {
             "inputs": inputs,
@@ -303,30 +306,30 @@ class RunDir:
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """The stages of this recipe, in their order."""
+    """Lists the stages of this recipe, in order."""
     trained = ["qat"] if recipe.quantize.training else []
     return ["train", *trained, "quantize", *exports_of(recipe), "evaluate"]
 
 
 def exports_of(recipe: Recipe) -> list[str]:
-    """The formats to make of quantized/, which is torchao's already."""
+    """Lists the formats to export; torchao's is quantized/ itself."""
     return [name for name in recipe.quantize.exports if name != "torchao"]
 
 
 def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
-    """The keys of some sections; where a file is named, the hash of what is in it."""
+    """Returns the keys of the given sections; local files are replaced by their hashes."""
     dumped = recipe.model_dump(mode="json")
-    if layers := dumped["quantize"]["layers"]:  # as text: the order of patterns counts
+    if layers := dumped["quantize"]["layers"]:  # as text, because the order of patterns matters
         dumped["quantize"]["layers"] = json.dumps(layers)
     content = _flat(dumped)
     inputs = {
         key: content[key]
         for key in content
         if _within(key, sections)
-        and (key in sections or key not in (*ONLY_FOR_EXPORTS, *HOW_IT_IS_TRAINED))
+        and (key in sections or key not in (*ONLY_FOR_EXPORTS, *NO_EFFECT_ON_ADAPTER))
     }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
-        if key == "model.base":  # which takes minutes, and is left to _base_identity
+        if key == "model.base":  # hashing it takes minutes: _base_identity does it once
             continue
         if key in inputs and Path(inputs[key]).is_absolute():
             files = matching_files(Path(inputs[key]))
@@ -335,7 +338,7 @@ def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Counts the seconds since it was created."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -346,27 +349,27 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that decide the result, and of Python."""
+    """Returns the versions of Python and of the libraries that affect the result."""
     return {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES}
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process in bytes; what it took of a GPU's is not in it."""
-    if LINUX_STATUS.exists():  # getrusage's begins there with the peak of the parent process
+    """Returns the peak resident memory of this process in bytes, without GPU memory."""
+    if LINUX_STATUS.exists():  # on Linux, getrusage starts with the peak of the parent process
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+)", LINUX_STATUS.read_text(), re.M)[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_gpu_memory() -> int:
-    """Peak bytes that torch allocated on the GPU of this process; 0 without one."""
+    """Returns the peak bytes that torch allocated on this process's GPU; 0 without one."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _says(path: Path, expected: Any) -> bool:
-    """Whether a JSON file is there with this content."""
+def _holds_json(path: Path, expected: Any) -> bool:
+    """Says whether the file exists and holds this JSON value."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
     except (OSError, ValueError):
@@ -390,12 +393,12 @@ def _base_identity(recipe: Recipe) -> str:
 
 @functools.cache
 def _hash_of_base(base: Path, state: tuple) -> str:
-    """Once in a process for each state of its files: a large base takes minutes."""
+    """Hashes a base once per process and state of its files; a large base takes minutes."""
     return content_hash(base)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys: {"lora": {"rank": 8}} -> {"lora.rank": 8}."""
+    """Flattens to dotted keys: {"lora": {"rank": 8}} -> {"lora.rank": 8}."""
     if isinstance(node, dict) and node:
         pairs = node.items()
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
@@ -410,10 +413,12 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _change(key: str, old: Any, new: Any, said: Any) -> str:
-    """A changed input in words; for files and folders, whose hashes say nothing, their names."""
+def _change(key: str, old: Any, new: Any, value: Any) -> str:
+    """Describes a changed input; a file or folder by its name, as its hash would say nothing."""
     if str(old).startswith("sha256:") and str(new).startswith("sha256:"):
-        return f"{key}: {said} has other content" if said else f"{key} has other content"
+        return (
+            f"{key}: the content of {value} changed" if value else f"the content of {key} changed"
+        )
     return f"{key}: {old} -> {new}"
 
 
@@ -423,8 +428,8 @@ def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return SECTIONS[stage]
 
 
-def _which(path: Path) -> str:
-    """The changed files of a folder, in brackets."""
+def _changed_files(path: Path) -> str:
+    """Lists up to three changed files of a folder, in parentheses."""
     changed = differences(path) if path.is_dir() else None
     return f" ({'; '.join(changed[:3])})" if changed else ""
 

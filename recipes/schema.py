@@ -1,7 +1,7 @@
-"""What a recipe may say: its sections, their keys, their defaults.
+"""The schema of recipes: sections, their keys, and the keys' defaults.
 
-Every section is frozen, strict ("3" is no number) and refuses unknown keys. Field descriptions
-end up in `finequant schema`, so editors show them while a recipe is being written.
+Every section is frozen, strict ("3" is not a number), and refuses unknown keys. Field descriptions
+end up in `finequant schema`, so that editors show them while you write a recipe.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Metric = Literal[
     "chrf",
 ]
 
-# peft initialisations that need calibration data or an already quantized base.
+# peft initializations that need calibration data or an already quantized base.
 UNSUPPORTED_INITS = {
-    "loftq": "it needs a base that is quantized before training; here quantization comes after",
+    "loftq": "it needs a base that is quantized before training, not after",
     "corda": "it needs a calibration pass over the base",
     "eva": "it needs a calibration pass over the base",
 }
@@ -56,32 +56,34 @@ class Model(Section):
     revision: str | None = Field(None, description="Hub commit, tag or branch; pin a commit")
     chat_template: str | None = Field(
         None,
-        description="Jinja template, or the path of a .jinja file; replaces the tokenizer's own",
+        description="Jinja template, or path of a .jinja file, that replaces the tokenizer's",
     )
 
 
 class Source(Section):
-    """Rows from one place: a Hub dataset, or local files (JSON, JSON Lines, CSV, TSV, Parquet,
-    Arrow, text; also compressed), a folder of them, or a pattern such as shards/*.parquet."""
+    """A source of rows: a Hub dataset; a local file (JSON, JSON Lines, CSV, TSV, Parquet, Arrow, or
+    text, also compressed); a folder of such files; or a pattern such as shards/*.parquet."""
 
     source: str = Field(
         description="Hub dataset id, or a file path relative to the recipe", min_length=1
     )
     name: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field(
-        "train", description="of a Hub dataset, or of a folder or file that has several"
+        "train", description="split of a Hub dataset, or of a folder or file that has several"
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field(
+        "auto", description="layout of the rows; auto: recognized by their columns"
+    )
     columns: dict[Literal["messages", "system", "tools", "prompt", "completion", "text"], str] = (
         Field(
             default_factory=dict,
-            description="field: a column, a field inside it such as answers.text[0], or a "
-            "template such as 'Question: {question}'",
+            description="where to find each field: a column, a path such as answers.text[0], or "
+            "a template such as 'Question: {question}'",
         )
     )
     weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")
-    limit: Positive | None = Field(None, description="use this many rows, a seeded choice")
+    limit: Positive | None = Field(None, description="use this many rows, chosen by the seed")
 
     @model_validator(mode="after")
     def _columns_make_a_row(self) -> Source:
@@ -97,52 +99,64 @@ SourcesInput = Source | str | list[Source | str]
 
 
 def one_source_is_a_list(value: Any) -> Any:
-    """`source: rows.jsonl` may be written as `rows.jsonl`, and a list of one without its list."""
+    """Accepts `rows.jsonl` for `source: rows.jsonl`, and a single source for a list of one."""
     entries = value if isinstance(value, list) else [value]
     return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 class Data(Section):
-    """Rows to learn from and rows to measure on, and how they become tokens."""
+    """Rows to train and to evaluate on, and how they become tokens."""
 
-    train: Annotated[Sources, Field(min_length=1)]
-    validation: Sources = Field(default_factory=list)
-    test: Sources = Field(default_factory=list)
+    train: Annotated[Sources, Field(min_length=1)] = Field(description="sources of training rows")
+    validation: Sources = Field(
+        default_factory=list, description="sources of the rows for the loss during training"
+    )
+    test: Sources = Field(
+        default_factory=list, description="sources of the held-out rows that models answer"
+    )
     validation_fraction: Fraction = Field(
-        0.05, description="of the training rows, where no validation source is given"
+        0.05, description="share of the training rows to use if there is no validation source"
     )
     test_fraction: Fraction = Field(
-        0.0, description="of the training rows, where no test source is given"
+        0.0, description="share of the training rows to hold out if there is no test source"
     )
     system: str | None = Field(None, description="system message for rows that have none")
     template_arguments: dict[str, Any] = Field(
         default_factory=dict, description="variables of the chat template, such as date_string"
     )
-    max_length: Positive = Field(1024, description="tokens of a row, or of a pack")
+    max_length: Positive = Field(1024, description="maximum tokens of a row, or of a pack")
     long_rows: Literal["truncate", "drop", "error", "split"] = Field(
-        "truncate", description="split: texts only, into pieces of max_length"
+        "truncate",
+        description="what to do with rows beyond max_length; split: cut texts into pieces",
     )
-    loss_on: Literal["assistant", "all"] = "assistant"
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant", description="target tokens of the loss: the assistant's only, or all"
+    )
     missing_end: Literal["error", "allow"] = Field(
         "error",
-        description="where no token ends an answer (in the chat template) or a text (the "
+        description="what to do if no token ends an answer (in the chat template) or a text (the "
         "tokenizer's EOS); allow: the model does not learn to stop",
     )
-    packing: bool = Field(False, description="fill max_length with several rows, kept apart")
+    packing: bool = Field(
+        False, description="pack several rows into max_length; they do not attend to each other"
+    )
     bad_rows: Literal["error", "drop", "repair"] = Field(
         "error",
-        description="rows that cannot be used: list them and stop, leave them out, or mend them "
-        "(drop an empty turn, merge turns that a user or system repeats, cut turns after the last "
-        "answer) and leave out what cannot be mended",
+        description="what to do with unusable rows: list them and stop, drop them, or repair them "
+        "(drop an empty turn, merge a user's or the system's repeated turns, cut turns after the "
+        "last answer) and drop those that cannot be repaired",
     )
     same_rows: Literal["prompt", "row"] | None = Field(
         None,
-        description="what makes rows the same in splits, overlap and duplicates: the prompt, or "
-        "the answer too; default: prompt, but row where training has fewer than 10 prompts",
+        description="when rows count as the same in splits, overlap, and duplicates: same prompt, "
+        "or same answer too; default: prompt, or row if training has fewer than 10 prompts",
     )
-    duplicates: Literal["keep", "drop"] = Field("keep", description="repeated training rows")
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="what to do with repeated training rows"
+    )
     overlap: Literal["error", "drop"] = Field(
-        "error", description="training rows that also occur in validation or test"
+        "error",
+        description="what to do with training rows that also occur in validation or test",
     )
 
     _sources = field_validator(
@@ -151,23 +165,33 @@ class Data(Section):
 
 
 class Lora(Section):
-    """The adapter, in peft's words."""
+    """The adapter, in peft's terms."""
 
-    rank: Positive = Field(16, validation_alias=AliasChoices("rank", "r"))
-    alpha: float = Field(32, gt=0)
-    dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
+    rank: Positive = Field(
+        16, validation_alias=AliasChoices("rank", "r"), description="rank of the update B A; or `r`"
+    )
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear",
+        description="layers that get an adapter: all linear layers but the head, or name endings "
+        "such as q_proj",
+    )
+    use_rslora: bool = Field(
+        False, description="rank-stabilized LoRA: scales by alpha / sqrt(rank), arXiv:2312.03732"
+    )
+    use_dora: bool = Field(
+        False, description="DoRA: also trains the weights' magnitudes, arXiv:2402.09353"
+    )
     init_lora_weights: str = Field(
-        "default", description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+        "default", description="default, gaussian, orthogonal, olora, pissa, or pissa_niter_N"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _one_name_for_rank(cls, value: Any) -> Any:
         if isinstance(value, dict) and {"rank", "r"} <= value.keys():
-            raise ValueError("r is another name of rank; give one of them")
+            raise ValueError("r is another name for rank; give only one of them")
         return value
 
     @field_validator("init_lora_weights")
@@ -187,20 +211,22 @@ class Lora(Section):
                 "peft cannot turn the result into an adapter of the unchanged base"
             )
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
-            raise ValueError(f"orthogonal initialisation needs an even rank, not {self.rank}")
+            raise ValueError(f"orthogonal initialization needs an even rank, not {self.rank}")
         return self
 
 
 def micro_batch_size(batch_size: int) -> int:
-    """The largest divisor of the batch size up to 8."""
+    """Returns the largest divisor of the batch size up to 8."""
     return max(rows for rows in range(1, 9) if batch_size % rows == 0)
 
 
 class Train(Section):
-    """Optimisation. Machine options (device, processes) belong to accelerate."""
+    """Optimization. Machine options (device, processes) belong to accelerate."""
 
-    epochs: float = Field(1.0, gt=0)
-    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: Positive | None = Field(
+        None, description="stop after this many optimizer steps, whatever `epochs` says"
+    )
     batch_size: Positive = Field(
         16, description="rows per optimizer step, over all processes and accumulation steps"
     )
@@ -209,24 +235,34 @@ class Train(Section):
         description="rows per forward pass of one process; decides memory, not the result; "
         "default: the largest divisor of batch_size up to 8",
     )
-    learning_rate: float = Field(2e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Fraction = Field(0.03, description="share of all steps")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = Field("adamw_torch", description="a name of transformers' `optim`")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate, after warmup")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="learning rate schedule after warmup"
+    )
+    warmup: Fraction = Field(0.03, description="share of the steps that warm up linearly")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    optimizer: str = Field("adamw_torch", description="optimizer, a value of transformers' `optim`")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the hardware computes in it"
+        "auto", description="arithmetic; auto: bf16 if the hardware computes in it natively"
     )
-    gradient_checkpointing: bool = False
-    eval_steps: Positive | None = Field(None, description="default: at the end of each epoch")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    eval_steps: Positive | None = Field(
+        None, description="steps between evaluations; default: at the end of each epoch"
+    )
     early_stopping_patience: Positive | None = Field(
-        None, description="stop after so many evaluations without a lower loss; keep the best"
+        None, description="stop after this many evaluations without a lower loss; keep the best"
     )
-    save_steps: Positive | None = Field(None, description="default: at the end of each epoch")
-    save_total_limit: Positive = 2
-    logging_steps: Positive = 10
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    save_steps: Positive | None = Field(
+        None, description="steps between checkpoints; default: at the end of each epoch"
+    )
+    save_total_limit: Positive = Field(2, description="checkpoints to keep")
+    logging_steps: Positive = Field(10, description="steps between log entries")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="experiment trackers to log to"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -234,7 +270,7 @@ class Train(Section):
         if isinstance(value, dict) and "quantization_aware" in value:
             raise ValueError(
                 "quantization_aware is now quantize.training: {steps, learns, learning_rate, "
-                "distillation}, a stage of its own after plain LoRA; steps is required"
+                "distillation}, a separate stage after plain LoRA; steps is required"
             )
         return value
 
@@ -256,7 +292,7 @@ class Train(Section):
 class QuantizationAwareTraining(Section):
     """Training of the merged model through the fake-quantized weights that `quantize` ships."""
 
-    steps: Positive = Field(description="optimizer steps")
+    steps: Positive = Field(description="number of optimizer steps")
     learns: Literal["adapter", "scales"] = Field(
         "adapter",
         description="a LoRA that moves weights from code to code, or the scales of the codes; "
@@ -271,13 +307,17 @@ class QuantizationAwareTraining(Section):
 
 
 class Calibration(Section):
-    """Text whose activations gptq keeps."""
+    """The text on whose activations gptq calibrates."""
 
-    data: Sources = Field(default_factory=list, description="default: the training rows")
-    tokens: Positive = Field(16384, description="more cost time and give a better model")
-    length: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a sequence")
+    data: Sources = Field(default_factory=list, description="sources; default: the training rows")
+    tokens: Positive = Field(
+        16384, description="number of tokens; more take longer and give a better model"
+    )
+    length: Annotated[int, Field(gt=1)] = Field(512, description="tokens per sequence")
     steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="in which each block then learns what the float block gives; 0: none"
+        0,
+        description="optimizer steps per block that then fit its output to the float block's; "
+        "0: none",
     )
 
     _sources = field_validator("data", mode="before", json_schema_input_type=SourcesInput)(
@@ -290,13 +330,13 @@ GroupSize = Annotated[int, Field(ge=32, le=256)]
 
 
 class Layer(Section):
-    """What is particular to some layers; what is left out is as in the rest of the section."""
+    """Settings for some layers; what is left out comes from the section `quantize`."""
 
-    bits: Bits | None = None
-    group_size: GroupSize | None = None
+    bits: Bits | None = Field(None, description="bits per code")
+    group_size: GroupSize | None = Field(None, description="weights that share a scale")
 
 
-# With a discriminator, mistakes in a mapping are not also reported as not being a word.
+# With a discriminator, pydantic does not also report an invalid mapping as an invalid word.
 LayerOrFloat = Annotated[
     Annotated[Layer, Tag("mapping")] | Annotated[Literal["float"], Tag("word")],
     Discriminator(lambda value: "word" if isinstance(value, str) else "mapping"),
@@ -304,57 +344,62 @@ LayerOrFloat = Annotated[
 
 
 class Quantize(Section):
-    """Symmetric groupwise integer weights, int8 asymmetric per-token dynamic activations."""
+    """Symmetric groupwise integer weights; int8 asymmetric per-token dynamic activations."""
 
-    bits: Bits = Field(4, description="1 is for measuring: codes -1 and 0, nothing positive")
+    bits: Bits = Field(
+        4, description="bits per code; 1 is for experiments only: its codes are -1 and 0"
+    )
     group_size: GroupSize = Field(
         32, description="weights that share a scale; must divide in_features of every layer"
     )
     layers: dict[str, LayerOrFloat] = Field(
         default_factory=dict,
-        description="pattern of layer names, such as '*.down_proj': {bits, group_size} or float; "
-        "the last that matches counts",
+        description="exceptions by a pattern of layer names, such as '*.down_proj': {bits, "
+        "group_size}, or float; the last match wins",
     )
     budget: float | None = Field(
         None,
         gt=0,
-        description="bits per rounded weight, scales included: chooses each layer's bits by "
-        "measured sensitivity, in place of `bits`",
+        description="average bits per quantized weight, scales included: replaces `bits` by a "
+        "choice for each layer, based on its measured sensitivity",
     )
     head: Literal["quantize", "float"] = Field(
         "quantize",
-        description="lm_head; where it is tied to the embedding, `quantize` unties it",
+        description="what to do with lm_head; `quantize` unties it from the embedding",
     )
     embedding: Literal["float", 8, 4] = Field(
-        "float", description="bits of its weights, which have no activations; unties the head"
+        "float", description="bits of the embedding's weights; quantizing it unties the head"
     )
     method: Literal["rtn", "hqq", "gptq"] = Field(
         "rtn", description="round to nearest, half-quadratic, or calibrated block by block"
     )
     scale: Literal["max", "search"] = Field(
-        "max", description="of rtn and gptq: reaches the largest weight, or has the least error"
+        "max",
+        description="scales for rtn and gptq: from the largest weight, or with the least error",
     )
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(Calibration(), description="text on which gptq calibrates")
     training: QuantizationAwareTraining | None = Field(
         None, description="quantization-aware training, from the codes of `method`; default: none"
     )
     rotate: bool = Field(
         False,
-        description="turns the hidden states, so that outliers spread over all places; it is "
-        "folded into the weights and costs nothing at run time",
+        description="rotate the hidden states so that outliers spread over all channels; the "
+        "rotation is folded into the weights and costs nothing at run time",
     )
-    scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the scales"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="embedding, norms and arithmetic; auto: as the base is stored"
+        "auto", description="dtype of embedding, norms, and arithmetic; auto: the base's"
     )
-    keep_merged: bool = Field(False, description="also keep the merged float checkpoint")
+    keep_merged: bool = Field(False, description="also write the merged float checkpoint")
     exports: list[Export] = Field(
         default_factory=list,
-        description="further formats of the same codes, in exports/; torchao is quantized/ itself",
+        description="further formats for the same codes, in exports/; torchao is quantized/ itself",
     )
     cache_length: Positive = Field(
         2048,
-        description="of the executorch export: tokens of its static key-value cache, prompt and "
+        description="tokens of the executorch export's static key-value cache, for prompt and "
         "answer together; at most the base's positions",
     )
 
@@ -362,25 +407,27 @@ class Quantize(Section):
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
-            raise ValueError(f"each format once; found {', '.join(value)}")
+            raise ValueError(f"list each format once, not {', '.join(value)}")
         return value
 
 
 class Corpus(Section):
     """A text to measure perplexity on."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
+        description="name in the report"
+    )
     source: str = Field(
-        description="text file, .jsonl, .json, .csv, .parquet or Hub dataset id", min_length=1
+        description="text file, .jsonl, .json, .csv, .parquet, or Hub dataset id", min_length=1
     )
     config: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field("test", description="Hub dataset split")
     revision: str | None = Field(None, description="Hub commit, tag or branch")
-    column: str = "text"
+    column: str = Field("text", description="column of the rows that holds the text")
     documents: Literal["file", "rows", "wikitext"] = Field(
         "file",
-        description="what stands alone: everything as one text, each row, or each ' = Title = ' "
-        "article (wikitext also undoes the tokenisation, as lm-eval does)",
+        description="what counts as a document: the whole file, each row, or each ' = Title = ' "
+        "article (wikitext also undoes the tokenization, as lm-eval does)",
     )
     max_length: Annotated[int, Field(gt=1)] = Field(2048, description="tokens of a window")
     windows: Positive | None = Field(None, description="score only the first N windows")
@@ -389,47 +436,53 @@ class Corpus(Section):
 class Task(Section):
     """An lm-eval task by name."""
 
-    task: str
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Positive | None = None
+    task: str = Field(description="name of an lm-eval task, group, or tag")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="examples in the prompt; default: the task's own number"
+    )
+    limit: Positive | None = Field(None, description="use the first N documents only")
     apply_chat_template: bool = Field(
         False,
-        description="ask through the chat template, examples as earlier turns; as lm-eval's "
-        "--apply_chat_template",
+        description="ask through the chat template, with examples as earlier turns, like "
+        "lm-eval's --apply_chat_template",
     )
 
 
 class Gate(Section):
-    """What quantization may cost; a run beyond it exits with code 1."""
+    """Limits on what quantization may cost; a run that exceeds them exits with code 1."""
 
     max_perplexity_increase: float | None = Field(
-        None, ge=0, description="quantized over tuned, minus 1: 0.05 allows five percent"
+        None, ge=0, description="quantized / tuned - 1: 0.05 allows five percent"
     )
     max_accuracy_drop: float | None = Field(
-        None, ge=0, description="tuned minus quantized, absolute: 0.02 allows two points"
+        None, ge=0, description="tuned - quantized: 0.02 allows two percentage points"
     )
 
 
 class Evaluate(Section):
-    """Base, tuned and quantized on the same inputs."""
+    """How to compare base, tuned, and quantized on the same inputs."""
 
-    perplexity: list[Corpus] = Field(default_factory=list)
-    tasks: list[Task] = Field(default_factory=list)
-    task_folder: str | None = Field(None, description="folder with lm-eval task YAML of your own")
+    perplexity: list[Corpus] = Field(
+        default_factory=list, description="corpora to measure perplexity on"
+    )
+    tasks: list[Task] = Field(default_factory=list, description="lm-eval tasks to run")
+    task_folder: str | None = Field(None, description="folder with your own lm-eval task files")
     metrics: list[Metric] = Field(
         default_factory=lambda: ["exact_match"], description="of answers to the held-out rows"
     )
     choices: list[str] | Literal["completions"] | None = Field(
-        None, description="for multiple_choice: the answers, or all that occur in the data"
+        None, description="for multiple_choice: a list of answers, or all that occur in the data"
     )
-    limit: Positive | None = Field(None, description="held-out rows to answer, the first N")
-    max_new_tokens: Positive = 128
+    limit: Positive | None = Field(None, description="use the first N held-out rows only")
+    max_new_tokens: Positive = Field(128, description="maximum tokens of an answer")
     batch_size: Positive = Field(16, description="sequences per forward pass")
     divergence_tokens: Positive = Field(
         2048, description="tokens on which quantized is compared with tuned"
     )
-    samples: Annotated[int, Field(ge=0)] = Field(5, description="answers to show side by side")
-    gate: Gate = Gate()
+    samples: Annotated[int, Field(ge=0)] = Field(
+        5, description="rows whose answers the report shows side by side"
+    )
+    gate: Gate = Field(Gate(), description="limits on what quantization may cost")
 
     @field_validator("tasks", mode="before", json_schema_input_type=Task | str | list[Task | str])
     @classmethod
@@ -443,7 +496,7 @@ class Evaluate(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated or "held_out" in names:
             raise ValueError(
-                "each perplexity corpus needs a name of its own, other than held_out; "
+                "each perplexity corpus needs a unique name other than held_out; "
                 f"found {', '.join(names)}"
             )
         if "multiple_choice" in self.metrics and not self.choices:
@@ -456,24 +509,27 @@ Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 
 
 class Publish(Section):
-    """Where the result goes on the Hugging Face Hub, and what its page says of it."""
+    """Where the result goes on the Hugging Face Hub, and what its page says."""
 
-    repo_id: HubId | None = Field(None, description="your-name/model-name")
-    private: bool = True
+    repo_id: HubId | None = Field(None, description="repository: your-name/model-name")
+    private: bool = Field(True, description="create a private repository")
     license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] | None = Field(
-        None, description="of the base, as the Hub names it; default: what the base says itself"
+        None, description="the base's license, as the Hub names it; default: what the base says"
     )
-    license_name: str | None = Field(None, description="where license is `other`")
-    license_link: str | None = Field(None, description="where license is `other`")
+    license_name: str | None = Field(None, description="name of the license if it is `other`")
+    license_link: str | None = Field(None, description="link to the license if it is `other`")
     license_folder: str | None = Field(
-        None, description="folder with the base's LICENSE, NOTICE and USE_POLICY; default: the base"
+        None,
+        description="folder with the base's LICENSE, NOTICE, and USE_POLICY; default: the base's",
     )
     base_model: HubId | None = Field(
-        None, description="Hub id of the base, where model.base is a folder or a package"
+        None, description="Hub id of the base, if model.base is a folder or a package"
     )
-    language: list[Language] = Field(default_factory=list, description="such as en")
-    tags: list[str] = Field(default_factory=list)
-    description: str | None = Field(None, description="what the model is for, in your words")
+    language: list[Language] = Field(
+        default_factory=list, description="languages of the model, such as en"
+    )
+    tags: list[str] = Field(default_factory=list, description="further tags for the model's page")
+    description: str | None = Field(None, description="what the model is for, in your own words")
 
     @field_validator("language", "tags", mode="before", json_schema_input_type=str | list[str])
     @classmethod
@@ -481,7 +537,7 @@ class Publish(Section):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _other_licences_have_a_name(self) -> Publish:
+    def _other_licenses_have_a_name(self) -> Publish:
         named = bool(self.license_name and self.license_link)
         if (self.license == "other") != named or bool(self.license_name) != bool(self.license_link):
             raise ValueError("license: other, license_name and license_link belong together")
@@ -489,18 +545,22 @@ class Publish(Section):
 
 
 class Recipe(Section):
-    """One recipe drives fine-tuning, quantization, evaluation and publishing."""
+    """One recipe drives fine-tuning, quantization, evaluation, and publishing."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    output_dir: str | None = Field(None, description="the run directory; default runs/NAME")
-    model: Model
-    data: Data
-    lora: Lora = Lora()
-    train: Train = Train()
-    quantize: Quantize = Quantize()
-    evaluate: Evaluate = Evaluate()
-    publish: Publish = Publish()
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        description="name of the run"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of splits, row order, adapter initialization, and dropout"
+    )
+    output_dir: str | None = Field(None, description="run directory; default: runs/NAME")
+    model: Model = Field(description="the base model")
+    data: Data = Field(description="training and evaluation rows")
+    lora: Lora = Field(Lora(), description="the adapter")
+    train: Train = Field(Train(), description="how the adapter is trained")
+    quantize: Quantize = Field(Quantize(), description="how the merged model is quantized")
+    evaluate: Evaluate = Field(Evaluate(), description="what is measured")
+    publish: Publish = Field(Publish(), description="where the result is published")
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Names of data files: which are read, and which a pattern such as `shards/*.parquet` matches."""
+"""Names of data files: which suffixes are read, and which files match `shards/*.parquet`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files that hold rows; a .txt file is one text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-"""Suffixes that may stand behind those."""
+"""Suffixes that may follow those."""
 
 
 def is_pattern(name: str | Path) -> bool:
-    """Whether it may stand for several files."""
+    """Says whether the name is a pattern that may match several files."""
     return glob.has_magic(str(name))
 
 
 def matching_files(path: Path) -> list[Path]:
-    """The file itself, or the files that a pattern matches, in the order of their names."""
+    """Returns the file itself, or the files that a pattern matches, sorted by name."""
     if path.exists() or not is_pattern(path):
         return [path]
     pattern = path.relative_to(path.anchor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finequant.recipes.artefact import differences, remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
-from finequant.recipes.errors import UserError, told_to_the_user
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Recipe
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_to_the_user():
+    with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
         quiet_libraries()
         train(recipe, run)

@@ -122,7 +122,7 @@ def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
     with pytest.raises(SystemExit) as exit_:
         compare(arguments)
     assert exit_.value.code == 2
-    assert f"{file}: not as it was written" in capsys.readouterr().err
+    assert f"{file}: changed since it was written" in capsys.readouterr().err
     assert file.read_text() == other
     file.unlink()
     compare(arguments)

@@ -196,7 +196,7 @@ class MarksWhenUnpickled:
 DAMAGED = "missing or damaged, copy or download it again"
 MISFIT = "do not fit its config.json"
 REFUSED = {
-    "no config.json": (replace("config.json", None), ["no model folder", "config.json"]),
+    "no config.json": (replace("config.json", None), ["not a model folder", "config.json"]),
     "broken config.json": (replace("config.json", b'{"model_'), ["config.json is damaged"]),
     "config.json is a list": (replace("config.json", b"[]"), ["does not say what model"]),
     "strange value": (configure(hidden_size="x"), ["'hidden_size' expected int", "'x'"]),
@@ -305,7 +305,7 @@ NO_BASE = {
     "package:os.path/x.gguf": "expected package:MODULE/FILE.gguf",
     "package:json/decoder.py": "expected package:MODULE/FILE.gguf",
     "package:": "expected package:MODULE/FILE.gguf",
-    "/no/such/folder": "/no/such/folder is no model folder",
+    "/no/such/folder": "/no/such/folder is not a model folder",
     "a b": "neither a Hub id",
     "a/b/c": "neither a Hub id",
     "..": "neither a Hub id",

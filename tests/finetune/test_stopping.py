@@ -77,7 +77,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
         assert process.returncode == 143, said
         last = said.splitlines()[-1]
         assert last.startswith("stopped by SIGTERM: ")
-        assert last.endswith("the same command goes on from here")
+        assert last.endswith("run the same command again to continue from here")
     assert not (recipe_file.parent / "run" / "adapter").exists()
     capsys.readouterr()
     assert train(recipe_file, *overrides) == expected

@@ -346,7 +346,7 @@ def test_an_unpublishable_state_is_refused(recipe, capsys):
     record = run / "quantized" / "quantization.json"
     record.write_text(record.read_text(encoding="utf-8") + " ", encoding="utf-8")
     altered = refused(capsys, recipe, "--dry-run")
-    assert "quantized: not as it was written" in altered and "quantization.json" in altered
+    assert "quantized: changed since it was written" in altered and "quantization.json" in altered
     shutil.rmtree(run / "quantized")
     assert "quantized does not exist" in refused(capsys, recipe, "--dry-run")
     assert not folder_of(recipe).exists()

@@ -175,7 +175,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
     folder = quantize()
     other = llama("other", hidden_size=96, intermediate_size=192)
     # By what was recorded; then, as of an adapter that came without a manifest, by its shapes.
-    for words in ("trained on another base than", "not an adapter of"):
+    for words in ("trained on a different base than", "not an adapter of"):
         with pytest.raises(SystemExit) as exit_:
             convert([str(recipe_file), f"model.base={other}"])
         assert exit_.value.code == 2
@@ -230,7 +230,7 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, file)
-    for words in ("not as it was written", "cannot be merged"):
+    for words in ("changed since it was written", "cannot be merged"):
         with pytest.raises(SystemExit) as exit_:
             convert([str(recipe_file)])
         assert exit_.value.code == 2

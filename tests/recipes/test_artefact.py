@@ -68,7 +68,7 @@ def test_damage_is_named_file_by_file(folder, damage, expected):
     with pytest.raises(UserError) as caught:
         verify(folder, again="finequant train RECIPE")
     message = str(caught.value)
-    for part in (str(folder), expected[0], "`finequant train RECIPE` makes it again", "previous/"):
+    for part in (str(folder), expected[0], "`finequant train RECIPE` recreates it", "previous/"):
         assert part in message
 
 
@@ -124,7 +124,9 @@ def test_an_edited_artefact_is_not_built_on(written):
     _, run = written
     run.require("quantize")
     (run.quantized / "weights").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match=r"(?s)quantized: not as it was written.*weights: altered"):
+    with pytest.raises(
+        UserError, match=r"(?s)quantized: changed since it was written.*weights: altered"
+    ):
         run.require("quantize")
 
 
@@ -195,7 +197,9 @@ def test_an_adapter_of_another_base_is_not_used(written, llama):
         }
     )
     for stage in ("quantize", "evaluate"):
-        with pytest.raises(UserError, match="adapter: trained on another base than .*/other: run"):
+        with pytest.raises(
+            UserError, match="adapter: trained on a different base than .*/other: run"
+        ):
             run.inputs(other, stage)
     run.inputs(other, "train")
     write(recipe, run, run.adapter, "brought from elsewhere")

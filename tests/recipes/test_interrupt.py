@@ -10,34 +10,34 @@ import time
 
 import pytest
 
-from finequant.recipes.errors import told_to_the_user
-from finequant.recipes.interrupt import SIGNALS, Interrupted, put_off
+from finequant.recipes.errors import report_user_errors
+from finequant.recipes.interrupt import SIGNALS, Interrupted, deferred_signals
 
 COMMON = """
 import subprocess, sys, time
-from finequant.recipes.errors import told_to_the_user
-from finequant.recipes.interrupt import put_off, passed_on, Interrupted
+from finequant.recipes.errors import report_user_errors
+from finequant.recipes.interrupt import deferred_signals, wait_and_forward_signals, Interrupted
 def wait():
     for _ in range(600):
         time.sleep(0.05)
 """
-AT_ONCE = COMMON + "with told_to_the_user():\n    print('ready', flush=True)\n    wait()"
+AT_ONCE = COMMON + "with report_user_errors():\n    print('ready', flush=True)\n    wait()"
 SAVES = (
     COMMON
     + """
-with told_to_the_user(), put_off() as wish:
+with report_user_errors(), deferred_signals() as request:
     print('ready', flush=True)
-    while not wish.number:
+    while not request.number:
         time.sleep(0.05)
     time.sleep(float(sys.argv[1]))
-    raise Interrupted(wish.number, "step 7 is saved")
+    raise Interrupted(request.number, "step 7 is saved")
 """
 )
 LAUNCHES = (
     COMMON
     + """
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
-sys.exit(passed_on(child))
+sys.exit(wait_and_forward_signals(child))
 """
 )
 
@@ -57,7 +57,7 @@ def test_a_signal_ends_a_command_with_its_code_and_one_line(number):
     process.send_signal(number)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 128 + number
-    assert said == f"stopped by {number.name}: the same command goes on from here\n"
+    assert said == f"stopped by {number.name}: run the same command again to continue from here\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -113,16 +113,16 @@ def test_a_signal_in_the_middle_of_a_print_is_noted(monkeypatch, capfd):
         flush = write
 
     monkeypatch.setattr(sys, "stderr", Entered())
-    with put_off() as wish:
+    with deferred_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert wish.number == signal.SIGTERM
-    assert capfd.readouterr().err == "stopping after this step; once more ends at once\n"
+    assert request.number == signal.SIGTERM
+    assert capfd.readouterr().err == "stopping after this step; another signal quits immediately\n"
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with told_to_the_user(), put_off() as wish:
-        assert wish.number is None
+    with report_user_errors(), deferred_signals() as request:
+        assert request.number is None
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

@@ -80,7 +80,7 @@ WRONG = {
     "mapping for a text": ("  system: {a: b}", 6, "data.system", "string (value {'a': 'b'})"),
     "negative number": ("lora: {rank: -1}", 6, "lora.rank", "greater than 0 (value -1)"),
     "negative alias": ("lora: {r: -1}", 6, "lora.r", "greater than 0 (value -1)"),
-    "both names": ("lora:\n  r: 8\n  rank: 4", 6, "lora", "r is another name of rank"),
+    "both names": ("lora:\n  r: 8\n  rank: 4", 6, "lora", "r is another name for rank"),
     "fraction of one": (
         "  validation_fraction: 1.0",
         6,
@@ -151,7 +151,7 @@ WRONG = {
         "    - {name: a, source: text.txt}",
         6,
         "evaluate",
-        "a name of its own, other than held_out; found a, a",
+        "a unique name other than held_out; found a, a",
     ),
     "micro batches": (
         "train: {batch_size: 6, micro_batch_size: 4}",

@@ -47,7 +47,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(tmp_path, other):
     message = str(caught.value)
     assert f"run is in use by process {other.pid} on {socket.gethostname()}, since 2" in message
     assert "recipe.yaml" in message
-    assert "wait until it has ended, stop it, or give another output_dir" in message
+    assert "wait for it to finish, stop it, or choose another output_dir" in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

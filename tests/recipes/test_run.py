@@ -207,11 +207,11 @@ def test_readme_commands_run(tmp_path):
 
 def test_a_full_disk_is_one_message(capsys):
     """/dev/full is a disk without space."""
-    from finequant.recipes.errors import told_to_the_user
+    from finequant.recipes.errors import report_user_errors
 
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    with pytest.raises(SystemExit) as exit_, told_to_the_user():
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
         Path("/dev/full").write_text("weights", encoding="utf-8")
     assert exit_.value.code == 1
     assert capsys.readouterr().err.startswith("error: no space left on the disk")

@@ -169,7 +169,7 @@ def test_a_changed_file_is_named_where_it_matters(folder, name):
     key, stages = CHANGED_FILES[name]
     named = folder / Path(name).parent if "/" in name else folder / name
     for stage, said in changes(folder).items():
-        assert said == ([f"{key}: {named} has other content"] if stage in stages else [])
+        assert said == ([f"{key}: the content of {named} changed"] if stage in stages else [])
 
 
 def test_a_new_source_is_a_change(folder):
@@ -185,7 +185,7 @@ def test_an_artefact_edited_by_hand_is_noticed_downstream(folder):
     assert changes(folder) == {
         "train": [],
         "quantize": ["quantized: changed since quantize wrote it (weights: altered)"],
-        "evaluate": ["quantized/ has other content"],
+        "evaluate": ["the content of quantized/ changed"],
     }
 
 
@@ -195,7 +195,7 @@ def test_another_adapter_reaches_quantize_and_evaluate(folder):
     with run.writing(run.adapter, recipe) as partial:
         (partial / "weights").write_text("trained again", encoding="utf-8")
     run.record(recipe, "train", run.inputs(recipe, "train"), seconds=1.0)
-    stale = ["adapter/ has other content"]
+    stale = ["the content of adapter/ changed"]
     assert changes(folder) == {"train": [], "quantize": stale, "evaluate": stale}
 
 
@@ -307,7 +307,7 @@ def test_a_damaged_manifest_is_named_with_the_next_step(folder, content):
             use()
         message = str(caught.value)
         assert message.startswith("run/manifest.json: damaged")
-        assert message.endswith("delete it to redo every stage of this run")
+        assert message.endswith("delete it to rerun every stage of this run")
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finequant.recipes.errors import told_to_the_user
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.run import main
 from finequant.recipes.schema import Data
 
@@ -91,7 +91,7 @@ def answer(command) -> int:
     """The exit code of a command that must touch no file."""
     with TOUCHED.listening() as touched:
         try:
-            with told_to_the_user():
+            with report_user_errors():
                 command()
             code = 0
         except SystemExit as end:

@@ -80,7 +80,7 @@ def test_a_full_disk(recipe_file, disk):
             ballast = fill(disk, left)
             line = one_error(run(stage, recipe_file, disk), 1)
             assert line.startswith("error: no space left on the disk")
-            assert "the same command goes on from here" in line
+            assert "run the same command again to continue from here" in line
             assert not (disk / "run" / {"train": "adapter"}.get(stage, "report.json")).exists()
             ballast.unlink()
         done = run(stage, recipe_file, disk)
