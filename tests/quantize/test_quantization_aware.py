@@ -301,7 +301,7 @@ def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
     monkeypatch.setattr(run, "_start", lambda *_: pytest.fail("a stage was started"))
     file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
     arguments = ["run", str(recipe_file), ADAPTER, "--force", "--launch", str(file)]
-    assert f"--launch: {file} is of" in refused(capsys, run.main, arguments)
+    assert f"--launch: {file} uses" in refused(capsys, run.main, arguments)
 
 
 def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():
