@@ -138,6 +138,8 @@ for folder in sorted(root.iterdir()):
             for ids in prompts:
                 ids = torch.tensor([ids])
                 new = model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1]:]
+                ends = model.generation_config.eos_token_id
+                new = new[:-1] if new[-1] in torch.tensor(ends) else new  # not part of the answer
                 said.append(tokenizer.decode(new, skip_special_tokens=True))
             (folder / "said.json").write_text(json.dumps(said))
     save_file(found, folder / "logits.safetensors")
