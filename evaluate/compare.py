@@ -33,7 +33,11 @@ HELD_OUT = "held_out"
 """Name of the test rows among corpora and tasks."""
 
 # What a model's measurement does not depend on, so that it is kept when these change.
-INDEPENDENT_OF = {"base": ("adapter/", "quantized/"), "tuned": ("quantized/",), "quantized": ()}
+INDEPENDENT_OF = {
+    "base": ("adapter/", "quantized/", "evaluate.exports"),
+    "tuned": ("quantized/", "evaluate.exports"),
+    "quantized": ("evaluate.exports",),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.evaluate.report.report import gate, print_table, write_report
     from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.model import arithmetic_dtype, load_config, load_tokenizer
+    from finequant.quantize.scheme import shipped_dtype
 
     watch = Stopwatch()
     run.require("train")
@@ -85,12 +90,14 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     measured = measure_all(recipe, run, inputs, material)
     measured |= measure_exports(recipe, run, inputs, material)
     models = {name: found["scores"] for name, found in measured.items()}
+    computes = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
         "models": models,
         "changes": _changes(recipe, material, measured),
         "divergence": measured["quantized"]["divergence"],
+        "arithmetic": str(computes).removeprefix("torch."),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": _samples(recipe, material, measured),
         "training": _read_json(run.adapter / "training_log.json"),
@@ -209,7 +216,9 @@ def measure_exports(
 def load_model(
     name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]], ends: list[int]
 ) -> LlamaForCausalLM:
-    """One of the three, in the dtype that is shipped, on the GPU if there is one.
+    """One of the three with the weights that are shipped, on the GPU if there is one.
+
+    It computes in the shipped dtype, or in float32 where the processor only emulates bf16.
 
     ends: ids at which base and tuned stop; quantized/ says itself where it does.
     """
@@ -217,7 +226,7 @@ def load_model(
 
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.data.turns import stop_at
-    from finequant.finetune.model import load_base, load_config
+    from finequant.finetune.model import arithmetic_dtype, load_base, load_config
     from finequant.quantize.merge.adapter import merge
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
@@ -227,11 +236,14 @@ def load_model(
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
         model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
-        return dequantize_once(model.to(device()), (prompts or [[0]])[0])
+        model = dequantize_once(model.to(device()), (prompts or [[0]])[0])
+        return cast_weights(model, arithmetic_dtype(dtype))
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
     stop_at(model, ends)
-    return cast_weights(model, dtype).to(device()).eval()
+    # The weights are rounded to what is shipped, whatever they are computed in.
+    model = cast_weights(cast_weights(model, dtype), arithmetic_dtype(dtype))
+    return model.to(device()).eval()
 
 
 def device() -> str:
@@ -352,7 +364,9 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
 
 def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
     """Of the weights on disk; for a float model that is not on disk, what it would take there."""
+    from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.quantize.scheme import shipped_dtype
     from finequant.recipes.base import locate_base
 
     folder, file = locate_base(recipe.model)
@@ -360,7 +374,8 @@ def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) 
         return weight_bytes(run.quantized)
     if name == "base" and file:
         return (folder / file).stat().st_size
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    shipped = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    return sum(weight.numel() for weight in model.parameters()) * shipped.itemsize
 
 
 def _changes(
@@ -404,7 +419,7 @@ def measurement_file(run: RunDir, name: str) -> Path:
 def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of `evaluate` that decide the measurement of one model."""
     shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size", "exports/")
-    without = INDEPENDENT_OF.get(name, INDEPENDENT_OF["base"])
+    without = INDEPENDENT_OF.get(name, ("adapter/", "quantized/"))
     return {
         key: value
         for key, value in inputs.items()

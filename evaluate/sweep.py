@@ -244,11 +244,12 @@ def _measure_float(
     model: LlamaForCausalLM, recipe: Recipe, material: Material, run: RunDir, swept: str
 ) -> dict[str, Any]:
     from finequant.evaluate.compare import device, measure_model, size_bytes
-    from finequant.finetune.model import load_config
+    from finequant.finetune.model import arithmetic_dtype, load_config
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
-    model = cast_weights(_own_weights(model), dtype).to(device()).eval()
+    model = cast_weights(cast_weights(_own_weights(model), dtype), arithmetic_dtype(dtype))
+    model = model.to(device()).eval()
     size = size_bytes(swept, model, recipe, run)
     return measure_model(swept, model, recipe, material, size)
 
@@ -262,12 +263,13 @@ def measure_point(
     """
     from finequant.evaluate.compare import device, measure_model
     from finequant.evaluate.dequantized import dequantize_once
-    from finequant.finetune.model import load_config
+    from finequant.finetune.model import arithmetic_dtype, load_config
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.budget import within_budget
     from finequant.quantize.methods.method import round_model
     from finequant.quantize.methods.rotation import rotate
     from finequant.quantize.scheme import (
+        cast_weights,
         layer_plan,
         parameter_count,
         shipped_dtype,
@@ -291,6 +293,7 @@ def measure_point(
     # If each code took no more than its own bits; torchao's files spend eight on it.
     packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
     model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
+    model = cast_weights(model, arithmetic_dtype(dtype))
     measurement = measure_model(point.name, model, recipe, material, size)
     measurement["scores"]["packed_bits_per_weight"] = packed
     return measurement

@@ -203,9 +203,7 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
         return torch.float32, "as the recipe says"
     on_cpu = trains_on_cpu()
     if on_cpu:
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
-        where = "this CPU"
+        native, where = _cpu_has_bf16(), "this CPU"
     elif torch.cuda.is_available():
         native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
@@ -217,6 +215,31 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
     if native:
         return torch.bfloat16, f"{where} computes in bf16"
     return torch.float32, f"{where} does not compute in bf16"
+
+
+def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
+    """The dtype to run a model in whose weights are `shipped`: float32 where bf16 is emulated.
+
+    The weights keep their bf16 values; only products and activations are finer. Models are run on
+    a CUDA device, or else on the CPU.
+    """
+    import torch
+
+    if shipped != torch.bfloat16:
+        return shipped
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = _cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:

@@ -479,6 +479,9 @@ class Evaluate(Section):
     divergence_tokens: Positive = Field(
         2048, description="tokens on which quantized is compared with tuned"
     )
+    exports: bool = Field(
+        True, description="also measure what was exported; false: only the size of each file"
+    )
     samples: Annotated[int, Field(ge=0)] = Field(
         5, description="rows whose answers the report shows side by side"
     )

@@ -34,7 +34,8 @@ KEYS = {"executorch": "pte"}
 
 
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
-    """As `measure_model` does, with speed and peak memory; scores only where the runtime is here.
+    """As `measure_model` does, with speed and peak memory; scores only where the runtime is here
+    and the recipe wants them.
 
     lm-eval tasks want a model of transformers: only compressed-tensors is one.
     """
@@ -48,7 +49,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     size = sum(file.stat().st_size for file in folder.glob("model*"))
     bits = 8 * size / parameter_count(load_config(recipe.model))
     scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
-    if missing := why_not(name):
+    if missing := why_not(name) if recipe.evaluate.exports else "evaluate.exports is false":
         say(f"evaluate: {name}: only its size is measured: {missing}")
         return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
     if name == "compressed-tensors":

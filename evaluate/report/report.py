@@ -1,7 +1,8 @@
 """The report of a run: report.json, report.md, plots/ and the table in the terminal.
 
 A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "layers",
-"samples", "training", "gate"}`; all but `models` may be missing. `models` maps base, tuned,
+"samples", "training", "gate", "arithmetic"}`; all but `models` may be missing; "arithmetic" is the
+dtype that the models were run in. `models` maps base, tuned,
 quantized (and further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS:
 {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; of
 exports also `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}`. `changes`
@@ -162,8 +163,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "To repeat it: `finequant run recipe.yaml`",
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
-        "All models are measured on the same inputs. ± is one standard error; that of a change "
-        "is of the differences row by row.",
+        f"All models are measured on the same inputs{_arithmetic(report)}. "
+        "± is one standard error; that of a change is of the differences row by row.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         "\n".join(f"- {line}" for line in [*divergence_lines(report), *verdict_lines(report)]),
@@ -175,6 +176,11 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _arithmetic(report: Report) -> str:
+    dtype = report.get("arithmetic")
+    return f", in {dtype} arithmetic" if dtype else ""
 
 
 def _widths(quantize: dict[str, Any]) -> str:

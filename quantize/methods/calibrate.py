@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from finequant.finetune.model import arithmetic_dtype
 from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.methods.gptq import ROWS, Statistics, gptq
@@ -66,11 +67,13 @@ def calibrate(
 
     weights: of the float model, by name; read a block at a time.
     sequences: token ids [rows, length].
-    dtype: of the shipped model's arithmetic, in which the activations are computed.
+    dtype: of the shipped model; activations are computed in it, or in float32 where the
+        processor only emulates it.
     known: what an earlier call found; a block that is known is only run.
     steps: of training each block after gptq.
     """
-    calibration = _Calibration(weights, config, sequences, plan, dtype, known, steps)
+    computes = arithmetic_dtype(dtype)
+    calibration = _Calibration(weights, config, sequences, plan, computes, known, steps)
     for number in _shown(config.num_hidden_layers):
         yield from calibration.block(number)
     if plan[HEAD]:

@@ -41,9 +41,8 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
 @pytest.mark.parametrize(
     ("name", "key"), [("compressed-tensors", "compressed-tensors"), ("executorch", "pte")]
 )
-def test_the_report_has_a_column_for_every_export(recipe_file, capsys, name, key):
+def test_the_report_has_a_column_for_every_export(recipe_file, train_once, capsys, name, key):
     from finequant.evaluate.compare import main as compare
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export
 
@@ -53,7 +52,7 @@ def test_the_report_has_a_column_for_every_export(recipe_file, capsys, name, key
         f"quantize.exports=[torchao,{name}]",
         "quantize.cache_length=512",
     ]
-    train(arguments)
+    train_once(arguments)
     convert(arguments)
     with pytest.raises(SystemExit):
         compare(arguments)
@@ -75,3 +74,11 @@ def test_the_report_has_a_column_for_every_export(recipe_file, capsys, name, key
     assert "decoding, tokens/s" in (run / "report.md").read_text()
     compare(arguments)
     assert f"evaluate: {name}: measured before, unchanged" in capsys.readouterr().err
+    compare([*arguments, "evaluate.exports=false"])
+    models = json.loads((run / "report.json").read_text())["models"]
+    assert models[key] == {
+        "size_bytes": size,
+        "bits_per_weight": models[key]["bits_per_weight"],
+        "perplexity": {},
+        "tasks": {},
+    }
