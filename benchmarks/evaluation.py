@@ -4,7 +4,7 @@ python benchmarks/evaluation.py tasks
 python benchmarks/evaluation.py tasks --limit 100 --dtype bfloat16
 python benchmarks/evaluation.py perplexity
 python benchmarks/evaluation.py decoding
-python benchmarks/evaluation.py exports runs/quickstart
+python benchmarks/evaluation.py exports runs/assistant
 """
 
 from __future__ import annotations

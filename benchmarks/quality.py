@@ -3,7 +3,7 @@
 python benchmarks/quality.py calibration
 python benchmarks/quality.py training
 python benchmarks/quality.py step
-python benchmarks/quality.py domain recipes/quickstart.yaml
+python benchmarks/quality.py domain recipes/assistant.yaml
 python benchmarks/quality.py domain benchmarks/banking77.yaml --seeds 0,1,2
 """
 

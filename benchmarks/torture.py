@@ -2,7 +2,7 @@
 
 python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
 python benchmarks/torture.py --kills 5 --seed 3 --only kills
-python benchmarks/torture.py --quickstart --only kills    # of the embedded model; an hour or two
+python benchmarks/torture.py --assistant --only kills    # of the embedded model; an hour or two
 Writes what it measured into docs/reliability.md; with --only, its part of that page.
 """
 
@@ -36,7 +36,7 @@ from finequant.recipes.rundir import STAGES
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 TITLE = "# Reliability\n\nWritten by `make torture` (benchmarks/torture.py)."
-TINY, EMBEDDED = "a tiny random Llama", "the shortened quickstart"
+TINY, EMBEDDED = "a tiny random Llama", "the shortened assistant"
 TESTS = "Damaged input, full and read-only disks"
 LONGEST = 600
 """Seconds that a run may take."""
@@ -48,7 +48,7 @@ SHORT = (
     "lora.dropout=0.0",
     "quantize.training={steps: 4}",
 )
-# Of the quickstart: all stages, a few rows, and nothing that only takes time.
+# Of the assistant: all stages, a few rows, and nothing that only takes time.
 SHORTENED = (
     "train.max_steps=4",
     "train.save_steps=2",
@@ -57,8 +57,8 @@ SHORTENED = (
     "quantize.training={steps: 4, distillation: 1.0}",
     "quantize.method=rtn",
     "quantize.scale=max",
-    "data.validation=[{source: data/quickstart/validation.jsonl, limit: 4}]",
-    "data.test=[{source: data/quickstart/test.jsonl, limit: 4}]",
+    "data.validation=[{source: data/assistant/validation.jsonl, limit: 4}]",
+    "data.test=[{source: data/assistant/test.jsonl, limit: 4}]",
     "evaluate.max_new_tokens=8",
 )
 HALF_MADE = (".partial", ".replaced", ".removed")
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only != "tests":
         with report_user_errors(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
-        what = EMBEDDED if arguments.quickstart else TINY
+        what = EMBEDDED if arguments.assistant else TINY
         write_section(f"Killed runs: {what}", kills_section(arguments, kills, seconds))
     if arguments.only != "kills":
         tests = torture_tests(arguments.examples)
@@ -98,7 +98,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, default=1000, help="damaged inputs of each kind")
     parser.add_argument("--only", choices=["kills", "tests"])
-    parser.add_argument("--quickstart", action="store_true", help=f"{EMBEDDED}, not {TINY}")
+    parser.add_argument("--assistant", action="store_true", help=f"{EMBEDDED}, not {TINY}")
     return parser.parse_args(argv)
 
 
@@ -125,8 +125,8 @@ def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], 
 
 
 def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    if arguments.quickstart:
-        recipe = ROOT / "recipes" / "quickstart.yaml"
+    if arguments.assistant:
+        recipe = ROOT / "recipes" / "assistant.yaml"
         overrides = [*SHORTENED, f"model.base={embedded_base(recipe, folder / 'base')}"]
     else:
         recipe, overrides = tiny_recipe(folder), SHORT
@@ -134,7 +134,7 @@ def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def embedded_base(recipe: Path, folder: Path) -> Path:
-    """The quickstart's base as safetensors: half of a short run would go into reading its GGUF."""
+    """The assistant's base as safetensors: half of a short run would go into reading its GGUF."""
     import torch
 
     model = load_recipe(recipe).model
@@ -253,7 +253,8 @@ def torture_tests(examples: int) -> list[tuple[str, str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "tests/torture", f"--junitxml={report}"],
+            [sys.executable, "-m", "pytest", "-q", "-m", "", "tests/torture"]
+            + [f"--junitxml={report}"],
             cwd=ROOT,
             env=os.environ | {"FINEQUANT_EXAMPLES": str(examples), "OMP_NUM_THREADS": "1"},
             stdout=sys.stderr,
@@ -274,7 +275,7 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         Counter(kill.stage for kill in kills),
         Counter(kill.stage for kill in kills if kill.same),
     )
-    changes = SHORTENED if arguments.quickstart else SHORT
+    changes = SHORTENED if arguments.assistant else SHORT
     base = " The base was saved as safetensors first: its GGUF file takes longer to read."
     lines = [
         f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
@@ -282,7 +283,7 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         f"`finequant run` with {', '.join(f'`{change}`' for change in changes)}: all stages, "
         f"{seconds:.0f} s undisturbed. SIGKILL to the whole process group, then the same command "
         "again. Compared: every file of adapter/ and quantized/, and report.json without the "
-        f"seconds of training. Seed {arguments.seed}.{base if arguments.quickstart else ''}",
+        f"seconds of training. Seed {arguments.seed}.{base if arguments.assistant else ''}",
         "",
         "| killed in | runs | same hashes |",
         "|---|---:|---:|",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "quickstart.yaml"
+RECIPE = HERE.parent / "recipes" / "assistant.yaml"
 BEST = ("--dtype", "bfloat16", "--gradient_checkpointing", "false")
 """Of those that leave rows and steps alone; tried as well: eager attention, padding_free."""
 
@@ -91,7 +91,7 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
 
 
 def local_copy(folder: Path, validation: int) -> Recipe:
-    """The quickstart with its base as a folder; beside it the rows' tokens for trl, which would
+    """The assistant with its base as a folder; beside it the rows' tokens for trl, which would
     learn the line break after an answer, too."""
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import to_dataset

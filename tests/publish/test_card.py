@@ -46,14 +46,14 @@ def test_the_example_names_no_folder_of_a_machine():
 
 
 def test_the_examples_recipe_is_the_one_that_is_shipped():
-    """Its keys, as the card shows them, are those of recipes/quickstart.yaml."""
+    """Its keys, as the card shows them, are those of recipes/assistant.yaml."""
     from ruamel.yaml import YAML
 
     from finequant.recipes.load import load_recipe, without_folders
 
     text = CARD.read_text(encoding="utf-8")
     shown = YAML(typ="safe").load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-    shipped = without_folders(load_recipe(ROOT / "recipes" / "quickstart.yaml"))
+    shipped = without_folders(load_recipe(ROOT / "recipes" / "assistant.yaml"))
     expected = shipped.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
     shown["publish"].pop("repo_id")
     assert shown == expected
