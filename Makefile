@@ -12,10 +12,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 # Each beside what a user would pick instead, in turn; about 15 minutes on two cores.
 bench: $(VENV)/installed

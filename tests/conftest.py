@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -170,6 +171,84 @@ evaluate:
 def recipe_file(tmp_path, tiny_base) -> Path:
     """A complete recipe over the tiny Llama: 48 training, 8 validation, 8 test rows."""
     return make_recipe(tmp_path, tiny_base)
+
+
+class Reloads:
+    """Stands in for `subprocess.run` where `convert` reloads its checkpoint in a fresh process.
+
+    The same code runs, in this process: importing torch and transformers anew takes seconds, for
+    each of a hundred conversions. Tests marked `fresh_process` have the real thing.
+    """
+
+    def __init__(self) -> None:
+        self.run, self.fresh = subprocess.run, False
+
+    def __call__(self, command, *arguments, **options):
+        reload = sys.modules.get("finequant.quantize.checkpoint.reload")
+        if self.fresh or reload is None or reload.RELOAD not in command:
+            return self.run(command, *arguments, **options)
+        code, *rest = command[3:]
+        before, sys.argv = sys.argv, ["-c", *rest]
+        try:
+            exec(code, {"__name__": "__main__"})
+        except (Exception, SystemExit) as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        finally:
+            sys.argv = before
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reloads() -> Iterator[Reloads]:
+    stand_in = Reloads()
+    subprocess.run = stand_in
+    yield stand_in
+    subprocess.run = stand_in.run
+
+
+@pytest.fixture(autouse=True)
+def reload_where_the_test_wants_it(request, reloads) -> Iterator[None]:
+    reloads.fresh = request.node.get_closest_marker("fresh_process") is not None
+    yield
+    reloads.fresh = False
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory) -> Callable[[list[str]], None]:
+    """`finetune/train.py` for tests of later stages: equal inputs are trained once in a session.
+
+    A run that was trained before, also by another worker, is copied: adapter and manifest.
+    """
+    from finequant.finetune.train import main
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    store = shared / "trained"
+    store.mkdir(exist_ok=True)
+
+    def train(arguments: list[str]) -> None:
+        recipe = load_recipe(Path(arguments[0]), arguments[1:])
+        run = RunDir.of(recipe)
+        inputs = json.dumps(run.inputs(recipe, "train"), sort_keys=True, default=str)
+        kept = store / hashlib.sha256(inputs.encode()).hexdigest()
+        if kept.exists() and not run.adapter.exists():
+            shutil.copytree(kept, run.root, dirs_exist_ok=True)
+            return
+        main(arguments)
+        if kept.exists():
+            return
+        partial = store / f"{kept.name}.{os.getpid()}"
+        shutil.copytree(run.adapter, partial / "adapter")
+        shutil.copy(run.root / "manifest.json", partial)
+        try:
+            partial.rename(kept)
+        except OSError:  # another worker was first
+            shutil.rmtree(partial)
+
+    return train
 
 
 class Hub(Server):

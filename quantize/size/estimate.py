@@ -53,7 +53,7 @@ CUDA_CONTEXT = 500 * MB
 
 ALLOCATED = {"cpu": 1.9, "gpu": 1.1}
 """Resident over live bytes of what comes and goes. glibc keeps what batches of one length leave,
-and those of the next do not fit into it: 1.9 after the 250 steps of the quickstart."""
+and those of the next do not fit into it: 1.9 after the 250 steps of the assistant."""
 
 # Bytes that a decoder block keeps for the backward pass of LoRA on all linear layers, per token:
 # times hidden size, query width, intermediate size, rank. Exact, counted with saved_tensors_hooks.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
+
+from finequant.recipes.run import main
 
 CHAT = (sys.executable, "-m", "finequant.recipes.run", "chat")
 
@@ -15,25 +18,42 @@ def chat(*arguments: object, said: str = "") -> subprocess.CompletedProcess[str]
     return subprocess.run(command, input=said, capture_output=True, text=True, timeout=300)
 
 
+class Said(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def quantized_run(recipe_file):
+def ask(capsys):
+    """The same command in this process; only a conversation needs a stdin of its own."""
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(["chat", *map(str, arguments), "--max-new-tokens", "4"])
+        return Said(exit_.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def quantized_run(recipe_file, train_once):
     """A run directory with adapter and quantized model."""
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
-    for stage in (train, convert):
-        stage([str(recipe_file), "train.max_steps=1"])
+    for stage in (train_once, convert):
+        stage([str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2"])
     return recipe_file.parent / "run"
 
 
-@pytest.mark.slow
-def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, recipe_file):
-    answers = chat(quantized_run, "--prompt", "open the red door")
+def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, recipe_file, ask):
+    answers = ask(quantized_run, "--prompt", "open the red door")
     assert answers.returncode == 0, answers.stderr
     for name in ("base", "tuned", "quantized"):
         assert name in answers.stdout
     assert answers.stdout.count("tokens/s") == 3
-    alone = chat(recipe_file, "--model", "base", "--prompt", "open the red door")
+    alone = ask(recipe_file, "--model", "base", "--prompt", "open the red door")
     assert alone.stdout.count("tokens/s") == 1
     talk = chat(quantized_run, said="open the door\n/new\nclose it\n\nnot read\n")
     assert talk.returncode == 0, talk.stderr
@@ -65,14 +85,14 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
-def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path):
-    missing = chat(recipe_file, "--model", "gguf", "--prompt", "hello")
+def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
+    missing = ask(recipe_file, "--model", "gguf", "--prompt", "hello")
     assert missing.returncode == 2
     assert "gguf: not exported: run `finequant export RECIPE --to gguf` first" in missing.stderr
-    early = chat(recipe_file, "--prompt", "hello", "--model", "quantized")
+    early = ask(recipe_file, "--prompt", "hello", "--model", "quantized")
     assert early.returncode == 2
     assert "run `finequant train RECIPE` first" in early.stderr
     (tmp_path / "empty").mkdir()
-    nowhere = chat(tmp_path / "empty")
+    nowhere = ask(tmp_path / "empty")
     assert nowhere.returncode == 2
     assert "no run directory" in nowhere.stderr

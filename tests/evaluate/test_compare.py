@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def runs_before(tmp_path_factory) -> tuple[dict[tuple[str, ...], Path], Path]:
+    """Finished runs by their overrides, and where to keep them: tests start from copies."""
+    return {}, tmp_path_factory.mktemp("finished")
+
+
 @pytest.fixture
-def finished(recipe_file):
-    """Trains, quantizes and evaluates; returns the report, and a function that evaluates again."""
+def finished(recipe_file, runs_before, train_once):
+    """Trains, quantizes and evaluates; returns the report."""
     from finequant.evaluate.compare import main as compare
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
+
+    before, store = runs_before
 
     def run(*overrides: str) -> dict:
         arguments = [str(recipe_file), "train.learning_rate=1e-2", *overrides]
-        train(arguments)
+        folder = recipe_file.parent / "run"
+        if overrides in before:
+            shutil.copytree(before[overrides], folder)
+            return report_of(recipe_file)
+        train_once(arguments)
         convert(arguments)
         compare(arguments)
+        before[overrides] = shutil.copytree(folder, store / str(len(before)))
         return report_of(recipe_file)
 
     return run
 
 
 def report_of(recipe_file: Path) -> dict:
-    return json.loads((recipe_file.parent / "run" / "report.json").read_text())
+    """Without its recipe, whose paths are those of the folder that a copied run comes from."""
+    report = json.loads((recipe_file.parent / "run" / "report.json").read_text())
+    del report["recipe"]
+    return report
 
 
 def test_the_report_has_all_three_models_on_the_same_tokens(finished, recipe_file):
@@ -89,7 +105,6 @@ def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tin
         assert measured["tokens"] == count
 
 
-@pytest.mark.slow
 def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file, capsys):
     from finequant.evaluate.compare import main as compare
 
@@ -105,7 +120,6 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
     assert report_of(recipe_file)["models"]["base"]["tasks"]["held_out"]["exact_match"]["n"] == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["edited", "truncated"])
 def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
     finished, recipe_file, capsys, damage
@@ -129,7 +143,6 @@ def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
     assert report_of(recipe_file) == first
 
 
-@pytest.mark.slow
 def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     finished()
     capsys.readouterr()
@@ -145,7 +158,6 @@ def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     assert "tuned: answering" not in said
 
 
-@pytest.mark.slow
 def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("evaluate.gate.max_perplexity_increase=0", "quantize.bits=2")
@@ -156,7 +168,6 @@ def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, 
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_nothing_to_measure_on(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("data.test=[]", "evaluate.perplexity=[]")
@@ -164,7 +175,6 @@ def test_nothing_to_measure_on(finished, recipe_file, capsys):
     assert "nothing to measure on" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_multiple_choice_and_text_metrics(finished):
     report = finished(
         "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",

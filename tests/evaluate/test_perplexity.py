@@ -20,7 +20,6 @@ from finequant.evaluate.metrics.perplexity import (
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
 
-WIKITEXT = Path(__file__).parents[2] / "../shared/data/wikitext2/wiki.test.raw"
 SENTENCES = [f"open the {what} at {hour} o'clock" for what in ("door", "box") for hour in range(30)]
 # Two articles in the style of WikiText's tokenised raw text; the second is longer than a window.
 PAGES = [
@@ -176,16 +175,6 @@ def test_wikitext_from_rows_of_lines_and_of_pages(wikitext_file, tmp_path):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [{"page": row} for row in rows])
         found = read_corpus(corpus_of(path, documents="wikitext", column="page"))
         assert found == expected, name
-
-
-@pytest.mark.slow
-def test_wikitext_2_has_62_documents():
-    if not WIKITEXT.exists():
-        pytest.skip("needs WikiText-2's wiki.test.raw in ../shared/data/wikitext2")
-    documents = read_corpus(corpus_of(WIKITEXT.resolve(), documents="wikitext"))
-    assert len(documents) == 62
-    # All of the file but its first, blank line and the line ends between the documents.
-    assert sum(document.bytes for document in documents) == WIKITEXT.stat().st_size - 2 - 61
 
 
 def test_windows_score_every_token_once(tokenizer):

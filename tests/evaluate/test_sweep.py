@@ -146,15 +146,13 @@ def test_base_without_adapter(swept, recipe_file, tokenizer, capsys):
         assert any(all(cell in line for cell in row) for line in printed.splitlines())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, method):
+def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, train_once, method):
     from finequant.evaluate.compare import main as compare
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     arguments = [str(recipe_file), *TRAINED, f"quantize.method={method}", "quantize.bits=3"]
-    train(arguments)
+    train_once(arguments)
     sweeps = swept("quantize.bits=8,3", f"quantize.method={method}", model="tuned")
     convert(arguments)
     compare(arguments)

@@ -28,10 +28,9 @@ All Rights Reserved.”
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_base) -> Path:
+def finished(tmp_path_factory, tiny_base, train_once) -> Path:
     """Folder with recipe.yaml and its finished run/, over the tiny Llama. Shared: copy it."""
     from finequant.evaluate.compare import main as compare
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     folder = tmp_path_factory.mktemp("finished")
@@ -52,7 +51,7 @@ publish: {{repo_id: {REPOSITORY}, license: apache-2.0, language: en, tags: [test
 """,
         encoding="utf-8",
     )
-    for stage in (train, convert, compare):
+    for stage in (train_once, convert, compare):
         stage([str(folder / "recipe.yaml")])
     return folder
 

@@ -18,14 +18,13 @@ TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 
 @pytest.fixture
-def quantize(recipe_file):
+def quantize(recipe_file, train_once):
     """Trains two steps, quantizes, and returns the folder `quantized/`."""
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     def run(*overrides: str) -> Path:
         arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2", *overrides]
-        train(arguments)
+        train_once(arguments)
         convert(arguments)
         return recipe_file.parent / "run" / "quantized"
 
@@ -39,16 +38,18 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("head", ["quantize", "float"])
+FOUR = {"bits": 4, "group_size": 32, "scale_dtype": "float32", "dtype": "auto"}
+EIGHT = {"bits": 8, "group_size": 64, "scale_dtype": "bfloat16", "dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
-    "scheme",
+    ("tied", "head", "scheme"),
     [
-        {"bits": 4, "group_size": 32, "scale_dtype": "float32", "dtype": "auto"},
-        {"bits": 8, "group_size": 64, "scale_dtype": "bfloat16", "dtype": "bfloat16"},
+        (True, "quantize", FOUR),
+        (True, "float", EIGHT),
+        (False, "quantize", EIGHT),
+        (False, "float", FOUR),
     ],
-    ids=lambda scheme: f"{scheme['bits']}bits",
 )
 def test_codes_scales_and_floats_are_what_the_recipe_says(
     quantize, recipe_file, llama, tied, head, scheme
@@ -100,7 +101,6 @@ def test_dequantized_weights_are_the_merged_ones_within_half_a_step(quantize, re
     assert merged.config.tie_word_embeddings
 
 
-@pytest.mark.slow
 def test_merged_is_base_plus_adapter(quantize, recipe_file, tiny_base):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -161,7 +161,6 @@ def test_a_group_size_that_leaves_a_remainder(quantize, recipe_file, capsys, siz
     assert f"group sizes that do: {fitting}" in message
 
 
-@pytest.mark.slow
 def test_any_divisor_will_do(quantize, llama):
     base = llama("wide", hidden_size=192, intermediate_size=384, num_attention_heads=6)
     folder = quantize(f"model.base={base}", "quantize.group_size=48")
@@ -220,7 +219,6 @@ def rank(adapter: Path, value: int) -> None:
     (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_file, capsys):
     from finequant.quantize.convert import main as convert
 
@@ -240,7 +238,7 @@ def test_an_adapter_with_nan_is_refused_and_nothing_is_lost(quantize, recipe_fil
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
+def test_a_checkpoint_that_was_altered_fails_the_reload(quantize, reloads):
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.checkpoint.reload import check_reload
@@ -250,7 +248,9 @@ def test_a_checkpoint_that_was_altered_fails_the_reload(quantize):
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = model(torch.tensor(prompts)).logits[:, -1].clone()
+    reloads.fresh = True
     check_reload(expected, folder, prompts, 2)
+    reloads.fresh = False
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     (header,) = struct.unpack("<Q", content[:8])

@@ -28,6 +28,7 @@ from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
 from finequant.quantize.size.resources import refuse_what_cannot_finish
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
+from finequant.recipes.run import main
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Lora
 
@@ -51,19 +52,17 @@ SMALL = Machine("a small machine", 10**9, "cpu")
 
 
 @pytest.fixture
-def plan(recipe_file, tmp_path):
+def plan(recipe_file, tmp_path, capsys):
     """`finequant plan` of a configuration without any weights, as its printed text."""
 
     def show(config: LlamaConfig, *arguments: str) -> str:
         folder = tmp_path / "big"
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(folder)
-        command = [sys.executable, "-m", "finequant.recipes.run", "plan", str(recipe_file)]
-        done = subprocess.run(
-            [*command, f"model.base={folder}", *arguments], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        with pytest.raises(SystemExit) as exit_:
+            main(["plan", str(recipe_file), f"model.base={folder}", *arguments])
+        assert not exit_.value.code
+        return capsys.readouterr().out
 
     return show
 
@@ -295,35 +294,35 @@ def test_a_container_has_what_it_may_take(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     limit.write_text("123456789\n")
     monkeypatch.setattr(machines, "CONTAINER_LIMIT", limit)
-    if not torch.cuda.is_available():
-        assert machines.this_machine().memory == 123456789
-        limit.write_text("max\n")
-        assert machines.this_machine().memory > 123456789
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machines.this_machine().memory == 123456789
+    limit.write_text("max\n")
+    assert machines.this_machine().memory > 123456789
 
 
-def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path):
+def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, capsys):
     """A recipe that asks for petabytes: exit code 2, figures, and nothing is written."""
-    command = [sys.executable, "-m", "finequant.recipes.run", "run", str(recipe_file)]
     huge = ["data.max_length=100000000", "data.packing=true", "train.batch_size=64"]
-    done = subprocess.run([*command, *huge], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: this run cannot finish here" in done.stderr
-    assert "--force starts in spite of it" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", str(recipe_file), *huge])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: this run cannot finish here" in said
+    assert "--force starts in spite of it" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
-    forced = subprocess.run(
-        [*command, *huge, "--force", "data.train=nowhere.jsonl"], capture_output=True, text=True
-    )
-    assert "cannot finish" not in forced.stderr
-    assert "nowhere.jsonl" in forced.stderr
+    with pytest.raises(SystemExit):
+        main(["run", str(recipe_file), *huge, "--force", "data.train=nowhere.jsonl"])
+    said = capsys.readouterr().err
+    assert "cannot finish" not in said
+    assert "nowhere.jsonl" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, method):
+def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, train_once, method):
     """On a model that is large beside the process."""
     from finequant.finetune.model import load_config
-    from finequant.finetune.train import main as train
     from finequant.quantize.size.machine import this_machine
 
     base = llama("wide", hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
@@ -333,7 +332,7 @@ def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, method):
         f"quantize.method={method}",
         "quantize.calibration={tokens: 2048, length: 64}",
     ]
-    train([str(recipe_file), *overrides])
+    train_once([str(recipe_file), *overrides])
     command = [sys.executable, "-m", "finequant.quantize.convert", str(recipe_file), *overrides]
     subprocess.run(command, check=True, capture_output=True)
     recipe = load_recipe(recipe_file, overrides)

@@ -22,10 +22,9 @@ def runs_before(tmp_path_factory) -> tuple[dict[tuple[str, ...], Path], Path]:
 
 
 @pytest.fixture
-def make(recipe_file, runs_before):
+def make(recipe_file, runs_before, train_once):
     """Trains two steps, quantizes with some overrides and exports; returns the run directory."""
     before, store = runs_before
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export
 
@@ -33,7 +32,7 @@ def make(recipe_file, runs_before):
         arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2", *overrides]
         folder = recipe_file.parent / "run"
         if overrides not in before:
-            train(arguments)
+            train_once(arguments)
             convert(arguments)
             before[overrides] = shutil.copytree(folder, store / str(len(before)))
         elif not folder.exists():

@@ -50,16 +50,15 @@ def plan_of(**keys):
 
 
 @pytest.fixture
-def tuned(recipe_file):
+def tuned(recipe_file, train_once):
     """Trains two steps; returns a function that quantizes, and gives recipe and run folder."""
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     def run(*overrides: str):
         short = ("train.max_steps=2", "train.learning_rate=1e-2", *overrides)
         arguments = [str(recipe_file), *short]
         if not (recipe_file.parent / "run" / "adapter").exists():
-            train(arguments)
+            train_once(arguments)
         convert(arguments)
         recipe = load_recipe(recipe_file, short)
         return recipe, RunDir.of(recipe)
@@ -212,11 +211,12 @@ def test_the_order_of_patterns_is_a_change(recipe_file):
     assert inputs[0] != inputs[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "dtype", "embedding", "layers"),
     [
-        (True, "bfloat16", 8, EVERY_WIDTH),
+        pytest.param(
+            *(True, "bfloat16", 8, EVERY_WIDTH), marks=[pytest.mark.slow, pytest.mark.fresh_process]
+        ),
         (False, "float32", 4, EVERY_WIDTH),
         (True, "float32", 4, FLOAT_HEAD),
         (False, "bfloat16", 8, FLOAT_HEAD),
@@ -224,7 +224,7 @@ def test_the_order_of_patterns_is_a_change(recipe_file):
     ],
 )
 def test_a_mixed_model_is_reloaded_exactly(tuned, llama, tied, dtype, embedding, layers):
-    """`convert` compares logits with those of a fresh process, or fails."""
+    """`convert` compares logits with those of `from_pretrained`, or fails."""
     from finequant.evaluate.dequantized import dequantize_once
 
     base = llama("variant", tie_word_embeddings=tied)
@@ -257,7 +257,6 @@ def test_a_mixed_model_is_reloaded_exactly(tuned, llama, tied, dtype, embedding,
     dequantize_once(model, [5, 6, 7])  # fails if the logits differ
 
 
-@pytest.mark.slow
 def test_the_plan_of_a_budget_can_be_copied_and_is_shown(tuned, capsys):
     overrides = ("quantize.budget=4.6", "quantize.layers={'*.v_proj': {bits: 8}}", CALIBRATION)
     recipe, run = tuned(*overrides)
@@ -296,7 +295,6 @@ def test_the_plan_is_shown_joined_and_layer_by_layer(recipe_file, capsys):
     assert len(names) == 2 * 7 + 2
 
 
-@pytest.mark.slow
 def test_sizes_on_disk_are_those_of_the_tensors(tuned):
     from safetensors.torch import load_file
 

@@ -109,14 +109,13 @@ def test_what_cannot_be_turned_is_refused(config, quantize, reason):
 
 
 @pytest.mark.parametrize("how", ["quantize.bits=8", "quantize.budget=9"])
-def test_what_ships_is_the_turned_merged_model(recipe_file, tiny_base, how):
+def test_what_ships_is_the_turned_merged_model(recipe_file, tiny_base, train_once, how):
     from peft import PeftModel
 
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2"]
-    train(arguments)
+    train_once(arguments)
     convert([*arguments, "quantize.rotate=true", how])
     run = recipe_file.parent / "run"
     base = AutoModelForCausalLM.from_pretrained(tiny_base)

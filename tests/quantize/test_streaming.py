@@ -288,9 +288,9 @@ def test_numbers_beyond_half_precision_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, method):
+def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, train_once, method):
     """The process is killed while it writes; the next call asks for less, and equals one call."""
-    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as convert
 
     base = llama("deep", num_hidden_layers=24)
     arguments = [
@@ -300,12 +300,12 @@ def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, method):
         f"quantize.method={method}",
         "quantize.calibration={tokens: 2048, length: 64}",
     ]
-    train(arguments)
+    train_once(arguments)
     run = recipe_file.parent / "run"
-    command = [sys.executable, "-m", "finequant.quantize.convert", *arguments]
-    subprocess.run(command, check=True, capture_output=True)
+    convert(arguments)
     expected = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
     shutil.rmtree(run / "quantized")
+    command = [sys.executable, "-m", "finequant.quantize.convert", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     journal = run / "quantized.partial" / JOURNAL
     while not journal.exists() or len(journal.read_bytes()) < 8000:
@@ -315,20 +315,18 @@ def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, method):
     process.wait()
     kept = len(journal.read_text().splitlines())
     assert not (run / "quantized").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    convert(arguments)
     found = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
     assert found == expected
     assert kept > 20
 
 
-@pytest.mark.slow
-def test_other_inputs_start_over(recipe_file):
+def test_other_inputs_start_over(recipe_file, train_once):
     """What was written for 4 bits is no part of what is written for 3."""
-    from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
 
     arguments = [str(recipe_file), "train.max_steps=1"]
-    train(arguments)
+    train_once(arguments)
     convert([*arguments, "quantize.bits=3"])
     run = recipe_file.parent / "run"
     expected = load_file(run / "quantized" / "model.safetensors")

@@ -1,6 +1,6 @@
 """A disk that is full, or can only be read, at every stage: one message, and nothing is lost.
 
-The disk is a small tmpfs, which takes root to mount.
+The disk is a small tmpfs, which takes root to mount: `make torture` runs these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMANDS = {
     "quantize": ROOT / "quantize" / "convert.py",
     "evaluate": ROOT / "evaluate" / "compare.py",
 }
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torture]
 
 
 def mount(folder: Path, options: str) -> None:
