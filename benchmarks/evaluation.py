@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import LlamaForCausalLM
 
-    from finequant.quantize.formats.runtimes import Runtime
+    from finequant.quantize.formats.format import Runtime
 
 ARC_EASY = Path(__file__).parents[2] / "shared/data/tasks/arc_easy.jsonl"
 TASK = """\
@@ -175,17 +175,18 @@ def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
 
     A prompt of 32 tokens is read first, which is not timed.
     """
-    from finequant.quantize.formats.runtimes import NEEDS, Transformers, open_runtime, why_not
+    from finequant.quantize.formats.compressed_tensors import Transformers
+    from finequant.quantize.formats.formats import FORMATS
 
     with tempfile.TemporaryDirectory() as folder:
         embedded("float32").save_pretrained(folder)
         runtimes = {"transformers, float32": Transformers(Path(folder))}
-        for name in NEEDS:
+        for name, entry in FORMATS.items():
             made = (run / "exports" / name).exists()
-            if (missing := why_not(name)) or not made:
+            if (missing := entry.missing_runtime()) or not made:
                 say(f"{name}: {missing if made else f'not in {run}/exports'}")
                 continue
-            runtimes[name] = open_runtime(name, run / "exports" / name)
+            runtimes[name] = entry.open_runtime(run / "exports" / name)
     prompt = list(range(100, 132))
     for runtime in runtimes.values():
         runtime.last_logits(prompt)

@@ -19,10 +19,9 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
+    from finequant.quantize.formats.format import Format
 
-EXPORTS = {"pte": "executorch", "gguf": "gguf"}
-"""Model -> its format, which names its folder in exports/."""
+Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
@@ -54,7 +53,8 @@ def chat(
     """A conversation with one model, or with `prompt` one answer from each.
 
     where: a recipe, or a run directory.
-    model: base, tuned, quantized, pte or gguf. Default: quantized, or all that are there.
+    model: base, tuned, quantized, or an export by its name in the report. Default: quantized, or
+        all that are there.
 
     Raises:
         UserError: for a model that is not there.
@@ -89,13 +89,11 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
 
 def available(run: RunDir) -> list[str]:
     """Names of the models that this run has and that can be run here; the base always."""
-    from finequant.quantize.formats.runtimes import why_not
-
     exported = []
-    for name, form in EXPORTS.items():
-        if not (run.exports / form).is_dir():
+    for name, entry in exports_with_a_runtime().items():
+        if not (run.exports / entry.name).is_dir():
             continue
-        if missing := why_not(form):
+        if missing := entry.missing_runtime():
             say(f"chat: {name}: left out, its runtime is not installed: {missing}")
         else:
             exported.append(name)
@@ -103,17 +101,32 @@ def available(run: RunDir) -> list[str]:
     return made + exported
 
 
+def exports_with_a_runtime() -> dict[str, Format]:
+    """By model: the formats that answer in a runtime of their own, not as quantized/ does."""
+    from finequant.quantize.formats.formats import FORMATS  # which imports torch
+
+    entries = FORMATS.values()
+    return {
+        entry.report_key: entry for entry in entries if entry.runtime and not entry.is_checkpoint
+    }
+
+
 def check_made(name: str, run: RunDir) -> None:
     """
     Raises:
-        UserError: for a model that this run does not have yet.
+        UserError: for a name that is none of a model, or a model that this run does not have yet.
     """
-    if name in EXPORTS and not (run.exports / EXPORTS[name]).is_dir():
-        raise UserError(
-            f"{name}: not exported: run `finequant export RECIPE --to {EXPORTS[name]}` first"
-        )
     for stage in NEEDS.get(name, ()):
         run.require(stage)
+    if name in MODELS:
+        return
+    exports = exports_with_a_runtime()
+    if name not in exports:
+        raise UserError(f"--model: {name!r}: expected {', '.join((*MODELS, *exports))}")
+    if not (run.exports / exports[name].name).is_dir():
+        raise UserError(
+            f"{name}: not exported: run `finequant export RECIPE --to {exports[name].name}` first"
+        )
 
 
 def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
@@ -126,7 +139,7 @@ def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
 
-    if name in EXPORTS:
+    if name not in MODELS:
         return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
@@ -143,11 +156,11 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     from finequant.evaluate.metrics.exports import greedy_tokens
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
-    from finequant.quantize.formats.runtimes import open_runtime, why_not
 
-    if missing := why_not(EXPORTS[name]):
+    entry = exports_with_a_runtime()[name]
+    if missing := entry.missing_runtime():
         raise UserError(f"{name}: its runtime is not installed: {missing}")
-    runtime = open_runtime(EXPORTS[name], run.exports / EXPORTS[name])
+    runtime = entry.open_runtime(run.exports / entry.name)
     tokenizer = load_tokenizer(recipe.model)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
 

@@ -198,7 +198,8 @@ def measure_exports(
     recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
 ) -> dict[str, dict[str, Any]]:
     """The measurement of each format that the recipe exports, by its key in the report."""
-    from finequant.evaluate.metrics.exports import KEYS, measure_export
+    from finequant.evaluate.metrics.exports import measure_export
+    from finequant.quantize.formats.formats import report_key
 
     measured = {}
     for name in exports_of(recipe):
@@ -209,7 +210,7 @@ def measure_exports(
         else:
             found = measure_export(name, recipe, run, material)
             keep(file, own, found)
-        measured[KEYS.get(name, name)] = found
+        measured[report_key(name)] = found
     return measured
 
 

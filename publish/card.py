@@ -15,16 +15,14 @@ from finequant.evaluate.report.report import (
     verdict_lines,
 )
 from finequant.publish.licence import Licence
-from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, fenced, loading, on_hub
+from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
+from finequant.quantize.formats.snippet import fenced
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 REPEAT = "`finequant run recipe.yaml` repeats it, with the local files that it names beside it."
-
-# Names of an export's folder and, where they differ, of its row in the report.
-ROWS = {"executorch": "pte"}
 
 
 def card_text(
@@ -175,6 +173,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     if kind == QUANTIZED and not report["gate"]["checks"]:
         limits.append("Its recipe sets no gate: no limit for what quantization may cost.")
     if kind == QUANTIZED:
+        from finequant.quantize.formats.formats import report_key  # which imports torch
+
         size = report["models"][QUANTIZED]["bits_per_weight"]
         limits.append(
             f"The torchao file takes {size:.2f} bits for each weight of the base: it keeps each "
@@ -183,7 +183,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         limits += [
             f"The export {name} is not in the table: it holds the same codes, and was not measured."
             for name in exports
-            if name not in models and ROWS.get(name) not in models
+            if report_key(name) not in models
         ]
     if base_on_hub(recipe) != recipe.model.base:
         limits.append(f"The base it was trained on is `{recipe.model.base}`.")

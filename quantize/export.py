@@ -11,13 +11,11 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
+from finequant.quantize.formats.format import Format, to_install
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, refuse_all, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch
@@ -30,12 +28,6 @@ if TYPE_CHECKING:
     from finequant.quantize.checkpoint.stored import Stored
     from finequant.quantize.rounding import Rounded
 
-# Each has PACKAGES, check_fits, write, read_back and last_logits.
-MODULES = {
-    "compressed-tensors": "finequant.quantize.formats.compressed_tensors",
-    "gguf": "finequant.quantize.formats.gguf",
-    "executorch": "finequant.quantize.formats.executorch",
-}
 PROMPTS = 8
 """Of the recipe's own rows, on which logits are compared."""
 
@@ -78,35 +70,33 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     if "torchao" in formats:
         say(f"export: torchao: {run.quantized} is in this format")
     stored = read_stored(run.quantized)
-    modules = fitting_modules(formats, stored.contents)
     reference = None
-    for name, module in modules.items():
+    for entry in fitting_formats(formats, stored.contents):
         if reference is None:
             prompts = _prompts(recipe, run.quantized)
             reference = _reference(run.quantized, prompts)
-        export_one(recipe, run, name, module, stored, prompts, reference)
+        export_one(recipe, run, entry, stored, prompts, reference)
 
 
 def export_one(
     recipe: Recipe,
     run: RunDir,
-    name: str,
-    module: ModuleType,
+    entry: Format,
     stored: Stored,
     prompts: list[list[int]],
     reference: torch.Tensor,
 ) -> None:
     """One format: written, read again, compared, recorded."""
-    watch = Stopwatch()
+    watch, name = Stopwatch(), entry.name
     inputs = run.inputs(recipe, name)
     say(f"export: {name}: writing")
     with run.writing(run.exports / name, recipe) as folder:
-        figures = module.write(stored, folder, recipe)
-        rounded, floats = module.read_back(folder, stored)
+        figures = entry.write(stored, folder, recipe)
+        rounded, floats = entry.read_back(folder, stored)
         scales = check_codes(name, stored, rounded)
         if floats is not None:
             check_floats(name, stored, floats)
-        logits = module.last_logits(folder, prompts)
+        logits = entry.last_logits(folder, prompts)
         difference = check_logits(name, logits, reference)
         size = sum(file.stat().st_size for file in folder.glob("model*"))
     said = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
@@ -204,25 +194,27 @@ def check_exports(
     Raises:
         UserError: for a plan that does not fit the base, or formats that cannot hold it.
     """
-    fitting_modules(quantize.exports, planned(quantize, config, tokenizer))
+    fitting_formats(quantize.exports, planned(quantize, config, tokenizer))
 
 
-def fitting_modules(formats: Sequence[str], contents: Contents) -> dict[str, ModuleType]:
-    """The module of each format; torchao is quantized/ itself and needs none.
+def fitting_formats(names: Sequence[str], contents: Contents) -> list[Format]:
+    """The entry of each format; torchao is quantized/ itself and has none.
 
     Raises:
         UserError: with a line for each format that cannot hold the contents, or whose package is
             not installed.
     """
-    modules = {name: import_module(MODULES[name]) for name in formats if name != "torchao"}
-    refuse_all(partial(_check_format, name, module, contents) for name, module in modules.items())
-    return modules
+    from finequant.quantize.formats.formats import FORMATS  # which imports torch
+
+    entries = [FORMATS[name] for name in dict.fromkeys(names) if name != "torchao"]
+    refuse_all(partial(_check_format, entry, contents) for entry in entries)
+    return entries
 
 
-def _check_format(name: str, module: ModuleType, contents: Contents) -> None:
-    if missing := [wheel for package, wheel in module.PACKAGES.items() if not find_spec(package)]:
-        raise UserError(f"{name}: needs a package: pip install {' '.join(missing)}")
-    module.check_fits(contents)
+def _check_format(entry: Format, contents: Contents) -> None:
+    if missing := to_install(entry.packages):
+        raise UserError(f"{entry.name}: needs a package: {missing}")
+    entry.check_fits(contents)
 
 
 def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:

@@ -171,8 +171,11 @@ def chat(
     ],
     overrides: Overrides = None,
     model: Annotated[
-        Literal["base", "tuned", "quantized", "pte", "gguf"] | None,
-        typer.Option(help="default: quantized; with --prompt, every model of the run"),
+        str | None,
+        typer.Option(
+            help="base, tuned, quantized, or an export such as gguf or pte; "
+            "default: quantized; with --prompt, every model of the run"
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="ask this once, and show the answers side by side")
@@ -192,7 +195,7 @@ def export(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            help="torchao, compressed-tensors, gguf, or executorch; may be repeated; "
+            help="a format, as in quantize.exports; may be repeated; "
             "default: the recipe's quantize.exports",
         ),
     ] = None,

@@ -25,17 +25,17 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import matching_files
 
 STAGES = ("train", "qat", "quantize", "evaluate")
-"""All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks."""
-EXPORTS = ("compressed-tensors", "gguf", "executorch")
-"""Formats that `finequant export` writes from quantized/; each is a separate stage."""
+"""All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks.
+
+Any other stage is an export, named after its format, that `finequant export` writes.
+"""
 
 # The recipe's sections that decide a stage's result, in addition to files and upstream artifacts.
+# An export has none unless it is here: it depends on quantized/ only.
 SECTIONS = {
     "train": ("seed", "model", "data", "lora", "train"),
     "qat": ("seed", "model", "data", "lora", "train", "quantize"),
     "quantize": ("model", "quantize"),
-    "compressed-tensors": (),
-    "gguf": (),
     "executorch": ("quantize.cache_length",),
     "evaluate": ("seed", "model", "data", "quantize.dtype", "evaluate"),
 }
@@ -43,7 +43,6 @@ UPSTREAM = {
     "train": (),
     "qat": ("adapter",),
     "quantize": ("adapter",),  # and trained_codes/, if the recipe has quantize.training
-    **dict.fromkeys(EXPORTS, ("quantized",)),
     "evaluate": ("adapter", "quantized"),
 }
 
@@ -161,7 +160,7 @@ class RunDir:
         """
         inputs = self._inputs(recipe, stage)
         trained = self.manifest().get("train")
-        if "adapter" not in UPSTREAM[stage] or trained is None:
+        if "adapter" not in _upstream(stage) or trained is None:
             return inputs
         same = inputs["adapter/"] == f"sha256:{trained['outputs'].get('adapter')}"
         if same and trained["inputs"].get("model.base") != inputs["model.base"]:
@@ -174,9 +173,9 @@ class RunDir:
 
     def _inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
         inputs = section_inputs(recipe, _sections(recipe, stage))
-        if stage not in EXPORTS:  # those depend on quantized/ only
+        if stage in STAGES:  # exports depend on quantized/ only
             inputs["model.base"] = _base_identity(recipe)
-        upstream = list(UPSTREAM[stage])
+        upstream = list(_upstream(stage))
         if stage == "quantize" and recipe.quantize.training:
             upstream.append("trained_codes")
         if stage == "evaluate":
@@ -190,9 +189,8 @@ class RunDir:
             "train": [self.adapter],
             "qat": [self.trained_codes],
             "quantize": [self.quantized],
-            **{name: [self.exports / name] for name in EXPORTS},
             "evaluate": [self.report, self.root / "report.md"],
-        }[stage]
+        }.get(stage, [self.exports / stage])
 
     def what_changed(self, recipe: Recipe, stage: str) -> list[str] | None:
         """Lists why the stage must run: None if it never finished, [] if it is up to date."""
@@ -377,7 +375,7 @@ def _holds_json(path: Path, expected: Any) -> bool:
 
 
 def _command(stage: str) -> str:
-    return f"export RECIPE --to {stage}" if stage in EXPORTS else f"{stage} RECIPE"
+    return f"{stage} RECIPE" if stage in STAGES else f"export RECIPE --to {stage}"
 
 
 def _base_identity(recipe: Recipe) -> str:
@@ -425,7 +423,11 @@ def _change(key: str, old: Any, new: Any, value: Any) -> str:
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
-    return SECTIONS[stage]
+    return SECTIONS.get(stage, ())
+
+
+def _upstream(stage: str) -> tuple[str, ...]:
+    return UPSTREAM.get(stage, ("quantized",))
 
 
 def _changed_files(path: Path) -> str:

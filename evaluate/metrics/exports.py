@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
-from finequant.quantize.formats.runtimes import CONTEXT, Runtime, open_runtime, why_not
+from finequant.quantize.formats.format import CONTEXT, Runtime
+from finequant.quantize.formats.formats import FORMATS
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir, peak_memory
@@ -29,15 +30,12 @@ if TYPE_CHECKING:
 
     from finequant.evaluate.compare import Material
 
-KEYS = {"executorch": "pte"}
-"""Under which a format stands in report.json, where that is not its name."""
-
 
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
     """As `measure_model` does, with speed and peak memory; scores only where the runtime is here
     and the recipe wants them.
 
-    lm-eval tasks want a model of transformers: only compressed-tensors is one.
+    lm-eval tasks want a model of transformers, so only checkpoints are asked them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -45,14 +43,15 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count
 
-    folder = run.exports / name
+    entry, folder = FORMATS[name], run.exports / name
     size = sum(file.stat().st_size for file in folder.glob("model*"))
     bits = 8 * size / parameter_count(load_config(recipe.model))
     scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
-    if missing := why_not(name) if recipe.evaluate.exports else "evaluate.exports is false":
+    unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"
+    if missing := unwanted or entry.missing_runtime():
         say(f"evaluate: {name}: only its size is measured: {missing}")
         return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
-    if name == "compressed-tensors":
+    if entry.is_checkpoint:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
@@ -60,7 +59,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
         del model
         found["scores"]["speed"] = speed(name, folder)
         return found
-    runtime = open_runtime(name, folder, _context(recipe, material))
+    runtime = entry.open_runtime(folder, _context(recipe, material))
     scores["perplexity"] = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
@@ -155,7 +154,7 @@ def speed(name: str, folder: Path) -> dict[str, float | int]:
 
 
 def _time(name: str, folder: Path) -> dict[str, float | int]:
-    runtime = open_runtime(name, folder)
+    runtime = FORMATS[name].open_runtime(folder)
     ids = [3 + index % 50 for index in range(SPEED_PROMPT)]
     runtime.last_logits(ids)  # the first call also loads
     started = time.perf_counter()

@@ -12,12 +12,13 @@ import torch
 
 from finequant.quantize.checkpoint.stored import Stored, copy_beside
 from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.snippet import fenced, transformers_code
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
-PACKAGES = {"compressed_tensors": "compressed-tensors"}
 BITS = (4, 8)
 """Those that fill 32 bits without a rest, which every version packs alike."""
 
@@ -176,5 +177,54 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
 
 
+class Transformers:
+    """A checkpoint that plain from_pretrained loads, with a cache of one sequence."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self._cache = DynamicCache(config=self._model.config)
+
+    @torch.inference_mode()
+    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        if beyond := self._cache.get_seq_length() - start:
+            self._cache.crop(-beyond)
+        output = self._model(
+            torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[0, -1].float()
+
+
+def snippet(repository: str, chat: str, files: list[str]) -> str:
+    """How to load it with transformers, and to serve it with vLLM."""
+    model = 'AutoModelForCausalLM.from_pretrained("{}", subfolder="compressed-tensors")'
+    return (
+        "### compressed-tensors, 4 bits on disk\n\n`pip install transformers compressed-tensors`"
+        f"\n\n{fenced('python', transformers_code(repository, chat, model))}\n\n"
+        "The layout is the one that vLLM documents as INT8 W4A8:\n\n"
+        + fenced(
+            "bash",
+            f'hf download {repository} --include "compressed-tensors/*" --local-dir model\n'
+            "vllm serve model/compressed-tensors",
+        )
+    )
+
+
 def _linear(stored: Stored) -> dict[str, int]:
     return {name: bits for name, bits in stored.bits.items() if name != EMBEDDING}
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    report_key="compressed-tensors",
+    packages={"compressed_tensors": "compressed-tensors"},
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    last_logits=last_logits,
+    snippet=snippet,
+    runtime=lambda folder, context: Transformers(folder),
+    runtime_packages={"compressed_tensors": "'finequant[compressed-tensors]'"},
+    is_checkpoint=True,
+)

@@ -15,6 +15,8 @@ from torch import nn
 
 from finequant.quantize.checkpoint.stored import Stored, copy_beside
 from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 PACKAGES = {"executorch": "'finequant[executorch]'"}
 FILE = "model.pte"
-
 
 MOST_BITS = 4
 GROUP = 32
@@ -353,7 +354,48 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """[prompts, vocabulary] of the ExecuTorch runtime."""
-    from finequant.quantize.formats.runtimes import ExecuTorch
-
     runtime = ExecuTorch(folder / FILE)
     return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
+
+
+class ExecuTorch:
+    """A .pte in ExecuTorch's runtime on the CPU."""
+
+    def __init__(self, file: Path) -> None:
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # its operators
+        from executorch.runtime import Runtime as Engine
+
+        self._program = Engine.get().load_program(str(file))
+        self._forward = self._program.load_method("forward")
+
+    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        (logits,) = self._forward.execute([torch.tensor([ids]), torch.tensor([start])])
+        return logits[0].clone()  # the runtime reuses its memory
+
+    def metadata(self, name: str) -> list[int | bool]:
+        """What the program answers to ExecuTorch's LLM runner, such as `get_eos_ids`."""
+        return list(self._program.load_method(name).execute([]))
+
+
+def snippet(repository: str, chat: str, files: list[str]) -> str:
+    """How to get the files that ExecuTorch's apps ask for."""
+    listed = ", ".join(f"`{file}`" for file in files)
+    return (
+        "### ExecuTorch\n\n"
+        + fenced("bash", f'hf download {repository} --include "executorch/*" --local-dir model')
+        + f"\n\n{listed}: for ExecuTorch's LLM runner and its demo apps for Android and iOS."
+    )
+
+
+FORMAT = Format(
+    name="executorch",
+    report_key="pte",
+    packages=PACKAGES,
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    last_logits=last_logits,
+    snippet=snippet,
+    runtime=lambda folder, context: ExecuTorch(folder / FILE),  # the file sets its cache's length
+    runtime_packages=PACKAGES,
+)

@@ -18,6 +18,8 @@ import torch
 from finequant.finetune.pre_tokenizers import gguf_name
 from finequant.quantize.checkpoint.stored import Stored
 from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.format import CONTEXT, Format
+from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
     from transformers import LlamaConfig
 
-PACKAGES = {"gguf": "gguf"}
 FILE = "model.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
@@ -263,7 +264,6 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finequant.quantize.formats.runtimes import LlamaCpp
     from finequant.quantize.merge.adapter import last_logits
 
     if find_spec("llama_cpp"):
@@ -278,3 +278,49 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
         folder, gguf_file=FILE, config=config, dtype=torch.float32
     )
     return last_logits(model.eval(), prompts)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp."""
+
+    def __init__(self, file: Path, context: int = CONTEXT) -> None:
+        from llama_cpp import Llama, llama_get_logits_ith
+
+        threads = torch.get_num_threads()
+        self._model = Llama(
+            str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self._logits = llama_get_logits_ith
+
+    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        self._model.n_tokens = start  # what comes later in its cache is dropped
+        self._model.eval(ids)
+        logits = np.ctypeslib.as_array(self._logits(self._model.ctx, -1), (self._model.n_vocab(),))
+        return torch.from_numpy(logits.copy())  # llama.cpp reuses its memory
+
+
+def snippet(repository: str, chat: str, files: list[str]) -> str:
+    """How to load it with llama.cpp."""
+    file = next(name for name in files if name.endswith(".gguf"))
+    code = f"""\
+from llama_cpp import Llama
+
+model = Llama.from_pretrained("{repository}", filename="{file}", verbose=False)
+{chat}
+answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
+print(answer["choices"][0]["message"]["content"])"""
+    return f"### llama.cpp\n\n`pip install llama-cpp-python`\n\n{fenced('python', code)}"
+
+
+FORMAT = Format(
+    name="gguf",
+    report_key="gguf",
+    packages={"gguf": "gguf"},
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    last_logits=last_logits,
+    snippet=snippet,
+    runtime=lambda folder, context: LlamaCpp(folder / FILE, context),
+    runtime_packages={"llama_cpp": "llama-cpp-python"},
+)

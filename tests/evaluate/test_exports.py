@@ -9,7 +9,7 @@ import torch
 
 from finequant.evaluate.metrics.exports import greedy_answer, nll
 from finequant.evaluate.metrics.perplexity import ScoredSequence
-from finequant.quantize.formats.runtimes import Transformers
+from finequant.quantize.formats.compressed_tensors import Transformers
 
 
 def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):

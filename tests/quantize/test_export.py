@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -325,13 +326,69 @@ def test_an_altered_export_is_caught(make, tmp_path):
 
 
 def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
-    import finequant.quantize.formats.gguf as module
+    from finequant.quantize.formats.formats import FORMATS
 
-    monkeypatch.setattr(module, "PACKAGES", {"no_such_module": "no-such-wheel"})
+    lacking = replace(FORMATS["gguf"], packages={"no_such_module": "no-such-wheel"})
+    monkeypatch.setitem(FORMATS, "gguf", lacking)
     with pytest.raises(SystemExit) as exit_:
         make(to=("gguf",))
     assert exit_.value.code == 2
     assert "gguf: needs a package: pip install no-such-wheel" in capsys.readouterr().err
+
+
+def test_a_recipe_may_name_exactly_the_formats_of_the_table():
+    from typing import get_args
+
+    from finequant.evaluate.compare import MODELS
+    from finequant.quantize.formats.formats import FORMATS
+    from finequant.recipes.schema import Export
+
+    assert ["torchao", *FORMATS] == list(get_args(Export))
+    columns = [*MODELS, *(entry.report_key for entry in FORMATS.values())]
+    assert len(set(columns)) == len(columns)
+
+
+def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, capsys):
+    """Export, what the report and the card say of it, and refusals, of tests/toy_format.py."""
+    import toy_format
+
+    from finequant.evaluate.metrics.exports import measure_export
+    from finequant.publish.loading import QUANTIZED, loading
+    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.export import export, fitting_formats
+    from finequant.quantize.formats.formats import FORMATS
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    monkeypatch.setitem(FORMATS, "toy", toy_format.FORMAT)
+    run = RunDir(make("quantize.exports=[torchao]", to=()))
+    recipe = load_recipe(recipe_file, ["train.max_steps=2", "train.learning_rate=1e-2"])
+    export(recipe, run, ["toy"])
+    tensors = load_file(run.exports / "toy" / "model.safetensors")
+    for name, (codes, scale) in torchao_weights(run.root).items():
+        assert torch.equal(tensors[f"{name}.codes"], codes)
+        assert torch.equal(tensors[f"{name}.scale"], scale)
+    assert run.manifest()["toy"]["coded_layers"] == 15
+    assert run.what_changed(recipe, "toy") == []
+    assert "toy: all 15 layers have the same codes, scales too" in capsys.readouterr().err
+    scores = measure_export("toy", recipe, run, None)["scores"]  # without a runtime, its size
+    assert scores["size_bytes"] == (run.exports / "toy" / "model.safetensors").stat().st_size
+    assert "only its size is measured: no runtime is known here" in capsys.readouterr().err
+    card = loading(recipe, {}, QUANTIZED, ["model.safetensors", "toy/model.safetensors"])
+    assert card.endswith("### toy\n\n`hf download your-name/your-model toy/model.safetensors`")
+
+    def altered_codes(folder, stored):
+        rounded, floats = toy_format.read_back(folder, stored)
+        codes, scale = rounded["lm_head"]
+        return {**rounded, "lm_head": type(rounded["lm_head"])(codes ^ 1, scale)}, floats
+
+    monkeypatch.setitem(FORMATS, "toy", replace(toy_format.FORMAT, read_back=altered_codes))
+    with pytest.raises(UserError, match="toy: the codes of lm_head differ once read"):
+        export(recipe, run, ["toy"])
+    wide = read_stored(run.quantized).contents._replace(bits={"lm_head": 8})
+    with pytest.raises(UserError, match="toy: layers of 8 bits; expected at most 4"):
+        fitting_formats(["toy"], wide)
 
 
 def test_without_a_format_the_known_ones_are_named(make, capsys):
@@ -346,7 +403,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
     from executorch.exir._serialize._program import deserialize_pte_binary
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.formats.runtimes import ExecuTorch
+    from finequant.quantize.formats.executorch import ExecuTorch
 
     run = make("quantize.cache_length=64", to=("executorch",))
     file = run / "exports" / "executorch" / "model.pte"
@@ -382,7 +439,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
 def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
     from finequant.evaluate.metrics.exports import greedy_answer
-    from finequant.quantize.formats.runtimes import ExecuTorch
+    from finequant.quantize.formats.executorch import ExecuTorch
 
     folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
     prompt, ends = tokenizer("open the red")["input_ids"], [tokenizer.eos_token_id]

@@ -1,0 +1,20 @@
+"""The table of formats. A new one is a file beside this one, an entry here, and its name in
+`Export` of recipes/schema.py, so that a recipe may ask for it.
+
+Importing this imports torch, so entries that answer `--help` import it inside their functions.
+"""
+
+from __future__ import annotations
+
+from finequant.quantize.formats import compressed_tensors, executorch, gguf
+from finequant.quantize.formats.format import Format
+
+FORMATS: dict[str, Format] = {
+    entry.name: entry for entry in (compressed_tensors.FORMAT, gguf.FORMAT, executorch.FORMAT)
+}
+"""By name. torchao's is not among them: it is quantized/ itself."""
+
+
+def report_key(name: str) -> str:
+    """Of an export's column in report.json; a folder of an unknown format stands there by name."""
+    return FORMATS[name].report_key if name in FORMATS else name

@@ -1,0 +1,27 @@
+"""Parts of the model card's snippets, one of which every format has."""
+
+from __future__ import annotations
+
+
+def transformers_code(repository: str, chat: str, model: str) -> str:
+    """Python that answers `chat` with plain transformers.
+
+    chat: Python that sets `messages`.
+    model: Python that loads the model, with {} in place of the repository's name.
+    """
+    return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repository}")
+model = {model.format(repository)}
+{chat}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def fenced(language: str, text: str) -> str:
+    """A block of code in markdown."""
+    return f"```{language}\n{text}\n```"
