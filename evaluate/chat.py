@@ -1,4 +1,4 @@
-"""Talk to a model of a run, or ask all of them the same: text, and tokens per second."""
+"""Chat with a model of a run, or ask all models the same question: text and tokens per second."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
-HELP = "an empty line ends it, /new starts over"
+HELP = "an empty line quits, /new starts over"
 
 
 class Answer(NamedTuple):
@@ -35,12 +35,12 @@ class Answer(NamedTuple):
 
     @property
     def speed(self) -> str:
-        """Tokens of the answer over all seconds, reading the prompt included."""
+        """Formats the answer's tokens per second; the time includes reading the prompt."""
         return f"{self.tokens / self.seconds:.1f} tokens/s"
 
 
-Speaker = Callable[[Messages, int, Callable[[str], None]], Answer]
-"""Conversation, most tokens of the answer, and where its text goes as it comes."""
+ChatModel = Callable[[Messages, int, Callable[[str], None]], Answer]
+"""A function of the conversation, the answer's maximum tokens, and a callback for its text."""
 
 
 def chat(
@@ -50,14 +50,14 @@ def chat(
     prompt: str | None,
     max_new_tokens: int,
 ) -> None:
-    """A conversation with one model, or with `prompt` one answer from each.
+    """Holds a conversation with one model or, if `prompt` is given, shows each model's answer.
 
     where: a recipe, or a run directory.
-    model: base, tuned, quantized, or an export by its name in the report. Default: quantized, or
-        all that are there.
+    model: base, tuned, quantized, or an export by its name in the report. Default: quantized; with
+        a prompt, all that exist.
 
     Raises:
-        UserError: for a model that is not there.
+        UserError: for a model that does not exist.
     """
     recipe, run = open_run(where, overrides)
     names = available(run) if prompt is not None and model is None else [model or "quantized"]
@@ -65,36 +65,36 @@ def chat(
         check_made(name, run)
     quiet_libraries()
     if prompt is None:
-        converse(load_speaker(names[0], recipe, run), names[0], recipe, max_new_tokens)
+        converse(load_chat_model(names[0], recipe, run), names[0], recipe, max_new_tokens)
         return
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers = {}
     for name in names:  # one at a time in memory
-        speaker = load_speaker(name, recipe, run)
-        answers[name] = speaker(messages, max_new_tokens, lambda text: None)
-        del speaker
+        chat_model = load_chat_model(name, recipe, run)
+        answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
+        del chat_model
     show(answers)
 
 
 def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
-    """The recipe and the run directory, from either."""
+    """Returns the recipe and the run directory, given either of them."""
     if not where.is_dir():
         recipe = load_recipe(where, overrides)
         run = RunDir.of(recipe)
         return pinned(recipe, run.commits_of("train"))[0], run
     if not (where / "recipe.yaml").exists():
-        raise UserError(f"{where}: no run directory: expected recipe.yaml in it, or give a recipe")
+        raise UserError(f"{where}: not a run directory: expected recipe.yaml in it, or a recipe")
     return load_recipe(where / "recipe.yaml", overrides), RunDir(where)
 
 
 def available(run: RunDir) -> list[str]:
-    """Names of the models that this run has and that can be run here; the base always."""
+    """Names the models that exist in this run and can run here; the base always does."""
     exported = []
     for name, entry in exports_with_a_runtime().items():
         if not (run.exports / entry.name).is_dir():
             continue
         if missing := entry.missing_runtime():
-            say(f"chat: {name}: left out, its runtime is not installed: {missing}")
+            say(f"chat: {name}: skipped, its runtime is not installed: {missing}")
         else:
             exported.append(name)
     made = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
@@ -102,8 +102,8 @@ def available(run: RunDir) -> list[str]:
 
 
 def exports_with_a_runtime() -> dict[str, Format]:
-    """By model: the formats that answer in a runtime of their own, not as quantized/ does."""
-    from finequant.quantize.formats.formats import FORMATS  # which imports torch
+    """Maps model names to the formats with their own runtime, which transformers cannot load."""
+    from finequant.quantize.formats.formats import FORMATS  # imports torch
 
     entries = FORMATS.values()
     return {
@@ -112,9 +112,10 @@ def exports_with_a_runtime() -> dict[str, Format]:
 
 
 def check_made(name: str, run: RunDir) -> None:
-    """
+    """Checks that a model exists.
+
     Raises:
-        UserError: for a name that is none of a model, or a model that this run does not have yet.
+        UserError: for an unknown name, or a model that this run has not made yet.
     """
     for stage in NEEDS.get(name, ()):
         run.require(stage)
@@ -129,11 +130,11 @@ def check_made(name: str, run: RunDir) -> None:
         )
 
 
-def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
-    """Loads a model; its runtime answers.
+def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
+    """Loads a model in its runtime.
 
     Raises:
-        UserError: if its runtime is not there.
+        UserError: if the runtime is not installed.
     """
     from finequant.evaluate.compare import load_model
     from finequant.finetune.data.turns import end_tokens
@@ -144,14 +145,14 @@ def load_speaker(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
-    return transformers_speaker(load_model(name, recipe, run, [prompt], ends), tokenizer, recipe)
+    return transformers_chat_model(load_model(name, recipe, run, [prompt], ends), tokenizer, recipe)
 
 
-def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
-    """An export in its own runtime.
+def load_export(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
+    """Opens an export in its own runtime.
 
     Raises:
-        UserError: if that is not installed.
+        UserError: if the runtime is not installed.
     """
     from finequant.evaluate.metrics.exports import greedy_tokens
     from finequant.finetune.data.turns import end_tokens
@@ -164,7 +165,7 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
     tokenizer = load_tokenizer(recipe.model)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
 
-    def speak(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
+    def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
         started = time.monotonic()
         for token in greedy_tokens(runtime, ids, ends, max_new_tokens):
@@ -173,13 +174,13 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> Speaker:
         seconds = time.monotonic() - started
         return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
 
-    return speak
+    return respond
 
 
-def transformers_speaker(
+def transformers_chat_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> Speaker:
-    """Greedy answers, streamed."""
+) -> ChatModel:
+    """Returns a function that answers greedily and streams the text."""
     import torch
     from transformers import TextStreamer
 
@@ -188,7 +189,7 @@ def transformers_speaker(
     ends = configured_ends(model)
 
     class Writer(TextStreamer):
-        """Hands text on when a word is complete; an end token is none, special or not."""
+        """Writes text as soon as a word is complete, without end tokens, special or not."""
 
         def __init__(self, write: Callable[[str], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -201,7 +202,7 @@ def transformers_speaker(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.write(text)
 
-    def speak(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
+    def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids = torch.tensor([_encode(messages, tokenizer, recipe)], device=model.device)
         started = time.monotonic()
         with torch.inference_mode():
@@ -210,7 +211,7 @@ def transformers_speaker(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                temperature=None,  # with these two: the model's own sampling defaults
+                temperature=None,  # overrides the model's own sampling defaults
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
@@ -221,26 +222,26 @@ def transformers_speaker(
         text = tokenizer.decode(until_end(new, ends), skip_special_tokens=True)
         return Answer(text.strip(), len(new), seconds)
 
-    return speak
+    return respond
 
 
-def converse(speaker: Speaker, name: str, recipe: Recipe, max_new_tokens: int) -> None:
-    """Reads lines, writes answers as they come; remembers what was said."""
+def converse(chat_model: ChatModel, name: str, recipe: Recipe, max_new_tokens: int) -> None:
+    """Reads lines and streams answers; keeps the conversation as context."""
     say(f"chat: {name}; {HELP}")
     messages = system_message(recipe)
-    while said := _read_line():
-        if said == "/new":
+    while line := _read_line():
+        if line == "/new":
             messages = system_message(recipe)
             continue
-        messages.append({"role": "user", "content": said})
-        answer = speaker(messages, max_new_tokens, lambda text: print(text, end="", flush=True))
+        messages.append({"role": "user", "content": line})
+        answer = chat_model(messages, max_new_tokens, lambda text: print(text, end="", flush=True))
         print()
         say(f"chat: {answer.tokens} tokens, {answer.speed}")
         messages.append({"role": "assistant", "content": answer.text})
 
 
 def show(answers: dict[str, Answer]) -> None:
-    """A column for each model."""
+    """Prints a table with a column for each model."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -253,7 +254,7 @@ def show(answers: dict[str, Answer]) -> None:
 
 
 def system_message(recipe: Recipe) -> Messages:
-    """What the training rows began with, too."""
+    """Returns the system message that the training rows begin with, if any."""
     return [{"role": "system", "content": recipe.data.system}] if recipe.data.system else []
 
 

@@ -1,6 +1,6 @@
-"""What `evaluate` refuses, told before anything is trained.
+"""Checks what `evaluate` refuses, before anything is trained.
 
-`check_texts` and `check_rows` import no torch: a misspelt column is told in seconds.
+`check_texts` and `check_rows` do not import torch: they report a misspelled column in seconds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
 
 SPEED_PROMPT, SPEED_ANSWER = 256, 64
-"""Tokens to time an export with: of the prompt, in one call, and of the answer, one by one."""
+"""Tokens for timing an export: of the prompt, in one call, and of the answer, one by one."""
 
 
 def check_texts(evaluate: Evaluate) -> None:
     """Reads every corpus and task file.
 
     Raises:
-        UserError: for each that cannot be read, or does not have the column that is named.
+        UserError: for each file that cannot be read or lacks the named column.
     """
     checks = [partial(read_texts, corpus) for corpus in evaluate.perplexity]
     refuse_all([*checks, partial(check_task_files, evaluate)])
 
 
 def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
-    """Checks metrics, choices and gate against the held-out rows, which are returned.
+    """Checks metrics, choices, and gate against the held-out rows, and returns these rows.
 
     Raises:
-        UserError: with everything that measuring would refuse.
+        UserError: listing everything that measuring would refuse.
     """
     test = splits.test[: recipe.evaluate.limit]
     evaluate = recipe.evaluate
@@ -64,7 +64,7 @@ def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
 
 
 def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
-    """A limit that nothing is held against would pass whatever quantization cost."""
+    """Refuses a limit for something that is not measured: it would always pass."""
     gate, asked = evaluate.gate, any(row.messages for row in test)
     if gate.max_accuracy_drop is not None and not (evaluate.tasks or asked and evaluate.metrics):
         raise UserError(
@@ -89,7 +89,7 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
     if broken:
         raise UserError(
             f"evaluate.metrics: json_match needs JSON, and the answers of {len(broken)} held-out "
-            "rows are none: correct them, or leave json_match out\n  " + listed(broken, most=10)
+            "rows are not: correct them, or remove json_match\n  " + listed(broken, most=10)
         )
 
 
@@ -105,7 +105,7 @@ def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:
     if "multiple_choice" not in evaluate.metrics or evaluate.choices == "completions":
         return
     if "" in evaluate.choices:
-        raise UserError("evaluate.choices: an empty choice has no likelihood; remove or name it")
+        raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
     unknown = [
         f"{where}: {answer!r:.80}"
         for where, answer in answers.items()
@@ -120,15 +120,15 @@ def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:
 
 
 def check_task_files(evaluate: Evaluate) -> None:
-    """Reads the YAML of the recipe's own tasks, whose errors lm-eval skips in silence.
+    """Reads the YAML of the user's own tasks; lm-eval skips broken files silently.
 
     Raises:
-        UserError: naming file and line of each that is broken; for a folder that is none, or a
-            task that is named twice.
+        UserError: naming the file and line of each error; for a folder that does not exist, or a
+            task that is listed twice.
     """
     names = [task.task for task in evaluate.tasks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"evaluate.tasks: each task once; repeated: {', '.join(repeated)}")
+        raise UserError(f"evaluate.tasks: list each task once; repeated: {', '.join(repeated)}")
     if not evaluate.task_folder:
         return
     folder = Path(evaluate.task_folder)
@@ -143,8 +143,8 @@ def check_task_files(evaluate: Evaluate) -> None:
 
 
 def _broken(file: Path) -> str | None:
-    """Why a task file is not read."""
-    import yaml  # the library that lm-eval reads it with, so the error is the same
+    """Says why a task file cannot be read; None if it can."""
+    import yaml  # lm-eval's own YAML library, so that the error is the same
 
     class Loader(yaml.SafeLoader):
         """Leaves `!function` and other tags unread."""
@@ -152,7 +152,7 @@ def _broken(file: Path) -> str | None:
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     try:
         content = yaml.load(file.read_bytes(), Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a month 13
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: month 13 of a date
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
         reason = getattr(error, "problem", None) or error
@@ -163,45 +163,45 @@ def _broken(file: Path) -> str | None:
 
 
 def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a task that is to be asked through a chat template where there is none."""
+    """Refuses a task with apply_chat_template if the base has no chat template."""
     names = [task.task for task in evaluate.tasks if task.apply_chat_template]
     if names and not tokenizer.chat_template:
         raise UserError(
-            f"evaluate.tasks: {', '.join(names)}: apply_chat_template, but this base has no chat "
-            "template: give model.chat_template"
+            f"evaluate.tasks: {', '.join(names)}: apply_chat_template is set, but this base has no "
+            "chat template: give model.chat_template"
         )
 
 
 def check_lengths(
     recipe: Recipe, positions: int, prompts: list[tuple[str, int]], scored: int
 ) -> None:
-    """Compares what will be read with the positions of the base and the cache of a .pte.
+    """Checks that everything fits into the base's positions and the cache of a .pte.
 
-    prompts: where each held-out row stands, and the tokens of its prompt.
+    prompts: the location of each held-out row, and the number of tokens in its prompt.
     scored: input tokens of the longest sequence whose likelihood is measured.
 
     Raises:
-        UserError: naming the rows that are too long, and the setting that fits.
+        UserError: naming the rows that are too long, and a setting that fits.
     """
-    room = recipe.evaluate.max_new_tokens
+    answer = recipe.evaluate.max_new_tokens
     longest = max((tokens for _, tokens in prompts), default=0)
-    long = [f"{where}: {tokens} tokens" for where, tokens in prompts if tokens + room > positions]
+    long = [f"{where}: {tokens} tokens" for where, tokens in prompts if tokens + answer > positions]
     if long:
         hint = f"set evaluate.max_new_tokens={positions - longest}"
         if longest >= positions:
-            hint = "leave rows with longer prompts out of data.test"
+            hint = "remove rows with longer prompts from data.test"
         raise UserError(
             f"evaluate: {len(long)} held-out prompts, each with an answer of up to "
-            f"evaluate.max_new_tokens={room}, do not fit into the {positions} positions of the "
+            f"evaluate.max_new_tokens={answer}, do not fit into the {positions} positions of the "
             f"base: {hint}\n  {listed(long, most=10)}"
         )
     if "executorch" not in recipe.quantize.exports:
         return
-    needed = max(scored, longest + room if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
+    needed = max(scored, longest + answer if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
     if recipe.quantize.cache_length < min(needed, positions):
         raise UserError(
             f"quantize.cache_length: {recipe.quantize.cache_length} tokens are too few to measure "
             f"the executorch export: the longest window, or prompt and answer, takes {needed}: "
-            f"set quantize.cache_length={min(needed, positions)}, or leave executorch out of "
+            f"set quantize.cache_length={min(needed, positions)}, or remove executorch from "
             "quantize.exports"
         )

@@ -32,7 +32,7 @@ MODELS = ("base", "tuned", "quantized")
 HELD_OUT = "held_out"
 """Name of the test rows among corpora and tasks."""
 
-# What a model's measurement does not depend on, so that it is kept when these change.
+# Inputs on which a model's measurement does not depend, so that it is reused when they change.
 INDEPENDENT_OF = {
     "base": ("adapter/", "quantized/", "evaluate.exports"),
     "tuned": ("quantized/", "evaluate.exports"),
@@ -42,11 +42,11 @@ INDEPENDENT_OF = {
 
 @dataclass(frozen=True)
 class Material:
-    """What every model is measured on, as token ids that all of them share."""
+    """The inputs that every model is measured on, as token ids that all models share."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]
-    """Ids at which answers stop."""
+    """Token ids that end an answer."""
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]
     rows: list[Row]
     prompts: list[list[int]]
@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(recipe: Recipe, run: RunDir) -> bool:
-    """Measures the three models and what was exported, writes the report and prints its table.
+    """Measures the three models and their exports, writes the report, and prints its table.
 
     Returns:
-        Whether the gate passed; True where the recipe sets none.
+        Whether the gate passed; True if the recipe sets none.
 
     Raises:
-        UserError: for unknown tasks, unreadable texts, or missing artefacts.
+        UserError: for unknown tasks, unreadable texts, or missing artifacts.
     """
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.evaluate.report.report import gate, print_table, write_report
@@ -89,7 +89,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     measured = measure_all(recipe, run, inputs, material)
     measured |= measure_exports(recipe, run, inputs, material)
-    models = {name: found["scores"] for name, found in measured.items()}
+    models = {name: measurement["scores"] for name, measurement in measured.items()}
     computes = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
@@ -112,10 +112,10 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
 
 
 def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Material:
-    """Reads every text, and turns texts and held-out rows into tokens once.
+    """Reads all texts, and tokenizes texts and held-out rows once for all models.
 
     Raises:
-        UserError: for what `evaluate.check` refuses.
+        UserError: for whatever `evaluate.check` refuses.
     """
     from finequant.evaluate.check import (
         check_chat_template,
@@ -160,7 +160,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
 def measure_all(
     recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
 ) -> dict[str, dict[str, Any]]:
-    """Each model's measurement, one model in memory at a time; earlier ones are reused."""
+    """Measures each model, one in memory at a time; reuses earlier measurements."""
     from finequant.evaluate.metrics.divergence import (
         divergence,
         log_probabilities,
@@ -197,31 +197,31 @@ def measure_all(
 def measure_exports(
     recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
 ) -> dict[str, dict[str, Any]]:
-    """The measurement of each format that the recipe exports, by its key in the report."""
+    """Measures each format that the recipe exports; the result maps report keys to measurements."""
     from finequant.evaluate.metrics.exports import measure_export
     from finequant.quantize.formats.formats import report_key
 
     measured = {}
     for name in exports_of(recipe):
-        file, own = measurement_file(run, name), relevant(name, inputs)
-        found = kept_measurement(file, own)
-        if found:
+        file, made_from = measurement_file(run, name), relevant(name, inputs)
+        measurement = kept_measurement(file, made_from)
+        if measurement:
             say(f"evaluate: {name}: measured before, unchanged")
         else:
-            found = measure_export(name, recipe, run, material)
-            keep(file, own, found)
-        measured[report_key(name)] = found
+            measurement = measure_export(name, recipe, run, material)
+            keep(file, made_from, measurement)
+        measured[report_key(name)] = measurement
     return measured
 
 
 def load_model(
     name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]], ends: list[int]
 ) -> LlamaForCausalLM:
-    """One of the three with the weights that are shipped, on the GPU if there is one.
+    """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
-    It computes in the shipped dtype, or in float32 where the processor only emulates bf16.
+    It computes in the shipped dtype, or in float32 if the processor only emulates bf16.
 
-    ends: ids at which base and tuned stop; quantized/ says itself where it does.
+    ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -242,13 +242,13 @@ def load_model(
     else:
         model, _ = merge(recipe, run, prompts[:2] or [[0]])
     stop_at(model, ends)
-    # The weights are rounded to what is shipped, whatever they are computed in.
+    # The weights are rounded to the shipped dtype, whatever dtype the model computes in.
     model = cast_weights(cast_weights(model, dtype), arithmetic_dtype(dtype))
     return model.to(device()).eval()
 
 
 def device() -> str:
-    """Where models are measured."""
+    """Returns the device on which models are measured."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,9 +257,12 @@ def device() -> str:
 def measure_model(
     name: str, model: LlamaForCausalLM, recipe: Recipe, material: Material, size: int
 ) -> dict[str, Any]:
-    """{"scores": size, perplexity and tasks as in report.json, "answers": to the held-out rows}
+    """Measures a loaded model.
 
     size: bytes of the model's weights on disk.
+
+    Returns:
+        {"scores": size, perplexity, and tasks as in report.json, "answers": to the held-out rows}
     """
     from finequant.evaluate.metrics.perplexity import measure
     from finequant.evaluate.metrics.tasks import answer, lm_eval_tasks, multiple_choice
@@ -308,8 +311,10 @@ def measure_model(
 def _answers_as_corpus(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> tuple[list[ScoredSequence], list[Document]]:
-    """The learned tokens of the held-out rows; words and bytes are those of the answers, as far
-    as they are scored."""
+    """Makes a corpus of the held-out rows, whose target tokens are scored.
+
+    Words and bytes are counted in the scored part of the answers.
+    """
     from finequant.evaluate.metrics.corpora import count
     from finequant.evaluate.metrics.perplexity import ScoredSequence, scored_part
     from finequant.finetune.data.tokens import IGNORED, answer_text, encode
@@ -328,23 +333,23 @@ def _answers_as_corpus(
 
 
 def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:
-    """Input tokens of the longest sequence; the last token is only predicted."""
+    """Counts the input tokens of the longest sequence; its last token is only predicted."""
     lengths = [len(item.ids) - 1 for sequences, _ in corpora.values() for item in sequences]
     return max(lengths, default=0)
 
 
 def _asked_rows(row: Row) -> list[Row]:
-    """What a held-out row asks: its last answer; where it has calls, each of its answers."""
+    """Returns the row for its last answer; if it has calls, one row for each of its answers."""
     if any(message.get("tool_calls") for message in row.messages):
         return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
     return [row] if row.messages else []
 
 
 def _check_calls(rows: list[Row], references: list[str]) -> None:
-    """Whether the calls can be found in what the chat template makes of them.
+    """Checks that calls can be parsed from the text that the chat template renders.
 
     Raises:
-        UserError: for a template that writes them in another form, so that none would match.
+        UserError: for a template that writes calls in another form, so that none would match.
     """
     from finequant.evaluate.metrics.text_metrics import calls_in, canonical_call
 
@@ -352,8 +357,8 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
         calls = [call["function"] for call in row.messages[-1].get("tool_calls", ())]
         if calls and calls_in(reference) != [canonical_call(call) for call in calls]:
             raise UserError(
-                f"{row.where}: the chat template writes calls as {reference[:80]!r}, in which they "
-                "are not found; expected JSON objects with name and arguments or parameters"
+                f"{row.where}: the chat template writes calls as {reference[:80]!r}, which cannot "
+                "be parsed; expected JSON objects with name and arguments or parameters"
             )
 
 
@@ -364,7 +369,7 @@ def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
 
 
 def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
-    """Of the weights on disk; for a float model that is not on disk, what it would take there."""
+    """Returns the bytes of the weights on disk, or what a float model would take there."""
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.writing import weight_bytes
     from finequant.quantize.scheme import shipped_dtype
@@ -382,7 +387,7 @@ def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) 
 def _changes(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """From tuned to quantized, on the rows that both answered."""
+    """Computes the changes in metrics from tuned to quantized, paired row by row."""
     from finequant.evaluate.metrics.text_metrics import METRICS, paired_changes
 
     if not material.rows:
@@ -395,7 +400,7 @@ def _changes(
 def _samples(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Answers side by side, from rows spread evenly over the held-out ones."""
+    """Collects the models' answers to rows spread evenly over the held-out ones."""
     total = len(material.rows)
     count = min(recipe.evaluate.samples, total)
     return [
@@ -403,9 +408,9 @@ def _samples(
             "prompt": material.rows[index].messages[-2]["content"],
             "reference": material.references[index],
             "answers": {
-                name: found["answers"][index]
-                for name, found in measured.items()
-                if found["answers"]
+                name: measurement["answers"][index]
+                for name, measurement in measured.items()
+                if measurement["answers"]
             },
         }
         for index in (number * total // count for number in range(count))
@@ -413,12 +418,12 @@ def _samples(
 
 
 def measurement_file(run: RunDir, name: str) -> Path:
-    """Where the measurement of one model is kept."""
+    """Returns the file that keeps a model's measurement."""
     return run.measurements / f"{name}.json"
 
 
 def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of `evaluate` that decide the measurement of one model."""
+    """Returns the inputs of `evaluate` that affect the measurement of one model."""
     shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size", "exports/")
     without = INDEPENDENT_OF.get(name, ("adapter/", "quantized/"))
     return {
@@ -429,10 +434,10 @@ def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The measurement of an earlier call, if it was made from the same inputs and versions.
+    """Returns an earlier call's measurement, if it was made from the same inputs and versions.
 
     Raises:
-        UserError: for a file that is not as `keep` wrote it.
+        UserError: if the file is not as `keep` wrote it.
     """
     if not file.exists():
         return None
@@ -451,7 +456,7 @@ def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def keep(file: Path, inputs: dict[str, Any], measurement: dict[str, Any]) -> None:
-    """Writes a measurement for `kept_measurement`."""
+    """Writes a measurement that `kept_measurement` can read."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"inputs": inputs, "versions": versions(), "measurement": measurement}
     replace_text(file, json.dumps(content | {"sha256": _digest(content)}))
@@ -465,7 +470,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): run the stage before again") from None
+        raise UserError(f"{path}: cannot be read ({error}): rerun the previous stage") from None
 
 
 if __name__ == "__main__":

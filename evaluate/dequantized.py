@@ -1,4 +1,4 @@
-"""The quantized model for measuring: weights dequantized once, activations as ever."""
+"""Speeds up measuring a quantized model: its weights are dequantized once, not at each forward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausalLM:
-    """Replaces integer weights by the floats that torchao makes of them at each forward, in place.
+    """Replaces integer weights, in place, by the floats that torchao computes at each forward.
 
-    The arithmetic is the same, so are the logits of `prompt`, bit for bit: that is checked.
+    The arithmetic stays the same, so the logits of `prompt` must be identical: this is checked.
 
     Raises:
-        UserError: if the logits differ, which would mean to measure another model.
+        UserError: if the logits differ, because then another model would be measured.
     """
     ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
@@ -30,18 +30,18 @@ def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausa
         weight = getattr(module, "weight", None)
         if hasattr(weight, "qdata"):
             module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
-            if weight.activation_quantization:  # not so for an embedding
+            if weight.activation_quantization:  # an embedding has none
                 module.register_forward_pre_hook(quantize_inputs)
     with torch.inference_mode():
         actual = model(ids).logits
-    # Two bits can leave a model whose logits are no numbers: these are equal, too.
+    # At two bits, logits can be NaN: NaNs in the same positions count as equal.
     if not torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True):
         raise UserError("evaluate: the dequantized model differs from the quantized one: torchao?")
     return model
 
 
 def _quantizing_hook() -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Quantizes a layer's input once for all layers in turn that get the same: q, k and v."""
+    """Returns a hook that quantizes an input once for consecutive layers that share it: q, k, v."""
     last = quantized = None
 
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Measure a model at every combination of quantization settings: -> sweep/
+"""Measure a model with every combination of quantization settings: -> sweep/
 
 finequant sweep recipes/chat.yaml quantize.bits=8,4,3 quantize.method=rtn,gptq
 finequant sweep recipes/chat.yaml --model base quantize.group_size=32,64
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from finequant.quantize.scheme import Plan
 
 FLOAT = "float"
-"""Name of the model before quantization among the points."""
+"""Name of the unquantized model among the points."""
 
-OWN_COLUMNS = ("quantize.method", "quantize.bits", "quantize.budget", "quantize.group_size")
+ALWAYS_SHOWN = ("quantize.method", "quantize.bits", "quantize.budget", "quantize.group_size")
 
 
 class Point(NamedTuple):
     """One combination of quantization settings."""
 
     settings: dict[str, Any]
-    """method, bits (or their budget), group_size, then further keys that are swept, as written."""
+    """Method, bits (or their budget), group_size, then further swept keys as written."""
     recipe: Recipe
 
     @property
@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A measurement to make or to find again; without a point, that of the float model."""
+    """A measurement to make or to reuse; without a point, that of the float model."""
 
     point: Point | None
     file: Path
@@ -66,16 +66,16 @@ class Job(NamedTuple):
 
 
 def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
-    """Measures each point as `evaluate` would, writes sweep/ of the run directory, prints a table.
+    """Measures each point like `evaluate`, writes the run's sweep/, and prints a table.
 
-    It is quantization after training that is swept: `quantize.training` takes no part.
+    A sweep varies post-training quantization and ignores `quantize.training`.
 
-    overrides: `key.sub=value`; of keys of the quantize section also `key.sub=value,value`.
-    swept: "tuned", base + adapter of the run directory, or "base".
+    overrides: `key.sub=value`; keys of the quantize section also take `key.sub=value,value`.
+    swept: "tuned", the run's base + adapter, or "base".
 
     Raises:
-        UserError: for a point that is not valid, before anything is loaded; for what `evaluate`
-            refuses; without an adapter where the tuned model is swept.
+        UserError: for an invalid point, before anything is loaded; for whatever `evaluate` refuses;
+            if the tuned model is swept and there is no adapter.
     """
     from finequant.evaluate.report.sweep_report import print_sweep, write_sweep
 
@@ -101,22 +101,22 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
 
 
 def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:
-    """The cartesian product of the overrides' values; each a valid recipe.
+    """Makes a point with a valid recipe for each combination of the overrides' values.
 
     Raises:
         UserError: for an invalid recipe, or a list for a key that cannot be swept.
     """
     choices = [_choices(override) for override in overrides]
-    swept = dict.fromkeys(some[0].partition("=")[0] for some in choices if len(some) > 1)
+    swept = dict.fromkeys(values[0].partition("=")[0] for values in choices if len(values) > 1)
     points = {}
     for combination in product(*choices):
         recipe = load_recipe(path, combination)
         recipe, _ = pinned(recipe, RunDir.of(recipe).commits_of("train"))
-        scheme, said = recipe.quantize, dict(item.split("=", 1) for item in combination)
+        scheme, values = recipe.quantize, dict(item.split("=", 1) for item in combination)
         bits = scheme.bits if scheme.budget is None else f"budget {scheme.budget}"
         settings = {"method": scheme.method, "bits": bits, "group_size": scheme.group_size}
         further = {
-            key.removeprefix("quantize."): said[key] for key in swept if key not in OWN_COLUMNS
+            key.removeprefix("quantize."): values[key] for key in swept if key not in ALWAYS_SHOWN
         }
         point = Point(settings | further, recipe)
         points.setdefault(point.name, point)
@@ -124,31 +124,31 @@ def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:
 
 
 def _choices(override: str) -> list[str]:
-    """`key=8,4` -> `key=8`, `key=4`; what has no list stays as it is."""
+    """Splits `key=8,4` into `key=8` and `key=4`; keeps an override without a list as it is."""
     key, _, text = override.partition("=")
     values = split_values(text)
     if len(values) < 2:
         return [override]
     if not key.startswith("quantize."):
         raise UserError(
-            f"command line: {override}: only keys of the quantize section are swept; "
-            f"a text with a comma goes into quotes: '{key}=\"{text}\"'"
+            f"command line: {override}: only keys of the quantize section can be swept; "
+            f"put a text with a comma in quotes: '{key}=\"{text}\"'"
         )
     if key == "quantize.dtype":
         raise UserError(
-            f"command line: {override}: not swept, as all points are held against one float model; "
-            "give one dtype"
+            f"command line: {override}: cannot be swept, as all points are compared with one float "
+            "model; give one dtype"
         )
     return [f"{key}={value}" for value in values]
 
 
 def split_values(text: str) -> list[str]:
-    """`8,4,3` -> its parts; commas inside brackets, braces or quotes do not split."""
+    """Splits `8,4,3` at its commas, but not inside brackets, braces, or quotes."""
     from ruamel.yaml import YAML, YAMLError
 
     try:
         nodes = YAML().compose(f"[{text}]").value
-    except YAMLError:  # no YAML, so plain text
+    except YAMLError:  # not YAML, so plain text
         return [text]
     return [text[node.start_mark.index - 1 : node.end_mark.index - 1] for node in nodes]
 
@@ -162,23 +162,23 @@ def _check_plans(points: list[Point]) -> None:
 
 
 def _jobs(points: list[Point], run: RunDir, swept: str) -> list[Job]:
-    """The float model, whose measurement is the one that `evaluate` keeps, and each point."""
+    """Lists the jobs: the float model, whose measurement `evaluate` shares, and each point."""
     from finequant.evaluate.compare import measurement_file, relevant
 
     inputs = relevant(swept, run.inputs(points[0].recipe, "evaluate"))
     jobs = [Job(None, measurement_file(run, swept), inputs)]
     for point in points:
-        own = inputs | section_inputs(point.recipe, ("quantize",))
-        key = json.dumps([own, versions()], sort_keys=True)
+        point_inputs = inputs | section_inputs(point.recipe, ("quantize",))
+        key = json.dumps([point_inputs, versions()], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        jobs.append(Job(point, run.root / "sweep" / f"{name}.json", own))
+        jobs.append(Job(point, run.root / "sweep" / f"{name}.json", point_inputs))
     return jobs
 
 
 def _measure_all(
     jobs: list[Job], recipe: Recipe, run: RunDir, swept: str
 ) -> dict[str, dict[str, Any]]:
-    """Each job's measurement by its name; a model is loaded only if one is missing."""
+    """Maps each job's name to its measurement; loads a model only if one is missing."""
     from finequant.evaluate.compare import keep, kept_measurement, prepare
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.finetune.data.splits import load_splits
@@ -200,17 +200,17 @@ def _measure_all(
         say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
         watch = Stopwatch()
         if job.point:
-            found = measure_point(job.point, model, material, run)
+            measurement = measure_point(job.point, model, material, run)
         else:
-            found = _measure_float(model, recipe, material, run, swept)
-        measured[job.name] = found | {"seconds": watch.seconds}
+            measurement = _measure_float(model, recipe, material, run, swept)
+        measured[job.name] = measurement | {"seconds": watch.seconds}
         keep(job.file, job.inputs, measured[job.name])
         gc.collect()
     return measured
 
 
 def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
-    """From the points measured so far: those of the same method where there are some."""
+    """Estimates the remaining time from points already measured, if possible of the same method."""
     points = {job.name: job.point.settings["method"] for job in jobs if job.point}
     seconds: dict[str, list[float]] = {}
     for name in points.keys() & measured.keys():
@@ -218,15 +218,15 @@ def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
     if not seconds:
         return ""
     every = [value for values in seconds.values() for value in values]
-    left = [method for name, method in points.items() if name not in measured]
-    total = sum(fmean(seconds.get(method, every)) for method in left)
+    missing = [method for name, method in points.items() if name not in measured]
+    total = sum(fmean(seconds.get(method, every)) for method in missing)
     return f", about {total / 60:.1f} min to go"
 
 
 def _float_model(
     recipe: Recipe, run: RunDir, swept: str, prompts: list[list[int]]
 ) -> LlamaForCausalLM:
-    """The model to quantize, in float32: merged once for all points."""
+    """Loads the model to quantize, in float32, merged once for all points."""
     import torch
 
     from finequant.finetune.model import load_base
@@ -248,7 +248,7 @@ def _measure_float(
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
-    model = cast_weights(cast_weights(_own_weights(model), dtype), arithmetic_dtype(dtype))
+    model = cast_weights(cast_weights(_copy_sharing_weights(model), dtype), arithmetic_dtype(dtype))
     model = model.to(device()).eval()
     size = size_bytes(swept, model, recipe, run)
     return measure_model(swept, model, recipe, material, size)
@@ -257,9 +257,9 @@ def _measure_float(
 def measure_point(
     point: Point, model: LlamaForCausalLM, material: Material, run: RunDir
 ) -> dict[str, Any]:
-    """What `measure_model` gives for the model quantized as the point says.
+    """Measures the model quantized as the point says, and returns what `measure_model` does.
 
-    model: float32 weights; it stays as it is.
+    model: float32 weights; not modified.
     """
     from finequant.evaluate.compare import device, measure_model
     from finequant.evaluate.dequantized import dequantize_once
@@ -280,7 +280,7 @@ def measure_point(
 
     config = load_config(point.recipe.model)
     dtype = shipped_dtype(point.recipe.quantize, config)
-    model = _own_weights(model)
+    model = _copy_sharing_weights(model)
     if point.recipe.quantize.rotate:
         rotate(model)
     recipe = within_budget(point.recipe, model, material.tokenizer, dtype)
@@ -290,7 +290,7 @@ def measure_point(
     size = _bytes_on_disk(model, plan, dtype)
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
-    # If each code took no more than its own bits; torchao's files spend eight on it.
+    # With codes packed to their own bits; torchao's files spend eight bits on each.
     packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
     model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
@@ -299,8 +299,8 @@ def measure_point(
     return measurement
 
 
-def _own_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy whose weights can be replaced; until then they take no memory of their own."""
+def _copy_sharing_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Copies a model so that its weights can be replaced; until then, they share memory."""
     import torch
 
     weights = {
@@ -311,7 +311,7 @@ def _own_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> int:
-    """What `quantize` would report of its checkpoint, without writing it."""
+    """Computes the size that `quantize` would report for its checkpoint, without writing it."""
     from finequant.quantize.checkpoint.writing import layout, stored_shapes
 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -320,7 +320,7 @@ def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> i
 
 
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Its size is that of its floats, also where the base comes from a packed GGUF file."""
+    """Makes the float model's entry; its size is that of floats, even for a packed GGUF base."""
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import parameter_count, shipped_dtype
 

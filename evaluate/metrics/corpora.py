@@ -1,4 +1,4 @@
-"""Texts to measure perplexity on: files and Hub datasets -> documents, without torch."""
+"""Reads the texts for perplexity: files and Hub datasets -> documents, without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Document(NamedTuple):
-    """A text that stands alone, and what its negative log-likelihood is divided by."""
+    """An independent text, and the counts that its negative log-likelihood is divided by."""
 
     text: str
     words: int
@@ -22,19 +22,19 @@ class Document(NamedTuple):
 
 
 def count(text: str, original: str | None = None) -> Document:
-    """Words and bytes by lm-eval's rules, of `original` where `text` was made from it."""
+    """Counts words and bytes by lm-eval's rules, in `original` if `text` was derived from it."""
     counted = text if original is None else original
     return Document(text, len(re.split(r"\s+", counted)), len(counted.encode("utf-8")))
 
 
 def read_corpus(corpus: Corpus) -> list[Document]:
-    """The documents of a corpus; local sources are absolute paths (the recipe's loader sees to it).
+    """Reads the documents of a corpus; local sources must be absolute paths (load_recipe does it).
 
     `wikitext` gives the documents of lm-eval's task of that name, from the raw file, from
-    Salesforce/wikitext (a row is a line) or EleutherAI/wikitext_document_level (column `page`).
+    Salesforce/wikitext (one row per line), or EleutherAI/wikitext_document_level (column `page`).
 
     Raises:
-        UserError: no such file, column or dataset, not UTF-8, or no text at all.
+        UserError: if there is no such file, column, or dataset, no UTF-8, or no text at all.
     """
     texts = read_texts(corpus)
     if corpus.documents == "file":
@@ -47,10 +47,10 @@ def read_corpus(corpus: Corpus) -> list[Document]:
 
 
 def read_texts(corpus: Corpus) -> list[str]:
-    """The texts of a corpus as they are stored: one of a file, or one a row.
+    """Reads the texts of a corpus as they are stored: one per file, or one per row.
 
     Raises:
-        UserError: no such file, column or dataset, not UTF-8, or no text at all.
+        UserError: if there is no such file, column, or dataset, no UTF-8, or no text at all.
     """
     path = Path(corpus.source)
     if path.is_absolute() and path.suffix not in TABLES:
@@ -60,7 +60,7 @@ def read_texts(corpus: Corpus) -> list[str]:
         if corpus.documents == "wikitext":
             texts = [_wikitext_file(texts)]
     if not any(text.strip() for text in texts):
-        raise UserError(f"{_where(corpus)}: no text in it; expected at least one word")
+        raise UserError(f"{_where(corpus)}: contains no text; expected at least one word")
     return texts
 
 
@@ -80,7 +80,7 @@ def _read_text(path: Path, corpus: Corpus) -> str:
 
 
 def _read_rows(corpus: Corpus) -> list[str]:
-    """`corpus.column` of every row."""
+    """Reads `corpus.column` of every row."""
     path = Path(corpus.source)
     if path.is_absolute():
         from finequant.finetune.data.readers import read_rows
@@ -92,10 +92,10 @@ def _read_rows(corpus: Corpus) -> list[str]:
     for where, row in rows:
         text = row.get(corpus.column)
         if not isinstance(text, str):
-            found = f"it is {text!r:.60}" if corpus.column in row else f"there are {', '.join(row)}"
+            actual = f"it is {text!r:.60}" if corpus.column in row else f"it has {', '.join(row)}"
             raise UserError(
                 f"perplexity corpus {corpus.name}: {where}: no text in column "
-                f"{corpus.column!r}: {found}\nName the column with the text: `column: ...`"
+                f"{corpus.column!r}: {actual}\nName the column with the text: `column: ...`"
             )
         texts.append(text)
     return texts
@@ -108,25 +108,25 @@ def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
         dataset = load_dataset(
             corpus.source, corpus.config, split=corpus.split, revision=corpus.revision
         )
-    # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
+    # `datasets` raises its own errors and those of the Hub client, HTTP, and the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{_where(corpus)}: cannot load the Hub dataset (config {corpus.config}, split "
-            f"{corpus.split}): {reason}\nA local file works too: give its path as `source`."
+            f"{corpus.split}): {reason}\nOr use a local file: give its path as `source`."
         ) from None
     return [(f"{corpus.source}[{index}]", row) for index, row in enumerate(dataset)]
 
 
 def _wikitext_file(rows: list[str]) -> str:
-    """The raw file again: rows of pages lack a line end, rows of lines the space of blank ones."""
+    """Restores the raw file: page rows lack the last line end, line rows the space of blanks."""
     return "".join(row if row.endswith("\n") else f"{row or ' '}\n" for row in rows)
 
 
 def _articles(text: str) -> Iterator[Document]:
-    """Splits before each title, by the rule that made EleutherAI/wikitext_document_level.
+    """Splits before each title, by the rule that produced EleutherAI/wikitext_document_level.
 
-    The rule takes every line ` = ... = ` for a title; two of the test split's 62 are formulas.
+    The rule takes every line ` = ... = ` for a title; 2 of the test split's 62 are formulas.
     """
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 

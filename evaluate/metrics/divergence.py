@@ -1,4 +1,4 @@
-"""How far the quantized model's next-token distribution is from the tuned model's."""
+"""Measures how far the quantized model's next-token distributions are from the tuned model's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def reference_sequences(
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]], tokens: int
 ) -> list[ScoredSequence]:
-    """Sequences of every corpus in turn until at least `tokens` of their tokens are scored."""
+    """Takes sequences from the corpora in turn until at least `tokens` tokens are scored."""
     chosen: list[ScoredSequence] = []
     queues = [list(sequences) for sequences, _ in corpora.values()]
     scored = 0
@@ -32,10 +32,11 @@ def reference_sequences(
 def log_probabilities(
     model: PreTrainedModel, sequences: list[ScoredSequence], batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 log-probabilities [scored tokens, vocabulary], by a head in float32, and their KL
-    [scored tokens] from those of the head in its own dtype, both on the CPU.
+    """Computes float32 log-probabilities [scored tokens, vocabulary] with a float32 head.
 
-    Logits in bfloat16 are rounded so far that two nearly equal models differ by that alone.
+    The second result is their KL divergence [scored tokens] from the log-probabilities of the head
+    in its own dtype: rounding logits to bfloat16 alone makes two nearly equal models differ. Both
+    results are on the CPU.
     """
     head = _in_float32(model.lm_head)
     rows, rounding = [], []
@@ -52,9 +53,9 @@ def log_probabilities(
 
 
 def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
-    """A copy that multiplies in float32; where it quantizes its inputs, as in their own dtype."""
+    """Copies the head in float32; if it quantizes its input, it still does so in the old dtype."""
     head = deepcopy(head).float()
-    # After the hooks that came with the copy.
+    # This hook runs after those that were copied.
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     return head
 
@@ -62,11 +63,11 @@ def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
 def divergence(
     tuned: torch.Tensor, quantized: torch.Tensor, rounding: torch.Tensor
 ) -> dict[str, object]:
-    """Mean KL(tuned || quantized) in nats, and how often both rank the same token first.
+    """Computes the mean KL(tuned || quantized) in nats, and how often their top tokens agree.
 
     tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens. rounding: the
-    tuned model's KL [tokens] from itself with the logits of its shipped dtype; its mean is the
-    floor below which a KL says nothing.
+    KL divergence [tokens] of the tuned model from itself with logits in the shipped dtype; its
+    mean is the floor below which a KL divergence is meaningless.
     """
     same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
     return {
@@ -78,7 +79,7 @@ def divergence(
 
 
 def _kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:
-    """Nats [tokens] of log-probabilities [tokens, vocabulary]."""
+    """Computes the KL divergence [tokens], in nats, of log-probabilities [tokens, vocabulary]."""
     return (exact.exp() * (exact - approximate)).sum(dim=-1).cpu().double()
 
 

@@ -1,4 +1,4 @@
-"""What was exported, measured as the other models are, each format in its own runtime."""
+"""Measures exports like the other models, each format in its own runtime."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
-    """As `measure_model` does, with speed and peak memory; scores only where the runtime is here
-    and the recipe wants them.
+    """Measures an export like `measure_model`, and its speed and peak memory.
 
-    lm-eval tasks want a model of transformers, so only checkpoints are asked them.
+    Only the size is measured if its runtime is missing or the recipe says so. lm-eval tasks need a
+    transformers model, so they run for checkpoints only.
     """
     from transformers import AutoModelForCausalLM
 
@@ -55,10 +55,10 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
-        found = measure_model(name, model, recipe, material, size)
+        measurement = measure_model(name, model, recipe, material, size)
         del model
-        found["scores"]["speed"] = speed(name, folder)
-        return found
+        measurement["scores"]["speed"] = speed(name, folder)
+        return measurement
     runtime = entry.open_runtime(folder, _context(recipe, material))
     scores["perplexity"] = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
@@ -71,7 +71,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
 
 
 def _context(recipe: Recipe, material: Material) -> int:
-    """Tokens of the longest sequence that a runtime has to hold."""
+    """Counts the tokens of the longest sequence that a runtime must hold."""
     scored = [len(item.ids) for sequences, _ in material.corpora.values() for item in sequences]
     asked = [len(prompt) + recipe.evaluate.max_new_tokens for prompt in material.prompts]
     return max([*scored, *asked], default=CONTEXT)
@@ -96,20 +96,22 @@ def _answers(
 
 
 def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str) -> float:
-    """Nats of the scored tokens of all sequences, summed."""
+    """Sums the negative log-likelihoods, in nats, of the scored tokens of all sequences."""
     return math.fsum(nll(runtime, sequence) for sequence in _tracked(sequences, description))
 
 
 def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
-    """Nats of the scored tokens of one sequence: what comes before the first of them is read in
-    one call, the rest token by token, as when decoding."""
+    """Sums the negative log-likelihoods, in nats, of the scored tokens of one sequence.
+
+    The tokens before the first scored one are read in one call, the rest one by one, as decoding.
+    """
     total, done = 0.0, 0
-    for place, scored in enumerate(sequence.scored):
+    for position, scored in enumerate(sequence.scored):
         if not scored:
             continue
-        logits = runtime.last_logits(sequence.ids[done:place], done)
-        total += cross_entropy(logits.double(), torch.tensor(sequence.ids[place])).item()
-        done = place
+        logits = runtime.last_logits(sequence.ids[done:position], done)
+        total += cross_entropy(logits.double(), torch.tensor(sequence.ids[position])).item()
+        done = position
     return total
 
 
@@ -120,7 +122,8 @@ def greedy_answer(
     ends: list[int],
     limit: int,
 ) -> str:
-    """At most `limit` tokens, up to one of `ends`; without special tokens, stripped."""
+    """Generates at most `limit` tokens, up to one of `ends`; returns stripped text without special
+    tokens."""
     answer = list(greedy_tokens(runtime, prompt, ends, limit))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
@@ -129,18 +132,21 @@ def greedy_answer(
 def greedy_tokens(
     runtime: Runtime, prompt: list[int], ends: list[int], limit: int
 ) -> Iterator[int]:
-    """At most `limit` tokens after the prompt, up to one of `ends`, which is not among them."""
+    """Yields at most `limit` tokens after the prompt, and stops before any of `ends`."""
     logits = runtime.last_logits(prompt)
-    for place in range(len(prompt), len(prompt) + limit):
+    for position in range(len(prompt), len(prompt) + limit):
         token = int(logits.argmax())
         if token in ends:
             return
         yield token
-        logits = runtime.last_logits([token], place)
+        logits = runtime.last_logits([token], position)
 
 
 def speed(name: str, folder: Path) -> dict[str, float | int]:
-    """{"prompt", "decoding": tokens per second, "peak_memory_bytes"}, in a process of its own.
+    """Times an export in a separate process.
+
+    Returns:
+        {"prompt", "decoding": tokens per second, "peak_memory_bytes"}
 
     Raises:
         UserError: if that process fails.
@@ -160,8 +166,8 @@ def _time(name: str, folder: Path) -> dict[str, float | int]:
     started = time.perf_counter()
     runtime.last_logits(ids)
     read = time.perf_counter()
-    for place in range(SPEED_ANSWER):
-        runtime.last_logits([5], SPEED_PROMPT + place)
+    for position in range(SPEED_ANSWER):
+        runtime.last_logits([5], SPEED_PROMPT + position)
     done = time.perf_counter()
     return {
         "prompt": SPEED_PROMPT / (read - started),
@@ -172,7 +178,7 @@ def _time(name: str, folder: Path) -> dict[str, float | int]:
 
 def _tracked(items: list, description: str):
     console = Console(stderr=True)
-    quiet = not console.is_terminal  # rich would leave an empty line in a log
+    quiet = not console.is_terminal  # rich would print an empty line into a log
     return track(items, description, console=console, transient=True, disable=quiet)
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's model class, with each shared context computed once: the same answers, sooner."""
+"""lm-eval's model class, but each shared context is computed once: same answers, less time."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from finequant.evaluate.metrics.shared_context import Continuation, log_likeliho
 from finequant.recipes.errors import UserError
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""Texts of context and continuation (None for a window of a longer text), and their tokens."""
+"""Context and continuation as texts (None for a window of a longer text), and as token ids."""
 
 
 class SharedContextLM(HFLM):
-    """HFLM for a LlamaForCausalLM: tokens, truncation and cache are its own.
+    """HFLM for a LlamaForCausalLM, with HFLM's own tokens, truncation, and cache.
 
-    Log-likelihoods are summed in float32 or better, where HFLM stays in the model's dtype: in
-    bfloat16 near ties can go the other way.
+    Log-likelihoods are summed in float32 or better. HFLM stays in the model's dtype, where near
+    ties can come out differently in bfloat16.
     """
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         asked = [self._truncated(*request) for request in requests]
-        found = log_likelihoods(
+        likelihoods = log_likelihoods(
             self.model, asked, override_bs or self.batch_size, "log-likelihoods"
         )
-        answers = [tuple(likelihood) for likelihood in found]
+        answers = [tuple(likelihood) for likelihood in likelihoods]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def _truncated(self, texts: Any, context: list[int], ids: list[int]) -> Continuation:
-        """Without the first tokens of a context that does not fit, as HFLM has it.
+        """Drops the first tokens of a context that does not fit, as HFLM does.
 
         Raises:
-            UserError: a continuation that is empty or does not fit by itself.
+            UserError: for a continuation that is empty or does not fit by itself.
         """
         if not 1 <= len(ids) <= self.max_length:
             raise UserError(

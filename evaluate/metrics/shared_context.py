@@ -1,8 +1,12 @@
-"""Log-likelihoods of continuations, each context computed once for all of its own.
+"""Computes log-likelihoods of continuations, running each shared context only once.
 
-A row of a batch is a context with its continuations end to end behind it. Each continuation sees
-the context and itself, and its positions go on from the context's end, so that the model computes
-what it would for context + continuation alone.
+A row of a batch is a context followed by its continuations, end to end:
+
+    tokens     context...   first continuation   second continuation
+    positions  0 ... n - 1  n, n + 1, ...        n, n + 1, ...
+
+A continuation attends to the context and to itself, and its positions continue from the end of the
+context, so the model computes the same as for context + continuation by itself.
 """
 
 from __future__ import annotations
@@ -17,13 +21,13 @@ from finequant.evaluate.metrics.perplexity import log_probabilities, progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROOM = 512
-"""Tokens of continuations behind one context, or as many as the context has. Beyond that a row's
-attention, which is quadratic, costs more than the context computed again for a further row."""
+MAX_CONTINUATION_TOKENS = 512
+"""Maximum tokens of the continuations in one row (or the context's length, if that is larger). In
+longer rows, quadratic attention would cost more than computing the context again in another row."""
 
 
 class Continuation(NamedTuple):
-    """Token ids, of which the first is predicted from the last of the context."""
+    """A context and the token ids to score after it."""
 
     context: list[int]
     """At least one token."""
@@ -32,54 +36,54 @@ class Continuation(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What lm-eval's models answer to a loglikelihood request."""
+    """The answer to an lm-eval loglikelihood request."""
 
     log: float
     """Nats, summed over the continuation."""
     greedy: bool
-    """Whether each token is the likeliest one."""
+    """Whether every token is the most likely one."""
 
 
 class _Row(NamedTuple):
     context: list[int]
     continuations: list[list[int]]
     requests: list[int]
-    """Where the continuations stand among those asked for."""
+    """The indices of the continuations among those requested."""
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads; a continuation's last one is only predicted."""
+        """Counts the input tokens; a continuation's last token is only predicted."""
         return len(self.context) + sum(len(ids) - 1 for ids in self.continuations)
 
     @property
-    def length_alone(self) -> int:
-        """The same of the context with its longest continuation only."""
+    def single_length(self) -> int:
+        """Counts the input tokens of the context with only its longest continuation."""
         return len(self.context) + max(len(ids) - 1 for ids in self.continuations)
 
 
 def log_likelihoods(
     model: PreTrainedModel, asked: list[Continuation], batch_size: int, description: str
 ) -> list[Likelihood]:
-    """One for each of `asked`, in their order.
+    """Scores the requested continuations, and returns their likelihoods in the same order.
 
     `model` is a LlamaForCausalLM in evaluation mode, with sdpa or eager attention.
-    batch_size: of contexts with one continuation; no batch has more tokens than these would have.
+    batch_size: number of contexts if each had a single continuation; limits a batch's tokens.
     """
-    found = {}
+    likelihoods = {}
     for batch in progress(_batches(_rows(asked), batch_size), description):
-        numbers = [number for row in batch for number in row.requests]
-        found.update(zip(numbers, _score(model, batch), strict=True))
-    return [found[number] for number in range(len(asked))]
+        indices = [index for row in batch for index in row.requests]
+        likelihoods.update(zip(indices, _score(model, batch), strict=True))
+    return [likelihoods[index] for index in range(len(asked))]
 
 
 def _rows(asked: list[Continuation]) -> list[_Row]:
-    """Continuations of equal contexts together, as far as there is ROOM."""
+    """Groups continuations of equal contexts into rows, up to MAX_CONTINUATION_TOKENS."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, _) in enumerate(asked):
         groups.setdefault(tuple(context), []).append(number)
     rows = []
     for context, numbers in groups.items():
-        longest = len(context) + max(ROOM, len(context))
+        longest = len(context) + max(MAX_CONTINUATION_TOKENS, len(context))
         row = _Row(list(context), [], [])
         for number in numbers:
             ids = asked[number].ids
@@ -93,42 +97,46 @@ def _rows(asked: list[Continuation]) -> list[_Row]:
 
 
 def _batches(rows: list[_Row], batch_size: int) -> list[list[_Row]]:
-    """Rows of about the same length; at least one, even if it has too many tokens.
+    """Batches rows of similar length; a batch has at least one row, however long it is.
 
-    The longest come first: what does not fit into memory fails at once.
+    The longest come first: if a batch does not fit into memory, it fails right away.
     """
     batches: list[list[_Row]] = []
-    room = 0
+    free = 0
     for row in sorted(rows, key=lambda row: row.length, reverse=True):
-        if not room:
+        if not free:
             batches.append([])
-            room = max(1, batch_size * row.length_alone // row.length)
+            free = max(1, batch_size * row.single_length // row.length)
         batches[-1].append(row)
-        room -= 1
+        free -= 1
     return batches
 
 
 @torch.inference_mode()
 def _score(model: PreTrainedModel, rows: list[_Row]) -> list[Likelihood]:
-    """Of the rows' continuations, row by row."""
+    """Computes the likelihoods of all continuations of the rows, row by row."""
     hidden = _predicting_states(model, rows)
     states, targets = (torch.tensor(ids, device=hidden.device) for ids in _predictions(rows))
     logs = torch.empty(len(targets), device=hidden.device)
     greedy = torch.empty_like(targets, dtype=torch.bool)
-    for part, found in log_probabilities(model.lm_head, hidden):
-        here = ((states >= part.start) & (states < part.stop)).nonzero()[:, 0]
-        state, target = states[here] - part.start, targets[here]
-        logs[here] = found[state, target]
-        greedy[here] = found.argmax(dim=-1)[state] == target
+    for part, predicted in log_probabilities(model.lm_head, hidden):
+        selected = ((states >= part.start) & (states < part.stop)).nonzero()[:, 0]
+        state, target = states[selected] - part.start, targets[selected]
+        logs[selected] = predicted[state, target]
+        greedy[selected] = predicted.argmax(dim=-1)[state] == target
     lengths = [len(ids) for row in rows for ids in row.continuations]
     pairs = zip(logs.cpu().double().split(lengths), greedy.cpu().split(lengths), strict=True)
     return [Likelihood(log.sum().item(), bool(best.all())) for log, best in pairs]
 
 
 def _predictions(rows: list[_Row]) -> tuple[list[int], list[int]]:
-    """For each token of each continuation: which of `_predicting_states` it follows; itself.
+    """Pairs each token of each continuation with the index of the state that predicts it.
 
-    The state of a context's last token predicts the first token of all its continuations.
+    The states are those of `_predicting_states`. The state of a context's last token predicts the
+    first token of all its continuations.
+
+    Returns:
+        The indices of the states, and the tokens.
     """
     states, targets, first = [], [], 0
     for row in rows:
@@ -142,17 +150,18 @@ def _predictions(rows: list[_Row]) -> tuple[list[int], list[int]]:
 
 
 def _predicting_states(model: PreTrainedModel, rows: list[_Row]) -> torch.Tensor:
-    """Last hidden states [n, hidden] of each context's last token and of all tokens behind it."""
-    ids, positions, owners, wanted = [], [], [], []
+    """Computes the last hidden states [n, hidden] of each context's last token and of all tokens
+    after it."""
+    ids, positions, owners, predicting = [], [], [], []
     for context, continuations, _ in rows:
-        parts = [context, *(ids[:-1] for ids in continuations)]
+        parts = [context, *(continuation[:-1] for continuation in continuations)]
         end = len(context)
         ids.append([token for part in parts for token in part])
         positions.append(
-            [*range(end), *(end + place for part in parts[1:] for place in range(len(part)))]
+            [*range(end), *(end + offset for part in parts[1:] for offset in range(len(part)))]
         )
         owners.append([owner for owner, part in enumerate(parts) for _ in part])
-        wanted.append([place >= end - 1 for place in range(len(ids[-1]))])
+        predicting.append([offset >= end - 1 for offset in range(len(ids[-1]))])
 
     def padded(values: list[list[int]], padding: int = 0) -> torch.Tensor:
         values = [torch.tensor(value) for value in values]
@@ -164,21 +173,22 @@ def _predicting_states(model: PreTrainedModel, rows: list[_Row]) -> torch.Tensor
         position_ids=padded(positions),
         use_cache=False,
     )
-    return states.last_hidden_state[padded(wanted)]
+    return states.last_hidden_state[padded(predicting)]
 
 
 def _mask(owners: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to the attention scores, [rows, 1, length, length]; None where no row has a
-    second continuation: causal attention, which needs no mask, then does the same.
+    """Makes the mask [rows, 1, length, length] that is added to the attention scores.
+
+    None if no row has a second continuation: plain causal attention then does the same.
 
     owners [rows, length]: 0 for tokens of the context, n for those of its nth continuation, -1 for
-    padding, which sees the context and is seen by no other.
+    padding, which attends to the context and is not attended to.
     """
     if owners.max() < 2:
         return None
     length = owners.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()
-    own = owners[:, None, :] == owners[:, :, None]
-    seen = earlier & (own | (owners[:, None, :] == 0))
-    mask = torch.zeros(seen.shape, dtype=dtype, device=owners.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    same = owners[:, None, :] == owners[:, :, None]
+    visible = earlier & (same | (owners[:, None, :] == 0))
+    mask = torch.zeros(visible.shape, dtype=dtype, device=owners.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

@@ -1,4 +1,4 @@
-"""Accuracy on lm-eval tasks and on held-out rows.
+"""Measures accuracy on lm-eval tasks and on held-out rows.
 
 A score is `{"value": float, "stderr": float | None, "n": int}`. Higher is always better; values
 are fractions from 0 to 1, except bleu and chrf, which are sacrebleu's 0 to 100.
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Draws for the few metrics without a closed-form standard error. lm-eval's default is 100,000;
-# its 0 would drop the closed-form ones as well.
+# Bootstrap draws for the few metrics without a closed-form standard error. lm-eval's default is
+# 100,000; 0 would drop the closed-form ones as well.
 BOOTSTRAP_DRAWS = 100
 
 
@@ -42,7 +42,7 @@ def check_tasks(evaluate: Evaluate) -> None:
     """Checks task names against lm-eval's index (seconds); loads neither data nor a model.
 
     Raises:
-        UserError: an unknown or repeated task, a broken task file, or a task folder that is none.
+        UserError: for an unknown or repeated task, a broken task file, or a missing task folder.
     """
     check_task_files(evaluate)
     if not evaluate.tasks:
@@ -52,7 +52,7 @@ def check_tasks(evaluate: Evaluate) -> None:
     if unknown := [name for name in names if name not in known]:
         problems = [_unknown(name, list(known)) for name in unknown]
         raise UserError(
-            f"evaluate.tasks: {listed(problems)}\nTasks of your own go into evaluate.task_folder "
+            f"evaluate.tasks: {listed(problems)}\nYour own tasks go into evaluate.task_folder "
             f"as .yaml files that lm-eval can read (now: {evaluate.task_folder})."
         )
 
@@ -62,11 +62,11 @@ def lm_eval_tasks(
 ) -> dict[str, dict[str, Score]]:
     """Scores a loaded model on `evaluate.tasks`: {task: {metric: score}}.
 
-    A group with a total of its own (mmlu) is one entry; other groups and tags are one for each
-    of their tasks. Metrics where lower is better are left out.
+    A group with an aggregate score (mmlu) is one entry; other groups and tags become one entry for
+    each of their tasks. Metrics where lower is better are left out.
 
     Raises:
-        UserError: an unknown task, or one that cannot be loaded or run as the recipe says.
+        UserError: for an unknown task, or one that cannot be loaded or run as the recipe says.
     """
     if not evaluate.tasks:
         return {}
@@ -85,10 +85,10 @@ def lm_eval_tasks(
 
 
 def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
-    """The lm-eval group or tasks behind each entry, with their data, before the first one runs.
+    """Loads the lm-eval group or tasks of each entry, with their data, before the first one runs.
 
     Raises:
-        UserError: an unknown task, and each that cannot be loaded or run as the recipe says.
+        UserError: for unknown tasks, and for all that cannot be loaded or run as the recipe says.
     """
     check_tasks(evaluate)
     loaded: list[list[Any]] = []
@@ -108,11 +108,11 @@ def answer(
     batch_size: int,
     description: str,
 ) -> list[str]:
-    """Greedy answers to prompts of token ids: in their order, without special tokens, stripped.
+    """Answers prompts of token ids greedily; returns stripped texts without special tokens.
 
     Stops at the end tokens of the generation configuration, as plain `generate` does.
     """
-    # Longest first: memory runs out at once or never.
+    # Longest first: memory runs out right away or never.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [""] * len(prompts)
@@ -132,12 +132,12 @@ def multiple_choice(
     batch_size: int,
     description: str,
 ) -> Score:
-    """How often the reference is the likeliest of `choices` as the continuation of its prompt.
+    """Measures how often the reference is the most likely of `choices` after its prompt.
 
     Log-likelihoods are summed over a choice's tokens; ties go to the first choice.
 
     Raises:
-        UserError: a reference that is not among the choices, or a choice without tokens.
+        UserError: for a reference that is not among the choices, or a choice without tokens.
     """
     for number, reference in enumerate(references, 1):
         if reference not in choices:
@@ -147,9 +147,10 @@ def multiple_choice(
             )
     endings = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
     if [] in endings:
-        raise UserError("evaluate.choices: an empty choice has no likelihood; remove or name it")
+        raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
     asked = [Continuation(prompt, ending) for prompt in prompts for ending in endings]
-    logs = [found.log for found in log_likelihoods(model, asked, batch_size, description)]
+    likelihoods = log_likelihoods(model, asked, batch_size, description)
+    logs = [likelihood.log for likelihood in likelihoods]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
     picks = [choices[row.index(max(row))] for row in rows]
     return mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
@@ -157,7 +158,7 @@ def multiple_choice(
 
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """One batch of greedy answers, padded on the left."""
+    """Answers one batch of prompts greedily, padded on the left."""
     ends = configured_ends(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     left = {"batch_first": True, "padding_side": "left"}
@@ -169,13 +170,13 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        temperature=None,  # with these two: the model's own sampling defaults, meaningless here
+        temperature=None,  # overrides the model's own sampling defaults, meaningless here
         top_p=None,
         top_k=None,
         pad_token_id=pad,
     )
     new = [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
-    # Cleaning up spaces would turn " ." into ".", which the reference may well contain.
+    # Cleaning up spaces would turn " ." into "."; the reference may contain " .".
     texts = tokenizer.batch_decode(
         new, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -185,7 +186,7 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
     """Silences lm-eval's notes about its own task files; its progress bars stay on stderr."""
-    # Its bootstrap would fork a process for each core out of one that may hold a GPU.
+    # Its bootstrap would fork one process per core from a process that may hold a GPU.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -199,7 +200,7 @@ def _quiet_lm_eval() -> Iterator[None]:
 
 @cache
 def _task_manager(folder: str | None) -> TaskManager:
-    """lm-eval's index of over ten thousand task files, and of `folder`: read once (7 s)."""
+    """Reads lm-eval's index of over ten thousand task files, and of `folder`, once (7 s)."""
     from lm_eval.tasks import TaskManager
 
     with _quiet_lm_eval():
@@ -212,14 +213,14 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _load(task: Task, folder: str | None) -> list[Any]:
-    """The lm-eval group or tasks behind a name, with their data.
+    """Loads the lm-eval group or tasks of a name, with their data.
 
     Raises:
-        UserError: data that cannot be had, or a task that the recipe cannot run as it says.
+        UserError: if the data cannot be loaded, or the task cannot run as the recipe says.
     """
     try:
         loaded = _task_manager(folder).load([task.task])
-    except Exception as error:  # whatever datasets, a task's own code or a missing package raises
+    except Exception as error:  # whatever datasets, a task's own code, or a missing package raises
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"evaluate.tasks: cannot load lm-eval task {task.task!r}: {cause}\n"
@@ -232,7 +233,7 @@ def _load(task: Task, folder: str | None) -> list[Any]:
 
 
 def _refusal(task: Task, leaves: list[Any]) -> str | None:
-    """Why a loaded task would fail, be run otherwise than asked for, or have nothing to report."""
+    """Says why a loaded task would fail, ignore the recipe, or have nothing to report."""
     if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in leaves):
         return "executes code that the model writes; run it with lm-eval itself, in a sandbox"
     if task.num_fewshot and any(leaf.get_config("num_fewshot") == 0 for leaf in leaves):
@@ -240,14 +241,14 @@ def _refusal(task: Task, leaves: list[Any]) -> str | None:
     if not any(
         better is not False for leaf in leaves for better in leaf.higher_is_better().values()
     ):
-        return "only has metrics where lower is better; use evaluate.perplexity for texts"
+        return "only has metrics where lower is better; for texts, use evaluate.perplexity"
     return None
 
 
 def _run(
     wrapped: Any, task: Task, objects: list[Any], folder: str | None, seed: int
 ) -> dict[str, dict[str, Score]]:
-    """One entry of `evaluate.tasks`: {task: {metric: score}}."""
+    """Runs one entry of `evaluate.tasks`: {task: {metric: score}}."""
     from lm_eval import simple_evaluate
 
     output = simple_evaluate(
@@ -271,14 +272,14 @@ def _run(
 
 
 def _scores(row: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, Score]:
-    """lm-eval's "acc,none" becomes "acc"; other filters "exact_match (strict-match)"."""
+    """Converts lm-eval's scores: "acc,none" becomes "acc", "acc,filter" becomes "acc (filter)"."""
     scores = {}
     for key, value in row.items():
         metric, _, name = key.partition(",")
         numeric = name and isinstance(value, Real) and not metric.endswith("_stderr")
         if not numeric or higher_is_better.get(metric) is False:
             continue
-        stderr = row.get(f"{metric}_stderr,{name}")  # "N/A" where there is none
+        stderr = row.get(f"{metric}_stderr,{name}")  # "N/A" if there is none
         known = isinstance(stderr, Real) and math.isfinite(stderr)
         scores[metric if name == "none" else f"{metric} ({name})"] = {
             "value": float(value),

@@ -1,4 +1,4 @@
-"""Answers against references: metrics of texts, without torch.
+"""Scores answers against references: text metrics, without torch.
 
 A score is `{"value": float, "stderr": float | None, "n": int}`. Higher is always better; values
 are fractions from 0 to 1, except bleu and chrf, which are sacrebleu's 0 to 100.
@@ -26,7 +26,7 @@ def score_answers(
     """Scores answers with each of `metrics`, which are keys of METRICS: {metric: score}.
 
     Raises:
-        UserError: json_match and a reference that is no JSON.
+        UserError: for json_match if a reference is not JSON.
     """
     return {metric: METRICS[metric](answers, references) for metric in metrics}
 
@@ -34,10 +34,10 @@ def score_answers(
 def paired_changes(
     before: list[str], after: list[str], references: list[str], metrics: list[str]
 ) -> dict[str, Score]:
-    """What a metric changes by from one model's answers to another's, row by row: {metric: score}.
+    """Computes how much metrics change between two models' answers, row by row: {metric: score}.
 
-    Its standard error is that of the mean of the differences: rows that both models answer alike
-    add nothing to it. Metrics that are no mean over rows are left out.
+    The standard error is that of the mean difference: rows that both models answer alike add
+    nothing to it. Metrics that are not means over rows are left out.
     """
     rows = list(zip(before, after, references, strict=True))
     return {
@@ -54,18 +54,18 @@ def paired_changes(
 
 
 def exact_match(answers: list[str], references: list[str]) -> Score:
-    """Equal after stripping whitespace at both ends."""
+    """Counts answers that equal the reference after stripping whitespace at both ends."""
     return mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])
 
 
 def json_match(answers: list[str], references: list[str]) -> Score:
-    """Both are JSON and equal as values: key order, whitespace and 1 or 1.0 do not matter."""
+    """Counts answers with equal JSON values: key order, whitespace, and 1 or 1.0 do not matter."""
     expected = [canonical_json(reference) for reference in references]
     if None in expected:
         row = expected.index(None)
         raise UserError(
-            f"held-out row {row + 1}: the reference is no JSON: {references[row][:80]!r}\n"
-            "json_match needs JSON in every row; correct it or drop json_match from "
+            f"held-out row {row + 1}: the reference is not JSON: {references[row][:80]!r}\n"
+            "json_match needs JSON in every row; correct it or remove json_match from "
             "evaluate.metrics."
         )
     pairs = zip(answers, expected, strict=True)
@@ -73,24 +73,24 @@ def json_match(answers: list[str], references: list[str]) -> Score:
 
 
 def tool_call_match(answers: list[str], references: list[str]) -> Score:
-    """The answer makes the calls of the reference, in any order, and no other: with the same names,
-    and arguments equal as values. An answer to a reference without calls makes none."""
+    """Counts answers that make exactly the reference's calls, in any order: same names, and equal
+    arguments. If the reference makes no call, the answer must make none either."""
     pairs = zip(answers, references, strict=True)
     return mean([Counter(calls_in(a)) == Counter(calls_in(r)) for a, r in pairs])
 
 
 def tool_call_recall(answers: list[str], references: list[str]) -> Score:
-    """Each call of the references by itself: whether its answer makes it.
+    """Computes the share of the references' calls that the answers make.
 
     Raises:
-        UserError: where no reference has a call.
+        UserError: if no reference has a call.
     """
     made: list[bool] = []
     for answer, reference in zip(answers, references, strict=True):
-        left = Counter(calls_in(answer))
+        unmatched = Counter(calls_in(answer))
         for call in calls_in(reference):
-            made.append(left[call] > 0)
-            left[call] -= 1
+            made.append(unmatched[call] > 0)
+            unmatched[call] -= 1
     if not made:
         raise UserError(
             "evaluate.metrics: tool_call_recall needs calls, and the held-out rows have none"
@@ -99,7 +99,7 @@ def tool_call_recall(answers: list[str], references: list[str]) -> Score:
 
 
 def f1(answers: list[str], references: list[str]) -> Score:
-    """Token F1 of SQuAD's evaluation script (version 2: two empty texts agree)."""
+    """Computes the token F1 of SQuAD's evaluation script (version 2: two empty texts agree)."""
 
     def score(answer: str, reference: str) -> float:
         ours, theirs = _squad_tokens(answer), _squad_tokens(reference)
@@ -111,7 +111,7 @@ def f1(answers: list[str], references: list[str]) -> Score:
 
 
 def rouge(answers: list[str], references: list[str]) -> Score:
-    """ROUGE-L F1 without stemming. rouge_score sees only a-z and 0-9: not for other scripts."""
+    """Computes ROUGE-L F1 without stemming. rouge_score ignores all but a-z and 0-9."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -120,14 +120,14 @@ def rouge(answers: list[str], references: list[str]) -> Score:
 
 
 def bleu(answers: list[str], references: list[str]) -> Score:
-    """sacrebleu's corpus BLEU, 0 to 100."""
+    """Computes sacrebleu's corpus BLEU, 0 to 100."""
     from sacrebleu import BLEU
 
     return _sacrebleu(BLEU(force=True), answers, references)
 
 
 def chrf(answers: list[str], references: list[str]) -> Score:
-    """sacrebleu's corpus chrF2, 0 to 100."""
+    """Computes sacrebleu's corpus chrF2, 0 to 100."""
     from sacrebleu import CHRF
 
     return _sacrebleu(CHRF(), answers, references)
@@ -149,49 +149,49 @@ METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
 
 
 def mean(values: list[float]) -> Score:
-    """The mean, and the standard error of the mean: sample standard deviation / sqrt(n)."""
+    """Computes the mean and its standard error, the sample standard deviation / sqrt(n)."""
     n = len(values)
     return {"value": fmean(values), "stderr": stdev(values) / n**0.5 if n > 1 else None, "n": n}
 
 
 def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
-    """A corpus score; its standard error from sacrebleu's seeded bootstrap of 1,000 draws."""
+    """Computes a corpus score; the standard error is from sacrebleu's seeded bootstrap (1,000)."""
     n = len(answers)
     score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
-    # _ci is half the width of the 95% interval; 1.96 standard errors of a normal distribution.
+    # _ci is half the width of the 95% interval: 1.96 standard errors of a normal distribution.
     stderr = float(score._ci) / 1.96 if n > 1 else None
     return {"value": float(score.score), "stderr": stderr, "n": n}
 
 
 def canonical_json(text: str) -> str | None:
-    """The same string for equal JSON values; None for what is no JSON."""
+    """Returns the same string for equal JSON values; None if the text is not JSON."""
 
     def number(digits: str) -> int | float:
         value = float(digits)
         return int(value) if value.is_integer() else value
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         value = json.loads(text, parse_float=number, parse_constant=refuse)
-        # As strings, because Python says True == 1 and JSON does not.
+        # Compared as strings, because True == 1 in Python but not in JSON.
         return json.dumps(value, sort_keys=True)
     except (ValueError, RecursionError):
         return None
 
 
 def _squad_tokens(text: str) -> list[str]:
-    """Lower case, without punctuation and articles, as SQuAD's script normalises answers."""
+    """Lowercases and removes punctuation and articles, as SQuAD's script normalizes answers."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def calls_in(text: str) -> list[str]:
-    """The function calls of a text, each the same string for the same name and arguments.
+    """Finds the function calls in a text; equal calls give the same string.
 
-    A call is an object with a `name`, and `arguments` or `parameters` that are an object, wherever
-    it stands: chat templates write calls as such objects, and differ in what they put around them.
+    A call is a JSON object with a `name` and an object under `arguments` or `parameters`, anywhere
+    in the text: chat templates write calls as such objects, and differ in what surrounds them.
     """
     decoder, calls, at = json.JSONDecoder(), [], text.find("{")
     while at >= 0:
@@ -207,7 +207,7 @@ def calls_in(text: str) -> list[str]:
 
 
 def canonical_call(value: Any) -> str | None:
-    """The same string for calls of equal name and arguments; None for what is no call."""
+    """Returns the same string for calls with equal names and arguments; None if it is no call."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters"))

@@ -1,12 +1,12 @@
-"""The report of a run: report.json, report.md, plots/ and the table in the terminal.
+"""The report of a run: report.json, report.md, plots/, and the table in the terminal.
 
 A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "layers",
-"samples", "training", "gate", "arithmetic"}`; all but `models` may be missing; "arithmetic" is the
-dtype that the models were run in. `models` maps base, tuned,
-quantized (and further artefacts) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS:
-{"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; of
-exports also `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}`. `changes`
-has `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized and row by row.
+"samples", "training", "gate", "arithmetic"}`; all but `models` may be missing. `models` maps base,
+tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS:
+{"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; exports
+also have `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}`. `changes`
+holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized, paired row by row.
+`arithmetic` is the dtype that the models computed in.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Report = dict[str, Any]
 
 OUT_OF_100 = ("bleu", "chrf")  # all other metrics are fractions of 1
 MISSING = "–"
-ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is a little more than 0.05
-MOST_CHARACTERS = 1000  # of a sample in report.md; report.json has all of it
+ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is slightly more than 0.05
+MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Okabe and Ito's colors, which color-blind readers can tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = "os^vDPX"
 
 
 def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
-    """Holds what quantization cost against the limits of the recipe.
+    """Compares the cost of quantization with the limits of the recipe.
 
-    For perplexity (per token) the value is quantized over tuned, minus 1; for accuracy it is tuned
-    minus quantized, as a fraction of 1. What is missing, infinite or not a number does not pass.
+    For perplexity (per token) the value is quantized / tuned - 1; for accuracy it is tuned -
+    quantized, as a fraction of 1. A value that is missing, infinite, or NaN does not pass.
 
     Returns:
         {"passed": bool, "checks": [{"name", "limit", "value", "passed"}]}
@@ -65,7 +65,10 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
 
 
 def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison: a column a model, and one for the cost of quantization."""
+    """Makes the header and rows of the comparison.
+
+    There is a column for each model, and one for the cost of quantization.
+    """
     models = report["models"]
 
     def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
@@ -111,7 +114,7 @@ SPEEDS = (
     ("decoding, tokens/s (higher is better)", _rate, "decoding"),
     ("peak memory in MB (lower is better)", _megabytes, "peak_memory_bytes"),
 )
-"""Label, how it is shown, and key under `speed`, which exports have."""
+"""Label, formatter, and key under `speed`, which only exports have."""
 
 
 def print_table(report: Report) -> None:
@@ -122,7 +125,7 @@ def print_table(report: Report) -> None:
 
 
 def print_rows(header: list[str], rows: list[list[str]]) -> Console:
-    """Prints a table to stdout, on a console that is wide enough for its numbers."""
+    """Prints a table to stdout, on a console wide enough for its numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -134,7 +137,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
         table.add_column(textwrap.fill(name, width), justify="right", min_width=width)
     for row in rows:
         table.add_row(*row)
-    # With many columns: wider than the terminal, rather than cut off.
+    # With many columns, the table is wider than the terminal rather than truncated.
     needed = console.measure(table, options=console.options.update(width=1000)).minimum
     console.width = max(console.width, needed)
     console.print(table)
@@ -142,7 +145,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes plots/, report.md and, last, report.json (infinite or not a number: null)."""
+    """Writes plots/, report.md, and finally report.json (infinite or NaN: null)."""
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {"comparison": _comparison, "layers": _layers, "loss": _loss}
     plots = {name for name, draw in drawings.items() if draw_plot(draw, report, folder, name)}
@@ -164,13 +167,13 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
         f"All models are measured on the same inputs{_arithmetic(report)}. "
-        "± is one standard error; that of a change is of the differences row by row.",
+        "± is one standard error; for a change, that of the row-by-row differences.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         "\n".join(f"- {line}" for line in [*divergence_lines(report), *verdict_lines(report)]),
         _worst_layers(report),
-        image_link(plots, "layers", "Signal to noise of each quantized layer"),
-        _normalisers(report),
+        image_link(plots, "layers", "Signal-to-noise ratio of each quantized layer"),
+        _normalizers(report),
         _samples(report),
         f"## Training\n\n{image}" if (image := image_link(plots, "loss", "Loss by step")) else "",
         f"## Made with\n\n{versions}" if versions else "",
@@ -190,18 +193,18 @@ def _widths(quantize: dict[str, Any]) -> str:
 
 
 def divergence_lines(report: Report) -> list[str]:
-    """How far quantized is from tuned, as a sentence; [] where it was not measured."""
+    """Says how far quantized is from tuned in a sentence; [] if it was not measured."""
     divergence = report.get("divergence")
     if not divergence:
         return []
     agreement = shown_score(100)(divergence.get("top1_agreement"))
     shown = shown_score(1, digits=4)
     floor = divergence.get("floor")
-    rounding = f" (logits in the shipped dtype alone: {shown(floor)})" if floor else ""
+    rounding = f" (from logits in the shipped dtype alone: {shown(floor)})" if floor else ""
     return [
-        f"Quantized against tuned, over {divergence.get('tokens')} tokens: KL divergence "
+        f"Quantized vs. tuned, over {divergence.get('tokens')} tokens: KL divergence "
         f"{shown(divergence.get('kl'))} nats per token{rounding}; "
-        f"the same most likely token in {agreement} % of positions"
+        f"the most likely token is the same in {agreement} % of positions"
     ]
 
 
@@ -211,7 +214,7 @@ def _check(name: str, limit: float, value: float) -> dict[str, Any]:
 
 
 def verdict_lines(report: Report) -> list[str]:
-    """A sentence for each check of the gate."""
+    """Describes each check of the gate in one line."""
     checks = value_at(report, "gate", "checks") or []
     lines = []
     for check in checks:
@@ -233,11 +236,11 @@ def _worst_layers(report: Report) -> str:
         [_code(x["name"]), str(x["bits"]), str(x["group_size"]), shown_number(x["snr_db"], 1)]
         for x in worst
     ]
-    header = ["layers that lost most", "bits", "group size", "signal to noise in dB"]
+    header = ["layers that lost most", "bits", "group size", "signal-to-noise ratio in dB"]
     return markdown_table(header, rows) if rows else ""
 
 
-def _normalisers(report: Report) -> str:
+def _normalizers(report: Report) -> str:
     rows = []
     for corpus in corpora_of(report["models"]):
         for name, model in report["models"].items():
@@ -248,9 +251,9 @@ def _normalisers(report: Report) -> str:
         return ""
     header = ["perplexity", "per token", "per word", "per byte", "scored tokens"]
     return (
-        "## Perplexity by what it is divided by\n\n"
-        "exp(L / N): L is the summed negative log-likelihood of the same tokens throughout; N is "
-        "the number of tokens, of words or of UTF-8 bytes. Compare only numbers with the same N."
+        "## Perplexity per token, word, and byte\n\n"
+        "exp(L / N): L is the summed negative log-likelihood, always of the same tokens; N is "
+        "the number of tokens, words, or UTF-8 bytes. Compare only numbers with the same N."
         f"\n\n{markdown_table(header, rows)}"
     )
 
@@ -268,12 +271,12 @@ def _samples(report: Report) -> str:
 
 
 def _code(text: str | None) -> str:
-    """Text as code in one table cell: nothing in it acts as Markdown or HTML."""
+    """Formats text as code in one table cell, where nothing acts as Markdown or HTML."""
     if not text:
         return MISSING if text is None else "*(empty)*"
-    cut = text[:MOST_CHARACTERS] + ("…" if len(text) > MOST_CHARACTERS else "")
+    cut = text[:MAX_SAMPLE_CHARACTERS] + ("…" if len(text) > MAX_SAMPLE_CHARACTERS else "")
     safe = re.sub(
-        r"[\\`*_\[\]|~$]", lambda found: f"&#{ord(found[0])};", html.escape(cut, quote=False)
+        r"[\\`*_\[\]|~$]", lambda match: f"&#{ord(match[0])};", html.escape(cut, quote=False)
     )
     return f"<code>{'<br>'.join(safe.splitlines())}</code>"
 
@@ -291,7 +294,7 @@ def image_link(plots: set[str], name: str, description: str) -> str:
 
 
 def draw_plot(draw: Callable, report: Report, folder: Path, name: str) -> bool:
-    """Writes plots/NAME.png; where there is nothing to draw, removes an earlier one."""
+    """Writes plots/NAME.png; if there is nothing to draw, removes an earlier one."""
     path = folder / "plots" / f"{name}.png"
     figure = draw(report)
     if figure is None:
@@ -305,7 +308,7 @@ def draw_plot(draw: Callable, report: Report, folder: Path, name: str) -> bool:
 
 
 def new_figure(width: float) -> Figure:
-    # Without pyplot there is no global state, and a Figure draws itself with Agg.
+    # Without pyplot there is no global state, and a Figure renders itself with Agg.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, 4), layout="constrained")
@@ -317,9 +320,9 @@ def _loss(report: Report) -> Figure | None:
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
         entries = [e for e in report.get("training") or [] if _finite(e.get(key))]
         if entries:
-            colour = COLOURS[len(axes.lines)]
+            color = COLORS[len(axes.lines)]
             steps, losses = [e["step"] for e in entries], [e[key] for e in entries]
-            axes.plot(steps, losses, style, color=colour, label=label, markersize=5)
+            axes.plot(steps, losses, style, color=color, label=label, markersize=5)
     axes.grid(alpha=0.3)
     if not axes.lines:
         return None
@@ -360,7 +363,7 @@ def _comparison(report: Report) -> Figure | None:
 
 
 def _bar(model: dict[str, Any], scale: float, *keys: str) -> tuple[float, float]:
-    """Height (nan: no bar) and standard error (0: none known) of one score."""
+    """Returns the height (NaN: no bar) and the standard error (0: unknown) of one score."""
     score = value_at(model, *keys) or {}
     error = score.get("stderr")
     height = float_at(score, "token" if "token" in score else "value")
@@ -372,7 +375,7 @@ def _has_height(bar: tuple[float, float]) -> bool:
 
 
 def _bars(axes: Axes, groups: dict[str, list], models: list[str], may_be_log: bool) -> None:
-    """Draws groups of one bar for each model; perplexities far apart on a logarithmic axis."""
+    """Draws groups with a bar for each model; perplexities far apart get a logarithmic axis."""
     width = 0.8 / len(models)
     for index, name in enumerate(models):
         heights, errors = zip(*(bars[index] for bars in groups.values()), strict=True)
@@ -382,7 +385,7 @@ def _bars(axes: Axes, groups: dict[str, list], models: list[str], may_be_log: bo
             heights,
             width * 0.92,
             yerr=errors if any(errors) else None,
-            color=COLOURS[index % len(COLOURS)],
+            color=COLORS[index % len(COLORS)],
             capsize=3,
             label=name,
         )
@@ -400,9 +403,9 @@ def _layers(report: Report) -> Figure | None:
     kinds: dict[str, list[tuple[int, float]]] = {}
     others: list[tuple[str, float]] = []
     for layer in report.get("layers") or []:
-        found = re.search(r"\.layers\.(\d+)\..*?(\w+)$", layer["name"])
-        if found and _finite(layer.get("snr_db")):
-            kinds.setdefault(found[2], []).append((int(found[1]), layer["snr_db"]))
+        match = re.search(r"\.layers\.(\d+)\..*?(\w+)$", layer["name"])
+        if match and _finite(layer.get("snr_db")):
+            kinds.setdefault(match[2], []).append((int(match[1]), layer["snr_db"]))
         elif _finite(layer.get("snr_db")):
             others.append((layer["name"], layer["snr_db"]))
     if not kinds and not others:
@@ -411,14 +414,14 @@ def _layers(report: Report) -> Figure | None:
 
     figure = new_figure(8)
     axes = figure.add_subplot(
-        xlabel="layer (then the head)", ylabel="signal to noise in dB (higher is better)"
+        xlabel="layer (then the head)", ylabel="signal-to-noise ratio in dB (higher is better)"
     )
     for index, (kind, points) in enumerate(kinds.items()):
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 4}
+        style = {"color": COLORS[index % 7], "marker": MARKERS[index % 7], "markersize": 4}
         axes.plot(*zip(*sorted(points), strict=True), label=kind, linewidth=1, **style)
     after = 1 + max((depth for points in kinds.values() for depth, _ in points), default=-1)
-    for place, (name, snr) in enumerate(others, after):
-        axes.plot([place], [snr], "k*", markersize=10, label=name)
+    for x, (name, snr) in enumerate(others, after):
+        axes.plot([x], [snr], "k*", markersize=10, label=name)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
@@ -426,12 +429,12 @@ def _layers(report: Report) -> Figure | None:
 
 
 def corpora_of(models: dict[str, Any]) -> list[str]:
-    """The corpora of all models, each once, in their order."""
+    """Lists the corpora of all models, each once, in order."""
     return list(dict.fromkeys(name for m in models.values() for name in m.get("perplexity") or {}))
 
 
 def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
-    """The (task, metric) pairs of all models, each once, in their order."""
+    """Lists the (task, metric) pairs of all models, each once, in order."""
     pairs = (
         (task, metric)
         for model in models.values()
@@ -446,14 +449,14 @@ def to_percent(metric: str) -> int:
 
 
 def value_at(node: Any, *keys: str) -> Any:
-    """`node[key][key]...`, or None where one is missing."""
+    """Returns `node[key][key]...`, or None if a key is missing."""
     for key in keys:
         node = (node or {}).get(key)
     return node
 
 
 def float_at(node: Any, *keys: str) -> float:
-    """The number at `keys`; nan where it is missing or infinite."""
+    """Returns the number at `keys`; NaN if it is missing or infinite."""
     value = value_at(node, *keys)
     return float(value) if _finite(value) else math.nan
 
@@ -463,7 +466,7 @@ def _finite(value: float | None) -> bool:
 
 
 def finite_only(node: Any) -> Any:
-    """The same tree with None for each number that JSON does not have."""
+    """Copies the tree with None for each number that JSON cannot represent."""
     if isinstance(node, dict):
         return {key: finite_only(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -478,7 +481,7 @@ def shown_number(value: float | None, digits: int = 2) -> str:
 
 
 def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
-    """Shows {"value", "stderr"} as `71.2 ± 1.8`."""
+    """Returns a function that formats {"value", "stderr"} as `71.2 ± 1.8`."""
 
     def shown(score: dict | None) -> str:
         value, error = value_at(score, "value"), value_at(score, "stderr")
@@ -496,7 +499,10 @@ def _ratio(tuned: float | None, quantized: float | None) -> str:
 
 
 def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | None], str]:
-    """error: the standard error of the change, where it is known."""
+    """Returns a function that formats the change between two scores in points.
+
+    error: the standard error of the change, if it is known.
+    """
 
     def shown(tuned: dict | None, quantized: dict | None) -> str:
         change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale

@@ -1,7 +1,7 @@
-"""What a sweep has found: sweep.json, sweep.md, plots/ and the table in the terminal.
+"""The report of a sweep: sweep.json, sweep.md, plots/, and the table in the terminal.
 
-It is a report as in report.py, whose `models` are the float model and one for each point. Beside
-their scores these have `settings` and `packed_bits_per_weight`.
+It is a report as in report.py, whose `models` are the float model and one model for each point. In
+addition to their scores, these have `settings` and `packed_bits_per_weight`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.report import (
-    COLOURS,
+    COLORS,
     MARKERS,
     MISSING,
     Report,
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 Model = dict[str, Any]
 
-FARTHEST = 30
-"""Perplexities beyond so many times the lowest are drawn at the top edge."""
+MAX_PERPLEXITY_RATIO = 30
+"""Perplexities of more than this many times the lowest are drawn at the top edge."""
 
 NOTES = """\
 Every point is quantized from the same float model and measured on the same inputs. Bits per weight
-count the whole model, scales and float embedding included, for each weight of the float model:
-as torchao's file has it (a byte a code), and with codes packed to their own bits. ± is one standard
-error. In the plot each point says the bits of its codes; with ↑ it lies beyond the scale."""
+are those of the whole model, including scales and float embedding, divided by the float model's
+number of weights: as torchao's file stores it (a byte per code), and with packed codes. ± is one
+standard error. Points in the plot are labeled with their bits per code; ↑ means off the scale."""
 
 
 def write_sweep(report: Report, folder: Path) -> None:
-    """Writes plots/sweep.png, sweep.md and, last, sweep.json (infinite or not a number: null)."""
+    """Writes plots/sweep.png, sweep.md, and finally sweep.json (infinite or NaN: null)."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {"sweep"} if draw_plot(_plot, report, folder, "sweep") else set()
     replace_text(folder / "sweep.md", _markdown(report, plots))
@@ -59,12 +59,12 @@ def write_sweep(report: Report, folder: Path) -> None:
 
 
 def print_sweep(report: Report) -> None:
-    """Prints a row for each point to stdout."""
+    """Prints a table with a row for each point to stdout."""
     print_rows(*sweep_rows(report))
 
 
 def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the float model, then a row for each point."""
+    """Makes the header and the rows: the float model, then each point."""
     models = report["models"]
     keys = list(dict.fromkeys(key for m in models.values() for key in m["settings"]))
     header = [key.replace("_", " ") for key in keys]
@@ -92,7 +92,7 @@ def _row(model: Model, keys: list[str], models: dict[str, Model]) -> list[str]:
 
 
 def mean_accuracy(model: Model) -> float:
-    """In percent, the mean over tasks of each one's first metric; nan where there is none."""
+    """Averages each task's first metric over the tasks, in percent; NaN if there is none."""
     first = {task: next(iter(metrics)) for task, metrics in model["tasks"].items() if metrics}
     values = [
         to_percent(metric) * float_at(model, "tasks", task, metric, "value")
@@ -102,10 +102,10 @@ def mean_accuracy(model: Model) -> float:
 
 
 def groupwise_tables(report: Report) -> list[str]:
-    """For each corpus: the float model, and four bits at each group size, a row for each method.
+    """Makes a table for each corpus: the float model and four bits at each group size, by method.
 
-    Layout of the table in ExecuTorch's Llama documentation. Empty where there are fewer than two
-    group sizes at four bits.
+    The layout is that of the table in ExecuTorch's Llama documentation. Returns [] if there are
+    fewer than two group sizes at four bits.
     """
     floating, *points = report["models"].values()
     four = [point for point in points if point["settings"]["bits"] == 4]
@@ -114,15 +114,15 @@ def groupwise_tables(report: Report) -> list[str]:
         return []
     tables = []
     for corpus in corpora_of(report["models"]):
-        found: dict[str, dict[int, str]] = {}
+        by_method: dict[str, dict[int, str]] = {}
         for point in four:
             shown = shown_number(value_at(point, "perplexity", corpus, "token"))
-            found.setdefault(_method(point), {})[point["settings"]["group_size"]] = shown
+            by_method.setdefault(_method(point), {})[point["settings"]["group_size"]] = shown
         baseline = shown_number(value_at(floating, "perplexity", corpus, "token"))
         rows = [
             [f"{_model_name(report)}, {method}", baseline]
             + [cells.get(size, MISSING) for size in sizes]
-            for method, cells in found.items()
+            for method, cells in by_method.items()
         ]
         header = [f"perplexity, {corpus}", f"baseline ({floating['dtype']})"]
         header += [f"groupwise 4-bit ({size})" for size in sizes]
@@ -134,7 +134,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     four_bits = "\n\n".join(groupwise_tables(report))
     sections = [
-        f"# {report['recipe']['name']}: the {report['swept']} model, quantized in every way",
+        f"# {report['recipe']['name']}: the {report['swept']} model with different quantizations",
         f"Base model {_base_name(report)}, seed {report['recipe']['seed']}.",
         markdown_table(*sweep_rows(report)),
         NOTES,
@@ -146,7 +146,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
 
 
 def _base_name(report: Report) -> str:
-    """Without its folder, which may be one of this machine."""
+    """Returns the base's name without its folder, which may be specific to this machine."""
     return Path(report["recipe"]["model"]["base"]).name
 
 
@@ -155,7 +155,7 @@ def _model_name(report: Report) -> str:
 
 
 def _method(model: Model) -> str:
-    """What points of one line and of one row have in common, beside the group size."""
+    """Names what the points of one line or row have in common, apart from the group size."""
     method, _, _, *further = model["settings"].items()
     return ", ".join([method[1], *(f"{key} {value}" for key, value in further)])
 
@@ -186,13 +186,13 @@ def _plot(report: Report) -> Figure | None:
 
 
 def _panel(axes: Axes, models: list[Model], values: list[float], is_perplexity: bool) -> None:
-    """One score of every model; the float model's is a dashed line."""
+    """Plots one score of every model; the float model's is a dashed line."""
     ceiling = None
     if is_perplexity:
-        ceiling = FARTHEST * min(filter(math.isfinite, values))
+        ceiling = MAX_PERPLEXITY_RATIO * min(filter(math.isfinite, values))
         _plain_log_scale(axes)
     for index, (name, points) in enumerate(_lines(models[1:], values[1:], ceiling).items()):
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
+        style = {"color": COLORS[index % 7], "marker": MARKERS[index % 7], "markersize": 5}
         bits, heights, _ = zip(*sorted(points), strict=True)
         axes.plot(bits, heights, label=name, **style)
         for x, height, label in points:
@@ -206,10 +206,10 @@ def _panel(axes: Axes, models: list[Model], values: list[float], is_perplexity: 
 def _lines(
     models: list[Model], values: list[float], ceiling: float | None
 ) -> dict[str, list[tuple[float, float, str]]]:
-    """(bits per weight, height, label) of each point, by method and group size."""
+    """Groups the points, as (bits per weight, height, label), by method and group size."""
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for model, value in zip(models, values, strict=True):
-        beyond = ceiling is not None and not value < ceiling  # nan is beyond, too
+        beyond = ceiling is not None and not value < ceiling  # NaN is beyond, too
         height, label = ceiling if beyond else value, str(model["settings"]["bits"])
         point = model["packed_bits_per_weight"], height, label + ("↑" if beyond else "")
         name = f"{_method(model)}, groups of {model['settings']['group_size']}"
@@ -218,7 +218,7 @@ def _lines(
 
 
 def _plain_log_scale(axes: Axes) -> None:
-    """With 20, 30, 50 beside the ticks, which powers of ten between 20 and 90 lack."""
+    """Sets a log scale that also labels 20, 30, 50: there is no power of ten between 20 and 90."""
     from matplotlib.ticker import LogFormatter
 
     axes.set_yscale("log")

@@ -64,7 +64,7 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finequant.evaluate.chat import transformers_speaker
+    from finequant.evaluate.chat import transformers_chat_model
     from finequant.recipes.load import load_recipe
 
     model, tokenizer = (
@@ -72,8 +72,8 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     )
     messages = [{"role": "user", "content": "paint the green lamp"}]
     written: list[str] = []
-    speak = transformers_speaker(model.eval(), tokenizer, load_recipe(recipe_file))
-    answer = speak(messages, 8, written.append)
+    respond = transformers_chat_model(model.eval(), tokenizer, load_recipe(recipe_file))
+    answer = respond(messages, 8, written.append)
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -95,7 +95,7 @@ def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
     (tmp_path / "empty").mkdir()
     nowhere = ask(tmp_path / "empty")
     assert nowhere.returncode == 2
-    assert "no run directory" in nowhere.stderr
+    assert "not a run directory" in nowhere.stderr
 
 
 def test_a_model_of_another_name_is_refused(tmp_path):

@@ -224,8 +224,8 @@ def test_files_and_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "settings", "message"),
     [
-        ("empty.txt", b" \n", {}, "empty.txt: no text in it"),
-        ("empty.raw", b" \n", {"documents": "wikitext"}, "empty.raw: no text in it"),
+        ("empty.txt", b" \n", {}, "empty.txt: contains no text"),
+        ("empty.raw", b" \n", {"documents": "wikitext"}, "empty.raw: contains no text"),
         ("latin.txt", b"caf\xe9", {}, "latin.txt: not UTF-8 text at byte 3"),
         ("absent.txt", None, {}, "absent.txt: cannot be read: No such file"),
         ("rows.jsonl", b'{"a": "x", "b": 2}\n', {}, "rows.jsonl:1: .*'text': there are a, b"),

@@ -93,7 +93,7 @@ def test_truncation_gives_each_length_a_context_of_its_own(both):
 def test_many_continuations_take_several_rows(model, tokenizer, monkeypatch):
     asked = [Continuation(*request[1:]) for request in token_requests(model, tokenizer)] * 2
     whole = log_likelihoods(model, asked, 4, "")
-    monkeypatch.setattr(shared_context, "ROOM", 6)
+    monkeypatch.setattr(shared_context, "MAX_CONTINUATION_TOKENS", 6)
     parted = log_likelihoods(model, asked, 4, "")
     assert len(shared_context._rows(asked)) > len({tuple(one.context) for one in asked})
     check_equal(parted, whole)

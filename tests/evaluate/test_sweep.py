@@ -96,7 +96,7 @@ def test_a_budget_stands_for_its_bits(swept, recipe_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epochs=1,2", "only keys of the quantize section are swept"),
+        ("train.epochs=1,2", "only keys of the quantize section can be swept"),
         ("data.system=Hello, you", "goes into quotes: 'data.system=\"Hello, you\"'"),
         ("quantize.dtype=float32,bfloat16", "one float model"),
         ("quantize.bits=4,9", "quantize.bits: expected"),

@@ -250,7 +250,7 @@ def test_a_chat_template_that_is_not_there_is_refused(tokenizer):
     task = {"task": "mine", "apply_chat_template": True}
     check_chat_template(Evaluate(tasks=[task]), tokenizer)
     check_chat_template(Evaluate(tasks=["mine"]), SimpleNamespace(chat_template=None))
-    with pytest.raises(UserError, match="mine: apply_chat_template, but this base has no chat"):
+    with pytest.raises(UserError, match="mine: apply_chat_template is set, but this base"):
         check_chat_template(Evaluate(tasks=[task]), SimpleNamespace(chat_template=None))
 
 

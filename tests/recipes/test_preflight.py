@@ -93,7 +93,7 @@ def test_answers_that_are_no_json_are_listed_with_all_other_problems(refused, pr
         "evaluate.task_folder=tasks",
         "output_dir=/dev/null/run",
     )
-    assert "json_match needs JSON, and the answers of 4 held-out rows are none" in said
+    assert "json_match needs JSON, and the answers of 4 held-out rows are not" in said
     assert 'prose.jsonl:1: "open the red door' in said
     assert "prose.jsonl:4: 'NaN'" in said
     assert "mine.yaml:3: not valid YAML: expected ',' or ']'" in said
@@ -153,7 +153,7 @@ def test_a_prompt_beyond_the_positions_names_its_row(refused, tmp_path):
     write_jsonl(tmp_path / "long.jsonl", [*make_rows(range(90, 92)), row])
     said = refused("data.test=long.jsonl")
     assert "1 held-out prompts" in said
-    assert "leave rows with longer prompts out of data.test" in said
+    assert "remove rows with longer prompts from data.test" in said
     assert "long.jsonl:3: " in said
 
 
