@@ -55,6 +55,8 @@ def quiet_libraries() -> None:
     # torchao warns of CUDA kernels that a CPU build of torch cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # check_merge lets accelerate leave on the disk what does not fit into memory.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
     import datasets
     import transformers
