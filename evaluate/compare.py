@@ -219,8 +219,10 @@ def load_model(
 ) -> LlamaForCausalLM:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
-    It computes in the shipped dtype, or in float32 if the processor only emulates bf16.
+    It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
+    model's logits are compared with peft's by the stage quantize, not again here.
 
+    prompts: token ids; the first one is where the dequantized model is compared with quantized/.
     ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
     """
     from transformers import AutoModelForCausalLM
@@ -228,7 +230,7 @@ def load_model(
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.data.turns import stop_at
     from finequant.finetune.model import arithmetic_dtype, load_base, load_config
-    from finequant.quantize.merge.adapter import merge
+    from finequant.quantize.merge.model import merged_model
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     say(f"evaluate: {name}: loading")
@@ -240,10 +242,10 @@ def load_model(
         model = dequantize_once(model.to(device()), (prompts or [[0]])[0])
         return cast_weights(model, arithmetic_dtype(dtype))
     else:
-        model, _ = merge(recipe, run, prompts[:2] or [[0]])
+        model = merged_model(recipe, run, dtype)
     stop_at(model, ends)
     # The weights are rounded to the shipped dtype, whatever dtype the model computes in.
-    model = cast_weights(cast_weights(model, dtype), arithmetic_dtype(dtype))
+    model = cast_weights(model, arithmetic_dtype(dtype))
     return model.to(device()).eval()
 
 

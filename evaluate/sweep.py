@@ -226,18 +226,21 @@ def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
 def _float_model(
     recipe: Recipe, run: RunDir, swept: str, prompts: list[list[int]]
 ) -> LlamaForCausalLM:
-    """Loads the model to quantize, in float32, merged once for all points."""
+    """Loads the model to quantize, merged once for all points.
+
+    In float32, from which the stage quantize rounds: codes of bfloat16 weights would be others.
+    """
     import torch
 
     from finequant.finetune.model import load_base
-    from finequant.quantize.merge.adapter import merge
+    from finequant.quantize.merge.model import merged_model
 
     say(f"sweep: loading the {swept} model")
     if swept == "base":
         return load_base(recipe.model, torch.float32)
     if recipe.quantize.training:
         say("sweep: quantize.training takes no part; base + adapter is rounded")
-    return merge(recipe, run, prompts[:2] or [[0]])[0]
+    return merged_model(recipe, run, torch.float32, prompts[:2] or [[0]])
 
 
 def _measure_float(
@@ -264,6 +267,7 @@ def measure_point(
     from finequant.evaluate.compare import device, measure_model
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import arithmetic_dtype, load_config
+    from finequant.quantize.checkpoint.reading import weights_of
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.budget import within_budget
     from finequant.quantize.methods.method import round_model
@@ -283,7 +287,7 @@ def measure_point(
     model = _copy_sharing_weights(model)
     if point.recipe.quantize.rotate:
         rotate(model)
-    recipe = within_budget(point.recipe, model, material.tokenizer, dtype)
+    recipe = within_budget(point.recipe, weights_of(model), config, material.tokenizer, dtype)
     plan = layer_plan(recipe.quantize, config)
     if unties_head(plan):
         untie_head(model)

@@ -18,7 +18,7 @@ from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import LlamaConfig
 
     from finequant.quantize.checkpoint.reading import TensorFile, Weights
     from finequant.quantize.checkpoint.writing import Checkpoint
@@ -42,7 +42,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
     Weights are read, merged, rounded and written in pieces. Memory holds a decoder block; a GGUF
-    file and `quantize.budget` take a whole float model. Interrupted, what is written is kept.
+    file takes a whole float model. Interrupted, what is written is kept.
 
     Raises:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
@@ -54,6 +54,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
     from finequant.quantize.merge.check import check_merge
     from finequant.quantize.merge.overflow import check_range
+    from finequant.quantize.methods.budget import within_budget
     from finequant.quantize.methods.method import calibration_sequences
     from finequant.quantize.methods.rotation import rotated
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
@@ -66,10 +67,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     trained = trained_codes(recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompts = _prompts(recipe, tokenizer)
-    planned, dtype = recipe, shipped_dtype(recipe.quantize, config)
-    if recipe.quantize.budget:
-        planned = _within_budget(recipe, run, tokenizer, prompts, dtype)
-    plan = layer_plan(planned.quantize, config)
+    dtype = shipped_dtype(recipe.quantize, config)
     base = open_base(recipe.model)
     ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
     base.config.eos_token_id = base.generation_config.eos_token_id = ends
@@ -85,6 +83,8 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
             save_tokenizer(tokenizer, recipe.data, folder)
     if recipe.quantize.rotate:
         weights = rotated(weights, config)
+    planned = within_budget(recipe, weights, config, tokenizer, dtype)
+    plan = layer_plan(planned.quantize, config)
     sequences = None
     if recipe.quantize.method == "gptq" and not trained:
         sequences = calibration_sequences(recipe, tokenizer)
@@ -134,24 +134,6 @@ def check_base_range(recipe: Recipe) -> None:
         check_range(
             base.config, base.weights, _prompts(recipe, load_tokenizer(recipe.model)), dtype
         )
-
-
-def _within_budget(
-    recipe: Recipe,
-    run: RunDir,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    dtype: torch.dtype,
-) -> Recipe:
-    """With the layers that measured sensitivity chooses, on the whole merged model."""
-    from finequant.quantize.merge.adapter import merge
-    from finequant.quantize.methods.budget import within_budget
-    from finequant.quantize.methods.rotation import rotate
-
-    merged, _ = merge(recipe, run, prompts[:1])
-    if recipe.quantize.rotate:
-        rotate(merged)
-    return within_budget(recipe, merged, tokenizer, dtype)
 
 
 def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,19 @@ def normed(config: LlamaConfig, weights: Weights, hidden: torch.Tensor) -> torch
     norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps).requires_grad_(False)
     norm.weight.data = weights("model.norm.weight", WHOLE).to(hidden.device, hidden.dtype)
     return norm(hidden)
+
+
+def norm_and_head(config: LlamaConfig, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+    """Hidden states [rows, length, hidden] -> logits, the weights in `dtype`."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with torch.device("meta"):
+        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    block = torch.nn.Sequential(OrderedDict(norm=norm, lm_head=head))
+    names = {"norm.weight": "model.norm.weight", "lm_head.weight": f"{HEAD}.weight"}
+    fill(block, lambda name, shape: filled(weights, names[name], shape, dtype))
+    return block
 
 
 def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:

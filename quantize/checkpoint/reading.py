@@ -136,9 +136,20 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
     yield from (slice(start, end) for start, end in zip(starts, [*starts[1:], total], strict=True))
 
 
+def weights_of(model: torch.nn.Module) -> Weights:
+    """The weights of a model that is in memory; a tied head is read by its name, too."""
+    tensors = model.state_dict()
+    return lambda name, rows: tensors[name][rows]
+
+
 def filled(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A whole parameter in `dtype`, without a copy of it in any other."""
     tensor = torch.empty(shape, dtype=dtype)
-    for rows in row_slices(shape):
-        tensor[rows] = weights(name, rows)
+    read_into(tensor, weights, name)
     return tensor
+
+
+def read_into(tensor: torch.Tensor, weights: Weights, name: str) -> None:
+    """Gives a tensor the values of a whole parameter, a piece at a time."""
+    for rows in row_slices(tensor.shape):
+        tensor[rows] = weights(name, rows)

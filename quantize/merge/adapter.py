@@ -1,4 +1,4 @@
-"""base + adapter -> merged weights, row by row, or as a whole model where one is measured."""
+"""base + adapter -> merged weights, row by row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ import torch
 
 from finequant.finetune.model import load_base, load_on_disk
 from finequant.finetune.stored import weight_files
-from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
+from finequant.quantize.checkpoint.reading import (
+    WHOLE,
+    TensorFile,
+    Weights,
+    row_slices,
+    weights_of,
+)
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
-from finequant.recipes.rundir import RunDir
-from finequant.recipes.schema import Model, Recipe
+from finequant.recipes.schema import Model
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -61,8 +66,7 @@ def open_base(model: Model) -> Base:
     """
     if model.base.endswith(".gguf"):
         loaded = load_base(model, torch.float32)
-        tensors = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
-        return _described(loaded, lambda name, rows: tensors[name][rows], lambda: loaded)
+        return _described(loaded, weights_of(loaded), lambda: loaded)
     skeleton = load_base(model, torch.float32, "meta")
     files = [TensorFile(path) for path in weight_files(model)]
     where = {name: file for file in files for name in file.entries}
@@ -215,28 +219,6 @@ def merged_weights(base: Base, adapter: Adapter) -> Weights:
         return adapter.add(name.removesuffix(".weight"), rows, weight)
 
     return weights
-
-
-def merge(recipe: Recipe, run: RunDir, prompts: list[list[int]]) -> tuple[LlamaForCausalLM, float]:
-    """The whole merged model in float32, and how far its logits are from base + adapter.
-
-    Raises:
-        UserError: if the adapter is not one of this base, or the logits differ.
-    """
-    from peft import PeftModel
-
-    base = load_base(recipe.model, torch.float32)
-    try:
-        tuned = PeftModel.from_pretrained(base, run.adapter).eval()
-    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run.adapter}: not an adapter of {recipe.model.base}: {reason}") from None
-    before = last_logits(tuned, prompts)
-    try:
-        merged = tuned.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"{run.adapter}: cannot be merged: {error}") from None
-    return merged, checked_difference(before, last_logits(merged, prompts), run.adapter)
 
 
 def last_logits(model: torch.nn.Module, prompts: list[list[int]]) -> torch.Tensor:

@@ -15,15 +15,16 @@ divergence on small models. They rank layers; they do not predict what the model
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import math
+from collections import Counter
 from collections.abc import Callable, Collection
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
 
-from finequant.quantize.checkpoint.blocks import rotary_of
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
+from finequant.quantize.checkpoint.reading import WHOLE, Weights
 from finequant.quantize.methods.method import calibration_sequences
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
@@ -42,7 +43,7 @@ from finequant.recipes.command_line import say
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 TOKENS = 2048
 """Tokens to measure on, at most; all of them in one pass."""
@@ -56,13 +57,14 @@ Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def within_budget(
     recipe: Recipe,
-    model: LlamaForCausalLM,
+    weights: Weights,
+    config: LlamaConfig,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Recipe:
     """The recipe with `quantize.layers` in place of its budget; as it is where it has none.
 
-    model: float weights; it stays as it is.
+    weights: of the float model, read a decoder block at a time.
     dtype: of the shipped model's arithmetic.
 
     Raises:
@@ -71,23 +73,25 @@ def within_budget(
     quantize = recipe.quantize
     if quantize.budget is None:
         return recipe
-    plan = layer_plan(quantize, model.config)
+    plan = layer_plan(quantize, config)
     free = {name: plan[name] for name in undecided(quantize, plan)}
     sequences = calibration_sequences(recipe, tokenizer)
     sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
     say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
-    rises = sensitivity(model, sequences, free, dtype, recipe.seed)
-    weights = {name: model.get_submodule(name).weight.numel() for name in free}
-    bits = allocate(rises, weights, _allowance(quantize, plan, free, model.config))
+    rises = sensitivity(weights, config, sequences, free, dtype, recipe.seed)
+    shapes = layer_shapes(config)
+    counts = {name: math.prod(shapes[name]) for name in free}
+    bits = allocate(rises, counts, _allowance(quantize, plan, free, config))
     plan |= {name: scheme._replace(bits=bits[name]) for name, scheme in free.items()}
-    counts = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits.values()).items()))
-    say(f"quantize: {bits_per_weight(plan, model.config):.3f} bits per weight; layers: {counts}")
-    chosen = quantize.model_dump() | {"layers": as_layers(plan), "budget": None}
-    return recipe.model_copy(update={"quantize": Quantize.model_validate(chosen)})
+    chosen = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits.values()).items()))
+    say(f"quantize: {bits_per_weight(plan, config):.3f} bits per weight; layers: {chosen}")
+    planned = quantize.model_dump() | {"layers": as_layers(plan), "budget": None}
+    return recipe.model_copy(update={"quantize": Quantize.model_validate(planned)})
 
 
 def sensitivity(
-    model: LlamaForCausalLM,
+    weights: Weights,
+    config: LlamaConfig,
     sequences: torch.Tensor,
     schemes: dict[str, LayerScheme],
     dtype: torch.dtype,
@@ -98,22 +102,23 @@ def sensitivity(
     sequences: token ids [rows, length].
     dtype: of the arithmetic.
     """
-    layers, inputs = model.model.layers, []
+    count, inputs = config.num_hidden_layers, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        hidden = model.model.embed_tokens(sequences).to(device, dtype)
-        rotary = {"position_embeddings": rotary_of(model.config, hidden)}
-        for layer in layers:
+        hidden = embed(weights, sequences).to(device, dtype)
+        rotary = {"position_embeddings": rotary_of(config, hidden)}
+        for number in range(count):
             inputs.append(hidden)
-            hidden = deepcopy(layer).to(device, dtype)(hidden, **rotary)
-    top = torch.nn.Sequential(OrderedDict(norm=model.model.norm, lm_head=model.lm_head))
+            block = decoder_block(config, number, weights, dtype).to(device)
+            hidden = block(hidden, **rotary)
+    top = norm_and_head(config, weights, dtype).to(device)
     seen, gradient = _backward(top, hidden, lambda logits: _drawn_gradient(logits, seed))
-    rises = _rises(model, "", seen, schemes)
-    for number in reversed(range(len(layers))):
-        seen, gradient = _backward(
-            layers[number], inputs.pop(), lambda _, above=gradient: above, **rotary
-        )
-        rises |= _rises(model, f"model.layers.{number}.", seen, schemes)
+    rises = _rises(weights, "", seen, schemes)
+    del top
+    for number in reversed(range(count)):
+        block = decoder_block(config, number, weights, dtype).to(device)
+        seen, gradient = _backward(block, inputs.pop(), lambda _, above=gradient: above, **rotary)
+        rises |= _rises(weights, f"model.layers.{number}.", seen, schemes)
     return {name: rises[name] for name in schemes}
 
 
@@ -127,7 +132,6 @@ def _backward(
 
     loss_gradient: of the loss with respect to the block's output, which it is called with.
     """
-    block = deepcopy(block).to(hidden.device, hidden.dtype).requires_grad_(False)
     inputs, outputs = {}, {}
 
     def keep(name: str, module_inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -156,13 +160,11 @@ def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _rises(
-    model: LlamaForCausalLM, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]
-) -> Rises:
+def _rises(weights: Weights, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]) -> Rises:
     rises: Rises = {}
     for name, (x, gradient) in seen.items():
         if scheme := schemes.get(prefix + name):
-            weight = model.get_submodule(prefix + name).weight.to(x.device).float()
+            weight = weights(f"{prefix}{name}.weight", WHOLE).to(x.device).float()
             rises[prefix + name] = {}
             for bits in CANDIDATES:
                 rounded = round_to_nearest(weight, *scheme._replace(bits=bits))

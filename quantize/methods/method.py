@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.quantize.checkpoint.reading import WHOLE, weights_of
 from finequant.quantize.rounding import Rounded, nearest_codes, round_to_nearest, stored_scale
 from finequant.quantize.scheme import EMBEDDING, LayerScheme, layer_plan
 from finequant.recipes.errors import UserError
@@ -32,17 +33,13 @@ def round_model(
     from finequant.quantize.methods.calibrate import calibrate
 
     plan, method = layer_plan(recipe.quantize, model.config), recipe.quantize.method
-    parameters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = weights_of(model)
     alone = [name for name in plan if plan[name] and not is_calibrated(name, method)]
     rounded = {
-        name: round_alone(parameters[f"{name}.weight"], plan[name], method) for name in alone
+        name: round_alone(weights(f"{name}.weight", WHOLE), plan[name], method) for name in alone
     }
     if method == "gptq":
         sequences = calibration_sequences(recipe, tokenizer)
-
-        def weights(name: str, rows: slice) -> torch.Tensor:
-            return parameters[name][rows]
-
         found: dict[str, list[Rounded]] = {}
         steps = recipe.quantize.calibration.steps
         pieces = calibrate(weights, model.config, sequences, plan, dtype, steps=steps)

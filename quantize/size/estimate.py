@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import LEADERS, TOKENS
 from finequant.quantize.methods.gptq import ROWS
 from finequant.quantize.scheme import (
@@ -211,8 +212,6 @@ def quantize_memory(
         # Read whole; a tensor that is being dequantized is there twice.
         fixed = {"base, dequantized": 4 * whole + 8 * components(config)["embedding"]}
         fixed |= {"GGUF file": _gguf_bytes(recipe)}
-    if recipe.quantize.budget:
-        fixed = {"base": 8 * whole}
     if recipe.quantize.rotate:  # the matrix; two layers in float32
         down = config.hidden_size * config.intermediate_size
         fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
@@ -222,6 +221,8 @@ def quantize_memory(
     ]
     if recipe.quantize.method == "gptq" and not recipe.quantize.training:
         phases.append(_calibration(recipe, config, dtype, block))
+    if recipe.quantize.budget:
+        phases.append(_sensitivity(recipe, config, dtype))
     if recipe.quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
     largest = max(phases, key=lambda phase: sum(phase.values()))
@@ -256,18 +257,34 @@ def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) ->
     return memory
 
 
+def _sensitivity(recipe: Recipe, config: LlamaConfig, dtype: int) -> Memory:
+    """While a budget measures the head, with the inputs of every block kept for the way back."""
+    wish, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
+    tokens = max(wish.length, min(wish.tokens, budget.TOKENS))
+    return {
+        "inputs of blocks": (config.num_hidden_layers + 1) * tokens * config.hidden_size * dtype,
+        "head and its errors": (dtype + 20) * head,
+        "logits": tokens * config.vocab_size * (8 + 2 * dtype),
+    }
+
+
 def evaluation_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Of the tuned model, which is merged in float32, or of the comparison with it."""
+    """Of the largest of the three models, or of the comparison of two."""
     evaluate, dtype = recipe.evaluate, shipped_dtype(recipe.quantize, config).itemsize
+    weights = dtype * parameter_count(config)
+    if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
+        weights += dtype * components(config)["embedding"]  # the quantized model's head
+    if recipe.model.base.endswith(".gguf"):  # dequantized whole, beside the model merged from it
+        weights += 4 * parameter_count(config)
     tokens = evaluate.batch_size * lengths.scored
     kept = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
     return _memory(
         "evaluate",
         machine,
-        {"weights": parameter_count(config) * (4 + dtype)},
+        {"weights": weights},
         {
             "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
             # A step's keys and values lie beside those of the step before.

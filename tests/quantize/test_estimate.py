@@ -191,7 +191,7 @@ def test_less_is_predicted_for_less(recipe_file):
     aware = [[*overrides, "quantize.dtype=bfloat16"] for overrides in aware]
     assert total("qat", *aware[0]) < total("qat", *aware[1])
     assert total("quantize", *aware[0], "quantize.method=gptq") == total("quantize")
-    assert total("quantize") < 0.1 * total("quantize", "quantize.budget=4.5")
+    assert total("quantize") < total("quantize", "quantize.budget=4.5")
     assert total("quantize") < total("quantize", "quantize.method=gptq")
     assert total("evaluate", "evaluate.batch_size=1") < total("evaluate")
 

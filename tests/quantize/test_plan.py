@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from finequant.quantize.checkpoint.reading import weights_of
 from finequant.quantize.methods.budget import allocate, sensitivity, within_budget
 from finequant.quantize.methods.method import round_model
 from finequant.quantize.rounding import round_to_nearest
@@ -352,7 +353,8 @@ def test_the_expected_rise_is_the_divergence(uneven):
     plan = layer_plan(recipe.quantize, model.config)
     names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
     schemes = {name: plan[name] for name in names}
-    rises = sensitivity(model, sequences, schemes, torch.float32, 0)
+    weights, config = weights_of(model), model.config
+    rises = sensitivity(weights, config, sequences, schemes, torch.float32, 0)
     for name in names:
         weight = model.get_submodule(name).weight
         for bits in (3, 4, 5):
@@ -366,8 +368,9 @@ def test_a_budget_is_kept_and_beats_one_width_for_all(uneven, method, bits):
         f"quantize.method={method}", f"quantize.bits={bits}", f"quantize.budget={bits + 1}"
     )
     sequences = torch.randint(3, 300, (16, 32), generator=torch.Generator().manual_seed(1))
-    planned = within_budget(recipe, model, tokenizer, torch.float32)
-    assert planned == within_budget(recipe, model, tokenizer, torch.float32)
+    source = weights_of(model), model.config
+    planned = within_budget(recipe, *source, tokenizer, torch.float32)
+    assert planned == within_budget(recipe, *source, tokenizer, torch.float32)
     plan = layer_plan(planned.quantize, model.config)
     assert bits + 0.9 < bits_per_weight(plan, model.config) <= bits + 1
     uniform = recipe.model_copy(
