@@ -85,13 +85,15 @@ def compare(
     method: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
     theirs: Annotated[bool, typer.Option(help="measure transformers + peft + torchao, too")] = True,
     checks: Annotated[bool, typer.Option(help="also ours with its checks of the result")] = False,
+    tuned: Annotated[bool, typer.Option(help="also the tuned model in memory")] = False,
     blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
     cold: Annotated[bool, typer.Option(help="read the base from the disk each time")] = False,
     rounds: Annotated[int, typer.Option(help="of each, in turn; medians count")] = 3,
     folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
 ) -> None:
     """Prints a table; every row is a process of its own, in turn with the others."""
-    names = ["ours", *(["checks"] if checks else []), "copy", *(["theirs"] if theirs else [])]
+    optional = {"checks": checks, "tuned": tuned, "theirs": theirs}
+    names = ["ours", "copy", *(name for name, chosen in optional.items() if chosen)]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         at = Path(scratch)
         say(f"making a checkpoint of the shape {shape}")
@@ -104,7 +106,7 @@ def compare(
                     forget(at / "base")
                 measured[name].append(_process(at, name, shape, method))
                 shutil.rmtree(at / "merged", ignore_errors=True)
-                shutil.rmtree(at / "out")
+                shutil.rmtree(at / "out", ignore_errors=True)
         sizes = [sum(f.stat().st_size for f in (at / "base").glob("*.safetensors"))]
     title = f"Llama {shape}{f', {blocks} of its blocks' if blocks else ''}"
     title += f", {sizes[0] / 1e9:.2f} GB of bfloat16{' from the disk' if cold else ''}, {method}"
@@ -128,6 +130,7 @@ def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: in
     titles = {
         "ours": "finequant",
         "checks": "finequant, its checks of the result included",
+        "tuned": "the tuned model in memory, as it is evaluated",
         "copy": "the same bytes read, cast and written",
         "theirs": "transformers + peft + torchao",
     }
@@ -178,6 +181,7 @@ def work(name: str, shape: str, method: str, at: Path, blocks: int | None = None
         "make": lambda: make(at, shape, blocks),
         "ours": lambda: ours(at, method, False),
         "checks": lambda: ours(at, method, True),
+        "tuned": lambda: tuned(at, method),
         "copy": lambda: copy(at, method),
         "theirs": lambda: theirs(at),
     }
@@ -252,6 +256,16 @@ def _opened(at: Path, method: str) -> tuple[Base, object]:
 
     quantize = Quantize(method=method, group_size=GROUP_SIZE, head="float")
     return open_base(Model(base=str(at / "base"))), quantize
+
+
+def tuned(at: Path, method: str) -> None:
+    """Base + adapter as evaluation has it, in bfloat16."""
+    from finequant.quantize.merge.adapter import Adapter, merged_weights
+    from finequant.quantize.merge.model import float_model
+
+    base, _ = _opened(at, method)
+    adapter = Adapter(at / "adapter", base, "base")
+    float_model(base, merged_weights(base, adapter), torch.bfloat16)
 
 
 def copy(at: Path, method: str) -> None:

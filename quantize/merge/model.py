@@ -32,10 +32,10 @@ def merged_model(
     adapter = Adapter(run.adapter, base, recipe.model.base)
     if prompts:
         check_merge(base, adapter, run.adapter, prompts)
-    return _model_of(base, merged_weights(base, adapter), dtype)
+    return float_model(base, merged_weights(base, adapter), dtype)
 
 
-def _model_of(base: Base, weights: Weights, dtype: torch.dtype) -> LlamaForCausalLM:
+def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> LlamaForCausalLM:
     """What `from_pretrained` would make of these weights; no tensor is in memory twice."""
     from transformers import LlamaForCausalLM
 
