@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import LEADERS, TOKENS
@@ -272,7 +274,10 @@ def evaluation_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
     """Of the largest of the three models, or of the comparison of two."""
-    evaluate, dtype = recipe.evaluate, shipped_dtype(recipe.quantize, config).itemsize
+    evaluate, shipped = recipe.evaluate, shipped_dtype(recipe.quantize, config)
+    # Where bf16 is emulated, models compute in float32.
+    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
+    dtype = 4 if emulated else shipped.itemsize
     weights = dtype * parameter_count(config)
     if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
         weights += dtype * components(config)["embedding"]  # the quantized model's head

@@ -89,7 +89,7 @@ def test_no_weight_is_in_memory_twice(llama, recipe_file):
 import re, sys
 from pathlib import Path
 import torch
-from finequant.evaluate.compare import load_model
+from finequant.quantize.merge.model import merged_model
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 
@@ -97,8 +97,8 @@ def resident(what):
     return int(re.search(rf"{what}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 def load(folder):
-    overrides = [f"model.base={folder}/base", "quantize.dtype=bfloat16"]
-    return load_model("tuned", load_recipe(sys.argv[1], overrides), RunDir(Path(folder)), [], [])
+    recipe = load_recipe(sys.argv[1], [f"model.base={folder}/base"])
+    return merged_model(recipe, RunDir(Path(folder)), torch.bfloat16)
 
 load(sys.argv[2])  # libraries, once
 Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
