@@ -286,7 +286,7 @@ def copy(at: Path, method: str) -> None:
         name, rows = piece
         weight = base.weights(name, rows)
         for key in checkpoint.stored(name):
-            descriptor, entry = checkpoint.places[key]
+            descriptor, entry = checkpoint.entries[key]
             part = weight[:, : entry.shape[1]] if len(entry.shape) > 1 else weight
             write_rows(descriptor, entry, rows, part.to(entry.dtype))
 

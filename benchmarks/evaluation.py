@@ -83,8 +83,8 @@ def tasks(
     theirs, ours = (found[name] for name in contenders)
     slowest = seconds["lm-eval's HFLM"]
     show(
-        f"{data.stem}, {len(ours)} items, {dtype}, {place()}, batch size {batch_size}, median of "
-        f"{rounds} in turn; log-likelihoods differ by at most {difference(theirs, ours):.1e}",
+        f"{data.stem}, {len(ours)} items, {dtype}, {hardware()}, batch size {batch_size}, median "
+        f"of {rounds} in turn; log-likelihoods differ by at most {difference(theirs, ours):.1e}",
         ("model class", "seconds", "times as fast", "other choices: acc", "acc_norm"),
         [
             (
@@ -125,8 +125,8 @@ def perplexity(
 
     seconds = in_turn({"a bare forward": bare, "perplexity": ours}, rounds)
     show_speeds(
-        f"{len(full)} windows of {ids.shape[1]} tokens, {dtype}, {place()}, batches of {batch_size}"
-        f", median of {rounds} in turn",
+        f"{len(full)} windows of {ids.shape[1]} tokens, {dtype}, {hardware()}, batches of "
+        f"{batch_size}, median of {rounds} in turn",
         seconds,
         ids.numel(),
     )
@@ -163,7 +163,8 @@ def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> 
 
     calls = {name: lambda model=model: generate(model) for name, model in models.items()}
     show_speeds(
-        f"Greedy decoding of {new_tokens} tokens, {dtype}, {place()}, median of {rounds} in turn",
+        f"Greedy decoding of {new_tokens} tokens, {dtype}, {hardware()}, median of {rounds} in "
+        "turn",
         in_turn(calls, rounds),
         new_tokens,
     )
@@ -192,11 +193,11 @@ def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
         runtime.last_logits(prompt)
 
     def decode(runtime: Runtime) -> None:
-        for place in range(new_tokens):
-            runtime.last_logits([100 + place], len(prompt) + place)
+        for hardware in range(new_tokens):
+            runtime.last_logits([100 + hardware], len(prompt) + hardware)
 
     calls = {name: lambda one=runtime: decode(one) for name, runtime in runtimes.items()}
-    title = f"Decoding of {new_tokens} tokens, {place()}, median of {rounds} in turn"
+    title = f"Decoding of {new_tokens} tokens, {hardware()}, median of {rounds} in turn"
     show_speeds(title, in_turn(calls, rounds), new_tokens)
 
 
@@ -289,7 +290,7 @@ def finished(result: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def place() -> str:
+def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"

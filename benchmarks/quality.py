@@ -156,7 +156,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from finequant.finetune.model import load_base, load_tokenizer, lora_config
     from finequant.quantize.checkpoint.reading import WHOLE
     from finequant.quantize.merge.adapter import open_base
-    from finequant.quantize.methods.method import calibration_sequences, round_alone
+    from finequant.quantize.methods.method import calibration_sequences, round_data_free
     from finequant.quantize.scheme import layer_plan, shipped_dtype
     from finequant.quantize.training.fake_quantize import disabled
     from finequant.quantize.training.model import fake_quantized_layers, fake_quantized_model
@@ -172,7 +172,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     fuse(plain)  # as plain training on a CPU does
     models = {"plain": plain}
     start = {
-        name: round_alone(base.weights(f"{name}.weight", WHOLE).float(), scheme, "rtn")
+        name: round_data_free(base.weights(f"{name}.weight", WHOLE).float(), scheme, "rtn")
         for name, scheme in plan.items()
         if scheme
     }

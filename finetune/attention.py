@@ -11,10 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "rows"
-"""As transformers knows it. It gets no mask: each token sees its own row up to itself."""
+"""The name in transformers. There is no mask: each token attends to its own row, up to itself."""
 
-LONGEST = 1024
-"""Tokens of a row up to which the plain products are the faster ones."""
+MAX_PRODUCT_LENGTH = 1024
+"""Maximum tokens of a row for which the plain products are faster."""
 
 
 def attend_within_rows(
@@ -28,7 +28,7 @@ def attend_within_rows(
     max_length_q: int,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """What the rows' tokens attend to, [1, tokens, heads, size].
+    """Computes attention within each row, [1, tokens, heads, size].
 
     query [1, heads, tokens, size]; key and value [1, groups, tokens, size], each group shared by
     heads / groups heads.
@@ -38,18 +38,22 @@ def attend_within_rows(
     steps = torch.arange(max_length_q, device=query.device)
     real = steps < lengths[:, None]  # [rows, longest]
     # Padding repeats a row's own tokens, and comes after them: no token sees it.
-    places = (cu_seq_lens_q[:-1, None] + steps.clamp(max=lengths[:, None] - 1)).flatten()
+    positions = (cu_seq_lens_q[:-1, None] + steps.clamp(max=lengths[:, None] - 1)).flatten()
     query, key, value = (
-        tensor[0].index_select(1, places).unflatten(1, real.shape) for tensor in (query, key, value)
+        tensor[0].index_select(1, positions).unflatten(1, real.shape)
+        for tensor in (query, key, value)
     )
-    attend = _products if max_length_q <= LONGEST else _fused
+    attend = _products if max_length_q <= MAX_PRODUCT_LENGTH else _fused
     return attend(query, key, value, scaling)[real][None], None
 
 
 def _products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """[rows, longest, heads, size]; of tensors [heads or groups, rows, longest, size]."""
+    """Computes attention [rows, longest, heads, size] with plain matrix products.
+
+    The tensors are [heads or groups, rows, longest, size].
+    """
     heads, rows, longest, size = query.shape
     groups = key.shape[0]
     # The heads of a group lie end to end, so that its keys and values need no copies.
@@ -67,7 +71,7 @@ def _products(
 def _fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """The same in little memory."""
+    """Computes the same as `_products` in less memory."""
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
     mixed = scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True

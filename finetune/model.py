@@ -121,7 +121,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
-    """The base with all its weights in `dtype`; a GGUF file is dequantized.
+    """Loads the base with all its weights in `dtype`; a GGUF file is dequantized.
 
     device: "meta" reads, and checks, no more than what the files say of their tensors.
 
@@ -160,7 +160,7 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
 
 
 def load_on_disk(model: Model, has_embedding: bool = True) -> LlamaForCausalLM:
-    """What plain `from_pretrained` makes of a base in float32, its own config.json included.
+    """Loads a base in float32 exactly as plain `from_pretrained` does, including its config.json.
 
     The weights stay in their safetensors files: accelerate reads them for each use.
 
@@ -182,15 +182,15 @@ def stored_dtype(config: LlamaConfig) -> torch.dtype:
 
 
 def trains_on_cpu() -> bool:
-    """Whether there is no GPU, or accelerate's configuration says to leave it alone (use_cpu)."""
+    """Says whether there is no GPU, or accelerate's configuration says not to use it (use_cpu)."""
     import torch
     from accelerate.utils import parse_flag_from_env
 
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def training_precision(wish: str) -> tuple[torch.dtype, str]:
-    """The dtype to train in, and the reason in words.
+def training_precision(precision: str) -> tuple[torch.dtype, str]:
+    """Chooses the dtype to train in, and says why.
 
     bf16 is taken where the hardware multiplies it natively; elsewhere it is emulated and slow.
 
@@ -199,7 +199,7 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
     """
     import torch
 
-    if wish == "fp32":
+    if precision == "fp32":
         return torch.float32, "as the recipe says"
     on_cpu = trains_on_cpu()
     if on_cpu:
@@ -208,7 +208,7 @@ def training_precision(wish: str) -> tuple[torch.dtype, str]:
         native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
         native, where = True, f"this GPU ({torch.accelerator.current_accelerator().type})"
-    if wish == "bf16":
+    if precision == "bf16":
         if not on_cpu and not native:
             raise UserError("train.precision: this GPU has no bf16: use train.precision=fp32")
         return torch.bfloat16, "as the recipe says"
@@ -235,15 +235,15 @@ def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively."""
+    """Says whether the CPU multiplies bf16 natively."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
-def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:
-    """The recipe's section in peft's terms.
+def lora_config(lora: Lora, base: LlamaForCausalLM) -> LoraConfig:
+    """Translates the recipe's section into peft's configuration.
 
     Raises:
         UserError: if a target module does not exist in the model.
@@ -259,13 +259,13 @@ def lora_config(lora: Lora, seed_model: LlamaForCausalLM) -> LoraConfig:
             )
         linear = [
             name
-            for name, module in seed_model.model.named_modules(prefix="model")
+            for name, module in base.model.named_modules(prefix="model")
             if isinstance(module, torch.nn.Linear)
         ]
         unknown = [
-            wish
-            for wish in lora.target_modules  # as peft takes them: the end of a name
-            if not any(f".{name}".endswith(f".{wish}") for name in linear)
+            target
+            for target in lora.target_modules  # peft matches them with the end of a name
+            if not any(f".{name}".endswith(f".{target}") for name in linear)
         ]
         if unknown:
             raise UserError(

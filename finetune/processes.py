@@ -41,7 +41,7 @@ def is_first() -> bool:
 
 
 def number_of_processes() -> int:
-    """As torchrun and accelerate set it; accelerate's own state may not exist yet."""
+    """Reads the number that torchrun and accelerate set; accelerate's state may not exist yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -55,7 +55,7 @@ def sharding() -> str | None:
 
 
 def decided_by_first(decide: Callable[[], Value]) -> Value:
-    """What `decide` returns in the first process, the only one that calls it.
+    """Returns the result of `decide`, which only the first process calls.
 
     Raises:
         UserError: if `decide` raises it; all processes end.
@@ -75,7 +75,7 @@ def decided_by_first(decide: Callable[[], Value]) -> Value:
 
 
 def gathered(value: Value) -> list[Value]:
-    """The values of all processes, in their order."""
+    """Returns the values of all processes, in order."""
     if not distributed.is_initialized():
         return [value]
     values: list = [None] * distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Training that ends at a signal with a checkpoint, and goes on from the last whole one."""
+"""Stops training at a signal, after saving a checkpoint, and resumes from the last complete one."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def _refuse_other_launcher(checkpoint: Path) -> None:
     if same and (saved == here or sharding() != "DeepSpeed"):
         return
     raise UserError(
-        f"train: {checkpoint} was saved by {_in_words(**saved)}, and {_in_words(**here)} cannot go "
-        f"on from it: train with {LAUNCHERS[saved['sharding']]} again, or delete "
-        f"{checkpoint.parent} to begin anew"
+        f"train: {checkpoint} was saved by {_in_words(**saved)}, and {_in_words(**here)} cannot "
+        f"resume from it: train with {LAUNCHERS[saved['sharding']]} again, or delete "
+        f"{checkpoint.parent} to start over"
     )
 
 

@@ -82,7 +82,7 @@ def fine_tune(
     splits: Splits,
     dtype: torch.dtype,
 ) -> Path:
-    """Plain LoRA; the folder with its adapter and log, which an earlier call may have left."""
+    """Trains plain LoRA, unless an earlier call did; returns the folder of its adapter and log."""
     from finequant.finetune.lora import fuse
     from finequant.finetune.model import (
         changes_the_base,
@@ -115,7 +115,7 @@ def fine_tune(
 
 
 def clear_stale_checkpoints(run: RunDir, stage: str, folder: Path, inputs: dict) -> None:
-    """Removes those of a finished training with other inputs; all else of that name is kept."""
+    """Removes checkpoints of a finished training with other inputs; keeps anything else there."""
     record = folder / "inputs.json"
     made_from = record.read_text(encoding="utf-8") if record.exists() else None
     if made_from == json.dumps(inputs):
@@ -134,8 +134,8 @@ def clear_stale_checkpoints(run: RunDir, stage: str, folder: Path, inputs: dict)
 
 @contextmanager
 def _written_by_one(trainer: LoraTrainer, folder: Path) -> Iterator[Path | None]:
-    """For the first process a folder that takes its name, with the log, once the block has ended;
-    the others wait for it."""
+    """Yields a temporary folder to the first process, which is renamed when the block succeeds; the
+    other processes wait for it."""
     first = trainer.is_world_process_zero()
     partial = folder.with_name(folder.name + ".partial")
     if first:
@@ -152,7 +152,7 @@ def _written_by_one(trainer: LoraTrainer, folder: Path) -> Iterator[Path | None]
 
 
 def training_figures(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, and tokens per second."""
+    """Returns the number of steps, and the tokens per second."""
     last = [entry for entry in log if "train_runtime" in entry][-1]
     seconds = max(float(last["train_runtime"]), 1e-9)
     return {

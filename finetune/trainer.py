@@ -52,11 +52,11 @@ class LoraTrainer(SFTTrainer):
     """
 
     own_loss_everywhere = False
-    """Whether it is used on a GPU, too."""
+    """Whether this loss is also used on a GPU."""
 
     rows: list[Row]
     data: Data
-    """What the tokens were made of, to name the rows of a step that failed."""
+    """The section that made the tokens, to name the rows of a failed step."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -99,7 +99,7 @@ class LoraTrainer(SFTTrainer):
     def summed_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
     ) -> torch.Tensor:
-        """Over the target tokens."""
+        """Sums the loss over the target tokens."""
 
         def loss(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return cross_entropy(self.logits(model, hidden), labels, reduction="sum")
@@ -110,7 +110,7 @@ class LoraTrainer(SFTTrainer):
     def hidden_states(
         self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
     ) -> torch.Tensor:
-        """[tokens, hidden], from which the head predicts the target tokens."""
+        """Computes the states [tokens, hidden] from which the head predicts the target tokens."""
         others = {key: value for key, value in inputs.items() if key != "labels"}
         # The forward cannot leave the head out; with an index it multiplies one position only.
         first = torch.tensor([0], device=targets.device)
@@ -125,11 +125,11 @@ class LoraTrainer(SFTTrainer):
         return states[0][:, :-1][targets]
 
     def logits(self, model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [tokens, vocabulary]."""
+        """Computes float32 logits [tokens, vocabulary]."""
         return self.accelerator.unwrap_model(model).get_output_embeddings()(hidden).float()
 
     def in_parts(self, loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """The sum of a loss over some tokens at a time, as their logits take much memory.
+        """Sums a loss over a few tokens at a time, because their logits take much memory.
 
         tensors: each [tokens, ...]; `loss` is called with parts of them, and again for the backward
             pass where there are several.
@@ -157,7 +157,7 @@ class LoraTrainer(SFTTrainer):
         return norm
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        """Its loss is the mean over tokens; transformers' is the mean of the batches' means."""
+        """Reports the mean loss over tokens; transformers averages the means of the batches."""
         self._evaluated = [0.0, 0]
         output = super().evaluation_loop(*args, **kwargs)
         sums = torch.tensor(self._evaluated, device=self.accelerator.device)

@@ -1,4 +1,4 @@
-"""The model card: the Hub's metadata, what was measured, how to load it, what nobody measured."""
+"""Writes the model card: metadata, measurements, how to load the model, and what is unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finequant.evaluate.report.report import (
     value_at,
     verdict_lines,
 )
-from finequant.publish.licence import Licence
+from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
 from finequant.quantize.formats.snippet import fenced
 from finequant.recipes.schema import Recipe
@@ -26,36 +26,36 @@ REPEAT = "`finequant run recipe.yaml` repeats it, with the local files that it n
 
 
 def card_text(
-    recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str, files: list[str]
+    recipe: Recipe, report: dict[str, Any], license: License, kind: str, files: list[str]
 ) -> str:
-    """README.md of the repository.
+    """Writes the repository's README.md.
 
-    recipe: as it is published, without this machine's folders.
+    recipe: the published one, without this machine's folders.
     report: report.json, with quantization.json under "quantization".
-    kind: `quantized`, or `adapter` where it is published alone.
-    files: names of the other files of the repository.
+    kind: `quantized`, or `adapter` if only the adapter is published.
+    files: names of the other files in the repository.
     """
     name = (recipe.publish.repo_id or recipe.name).split("/")[-1]
     exports = sorted({file.split("/")[0] for file in files if "/" in file})
     sections = [
-        f"---\n{metadata(recipe, report, licence, kind)}\n---",
+        f"---\n{metadata(recipe, report, license, kind)}\n---",
         f"# {name}",
-        "**Built with Llama**" if licence.is_llama else "",
+        "**Built with Llama**" if license.is_llama else "",
         recipe.publish.description or "",
         _introduction(recipe, report, kind),
         _overruled(report) if kind == QUANTIZED else "",
         f"## Measured\n\n{_measured(report, kind)}",
         f"## Load it\n\n{loading(recipe, report, kind, files)}",
         f"## Limits\n\n{_bullets(_limits(recipe, report, kind, exports))}",
-        f"## Licence\n\n{_licence(licence, recipe)}",
+        f"## License\n\n{_license(license, recipe)}",
         f"## Recipe\n\n{REPEAT}\n\n{fenced('yaml', _yaml(recipe))}",
         f"## Made with\n\n{_versions(report)}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str) -> ModelCardData:
-    """The card's front matter, in the words of the Hub."""
+def metadata(recipe: Recipe, report: dict[str, Any], license: License, kind: str) -> ModelCardData:
+    """Makes the card's front matter, the Hub's metadata."""
     from huggingface_hub import ModelCardData
 
     datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
@@ -63,9 +63,9 @@ def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str
     return ModelCardData(
         base_model=base,
         base_model_relation=kind if base else None,
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link,
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link,
         datasets=list(dict.fromkeys(datasets)) or None,
         language=recipe.publish.language or None,
         tags=["finequant", "llama", *_scheme(report, kind), *recipe.publish.tags],
@@ -77,23 +77,23 @@ def metadata(recipe: Recipe, report: dict[str, Any], licence: Licence, kind: str
 
 
 def _scheme(report: dict[str, Any], kind: str) -> list[str]:
-    """What torchao calls int8 dynamic activations and weights of so many bits: 8da4w."""
+    """Names the scheme in torchao's way: int8 dynamic activations and 4-bit weights are 8da4w."""
     bits = report["quantization"]["bits"]  # None where layers differ
     return [f"8da{bits}w"] if kind == QUANTIZED and bits else []
 
 
 def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResult]:
-    """What the Hub calls model-index; accuracies as fractions of 1, as in report.json."""
+    """Makes the Hub's model-index; accuracies are fractions of 1, as in report.json."""
     from huggingface_hub import EvalResult
 
     model = {"shipped": report["models"]["tuned" if kind == ADAPTER else QUANTIZED]}
-    found = []
+    values = []
     for corpus in corpora_of(model):
         value = value_at(model["shipped"], "perplexity", corpus, "token")
-        found.append((corpus, "perplexity", "perplexity per token", value))
+        values.append((corpus, "perplexity", "perplexity per token", value))
     for task, metric in metrics_of(model):
         value = value_at(model["shipped"], "tasks", task, metric, "value")
-        found.append((task, metric, metric, value))
+        values.append((task, metric, metric, value))
     return [
         EvalResult(
             task_type="text-generation",
@@ -103,7 +103,7 @@ def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResu
             metric_name=name,
             metric_value=value,
         )
-        for task, metric, name, value in found
+        for task, metric, name, value in values
         if value is not None
     ]
 
@@ -125,7 +125,7 @@ def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
 
 
 def _overruled(report: dict[str, Any]) -> str:
-    """That the gate failed and the model is here all the same."""
+    """Warns that the gate failed and that the model was published nevertheless."""
     if report["gate"]["passed"]:
         return ""
     failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
@@ -144,8 +144,8 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         header, rows = header[:-1], [row[:-1] for row in rows]
     parts = [
         markdown_table(header, rows),
-        "All models on the same inputs, ± is one standard error, that of a change of the "
-        "differences row by row. `report.json` has every figure.",
+        "All models are measured on the same inputs. ± is one standard error; for a change, that "
+        "of the row-by-row differences. `report.json` has every figure.",
     ]
     if kind == QUANTIZED:
         parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))
@@ -153,7 +153,7 @@ def _measured(report: dict[str, Any], kind: str) -> str:
 
 
 def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str]) -> list[str]:
-    """What a reader might take for granted, and nobody measured."""
+    """Lists what a reader might assume, and nobody measured."""
     models = report["models"]
     tasks = {task for task, _ in metrics_of(models)}
     limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
@@ -190,12 +190,12 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     return [*limits, "Safety, bias and the truth of what it says were not measured."]
 
 
-def _licence(licence: Licence, recipe: Recipe) -> str:
-    name = licence.name or licence.id
-    shown = f"[{name}]({licence.link})" if licence.link else name
-    text = f"{shown}, the licence of its base, `{base_on_hub(recipe) or recipe.model.base}`."
-    if licence.documents:
-        text += f" See {', '.join(f'`{file}`' for file in licence.documents)}."
+def _license(license: License, recipe: Recipe) -> str:
+    name = license.name or license.id
+    shown = f"[{name}]({license.link})" if license.link else name
+    text = f"{shown}, the license of its base, `{base_on_hub(recipe) or recipe.model.base}`."
+    if license.documents:
+        text += f" See {', '.join(f'`{file}`' for file in license.documents)}."
     return text
 
 

@@ -1,4 +1,4 @@
-"""How to load what is published: a few lines of code for each format."""
+"""Writes how to load what is published: a few lines of code for each format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ QUANTIZED = "quantized"
 
 
 def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str]) -> str:
-    """A snippet for each format that is in the repository."""
+    """Writes a snippet for each format in the repository."""
     repository = recipe.publish.repo_id or "your-name/your-model"
     chat = _chat(recipe, report)
     if kind == ADAPTER:
         base = json.dumps(base_on_hub(recipe))
-        # The base's own generation configuration need not name the token that ends an answer.
+        # The base's own generation configuration may lack the token that ends an answer.
         model = (
             f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{{0}}")\n'
             'model.generation_config = GenerationConfig.from_pretrained("{0}")'
@@ -40,7 +40,7 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
 
 
 def _chat(recipe: Recipe, report: dict[str, Any]) -> str:
-    """A conversation to try, as Python: the system message of the training rows and a prompt."""
+    """Writes a conversation to try, in Python: the rows' system message and a prompt."""
     samples = report.get("samples") or [{"prompt": "Hello!"}]
     messages = [{"role": "user", "content": samples[0]["prompt"]}]
     if recipe.data.system:
@@ -50,10 +50,10 @@ def _chat(recipe: Recipe, report: dict[str, Any]) -> str:
 
 
 def base_on_hub(recipe: Recipe) -> str | None:
-    """The Hub's name of the base; None where it is local and the recipe names none."""
+    """Returns the base's Hub id; None if it is local and the recipe gives none."""
     return recipe.publish.base_model or (recipe.model.base if on_hub(recipe.model.base) else None)
 
 
 def on_hub(name: str) -> bool:
-    """Whether a name is org/name; local paths are names without a folder by now."""
+    """Says whether a name is org/name; local paths have lost their folder by now."""
     return name.count("/") == 1 and not name.startswith("package:")

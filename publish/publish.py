@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.publish.licence import Licence
+from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
 from finequant.recipes.artefact import SUMS, replace_text
 from finequant.recipes.command_line import say
@@ -25,16 +25,16 @@ from finequant.recipes.schema import Recipe
 
 CARD = "README.md"
 
-# Beside an artefact, but not for others: it names this machine's folders, is only for resuming, or
-# has hashes. The publication has its own, by which the next one knows which files it made.
+# Files that are not published: they name this machine's folders, or hold hashes. A publication has
+# its own hashes, by which the next one knows which files it made.
 STAYS_HERE = ("recipe.yaml", "training_log.json", SUMS)
 
 LINKED = (".safetensors", ".gguf", ".pte")
-"""Large files that nobody edits: linked into publish/ where the file system can."""
+"""Large files that nobody edits: hard-linked into publish/ if the file system allows it."""
 
 
 class Options(NamedTuple):
-    """What is said on the command line, not in the recipe."""
+    """Options of the command line that are not part of the recipe."""
 
     yes: bool = False
     dry_run: bool = False
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
-    """Writes publish/, shows it, asks, uploads it and compares every file with the Hub's.
+    """Writes publish/, shows it, asks, uploads it, and compares every file with the Hub's.
 
     Raises:
-        UserError: where the report is not of what would be published, its gate failed, the base's
-            licence is not followed, or the Hub refuses.
-        OutsideError: where the network or the Hub fails.
+        UserError: if the report does not match what would be published, its gate failed, the
+            base's license is violated, or the Hub refuses.
+        OutsideError: if the network or the Hub fails.
     """
     from finequant.publish.upload import look, send, verify
 
@@ -85,10 +85,10 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
 
 
 def check_name(recipe: Recipe, kind: str, dry_run: bool) -> None:
-    """Refuses before anything is written what could be seen from the recipe.
+    """Checks, before anything is written, the names that the recipe gives.
 
     Raises:
-        UserError: without a repository, or for an adapter whose base nobody else could find.
+        UserError: for a missing repository, or an adapter whose base nobody else could find.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -108,45 +108,45 @@ def check_name(recipe: Recipe, kind: str, dry_run: bool) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """What publishing would refuse of a recipe that says where to, before anything is trained.
+    """Checks before training what publishing would refuse, if the recipe names a repository.
 
     Raises:
-        UserError: for a repository's name or a licence that publishing does not take.
+        UserError: for an invalid repository name or a license that forbids publishing.
     """
-    from finequant.publish.licence import licence_of
+    from finequant.publish.license import license_of
 
     if recipe.publish.repo_id:
         check_name(recipe, QUANTIZED, dry_run=False)
-        licence_of(recipe)
+        license_of(recipe)
 
 
 def check_current(recipe: Recipe, run: RunDir) -> None:
-    """The card speaks of the recipe, the report and the weights together: all must be of one run.
+    """Checks that recipe, report, and weights, which the card describes, are of the same run.
 
     Raises:
-        UserError: where a stage is missing or something has changed since.
+        UserError: if a stage is missing, or something has changed since it ran.
     """
     for stage in (name for name in stages_of(recipe) if name in STAGES):
         run.require(stage)
         changes = run.what_changed(recipe, stage)
         if changes is None:
-            raise UserError(f"publish: {stage} was not finished here: run `finequant run RECIPE`")
+            raise UserError(f"publish: {stage} did not finish here: run `finequant run RECIPE`")
         if changes:
             raise UserError(
-                f"publish: the report is not of what would be published: since {stage} ran here\n"
+                f"publish: the report does not match what would be published: since {stage} ran\n"
                 f"  {listed(changes)}\nrun `finequant run RECIPE` first"
             )
 
 
 def read_report(run: RunDir) -> dict[str, Any]:
-    """report.json, with quantization.json under "quantization"."""
+    """Reads report.json, and adds quantization.json as "quantization"."""
     report = json.loads(run.report.read_text(encoding="utf-8"))
     record = json.loads((run.quantized / "quantization.json").read_text(encoding="utf-8"))
     return report | {"quantization": record}
 
 
 def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
-    """Refuses what the recipe's own gate refused, unless each failed check is overruled by name.
+    """Refuses if the recipe's gate failed, unless each failed check is overruled by name.
 
     Raises:
         UserError: for a failed check that is not overruled, or an overruled one that is unknown.
@@ -168,11 +168,11 @@ def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
 
 
 def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> Path:
-    """Writes publish/: the artefact, exports, licence, report and card, without local folders."""
+    """Writes publish/: artifact, exports, license, report, and card, without local folders."""
     from finequant.publish.card import card_text
-    from finequant.publish.licence import licence_of
+    from finequant.publish.license import license_of
 
-    licence: Licence = licence_of(recipe)
+    license: License = license_of(recipe)
     shown = without_folders(recipe)
     with run.writing(run.publication, shown) as folder:
         if kind == ADAPTER:
@@ -182,22 +182,22 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
             _take(run.quantized, folder)
             for export in exports(run):
                 _take(export, folder / export.name)
-        for name, content in licence.documents.items():
+        for name, content in license.documents.items():
             (folder / name).write_bytes(content)
         measured = {key: value for key, value in report.items() if key != "quantization"}
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
-        card = card_text(shown, report, licence, kind, list(files_of(folder)))
+        card = card_text(shown, report, license, kind, list(files_of(folder)))
         (folder / CARD).write_text(card, encoding="utf-8")
         write_recipe(shown, folder / "recipe.yaml")
     return run.publication
 
 
 def exports(run: RunDir) -> list[Path]:
-    """Finished exports of the quantized model, each a folder named after its format.
+    """Lists finished exports of the quantized model, each a folder named after its format.
 
     Raises:
-        UserError: for one that was made of another quantized/ than the one here.
+        UserError: for an export of a different quantized/ than the one here.
     """
     found = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
     record = (run.quantized / "quantization.json").read_bytes()
@@ -205,14 +205,14 @@ def exports(run: RunDir) -> list[Path]:
         copy = folder / "quantization.json"  # says how each layer came out, so it tells them apart
         if copy.exists() and copy.read_bytes() != record:
             raise UserError(
-                f"{folder}: made of an earlier quantized/: run `finequant export RECIPE --to "
+                f"{folder}: made from an earlier quantized/: run `finequant export RECIPE --to "
                 f"{folder.name}` again, or delete it"
             )
     return [folder for folder in found if folder.is_dir()]
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Name in the repository -> file."""
+    """Maps names in the repository to files."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in found}
 
@@ -232,10 +232,10 @@ def show(files: dict[str, Path], where: str) -> None:
 
 
 def confirmed() -> bool:
-    """Asks on the terminal.
+    """Asks for confirmation on the terminal.
 
     Raises:
-        UserError: where nobody is there to ask.
+        UserError: if there is no terminal.
     """
     if not sys.stdin.isatty():
         raise UserError("publish: there is nobody to ask: look at the list above, then add --yes")
@@ -243,7 +243,7 @@ def confirmed() -> bool:
 
 
 def _take(source: Path, target: Path) -> None:
-    """Copies an artefact for others; large files are linked."""
+    """Copies the files of an artifact that are published; links large ones."""
     for name, path in files_of(source).items():
         if path.name in STAYS_HERE:
             continue
@@ -256,7 +256,7 @@ def _take(source: Path, target: Path) -> None:
 
 
 def _name_base(file: Path, recipe: Recipe) -> None:
-    """peft finds the base of an adapter by this name; here it may be a folder of this machine."""
+    """Writes the base's Hub id, by which peft finds it; locally, it may be a folder."""
     config = json.loads(file.read_text(encoding="utf-8"))
     same = recipe.model.base == base_on_hub(recipe)
     config["base_model_name_or_path"] = base_on_hub(recipe)

@@ -1,4 +1,4 @@
-"""The folder publish/ on its way to the Hugging Face Hub, and the same there as here."""
+"""Uploads publish/ to the Hugging Face Hub, and verifies that every file arrived unchanged."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 MADE_BY_THE_HUB = ".gitattributes"
-AGAIN = "the same command goes on from here; files that are complete on the Hub are not sent again"
+RESUME_HINT = "run the same command again; files that are complete on the Hub are not sent again"
 
 
 class Remote(NamedTuple):
-    """The repository as it is before the upload."""
+    """The state of the repository before the upload."""
 
     url: str
     user: str
     commit: str | None
-    """None: there is no such repository yet."""
+    """None if the repository does not exist yet."""
     files: list[str]
     published: list[str]
-    """Those that this recipe put there before."""
+    """Files that this recipe published before."""
 
     def left_over(self, files: dict[str, Path]) -> list[str]:
-        """Files of the last publication that this one does not have."""
+        """Lists files of the last publication that this one does not have."""
         return [name for name in self.published if name in self.files and name not in files]
 
     def in_words(self, files: dict[str, Path]) -> list[str]:
@@ -50,22 +50,22 @@ class Remote(NamedTuple):
 
 
 def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
-    """Who we are for the Hub, and what is in the repository now.
+    """Looks up the user and the current content of the repository.
 
     Raises:
         UserError: without a token that can write, or for a repository that this recipe did not
-            make or that is not as visible as the recipe says.
+            make or whose visibility is not the recipe's.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    logging.set_verbosity_error()  # a retry is told with the signed address it went to
+    logging.set_verbosity_error()  # retries are logged with their signed URL
     if not sys.stderr.isatty():
         disable_progress_bars()
     api, publish = HfApi(), recipe.publish
     url = f"{api.endpoint}/{publish.repo_id}"
-    with told_by_the_hub(recipe):
+    with report_hub_errors(recipe):
         who = api.whoami()
         role = who.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
@@ -84,31 +84,32 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
                 "name another, or add --into-existing to replace them"
             )
     if bool(info.private) != publish.private:
-        there, said = ("private", "public") if info.private else ("public", "private")
+        actual, wanted = ("private", "public") if info.private else ("public", "private")
         raise UserError(
-            f"publish.private: the recipe says {said}, but {publish.repo_id} is {there}: change it "
+            f"publish.private: the recipe says {wanted}, but {publish.repo_id} is {actual}: change "
+            f"it "
             f"in the repository's settings, or set publish.private={str(info.private).lower()}"
         )
     return Remote(url, who["name"], info.sha, files, published)
 
 
 def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
-    """Uploads in one commit, so that nobody sees half of it; large files first, one by one.
+    """Uploads in one commit, so that nobody sees a part of it; large files first, one by one.
 
     `HfApi.upload_folder` would be shorter, but since huggingface_hub 2.4 it commits a large folder
     in several parts: https://huggingface.co/docs/huggingface_hub/guides/upload
 
-    Interrupted, a second call sends only what the Hub does not have.
+    After an interruption, a second call sends only what the Hub does not have.
 
     Returns:
-        The commit that holds the files.
+        The commit that contains the files.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     from finequant.recipes.command_line import say
 
     api, repo_id = HfApi(), recipe.publish.repo_id
-    with told_by_the_hub(recipe):
+    with report_hub_errors(recipe):
         if remote.commit is None:
             api.create_repo(repo_id, private=recipe.publish.private)
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -126,41 +127,41 @@ def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
 
 
 def verify(recipe: Recipe, files: dict[str, Path], commit: str) -> None:
-    """Compares every file with the hash that the Hub computed of what arrived.
+    """Compares every file with the hash that the Hub computed.
 
     Raises:
-        OutsideError: naming files that are missing there, or are not the same.
+        OutsideError: naming files that are missing or different on the Hub.
     """
     from huggingface_hub import HfApi
 
-    with told_by_the_hub(recipe):
-        found = HfApi().get_paths_info(recipe.publish.repo_id, list(files), revision=commit)
-    there = {file.path: file for file in found}
+    with report_hub_errors(recipe):
+        infos = HfApi().get_paths_info(recipe.publish.repo_id, list(files), revision=commit)
+    remote = {info.path: info for info in infos}
     wrong = [
-        f"{name}: {'differs' if name in there else 'is missing'}"
+        f"{name}: {'differs' if name in remote else 'is missing'}"
         for name, path in files.items()
-        if name not in there or not _same(path, there[name])
+        if name not in remote or not _same(path, remote[name])
     ]
     if wrong:
         raise OutsideError(
-            f"publish: on the Hub, {len(wrong)} files are not as they are here\n"
-            f"  {listed(wrong)}\nrun the same command again; do not use what is there"
+            f"publish: on the Hub, {len(wrong)} files differ from the local ones\n"
+            f"  {listed(wrong)}\nrun the same command again; do not use what is on the Hub"
         )
 
 
-def _same(path: Path, there: RepoFile) -> bool:
-    """A large file is known by its SHA-256, a small one by git's own hash."""
-    if there.lfs:
+def _same(path: Path, remote: RepoFile) -> bool:
+    """Compares a large file by its SHA-256, and a small one by git's hash."""
+    if remote.lfs:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
     content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
 
 
 def _published(
     api: HfApi, recipe: Recipe, info: ModelInfo, files: list[str], kind: str
 ) -> list[str]:
-    """What the recipe of this name published there before, if it was the same kind of thing."""
+    """Lists what the recipe of this name published there before, if it was the same kind."""
     from ruamel.yaml import YAML, YAMLError
 
     from finequant.publish.publish import SUMS
@@ -189,25 +190,25 @@ def _may_not_write(recipe: Recipe) -> str:
 
 
 @contextmanager
-def told_by_the_hub(recipe: Recipe) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a message of ours, which never holds the token.
+def report_hub_errors(recipe: Recipe) -> Iterator[None]:
+    """Turns huggingface_hub's exceptions into our messages, which never contain the token.
 
     Raises:
-        UserError: for a token that is missing, wrong, or may not write; for what the Hub refuses.
-        OutsideError: where the Hub cannot be reached or fails.
+        UserError: for a token that is missing, wrong, or read-only; for whatever the Hub refuses.
+        OutsideError: if the Hub cannot be reached or fails.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as raised:
-        if said := _in_our_words(raised, recipe):
-            raise said from None
+        if translated := _translate(raised, recipe):
+            raise translated from None
         raise
 
 
-def _in_our_words(raised: Exception, recipe: Recipe) -> UserError | None:
-    # HTTPError: of whichever HTTP library this version of huggingface_hub stands on.
+def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
+    # HTTPError: from whichever HTTP library this version of huggingface_hub uses.
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,
@@ -215,7 +216,7 @@ def _in_our_words(raised: Exception, recipe: Recipe) -> UserError | None:
         OfflineModeIsEnabled,
     )
 
-    # A worker thread wraps what it met in a RuntimeError; so does hf_xet, without a cause.
+    # A worker thread wraps its exception in a RuntimeError; so does hf_xet, without a cause.
     error = raised.__cause__ or raised if type(raised) is RuntimeError else raised
     if isinstance(error, LocalTokenNotFoundError):
         return UserError(
@@ -228,14 +229,14 @@ def _in_our_words(raised: Exception, recipe: Recipe) -> UserError | None:
         return _refusal(error, recipe)
     if isinstance(error, (HTTPError, ConnectionError)):
         kind = type(error).__name__
-        return OutsideError(f"publish: the Hub cannot be reached ({kind}): {AGAIN}")
+        return OutsideError(f"publish: the Hub cannot be reached ({kind}): {RESUME_HINT}")
     if type(error) is RuntimeError:
-        return OutsideError(f"publish: the upload failed ({_shown(error)}): {AGAIN}")
+        return OutsideError(f"publish: the upload failed ({_shown(error)}): {RESUME_HINT}")
     return None
 
 
 def _refusal(error: Exception, recipe: Recipe) -> UserError:
-    """What an HTTP status means here."""
+    """Explains an HTTP status."""
     status = error.response.status_code
     if status == 401:
         return UserError(
@@ -245,15 +246,17 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
     if status == 403:
         return UserError(_may_not_write(recipe))
     if status in (409, 412):
-        return OutsideError(f"publish: {recipe.publish.repo_id} was changed meanwhile: {AGAIN}")
-    said = _shown(error.server_message or error)
+        return OutsideError(
+            f"publish: {recipe.publish.repo_id} was changed in the meantime: {RESUME_HINT}"
+        )
+    message = _shown(error.server_message or error)
     if status >= 500 or status == 429:
-        return OutsideError(f"publish: the Hub fails, status {status} ({said}): {AGAIN}")
-    return UserError(f"publish: the Hub refuses, status {status}: {said}")
+        return OutsideError(f"publish: the Hub fails, status {status} ({message}): {RESUME_HINT}")
+    return UserError(f"publish: the Hub refuses, status {status}: {message}")
 
 
 def _shown(message: object) -> str:
-    """Somebody else's message in one line, without the token even if they put it there."""
+    """Shortens a foreign message to one line, and removes the token if it is in there."""
     from huggingface_hub import get_token
 
     return " ".join(str(message).replace(get_token() or "\0", "***").split())[:200]

@@ -138,14 +138,14 @@ def check_base_range(recipe: Recipe) -> None:
 
 def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
     """A checkpoint of the weights as they are."""
-    from finequant.quantize.checkpoint.streaming import write_alone
+    from finequant.quantize.checkpoint.streaming import write_data_free
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.scheme import EMBEDDING, HEAD
 
     plan = dict.fromkeys((HEAD, EMBEDDING))
     shapes = stored_shapes(base.shapes, base.config, plan)
     checkpoint = Checkpoint(folder, shapes, plan, dtype)
-    write_alone(checkpoint, weights, shapes)
+    write_data_free(checkpoint, weights, shapes)
     write_config(base, plan, dtype, folder)
     checkpoint.finish()
 
@@ -163,10 +163,10 @@ def write_quantized(
 
     sequences: token ids [rows, length] for gptq.
     """
-    from finequant.quantize.checkpoint.streaming import write_alone, write_found
+    from finequant.quantize.checkpoint.streaming import write_data_free, write_found
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.methods.calibrate import calibrate
-    from finequant.quantize.methods.method import is_calibrated, round_alone
+    from finequant.quantize.methods.method import is_calibrated, round_data_free
     from finequant.quantize.rounding import Rounded
     from finequant.quantize.scheme import layer_plan
 
@@ -177,15 +177,15 @@ def write_quantized(
     def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
         if trained:
             return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
-        return round_alone(weight, plan[layer], method)
+        return round_data_free(weight, plan[layer], method)
 
     later = (
         set()
         if trained
         else {f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, method)}
     )
-    alone = [name for name in shapes if name not in later]
-    write_alone(checkpoint, weights, alone, rounding, whole=method == "hqq" and not trained)
+    data_free = [name for name in shapes if name not in later]
+    write_data_free(checkpoint, weights, data_free, rounding, whole=method == "hqq" and not trained)
     if later:
         steps = quantize.calibration.steps
         found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known, steps)
@@ -197,7 +197,7 @@ def write_quantized(
 def check_quantized(
     checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]
 ) -> tuple[int, torch.Tensor]:
-    """That every byte is in its file, and that `from_pretrained` makes the same model of them.
+    """Checks that every byte is in its file, and that `from_pretrained` loads the same model.
 
     Returns:
         How many blocks were run, the first ones, and the logits [prompts, vocabulary] after them.
@@ -225,7 +225,7 @@ def check_quantized(
 
 
 def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, float]:
-    """What rounding changes: root mean square of the logits' difference, relative to peft's.
+    """Measures what quantization changes: RMS of the logits' difference, relative to peft's.
 
     shipped: None where only some blocks were run.
     """
@@ -264,7 +264,7 @@ def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
 
 
 def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
-    """What is done to the model, for the record that ships with it."""
+    """Describes what was done to the model, for the record that ships with it."""
     from finequant.quantize.scheme import (
         EMBEDDING,
         HEAD,

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-    from finequant.quantize.checkpoint.stored import Stored
+    from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
     from finequant.quantize.rounding import Rounded
 
 PROMPTS = 8
-"""Of the recipe's own rows, on which logits are compared."""
+"""Number of the recipe's own rows on which logits are compared."""
 
 LARGEST_DIFFERENCE = 0.15
-"""Of the logits, root mean square, relative to those of quantized/: runtimes round activations to
-8 bits each in its own way, and one and the same model differs by 0.05 between them."""
+"""Limit for the RMS difference of the logits, relative to quantized/. Runtimes round activations to
+8 bits in different ways, so that the same model differs by 0.05 between them."""
 
 FLOAT_ROUNDING = 2.0**-11
 """Relative: half precision."""
@@ -59,7 +59,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
         UserError: for a format that cannot hold these codes, a package that is not installed, or
             a file that, read again, has other codes or other logits.
     """
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
 
     run.require("quantize")
     if not formats:
@@ -69,7 +69,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
         )
     if "torchao" in formats:
         say(f"export: torchao: {run.quantized} is in this format")
-    stored = read_stored(run.quantized)
+    stored = read_checkpoint(run.quantized)
     reference = None
     for entry in fitting_formats(formats, stored.contents):
         if reference is None:
@@ -82,7 +82,7 @@ def export_one(
     recipe: Recipe,
     run: RunDir,
     entry: Format,
-    stored: Stored,
+    stored: QuantizedCheckpoint,
     prompts: list[list[int]],
     reference: torch.Tensor,
 ) -> None:
@@ -120,7 +120,7 @@ def export_one(
     say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
 
 
-def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:
+def check_codes(name: str, stored: QuantizedCheckpoint, found: dict[str, Rounded]) -> float:
     """How far, relatively, a scale was rounded at most.
 
     Raises:
@@ -147,7 +147,7 @@ def check_codes(name: str, stored: Stored, found: dict[str, Rounded]) -> float:
     return max(worst, 0.0)
 
 
-def check_floats(name: str, stored: Stored, found: dict[str, torch.Tensor]) -> None:
+def check_floats(name: str, stored: QuantizedCheckpoint, found: dict[str, torch.Tensor]) -> None:
     """Compares embedding, norms, biases and float layers: every one, as near as float16 has it.
 
     Raises:
@@ -189,7 +189,7 @@ def check_logits(name: str, logits: torch.Tensor, reference: torch.Tensor) -> fl
 def check_exports(
     quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """What can be known before training: the layer plan, and whether each format holds it.
+    """Checks before training that each format can hold the layer plan.
 
     Raises:
         UserError: for a plan that does not fit the base, or formats that cannot hold it.

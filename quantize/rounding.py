@@ -21,12 +21,12 @@ RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 
 INT8_RANGE = torch.tensor(255.0, device="cpu")
 INT8_LOWEST = torch.tensor(-128.0, device="cpu")
-"""Of activations. As tensors: decoding divides a few numbers by them, and for so few torch
-takes longer to make a tensor of a number than to divide."""
+"""Range of activation codes. These are tensors because decoding divides only a few numbers by them,
+and then torch takes longer to make a tensor of a number than to divide."""
 
-INSIDE = 0.49
-"""Of a step: how far from its code a weight may lie; less than a half, so that it rounds to it,
-also after its place has been rounded to float16."""
+MAX_DISTANCE = 0.49
+"""Maximum distance of a latent weight from its code, in steps of the scale; less than a half, so
+that it rounds to that code even when the latent weight is stored in float16."""
 
 
 CODES = "codes.safetensors"
@@ -56,7 +56,7 @@ def save_rounded(layers: dict[str, Rounded], path: Path) -> None:
 
 
 def load_rounded(path: Path) -> dict[str, Rounded]:
-    """What `save_rounded` wrote.
+    """Reads what `save_rounded` wrote.
 
     Raises:
         SafetensorError: for a file that is damaged.
@@ -165,15 +165,15 @@ def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
 
 
 @torch.no_grad()
-def places(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in]: where each weight lies in steps of its scale, inside the cell of its code."""
+def latent_weights(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    """Computes latent weights [out, in] in steps of their scale, clamped to their code's cell."""
     codes, scale = (tensor.to(weight.device) for tensor in rounded)
     found = torch.empty_like(codes, dtype=dtype)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
         exact = (groups * scale[rows].float().reciprocal()[:, :, None]).flatten(1)
         code = codes[rows].float()
-        found[rows] = code + (exact - code).clamp_(-INSIDE, INSIDE)
+        found[rows] = code + (exact - code).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
     return found
 
 

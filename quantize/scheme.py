@@ -28,7 +28,7 @@ PLAN_KEYS = (
     "scale_dtype",
     "rotate",
 )
-"""Of the section `quantize`: those that decide what is rounded, and to what."""
+"""Keys of the section `quantize` that decide what is quantized, and how."""
 
 CANDIDATES = range(2, 9)
 """Bits that a budget chooses from."""
@@ -40,7 +40,7 @@ class LayerScheme(NamedTuple):
     bits: int
     group_size: int
     rule: str
-    """Of the scale: `max` or `search`."""
+    """How the scale is chosen: `max` or `search`."""
     scale_dtype: torch.dtype
 
 
@@ -71,7 +71,7 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
-    """What the recipe says of every layer of this model; no weight is loaded for it.
+    """Makes the plan for every layer of this model, without loading a weight.
 
     Raises:
         UserError: for a pattern that matches no layer, a group size that leaves a remainder, or
@@ -93,7 +93,7 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
 
 
 def said_of(name: str, quantize: Quantize) -> Layer | Literal["float"]:
-    """What the last pattern that matches says of a layer."""
+    """Returns the settings of a layer: those of the last pattern that matches."""
     found = "float" if (name, quantize.head) == (HEAD, "float") else Layer()
     for pattern, layer in quantize.layers.items():
         if fnmatchcase(name, pattern):
@@ -247,13 +247,13 @@ def as_layers(plan: Plan) -> dict[str, dict[str, int] | str]:
 
 
 def packed_bits(shape: tuple[int, int], scheme: LayerScheme) -> float:
-    """Of a layer's codes and scales, without a gap between them."""
+    """Counts the bits of a layer's codes and scales, tightly packed."""
     rows, columns = shape
     return rows * columns * (scheme.bits + 8 * scheme.scale_dtype.itemsize / scheme.group_size)
 
 
 def bits_per_weight(plan: Plan, config: LlamaConfig) -> float:
-    """Mean of the linear layers that the plan rounds, the head if it does, scales included."""
+    """Averages bits per weight over the quantized linear layers, scales included."""
     shapes = layer_shapes(config)
     rounded = {name: plan[name] for name in plan if plan[name] and name != EMBEDDING}
     bits = sum(packed_bits(shapes[name], scheme) for name, scheme in rounded.items())
@@ -261,7 +261,7 @@ def bits_per_weight(plan: Plan, config: LlamaConfig) -> float:
 
 
 def unties_head(plan: Plan) -> bool:
-    """Whether head and embedding can no longer share their weights."""
+    """Says whether head and embedding can no longer share their weights."""
     return plan[HEAD] is not None or plan[EMBEDDING] is not None
 
 

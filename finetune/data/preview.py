@@ -1,4 +1,4 @@
-"""Rows as the model will see them: learned tokens in colour, lengths, truncation, duplicates."""
+"""Shows rows as the model sees them: target tokens in color, lengths, truncation, duplicates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def preview(recipe: Recipe, count: int) -> None:
     console.print(_statistics(recipe, tokenizer, splits._asdict()))
     for line in _ends(recipe, tokenizer, splits.train):
         console.print(line, markup=False, highlight=False)
-    console.print("learned tokens are green and bold; the others are read, but not learned")
+    console.print("target tokens are green and bold; the loss mask leaves out the others")
     for rows in (splits.train, splits.validation):
         if rows:
             to_dataset(rows, tokenizer, recipe.data)

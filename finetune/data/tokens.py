@@ -243,7 +243,7 @@ def _with_offsets(
 def _tokenize_without_offsets(
     text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    """As `_tokenize`, of the pieces between the ends of the spans."""
+    """Tokenizes the pieces between the ends of the spans separately, otherwise like `_tokenize`."""
     ids, learned = [], []
     for begin, end in pairwise([0, *chain(*spans), len(text)]):
         piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
@@ -284,28 +284,28 @@ def _answer_span(
     It begins where the template's generation prompt ends: there the model will be asked.
     """
     prompt = _render(row, row.messages[:index], tokenizer, data, add_generation_prompt=True)
-    alone = text
+    truncated = text
     if index < len(row.messages) - 1:
-        alone = _render(row, row.messages[: index + 1], tokenizer, data)
-    start = _end_of_prompt(alone, prompt)
+        truncated = _render(row, row.messages[: index + 1], tokenizer, data)
+    start = _end_of_prompt(truncated, prompt)
     if start is None:
-        same = len(commonprefix([prompt, alone]))
+        same = len(commonprefix([prompt, truncated]))
         raise UserError(
             f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, but "
-            f"writes this one without it ({alone[same:][:40]!r}), so the model would learn another "
+            f"writes this one without it ({truncated[same:][:40]!r}), so the model would learn a "
             "prompt than it will be asked with: give a model.chat_template whose generation prompt "
             "is what it writes before answers: without an opened thought, or keeping theirs"
         )
-    last_word = _end_of_content(row, index, alone, start)
+    last_word = _end_of_content(row, index, truncated, start)
     end = answer_end(tokenizer, data)
     if end.token is None and data.missing_end == "error":
         raise UserError(_no_end(end.written))
-    at = alone.rfind(end.token, last_word) if end.token else -1
-    stop = len(alone.rstrip()) if at < 0 else at + len(end.token)
-    if not text.startswith(alone[:stop]) and not row.messages[index].get("tool_calls"):
+    at = truncated.rfind(end.token, last_word) if end.token else -1
+    stop = len(truncated.rstrip()) if at < 0 else at + len(end.token)
+    if not text.startswith(truncated[:stop]) and not row.messages[index].get("tool_calls"):
         # Some templates end the last answer of a conversation only.
         stop = last_word
-    if not text.startswith(alone[:stop]):
+    if not text.startswith(truncated[:stop]):
         raise UserError(
             f"{row.where}: the chat template writes earlier turns differently once later ones "
             "follow, so the answers cannot be told apart: use rows of one answer, a "

@@ -45,10 +45,10 @@ def decoder_block(
 
 def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding [*ids.shape, hidden]; no others are read."""
-    known, places = ids.unique(return_inverse=True)
+    known, rows = ids.unique(return_inverse=True)
     name = f"{EMBEDDING}.weight"
     table = torch.cat([weights(name, slice(number, number + 1)) for number in known.tolist()])
-    return table[places]
+    return table[rows]
 
 
 def rotary_of(config: LlamaConfig, hidden: torch.Tensor) -> Rotary:

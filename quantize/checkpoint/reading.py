@@ -25,10 +25,10 @@ DTYPES = {
     "F16": torch.float16,
     "I8": torch.int8,
 }
-WEIGHTS = 1 << 19
+PIECE_WEIGHTS = 1 << 19
 """To handle at a time: with fewer, threads wait for the interpreter, with more, for memory."""
 
-FEWEST = 32
+MIN_ROWS = 32
 """Rows of a piece: a matrix product rounds a handful in another way than the same rows among many,
 so what is computed from them would depend on where they are cut."""
 
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     start: int
 
     def bytes_of(self, rows: slice) -> tuple[int, int]:
-        """Where the rows start in the file, and how many bytes they have."""
+        """Returns the rows' offset in the file, and their number of bytes."""
         first, last, _ = rows.indices(self.shape[0])
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return self.start + first * row, (last - first) * row
@@ -95,27 +95,27 @@ class TensorFile:
 def header(
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The first bytes of a file with these tensors, as safetensors writes them, and the places."""
+    """Makes a file's first bytes, as safetensors writes them, and the entries of its tensors."""
     order = list(DTYPES.values())
     names = sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
-    codes, described, places, end = dict(zip(order, DTYPES, strict=True)), {}, {}, 0
+    codes, described, offsets, end = dict(zip(order, DTYPES, strict=True)), {}, {}, 0
     for name in names:
         dtype, shape = tensors[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        place = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        described[name], places[name] = place, (dtype, shape, start)
+        description = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        described[name], offsets[name] = description, (dtype, shape, start)
     content = {"__metadata__": dict(sorted(metadata.items())), **described}
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-len(text) // 8 * -8)
     first = 8 + len(text)
     entries = {
-        name: Entry(dtype, shape, first + start) for name, (dtype, shape, start) in places.items()
+        name: Entry(dtype, shape, first + start) for name, (dtype, shape, start) in offsets.items()
     }
     return len(text).to_bytes(8, "little") + text, entries
 
 
 def write_rows(descriptor: int, entry: Entry, rows: slice, tensor: torch.Tensor) -> None:
-    """Puts the rows of a tensor at their place in an open file."""
+    """Writes the rows of a tensor at their offset in an open file."""
     start, _ = entry.bytes_of(rows)
     data = bytes_of(tensor)
     while data:
@@ -129,10 +129,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of about `WEIGHTS` weights that cover a tensor, none with less than `FEWEST` rows."""
+    """Yields slices that cover a tensor: about PIECE_WEIGHTS weights, at least MIN_ROWS rows."""
     total = shape[0]
-    step = max(FEWEST, WEIGHTS // max(1, math.prod(shape[1:])) // FEWEST * FEWEST)
-    starts = list(range(0, max(1, total - FEWEST + 1), step))
+    step = max(MIN_ROWS, PIECE_WEIGHTS // max(1, math.prod(shape[1:])) // MIN_ROWS * MIN_ROWS)
+    starts = list(range(0, max(1, total - MIN_ROWS + 1), step))
     yield from (slice(start, end) for start, end in zip(starts, [*starts[1:], total], strict=True))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finequant.quantize.checkpoint.writing import Checkpoint
 
 PROCESS_BYTES = 10**9
-"""Of Python, torch, transformers and torchao before a model is loaded, and to spare."""
+"""Bytes that Python, torch, transformers, and torchao take before a model is loaded, at most."""
 
 # Runs where finequant was never imported: what a user who downloads the model will do.
 RELOAD = """

@@ -20,24 +20,24 @@ from finequant.recipes.errors import UserError
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 NOT_TENSORS = ("format", "tensor_names")
-"""Of the metadata; its other keys each describe a tensor."""
+"""Keys of the metadata that do not describe a tensor."""
 
-NOT_COPIED = (*WEIGHTS, "config.json", "recipe.yaml")
+NOT_COPIED = (*WEIGHT_FILES, "config.json", "recipe.yaml")
 
 
-class Stored(NamedTuple):
+class QuantizedCheckpoint(NamedTuple):
     """A quantized checkpoint; tensors are mapped from its files, not read."""
 
     folder: Path
     config: LlamaConfig
     rounded: dict[str, Rounded]
-    """By layer, such as `lm_head`."""
+    """Codes and scales, by layer, such as `lm_head`."""
     bits: dict[str, int]
-    """Of the codes, by layer."""
+    """Bits of the codes, by layer."""
     floats: dict[str, torch.Tensor]
-    """By parameter, such as `model.norm.weight`."""
+    """Unquantized tensors, by parameter, such as `model.norm.weight`."""
 
     @property
     def end_tokens(self) -> list[int]:
@@ -48,7 +48,7 @@ class Stored(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embedding, norms and arithmetic."""
+        """Returns the dtype of embedding, norms, and arithmetic."""
         return self.floats["model.norm.weight"].dtype
 
     @property
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         return codes.shape[1] // scale.shape[1]
 
 
-def read_stored(folder: Path) -> Stored:
+def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
     """Reads `quantized/`, whatever its number of files.
 
     Raises:
@@ -90,7 +90,7 @@ def read_stored(folder: Path) -> Stored:
                 f"{file}: damaged, or not what quantize writes ({error}): quantize again"
             ) from None
     config = AutoConfig.from_pretrained(folder)
-    return Stored(folder, config, rounded, bits, floats)
+    return QuantizedCheckpoint(folder, config, rounded, bits, floats)
 
 
 def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict, floats: dict):
@@ -110,7 +110,7 @@ def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict
     bits[layer] = int(description["_data"]["target_dtype"]["_data"].removeprefix("int"))
 
 
-def copy_beside(stored: Stored, folder: Path) -> None:
+def copy_beside(stored: QuantizedCheckpoint, folder: Path) -> None:
     """Copies what is neither weights nor configuration: tokenizer, chat templates, records."""
     ignored = shutil.ignore_patterns(*NOT_COPIED)
     shutil.copytree(stored.folder, folder, ignore=ignored, dirs_exist_ok=True)

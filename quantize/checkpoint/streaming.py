@@ -13,10 +13,10 @@ from finequant.quantize.checkpoint.writing import Checkpoint
 from finequant.quantize.rounding import Rounded
 
 Rounding = Callable[[str, slice, torch.Tensor], Rounded]
-"""Of rows of a layer, by its name, with their float32 weights."""
+"""A function that quantizes rows of a layer: its name, the rows, and their float32 weights."""
 
 
-def write_alone(
+def write_data_free(
     checkpoint: Checkpoint,
     weights: Weights,
     names: Iterable[str],
@@ -77,7 +77,8 @@ def write_found(
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many as torch has, each of which computes by itself: more wait for the interpreter."""
+    """Starts as many threads as torch has, each with single-threaded torch; more would wait for the
+    interpreter."""
     together = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(1,))

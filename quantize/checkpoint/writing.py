@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 SHARD_BYTES = 4 * 10**9
-"""Of a file, at most, unless a single tensor is larger."""
+"""Maximum size of a file, unless a single tensor is larger."""
 
 
-class Written(NamedTuple):
+class PieceRecord(NamedTuple):
     """A piece that is in its file: a checksum of its bytes, and power of weights and errors."""
 
     checksum: int
@@ -60,7 +60,7 @@ class Written(NamedTuple):
 
 
 class File(NamedTuple):
-    """A safetensors file to write: its first bytes, and the places of its tensors."""
+    """A safetensors file to write: its first bytes, and the entries of its tensors."""
 
     name: str
     header: bytes
@@ -104,7 +104,7 @@ def layout(
 def _stored_as(
     name: str, shape: tuple[int, ...], scheme: LayerScheme | None, dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a parameter is in the file: itself, or codes, scales and zero points."""
+    """Maps a parameter to its tensors in the file: itself, or codes, scales, and zero points."""
     if not scheme:
         return {name: (dtype, shape)}
     groups = (shape[0], shape[1] // scheme.group_size)
@@ -113,7 +113,7 @@ def _stored_as(
 
 
 def _metadata(names: list[str], plan: Plan, dtype: torch.dtype) -> dict[str, str]:
-    """Of every file: from several, `from_pretrained` keeps the list of names of one."""
+    """Makes the metadata that every file gets: `from_pretrained` keeps only one file's names."""
     if not any(plan.values()):
         return {"format": "pt"}
     described = {}
@@ -141,7 +141,7 @@ class Checkpoint:
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
         self._slices = {name: list(row_slices(shape)) for name, shape in shapes.items()}
         self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
-        self.places: dict[str, tuple[int, Entry]] = {}
+        self.entries: dict[str, tuple[int, Entry]] = {}
         self._files: dict[str, TensorFile] = {}
         self._descriptors: list[int] = []
         for file in layout(shapes, plan, dtype, shard_bytes):
@@ -162,10 +162,10 @@ class Checkpoint:
         descriptor, reader = os.open(path, os.O_WRONLY), TensorFile(path)
         self._descriptors.append(descriptor)
         for key, entry in file.entries.items():
-            self.places[key], self._files[key] = (descriptor, entry), reader
+            self.entries[key], self._files[key] = (descriptor, entry), reader
 
-    def _read_journal(self) -> dict[tuple[str, int], Written]:
-        """What is in the files; empty lines and those that a kill has cut off are left out."""
+    def _read_journal(self) -> dict[tuple[str, int], PieceRecord]:
+        """Reads which pieces are complete; skips empty lines and one that a kill cut off."""
         found = {}
         path = self.folder / JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -173,7 +173,7 @@ class Checkpoint:
                 name, start, *rest = json.loads(line)
             except ValueError:
                 continue
-            found[name, start] = Written(*rest)
+            found[name, start] = PieceRecord(*rest)
         return found
 
     def pieces(self, name: str, rows: slice = WHOLE) -> list[slice]:
@@ -187,7 +187,7 @@ class Checkpoint:
         return found[first:end]
 
     def has(self, name: str, rows: slice) -> bool:
-        """Whether these rows are in their file, every byte as it was written."""
+        """Says whether these rows are in their file, every byte as it was written."""
         return all(self._is_written(name, piece) for piece in self.pieces(name, rows))
 
     def _is_written(self, name: str, piece: slice) -> bool:
@@ -217,10 +217,10 @@ class Checkpoint:
         if not tensors[-1].isfinite().all():
             raise UserError(self._beyond(name, tensors[-1].dtype))
         for key, tensor in zip(self.stored(name), tensors, strict=True):
-            descriptor, entry = self.places[key]
+            descriptor, entry = self.entries[key]
             write_rows(descriptor, entry, piece, tensor)
         figures = _power_and_noise(weight, rounded) if rounded else (0.0, 0.0)
-        written = Written(_checksum(tensors), *figures)
+        written = PieceRecord(_checksum(tensors), *figures)
         # One call, so that lines of several threads do not mix.
         os.write(self._journal, json.dumps([name, piece.start, *written]).encode() + b"\n")
         self._written[name, piece.start] = written
@@ -235,7 +235,7 @@ class Checkpoint:
         )
 
     def known(self, layer: str, rows: slice) -> Rounded | None:
-        """What is written of a layer, if all these rows are."""
+        """Returns the codes and scales of these rows of a layer, if all of them are written."""
         name = f"{layer}.weight"
         return self.rounded(name, rows) if self.has(name, rows) else None
 
@@ -271,7 +271,7 @@ class Checkpoint:
         """Writes the index of several files and removes the journal: all pieces are there."""
         names = {key: file.path.name for key, file in self._files.items()}
         if len(self._descriptors) > 1:
-            total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.places.values())
+            total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.entries.values())
             weights = sum(math.prod(shape) for shape in self.shapes.values())
             metadata = {"total_parameters": weights, "total_size": total}
             index = {"metadata": metadata, "weight_map": names}
@@ -305,7 +305,7 @@ def _power_and_noise(weight: torch.Tensor, rounded: Rounded) -> tuple[float, flo
 def stored_shapes(
     shapes: dict[str, tuple[int, ...]], config: LlamaConfig, plan: Plan
 ) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that a checkpoint has: a head that stays tied is not among them."""
+    """Returns the shapes of a checkpoint's parameters; a head that stays tied is not among them."""
     tied = config.tie_word_embeddings and not unties_head(plan)
     return {
         name: shape for name, shape in shapes.items() if not (tied and name == f"{HEAD}.weight")
@@ -345,7 +345,7 @@ def torchao_tensor(
 
 
 def torchao_metadata(name: str, scheme: LayerScheme, dtype: torch.dtype) -> str:
-    """What torchao writes of a tensor into the metadata of its file; shapes take no part."""
+    """Returns what torchao writes about a tensor into its file's metadata, which has no shapes."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     codes = torch.zeros(1, scheme.group_size, dtype=torch.int8)

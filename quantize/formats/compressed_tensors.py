@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.snippet import fenced, transformers_code
@@ -20,7 +20,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
 BITS = (4, 8)
-"""Those that fill 32 bits without a rest, which every version packs alike."""
+"""Bits per code that divide 32; every version packs these alike."""
 
 
 def check_fits(contents: Contents) -> None:
@@ -36,7 +36,7 @@ def check_fits(contents: Contents) -> None:
         )
 
 
-def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Writes weights, configuration and tokenizer; returns figures for the manifest.
 
     Scales go into the dtype of the model, into which readers would round them anyway.
@@ -76,7 +76,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return (values.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
 
 
-def quantization_config(stored: Stored) -> dict[str, Any]:
+def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
     """The schemes as config.json says them: one for all linear layers, or lists of names."""
     linear = _linear(stored)
     schemes: dict[tuple[int, int], list[str]] = {}
@@ -86,9 +86,9 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
     left += [
         name.removesuffix(".weight") for name in stored.floats if name.endswith("_proj.weight")
     ]
-    alone = len(schemes) == 1
+    uniform = len(schemes) == 1
     groups = {
-        f"group_{number}": _scheme(*scheme, ["Linear"] if alone else names)
+        f"group_{number}": _scheme(*scheme, ["Linear"] if uniform else names)
         for number, (scheme, names) in enumerate(schemes.items())
     }
     return {
@@ -126,7 +126,9 @@ def _scheme(bits: int, group_size: int, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+def read_back(
+    folder: Path, stored: QuantizedCheckpoint
+) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
     """Codes and scales as the format's own package unpacks them, and all that is not packed.
 
     An embedding with codes has none here: they are those of `stored` where its floats are equal.
@@ -211,7 +213,7 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     )
 
 
-def _linear(stored: Stored) -> dict[str, int]:
+def _linear(stored: QuantizedCheckpoint) -> dict[str, int]:
     return {name: bits for name, bits in stored.bits.items() if name != EMBEDDING}
 
 

@@ -1,4 +1,4 @@
-"""What a format has to hold: known from the recipe before anything is trained, and from quantized/.
+"""The contents a format must hold, known from the recipe before training, and from quantized/.
 
 A format's `check_fits` takes it, so the same refusal comes before the first stage and at export.
 """
@@ -20,9 +20,9 @@ class Contents(NamedTuple):
 
     config: LlamaConfig
     bits: dict[str, int | None]
-    """By quantized layer; None where a budget will choose."""
+    """Bits by quantized layer; None if a budget will choose."""
     group_sizes: dict[str, int]
-    """By quantized layer."""
+    """Group sizes by quantized layer."""
     tokenizer: dict[str, Any]
     """tokenizer.json"""
 
@@ -38,7 +38,7 @@ class Contents(NamedTuple):
 def planned(
     quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Contents:
-    """What `quantize` will write for a base, by the recipe's plan.
+    """Predicts what `quantize` will write for a base, by the recipe's plan.
 
     Raises:
         UserError: for a plan that does not fit the base.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from finequant.quantize.checkpoint.stored import Stored, copy_beside
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.snippet import fenced
@@ -56,7 +56,7 @@ def check_fits(contents: Contents) -> None:
         )
 
 
-def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Writes the program and the tokenizer; returns figures for the manifest.
 
     Raises:
@@ -85,8 +85,8 @@ def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"delegated_linears": delegated, "cache_length": length}
 
 
-def metadata(stored: Stored, length: int) -> dict[str, Any]:
-    """What ExecuTorch's LLM runner asks the program for before it runs."""
+def metadata(stored: QuantizedCheckpoint, length: int) -> dict[str, Any]:
+    """Returns the constants that ExecuTorch's LLM runner reads from the program before it runs."""
     config = stored.config
     first = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
     return first | {
@@ -101,7 +101,7 @@ def metadata(stored: Stored, length: int) -> dict[str, Any]:
     }
 
 
-def count_delegated(edge: EdgeProgramManager, stored: Stored) -> int:
+def count_delegated(edge: EdgeProgramManager, stored: QuantizedCheckpoint) -> int:
     """Linear layers inside XNNPACK.
 
     Raises:
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     attention and cache updates to portable kernels.
     """
 
-    def __init__(self, stored: Stored, length: int) -> None:
+    def __init__(self, stored: QuantizedCheckpoint, length: int) -> None:
         super().__init__()
         self.embed = Embedding(stored)
         self.layers = nn.ModuleList(
@@ -153,18 +153,20 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Logits [1, vocabulary] after the last of `tokens` [1, n], the first at `start` [1]."""
-        count, place = tokens.shape[1], start[0].item()
-        torch._check(place >= 0)
-        torch._check(place + count <= len(self.cos))
-        cos, sin = (table.narrow(0, place, count)[None, :, None] for table in (self.cos, self.sin))
+        count, position = tokens.shape[1], start[0].item()
+        torch._check(position >= 0)
+        torch._check(position + count <= len(self.cos))
+        cos, sin = (
+            table.narrow(0, position, count)[None, :, None] for table in (self.cos, self.sin)
+        )
         states = self.embed(tokens)
         for layer in self.layers:
-            states = layer(states, cos, sin, place)
+            states = layer(states, cos, sin, position)
         return self.head(self.norm(states[:, -1]))
 
 
 class Block(nn.Module):
-    def __init__(self, stored: Stored, number: int, length: int) -> None:
+    def __init__(self, stored: QuantizedCheckpoint, number: int, length: int) -> None:
         super().__init__()
         config, name = stored.config, f"model.layers.{number}"
         self.size, self.rotate = config.head_dim, Rotation(config.head_dim)
@@ -181,22 +183,24 @@ class Block(nn.Module):
         self.register_buffer("values", torch.zeros(shape))
 
     def forward(
-        self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: int
+        self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: int
     ) -> torch.Tensor:
-        states = states + self.attend(self.norm_1(states), cos, sin, place)
+        states = states + self.attend(self.norm_1(states), cos, sin, position)
         inputs = self.norm_2(states)
         return states + self.down(nn.functional.silu(self.gate(inputs)) * self.up(inputs))
 
     def attend(
-        self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: int
+        self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: int
     ) -> torch.Tensor:
         query, key, value = (
             linear(inputs).unflatten(-1, (-1, self.size)) for linear in (self.q, self.k, self.v)
         )
-        torch.ops.llama.update_cache(self.rotate(key, cos, sin), self.keys, place)
-        torch.ops.llama.update_cache(value, self.values, place)
+        torch.ops.llama.update_cache(self.rotate(key, cos, sin), self.keys, position)
+        torch.ops.llama.update_cache(value, self.values, position)
         query = self.rotate(query, cos, sin)
-        found = torch.ops.llama.custom_sdpa(query, self.keys, self.values, place, None, 0.0, True)
+        found = torch.ops.llama.custom_sdpa(
+            query, self.keys, self.values, position, None, 0.0, True
+        )
         return self.o(found.flatten(2))
 
 
@@ -234,7 +238,7 @@ class Rotation(nn.Module):
 class Embedding(nn.Module):
     """Rows of the table as it is stored: the model's dtype, or 8-bit codes with their scales."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: QuantizedCheckpoint) -> None:
         super().__init__()
         if EMBEDDING in stored.rounded:
             codes, scale = stored.rounded[EMBEDDING]
@@ -255,16 +259,16 @@ def rotations(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Ten
     """Cosine and sine [length, head_dim] of every position."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    places = torch.arange(length)[None]
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
+    positions = torch.arange(length)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
     return cos[0], sin[0]
 
 
-def _norm(stored: Stored, name: str) -> Norm:
+def _norm(stored: QuantizedCheckpoint, name: str) -> Norm:
     return Norm(stored.floats[f"{name}.weight"].float(), stored.config.rms_norm_eps)
 
 
-def _linear(stored: Stored, name: str) -> nn.Linear:
+def _linear(stored: QuantizedCheckpoint, name: str) -> nn.Linear:
     """A linear layer over the stored codes, or over what stayed in float."""
     weight = _integer_weight(stored, name) if name in stored.rounded else _float(stored, name)
     bias = stored.floats.get(f"{name}.bias")
@@ -276,7 +280,7 @@ def _linear(stored: Stored, name: str) -> nn.Linear:
     return linear
 
 
-def _integer_weight(stored: Stored, name: str) -> torch.Tensor:
+def _integer_weight(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
     """torchao's tensor, whose operations XNNPACK knows; it holds scales in bfloat16."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
@@ -292,7 +296,7 @@ def _integer_weight(stored: Stored, name: str) -> torch.Tensor:
     )
 
 
-def _float(stored: Stored, name: str) -> torch.Tensor:
+def _float(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
     tied = stored.floats.get(f"{EMBEDDING}.weight")  # then the head is not stored
     return stored.floats.get(f"{name}.weight", tied).float()
 
@@ -315,7 +319,7 @@ def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramM
     )
 
 
-def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], None]:
+def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Rounded], None]:
     """Codes and scales out of the file, which keeps constants under the hash of their bytes.
 
     What stayed in float is not read: the program's constants have no names.
@@ -373,7 +377,7 @@ class ExecuTorch:
         return logits[0].clone()  # the runtime reuses its memory
 
     def metadata(self, name: str) -> list[int | bool]:
-        """What the program answers to ExecuTorch's LLM runner, such as `get_eos_ids`."""
+        """Returns one of the constants for ExecuTorch's LLM runner, such as `get_eos_ids`."""
         return list(self._program.load_method(name).execute([]))
 
 

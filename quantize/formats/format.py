@@ -13,7 +13,7 @@ from finequant.recipes.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from finequant.quantize.checkpoint.stored import Stored
+    from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
     from finequant.quantize.formats.contents import Contents
     from finequant.quantize.rounding import Rounded
     from finequant.recipes.schema import Recipe
@@ -38,7 +38,7 @@ class Format:
     """In `quantize.exports`, in the manifest, and of the folder in exports/."""
 
     report_key: str
-    """Of its column in report.json; `finequant chat --model` takes it, too."""
+    """Key of the format's column in report.json; `finequant chat --model` also takes it."""
 
     packages: Mapping[str, str]
     """To write it and read it back: module -> what pip installs."""
@@ -46,11 +46,13 @@ class Format:
     check_fits: Callable[[Contents], None]
     """Raises a UserError for contents that the format cannot hold, before anything is trained."""
 
-    write: Callable[[Stored, Path, Recipe], dict[str, Any]]
+    write: Callable[[QuantizedCheckpoint, Path, Recipe], dict[str, Any]]
     """Writes an export into an empty folder, its weights into files named model*, and returns
     figures for the manifest."""
 
-    read_back: Callable[[Path, Stored], tuple[dict[str, Rounded], dict[str, torch.Tensor] | None]]
+    read_back: Callable[
+        [Path, QuantizedCheckpoint], tuple[dict[str, Rounded], dict[str, torch.Tensor] | None]
+    ]
     """Codes and scales by layer, and what stayed in float by parameter, as the format's own package
     reads them from the folder; None for floats that it cannot name."""
 

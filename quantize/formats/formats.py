@@ -12,9 +12,9 @@ from finequant.quantize.formats.format import Format
 FORMATS: dict[str, Format] = {
     entry.name: entry for entry in (compressed_tensors.FORMAT, gguf.FORMAT, executorch.FORMAT)
 }
-"""By name. torchao's is not among them: it is quantized/ itself."""
+"""All formats by name, except torchao's, which is quantized/ itself."""
 
 
 def report_key(name: str) -> str:
-    """Of an export's column in report.json; a folder of an unknown format stands there by name."""
+    """Returns the key of an export's column in report.json; an unknown format's is its name."""
     return FORMATS[name].report_key if name in FORMATS else name

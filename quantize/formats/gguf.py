@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from finequant.finetune.pre_tokenizers import gguf_name
-from finequant.quantize.checkpoint.stored import Stored
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import CONTEXT, Format
 from finequant.quantize.formats.snippet import fenced
@@ -51,7 +51,7 @@ def check_fits(contents: Contents) -> None:
         raise UserError(f"gguf: rotary scaling {kind!r} is not written; expected none or llama3")
 
 
-def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
+def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Writes the file; returns figures for the manifest.
 
     Raises:
@@ -82,7 +82,7 @@ def write(stored: Stored, folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"bits_per_rounded_weight": 8 * size / weights}
 
 
-def _add_rounded(writer: GGUFWriter, stored: Stored, names: TensorNameMap) -> int:
+def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorNameMap) -> int:
     """Adds every rounded layer; returns their bytes."""
     from gguf import GGMLQuantizationType
 
@@ -166,7 +166,7 @@ def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
+def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> None:
     """Tokens, merges, special tokens and the chat template."""
     from gguf import SpecialVocab, TokenType
 
@@ -189,7 +189,7 @@ def _add_tokenizer(writer: GGUFWriter, stored: Stored) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def _end_of_turn(stored: Stored, eos: int | None) -> dict[str, int]:
+def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:
     """The end tokens, under the three keys at which llama.cpp stops.
 
     A fourth has no key; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their text.
@@ -226,7 +226,9 @@ def _names(kinds: list[str | None]) -> str:
     return ", ".join(filter(None, kinds)) or "no rule (as Llama 2's does)"
 
 
-def read_back(folder: Path, stored: Stored) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+def read_back(
+    folder: Path, stored: QuantizedCheckpoint
+) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
     """Codes and scales of the file, in the rows and groups of `stored`; and its other tensors.
 
     The values come from the gguf package, so its reading of the layout counts, not ours.

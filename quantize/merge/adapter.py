@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 LARGEST_DIFFERENCE = 1e-3
-"""Of merged logits, relative to the largest logit. float32 rounding stays below 1e-4."""
+"""Limit for the difference of merged logits, relative to the largest logit. float32 rounding stays
+below 1e-4."""
 
 PREFIX = "base_model.model."
 """Before the names of parameters in peft's files."""
@@ -52,7 +53,7 @@ class Base(NamedTuple):
     config: LlamaConfig
     generation_config: GenerationConfig
     shapes: dict[str, tuple[int, ...]]
-    """Of every parameter, in the model's order; a tied head has an entry, too."""
+    """Shapes of all parameters, in the model's order; a tied head has an entry, too."""
     weights: Weights
     plain: Callable[[], LlamaForCausalLM] | None = None
     """The model as `from_pretrained` makes it, its weights on disk wherever the format allows."""
@@ -146,7 +147,7 @@ class Adapter:
             self._check(layer, base.shapes, _rank(config, layer), refused, folder)
 
     def _is_the_bases(self, key: str, base: Base) -> bool:
-        """Whether the adapter's copy of the head equals the base's, in the copy's dtype."""
+        """Says whether the adapter's copy of the head equals the base's, in the copy's dtype."""
         name = f"{HEAD}.weight"
         if self._file.entries[key].shape != base.shapes[name]:
             return False

@@ -1,11 +1,11 @@
 """A layer plan within a budget of bits, by measured sensitivity.
 
 Rounding a layer changes its output for each token by dz = dW x. With g, the gradient of the
-token's loss with respect to that output, the loss rises by half the mean of (g . dz)^2: to second
-order, with the Fisher information for the Hessian (as in BRECQ, https://arxiv.org/abs/2102.05426).
-The loss is that of next tokens drawn from the model itself, so the rise is the divergence from
+token's loss with respect to that output, the loss increases by half the mean of (g . dz)^2: to
+second order, with the Fisher information as the Hessian (BRECQ, https://arxiv.org/abs/2102.05426).
+The loss is that of next tokens drawn from the model itself, so its increase is the divergence from
 the float model. One forward and one backward pass, a block at a time, measure every layer with
-every number of bits; then each bit goes where it buys most (Shoham and Gersho, 1988,
+every number of bits; then each bit goes where it helps most (Shoham and Gersho, 1988,
 https://doi.org/10.1109/29.90373).
 
 Each token is taken by itself, although the errors of one layer at several tokens meet again in
@@ -48,11 +48,12 @@ if TYPE_CHECKING:
 TOKENS = 2048
 """Tokens to measure on, at most; all of them in one pass."""
 
-Rises = dict[str, dict[int, float]]
-"""Of the loss, in nats per token, by layer and bits: an approximation, good for ranking layers."""
+LossIncreases = dict[str, dict[int, float]]
+"""Sensitivity: the increase of the loss, in nats per token, by layer and bits. It is approximate,
+but good for ranking layers."""
 
 Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By linear layer: inputs [rows, length, in] and gradients of the outputs [rows, length, out]."""
+"""Inputs [rows, length, in] and gradients of outputs [rows, length, out], by linear layer."""
 
 
 def within_budget(
@@ -78,10 +79,10 @@ def within_budget(
     sequences = calibration_sequences(recipe, tokenizer)
     sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
     say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
-    rises = sensitivity(weights, config, sequences, free, dtype, recipe.seed)
+    loss_increases = sensitivity(weights, config, sequences, free, dtype, recipe.seed)
     shapes = layer_shapes(config)
     counts = {name: math.prod(shapes[name]) for name in free}
-    bits = allocate(rises, counts, _allowance(quantize, plan, free, config))
+    bits = allocate(loss_increases, counts, _allowance(quantize, plan, free, config))
     plan |= {name: scheme._replace(bits=bits[name]) for name, scheme in free.items()}
     chosen = ", ".join(f"{count} at {b}" for b, count in sorted(Counter(bits.values()).items()))
     say(f"quantize: {bits_per_weight(plan, config):.3f} bits per weight; layers: {chosen}")
@@ -96,8 +97,8 @@ def sensitivity(
     schemes: dict[str, LayerScheme],
     dtype: torch.dtype,
     seed: int,
-) -> Rises:
-    """What rounding each of these layers alone, to nearest, would cost.
+) -> LossIncreases:
+    """Estimates the cost of rounding each layer by itself, to nearest.
 
     sequences: token ids [rows, length].
     dtype: of the arithmetic.
@@ -113,13 +114,13 @@ def sensitivity(
             hidden = block(hidden, **rotary)
     top = norm_and_head(config, weights, dtype).to(device)
     seen, gradient = _backward(top, hidden, lambda logits: _drawn_gradient(logits, seed))
-    rises = _rises(weights, "", seen, schemes)
+    loss_increases = _loss_increases(weights, "", seen, schemes)
     del top
     for number in reversed(range(count)):
         block = decoder_block(config, number, weights, dtype).to(device)
         seen, gradient = _backward(block, inputs.pop(), lambda _, above=gradient: above, **rotary)
-        rises |= _rises(weights, f"model.layers.{number}.", seen, schemes)
-    return {name: rises[name] for name in schemes}
+        loss_increases |= _loss_increases(weights, f"model.layers.{number}.", seen, schemes)
+    return {name: loss_increases[name] for name in schemes}
 
 
 def _backward(
@@ -128,9 +129,9 @@ def _backward(
     loss_gradient: Callable[[torch.Tensor], torch.Tensor],
     **arguments,
 ) -> tuple[Seen, torch.Tensor]:
-    """Of the block's linear layers, inputs and gradients of outputs; and the gradient of `hidden`.
+    """Records the linear layers' inputs and output gradients, and the gradient of `hidden`.
 
-    loss_gradient: of the loss with respect to the block's output, which it is called with.
+    loss_gradient: called with the block's output, returns the gradient of the loss for it.
     """
     inputs, outputs = {}, {}
 
@@ -150,7 +151,8 @@ def _backward(
 
 
 def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """Of the summed loss of next tokens drawn from the logits [rows, length, vocabulary]."""
+    """Computes the gradient of the summed loss for tokens drawn from the logits [rows, length,
+    vocabulary]."""
     probabilities = logits.float().softmax(-1)
     generator = torch.Generator(logits.device).manual_seed(seed)
     drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
@@ -160,31 +162,35 @@ def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _rises(weights: Weights, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]) -> Rises:
-    rises: Rises = {}
+def _loss_increases(
+    weights: Weights, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]
+) -> LossIncreases:
+    loss_increases: LossIncreases = {}
     for name, (x, gradient) in seen.items():
         if scheme := schemes.get(prefix + name):
             weight = weights(f"{prefix}{name}.weight", WHOLE).to(x.device).float()
-            rises[prefix + name] = {}
+            loss_increases[prefix + name] = {}
             for bits in CANDIDATES:
                 rounded = round_to_nearest(weight, *scheme._replace(bits=bits))
                 error = rounded.dequantize(torch.float32).sub_(weight).to(x.dtype)
                 change = linear(x, error).float().mul_(gradient).sum(-1)
-                rises[prefix + name][bits] = change.square().mean().item() / 2
-    return rises
+                loss_increases[prefix + name][bits] = change.square().mean().item() / 2
+    return loss_increases
 
 
-def allocate(rises: Rises, weights: dict[str, int], allowance: float) -> dict[str, int]:
+def allocate(
+    loss_increases: LossIncreases, weights: dict[str, int], allowance: float
+) -> dict[str, int]:
     """Bits of each layer: from the fewest up, always the step that lowers the sum most per bit.
 
     weights: how many each layer has.
     allowance: bits for all codes together.
     """
-    chosen = {name: min(options) for name, options in rises.items()}
+    chosen = {name: min(options) for name, options in loss_increases.items()}
     left = allowance - sum(weights[name] * bits for name, bits in chosen.items())
     while True:
         steps = []
-        for name, options in rises.items():
+        for name, options in loss_increases.items():
             for bits, rise in options.items():
                 cost = weights[name] * (bits - chosen[name])
                 if 0 < cost <= left:

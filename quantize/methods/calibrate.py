@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TOKENS = 4096
 """Tokens of a forward pass."""
 
-# The layers of a block whose inputs are kept; others have the input of one of these.
-LEADERS = {
+# Layers that share an input: the layer whose input is recorded -> the others with the same input.
+SHARED_INPUTS = {
     "self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": (),
     "mlp.gate_proj": ("mlp.up_proj",),
@@ -44,12 +44,12 @@ Piece = tuple[str, slice, Rounded]
 
 
 def nothing(name: str, rows: slice) -> Rounded | None:
-    """Of what is known before the first block."""
+    """Returns None: nothing is known before the first block."""
     return None
 
 
 def device() -> torch.device:
-    """Where blocks are run and rounded."""
+    """Returns the device on which blocks are run and rounded."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -106,10 +106,10 @@ class _Calibration:
         self._rotary = rotary_of(config, self._exact[0])
 
     def block(self, number: int) -> Iterator[Piece]:
-        """Its layers; the activations move on to its outputs."""
+        """Quantizes the block's layers, and advances the activations to its outputs."""
         block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
         prefix = f"model.layers.{number}."
-        names = [name for name in _layers(LEADERS) if self._plan[prefix + name]]
+        names = [name for name in _layers(SHARED_INPUTS) if self._plan[prefix + name]]
         found = {name: self._known(prefix + name, WHOLE) for name in names}
         if all(found.values()):
             self._exact = [self._run(block, hidden) for hidden in self._exact]
@@ -125,10 +125,10 @@ class _Calibration:
         return block(hidden, position_embeddings=self._rotary)
 
     def _round(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> dict[str, Rounded]:
-        """Of a float block; the float model's activations move on to its outputs."""
+        """Quantizes a float block's layers, and advances the float activations to its outputs."""
         found, float_weights = {}, {}
-        for leader, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
-            for name in (leader, *LEADERS[leader]):
+        for first, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
+            for name in (first, *SHARED_INPUTS[first]):
                 if name in names:
                     shape = block.get_submodule(name).weight.shape
                     weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
@@ -163,7 +163,7 @@ class _Calibration:
 
 
 def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
-    """Of the embedding, as the shipped model has them: it is rounded to nearest."""
+    """Returns the embedding's weights as the shipped model has them, rounded to nearest."""
     if not scheme:
         return weights
     return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
@@ -180,8 +180,8 @@ def _shown(blocks: int) -> Iterator[int]:
             print(f"gptq: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
 
 
-def _layers(leaders: dict[str, tuple[str, ...]]) -> list[str]:
-    return [name for leader, others in leaders.items() for name in (leader, *others)]
+def _layers(shared: dict[str, tuple[str, ...]]) -> list[str]:
+    return [name for first, others in shared.items() for name in (first, *others)]
 
 
 def _on_cpu(rounded: Rounded) -> Rounded:
@@ -200,14 +200,16 @@ def _block_statistics(
     exact: list[torch.Tensor],
     rotary: Rotary,
 ) -> Iterator[tuple[str, Statistics]]:
-    """By leader, of a float block; `exact` moves on to the block's outputs."""
+    """Yields the statistics of each shared input, by its first layer; advances `exact`."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
         return lambda _, arguments: inputs.__setitem__(name, arguments[0])
 
-    hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in LEADERS]
-    statistics = {name: Statistics() for name in LEADERS}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in SHARED_INPUTS
+    ]
+    statistics = {name: Statistics() for name in SHARED_INPUTS}
     for index, (one, other) in enumerate(zip(quantized, exact, strict=True)):
         exact[index] = block(other, position_embeddings=rotary)
         exact_inputs = dict(inputs)
@@ -218,5 +220,5 @@ def _block_statistics(
         hook.remove()
     inputs.clear()
     del exact_inputs, one, other
-    for name in LEADERS:
+    for name in SHARED_INPUTS:
         yield name, statistics.pop(name)

@@ -66,7 +66,7 @@ class Statistics:
 
 
 class Solved(NamedTuple):
-    """What layers with the same inputs share."""
+    """The solution that layers with the same inputs share."""
 
     drift: torch.Tensor
     factor: torch.Tensor

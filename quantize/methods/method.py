@@ -34,9 +34,10 @@ def round_model(
 
     plan, method = layer_plan(recipe.quantize, model.config), recipe.quantize.method
     weights = weights_of(model)
-    alone = [name for name in plan if plan[name] and not is_calibrated(name, method)]
+    data_free = [name for name in plan if plan[name] and not is_calibrated(name, method)]
     rounded = {
-        name: round_alone(weights(f"{name}.weight", WHOLE), plan[name], method) for name in alone
+        name: round_data_free(weights(f"{name}.weight", WHOLE), plan[name], method)
+        for name in data_free
     }
     if method == "gptq":
         sequences = calibration_sequences(recipe, tokenizer)
@@ -52,11 +53,11 @@ def round_model(
 
 
 def is_calibrated(name: str, method: str) -> bool:
-    """Whether a layer is rounded with its inputs in view; others are rounded by themselves."""
+    """Says whether a layer is calibrated on its inputs; the others are quantized data-free."""
     return method == "gptq" and name != EMBEDDING
 
 
-def round_alone(weight: torch.Tensor, scheme: LayerScheme, method: str) -> Rounded:
+def round_data_free(weight: torch.Tensor, scheme: LayerScheme, method: str) -> Rounded:
     """A weight [out, in] without its inputs; hqq needs the whole of it, not some rows."""
     if method == "hqq":
         return _half_quadratic(weight, scheme)
@@ -72,18 +73,23 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
 
-    wish = recipe.quantize.calibration
+    calibration = recipe.quantize.calibration
     data = recipe.data
-    if wish.data:
+    if calibration.data:
         data = data.model_copy(
-            update={"train": wish.data, "validation": [], "test": [], "validation_fraction": 0.0}
+            update={
+                "train": calibration.data,
+                "validation": [],
+                "test": [],
+                "validation_fraction": 0.0,
+            }
         )
     rows = load_splits(data, recipe.seed).train
     generator = torch.Generator().manual_seed(recipe.seed)
-    length, ids = wish.length, []
+    length, ids = calibration.length, []
     for index in torch.randperm(len(rows), generator=generator).tolist():
         ids += encode(rows[index], tokenizer, data, whole=True).input_ids
-        if len(ids) >= max(wish.tokens, length):
+        if len(ids) >= max(calibration.tokens, length):
             break
     if len(ids) < length:
         raise UserError(
@@ -92,7 +98,7 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
         )
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
-    return sequences[chosen[: max(1, wish.tokens // length)]]
+    return sequences[chosen[: max(1, calibration.tokens // length)]]
 
 
 def _half_quadratic(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from finequant.quantize.rounding import (
     Rounded,
     code_range,
-    places,
+    latent_weights,
     quantize_activations,
     stored_scale,
 )
@@ -29,39 +29,39 @@ if TYPE_CHECKING:
     from finequant.quantize.scheme import LayerScheme
 
 LEARNING_RATE = 0.002
-"""Of a weight's place between codes, in steps of its scale."""
+"""Learning rate of the latent weights, in steps of their scale."""
 
 SCALE_LEARNING_RATE = 1e-3
 """Relative to a scale."""
 
 TOKENS = 1024
-"""Of a step."""
+"""Tokens of an optimizer step."""
 
 
 class _Round(torch.autograd.Function):
-    """Places [out, groups, size] and factors of the scales -> weight [out, in]."""
+    """Fake-quantizes latent weights [out, groups, size], given factors of scales, to [out, in]."""
 
     @staticmethod
-    def forward(ctx, places, factor, scale, scale_dtype, bits, dtype):
+    def forward(ctx, latent_weights, factor, scale, scale_dtype, bits, dtype):
         low, high = code_range(bits)
-        codes = places.round().clamp_(low, high)
+        codes = latent_weights.round().clamp_(low, high)
         scaled = stored_scale(scale * factor, scale_dtype).float()  # as it ships
-        ctx.save_for_backward(places, codes, scaled)
+        ctx.save_for_backward(latent_weights, codes, scaled)
         ctx.scale, ctx.limits = scale, (low, high)
         return codes.mul(scaled[:, :, None]).to(dtype).flatten(1)
 
     @staticmethod
     def backward(ctx, gradient):
-        places, codes, scale = ctx.saved_tensors
+        latent_weights, codes, scale = ctx.saved_tensors
         low, high = ctx.limits
         gradient = gradient.float().unflatten(1, (scale.shape[1], -1))
         of_factor = (gradient * codes).sum(-1).mul_(ctx.scale)
-        inside = (places > low - 0.5) & (places < high + 0.5)
+        inside = (latent_weights > low - 0.5) & (latent_weights < high + 0.5)
         return gradient.mul(scale[:, :, None]).mul_(inside), of_factor, None, None, None, None
 
 
 class TrainedLayer:
-    """What is learned of a linear layer: where its weights lie between codes, and its scales."""
+    """The learned parts of a linear layer: its latent weights, and factors of its scales."""
 
     def __init__(self, weight: torch.Tensor, start: Rounded, scheme: LayerScheme) -> None:
         """weight: [out, in] of the float model."""
@@ -70,17 +70,19 @@ class TrainedLayer:
             start.scale.float(),
             start.scale.dtype,
         )
-        self.places = places(weight, start, torch.float32)
-        self.places = self.places.unflatten(1, (self._scale.shape[1], -1)).requires_grad_()
+        self.latent_weights = latent_weights(weight, start, torch.float32)
+        self.latent_weights = self.latent_weights.unflatten(
+            1, (self._scale.shape[1], -1)
+        ).requires_grad_()
         self.factor = torch.ones_like(self._scale).requires_grad_()
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         return _Round.apply(
-            self.places, self.factor, self._scale, self._scale_dtype, self._bits, dtype
+            self.latent_weights, self.factor, self._scale, self._scale_dtype, self._bits, dtype
         )
 
     def rounded(self) -> Rounded:
-        codes = self.places.detach().round().clamp_(*code_range(self._bits))
+        codes = self.latent_weights.detach().round().clamp_(*code_range(self._bits))
         scale = stored_scale(self._scale * self.factor.detach(), self._scale_dtype)
         return Rounded(codes.flatten(1).to(torch.int8), scale)
 
@@ -110,7 +112,7 @@ def reconstruct(
     ]
     optimizer = torch.optim.Adam(
         [
-            {"params": [layer.places for layer in layers.values()], "lr": LEARNING_RATE},
+            {"params": [layer.latent_weights for layer in layers.values()], "lr": LEARNING_RATE},
             {"params": [layer.factor for layer in layers.values()], "lr": SCALE_LEARNING_RATE},
         ]
     )

@@ -1,9 +1,13 @@
-"""A model that computes the same, in turned coordinates where outliers are spread over all places.
+"""Rotates a model: it computes the same, but outliers are spread over all channels.
 
-A few large weights or activations make their whole group's scale large, and the rest is rounded
-away. An orthogonal matrix spreads them, and two of them fold into a Llama's weights, so that
-nothing is left to do at run time (https://arxiv.org/abs/2404.00456): R turns the residual stream,
-once the weights of each norm are in the layers that read from it; H turns each head's values.
+A few large weights or activations make their group's scale large, and the rest is rounded away.
+Orthogonal matrices spread them, and two of them fold into a Llama's weights, so that they cost
+nothing at run time (QuaRot, https://arxiv.org/abs/2404.00456): R rotates the residual stream, after
+the weights of each norm are folded into the layers that read from it; H rotates each head's values.
+
+SmoothQuant (https://arxiv.org/abs/2211.10438) and AWQ (https://arxiv.org/abs/2306.00978) scale
+channels instead. They are not done here: they depend on calibration data, and only move outliers
+between activations and weights, while a rotation spreads both.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.quantize.checkpoint.reading import FEWEST, WHOLE, Weights, filled
+from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights, filled
 from finequant.quantize.scheme import EMBEDDING, HEAD, untie_head
 
 if TYPE_CHECKING:
@@ -32,22 +36,22 @@ NORMS = {
 
 
 def rotate(model: LlamaForCausalLM) -> None:
-    """Turns a whole float model, in place; a tied head gets weights of its own."""
+    """Rotates a whole float model, in place; a tied head is untied."""
     untie_head(model)
     parameters = dict(model.named_parameters())
-    turned = rotated(lambda name, rows: parameters[name].detach()[rows], model.config)
+    rotated_rows = rotated(lambda name, rows: parameters[name].detach()[rows], model.config)
     # The layers first: the weights of the norms go into them.
     for name, tensor in sorted(parameters.items(), key=lambda item: "norm" in item[0]):
-        tensor.data = filled(turned, name, tensor.shape, tensor.dtype)
+        tensor.data = filled(rotated_rows, name, tensor.shape, tensor.dtype)
 
 
 def rotated(weights: Weights, config: LlamaConfig) -> Weights:
-    """float32 rows of the turned model, the same bits in whatever pieces they are read.
+    """Returns float32 rows of the rotated model, with the same bits however they are split.
 
     weights: of the float model; its head is not tied, or is read as if it were not.
     """
     stream, values = orthogonal(config.hidden_size), orthogonal(config.head_dim)
-    lock = Lock()  # of threads that turn rows of one layer, one reads it
+    lock = Lock()  # when several threads rotate rows of a layer, one of them reads it
 
     @lru_cache(maxsize=2)
     def whole(name: str) -> torch.Tensor:
@@ -56,10 +60,10 @@ def rotated(weights: Weights, config: LlamaConfig) -> Weights:
     def writer(name: str, rows: slice) -> torch.Tensor:
         with lock:
             layer = whole(name)
-        turned = stream[:, rows].T @ layer
+        rotated_rows = stream[:, rows].T @ layer
         if name.endswith("o_proj.weight"):
-            turned = (turned.unflatten(1, (-1, len(values))) @ values).flatten(1)
-        return turned
+            rotated_rows = (rotated_rows.unflatten(1, (-1, len(values))) @ values).flatten(1)
+        return rotated_rows
 
     def reader(name: str, rows: slice, norm: str | None) -> torch.Tensor:
         weight = weights(name, rows).float()
@@ -69,7 +73,7 @@ def rotated(weights: Weights, config: LlamaConfig) -> Weights:
             weight = weight * weights(f"{norm}.weight", WHOLE).float()
         return weight @ stream
 
-    def turned(name: str, rows: slice) -> torch.Tensor:
+    def rotated_rows(name: str, rows: slice) -> torch.Tensor:
         block, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind.endswith("norm"):
             return torch.ones_like(weights(name, rows), dtype=torch.float32)
@@ -81,11 +85,11 @@ def rotated(weights: Weights, config: LlamaConfig) -> Weights:
             norm = "model.norm"
         else:
             norm = f"{block.rpartition('.')[0]}.{NORMS[kind]}"
-        step = math.lcm(FEWEST, len(values)) if kind == "v_proj" else FEWEST
+        step = math.lcm(MIN_ROWS, len(values)) if kind == "v_proj" else MIN_ROWS
         wider, own = _aligned(rows, step)
         return reader(name, wider, norm)[own]
 
-    return turned
+    return rotated_rows
 
 
 def _aligned(rows: slice, step: int) -> tuple[slice, slice]:
@@ -167,7 +171,7 @@ def _jacobsthal(prime: int) -> torch.Tensor:
 
 
 def _prime_factors(number: int) -> list[int]:
-    """With multiplicity, in order."""
+    """Lists the prime factors with multiplicity, in order."""
     factors, divisor = [], 2
     while divisor * divisor <= number:
         if number % divisor:

@@ -13,7 +13,7 @@ import torch
 
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.methods import budget
-from finequant.quantize.methods.calibrate import LEADERS, TOKENS
+from finequant.quantize.methods.calibrate import SHARED_INPUTS, TOKENS
 from finequant.quantize.methods.gptq import ROWS
 from finequant.quantize.scheme import (
     EMBEDDING,
@@ -41,11 +41,11 @@ class Lengths(NamedTuple):
     """Tokens of what a recipe reads, which decide the memory of activations."""
 
     training: list[int]
-    """Of each training row."""
+    """Tokens of each training row."""
     scored: int
-    """Of the longest sequence whose likelihood is measured."""
+    """Tokens of the longest sequence whose likelihood is measured."""
     prompt: int
-    """Of the longest held-out prompt."""
+    """Tokens of the longest held-out prompt."""
 
 
 MB = 10**6
@@ -91,7 +91,7 @@ def trainable(lora: Lora, config: LlamaConfig) -> int:
     total = 0
     for name, (rows, columns) in layer_shapes(config).items():
         aimed = lora.target_modules == "all-linear" or any(
-            f".{name}".endswith(f".{wish}") for wish in lora.target_modules
+            f".{name}".endswith(f".{target}") for target in lora.target_modules
         )
         if aimed and name not in (HEAD, EMBEDDING):
             total += lora.rank * (rows + columns) + (rows if lora.use_dora else 0)
@@ -99,14 +99,14 @@ def trainable(lora: Lora, config: LlamaConfig) -> int:
 
 
 def longest(recipe: Recipe) -> Lengths:
-    """What the recipe allows, where its rows have not been read."""
+    """Returns the lengths that the recipe allows, if its rows have not been read."""
     limit = recipe.data.max_length
     windows = [corpus.max_length for corpus in recipe.evaluate.perplexity]
     return Lengths([limit] * recipe.train.micro_batch_size, max([*windows, limit]), limit)
 
 
 def _step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
-    """Of the largest micro-batch that can come: padded on a GPU, end to end on a CPU."""
+    """Counts the tokens of the largest micro-batch: padded on a GPU, end to end on a CPU."""
     count = recipe.train.micro_batch_size
     if recipe.data.packing:
         return count * recipe.data.max_length
@@ -117,7 +117,7 @@ def _step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
 def training_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Of a step on the micro-batch with the most tokens."""
+    """Estimates the memory of a training step on the micro-batch with the most tokens."""
     dtype = machine.training_dtype(recipe.train.precision)
     tokens = _step_tokens(recipe, lengths, machine)
     # trl's loss, on a GPU, takes all tokens.
@@ -132,7 +132,7 @@ def training_memory(
 
 
 def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths) -> Memory:
-    """Of the larger phase of quantization-aware training: calibration, or a step."""
+    """Estimates quantization-aware training's larger phase: calibration, or a training step."""
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
     shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
     quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
@@ -204,7 +204,7 @@ def _optimizer_bytes(name: str) -> int:
 def quantize_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Of the largest phase: the check of the merge, rounding, or the check of the result."""
+    """Estimates quantization's largest phase: checking the merge, quantizing, or the last check."""
     dtype = shipped_dtype(recipe.quantize, config).itemsize
     shapes = layer_shapes(config)
     block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
@@ -233,18 +233,18 @@ def quantize_memory(
 
 
 def _gguf_bytes(recipe: Recipe) -> int:
-    """Of the file, which is mapped."""
+    """Returns the bytes of the GGUF file, which is memory-mapped."""
     folder, file = locate_base(recipe.model)
     return (folder / file).stat().st_size
 
 
 def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) -> Memory:
     """While a block's inputs are summed up, or its widest layer is solved."""
-    shapes, wish = layer_shapes(config), recipe.quantize.calibration
-    widths = [shapes[f"model.layers.0.{name}"][1] for name in LEADERS]
-    tokens = max(wish.tokens, wish.length)
+    shapes, calibration = layer_shapes(config), recipe.quantize.calibration
+    widths = [shapes[f"model.layers.0.{name}"][1] for name in SHARED_INPUTS]
+    tokens = max(calibration.tokens, calibration.length)
     forward = min(TOKENS, tokens)
-    # Of each Hessian and drift; of two models, with three float32 copies of the widest input.
+    # All Hessians and drifts; two models, with three float32 copies of the widest input.
     summed = 8 * sum(width**2 for width in widths)
     summed += forward * (2 * dtype * sum(widths) + 12 * max(widths))
     solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
@@ -254,15 +254,15 @@ def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) ->
         "activations": 2 * tokens * config.hidden_size * dtype,
         "Hessians": max(summed, solved, rounded),
     }
-    if wish.steps:  # places, their gradients and Adam's two moments; codes, for the backward
+    if calibration.steps:  # latent weights, gradients, Adam's two moments; codes for the backward
         memory["training"] = (16 + 4 + dtype) * block
     return memory
 
 
 def _sensitivity(recipe: Recipe, config: LlamaConfig, dtype: int) -> Memory:
     """While a budget measures the head, with the inputs of every block kept for the way back."""
-    wish, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
-    tokens = max(wish.length, min(wish.tokens, budget.TOKENS))
+    calibration, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
+    tokens = max(calibration.length, min(calibration.tokens, budget.TOKENS))
     return {
         "inputs of blocks": (config.num_hidden_layers + 1) * tokens * config.hidden_size * dtype,
         "head and its errors": (dtype + 20) * head,
@@ -301,7 +301,7 @@ def evaluation_memory(
 
 
 def _memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:
-    """With the process itself, and what the allocator keeps beside the bytes in use."""
+    """Adds the process itself, and what the allocator holds beyond the bytes in use."""
     process = CUDA_CONTEXT if machine.kind == "gpu" else PROCESS[stage]
     kept = int(sum(passing.values()) * (ALLOCATED[machine.kind] - 1))
     memory = {"process": process, **lasting, **passing, "allocator": kept}
@@ -315,7 +315,7 @@ def memory_of(
     machine: Machine,
     lengths: Lengths | None = None,
 ) -> Memory:
-    """What a stage takes at its peak.
+    """Estimates a stage's peak memory.
 
     lengths: of the rows that it reads; default: the longest that the recipe allows.
     """

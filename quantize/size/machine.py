@@ -34,22 +34,22 @@ UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 class Machine(NamedTuple):
-    """Where the stages run."""
+    """The machine on which the stages run."""
 
     name: str
     memory: int
     """bytes"""
     kind: Literal["cpu", "gpu"]
 
-    def training_dtype(self, wish: str) -> str:
+    def training_dtype(self, precision: str) -> str:
         """`bfloat16` or `float32`, as `training_precision` chooses here."""
         from finequant.finetune.model import training_precision
 
-        if wish != "auto" and self.kind == "gpu":
-            return {"bf16": "bfloat16", "fp32": "float32"}[wish]
+        if precision != "auto" and self.kind == "gpu":
+            return {"bf16": "bfloat16", "fp32": "float32"}[precision]
         if self.name in GPUS:
             return "float32" if self.name in WITHOUT_BF16 else "bfloat16"
-        return str(training_precision(wish)[0]).removeprefix("torch.")
+        return str(training_precision(precision)[0]).removeprefix("torch.")
 
 
 def this_machine() -> Machine:

@@ -59,7 +59,7 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
 
 
 def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
-    """Of the whole model with norms and biases; a head tied to the embedding counts once."""
+    """Computes the size of the whole model with norms and biases; a tied head counts once."""
     shapes, vectors = layer_shapes(config), norm_count(config) + bias_count(config)
     sizes = [Size(vectors, vectors * dtype.itemsize, vectors * dtype.itemsize)]
     sizes += [layer_size(shapes[name], plan[name], dtype) for name in _own_weights(plan, config)]
@@ -173,7 +173,7 @@ def _span(ratios: list[float]) -> str:
 
 
 def _totals(plan: Plan, sizes: dict[str, Size], whole: Size, config: LlamaConfig) -> Iterator[str]:
-    """Of the rounded layers, which a budget counts, and of the whole model."""
+    """Yields the totals of the quantized layers, which a budget counts, and of the whole model."""
     rounded = [sizes[name] for name in plan if plan[name] and name != EMBEDDING]
     linear = Size(*map(sum, zip(*rounded, strict=True)))
     for what, size, weights in (

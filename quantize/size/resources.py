@@ -1,4 +1,4 @@
-"""What a recipe takes, printed; and the refusal of what cannot finish here."""
+"""Prints the memory and disk that a recipe takes, and refuses what cannot finish here."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def _divisors(number: int) -> list[int]:
-    """Those below the number, the largest first."""
+    """Lists the divisors below the number, the largest first."""
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 

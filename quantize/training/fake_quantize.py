@@ -31,7 +31,7 @@ from torch.nn.functional import embedding, linear
 from finequant.quantize.rounding import (
     Rounded,
     code_range,
-    places,
+    latent_weights,
     quantize_activations,
     row_chunks,
     stored_scale,
@@ -184,7 +184,7 @@ class FakeQuantLora(FakeQuantLinear):
     ) -> None:
         super().__init__(start, bits, dtype, **kwargs)
         # From 7 bits on float16 cannot tell apart the values beside the largest codes.
-        self.latent = places(exact, start, torch.float16 if bits <= 6 else torch.float32)
+        self.latent = latent_weights(exact, start, torch.float16 if bits <= 6 else torch.float32)
         self.scaling = scaling
         bound = 1 / math.sqrt(exact.shape[1])  # as peft has it
         a = torch.empty(rank, exact.shape[1]).uniform_(-bound, bound, generator=generator)
@@ -234,7 +234,7 @@ class FakeQuantScales(FakeQuantLinear):
 
 @contextmanager
 def disabled(layers: Iterable[FakeQuantized]) -> Iterator[None]:
-    """Inside, the layers compute with their float weights, as the tuned model does."""
+    """Makes the layers compute with their float weights in the block, like the tuned model."""
     for layer in layers:
         layer.enabled = False
     try:

@@ -89,7 +89,7 @@ def _fake_quantized(
 
 
 def _has_lora(name: str, lora: Lora) -> bool:
-    """As peft takes the target modules: all linear layers but the head, or ends of names."""
+    """Says whether a layer gets a LoRA, matching target modules like peft: by ends of names."""
     if lora.target_modules == "all-linear":
         return name != HEAD
     return any(f".{name}".endswith(f".{target}") for target in lora.target_modules)

@@ -50,7 +50,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.train import clear_stale_checkpoints
     from finequant.finetune.trainer import build_trainer
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
     from finequant.quantize.methods.rotation import rotated
     from finequant.quantize.scheme import layer_plan, shipped_dtype
@@ -74,7 +74,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))
     steps = Path(arguments.output_dir)
     decided_by_first(lambda: clear_stale_checkpoints(run, "qat", steps, inputs))
-    model = fake_quantized_model(recipe, weights, read_stored(start).rounded, plan, dtype)
+    model = fake_quantized_model(recipe, weights, read_checkpoint(start).rounded, plan, dtype)
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
     run_trainer(trainer, last_checkpoint(arguments))

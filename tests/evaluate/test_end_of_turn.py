@@ -140,10 +140,10 @@ def test_gguf_names_every_end_token(run):
 
 
 def test_a_pte_says_every_end_token(run):
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.formats.executorch import metadata
 
-    stored = read_stored(run / "quantized")
+    stored = read_checkpoint(run / "quantized")
     assert metadata(stored, 64)["get_eos_ids"] == [EOT, END_OF_TEXT, EOM]
 
 

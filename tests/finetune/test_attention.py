@@ -16,9 +16,9 @@ def rows():
     return [torch.randint(256, (length,), generator=generator).tolist() for length in (5, 19, 8)]
 
 
-@pytest.mark.parametrize("longest", [attention.LONGEST, 4], ids=["products", "fused"])
+@pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
 def test_rows_are_as_if_each_were_alone(tiny_base, rows, longest, monkeypatch):
-    monkeypatch.setattr(attention, "LONGEST", longest)
+    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
     usual = AutoModelForCausalLM.from_pretrained(tiny_base)
     ours = copy.deepcopy(usual)
     ours.set_attn_implementation(attention.NAME)

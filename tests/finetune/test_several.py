@@ -133,8 +133,8 @@ def test_a_folder_that_machines_do_not_share_is_refused(folder):
 def test_a_checkpoint_of_another_launcher_is_refused(folder, name, run, saved, here, way_out):
     codes, (said, other) = results(folder, name)
     assert codes == [2, 2]
-    assert f"error: train: {folder / run} was saved by {saved}, and {here} cannot go on" in said
-    assert f"train with {way_out} again, or delete {(folder / run).parent} to begin anew" in said
+    assert f"error: train: {folder / run} was saved by {saved}, and {here} cannot resume" in said
+    assert f"train with {way_out} again, or delete {(folder / run).parent} to start over" in said
     assert "error" not in other
 
 

@@ -28,7 +28,7 @@ def test_the_example_holds_the_hubs_metadata():
 def test_the_example_has_every_section_and_one_set_of_figures():
     text = CARD.read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert headings == ["Measured", "Load it", "Limits", "Licence", "Recipe", "Made with"]
+    assert headings == ["Measured", "Load it", "Limits", "License", "Recipe", "Made with"]
     header = next(line for line in text.splitlines() if line.startswith("|  | base | tuned |"))
     assert "| quantized |" in header
     for result in ModelCard.load(CARD).data.eval_results:

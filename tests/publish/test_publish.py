@@ -217,7 +217,7 @@ def test_files_that_arrive_otherwise_are_named(hub, publish):
     hub.damage = "quantization.json"
     done = publish()
     assert done.returncode == 1
-    assert "error: publish: on the Hub, 1 files are not as they are here" in done.stderr
+    assert "error: publish: on the Hub, 1 files differ from the local ones" in done.stderr
     assert "quantization.json: differs" in done.stderr
 
 
@@ -355,7 +355,7 @@ def test_an_export_of_another_quantization_is_refused(recipe, capsys):
     export = recipe.parent / "run" / "exports" / "gguf"
     (export / "quantization.json").write_text("{}", encoding="utf-8")
     message = refused(capsys, recipe, "--dry-run")
-    assert "gguf: made of an earlier quantized/" in message
+    assert "gguf: made from an earlier quantized/" in message
     assert "finequant export RECIPE --to gguf" in message
 
 
@@ -417,7 +417,7 @@ def test_what_llamas_licence_asks_is_done(recipe, papers, capsys):
     llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
     message = refused(capsys, *llama)
     assert "alice/tiny" in message
-    assert "begin with Llama: such as alice/Llama-tiny" in message
+    assert "begins with Llama: such as alice/Llama-tiny" in message
     named = (*llama, "publish.repo_id=alice/Llama-tiny")
     dry_run(*named)
     folder = folder_of(recipe)
@@ -436,22 +436,22 @@ def test_what_llamas_licence_asks_is_done(recipe, papers, capsys):
 
 def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe, capsys):
     message = refused(capsys, recipe, "--dry-run", "publish.base_model=meta-llama/Llama-3.2-1B")
-    assert "the base is of meta-llama" in message
+    assert "the base is by meta-llama" in message
 
 
 def test_a_licence_must_be_known_and_is_not_changed(recipe, tiny_base, capsys):
-    from finequant.publish.licence import licence_of
+    from finequant.publish.license import license_of
     from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe
 
     unknown = refused(capsys, recipe, "--dry-run", "publish.license=null")
-    assert "does not say its licence" in unknown
+    assert "does not state its license" in unknown
     base = recipe.parent / "base"
     shutil.copytree(tiny_base, base)
     (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n", encoding="utf-8")
     (base / "LICENSE").write_text("MIT", encoding="utf-8")
     with pytest.raises(UserError, match="apache-2.0, but .* says mit"):
-        licence_of(load_recipe(recipe, [f"model.base={base}"]))
-    followed = licence_of(load_recipe(recipe, [f"model.base={base}", "publish.license=null"]))
+        license_of(load_recipe(recipe, [f"model.base={base}"]))
+    followed = license_of(load_recipe(recipe, [f"model.base={base}", "publish.license=null"]))
     assert followed.id == "mit"
     assert followed.documents == {"LICENSE": b"MIT"}

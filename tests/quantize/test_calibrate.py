@@ -141,7 +141,7 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "trained"])
 def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
     """float16 has no number as small as the scale of zeros is in float32."""
-    from finequant.quantize.methods.method import round_alone
+    from finequant.quantize.methods.method import round_data_free
     from finequant.quantize.methods.reconstruct import TrainedLayer
 
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
     if method == "gptq":
         rounded = gptq(weight, statistics(torch.randn(200, 64)), wanted)
     else:
-        rounded = round_alone(weight, wanted, "hqq" if method == "hqq" else "rtn")
+        rounded = round_data_free(weight, wanted, "hqq" if method == "hqq" else "rtn")
     if method == "trained":
         rounded = TrainedLayer(weight, rounded, wanted).rounded()
     assert rounded.scale.dtype == dtype
@@ -243,7 +243,7 @@ def test_gptq_is_the_textbooks_where_the_inputs_have_not_drifted(bits):
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype):
-    from finequant.quantize.methods.method import round_alone
+    from finequant.quantize.methods.method import round_data_free
 
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
@@ -254,7 +254,7 @@ def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype
         inputs = torch.eye(64).repeat(4, 1)  # no column makes up for another
         codes, scale = gptq(weight, statistics(inputs), plan)
     else:
-        codes, scale = round_alone(weight, plan, method)
+        codes, scale = round_data_free(weight, plan, method)
     assert scale.dtype == dtype
     assert (scale > 0).all() and scale.isfinite().all()
     steps = (weight.unflatten(1, (2, 32)) / scale.float()[:, :, None]).flatten(1)

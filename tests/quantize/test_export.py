@@ -310,13 +310,13 @@ def altered(file: Path, name: str, byte: int) -> None:
 
 
 def test_an_altered_export_is_caught(make, tmp_path):
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import check_codes
     from finequant.quantize.formats.compressed_tensors import read_back
     from finequant.recipes.errors import UserError
 
     run = make(to=("compressed-tensors",))
-    stored = read_stored(run / "quantized")
+    stored = read_checkpoint(run / "quantized")
     folder = tmp_path / "copy"
     shutil.copytree(run / "exports" / "compressed-tensors", folder)
     assert check_codes("x", stored, read_back(folder, stored)[0]) == 0
@@ -354,7 +354,7 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
 
     from finequant.evaluate.metrics.exports import measure_export
     from finequant.publish.loading import QUANTIZED, loading
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import export, fitting_formats
     from finequant.quantize.formats.formats import FORMATS
     from finequant.recipes.errors import UserError
@@ -386,7 +386,7 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
     monkeypatch.setitem(FORMATS, "toy", replace(toy_format.FORMAT, read_back=altered_codes))
     with pytest.raises(UserError, match="toy: the codes of lm_head differ once read"):
         export(recipe, run, ["toy"])
-    wide = read_stored(run.quantized).contents._replace(bits={"lm_head": 8})
+    wide = read_checkpoint(run.quantized).contents._replace(bits={"lm_head": 8})
     with pytest.raises(UserError, match="toy: layers of 8 bits; expected at most 4"):
         fitting_formats(["toy"], wide)
 

@@ -309,16 +309,16 @@ def test_sizes_on_disk_are_those_of_the_tensors(tuned):
 
 
 def test_bits_go_where_they_buy_most():
-    rises = {
+    loss_increases = {
         "steep": {2: 8.0, 3: 2.0, 4: 0.5},
         "flat": {2: 0.2, 3: 0.1, 4: 0.0},
         "big": {2: 9.0, 3: 6.0, 4: 0.5},  # the second step is the better one: both at once
     }
     weights = {"steep": 10, "flat": 10, "big": 40}
-    assert allocate(rises, weights, 120) == {"steep": 2, "flat": 2, "big": 2}
-    assert allocate(rises, weights, 130) == {"steep": 3, "flat": 2, "big": 2}
-    assert allocate(rises, weights, 220) == {"steep": 4, "flat": 2, "big": 4}
-    assert allocate(rises, weights, 1000) == {"steep": 4, "flat": 4, "big": 4}
+    assert allocate(loss_increases, weights, 120) == {"steep": 2, "flat": 2, "big": 2}
+    assert allocate(loss_increases, weights, 130) == {"steep": 3, "flat": 2, "big": 2}
+    assert allocate(loss_increases, weights, 220) == {"steep": 4, "flat": 2, "big": 4}
+    assert allocate(loss_increases, weights, 1000) == {"steep": 4, "flat": 4, "big": 4}
 
 
 @pytest.fixture
@@ -354,12 +354,16 @@ def test_the_expected_rise_is_the_divergence(uneven):
     names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
     schemes = {name: plan[name] for name in names}
     weights, config = weights_of(model), model.config
-    rises = sensitivity(weights, config, sequences, schemes, torch.float32, 0)
+    loss_increases = sensitivity(weights, config, sequences, schemes, torch.float32, 0)
     for name in names:
         weight = model.get_submodule(name).weight
         for bits in (3, 4, 5):
             rounded = round_to_nearest(weight, *schemes[name]._replace(bits=bits))
-            assert 0.4 < rises[name][bits] / divergence(model, {name: rounded}, sequences) < 2.5
+            assert (
+                0.4
+                < loss_increases[name][bits] / divergence(model, {name: rounded}, sequences)
+                < 2.5
+            )
 
 
 @pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("gptq", 3)])

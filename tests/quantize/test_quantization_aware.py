@@ -71,10 +71,10 @@ class Stage:
 
     def start(self, *overrides: str) -> dict:
         """Codes and scales that training started from."""
-        from finequant.quantize.checkpoint.stored import read_stored
+        from finequant.quantize.checkpoint.stored import read_checkpoint
 
         (folder,) = (self.run / "checkpoints" / "qat").glob("start-*")
-        return read_stored(folder).rounded
+        return read_checkpoint(folder).rounded
 
 
 @pytest.fixture
@@ -140,12 +140,12 @@ def check_equal(stage: Stage, *overrides: str) -> None:
 
 
 def test_it_starts_from_what_quantize_ships_and_leaves_it(stage):
-    from finequant.quantize.checkpoint.stored import read_stored
+    from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.training.model import fake_quantized_layers
 
     trainer = stage.train(ADAPTER)
     start, layers = stage.start(), fake_quantized_layers(trainer.model)
-    untrained = read_stored(stage.quantize()).rounded
+    untrained = read_checkpoint(stage.quantize()).rounded
     ended = load_file(stage.run / "trained_codes" / "codes.safetensors")
     assert start.keys() == untrained.keys() == layers.keys()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The turned model computes the same, and has fewer outliers."""
+"""The rotated model computes the same, and has fewer outliers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
 
 def with_outliers(folder):
-    """A Llama whose norms are not all ones and whose hidden states have a few large places."""
+    """A Llama whose norms are not all ones and whose hidden states have a few large channels."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -41,7 +41,7 @@ SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_se
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Every layer in several pieces."""
-    monkeypatch.setattr(tensors, "WEIGHTS", 32 * 64)
+    monkeypatch.setattr(tensors, "PIECE_WEIGHTS", 32 * 64)
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def test_merged_weights_are_pefts_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("method", "turned"),
+    ("method", "rotates"),
     [("rtn", False), ("rtn", True), ("hqq", False), ("gptq", False), ("gptq", True)],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_are_what_a_whole_model_gives(
-    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, turned, tied
+    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, rotates, tied
 ):
     """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
     base = llama("base", tie_word_embeddings=tied)
@@ -129,14 +129,14 @@ def test_pieces_are_what_a_whole_model_gives(
     plan, model = layer_plan(quantize, source.config), theirs(base, folder)
     if unties_head(plan):
         untie_head(model)
-    if turned:
+    if rotates:
         rotate(model)
     recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
     sequences = calibration_sequences(recipe, tokenizer)
     expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
     shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
-    if turned:
+    if rotates:
         weights = rotated(weights, source.config)
     out = tmp_path / "out"
     out.mkdir()

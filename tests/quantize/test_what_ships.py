@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from finequant.evaluate.metrics.tasks import answer
 from finequant.finetune.model import load_base, load_config
 from finequant.quantize.checkpoint.reload import shipped_logits
-from finequant.quantize.checkpoint.stored import read_stored
+from finequant.quantize.checkpoint.stored import read_checkpoint
 from finequant.quantize.convert import check_base_range, write_float, write_quantized
 from finequant.quantize.export import check_codes, check_floats
 from finequant.quantize.formats import compressed_tensors, gguf
@@ -188,7 +188,7 @@ def build(folder: Path, changes: dict, edit) -> tuple[torch.Tensor, list[str]]:
     checkpoint.finish()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "quantized")
-    compressed_tensors.write(read_stored(folder / "quantized"), folder / "exported", None)
+    compressed_tensors.write(read_checkpoint(folder / "quantized"), folder / "exported", None)
     quantized = AutoModelForCausalLM.from_pretrained(folder / "quantized").eval()
     return logits, answer(quantized, tokenizer, PROMPTS, NEW_TOKENS, 1, "answers")
 
@@ -236,7 +236,7 @@ def test_several_ends_end_generation(shipped):
 
 
 def test_every_tensor_of_a_gguf_is_compared_biases_too(shipped, root, tmp_path):
-    stored = read_stored(root / "biases" / "quantized")
+    stored = read_checkpoint(root / "biases" / "quantized")
     assert sum(name.endswith("bias") for name in stored.floats) == 14
     (stored.folder / "quantization.json").write_text("{}")
     recipe = load_recipe(make_recipe(tmp_path, root / "biases" / "base"))

@@ -103,20 +103,20 @@ WRONG = {
     "overflow": ("lora: {alpha: 1e999}", 6, "lora.alpha", "finite number (value inf)"),
     "group size": ("quantize:\n  group_size: 16", 7, "quantize.group_size", "32 (value 16)"),
     "bits": ("quantize: {bits: 9}", 6, "quantize.bits", "less than or equal to 8 (value 9)"),
-    "British licence": (
-        "publish: {licence: mit}",
+    "British license": (
+        "publish: {license: mit}",
         6,
-        "publish.licence",
+        "publish.license",
         "did you mean publish.license?",
     ),
-    "licence without its name": (
+    "license without its name": (
         "publish: {license: other, license_name: mine}",
         6,
         "publish",
         "license: other, license_name and license_link belong together",
     ),
     "language in words": ("publish: {language: English}", 6, "publish.language", "'English'"),
-    "no licence folder": (
+    "no license folder": (
         "publish: {license_folder: papers}",
         6,
         "publish.license_folder",

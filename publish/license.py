@@ -1,4 +1,4 @@
-"""The base's licence, and what it asks of whoever passes the model on."""
+"""Finds the base's license, and follows what it demands of those who redistribute the model."""
 
 from __future__ import annotations
 
@@ -11,67 +11,67 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Model, Recipe
 
 DOCUMENTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""How the names of files begin that go along with a model."""
+"""Prefixes of the files that are published along with a model."""
 
-# Section 1.b of the Llama 3 to 4 community licences quotes what the NOTICE file must say.
+# Section 1.b of the Llama 3 to 4 community licenses quotes what the NOTICE file must say.
 NOTICE = re.compile(r"[\"“]([^\"“”]*?is licensed under[^\"“”]*?Rights\s+Reserved\.?)[\"”]")
 
 
-class Licence(NamedTuple):
-    """Under what terms the base was given, and so the model made of it is."""
+class License(NamedTuple):
+    """The terms under which the base, and so the model made from it, is distributed."""
 
     id: str
-    """As the Hub names it: apache-2.0, llama3.2, other."""
+    """The license as the Hub names it: apache-2.0, llama3.2, other."""
     name: str | None
     link: str | None
     is_llama: bool
     documents: dict[str, bytes]
-    """File name -> content of what goes along."""
+    """Files to publish along with the model: name -> content."""
 
 
-def licence_of(recipe: Recipe) -> Licence:
-    """Reads the base's licence where the base is, and follows it.
+def license_of(recipe: Recipe) -> License:
+    """Reads the license that comes with the base, and checks that publishing complies with it.
 
     Raises:
-        UserError: where it is not known, the recipe says another, a Llama's papers are missing,
-            or its name does not begin with "Llama".
+        UserError: if it is unknown, the recipe names another one, a Llama's license files are
+            missing, or the name of a model made from a Llama does not begin with "Llama".
     """
     publish, folder = recipe.publish, _base_folder(recipe.model)
-    said = _said_by_the_base(recipe.model, folder)
-    own = said.get("license")
-    licence = publish.license or own
-    if licence is None:
+    metadata = _base_metadata(recipe.model, folder)
+    base_license = metadata.get("license")
+    license = publish.license or base_license
+    if license is None:
         raise UserError(
-            f"publish.license: {recipe.model.base} does not say its licence: give it as the Hub "
+            f"publish.license: {recipe.model.base} does not state its license: give it as the Hub "
             "names it (apache-2.0, llama3.2, ...); it is on the page the base came from"
         )
-    if own not in (None, licence):
+    if base_license not in (None, license):
         raise UserError(
-            f"publish.license: {licence}, but {recipe.model.base} says {own}: what is made of a "
-            "model keeps its licence"
+            f"publish.license: {license}, but {recipe.model.base} says {base_license}: a derived "
+            "model keeps the license of its base"
         )
     name, link = (
-        getattr(publish, key) or said.get(key) for key in ("license_name", "license_link")
+        getattr(publish, key) or metadata.get(key) for key in ("license_name", "license_link")
     )
-    is_llama = (name if licence == "other" and name else licence).startswith("llama")
+    is_llama = (name if license == "other" and name else license).startswith("llama")
     if _comes_from_meta(recipe, folder) and not is_llama:
         raise UserError(
-            f"publish.license: {licence}, but the base is of meta-llama: give the licence that its "
-            "page on the Hub says, such as llama3.2"
+            f"publish.license: {license}, but the base is by meta-llama: give the license that its "
+            "page on the Hub states, such as llama3.2"
         )
     where = Path(publish.license_folder) if publish.license_folder else folder
     documents = _documents(where)
     if is_llama:
         _check_name(publish.repo_id)
-        documents = _with_notice(documents, licence, where)
-    return Licence(licence, name, link, is_llama, documents)
+        documents = _with_notice(documents, license, where)
+    return License(license, name, link, is_llama, documents)
 
 
 def _base_folder(model: Model) -> Path | None:
-    """Where the base's card and licence lie; None for a package, which has neither.
+    """Returns the folder with the base's card and license; None for a package, which has neither.
 
     Raises:
-        UserError: for a Hub id whose papers can be had neither from the Hub nor from the cache.
+        UserError: if the license of a Hub id is neither on the Hub nor in the cache.
     """
     from finequant.recipes.base import locate_base
 
@@ -90,17 +90,17 @@ def _from_hub(model: Model) -> Path:
     except Exception as error:  # no network and no cache, no access, no such revision
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.base: the licence of {model.base} cannot be read ({reason}): publish with a "
+            f"model.base: the license of {model.base} cannot be read ({reason}): publish with a "
             "connection to the Hub and access to the base"
         ) from None
 
 
-def _said_by_the_base(model: Model, folder: Path | None) -> dict[str, str | None]:
-    """license, license_name and license_link of its card, or of its GGUF file."""
+def _base_metadata(model: Model, folder: Path | None) -> dict[str, str | None]:
+    """Reads license, license_name, and license_link from the base's card or GGUF file."""
     from huggingface_hub import ModelCard
 
     if folder is None:
-        return {"license": _said_by_gguf(model)}
+        return {"license": _gguf_license(model)}
     card = folder / "README.md"
     if not card.exists():
         return {}
@@ -108,7 +108,7 @@ def _said_by_the_base(model: Model, folder: Path | None) -> dict[str, str | None
     return {key: data.get(key) for key in ("license", "license_name", "license_link")}
 
 
-def _said_by_gguf(model: Model) -> str | None:
+def _gguf_license(model: Model) -> str | None:
     from gguf import GGUFReader
 
     from finequant.recipes.base import locate_base
@@ -137,9 +137,9 @@ def _documents(folder: Path | None) -> dict[str, bytes]:
 
 
 def _with_notice(
-    documents: dict[str, bytes], licence: str, folder: Path | None
+    documents: dict[str, bytes], license: str, folder: Path | None
 ) -> dict[str, bytes]:
-    """Adds the NOTICE file that the licence words, where the base has none."""
+    """Adds the NOTICE file that the license quotes, if the base has none."""
     found = {start: name for name in documents for start in DOCUMENTS if _begins(name, start)}
     text = documents.get(found.get("LICENSE") or found.get("LICENCE") or "", b"")
     notice = NOTICE.search(text.decode("utf-8", "replace"))
@@ -155,9 +155,9 @@ def _with_notice(
         missing = ["NOTICE"]
     if missing:
         raise UserError(
-            f"publish: the licence of the base ({licence}) must go along, and "
+            f"publish: the license of the base ({license}) must be published along with it, and "
             f"{' and '.join(missing)} not in {folder or 'the package'}: download from the base's "
-            "page on the Hub into a folder and name it with publish.license_folder=FOLDER"
+            "page on the Hub into a folder and set publish.license_folder=FOLDER"
         )
     return documents
 
@@ -170,6 +170,6 @@ def _check_name(repo_id: str | None) -> None:
     name = (repo_id or "/").split("/")[1]
     if name and not name.startswith("Llama"):
         raise UserError(
-            f"publish.repo_id: {repo_id}: the base's licence wants the name of every model made of "
-            f"it to begin with Llama: such as {repo_id.split('/')[0]}/Llama-{name}"
+            f"publish.repo_id: {repo_id}: the base's license demands that the name of every model "
+            f"made from it begins with Llama: such as {repo_id.split('/')[0]}/Llama-{name}"
         )
