@@ -72,7 +72,7 @@ RANK, GROUP_SIZE, TOKENS = 16, 32, 4096
 
 
 class Measured(NamedTuple):
-    """Of a process: all of it, its peak resident memory, and its work without the imports."""
+    """A process's total seconds, peak resident memory, and seconds of work without imports."""
 
     seconds: float
     peak_bytes: int

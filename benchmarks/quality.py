@@ -213,7 +213,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
 
 
 def run_stages(recipe: Recipe, *stages: str) -> None:
-    """Those whose inputs have changed."""
+    """Runs the stages whose inputs have changed."""
     from finequant.evaluate.compare import compare
     from finequant.finetune.train import train
     from finequant.quantize.convert import quantize
@@ -232,7 +232,7 @@ def wikitext(*overrides: str) -> Recipe:
 
 
 def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
-    """Per token, on the recipe's windows; `whole`: on all of wiki.test.raw, as lm-eval has it."""
+    """Measures perplexity per token on the recipe's windows, or on the `whole` wiki.test.raw."""
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows, measure
@@ -249,7 +249,7 @@ def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> 
 
 
 def float_perplexities(recipe: Recipe) -> list[float]:
-    """Of base + adapter at each checkpoint of a run."""
+    """Measures the perplexity of base + adapter at each checkpoint of a run."""
     from peft import PeftModel
 
     from finequant.finetune.model import load_base
@@ -271,7 +271,7 @@ def shipped_perplexity(recipe: Recipe) -> float:
 
 
 def show(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """The table, and the same as JSON on one line."""
+    """Prints the table, and the same as JSON on one line."""
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)

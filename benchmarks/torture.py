@@ -27,7 +27,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from finequant.finetune.model import load_base, load_tokenizer
-from finequant.recipes.artefact import content_hash
+from finequant.recipes.artifact import content_hash
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
@@ -225,11 +225,11 @@ def finished(run: Path) -> dict:
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """Hashes of the artefacts, and of the report but for the seconds that training took."""
+    """Hashes of the artifacts, and of the report but for the seconds that training took."""
     found = {
         path.relative_to(run).as_posix(): content_hash(path)
-        for artefact in ("adapter", "quantized")
-        for path in sorted((run / artefact).rglob("*"))
+        for artifact in ("adapter", "quantized")
+        for path in sorted((run / artifact).rglob("*"))
         if path.is_file() and path.name != "training_log.json"
     }
     if (run / "report.json").exists():

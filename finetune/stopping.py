@@ -16,7 +16,7 @@ from finequant.finetune.processes import (
     number_of_processes,
     sharding,
 )
-from finequant.recipes.artefact import differences, remove
+from finequant.recipes.artifact import differences, remove
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import Interrupted, StopRequest, deferred_signals

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finequant.recipes.artefact import differences, remove, replace_text, seal
+from finequant.recipes.artifact import differences, remove, replace_text, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch

@@ -30,7 +30,7 @@ from finequant.finetune.processes import (
     sharding,
 )
 from finequant.finetune.stopping import last_checkpoint, record_launcher
-from finequant.recipes.artefact import differences, seal
+from finequant.recipes.artifact import differences, seal
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.schema import Data, Recipe

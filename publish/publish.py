@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
-from finequant.recipes.artefact import SUMS, replace_text
+from finequant.recipes.artifact import SUMS, replace_text
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe

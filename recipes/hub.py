@@ -18,10 +18,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pinned(recipe: Recipe, recorded: dict[str, str] | None = None) -> tuple[Recipe, dict[str, str]]:
-    """The recipe with commits in place of its Hub revisions, and these by what they stand for.
+    """Replaces the recipe's Hub revisions by commits; also returns the commit of each revision.
 
-    recorded: commits that an earlier stage of the run used, which are taken again. What cannot be
-    resolved is left as it is: loading it then fails, and says why.
+    recorded: commits that an earlier stage of the run used; they are used again. A revision that
+    cannot be resolved stays as it is: loading it then fails with a reason.
     """
     content = recipe.model_dump()
     known = {**(recorded or {}), **json.loads(os.environ.get(COMMITS, "{}"))}
@@ -37,19 +37,19 @@ def pinned(recipe: Recipe, recorded: dict[str, str] | None = None) -> tuple[Reci
 
 
 def _on_the_hub(content: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Kind, repository and the section with its revision."""
+    """Lists the Hub sources of a recipe: kind, repository, and the section with its revision."""
     data, quantize, evaluate = content["data"], content["quantize"], content["evaluate"]
     sources = [source for split in ("train", "validation", "test") for source in data[split]]
     sources += [*quantize["calibration"]["data"], *evaluate["perplexity"]]
-    found = [("datasets", source["source"], source) for source in sources]
+    holders = [("datasets", source["source"], source) for source in sources]
     if not content["model"]["base"].startswith("package:"):
-        found.append(("models", content["model"]["base"], content["model"]))
-    return [(kind, name, holder) for kind, name, holder in found if not Path(name).is_absolute()]
+        holders.append(("models", content["model"]["base"], content["model"]))
+    return [(kind, name, holder) for kind, name, holder in holders if not Path(name).is_absolute()]
 
 
 @cache
 def _resolved(kind: str, repository: str, revision: str) -> str | None:
-    """The commit that the Hub has now; offline, the one in the cache."""
+    """Returns the commit that the Hub has now; offline, the one in the cache."""
     from huggingface_hub import snapshot_download
 
     try:

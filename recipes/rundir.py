@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.recipes import lock
-from finequant.recipes.artefact import content_hash, differences, remove, replace_text, seal, verify
+from finequant.recipes.artifact import content_hash, differences, remove, replace_text, seal, verify
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import path_fields, write_recipe
@@ -71,7 +71,7 @@ class RunDir:
 
     root: Path
     commits: dict[str, str] = field(default_factory=dict, compare=False)
-    """Of the Hub's branches and tags that the recipe names, as `hub.pinned` gives them."""
+    """Commits of the Hub branches and tags that the recipe names, as `hub.pinned` returns them."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDir:
@@ -180,8 +180,8 @@ class RunDir:
             upstream.append("trained_codes")
         if stage == "evaluate":
             upstream += [f"exports/{name}" for name in exports_of(recipe)]
-        for artefact in upstream:
-            inputs[f"{artefact}/"] = f"sha256:{content_hash(self.root / artefact)}"
+        for artifact in upstream:
+            inputs[f"{artifact}/"] = f"sha256:{content_hash(self.root / artifact)}"
         return inputs
 
     def outputs(self, stage: str) -> list[Path]:

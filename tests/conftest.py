@@ -341,7 +341,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub_environment(hub, tmp_path) -> dict[str, str]:
-    """Of a user of `hub`, with an empty cache and no offline mode."""
+    """The environment of a user of `hub`, with an empty cache and no offline mode."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return clean | {
         "HF_ENDPOINT": hub.url,

@@ -40,7 +40,7 @@ def preview(recipe: Recipe, count: int) -> None:
         check_template(rows, tokenizer, recipe.data)
     for row in splits.train[:count]:
         console.rule(Text(row.where))
-        console.print(_coloured(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
+        console.print(_colored(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
     console.rule()
     console.print(_statistics(recipe, tokenizer, splits._asdict()))
     for line in _ends(recipe, tokenizer, splits.train):
@@ -74,7 +74,7 @@ def _prompts_with_several_answers(rows: list[Row]) -> int:
     return sum(len(keys) > 1 for keys in answers.values())
 
 
-def _coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+def _colored(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     from rich.text import Text
 
     text = Text()

@@ -1,5 +1,5 @@
 """Which tokens end an answer: the chat template says so, and training, evaluation, chat and every
-artefact follow it.
+artifact follow it.
 """
 
 from __future__ import annotations

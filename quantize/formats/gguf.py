@@ -112,7 +112,7 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndar
 
 
 def permuted(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
-    """Rows of q_proj and k_proj as llama.cpp rotates them: neighbours, not halves of a head."""
+    """Rows of q_proj and k_proj as llama.cpp rotates them: neighbors, not halves of a head."""
     heads = _heads(name, config)
     if not heads:
         return tensor.contiguous()

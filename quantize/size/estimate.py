@@ -273,7 +273,7 @@ def _sensitivity(recipe: Recipe, config: LlamaConfig, dtype: int) -> Memory:
 def evaluation_memory(
     recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Of the largest of the three models, or of the comparison of two."""
+    """Estimates evaluation: of the largest of the three models, or the comparison of two."""
     evaluate, shipped = recipe.evaluate, shipped_dtype(recipe.quantize, config)
     # Where bf16 is emulated, models compute in float32.
     emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finequant.recipes.artefact import differences, remove
+from finequant.recipes.artifact import differences, remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir, Stopwatch

@@ -72,7 +72,7 @@ def test_the_report_has_all_three_models_on_the_same_tokens(finished, recipe_fil
 
 
 def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tiny_base, tokenizer):
-    """Recomputed from logits of each artefact, loaded the way a user would load it."""
+    """Recomputed from logits of each artifact, loaded the way a user would load it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -105,7 +105,7 @@ def test_exact_match_and_its_standard_error():
     assert score_answers(["a"], ["a"], ["exact_match"])["exact_match"]["stderr"] is None
 
 
-def test_f1_normalises_as_squad_does():
+def test_f1_normalizes_as_squad_does():
     answers = ["The red, red door!", "lamp", "a", ""]
     references = ["a red door", "box", "the", "lamp"]
     # Row 1: red red door / red door: 2 shared, precision 2/3, recall 1.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finequant.finetune.data.preview import _coloured, preview
+from finequant.finetune.data.preview import _colored, preview
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.tokens import encode
 from finequant.recipes.errors import UserError
@@ -129,7 +129,7 @@ def test_the_table_fits_a_narrow_terminal(recipe_file, capsys, monkeypatch):
 def test_learned_tokens_alone_are_green(tokenizer):
     turns = [("user", "où?"), ("assistant", "là ✓ 🌊"), ("user", "a"), ("assistant", "b")]
     row = Row("rows.jsonl:1", tuple({"role": role, "content": said} for role, said in turns))
-    text = _coloured(encode(row, tokenizer, Data(train="rows.jsonl")), tokenizer)
+    text = _colored(encode(row, tokenizer, Data(train="rows.jsonl")), tokenizer)
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in span.style]
     assert green == ["là ✓ 🌊<|im_end|>", "b<|im_end|>"]
     assert text.plain == tokenizer.apply_chat_template(row.messages, tokenize=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finequant.recipes.artefact import SUMS
+from finequant.recipes.artifact import SUMS
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["train.max_steps=60", "train.save_steps=3", "lora.dropout=0.1", "train.logging_steps=5"]

@@ -413,7 +413,7 @@ def papers(tmp_path) -> Path:
     return folder
 
 
-def test_what_llamas_licence_asks_is_done(recipe, papers, capsys):
+def test_what_llamas_license_asks_is_done(recipe, papers, capsys):
     llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
     message = refused(capsys, *llama)
     assert "alice/tiny" in message
@@ -439,7 +439,7 @@ def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe, capsys):
     assert "the base is by meta-llama" in message
 
 
-def test_a_licence_must_be_known_and_is_not_changed(recipe, tiny_base, capsys):
+def test_a_license_must_be_known_and_is_not_changed(recipe, tiny_base, capsys):
     from finequant.publish.license import license_of
     from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe

@@ -129,7 +129,7 @@ def gguf_tensors(run: Path) -> dict[str, tuple[str, np.ndarray]]:
     return {tensor.name: (tensor.tensor_type.name, tensor.data) for tensor in tensors}
 
 
-def halves_to_neighbours(rows: int, heads: int) -> list[int]:
+def halves_to_neighbors(rows: int, heads: int) -> list[int]:
     """Where llama.cpp wants each row of q_proj or k_proj: x1 y1 x2 y2 for x1 x2 y1 y2."""
     size = rows // heads
     order = [half * size // 2 + index for index in range(size // 2) for half in range(2)]
@@ -158,7 +158,7 @@ def test_gguf_holds_the_codes_and_half_precision_scales(make, llama, group_size)
         found = np.concatenate([low, high], axis=-1).reshape(len(data), -1).astype(np.int8) - 8
         order = np.arange(len(codes))
         if count := heads.get(ours.removeprefix("model.layers.1.")):
-            order = halves_to_neighbours(len(codes), count)
+            order = halves_to_neighbors(len(codes), count)
         assert np.array_equal(found, codes[order])
         halves = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
         repeated = scale.astype(np.float16)[order].repeat(group_size // 32, axis=1)

@@ -95,7 +95,7 @@ def test_the_gradient_of_the_scales_is_that_of_autograd():
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-"""Those that a recipe may name, need no further package and compile nothing."""
+"""Optimizers that a recipe may name, that need no further package and compile nothing."""
 
 
 @pytest.mark.parametrize("kind", [FakeQuantLora, FakeQuantScales])

@@ -172,7 +172,7 @@ def variant(folder: Path, changes: dict, edit, **lora):
 
 
 def build(folder: Path, changes: dict, edit) -> tuple[torch.Tensor, list[str]]:
-    """Every artefact of a variant; the quantized logits and answers as they are measured."""
+    """Every artifact of a variant; the quantized logits and answers as they are measured."""
     base, adapter = variant(folder, changes, edit)
     assert check_merge(base, adapter, folder / "adapter", PROMPTS)[0] < 1e-5
     weights, quantize = merged_weights(base, adapter), Quantize(bits=8)

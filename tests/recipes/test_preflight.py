@@ -102,7 +102,7 @@ def test_answers_that_are_no_json_are_listed_with_all_other_problems(refused, pr
     assert "cannot be written" in said
 
 
-def test_a_misspelt_column_is_told_without_torch(recipe_file):
+def test_a_misspelled_column_is_reported_without_torch(recipe_file):
     """Torch takes seconds to import, and a tokenizer more to read."""
     code = (
         "import sys\nfrom finequant.recipes.run import main\n"

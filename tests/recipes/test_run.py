@@ -75,8 +75,8 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     for path in ("finetune/train.py", "quantize/convert.py", "evaluate/compare.py"):
         alone = script(path, str(recipe_file), f"output_dir={tmp_path / 'alone'}")
         assert alone.returncode == 0, alone.stderr
-    for artefact in ("adapter", "quantized"):
-        assert files(tmp_path / "run" / artefact) == files(tmp_path / "alone" / artefact)
+    for artifact in ("adapter", "quantized"):
+        assert files(tmp_path / "run" / artifact) == files(tmp_path / "alone" / artifact)
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "alone")]
     for report in reports:
         del report["training"]  # its seconds differ

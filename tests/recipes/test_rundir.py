@@ -58,7 +58,7 @@ def load(folder: Path, *overrides: str) -> tuple[Recipe, RunDir]:
 
 
 def finish(recipe: Recipe, run: RunDir, *stages: str) -> None:
-    """Does what a stage does to the run directory, with artefacts of one file."""
+    """Does what a stage does to the run directory, with artifacts of one file."""
     for stage in stages or STAGES:
         inputs = run.inputs(recipe, stage)
         for path in run.outputs(stage):
@@ -179,7 +179,7 @@ def test_a_new_source_is_a_change(folder):
     assert any(line.startswith("data.validation.0.source: absent -> sha256:") for line in said)
 
 
-def test_an_artefact_edited_by_hand_is_noticed_downstream(folder):
+def test_an_artifact_edited_by_hand_is_noticed_downstream(folder):
     finish(*load(folder))
     (folder / "run/quantized/weights").write_text("mine", encoding="utf-8")
     assert changes(folder) == {
@@ -237,7 +237,7 @@ def test_the_default_run_directory(folder):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_fails_leaves_the_old_artefact(folder, error):
+def test_what_fails_leaves_the_old_artifact(folder, error):
     recipe, run = load(folder)
     finish(recipe, run)
     with pytest.raises(error), run.writing(run.adapter, recipe) as partial:
@@ -250,7 +250,7 @@ def test_what_fails_leaves_the_old_artefact(folder, error):
         assert list(partial.iterdir()) == []
 
 
-def test_earlier_adapters_are_kept_and_other_artefacts_replaced(folder, capsys):
+def test_earlier_adapters_are_kept_and_other_artifacts_replaced(folder, capsys):
     recipe, run = load(folder)
     previous = run.root / "previous"
 
@@ -264,8 +264,8 @@ def test_earlier_adapters_are_kept_and_other_artefacts_replaced(folder, capsys):
     assert "kept the earlier adapter as run/previous/adapter-1" in capsys.readouterr().out
     kept = {path.name: (path / "weights").read_text("utf-8") for path in previous.iterdir()}
     assert kept == {"adapter-1": "one", "adapter-2": "two"}
-    for artefact in (run.adapter, run.quantized):
-        assert (artefact / "weights").read_text(encoding="utf-8") == "three"
+    for artifact in (run.adapter, run.quantized):
+        assert (artifact / "weights").read_text(encoding="utf-8") == "three"
     shutil.rmtree(previous / "adapter-1")
     write(run.adapter, "four")
     kept = {(path / "weights").read_text(encoding="utf-8") for path in previous.iterdir()}
@@ -273,7 +273,7 @@ def test_earlier_adapters_are_kept_and_other_artefacts_replaced(folder, capsys):
     assert not list(run.root.glob("*.partial"))
 
 
-def test_the_recipe_beside_each_artefact_is_the_recipe(folder, monkeypatch):
+def test_the_recipe_beside_each_artifact_is_the_recipe(folder, monkeypatch):
     recipe, run = load(folder, "train.learning_rate=1e-3", "data.system='a\nb: {c}'")
     finish(recipe, run)
     expected = recipe.model_copy(update={"output_dir": None})

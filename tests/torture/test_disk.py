@@ -70,7 +70,7 @@ def one_error(done: subprocess.CompletedProcess, code: int) -> str:
     return line
 
 
-# Bytes that are left: nothing; enough for the lock; for a part of the artefact.
+# Bytes that are left: nothing; enough for the lock; for a part of the artifact.
 LEFT = {"train": (0, 8192, 60_000), "quantize": (0, 100_000), "evaluate": (0, 8192)}
 
 

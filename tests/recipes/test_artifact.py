@@ -1,4 +1,4 @@
-"""Artefacts say what is in them: damage is named, edits are kept, pickles and links refused."""
+"""Artifacts say what is in them: damage is named, edits are kept, pickles and links refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finequant.recipes.artefact import SUMS, differences, seal, verify
+from finequant.recipes.artifact import SUMS, differences, seal, verify
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
@@ -107,7 +107,7 @@ def test_pickled_files_are_refused_by_name_sealed_or_not(folder, name):
 
 @pytest.fixture
 def written(recipe_file) -> tuple:
-    """A recipe and its run directory, with artefacts of one file."""
+    """A recipe and its run directory, with artifacts of one file."""
     recipe = load_recipe(recipe_file)
     run = RunDir.of(recipe)
     for target in (run.adapter, run.quantized):
@@ -120,7 +120,7 @@ def write(recipe, run: RunDir, target: Path, content: str) -> None:
         (partial / "weights").write_text(content, encoding="utf-8")
 
 
-def test_an_edited_artefact_is_not_built_on(written):
+def test_an_edited_artifact_is_not_built_on(written):
     _, run = written
     run.require("quantize")
     (run.quantized / "weights").write_text("mine", encoding="utf-8")
@@ -130,14 +130,14 @@ def test_an_edited_artefact_is_not_built_on(written):
         run.require("quantize")
 
 
-@pytest.mark.parametrize("artefact", ["adapter", "quantized"])
-def test_an_edited_artefact_is_kept_when_it_is_made_again(written, artefact):
+@pytest.mark.parametrize("artifact", ["adapter", "quantized"])
+def test_an_edited_artifact_is_kept_when_it_is_recreated(written, artifact):
     recipe, run = written
-    target = run.root / artefact
+    target = run.root / artifact
     (target / "weights").write_text("mine", encoding="utf-8")
     write(recipe, run, target, "second")
     assert (target / "weights").read_text(encoding="utf-8") == "second"
-    kept = run.root / "previous" / f"{artefact}-1" / "weights"
+    kept = run.root / "previous" / f"{artifact}-1" / "weights"
     assert kept.read_text(encoding="utf-8") == "mine"
 
 
