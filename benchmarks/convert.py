@@ -124,8 +124,8 @@ def forget(folder: Path) -> None:
 def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: int) -> None:
     """The table in Markdown, and the same as JSON on one line."""
     median = {
-        name: Measured(*map(statistics.median, zip(*found, strict=True)))
-        for name, found in measured.items()
+        name: Measured(*map(statistics.median, zip(*runs, strict=True)))
+        for name, runs in measured.items()
     }
     titles = {
         "ours": "finequant",
@@ -139,18 +139,18 @@ def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: in
     )
     print("| | seconds | of them work | peak memory, GB | GB/s of work | times ours |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: |")
-    for name, found in median.items():
+    for name, runs in median.items():
         print(
-            f"| {titles[name]} | {found.seconds:.1f} | {found.work_seconds:.1f} "
-            f"| {found.peak_bytes / 1e9:.2f} | {size / 1e9 / found.work_seconds:.2f} "
-            f"| {found.seconds / median['ours'].seconds:.2f} |"
+            f"| {titles[name]} | {runs.seconds:.1f} | {runs.work_seconds:.1f} "
+            f"| {runs.peak_bytes / 1e9:.2f} | {size / 1e9 / runs.work_seconds:.2f} "
+            f"| {runs.seconds / median['ours'].seconds:.2f} |"
         )
     rate = median["copy"].work_seconds / median["ours"].work_seconds
     print(f"\nOurs runs at {rate:.2f} of the rate of reading, casting and writing.\n")
     print(
         json.dumps(
             {"title": title, "bytes": size}
-            | {name: found._asdict() for name, found in median.items()}
+            | {name: runs._asdict() for name, runs in median.items()}
         )
     )
 

@@ -73,14 +73,14 @@ def tasks(
         "lm-eval's HFLM": HFLM(model, **settings),
         "finequant": SharedContextLM(model, **settings),
     }
-    found: dict[str, list[Item]] = {}
+    predictions: dict[str, list[Item]] = {}
     task = load_task(data)
     calls = {
-        name: lambda name=name, lm=lm: found.update({name: evaluate_task(lm, task, limit)})
+        name: lambda name=name, lm=lm: predictions.update({name: evaluate_task(lm, task, limit)})
         for name, lm in contenders.items()
     }
     seconds = in_turn(calls, rounds)
-    theirs, ours = (found[name] for name in contenders)
+    theirs, ours = (predictions[name] for name in contenders)
     slowest = seconds["lm-eval's HFLM"]
     show(
         f"{data.stem}, {len(ours)} items, {dtype}, {hardware()}, batch size {batch_size}, median "
@@ -91,8 +91,8 @@ def tasks(
                 name,
                 f"{taken:.1f}",
                 f"{slowest / taken:.2f}",
-                str(differing(theirs, found[name])),
-                str(differing(theirs, found[name], by_length=True)),
+                str(differing(theirs, predictions[name])),
+                str(differing(theirs, predictions[name], by_length=True)),
             )
             for name, taken in seconds.items()
         ],
@@ -112,8 +112,8 @@ def perplexity(
     model, tokenizer = embedded(dtype), load_tokenizer(recipe.model)
     corpus = recipe.evaluate.perplexity[0].model_copy(update={"windows": windows})
     sequences, _ = corpus_windows(read_corpus(corpus), tokenizer, corpus, 8192)
-    full = [one for one in sequences if len(one.ids) == len(sequences[0].ids)]
-    ids = torch.tensor([one.ids[:-1] for one in full]).to(model.device)
+    full = [sequence for sequence in sequences if len(sequence.ids) == len(sequences[0].ids)]
+    ids = torch.tensor([sequence.ids[:-1] for sequence in full]).to(model.device)
 
     @torch.inference_mode()
     def bare() -> None:
@@ -196,7 +196,7 @@ def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
         for hardware in range(new_tokens):
             runtime.last_logits([100 + hardware], len(prompt) + hardware)
 
-    calls = {name: lambda one=runtime: decode(one) for name, runtime in runtimes.items()}
+    calls = {name: lambda runtime=runtime: decode(runtime) for name, runtime in runtimes.items()}
     title = f"Decoding of {new_tokens} tokens, {hardware()}, median of {rounds} in turn"
     show_speeds(title, in_turn(calls, rounds), new_tokens)
 
@@ -252,8 +252,8 @@ def evaluate_task(lm: HFLM, task: dict[str, Any], limit: int | None) -> list[Ite
     """In the order of the file."""
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(lm, **task, limit=limit, bootstrap_iters=0, log_samples=True)
-    samples = sorted(found["samples"]["arc_easy_file"], key=lambda sample: sample["doc_id"])
+    results = simple_evaluate(lm, **task, limit=limit, bootstrap_iters=0, log_samples=True)
+    samples = sorted(results["samples"]["arc_easy_file"], key=lambda sample: sample["doc_id"])
     return [
         Item(sample["doc"]["choices"], [log for ((log, _),) in sample["resps"]])
         for sample in samples
@@ -263,13 +263,13 @@ def evaluate_task(lm: HFLM, task: dict[str, Any], limit: int | None) -> list[Ite
 def differing(theirs: list[Item], ours: list[Item], by_length: bool = False) -> int:
     """Items for which another choice is picked."""
     pairs = zip(theirs, ours, strict=True)
-    return sum(one.pick(by_length) != other.pick(by_length) for one, other in pairs)
+    return sum(a.pick(by_length) != b.pick(by_length) for a, b in pairs)
 
 
 def difference(theirs: list[Item], ours: list[Item]) -> float:
     """The largest of two log-likelihoods of the same choice."""
     pairs = [zip(a.logs, b.logs, strict=True) for a, b in zip(theirs, ours, strict=True)]
-    return max(abs(one - other) for pair in pairs for one, other in pair)
+    return max(abs(first - second) for pair in pairs for first, second in pair)
 
 
 def in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

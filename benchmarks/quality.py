@@ -254,13 +254,13 @@ def float_perplexities(recipe: Recipe) -> list[float]:
 
     from finequant.finetune.model import load_base
 
-    found = []
+    perplexities = []
     for checkpoint in sorted(RunDir.of(recipe).checkpoints.glob("checkpoint-*")):
         base = load_base(recipe.model, torch.bfloat16)
         merged = PeftModel.from_pretrained(base, checkpoint).merge_and_unload()
-        found.append(perplexity(merged, recipe))
-        say(f"{checkpoint.name}: {found[-1]:.3f}")
-    return found
+        perplexities.append(perplexity(merged, recipe))
+        say(f"{checkpoint.name}: {perplexities[-1]:.3f}")
+    return perplexities
 
 
 def shipped_perplexity(recipe: Recipe) -> float:

@@ -116,9 +116,9 @@ def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], 
     for number in range(1, arguments.kills + 1):
         run = folder / f"run-{number}"
         kill = kill_once(command, run, log, pick, seconds, events)
-        found, left = fingerprint(run), half_made(run)
+        hashes, left = fingerprint(run), half_made(run)
         shutil.rmtree(run)
-        problem = differing(expected, found) or ", ".join(left)
+        problem = differing(expected, hashes) or ", ".join(left)
         kills.append(Kill(*kill, not problem, problem))
         say(f"{number}/{arguments.kills} {kill[1]}, {kill[0]}: {problem or 'the same hashes'}")
     return kills, seconds
@@ -167,18 +167,18 @@ def kill_once(
     if pick.random() < 0.5:
         moment = pick.uniform(0, seconds)
         watch(process, run, None, moment)
-        said = f"{moment:.2f} s"
+        when = f"{moment:.2f} s"
     else:
         number, delay = pick.randrange(len(events)), pick.uniform(0, 0.05)
         watch(process, run, number)
         time.sleep(delay)
-        said = f"{1000 * delay:.0f} ms after change {number + 1} ({events[number]})"
+        when = f"{1000 * delay:.0f} ms after change {number + 1} ({events[number]})"
     stage = next((stage for stage in STAGES if stage not in finished(run)), "done")
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     watch(start(command, run, log), run, None)
-    return said, stage
+    return when, stage
 
 
 def start(command: list[str], run: Path, log: Path) -> subprocess.Popen:
@@ -206,8 +206,8 @@ def watch(
     try:
         while process.poll() is None and time.monotonic() < end:
             with suppress(OSError):  # a folder went while it was being listed
-                found = sorted(run.rglob("*"))
-                seen |= dict.fromkeys(path.relative_to(run).as_posix() for path in found)
+                paths = sorted(run.rglob("*"))
+                seen |= dict.fromkeys(path.relative_to(run).as_posix() for path in paths)
             if change is not None and len(seen) > change:
                 break
             time.sleep(0.005)
@@ -226,7 +226,7 @@ def finished(run: Path) -> dict:
 
 def fingerprint(run: Path) -> dict[str, str]:
     """Hashes of the artifacts, and of the report but for the seconds that training took."""
-    found = {
+    hashes = {
         path.relative_to(run).as_posix(): content_hash(path)
         for artifact in ("adapter", "quantized")
         for path in sorted((run / artifact).rglob("*"))
@@ -235,12 +235,12 @@ def fingerprint(run: Path) -> dict[str, str]:
     if (run / "report.json").exists():
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
         del report["training"]
-        found["report.json"] = json.dumps(report)
-    return found
+        hashes["report.json"] = json.dumps(report)
+    return hashes
 
 
-def differing(expected: dict[str, str], found: dict[str, str]) -> str:
-    names = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
+def differing(expected: dict[str, str], actual: dict[str, str]) -> str:
+    names = [name for name in {*expected, *actual} if expected.get(name) != actual.get(name)]
     return f"other hashes: {', '.join(sorted(names))}" if names else ""
 
 

@@ -55,8 +55,8 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
         config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
         rows = load_splits(recipe.data, recipe.seed).train
         encoded = [encode(row, tokenizer, recipe.data) for row in rows]
-        mean = statistics.fmean(len(one.input_ids) for one in encoded)
-        learned = statistics.fmean(sum(label >= 0 for label in one.labels) for one in encoded)
+        mean = statistics.fmean(len(item.input_ids) for item in encoded)
+        targets = statistics.fmean(sum(label >= 0 for label in item.labels) for item in encoded)
         commands = {
             "trl sft, its defaults": trl_command(recipe, steps),
             "trl sft, bf16 weights, no checkpointing": [*trl_command(recipe, steps), *BEST],
@@ -70,8 +70,11 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
                 say(f"round {number + 1} of {rounds}: {name}: {measured[name][-1]}")
     peak = matrix_product_rate()
     tokens = steps * recipe.train.batch_size * mean
-    operations = tokens * (4 * block_weights(config) + 4 * head_weights(config) * learned / mean)
-    seconds = {name: statistics.median(one.seconds for one in measured[name]) for name in commands}
+    forward = block_weights(config) + head_weights(config) * targets / mean
+    operations = 4 * tokens * forward
+    seconds = {
+        name: statistics.median(item.seconds for item in measured[name]) for name in commands
+    }
     fastest = min(seconds.values())
     show(
         f"LoRA rank {recipe.lora.rank}, {steps} steps of {recipe.train.batch_size} rows, median of "
@@ -114,7 +117,7 @@ def local_copy(folder: Path, validation: int) -> Recipe:
 
 def trl_command(recipe: Recipe, steps: int) -> list[str]:
     train, lora = recipe.train, recipe.lora
-    said = {
+    settings = {
         "model_name_or_path": recipe.model.base,
         "dataset_name": Path(recipe.model.base).parent / "data",
         "dataset_test_split": "validation",
@@ -135,7 +138,7 @@ def trl_command(recipe: Recipe, steps: int) -> list[str]:
         "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
     }
-    options = [part for key, value in said.items() for part in (f"--{key}", str(value))]
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     return ["trl", "sft", "--use_peft", *options, "--output_dir"]
 
 

@@ -137,7 +137,7 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
     if device != "cpu":
         options["device_map"] = device
     # transformers fills weights that are missing with random numbers, so they are asked for.
-    base, found = _from_pretrained(
+    base, loading_info = _from_pretrained(
         AutoModelForCausalLM,
         model,
         config=config,
@@ -151,7 +151,7 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
             f"model.base: {model.base} has a LoRA adapter in it (adapter_config.json), which "
             "transformers adds to the base: name a folder without one"
         )
-    _check_weights(model, found)
+    _check_weights(model, loading_info)
     _check_finite(model, base)
     if not is_gguf:  # a model of the Hub has its files only now
         base.config.tie_word_embeddings = as_stored(config, model).tie_word_embeddings
@@ -390,14 +390,14 @@ def _reason(error: Exception) -> str:
     return (message if named else f"{type(error).__name__}: {message}")[:300]
 
 
-def _check_weights(model: Model, found: dict[str, set]) -> None:
+def _check_weights(model: Model, loading_info: dict[str, set]) -> None:
     """Refuses weights that are not those of config.json, all of them and no others."""
     problems = [
         f"{len(names)} {what}, such as {min(names)}"
         for what, names in (
-            ("missing", found["missing_keys"]),
-            ("unknown", found["unexpected_keys"]),
-            ("of another shape", {name for name, *_ in found["mismatched_keys"]}),
+            ("missing", loading_info["missing_keys"]),
+            ("unknown", loading_info["unexpected_keys"]),
+            ("of another shape", {name for name, *_ in loading_info["mismatched_keys"]}),
         )
         if names
     ]

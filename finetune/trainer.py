@@ -80,8 +80,8 @@ class LoraTrainer(SFTTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         targets = inputs["labels"][:, 1:] != IGNORED
         if self.accelerator.device.type != "cpu" and not self.own_loss_everywhere:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = found[0] if return_outputs else found
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = result[0] if return_outputs else result
         else:
             total = self.summed_loss(model, inputs, targets)
             if num_items_in_batch is None:
@@ -89,12 +89,12 @@ class LoraTrainer(SFTTrainer):
             else:
                 # The count is over all processes, whose gradients DDP will average.
                 loss = total / num_items_in_batch * self.accelerator.num_processes
-            found = (loss, {"loss": loss.detach()}) if return_outputs else loss
+            result = (loss, {"loss": loss.detach()}) if return_outputs else loss
         if not model.training:
             tokens = int(targets.sum())
             self._evaluated[0] += loss.item() * tokens
             self._evaluated[1] += tokens
-        return found
+        return result
 
     def summed_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor

@@ -140,18 +140,18 @@ def _with_notice(
     documents: dict[str, bytes], license: str, folder: Path | None
 ) -> dict[str, bytes]:
     """Adds the NOTICE file that the license quotes, if the base has none."""
-    found = {start: name for name in documents for start in DOCUMENTS if _begins(name, start)}
-    text = documents.get(found.get("LICENSE") or found.get("LICENCE") or "", b"")
+    present = {start: name for name in documents for start in DOCUMENTS if _begins(name, start)}
+    text = documents.get(present.get("LICENSE") or present.get("LICENCE") or "", b"")
     notice = NOTICE.search(text.decode("utf-8", "replace"))
-    if "NOTICE" not in found and notice:
-        found["NOTICE"] = "NOTICE"
+    if "NOTICE" not in present and notice:
+        present["NOTICE"] = "NOTICE"
         documents = documents | {"NOTICE": (" ".join(notice[1].split()) + "\n").encode()}
     missing = [
         names
         for start, names in (("LICENSE", "LICENSE.txt"), ("USE_POLICY", "USE_POLICY.md"))
-        if start not in found
+        if start not in present
     ]
-    if not missing and "NOTICE" not in found:
+    if not missing and "NOTICE" not in present:
         missing = ["NOTICE"]
     if missing:
         raise UserError(

@@ -199,22 +199,22 @@ def exports(run: RunDir) -> list[Path]:
     Raises:
         UserError: for an export of a different quantized/ than the one here.
     """
-    found = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
+    folders = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
     record = (run.quantized / "quantization.json").read_bytes()
-    for folder in found:
+    for folder in folders:
         copy = folder / "quantization.json"  # says how each layer came out, so it tells them apart
         if copy.exists() and copy.read_bytes() != record:
             raise UserError(
                 f"{folder}: made from an earlier quantized/: run `finequant export RECIPE --to "
                 f"{folder.name}` again, or delete it"
             )
-    return [folder for folder in found if folder.is_dir()]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def files_of(folder: Path) -> dict[str, Path]:
     """Maps names in the repository to files."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def visibility(recipe: Recipe) -> str:

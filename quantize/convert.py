@@ -163,7 +163,7 @@ def write_quantized(
 
     sequences: token ids [rows, length] for gptq.
     """
-    from finequant.quantize.checkpoint.streaming import write_data_free, write_found
+    from finequant.quantize.checkpoint.streaming import write_data_free, write_pieces
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.methods.calibrate import calibrate
     from finequant.quantize.methods.method import is_calibrated, round_data_free
@@ -188,8 +188,8 @@ def write_quantized(
     write_data_free(checkpoint, weights, data_free, rounding, whole=method == "hqq" and not trained)
     if later:
         steps = quantize.calibration.steps
-        found = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known, steps)
-        write_found(checkpoint, weights, found)
+        pieces = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known, steps)
+        write_pieces(checkpoint, weights, pieces)
     write_config(base, plan, dtype, folder)
     return checkpoint
 

@@ -99,8 +99,8 @@ def export_one(
         logits = entry.last_logits(folder, prompts)
         difference = check_logits(name, logits, reference)
         size = sum(file.stat().st_size for file in folder.glob("model*"))
-    said = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
-    say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {said}")
+    scales_note = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
+    say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {scales_note}")
     say(
         f"export: {name}: logits differ from quantized/ by {difference:.1%} "
         f"(root mean square; at most {LARGEST_DIFFERENCE:.0%})"
@@ -120,8 +120,8 @@ def export_one(
     say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
 
 
-def check_codes(name: str, stored: QuantizedCheckpoint, found: dict[str, Rounded]) -> float:
-    """How far, relatively, a scale was rounded at most.
+def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Rounded]) -> float:
+    """Compares codes and scales; returns the largest relative rounding of a scale.
 
     Raises:
         UserError: if a code differs, or a scale by more than its format rounds.
@@ -131,8 +131,8 @@ def check_codes(name: str, stored: QuantizedCheckpoint, found: dict[str, Rounded
     from finequant.quantize.scheme import EMBEDDING
 
     worst = 0.0
-    check_names(name, {*stored.rounded} - {EMBEDDING}, {*found} - {EMBEDDING})
-    for layer, (codes, scale) in found.items():
+    check_names(name, {*stored.rounded} - {EMBEDDING}, {*exported} - {EMBEDDING})
+    for layer, (codes, scale) in exported.items():
         expected = stored.rounded[layer]
         if not torch.equal(codes, expected.codes):
             raise UserError(f"{name}: the codes of {layer} differ once read: the file is not kept")
@@ -147,23 +147,23 @@ def check_codes(name: str, stored: QuantizedCheckpoint, found: dict[str, Rounded
     return max(worst, 0.0)
 
 
-def check_floats(name: str, stored: QuantizedCheckpoint, found: dict[str, torch.Tensor]) -> None:
+def check_floats(name: str, stored: QuantizedCheckpoint, exported: dict[str, torch.Tensor]) -> None:
     """Compares embedding, norms, biases and float layers: every one, as near as float16 has it.
 
     Raises:
         UserError: if one is not there, is one too many, or differs.
     """
-    check_names(name, stored.floats, found)
-    for parameter, tensor in found.items():
+    check_names(name, stored.floats, exported)
+    for parameter, tensor in exported.items():
         exact = stored.floats[parameter].float()
         beyond = (tensor.float() - exact).abs() - exact.abs() * FLOAT_ROUNDING - 2.0**-24
         if tensor.shape != exact.shape or not (beyond <= 0).all():
             raise UserError(f"{name}: {parameter} differs once read: the file is not kept")
 
 
-def check_names(name: str, expected: Iterable[str], found: Iterable[str]) -> None:
+def check_names(name: str, expected: Iterable[str], actual: Iterable[str]) -> None:
     """Raises a UserError unless a file has all tensors, and no others."""
-    lost, added = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    lost, added = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     for names, what in ((lost, "lacks"), (added, "should not have")):
         if names:
             raise UserError(

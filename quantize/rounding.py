@@ -168,13 +168,13 @@ def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
 def latent_weights(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
     """Computes latent weights [out, in] in steps of their scale, clamped to their code's cell."""
     codes, scale = (tensor.to(weight.device) for tensor in rounded)
-    found = torch.empty_like(codes, dtype=dtype)
+    latent = torch.empty_like(codes, dtype=dtype)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
         exact = (groups * scale[rows].float().reciprocal()[:, :, None]).flatten(1)
         code = codes[rows].float()
-        found[rows] = code + (exact - code).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
-    return found
+        latent[rows] = code + (exact - code).clamp_(-MAX_DISTANCE, MAX_DISTANCE)
+    return latent
 
 
 def quantize_activations(activations: torch.Tensor) -> torch.Tensor:

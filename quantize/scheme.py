@@ -80,7 +80,7 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
     shapes = layer_shapes(config)
     linear = [name for name in shapes if name != EMBEDDING]
     _check_patterns(quantize, linear)
-    plan = {name: _scheme(said_of(name, quantize), quantize) for name in linear}
+    plan = {name: _scheme(layer_settings(name, quantize), quantize) for name in linear}
     if not any(plan.values()):
         raise UserError("quantize.layers: every layer stays in float, nothing is left to quantize")
     bits = quantize.embedding
@@ -92,13 +92,13 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
     return plan
 
 
-def said_of(name: str, quantize: Quantize) -> Layer | Literal["float"]:
+def layer_settings(name: str, quantize: Quantize) -> Layer | Literal["float"]:
     """Returns the settings of a layer: those of the last pattern that matches."""
-    found = "float" if (name, quantize.head) == (HEAD, "float") else Layer()
+    settings = "float" if (name, quantize.head) == (HEAD, "float") else Layer()
     for pattern, layer in quantize.layers.items():
         if fnmatchcase(name, pattern):
-            found = layer
-    return found
+            settings = layer
+    return settings
 
 
 def _scheme(layer: Layer | Literal["float"], quantize: Quantize) -> LayerScheme | None:
@@ -154,7 +154,7 @@ def undecided(quantize: Quantize, plan: Plan) -> list[str]:
     return [
         name
         for name, scheme in plan.items()
-        if scheme and name != EMBEDDING and said_of(name, quantize).bits is None
+        if scheme and name != EMBEDDING and layer_settings(name, quantize).bits is None
     ]
 
 

@@ -148,13 +148,13 @@ def check_messages(messages: list[Message], where: str) -> None:
             one, or characters that are no text.
     """
     roles = [message["role"] for message in messages]
-    said = f"{where}: the turns are {', '.join(roles) or 'none'}"
+    problem = f"{where}: the turns are {', '.join(roles) or 'none'}"
     if "assistant" not in roles[1:]:
-        raise BadRowError(f"{said}; expected an answer (assistant) to what stands before it")
+        raise BadRowError(f"{problem}; expected an answer (assistant) to what stands before it")
     if roles[-1] != "assistant":
-        raise BadRowError(f"{said}; expected the last to be assistant")
+        raise BadRowError(f"{problem}; expected the last to be assistant")
     if repeated := [role for role, after in pairwise(roles) if role == after in MERGED]:
-        raise BadRowError(f"{said}; expected no two of {repeated[0]} in a row")
+        raise BadRowError(f"{problem}; expected no two of {repeated[0]} in a row")
     if empty := [message["role"] for message in messages if _is_empty(message)]:
         raise BadRowError(f"{where}: empty {empty[0]} message: remove the row or fill it in")
     if all(

@@ -67,9 +67,11 @@ class TensorFile:
             header = json.loads(self._file.read(length))
             header.pop("__metadata__", None)
             self.entries = {
-                name: Entry(DTYPES[found["dtype"]], tuple(found["shape"]), 8 + length + start)
-                for name, found in header.items()
-                for start, _ in [found["data_offsets"]]
+                name: Entry(
+                    DTYPES[description["dtype"]], tuple(description["shape"]), 8 + length + start
+                )
+                for name, description in header.items()
+                for start, _ in [description["data_offsets"]]
             }
         except KeyError as error:
             raise UserError(f"{path}: tensors of type {error} are not read") from None

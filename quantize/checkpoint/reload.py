@@ -74,21 +74,21 @@ def shipped_logits(
     blocks: the first so many are run.
     """
     hidden = [embed(weights, torch.tensor([prompt])) for prompt in prompts]
-    rotary = [rotary_of(config, one) for one in hidden]
+    rotary = [rotary_of(config, states) for states in hidden]
     for number in range(blocks):
         block = decoder_block(config, number, weights, dtype)
         for name, module in block.named_modules():
             if plan.get(f"model.layers.{number}.{name}"):
                 module.register_forward_pre_hook(lambda _, x: (quantize_activations(x[0]),))
         pairs = zip(hidden, rotary, strict=True)
-        hidden = [block(one, position_embeddings=angles) for one, angles in pairs]
-    hidden = [normed(config, weights, one) for one in hidden]
+        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+    hidden = [normed(config, weights, states) for states in hidden]
     if plan[HEAD]:
-        hidden = [quantize_activations(one) for one in hidden]
+        hidden = [quantize_activations(states) for states in hidden]
     # In one piece: a part of it may be multiplied in another order.
     shape = (config.vocab_size, config.hidden_size)
     head = filled(weights, f"{HEAD}.weight", shape, dtype)
-    return torch.stack([linear(one, head)[0, -1].float() for one in hidden])
+    return torch.stack([linear(states, head)[0, -1].float() for states in hidden])
 
 
 def check_reload(

@@ -53,15 +53,15 @@ def _pieces(
     checkpoint: Checkpoint, names: Iterable[str], whole: bool
 ) -> Iterator[tuple[str, slice]]:
     for name in names:
-        one = whole and name in checkpoint.plan
-        for rows in [WHOLE] if one else checkpoint.pieces(name):
+        undivided = whole and name in checkpoint.plan
+        for rows in [WHOLE] if undivided else checkpoint.pieces(name):
             yield name, rows
 
 
-def write_found(
-    checkpoint: Checkpoint, weights: Weights, found: Iterable[tuple[str, slice, Rounded]]
+def write_pieces(
+    checkpoint: Checkpoint, weights: Weights, pieces: Iterable[tuple[str, slice, Rounded]]
 ) -> None:
-    """Layers as they are found; each is written while the next is sought."""
+    """Writes quantized layers as they arrive, each while the next one is being computed."""
 
     def write(layer: str, rows: slice, rounded: Rounded) -> None:
         name = f"{layer}.weight"
@@ -69,7 +69,7 @@ def write_found(
 
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(lambda: None)
-        for layer, rows, rounded in found:
+        for layer, rows, rounded in pieces:
             before.result()
             before = pool.submit(write, layer, rows, rounded)
         before.result()

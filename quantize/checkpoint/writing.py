@@ -166,25 +166,25 @@ class Checkpoint:
 
     def _read_journal(self) -> dict[tuple[str, int], PieceRecord]:
         """Reads which pieces are complete; skips empty lines and one that a kill cut off."""
-        found = {}
+        records = {}
         path = self.folder / JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 name, start, *rest = json.loads(line)
             except ValueError:
                 continue
-            found[name, start] = PieceRecord(*rest)
-        return found
+            records[name, start] = PieceRecord(*rest)
+        return records
 
     def pieces(self, name: str, rows: slice = WHOLE) -> list[slice]:
         """The rows of a parameter as they are written together."""
-        found = self._slices[name]
+        slices = self._slices[name]
         if rows == WHOLE:
-            return found
+            return slices
         first, end = (
-            bisect_left(found, row, key=attrgetter("start")) for row in (rows.start, rows.stop)
+            bisect_left(slices, row, key=attrgetter("start")) for row in (rows.start, rows.stop)
         )
-        return found[first:end]
+        return slices[first:end]
 
     def has(self, name: str, rows: slice) -> bool:
         """Says whether these rows are in their file, every byte as it was written."""
@@ -206,9 +206,9 @@ class Checkpoint:
         """
         first = rows.start or 0
         for piece in self.pieces(name, rows):
-            own = slice(piece.start - first, piece.stop - first)
-            part = rounded and Rounded(rounded.codes[own], rounded.scale[own])
-            self._write_piece(name, piece, weight[own], part)
+            relative = slice(piece.start - first, piece.stop - first)
+            part = rounded and Rounded(rounded.codes[relative], rounded.scale[relative])
+            self._write_piece(name, piece, weight[relative], part)
 
     def _write_piece(
         self, name: str, piece: slice, weight: torch.Tensor, rounded: Rounded | None
@@ -263,8 +263,8 @@ class Checkpoint:
         """Power of the weights over that of their errors, in decibels; None in float."""
         if name not in self.plan:
             return None
-        found = [self._written[name, rows.start] for rows in self.pieces(name)]
-        power, noise = (math.fsum(getattr(p, key) for p in found) for key in ("power", "noise"))
+        records = [self._written[name, rows.start] for rows in self.pieces(name)]
+        power, noise = (math.fsum(getattr(p, key) for p in records) for key in ("power", "noise"))
         return round(10 * math.log10(power / noise), 2) if noise else math.inf
 
     def finish(self) -> None:

@@ -198,10 +198,10 @@ class Block(nn.Module):
         torch.ops.llama.update_cache(self.rotate(key, cos, sin), self.keys, position)
         torch.ops.llama.update_cache(value, self.values, position)
         query = self.rotate(query, cos, sin)
-        found = torch.ops.llama.custom_sdpa(
+        attended = torch.ops.llama.custom_sdpa(
             query, self.keys, self.values, position, None, 0.0, True
         )
-        return self.o(found.flatten(2))
+        return self.o(attended.flatten(2))
 
 
 class Norm(nn.Module):
@@ -331,7 +331,7 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
 
     data = deserialize_pte_binary((folder / FILE).read_bytes()).named_data
     constants = {key: data.buffers[entry.buffer_index] for key, entry in data.pte_data.items()}
-    found = {}
+    layers = {}
     for name, (codes, scale) in stored.rounded.items():
         if name == EMBEDDING:
             continue
@@ -342,8 +342,8 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
         halves = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
         both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
-        found[name] = Rounded(both, read)
-    return found, None
+        layers[name] = Rounded(both, read)
+    return layers, None
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

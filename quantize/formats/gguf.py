@@ -127,9 +127,9 @@ def _restored(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Ten
 
 
 def _heads(name: str, config: LlamaConfig) -> int | None:
-    found = re.search(r"\.([qk])_proj\b", name)
+    match = re.search(r"\.([qk])_proj\b", name)
     counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    return counts[found[1]] if found else None
+    return counts[match[1]] if match else None
 
 
 def rope_factors(config: LlamaConfig) -> np.ndarray:
@@ -213,8 +213,8 @@ def pre_tokenizer(described: dict[str, Any]) -> str:
     """
     name = gguf_name(described)
     if name is None:
-        found = described["pre_tokenizer"] or {}
-        kinds = [step.get("type") for step in found.get("pretokenizers", [found])]
+        cutter = described["pre_tokenizer"] or {}
+        kinds = [step.get("type") for step in cutter.get("pretokenizers", [cutter])]
         raise UserError(
             f"gguf: the tokenizer cuts words by {_names(kinds)}, for which llama.cpp's name is not "
             "known here; expected a byte-level BPE as GPT-2, SmolLM, Llama 3 or Qwen 2 has it"

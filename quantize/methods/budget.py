@@ -140,14 +140,14 @@ def _backward(
 
     for name, module in block.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda _, *found, name=name: keep(name, *found))
+            module.register_forward_hook(lambda _, *tensors, name=name: keep(name, *tensors))
     hidden = hidden.detach().requires_grad_()
     output = block(hidden, **arguments)
     of_hidden, *of_outputs = torch.autograd.grad(
         output, [hidden, *outputs.values()], loss_gradient(output.detach())
     )
-    found = zip(inputs.items(), of_outputs, strict=True)
-    return {name: (x, gradient) for (name, x), gradient in found}, of_hidden
+    pairs = zip(inputs.items(), of_outputs, strict=True)
+    return {name: (x, gradient) for (name, x), gradient in pairs}, of_hidden
 
 
 def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:

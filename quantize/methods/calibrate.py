@@ -110,14 +110,14 @@ class _Calibration:
         block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
         prefix = f"model.layers.{number}."
         names = [name for name in _layers(SHARED_INPUTS) if self._plan[prefix + name]]
-        found = {name: self._known(prefix + name, WHOLE) for name in names}
-        if all(found.values()):
+        results = {name: self._known(prefix + name, WHOLE) for name in names}
+        if all(results.values()):
             self._exact = [self._run(block, hidden) for hidden in self._exact]
         else:
-            found = self._round(block, prefix, names)
-            for name, rounded in found.items():
+            results = self._round(block, prefix, names)
+            for name, rounded in results.items():
                 yield prefix + name, WHOLE, _on_cpu(rounded)
-        for name, rounded in found.items():
+        for name, rounded in results.items():
             _install(block.get_submodule(name), rounded, self._dtype)
         self._quantized = [self._run(block, hidden) for hidden in self._quantized]
 
@@ -126,33 +126,33 @@ class _Calibration:
 
     def _round(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> dict[str, Rounded]:
         """Quantizes a float block's layers, and advances the float activations to its outputs."""
-        found, float_weights = {}, {}
+        results, float_weights = {}, {}
         for first, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
             for name in (first, *SHARED_INPUTS[first]):
                 if name in names:
                     shape = block.get_submodule(name).weight.shape
                     weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
                     weight = weight.to(self._device)
-                    found[name] = gptq(weight, sums, self._plan[prefix + name])
+                    results[name] = gptq(weight, sums, self._plan[prefix + name])
                     if self._steps:
                         float_weights[name] = weight
         if not self._steps:
-            return found
+            return results
         start = {
             name: TrainedLayer(float_weights.pop(name), rounded, self._plan[prefix + name])
-            for name, rounded in found.items()
+            for name, rounded in results.items()
         }
         return reconstruct(block, start, self._quantized, self._exact, self._rotary, self._steps)
 
     def head(self) -> Iterator[Piece]:
-        """Some rows at a time: it may be larger than a block."""
+        """Quantizes the head a few rows at a time: it may be larger than a block."""
         sums = Statistics()
         while self._exact:  # what is summed is not needed any more
-            one, other = (
+            quantized, exact = (
                 normed(self._config, self._weights, hidden.pop(0))
                 for hidden in (self._quantized, self._exact)
             )
-            sums.add(quantize_activations(one), other)
+            sums.add(quantize_activations(quantized), exact)
         pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
         step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
@@ -210,15 +210,15 @@ def _block_statistics(
         block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in SHARED_INPUTS
     ]
     statistics = {name: Statistics() for name in SHARED_INPUTS}
-    for index, (one, other) in enumerate(zip(quantized, exact, strict=True)):
-        exact[index] = block(other, position_embeddings=rotary)
+    for index, (rounded_states, exact_states) in enumerate(zip(quantized, exact, strict=True)):
+        exact[index] = block(exact_states, position_embeddings=rotary)
         exact_inputs = dict(inputs)
-        block(one, position_embeddings=rotary)
+        block(rounded_states, position_embeddings=rotary)
         for name, sums in statistics.items():
             sums.add(quantize_activations(inputs[name]), exact_inputs[name])
     for hook in hooks:
         hook.remove()
     inputs.clear()
-    del exact_inputs, one, other
+    del exact_inputs, rounded_states, exact_states
     for name in SHARED_INPUTS:
         yield name, statistics.pop(name)

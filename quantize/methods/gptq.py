@@ -114,10 +114,10 @@ def _round_columns(
             here = first + column
             if column % size == 0:
                 group = block[column : column + size].T.contiguous()
-                found = choose_scale(
+                scales = choose_scale(
                     group, scheme.bits, size, scheme.rule, importance[here : here + size]
                 )
-                rounded.scale[:, here // size] = stored_scale(found[:, 0], scheme.scale_dtype)
+                rounded.scale[:, here // size] = stored_scale(scales[:, 0], scheme.scale_dtype)
                 scale = rounded.scale[:, here // size].float()
             codes = (block[column] * scale.reciprocal()).round_().clamp_(low, high)
             rounded.codes[:, here] = codes

@@ -41,13 +41,13 @@ def round_model(
     }
     if method == "gptq":
         sequences = calibration_sequences(recipe, tokenizer)
-        found: dict[str, list[Rounded]] = {}
+        parts: dict[str, list[Rounded]] = {}
         steps = recipe.quantize.calibration.steps
         pieces = calibrate(weights, model.config, sequences, plan, dtype, steps=steps)
         for name, _, part in pieces:
-            found.setdefault(name, []).append(part)
+            parts.setdefault(name, []).append(part)
         rounded |= {
-            name: Rounded(*map(torch.cat, zip(*p, strict=True))) for name, p in found.items()
+            name: Rounded(*map(torch.cat, zip(*p, strict=True))) for name, p in parts.items()
         }
     return {name: rounded[name] for name in plan if name in rounded}
 
@@ -108,11 +108,11 @@ def _half_quadratic(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
         IntxChooseQParamsAlgorithm,
     )
 
-    found = IntxUnpackedToInt8Tensor.from_hp(
+    quantized = IntxUnpackedToInt8Tensor.from_hp(
         weight.float(),
         (1, scheme.group_size),
         getattr(torch, f"int{scheme.bits}"),
         intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
     )
-    scale = stored_scale(found.scale, scheme.scale_dtype)
+    scale = stored_scale(quantized.scale, scheme.scale_dtype)
     return Rounded(nearest_codes(weight, scale, scheme.bits), scale)

@@ -86,8 +86,8 @@ def rotated(weights: Weights, config: LlamaConfig) -> Weights:
         else:
             norm = f"{block.rpartition('.')[0]}.{NORMS[kind]}"
         step = math.lcm(MIN_ROWS, len(values)) if kind == "v_proj" else MIN_ROWS
-        wider, own = _aligned(rows, step)
-        return reader(name, wider, norm)[own]
+        wider, inner = _aligned(rows, step)
+        return reader(name, wider, norm)[inner]
 
     return rotated_rows
 

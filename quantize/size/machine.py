@@ -58,8 +58,8 @@ def this_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        return Machine(found.name, found.total_memory, "gpu")
+        properties = torch.cuda.get_device_properties(0)
+        return Machine(properties.name, properties.total_memory, "gpu")
     total = psutil.virtual_memory().total + psutil.swap_memory().total
     limit = CONTAINER_LIMIT
     if limit.exists() and (text := limit.read_text().strip()).isdigit():

@@ -130,13 +130,13 @@ def _table(
         table.add_column("signal to noise in dB")
     for title, names in _rows(plan, every):
         scheme, size = plan[names[0]], sizes[names[0]]
-        found = [ratios[name] for name in names if ratios.get(name) is not None]
+        snr = [ratios[name] for name in names if ratios.get(name) is not None]
         table.add_row(
             title,
             " x ".join(map(str, shapes[names[0]])),
             *((str(scheme.bits), str(scheme.group_size)) if scheme else ("float", "")),
             *(f"{len(names) * part:,}" for part in (size.packed, size.disk)),
-            *([_span(found)] if ratios else []),
+            *([_span(snr)] if ratios else []),
         )
     for column in table.columns[2:]:
         column.justify = "right"
