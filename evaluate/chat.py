@@ -145,7 +145,7 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
-    return transformers_chat_model(load_model(name, recipe, run, [prompt], ends), tokenizer, recipe)
+    return transformers_chat_model(load_model(name, recipe, run, prompt, ends), tokenizer, recipe)
 
 
 def load_export(name: str, recipe: Recipe, run: RunDir) -> ChatModel:

@@ -52,6 +52,8 @@ class Material:
     prompts: list[list[int]]
     references: list[str]
     choices: list[str]
+    probes: list[list[int]]
+    """Token ids on which a loaded model is checked: prompts, or training rows if there are none."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,7 +127,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.data.tokens import answer_text, check_template, encode_prompt
+    from finequant.finetune.data.tokens import answer_text, check_template, encode, encode_prompt
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_config
 
@@ -154,6 +156,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         prompts,
         references,
         _choices(recipe, [*splits.train, *asked]),
+        prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
     )
 
 
@@ -179,7 +182,7 @@ def measure_all(
             say(f"evaluate: {name}: measured before, unchanged")
             measured[name] = kept[name]
             continue
-        model = load_model(name, recipe, run, material.prompts, material.ends)
+        model = load_model(name, recipe, run, material.probes[0], material.ends)
         if needs_reference:
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
         size = size_bytes(name, model, recipe, run)
@@ -215,14 +218,14 @@ def measure_exports(
 
 
 def load_model(
-    name: str, recipe: Recipe, run: RunDir, prompts: list[list[int]], ends: list[int]
+    name: str, recipe: Recipe, run: RunDir, probe: list[int], ends: list[int]
 ) -> LlamaForCausalLM:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
     It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
     model's logits are compared with peft's by the stage quantize, not again here.
 
-    prompts: token ids; the first one is where the dequantized model is compared with quantized/.
+    probe: token ids on which the dequantized model is compared with quantized/.
     ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
     """
     from transformers import AutoModelForCausalLM
@@ -239,7 +242,7 @@ def load_model(
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
         model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
-        model = dequantize_once(model.to(device()), (prompts or [[0]])[0])
+        model = dequantize_once(model.to(device()), probe)
         return cast_weights(model, arithmetic_dtype(dtype))
     else:
         model = merged_model(recipe, run, dtype)

@@ -194,7 +194,7 @@ def _measure_all(
     check_tasks(recipe.evaluate)
     splits = load_splits(recipe.data, recipe.seed)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
-    model = _float_model(recipe, run, swept, material.prompts)
+    model = _float_model(recipe, run, swept, material.probes)
     stop_at(model, material.ends)
     for job in missing:
         say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
@@ -224,7 +224,7 @@ def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
 
 
 def _float_model(
-    recipe: Recipe, run: RunDir, swept: str, prompts: list[list[int]]
+    recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]]
 ) -> LlamaForCausalLM:
     """Loads the model to quantize, merged once for all points.
 
@@ -240,7 +240,7 @@ def _float_model(
         return load_base(recipe.model, torch.float32)
     if recipe.quantize.training:
         say("sweep: quantize.training takes no part; base + adapter is rounded")
-    return merged_model(recipe, run, torch.float32, prompts[:2] or [[0]])
+    return merged_model(recipe, run, torch.float32, probes)
 
 
 def _measure_float(
@@ -296,7 +296,7 @@ def measure_point(
     model = quantized_model(model, rounded, plan, dtype)
     # With codes packed to their own bits; torchao's files spend eight bits on each.
     packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
-    model = dequantize_once(model.to(device()), (material.prompts or [[0]])[0])
+    model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
     measurement = measure_model(point.name, model, recipe, material, size)
     measurement["scores"]["packed_bits_per_weight"] = packed

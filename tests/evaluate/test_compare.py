@@ -175,6 +175,22 @@ def test_nothing_to_measure_on(finished, recipe_file, capsys):
     assert "nothing to measure on" in capsys.readouterr().err
 
 
+def test_without_held_out_rows_models_are_checked_on_training_rows(recipe_file):
+    """Token 0 alone is often the padding, whose zeros give logits of zero: 0 / 0 is NaN."""
+    from finequant.evaluate.compare import prepare
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import load_recipe
+
+    recipe = load_recipe(recipe_file, ["data.test=[]"])
+    splits = load_splits(recipe.data, recipe.seed)
+    material = prepare(recipe, splits, load_tokenizer(recipe.model))
+    assert not material.prompts
+    for row, probe in zip(splits.train, material.probes, strict=False):
+        assert row.messages[0]["content"] in material.tokenizer.decode(probe)
+    assert len(material.probes) == 2
+
+
 def test_multiple_choice_and_text_metrics(finished):
     report = finished(
         "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",
