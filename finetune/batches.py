@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def padded(dataset: Dataset, multiple: int) -> Dataset:
-    """The rows, followed by blank ones up to a multiple; a blank row has no target token."""
+    """Appends blank rows to the rows, up to a multiple; a blank row has no target token."""
     from datasets import Dataset, concatenate_datasets
 
     missing = -len(dataset) % multiple

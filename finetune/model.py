@@ -41,7 +41,7 @@ REASONS = {
 
 
 def load_config(model: Model) -> LlamaConfig:
-    """The base's configuration as its files bear it out; a copy of the caller's own.
+    """Loads the base's configuration, corrected by its files; returns a copy for the caller.
 
     Raises:
         UserError: if it cannot be read, or is not that of a LlamaForCausalLM.
@@ -75,7 +75,7 @@ def _read_config(model: Model) -> LlamaConfig:
 
 
 def load_generation_config(model: Model) -> GenerationConfig:
-    """The base's generation_config.json; where it has none, what its configuration says."""
+    """Loads the base's generation_config.json or, without one, derives it from its config."""
     from transformers import GenerationConfig
 
     folder, file = locate_base(model)
@@ -89,7 +89,7 @@ def load_generation_config(model: Model) -> GenerationConfig:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's chat template if it gives one, and a padding token.
+    """Loads the base's tokenizer, with the recipe's chat template, if any, and a padding token.
 
     Raises:
         UserError: if it cannot be read, has tokens that the embedding does not have, or is that of
@@ -175,7 +175,7 @@ def load_on_disk(model: Model, has_embedding: bool = True) -> LlamaForCausalLM:
 
 
 def stored_dtype(config: LlamaConfig) -> torch.dtype:
-    """The dtype that the base is stored in; float32 for GGUF and where nothing is said."""
+    """Returns the dtype in which the base is stored; float32 for GGUF, or if it is not stated."""
     import torch
 
     return config.dtype or torch.float32
@@ -218,7 +218,7 @@ def training_precision(precision: str) -> tuple[torch.dtype, str]:
 
 
 def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
-    """The dtype to run a model in whose weights are `shipped`: float32 where bf16 is emulated.
+    """Returns the dtype to run a model of `shipped` weights in: float32 where bf16 is emulated.
 
     The weights keep their bf16 values; only products and activations are finer. Models are run on
     a CUDA device, or else on the CPU.

@@ -39,7 +39,7 @@ DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿
 
 GPT_2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT_2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
-"""What llama.cpp takes where a file names nothing."""
+"""llama.cpp's default for a file that names none."""
 
 
 def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
@@ -72,7 +72,7 @@ def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """What one of the KNOWN names stands for."""
+    """Makes the pre-tokenizer of one of the KNOWN names."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -110,7 +110,7 @@ def gguf_name(described: dict[str, Any]) -> str | None:
 
 
 def _steps(described: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The pre-tokenizers in their order, without what changes offsets only."""
+    """Lists the pre-tokenizers in order, without those that only change offsets."""
     if described is None:
         return []
     steps = described.get("pretokenizers", [described])

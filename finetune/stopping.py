@@ -48,7 +48,7 @@ class SavesWhenStopped(TrainerCallback):
             raise Interrupted(number)
 
     def _asked(self) -> int:
-        """The signal that any process got: they all have to save the same step."""
+        """Returns the signal that any process received: all have to save the same step."""
         number = torch.tensor(self.request.number or 0, device=self.trainer.accelerator.device)
         if self.trainer.accelerator.num_processes == 1:
             return int(number)
@@ -68,7 +68,7 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
 
 
 def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
-    """The newest whole checkpoint in the folder of the arguments; others are removed.
+    """Returns the newest complete checkpoint of a training, and removes incomplete ones.
 
     Raises:
         UserError: if its weights are split in another way than by the launcher of this training.

@@ -1,4 +1,4 @@
-"""What a base's safetensors files say of themselves, where config.json says something else.
+"""Reads facts from a base's safetensors files, where config.json may say something else.
 
 transformers loads what is in the files: a head of its own stays one although config.json says
 `tie_word_embeddings`. And a dtype that config.json names, or leaves out, changes no file.
@@ -27,7 +27,7 @@ ROWS = 4096
 
 
 def weight_files(model: Model) -> list[Path]:
-    """The safetensors files of a base, in its folder or the cache; none if they are not there."""
+    """Lists the safetensors files of a base, in its folder or the cache; [] if there are none."""
     whole = _cached(model, "model.safetensors")
     if whole:
         return [whole]
@@ -72,7 +72,7 @@ Stamps = tuple[tuple[Path, int, int], ...]
 
 @functools.cache
 def _dtype(files: Stamps) -> torch.dtype | None:
-    """The dtype of most weights; None without files."""
+    """Returns the dtype of most weights; None without files."""
     import torch
 
     weights: Counter[str] = Counter()
@@ -84,7 +84,7 @@ def _dtype(files: Stamps) -> torch.dtype | None:
 
 @functools.cache
 def _has_own_head(files: Stamps) -> bool:
-    """Whether there is a head that differs from the embedding, which transformers does not tie."""
+    """Says whether the head differs from the embedding, in which case transformers unties it."""
     tensors = _tensors(files)
     tables = [tensors[name] for name in tensors if name.endswith((HEAD, EMBEDDING))]
     if len(tables) < 2:

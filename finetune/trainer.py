@@ -167,8 +167,11 @@ class LoraTrainer(SFTTrainer):
         return output
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Its data loader draws a number; a run that goes on from a checkpoint at the end of an
-        epoch does not repeat the evaluation after it, so training must not miss that number."""
+        """Evaluates without changing the random state, from which the data loader draws a number.
+
+        A run that resumes from a checkpoint at the end of an epoch does not repeat the evaluation
+        after it, so training must not depend on that number.
+        """
         try:
             with torch.random.fork_rng(devices=[]):
                 return super().evaluate(*args, **kwargs)
@@ -243,7 +246,7 @@ def build_trainer(
     splits: Splits,
     trainer_class: type[LoraTrainer] | None = None,
 ) -> LoraTrainer:
-    """The trainer of a fresh adapter on `base`; the same seed, the same adapter.
+    """Builds the trainer of a fresh adapter on `base`, whose initial values depend on the seed.
 
     trainer_class: one that trains what requires a gradient in `base`, without an adapter.
     """
@@ -268,7 +271,7 @@ def build_trainer(
 def training_arguments(
     recipe: Recipe, folder: Path, dtype: torch.dtype, evaluates: bool
 ) -> SFTConfig:
-    """The recipe's section in trl's terms; checkpoints go to `folder`.
+    """Translates the recipe's section into trl's arguments; checkpoints go to `folder`.
 
     Raises:
         UserError: for a tracker or optimizer that is not there, or rows that cannot be shared
@@ -342,7 +345,7 @@ def _when(steps: int | None) -> str:
 
 
 def _refuse_launch(on_cpu: bool) -> None:
-    """What transformers and trl would ignore, or refuse once the base was loaded."""
+    """Refuses what transformers and trl would ignore, or refuse only after loading the base."""
     if on_cpu and sharding():
         raise UserError(
             f"train: {sharding()} splits weights over GPUs, and training runs on the CPU here: "

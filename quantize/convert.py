@@ -137,7 +137,7 @@ def check_base_range(recipe: Recipe) -> None:
 
 
 def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
-    """A checkpoint of the weights as they are."""
+    """Writes a checkpoint of the float weights."""
     from finequant.quantize.checkpoint.streaming import write_data_free
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -159,7 +159,7 @@ def write_quantized(
     sequences: torch.Tensor | None = None,
     trained: TensorFile | None = None,
 ) -> Checkpoint:
-    """A checkpoint of the weights, rounded by the recipe's method, or to codes from training.
+    """Writes a checkpoint, quantized by the recipe's method or with codes from training.
 
     sequences: token ids [rows, length] for gptq.
     """
@@ -237,7 +237,7 @@ def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, 
 
 
 def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
-    """The codes of quantization-aware training; None where the recipe has none.
+    """Reads the codes of quantization-aware training; None if the recipe has none.
 
     Raises:
         UserError: where they were trained for another scheme than the recipe's, or from another

@@ -198,7 +198,7 @@ def check_exports(
 
 
 def fitting_formats(names: Sequence[str], contents: Contents) -> list[Format]:
-    """The entry of each format; torchao is quantized/ itself and has none.
+    """Returns the entry of each format; torchao is quantized/ itself and has none.
 
     Raises:
         UserError: with a line for each format that cannot hold the contents, or whose package is

@@ -40,7 +40,7 @@ class Rounded(NamedTuple):
     scale: torch.Tensor
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in] in `dtype`, exactly as torchao's tensors dequantize."""
+        """Dequantizes to [out, in] in `dtype`, exactly as torchao's tensors do."""
         groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
         return groups.mul_(self.scale.float()[:, :, None]).to(dtype).flatten(1)
 
@@ -67,7 +67,7 @@ def load_rounded(path: Path) -> dict[str, Rounded]:
 
 
 def code_range(bits: int) -> tuple[int, int]:
-    """The smallest and largest code: (-8, 7) for 4 bits."""
+    """Returns the smallest and largest code: (-8, 7) for 4 bits."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
@@ -141,7 +141,7 @@ def _search(
     high: int,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The best of some scales [rows, groups], then the least-squares scale for its codes."""
+    """Tries several scales [rows, groups], then fits the best one's codes by least squares."""
     best = torch.full_like(largest, torch.inf)
     scale = largest.clone()
     for ratio in RATIOS:

@@ -150,7 +150,7 @@ def _check_group_sizes(quantize: Quantize, plan: Plan, shapes: dict[str, tuple[i
 
 
 def undecided(quantize: Quantize, plan: Plan) -> list[str]:
-    """The layers whose bits a budget chooses: rounded, and no pattern says their bits."""
+    """Lists the layers whose bits a budget chooses: quantized, with no pattern for their bits."""
     return [
         name
         for name, scheme in plan.items()
@@ -216,7 +216,7 @@ def torchao_config(scheme: LayerScheme, weight_only: bool = False) -> AOBaseConf
 
 
 def quantization_config(plan: Plan) -> TorchAoConfig:
-    """The plan as `from_pretrained` takes it: one scheme and what is left out, or names.
+    """Translates the plan for `from_pretrained`: one scheme and exceptions, or names.
 
     An empty `modules_to_not_convert` is what makes transformers quantize the head as well; with
     names it takes head and embedding only if told to include them.
@@ -238,7 +238,7 @@ def quantization_config(plan: Plan) -> TorchAoConfig:
 
 
 def as_layers(plan: Plan) -> dict[str, dict[str, int] | str]:
-    """The plan of the linear layers and the head as `quantize.layers` says it, name by name."""
+    """Writes the plan of linear layers and head in the form of `quantize.layers`, by name."""
     return {
         name: {"bits": scheme.bits, "group_size": scheme.group_size} if scheme else "float"
         for name, scheme in plan.items()
@@ -280,7 +280,7 @@ def untie_head(model: LlamaForCausalLM) -> None:
 
 
 def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
-    """The dtype of embedding, norms and arithmetic of all three models that are compared."""
+    """Returns the dtype of embedding, norms, and arithmetic of all three models."""
     import torch
 
     from finequant.finetune.model import stored_dtype
@@ -289,7 +289,7 @@ def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
 
 
 def cast_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model, its weights in `dtype`, in place.
+    """Converts the model's weights to `dtype`, in place.
 
     `model.to(dtype)` would also round the rotary frequencies, which `from_pretrained` does not.
     """

@@ -24,7 +24,8 @@ ROLES = {
 KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Keys that go to the template as they are."""
 FLAGS = ("weight", "train", "training")
-"""Whether an answer is learned: OpenAI's and mistral-finetune's weight, axolotl's train."""
+"""Keys that say whether an answer is a target: OpenAI's and mistral-finetune's weight, axolotl's
+train."""
 READ = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT, *FLAGS}
 UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 
@@ -88,7 +89,7 @@ def _is_parts(content: Any) -> bool:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call with its arguments as values: templates write them as JSON themselves."""
+    """Parses a call's arguments into values: templates write them as JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError(f"{where}: a call without a name: {shown(call)}")
@@ -141,7 +142,7 @@ def _is_learned(turn: dict[str, Any], where: str) -> bool:
 
 
 def check_messages(messages: list[Message], where: str) -> None:
-    """Whether a row can be learned from; what else may be is for the chat template to say.
+    """Checks that a row can be trained on; the chat template decides what else it may contain.
 
     Raises:
         BadRowError: no answer at the end or none to learn, a repeated user or system turn, an empty
@@ -171,8 +172,11 @@ MERGED = ("user", "system")
 
 
 def repair_messages(messages: list[Message]) -> tuple[list[Message], list[str]]:
-    """A conversation without empty turns, with the turns that a user or system repeats merged (an
-    empty line between), and cut after its last answer; and what was done, in words."""
+    """Repairs a conversation, and says what was done.
+
+    It drops empty turns, merges turns that a user or system repeats (with an empty line between
+    them), and cuts turns after the last answer.
+    """
     done = []
     kept = [message for message in messages if not _is_empty(message)]
     if len(kept) < len(messages):
@@ -191,7 +195,7 @@ def repair_messages(messages: list[Message]) -> tuple[list[Message], list[str]]:
 
 
 def _is_empty(message: Message) -> bool:
-    """A call needs no words, and the result of a call may be none."""
+    """Says whether a message is empty; calls need no words, and a call may have no result."""
     return (
         message["role"] != "tool"
         and not message.get("tool_calls")
@@ -200,7 +204,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def strings_of(value: Any) -> list[str]:
-    """All texts inside a message or a function definition."""
+    """Yields all texts inside a message or a function definition."""
     if isinstance(value, dict):
         return [text for item in value.items() for part in item for text in strings_of(part)]
     if isinstance(value, (list, tuple)):

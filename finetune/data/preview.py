@@ -52,7 +52,7 @@ def preview(recipe: Recipe, count: int) -> None:
 
 
 def _ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:
-    """The token that ends an answer, or a text, and where generation stops, in words."""
+    """Describes which token ends an answer or a text, and where generation stops."""
 
     def shown(end: int | None) -> str:
         return "no token" if end is None else f"{tokenizer.decode([end])} ({end})"

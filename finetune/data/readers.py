@@ -32,11 +32,11 @@ EXPECTED = (
 
 
 class BadRowError(UserError):
-    """A row that cannot be used; `data.bad_rows` says what becomes of it."""
+    """A row that cannot be used; `data.bad_rows` decides what happens to it."""
 
 
 Read = tuple[str, dict[str, Any] | BadRowError]
-"""The place of a row, and the row or what is wrong with it."""
+"""The location of a row, and the row or the error in it."""
 
 
 def read_source(source: Source) -> Iterator[Read]:
@@ -54,7 +54,7 @@ def read_source(source: Source) -> Iterator[Read]:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """All rows of a file or folder as (where, row); a .txt file is one row with a text.
+    """Yields all rows of a file or folder as (where, row); a .txt file is one row with a text.
 
     Raises:
         UserError: naming the line that cannot be read.
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it."""
+    """Formats a value for an error message."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -107,7 +107,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Read]:
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """The suffix that tells the format, and that of the compression, if any."""
+    """Returns the suffix of the format, and that of the compression, if any."""
     last = file.suffix.lower()
     return (file.with_suffix("").suffix.lower(), last) if last in COMPRESSIONS else (last, "")
 
@@ -194,7 +194,7 @@ def _rows_of(path: Path, kind: str, split: str) -> Iterable[Read]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file that may be compressed."""
+    """Opens a file that may be compressed, and decompresses it."""
     compression = _kind(path)[1]
     if compression == ".zst":
         import pyarrow
@@ -274,7 +274,7 @@ def _json_object(line: str, where: str) -> dict[str, Any] | BadRowError:
 
 
 def _read_json(path: Path, split: str) -> Iterator[Read]:
-    """A list of rows, or an object that holds them: see `_wrapped`."""
+    """Reads a list of rows, or an object that contains one: see `_wrapped`."""
     with _open_text(path) as file:
         text = file.read()
     if not text.strip():
@@ -366,7 +366,7 @@ def _read_csv(path: Path, kind: str) -> Iterator[Read]:
 
 
 def _separator(path: Path) -> str:
-    """What cuts the header into the most columns: Excel writes semicolons in half of Europe."""
+    """Chooses the separator with the most columns: Excel writes semicolons in many locales."""
     with _open_text(path, newline="") as file:
         header = next((line for line in file if line.strip()), "").strip()
     if header.startswith("sep=") and len(header) == 5:  # Excel's own way to name it

@@ -50,7 +50,7 @@ class Row:
     messages: tuple[Message, ...] = ()
     text: str = ""
     weight: float = 1.0
-    """How often it is seen in an epoch."""
+    """Number of times the row is seen in an epoch."""
     tools: tuple[dict[str, Any], ...] = ()
     """Function definitions that the chat template is given."""
     excluded: frozenset[int] = frozenset()
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def targets(self) -> list[int]:
-        """The answers to learn, by their index in messages; nothing asks for a greeting."""
+        """Returns the indices of target messages; an assistant's opening greeting is none."""
         return [
             index
             for index, message in enumerate(self.messages)
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def prompt_key(self) -> str:
-        """What a model is shown, white space aside."""
+        """Returns a key of the prompt, which ignores white space."""
         return self._key(self.messages[:-1])
 
     @property
@@ -93,7 +93,7 @@ class RowReader:
     data: Data
     form: str = ""
     counts: Counter[str] = field(default_factory=Counter)
-    """What was done to rows, in words, and to how many."""
+    """What was done to rows -> the number of rows."""
     repaired: list[str] = field(default_factory=list)
     """Each row that was repaired, and how."""
     unread: dict[str, None] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class RowReader:
         return [_message(role, content) for pair in turns for role, content in pair]
 
     def _cell(self, name: str, row: dict[str, Any]) -> Any:
-        """What a column of this name says, unless the recipe reads it as something else."""
+        """Returns a column's value, unless the recipe maps the column to another field."""
         if (column := self.source.columns.get(name)) is not None:
             return value_of(row, column, self.source.source)
         return None if name in self._mapped else row.get(name)
@@ -187,7 +187,7 @@ class RowReader:
     def _text_of(
         self, name: str, row: dict[str, Any], where: str, default: str | None = None
     ) -> str:
-        """A field as the recipe's `columns` say: a column or a template of columns."""
+        """Returns a field by the recipe's `columns`: from a column or a template of columns."""
         template = self.source.columns.get(name)
         if template is None and default is not None and name in self._mapped:
             return default
@@ -208,7 +208,7 @@ class RowReader:
 
     @property
     def _mapped(self) -> set[str]:
-        """The columns that the recipe's `columns` read."""
+        """Returns the columns that the recipe's `columns` read."""
         paths = [
             path
             for template in self.source.columns.values()
@@ -238,7 +238,7 @@ class RowReader:
 
 
 def detect_format(source: Source, row: dict[str, Any]) -> str:
-    """The format of a source, as the recipe or its first row says.
+    """Determines the format of a source, from the recipe or its first row.
 
     Raises:
         UserError: for columns of no known format.
@@ -261,7 +261,7 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
 
 
 def value_of(row: dict[str, Any], path: str, where: str) -> Any:
-    """A column, or a field inside it, such as `answers.text[0]`.
+    """Returns a column, or a field inside it, such as `answers.text[0]`.
 
     Raises:
         BadRowError: naming what is missing, and what there is.
@@ -288,7 +288,7 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
 
 
 def text_of(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
-    """A value as text; what is no text is written as JSON.
+    """Returns a value as text; anything but text is written as JSON.
 
     Raises:
         BadRowError: a missing column or value without a default, or what JSON cannot write.

@@ -23,7 +23,7 @@ class Splits(NamedTuple):
     validation: list[Row]
     test: list[Row]
     notes: list[str]
-    """What was detected, left out, repaired, split off, repeated and dropped, in words."""
+    """Notes on what was detected, left out, repaired, split off, repeated, and dropped."""
 
 
 def load_splits(data: Data, seed: int) -> Splits:
@@ -114,7 +114,7 @@ class _Reading:
 
 
 def _identity(data: Data, train: list[Row], notes: list[str]) -> Callable[[Row], str]:
-    """What makes two rows the same: the prompt, or prompt and answer."""
+    """Returns the key by which two rows are the same: the prompt, or prompt and answer."""
     by = data.same_rows
     if by is None:
         prompts = {row.prompt_key for row in train}
@@ -129,7 +129,7 @@ def _identity(data: Data, train: list[Row], notes: list[str]) -> Callable[[Row],
 
 
 def _weighted(rows: list[Row], seed: int) -> list[Row]:
-    """Each row as often as its weight says; of a fraction, a seeded choice."""
+    """Repeats each row by its weight; a fractional weight makes a seeded choice."""
     seen: list[Row] = []
     for weight in dict.fromkeys(row.weight for row in rows):
         alike = [row for row in rows if row.weight == weight]

@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 1000
 IGNORED = -100
 TARGETS_AT_ONCE = 1024
 """Target tokens whose logits are in memory at a time: with a vocabulary of 128,256, 0.5 GB."""
-"""The label of tokens that are read but not learned, torch's ignore_index."""
+"""The label of tokens that the loss mask leaves out: torch's ignore_index."""
 
 
 class Encoded(NamedTuple):
@@ -78,7 +78,7 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> l
 
 
 def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, index: int = -1) -> str:
-    """An answer of the assistant as text; calls are as the chat template writes them."""
+    """Returns an answer of the assistant as text, with calls as the chat template writes them."""
     index %= len(row.messages)
     if not row.messages[index].get("tool_calls"):
         return row.messages[index]["content"]
@@ -158,7 +158,7 @@ def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[En
 
 
 def check_template(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-    """Whether the chat template writes all that rows have: a template may pass over what it does
+    """Checks that the chat template writes all that rows have: a template may skip what it does
     not know. Each thing is looked for in the first row that has it.
 
     Raises:
@@ -183,7 +183,7 @@ def check_template(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Da
 
 
 def _lesser_rows(row: Row) -> Iterator[tuple[str, Row]]:
-    """What a row has besides words of user and assistant, and the row without it."""
+    """Yields what a row has besides the user's and assistant's words, and the row without it."""
     if row.tools:
         yield "the function definitions (tools)", replace(row, tools=())
     for index, message in enumerate(row.messages):
@@ -271,7 +271,7 @@ def _text_with_end(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> 
 def _render_with_spans(
     row: Row, answers: Collection[int], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character ranges of some answers of the assistant."""
+    """Renders the conversation, and returns the character spans of some of its answers."""
     text = _render(row, row.messages, tokenizer, data)
     return text, [_answer_span(row, index, text, tokenizer, data) for index in sorted(answers)]
 
@@ -279,7 +279,7 @@ def _render_with_spans(
 def _answer_span(
     row: Row, index: int, text: str, tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> tuple[int, int]:
-    """The characters of an answer in the whole conversation, with the token that ends it.
+    """Finds the span of an answer in the whole conversation, with the token that ends it.
 
     It begins where the template's generation prompt ends: there the model will be asked.
     """
@@ -316,7 +316,7 @@ def _answer_span(
 
 
 def _end_of_prompt(text: str, prompt: str) -> int | None:
-    """Where the prompt ends in a text that begins with it; None for another text.
+    """Finds where the prompt ends in a text that begins with it; None for any other text.
 
     White space may differ inside it: Hermes' template writes a line break after the result of a
     call only once other turns follow.
@@ -332,7 +332,7 @@ def _end_of_prompt(text: str, prompt: str) -> int | None:
 
 
 def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
-    """Where the last word of an answer ends; templates may change the white space between words.
+    """Finds where an answer's last word ends; templates may change the white space between words.
 
     Raises:
         UserError: for an answer that is not in the text.

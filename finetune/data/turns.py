@@ -19,7 +19,7 @@ QUESTION, ANSWER = "question", "finequant answers"
 
 
 class AnswerEnd(NamedTuple):
-    """What a chat template writes after an answer."""
+    """The text that a chat template writes after an answer."""
 
     written: str
     """All of it, such as `<|im_end|>` and a line break."""
@@ -29,7 +29,7 @@ class AnswerEnd(NamedTuple):
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> AnswerEnd:
-    """The first added token, or EOS, that the chat template writes after an answer.
+    """Finds the first added token, or EOS, that the chat template writes after an answer.
 
     What follows that token is never generated: generation stops there.
     """
@@ -69,7 +69,7 @@ def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> 
 def generation_config(
     model: Model, data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    """The base's, with every end token."""
+    """Returns the base's generation configuration, extended by every end token."""
     from finequant.finetune.model import load_generation_config
 
     config = load_generation_config(model)
@@ -95,7 +95,7 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """The generated ids before the first end token."""
+    """Returns the generated ids before the first end token."""
     return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
@@ -128,7 +128,7 @@ def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, system: str | None, arguments: dict[str, Any], turns: int
 ) -> str:
-    """A conversation by the chat template; empty where it refuses this one."""
+    """Renders a conversation; empty if the chat template refuses it."""
     messages = [{"role": "system", "content": system}] if system else []
     for _ in range(turns):
         messages += [

@@ -20,7 +20,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def empty_block(config: LlamaConfig, number: int) -> LlamaDecoderLayer:
-    """The block, without memory for its weights."""
+    """Makes a block without memory for its weights."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def fill(block: torch.nn.Module, read: Callable[[str, torch.Size], torch.Tensor]
 def decoder_block(
     config: LlamaConfig, number: int, weights: Weights, dtype: torch.dtype
 ) -> LlamaDecoderLayer:
-    """The block with its weights in `dtype`."""
+    """Makes a block with its weights in `dtype`."""
     block, prefix = empty_block(config, number), f"model.layers.{number}."
     fill(block, lambda name, shape: filled(weights, prefix + name, shape, dtype))
     return block
@@ -83,7 +83,7 @@ def norm_and_head(config: LlamaConfig, weights: Weights, dtype: torch.dtype) -> 
 
 
 def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
-    """[rows, vocabulary] of normed hidden states [rows, hidden], the head read in parts."""
+    """Computes logits [rows, vocabulary] of normed states [rows, hidden], part by part."""
     name = f"{HEAD}.weight"
     parts = [linear(hidden, weights(name, rows).to(hidden.dtype)) for rows in row_slices(shape)]
     return torch.cat(parts, dim=-1)

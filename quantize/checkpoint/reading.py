@@ -79,7 +79,7 @@ class TensorFile:
             raise UserError(f"{path}: damaged, no safetensors file: copy it again") from None
 
     def read(self, name: str, rows: slice = WHOLE) -> torch.Tensor:
-        """[rows, ...] in the dtype of the file."""
+        """Reads rows [rows, ...] in the dtype of the file."""
         entry = self.entries[name]
         start, size = entry.bytes_of(rows)
         first, last, _ = rows.indices(entry.shape[0])
@@ -126,7 +126,7 @@ def write_rows(descriptor: int, entry: Entry, rows: slice, tensor: torch.Tensor)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's own memory, or that of a contiguous copy."""
+    """Returns the tensor's memory, or that of a contiguous copy."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
@@ -139,13 +139,13 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
-    """The weights of a model that is in memory; a tied head is read by its name, too."""
+    """Reads the weights of a model in memory; a tied head can also be read by its name."""
     tensors = model.state_dict()
     return lambda name, rows: tensors[name][rows]
 
 
 def filled(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A whole parameter in `dtype`, without a copy of it in any other."""
+    """Reads a whole parameter in `dtype`, without a copy in any other dtype."""
     tensor = torch.empty(shape, dtype=dtype)
     read_into(tensor, weights, name)
     return tensor

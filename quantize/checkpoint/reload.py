@@ -47,7 +47,7 @@ save_file(rows, logits)
 
 
 def blocks_that_fit(checkpoint: Checkpoint, config: LlamaConfig) -> int:
-    """How many blocks of the model a fresh process can load into the memory that is free."""
+    """Counts the blocks of the model that a fresh process can load into free memory."""
     import psutil
 
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())

@@ -53,12 +53,12 @@ class QuantizedCheckpoint(NamedTuple):
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """The content of tokenizer.json."""
+        """Reads tokenizer.json."""
         return json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
     @property
     def contents(self) -> Contents:
-        """What a format has to hold of it."""
+        """Returns the contents that a format has to hold."""
         sizes = {name: self.group_size(name) for name in self.rounded}
         return Contents(self.config, self.bits, sizes, self.tokenizer)
 

@@ -77,7 +77,7 @@ def layout(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[File]:
-    """The files of a checkpoint, byte for byte but for the tensors' content.
+    """Lays out the files of a checkpoint, byte for byte except for the tensors' content.
 
     shapes: of the parameters to write, by name, in the model's order.
     dtype: of what stays in float.
@@ -177,7 +177,7 @@ class Checkpoint:
         return records
 
     def pieces(self, name: str, rows: slice = WHOLE) -> list[slice]:
-        """The rows of a parameter as they are written together."""
+        """Lists the slices of a parameter's rows that are written together."""
         slices = self._slices[name]
         if rows == WHOLE:
             return slices
@@ -226,7 +226,7 @@ class Checkpoint:
         self._written[name, piece.start] = written
 
     def _beyond(self, name: str, dtype: torch.dtype) -> str:
-        """The message for numbers that a dtype does not hold."""
+        """Makes the message for numbers that a dtype cannot represent."""
         what = f"a scale of {name}" if name in self.plan else name
         key = "scale_dtype" if name in self.plan else "dtype"
         return (
@@ -240,7 +240,7 @@ class Checkpoint:
         return self.rounded(name, rows) if self.has(name, rows) else None
 
     def stored(self, name: str) -> tuple[str, ...]:
-        """The tensors of the file that hold a parameter."""
+        """Lists the tensors in the file that store a parameter."""
         return inner_names(name)[:2] if name in self.plan else (name,)
 
     def rounded(self, name: str, rows: slice) -> Rounded:
@@ -357,7 +357,7 @@ def torchao_metadata(name: str, scheme: LayerScheme, dtype: torch.dtype) -> str:
 def quantized_model(
     merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """A whole merged model with torchao's tensors in place of rounded weights, in place."""
+    """Replaces a merged model's quantized weights by torchao's tensors, in place."""
     model = cast_weights(merged, dtype)
     for name, codes in rounded.items():
         weight = torchao_tensor(name, codes, plan[name], dtype)

@@ -62,7 +62,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
 
 def _read_back(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The scales as `from_pretrained` and vLLM will have them, unless they fit as they are."""
+    """Rounds the scales as `from_pretrained` and vLLM will, unless they fit as they are."""
     return scale.contiguous() if dtype == torch.float32 else scale.to(dtype)
 
 
@@ -77,7 +77,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
-    """The schemes as config.json says them: one for all linear layers, or lists of names."""
+    """Writes the schemes for config.json: one for all linear layers, or lists of names."""
     linear = _linear(stored)
     schemes: dict[tuple[int, int], list[str]] = {}
     for name, bits in linear.items():
@@ -171,7 +171,7 @@ def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """[prompts, vocabulary] of the model as plain transformers loads it."""
+    """Computes logits [prompts, vocabulary] of the model as plain transformers loads it."""
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.merge.adapter import last_logits
@@ -199,7 +199,7 @@ class Transformers:
 
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
-    """How to load it with transformers, and to serve it with vLLM."""
+    """Writes how to load the export with transformers, and how to serve it with vLLM."""
     model = 'AutoModelForCausalLM.from_pretrained("{}", subfolder="compressed-tensors")'
     return (
         "### compressed-tensors, 4 bits on disk\n\n`pip install transformers compressed-tensors`"

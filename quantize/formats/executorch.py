@@ -269,7 +269,7 @@ def _norm(stored: QuantizedCheckpoint, name: str) -> Norm:
 
 
 def _linear(stored: QuantizedCheckpoint, name: str) -> nn.Linear:
-    """A linear layer over the stored codes, or over what stayed in float."""
+    """Makes a linear layer from the stored codes, or from weights that stayed in float."""
     weight = _integer_weight(stored, name) if name in stored.rounded else _float(stored, name)
     bias = stored.floats.get(f"{name}.bias")
     with torch.device("meta"):
@@ -357,7 +357,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """[prompts, vocabulary] of the ExecuTorch runtime."""
+    """Computes logits [prompts, vocabulary] in the ExecuTorch runtime."""
     runtime = ExecuTorch(folder / FILE)
     return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
 
@@ -382,7 +382,7 @@ class ExecuTorch:
 
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
-    """How to get the files that ExecuTorch's apps ask for."""
+    """Writes how to get the files that ExecuTorch's apps ask for."""
     listed = ", ".join(f"`{file}`" for file in files)
     return (
         "### ExecuTorch\n\n"

@@ -1,4 +1,4 @@
-"""What a format is. Each file here fills a `Format`, which formats.py lists."""
+"""Defines a format. Each file here fills in a `Format`, which formats.py lists."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Format:
 
 
 def to_install(packages: Mapping[str, str]) -> str | None:
-    """The command that installs those that are missing; None where none is.
+    """Returns the command that installs missing packages; None if none is missing.
 
     packages: module -> what pip installs.
     """

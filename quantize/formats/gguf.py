@@ -190,7 +190,7 @@ def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> None:
 
 
 def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:
-    """The end tokens, under the three keys at which llama.cpp stops.
+    """Returns the end tokens, under the three keys that make llama.cpp stop.
 
     A fourth has no key; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their text.
     eos: the tokenizer's, which is the end of an answer unless that would change its texts.
@@ -262,7 +262,7 @@ def read_back(
 
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """[prompts, vocabulary] of llama.cpp where it is installed, else of transformers."""
+    """Computes logits [prompts, vocabulary] in llama.cpp if installed, or in transformers."""
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -302,7 +302,7 @@ class LlamaCpp:
 
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
-    """How to load it with llama.cpp."""
+    """Writes how to load the export with llama.cpp."""
     file = next(name for name in files if name.endswith(".gguf"))
     code = f"""\
 from llama_cpp import Llama

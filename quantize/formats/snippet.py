@@ -23,5 +23,5 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of code in markdown."""
+    """Makes a block of code in Markdown."""
     return f"```{language}\n{text}\n```"

@@ -60,7 +60,7 @@ class Base(NamedTuple):
 
 
 def open_base(model: Model) -> Base:
-    """The base's safetensors files, in place; a GGUF file is dequantized into memory.
+    """Opens the base's safetensors files; a GGUF file is dequantized into memory.
 
     Raises:
         UserError: as `load_base` does.

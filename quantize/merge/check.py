@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def check_merge(
     base: Base, adapter: Adapter, folder: Path, prompts: list[list[int]]
 ) -> tuple[float, torch.Tensor]:
-    """How far the merged logits are from those of peft's base + adapter, relative to the largest.
+    """Measures the difference of merged logits from peft's base + adapter, relative to the largest.
 
     Returns:
         The difference, and the logits of base + adapter [prompts, vocabulary].
@@ -106,7 +106,7 @@ def _in_memory(
 
 
 def _merged_logits(base: Base, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
-    """The same of the weights as they are merged here."""
+    """Computes the same logits from the weights as they are merged here."""
     hidden = [embed(weights, torch.tensor([prompt])).float() for prompt in prompts]
     rotary = [rotary_of(base.config, states) for states in hidden]
     for number in range(base.config.num_hidden_layers):

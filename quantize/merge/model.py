@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def merged_model(
     recipe: Recipe, run: RunDir, dtype: torch.dtype, prompts: list[list[int]] | None = None
 ) -> LlamaForCausalLM:
-    """The tuned model, merged in float32 row by row, its weights in `dtype`.
+    """Builds the tuned model, merged in float32 row by row, with weights in `dtype`.
 
     prompts: token ids on which the merged logits are compared with those of peft. The stage
         quantize does so, too; here it is for runs that may not have been quantized yet.
@@ -36,7 +36,7 @@ def merged_model(
 
 
 def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> LlamaForCausalLM:
-    """What `from_pretrained` would make of these weights; no tensor is in memory twice."""
+    """Builds the model like `from_pretrained`, without a tensor being in memory twice."""
     from transformers import LlamaForCausalLM
 
     config = deepcopy(base.config)

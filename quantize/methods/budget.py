@@ -63,7 +63,7 @@ def within_budget(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Recipe:
-    """The recipe with `quantize.layers` in place of its budget; as it is where it has none.
+    """Replaces a recipe's budget by `quantize.layers`; without a budget, returns it unchanged.
 
     weights: of the float model, read a decoder block at a time.
     dtype: of the shipped model's arithmetic.

@@ -145,7 +145,7 @@ def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _invert_lower(factor: torch.Tensor) -> None:
-    """A lower triangular matrix, in place: [[A, 0], [B, C]] to [[A', 0], [-C' B A', C']]."""
+    """Inverts a triangular matrix in place: [[A, 0], [B, C]] to [[A', 0], [-C' B A', C']]."""
     if len(factor) <= COLUMNS:
         unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         factor.copy_(torch.linalg.solve_triangular(factor, unit, upper=False))

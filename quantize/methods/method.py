@@ -58,7 +58,7 @@ def is_calibrated(name: str, method: str) -> bool:
 
 
 def round_data_free(weight: torch.Tensor, scheme: LayerScheme, method: str) -> Rounded:
-    """A weight [out, in] without its inputs; hqq needs the whole of it, not some rows."""
+    """Quantizes a weight [out, in] without its inputs; hqq needs the whole weight."""
     if method == "hqq":
         return _half_quadratic(weight, scheme)
     return round_to_nearest(weight, *scheme)

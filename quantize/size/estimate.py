@@ -1,4 +1,4 @@
-"""Memory and disk that a recipe takes, from configurations alone: no weight is read for it.
+"""Estimates a recipe's memory and disk from configurations, without reading a weight.
 
 Memory is that of one process. What a term stands for, and where its factor was measured, is said
 beside it; `finequant plan` shows the terms, `finequant run` stops at what cannot finish.

@@ -53,7 +53,7 @@ class Machine(NamedTuple):
 
 
 def this_machine() -> Machine:
-    """Its GPU if it has one; else its memory, or what a container may take of it, with swap."""
+    """Returns this machine's GPU if it has one; else its memory, or its container's, with swap."""
     import psutil
     import torch
 
@@ -68,7 +68,7 @@ def this_machine() -> Machine:
 
 
 def named_gpu(text: str) -> Machine:
-    """A GPU by its name, or by its memory.
+    """Returns a GPU given its name or its memory.
 
     Raises:
         UserError: for a name that is not known.

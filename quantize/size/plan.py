@@ -67,7 +67,7 @@ def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
 
 
 def _own_weights(plan: Plan, config: LlamaConfig) -> list[str]:
-    """All but a head that shares the embedding's."""
+    """Lists all layers but a head that shares the embedding's weights."""
     tied = config.tie_word_embeddings and not unties_head(plan)
     return [name for name in plan if not (tied and name == HEAD)]
 

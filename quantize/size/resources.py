@@ -113,7 +113,7 @@ def refuse_what_cannot_finish(
 def _what_fits(
     stage: str, recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths | None
 ) -> str:
-    """The overrides with which the stage fits that cost the least, in words."""
+    """Suggests the cheapest overrides with which the stage fits."""
     for changes in _smaller(stage, recipe):
         name = "train" if stage == "qat" else stage
         section = getattr(recipe, name).model_copy(update=changes)

@@ -106,7 +106,7 @@ class FakeQuantized(torch.nn.Module):
 
     @torch.no_grad()
     def weight(self) -> torch.Tensor:
-        """[out, in], as the shipped model dequantizes it."""
+        """Computes the weight [out, in] as the shipped model dequantizes it."""
         weight = torch.empty_like(self.latent, dtype=self.dtype)
         for rows, codes in self.codes():
             scale = self.scales(rows)[:, :, None]
@@ -158,12 +158,12 @@ class FakeQuantLinear(FakeQuantized):
         return self.product(x)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., out] of the shipped layer for its input [..., in]."""
+        """Computes the shipped layer's output [..., out] for its input [..., in]."""
         return _StraightThrough.apply(x, None, None, self.weight(), self.bias, 0.0)
 
 
 class FakeQuantLora(FakeQuantLinear):
-    """Its latent weights are moved by a LoRA.
+    """A layer whose latent weights are moved by a LoRA.
 
     exact: float32 weight [out, in] of the tuned model.
     scaling: s of s B A.
@@ -203,7 +203,7 @@ class FakeQuantLora(FakeQuantLinear):
 
 
 class FakeQuantScales(FakeQuantLinear):
-    """The codes stay, and the scale of each group learns."""
+    """A layer whose codes stay, and whose scales learn, one per group."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -220,7 +220,9 @@ class FakeQuantScales(FakeQuantLinear):
 
     @torch.no_grad()
     def gradient_of_delta(self, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[out, groups], for the gradient [out, tokens] of the output and the input [tokens, in].
+        """Computes the gradient [out, groups] of the scale deltas.
+
+        gradient: of the output, [out, tokens]. x: the input, [tokens, in].
 
         The rounding of the scale to its dtype is passed unchanged.
         """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def fake_quantized_model(
     recipe: Recipe, weights: Weights, start: dict[str, Rounded], plan: Plan, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """The tuned model in the dtype that ships, its layers of `start` fake-quantized.
+    """Builds the tuned model in the shipped dtype, with the layers of `start` fake-quantized.
 
     weights: float32 rows of the tuned model, merged and, if the recipe says so, rotated.
     Only what learns requires a gradient: nothing that the plan leaves in float does.

@@ -106,7 +106,7 @@ def starting_codes(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Path:
-    """A folder with what `quantize` would ship without this stage; made if it is not there.
+    """Returns the folder that `quantize` would ship without this stage, and makes it if missing.
 
     It is written as `quantized/` is: interrupted, the same command goes on from there. Named by all
     that decides the codes, it serves other training settings, too.
