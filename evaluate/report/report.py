@@ -195,7 +195,7 @@ def _widths(quantize: dict[str, Any]) -> str:
 def divergence_lines(report: Report) -> list[str]:
     """Says how far quantized is from tuned in a sentence; [] if it was not measured."""
     divergence = report.get("divergence")
-    if not divergence:
+    if not divergence or divergence.get("tokens") == 0:  # lm-eval's tasks alone
         return []
     agreement = shown_score(100)(divergence.get("top1_agreement"))
     shown = shown_score(1, digits=4)

@@ -228,6 +228,13 @@ def test_extreme_numbers_are_drawn_and_printed(report, tmp_path, capsys, extreme
     assert "Gate" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("tokens", "lines"), [(4096, 1), (0, 0)])
+def test_a_divergence_over_no_tokens_is_not_shown(report, capsys, tokens, lines):
+    report["divergence"]["tokens"] = tokens
+    print_table(report)
+    assert capsys.readouterr().out.count("KL divergence") == lines
+
+
 def test_samples_cannot_break_the_table(report, tmp_path):
     nasty = [
         "a | b",
