@@ -2,7 +2,7 @@
 
 python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
 python benchmarks/torture.py --kills 5 --seed 3 --only kills
-python benchmarks/torture.py --assistant --only kills    # of the embedded model; an hour or two
+python benchmarks/torture.py --assistant --only kills    # the embedded model; an hour or two
 Writes what it measured into docs/reliability.md; with --only, its part of that page.
 """
 

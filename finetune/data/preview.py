@@ -79,14 +79,14 @@ def _colored(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
 
     text = Text()
     run: list[int] = []
-    learned = False
+    is_target = False
     # A token alone need not be a whole character, so runs of tokens are decoded together.
     for token, label in [*zip(encoded.input_ids, encoded.labels, strict=True), (None, None)]:
-        if run and (token is None or (label != IGNORED) != learned):
+        if run and (token is None or (label != IGNORED) != is_target):
             shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-            text.append(shown, style="bold green" if learned else "dim")
+            text.append(shown, style="bold green" if is_target else "dim")
             run = []
-        learned = label != IGNORED
+        is_target = label != IGNORED
         run.append(token)
     return text
 

@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
 def encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, whole: bool = False
 ) -> Encoded:
-    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are learned.
+    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are targets.
 
     Raises:
         UserError: for a row that ends in no token, where data.missing_end does not allow it, and
@@ -45,19 +45,19 @@ def encode(
     """
     if not row.messages:
         ids = _text_with_end(row, tokenizer, data)
-        learned = [True] * len(ids)
+        is_target = [True] * len(ids)
     elif data.loss_on == "all" and not row.excluded:
         text = _render(row, row.messages, tokenizer, data)
         _answer_span(row, len(row.messages) - 1, text, tokenizer, data)  # refuses what is not one
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        learned = [True] * len(ids)
+        is_target = [True] * len(ids)
     else:
         inside = data.loss_on == "assistant"
         answers = row.targets if inside else row.excluded
         text, spans = _render_with_spans(row, answers, tokenizer, data)
         ids, in_answers = _tokenize(text, spans, tokenizer)
-        learned = [part == inside for part in in_answers]
-    labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
+        is_target = [part == inside for part in in_answers]
+    labels = [token if learn else IGNORED for token, learn in zip(ids, is_target, strict=True)]
     kept = len(ids) if whole else data.max_length
     return Encoded(ids[:kept], labels[:kept], len(ids))
 
@@ -244,12 +244,12 @@ def _tokenize_without_offsets(
     text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Tokenizes the pieces between the ends of the spans separately, otherwise like `_tokenize`."""
-    ids, learned = [], []
+    ids, is_target = [], []
     for begin, end in pairwise([0, *chain(*spans), len(text)]):
         piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
         ids += piece
-        learned += [(begin, end) in spans] * len(piece)
-    return ids, learned
+        is_target += [(begin, end) in spans] * len(piece)
+    return ids, is_target
 
 
 def _text_with_end(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:

@@ -70,7 +70,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of coming torch releases, and that the cache changes
+        warnings.simplefilter("ignore")  # about future torch releases and the cache
         edge = lower(Decoder(stored, length).eval(), length, metadata(stored, length))
         delegated = count_delegated(edge, stored)
         program = edge.to_executorch(
@@ -116,7 +116,7 @@ def count_delegated(edge: EdgeProgramManager, stored: QuantizedCheckpoint) -> in
     outside = [name for name in _operators(graph.graph) if LEFT_BEHIND & set(name.split("."))]
     blocks = stored.config.num_hidden_layers
     layers = 7 * blocks + 1
-    products = layers + 2 * blocks + 1 + 2 * blocks  # those of Norm and Rotation
+    products = layers + 2 * blocks + 1 + 2 * blocks  # the rest: norms and rotations
     integers = len(stored.rounded) - (EMBEDDING in stored.rounded)
     taken = inside[LINEAR] - products + layers
     if outside or taken != layers or inside[INTEGER] != integers:
