@@ -292,9 +292,9 @@ def _answer_span(
         same = len(commonprefix([prompt, truncated]))
         raise UserError(
             f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, but "
-            f"writes this one without it ({truncated[same:][:40]!r}), so the model would learn a "
-            "prompt than it will be asked with: give a model.chat_template whose generation prompt "
-            "is what it writes before answers: without an opened thought, or keeping theirs"
+            f"writes this one without it ({truncated[same:][:40]!r}), so the model would be asked "
+            "with a prompt that it was not trained on: give a model.chat_template whose generation "
+            "prompt is what it writes before an answer: one that opens no thought, or keeps them"
         )
     last_word = _end_of_content(row, index, truncated, start)
     end = answer_end(tokenizer, data)

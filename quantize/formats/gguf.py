@@ -217,7 +217,8 @@ def pre_tokenizer(described: dict[str, Any]) -> str:
         kinds = [step.get("type") for step in cutter.get("pretokenizers", [cutter])]
         raise UserError(
             f"gguf: the tokenizer cuts words by {_names(kinds)}, for which llama.cpp's name is not "
-            "known here; expected a byte-level BPE as GPT-2, SmolLM, Llama 3 or Qwen 2 has it"
+            "known here; expected a byte-level BPE like that of GPT-2, SmolLM, Llama 3 or Qwen 2: "
+            "remove gguf from quantize.exports"
         )
     return name
 

@@ -133,6 +133,7 @@ def test_a_prompt_that_opens_a_thought_which_the_row_does_not_have(ended, loss_o
             encode(conversation("open", answer), ended(REASONING), data(loss_on=loss_on))
         message = str(error.value)
         assert message.startswith("rows.jsonl:7: the chat template asks for an answer with '<th")
+        assert "would be asked with a prompt that it was not trained on" in message
         assert "earlier turns" not in message
         assert "loss_on" not in message
     # As it says: a template that asks as it writes.
