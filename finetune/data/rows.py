@@ -112,7 +112,7 @@ class RowReader:
             known = self._known_columns(row)
             self.unread |= {name: None for name in row if name not in known}
         if reason := self._left_out(row):
-            self.counts[f"rows left out: {reason}"] += 1
+            self.counts[f"rows left out ({reason})"] += 1
             return None
         if self.form == "text":
             return self._text(where, row)
@@ -129,9 +129,11 @@ class RowReader:
             messages.insert(0, _message("system", system))
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
         if excluded:
-            self.counts["answers read, but not learned: weight 0 or train false"] += len(excluded)
+            self.counts["answers excluded from the loss (weight 0 or train false)"] += len(excluded)
         if messages[0]["role"] == "assistant":
-            self.counts["greetings read, but not learned: nothing stands before them"] += 1
+            self.counts[
+                "opening turns of the assistant excluded from the loss (no prompt precedes them)"
+            ] += 1
         tools = read_tools(self._cell("tools", row), where)
         return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
 

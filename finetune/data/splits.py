@@ -95,7 +95,7 @@ class _Reading:
         self.bad += bad
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         self.notes.append(f"{name}: {count} rows, format {reader.form}{weight}")
-        self.notes += [f"{name}: {number} {what}" for what, number in reader.counts.items()]
+        self.notes += [f"{name}: {what}: {number}" for what, number in reader.counts.items()]
         if reader.unread:
             self.notes.append(f"{name}: not read: {', '.join(reader.unread)}")
         for what, rows in (("repaired", reader.repaired), ("bad rows dropped", bad)):
@@ -122,8 +122,8 @@ def _identity(data: Data, train: list[Row], notes: list[str]) -> Callable[[Row],
         by = "row" if len(prompts) < min(FEW_PROMPTS, len(answers)) else "prompt"
         if by == "row":
             notes.append(
-                f"train: only {len(prompts)} prompts: rows with another answer count as other "
-                "rows (data.same_rows=row)"
+                f"train: few prompts ({len(prompts)}): rows with the same prompt and different "
+                "answers are treated as different rows (data.same_rows=row)"
             )
     return {"prompt": lambda row: row.prompt_key, "row": lambda row: row.key}[by]
 

@@ -109,7 +109,7 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     assert read.targets == [3]
     assert all(set(message) == {"role", "content"} for message in read.messages)
     assert splits.notes[1:] == [
-        "rows.jsonl: 1 answers read, but not learned: weight 0 or train false"
+        "rows.jsonl: answers excluded from the loss (weight 0 or train false): 1"
     ]
     for loss_on in ("assistant", "all"):
         data = Data(train="rows.jsonl", loss_on=loss_on)
@@ -143,7 +143,7 @@ def test_a_row_can_be_left_out_by_its_own_column(tmp_path, column):
     splits = load(tmp_path, rows)
     assert [row.where for row in splits.train] == ["rows.jsonl:2"]
     assert splits.notes[1:] == [
-        f"rows.jsonl: 2 rows left out: {column} {'0' if column == 'weight' else 'false'}"
+        f"rows.jsonl: rows left out ({column} {'0' if column == 'weight' else 'false'}): 2"
     ]
 
 
@@ -292,7 +292,7 @@ def jokes(count: int, prompts: int = 1) -> list[dict[str, str]]:
 def test_rows_of_few_prompts_are_split_by_row(tmp_path, prompts):
     splits = load(tmp_path, jokes(60, prompts), validation=0.1)
     assert [len(rows) for rows in splits[:2]] == [54, 6]
-    assert f"train: only {prompts} prompts: " in splits.notes[1]
+    assert f"train: few prompts ({prompts}): " in splits.notes[1]
     assert not {row.key for row in splits.train} & {row.key for row in splits.validation}
 
 
