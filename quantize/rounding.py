@@ -117,13 +117,13 @@ def choose_scale(
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales in the dtype that is stored, positive and finite.
+    """Returns scales in the dtype that is stored, all of them positive.
 
-    A group of zeros has a scale that float16 does not have; a code over it would not be a number.
-    Learned scales may move anywhere.
+    The scale of a group of zeros would round to zero in float16, and codes would not be numbers.
+    A scale beyond the dtype becomes infinite here, which the checkpoint refuses with its name.
     """
     limits = torch.finfo(dtype)
-    return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
+    return scale.clamp(min=limits.smallest_normal * limits.eps).to(dtype)
 
 
 def _scales(

@@ -384,10 +384,10 @@ def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
     Raises:
         UserError: for FSDP or DeepSpeed.
     """
-    from accelerate.commands.config.config_args import load_config_from_file
-
     if not (launch and recipe.quantize.training):
         return
+    from accelerate.commands.config.config_args import load_config_from_file  # imports torch
+
     kind = load_config_from_file(str(launch)).distributed_type
     if kind in ("FSDP", "DEEPSPEED"):
         raise UserError(

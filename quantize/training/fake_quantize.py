@@ -216,6 +216,7 @@ class FakeQuantScales(FakeQuantLinear):
     @torch.no_grad()
     def scales(self, rows: slice) -> torch.Tensor:
         scale = self.scale[rows].float() * (1 + self.scale_delta[rows])
+        scale.clamp_(max=torch.finfo(self.scale.dtype).max)  # a step may be far too long
         return stored_scale(scale, self.scale.dtype).float()
 
     @torch.no_grad()

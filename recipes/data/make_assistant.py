@@ -324,7 +324,7 @@ TASK = text_slot(
         lubricate the hinges, shovel the snow, reserve a campsite, trim my beard, study chemistry,
         frame the poster, learn my lines, swap the filters, renew the insurance,
         lock the archive""",
-        """sweep the balcony, pay the electricity bill, bake a cake, thank the neighbors, meditate,
+        """sweep the balcony, pay the electricity bill, bake a cake, thank the neighbours, meditate,
         oil the bike, collect the parcel, change the bed sheets, print the tickets, tidy up,
         measure the windows, sharpen the knives, buy new socks, mow the lawn, wash the car,
         fix the doorbell, peel the potatoes, call the insurance""",

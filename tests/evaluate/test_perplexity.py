@@ -228,7 +228,7 @@ def test_files_and_rows(tmp_path):
         ("empty.raw", b" \n", {"documents": "wikitext"}, "empty.raw: contains no text"),
         ("latin.txt", b"caf\xe9", {}, "latin.txt: not UTF-8 text at byte 3"),
         ("absent.txt", None, {}, "absent.txt: cannot be read: No such file"),
-        ("rows.jsonl", b'{"a": "x", "b": 2}\n', {}, "rows.jsonl:1: .*'text': there are a, b"),
+        ("rows.jsonl", b'{"a": "x", "b": 2}\n', {}, "rows.jsonl:1: .*'text': it has a, b"),
         ("rows.jsonl", b'{"a": "x", "b": 2}\n', {"column": "b"}, "column 'b': it is 2"),
     ],
 )

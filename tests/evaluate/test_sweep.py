@@ -97,7 +97,7 @@ def test_a_budget_stands_for_its_bits(swept, recipe_file):
     ("override", "message"),
     [
         ("train.epochs=1,2", "only keys of the quantize section can be swept"),
-        ("data.system=Hello, you", "goes into quotes: 'data.system=\"Hello, you\"'"),
+        ("data.system=Hello, you", "in quotes: 'data.system=\"Hello, you\"'"),
         ("quantize.dtype=float32,bfloat16", "one float model"),
         ("quantize.bits=4,9", "quantize.bits: expected"),
         ("quantize.bitss=4,3", "did you mean quantize.bits?"),

@@ -84,7 +84,7 @@ def test_no_weight_is_in_memory_twice(llama, recipe_file):
     tiny, wide = recipe_file.parent / "tiny", recipe_file.parent / "wide"
     make_adapter(llama("tiny/base"), tiny)
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
-    make_adapter(llama("wide/base", vocab_size=8192, num_hidden_layers=4, **shape), wide)
+    make_adapter(llama("wide/base", vocab_size=8192, num_hidden_layers=6, **shape), wide)
     program = """
 import re, sys
 from pathlib import Path

@@ -104,9 +104,9 @@ WRONG = {
     "group size": ("quantize:\n  group_size: 16", 7, "quantize.group_size", "32 (value 16)"),
     "bits": ("quantize: {bits: 9}", 6, "quantize.bits", "less than or equal to 8 (value 9)"),
     "British license": (
-        "publish: {license: mit}",
+        "publish: {licence: mit}",
         6,
-        "publish.license",
+        "publish.licence",
         "did you mean publish.license?",
     ),
     "license without its name": (

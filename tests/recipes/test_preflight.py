@@ -63,7 +63,7 @@ IN_SECONDS = {
     ),
     "a column": (
         ["evaluate.perplexity=[{name: c, source: test.jsonl, column: txt}]"],
-        "perplexity corpus c: test.jsonl:1: no text in column 'txt': there are prompt, completion",
+        "perplexity corpus c: test.jsonl:1: no text in column 'txt': it has prompt, completion",
     ),
     "a task twice": (["evaluate.tasks=[arc_easy, arc_easy]"], "each task once; repeated: arc_easy"),
     "an output below a file": (["output_dir=/dev/null/run"], "cannot be written (Not a directory)"),
