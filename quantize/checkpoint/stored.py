@@ -82,7 +82,9 @@ def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
-                for name, text in stream.metadata().items():
+                # Sorted: safetensors lists metadata in another order each time, and an export of
+                # the same codes has to be the same file.
+                for name, text in sorted(stream.metadata().items()):
                     if name not in NOT_TENSORS:
                         _read_tensor(stream, name, json.loads(text), rounded, bits, floats)
         except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:

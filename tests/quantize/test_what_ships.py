@@ -229,6 +229,12 @@ def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
     assert [text.strip() for text in said] == answers
 
 
+def test_layers_are_read_in_one_order(shipped, root):
+    """safetensors lists metadata in a random order, and exports are written in the order read."""
+    layers = list(read_checkpoint(root / "tied" / "quantized").rounded)
+    assert layers == sorted(layers)
+
+
 def test_several_ends_end_generation(shipped):
     """Without them a random model would use up its tokens."""
     answers = {name: shipped[name][1] for name in ("untied", "several_ends")}
