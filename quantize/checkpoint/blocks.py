@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +21,13 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def empty_block(config: LlamaConfig, number: int) -> LlamaDecoderLayer:
-    """Makes a block without memory for its weights."""
+    """Makes a block without memory for its weights, causal when it is called without a mask."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+    config = copy(config)
+    # AutoConfig leaves this open; a block by itself then runs "eager", which without a mask lets
+    # each token see those after it.
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return LlamaDecoderLayer(config, number).eval().requires_grad_(False)
 

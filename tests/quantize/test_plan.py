@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from finequant.finetune.model import load_base, load_config, load_tokenizer
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import weights_of
 from finequant.quantize.methods.budget import allocate, sensitivity, within_budget
 from finequant.quantize.methods.method import round_model
@@ -19,6 +21,7 @@ from finequant.quantize.scheme import (
     LayerScheme,
     bits_per_weight,
     layer_plan,
+    undecided,
     unties_head,
 )
 from finequant.quantize.size.plan import layer_size, show_plan
@@ -324,7 +327,6 @@ def test_bits_go_where_they_buy_most():
 @pytest.fixture
 def uneven(recipe_file):
     """A model whose second block matters most, its recipe, tokenizer and calibration."""
-    from finequant.finetune.model import load_base, load_tokenizer
 
     def make(*overrides: str):
         recipe = load_recipe(recipe_file, ["quantize.scale=search", CALIBRATION, *overrides])
@@ -364,6 +366,38 @@ def test_the_expected_rise_is_the_divergence(uneven):
                 < loss_increases[name][bits] / divergence(model, {name: rounded}, sequences)
                 < 2.5
             )
+
+
+def test_sensitivity_is_that_of_causal_attention_whatever_the_configuration_says_of_it(uneven):
+    recipe, model, _ = uneven()
+    sequences = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    plan = layer_plan(recipe.quantize, model.config)
+    schemes = {name: plan[name] for name in undecided(recipe.quantize, plan)}
+    source = weights_of(model)
+
+    def found(config):
+        return sensitivity(source, config, sequences, schemes, torch.float32, 0)
+
+    eager = load_config(recipe.model)
+    eager._attn_implementation = "eager"
+    assert found(model.config) == found(load_config(recipe.model)) == found(eager)
+
+
+@pytest.mark.parametrize("implementation", [None, "eager", "sdpa"])
+def test_blocks_by_themselves_are_the_model(uneven, implementation):
+    recipe, model, _ = uneven()
+    sequences = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    config, weights = load_config(recipe.model), weights_of(model)
+    config._attn_implementation = implementation
+    with torch.no_grad():
+        hidden = embed(weights, sequences)
+        rotary = rotary_of(config, hidden)
+        for number in range(config.num_hidden_layers):
+            hidden = decoder_block(config, number, weights, torch.float32)(
+                hidden, position_embeddings=rotary
+            )
+        logits = norm_and_head(config, weights, torch.float32)(hidden)
+        torch.testing.assert_close(logits, model(sequences).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("gptq", 3)])
