@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.report import (
     comparison_rows,
-    corpora_of,
     divergence_lines,
     markdown_table,
-    metrics_of,
-    value_at,
     verdict_lines,
 )
+from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
 from finequant.quantize.formats.snippet import fenced

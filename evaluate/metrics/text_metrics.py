@@ -14,7 +14,7 @@ from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from finequant.evaluate.report.report import OUT_OF_100
+from finequant.evaluate.report.values import OUT_OF_100
 from finequant.recipes.errors import UserError
 
 Score = dict[str, float | int | None]

@@ -20,24 +20,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.evaluate.report.plots import DRAWINGS, draw_plot
+from finequant.evaluate.report.values import (
+    Report,
+    corpora_of,
+    finite,
+    finite_only,
+    float_at,
+    metrics_of,
+    to_percent,
+    value_at,
+)
 from finequant.recipes.rundir import replace_text
 from finequant.recipes.schema import Gate
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.console import Console
 
-Report = dict[str, Any]
-
-OUT_OF_100 = ("bleu", "chrf")  # all other metrics are fractions of 1
 MISSING = "–"
 ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is slightly more than 0.05
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
-
-# Okabe and Ito's colors, which color-blind readers can tell apart.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = "os^vDPX"
 
 
 def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
@@ -147,8 +149,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
 def write_report(report: Report, folder: Path) -> None:
     """Writes plots/, report.md, and finally report.json (infinite or NaN: null)."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = {"comparison": _comparison, "layers": _layers, "loss": _loss}
-    plots = {name for name, draw in drawings.items() if draw_plot(draw, report, folder, name)}
+    plots = {name for name, draw in DRAWINGS.items() if draw_plot(draw, report, folder, name)}
     replace_text(folder / "report.md", _markdown(report, plots))
     content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(folder / "report.json", content + "\n")
@@ -230,7 +231,7 @@ def verdict_lines(report: Report) -> list[str]:
 
 
 def _worst_layers(report: Report) -> str:
-    layers = [layer for layer in report.get("layers") or [] if _finite(layer.get("snr_db"))]
+    layers = [layer for layer in report.get("layers") or [] if finite(layer.get("snr_db"))]
     worst = sorted(layers, key=lambda layer: layer["snr_db"])[:5]
     rows = [
         [_code(x["name"]), str(x["bits"]), str(x["group_size"]), shown_number(x["snr_db"], 1)]
@@ -293,187 +294,6 @@ def image_link(plots: set[str], name: str, description: str) -> str:
     return f"![{description}](plots/{name}.png)" if name in plots else ""
 
 
-def draw_plot(draw: Callable, report: Report, folder: Path, name: str) -> bool:
-    """Writes plots/NAME.png; if there is nothing to draw, removes an earlier one."""
-    path = folder / "plots" / f"{name}.png"
-    figure = draw(report)
-    if figure is None:
-        path.unlink(missing_ok=True)
-        return False
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
-    return True
-
-
-def new_figure(width: float) -> Figure:
-    # Without pyplot there is no global state, and a Figure renders itself with Agg.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, 4), layout="constrained")
-
-
-def _loss(report: Report) -> Figure | None:
-    figure = new_figure(7)
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss in nats per token")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-        entries = [e for e in report.get("training") or [] if _finite(e.get(key))]
-        if entries:
-            color = COLORS[len(axes.lines)]
-            steps, losses = [e["step"] for e in entries], [e[key] for e in entries]
-            axes.plot(steps, losses, style, color=color, label=label, markersize=5)
-    axes.grid(alpha=0.3)
-    if not axes.lines:
-        return None
-    axes.legend()
-    return figure
-
-
-def _comparison(report: Report) -> Figure | None:
-    models = report["models"]
-    panels = {
-        "perplexity per token\n(lower is better)": {
-            corpus: [_bar(m, 1, "perplexity", corpus) for m in models.values()]
-            for corpus in corpora_of(models)
-        },
-        "accuracy in %\n(higher is better)": {
-            f"{task}\n{metric}": [
-                _bar(m, to_percent(metric), "tasks", task, metric) for m in models.values()
-            ]
-            for task, metric in metrics_of(models)
-        },
-    }
-    panels = {
-        label: kept
-        for label, groups in panels.items()
-        if (kept := {name: bars for name, bars in groups.items() if any(map(_has_height, bars))})
-    }
-    if not panels:
-        return None
-    widths = [1 + 0.55 * len(groups) * len(models) for groups in panels.values()]
-    figure = new_figure(max(5.0, sum(widths)))
-    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
-    for axes, (label, groups) in zip(all_axes, panels.items(), strict=True):
-        axes.set_ylabel(label)
-        _bars(axes, groups, list(models), may_be_log=label.startswith("perplexity"))
-    handles, names = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    return figure
-
-
-def _bar(model: dict[str, Any], scale: float, *keys: str) -> tuple[float, float]:
-    """Returns the height (NaN: no bar) and the standard error (0: unknown) of one score."""
-    score = value_at(model, *keys) or {}
-    error = score.get("stderr")
-    height = float_at(score, "token" if "token" in score else "value")
-    return scale * height, scale * error if _finite(error) else 0.0
-
-
-def _has_height(bar: tuple[float, float]) -> bool:
-    return math.isfinite(bar[0])
-
-
-def _bars(axes: Axes, groups: dict[str, list], models: list[str], may_be_log: bool) -> None:
-    """Draws groups with a bar for each model; perplexities far apart get a logarithmic axis."""
-    width = 0.8 / len(models)
-    for index, name in enumerate(models):
-        heights, errors = zip(*(bars[index] for bars in groups.values()), strict=True)
-        offset = (index - (len(models) - 1) / 2) * width
-        drawn = axes.bar(
-            [group + offset for group in range(len(groups))],
-            heights,
-            width * 0.92,
-            yerr=errors if any(errors) else None,
-            color=COLORS[index % len(COLORS)],
-            capsize=3,
-            label=name,
-        )
-        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.margins(y=0.1)
-    heights = [height for bars in groups.values() for height, _ in bars if math.isfinite(height)]
-    if min(heights) >= 0:
-        axes.set_ylim(bottom=0)
-    if may_be_log and max(heights) > 10 * min(heights):
-        axes.set(yscale="log", ylim=(1, 4 * max(heights)))
-
-
-def _layers(report: Report) -> Figure | None:
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    others: list[tuple[str, float]] = []
-    for layer in report.get("layers") or []:
-        match = re.search(r"\.layers\.(\d+)\..*?(\w+)$", layer["name"])
-        if match and _finite(layer.get("snr_db")):
-            kinds.setdefault(match[2], []).append((int(match[1]), layer["snr_db"]))
-        elif _finite(layer.get("snr_db")):
-            others.append((layer["name"], layer["snr_db"]))
-    if not kinds and not others:
-        return None
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(8)
-    axes = figure.add_subplot(
-        xlabel="layer (then the head)", ylabel="signal-to-noise ratio in dB (higher is better)"
-    )
-    for index, (kind, points) in enumerate(kinds.items()):
-        style = {"color": COLORS[index % 7], "marker": MARKERS[index % 7], "markersize": 4}
-        axes.plot(*zip(*sorted(points), strict=True), label=kind, linewidth=1, **style)
-    after = 1 + max((depth for points in kinds.values() for depth, _ in points), default=-1)
-    for x, (name, snr) in enumerate(others, after):
-        axes.plot([x], [snr], "k*", markersize=10, label=name)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
-    return figure
-
-
-def corpora_of(models: dict[str, Any]) -> list[str]:
-    """Lists the corpora of all models, each once, in order."""
-    return list(dict.fromkeys(name for m in models.values() for name in m.get("perplexity") or {}))
-
-
-def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lists the (task, metric) pairs of all models, each once, in order."""
-    pairs = (
-        (task, metric)
-        for model in models.values()
-        for task, metrics in (model.get("tasks") or {}).items()
-        for metric in metrics
-    )
-    return list(dict.fromkeys(pairs))
-
-
-def to_percent(metric: str) -> int:
-    return 1 if metric in OUT_OF_100 else 100
-
-
-def value_at(node: Any, *keys: str) -> Any:
-    """Returns `node[key][key]...`, or None if a key is missing."""
-    for key in keys:
-        node = (node or {}).get(key)
-    return node
-
-
-def float_at(node: Any, *keys: str) -> float:
-    """Returns the number at `keys`; NaN if it is missing or infinite."""
-    value = value_at(node, *keys)
-    return float(value) if _finite(value) else math.nan
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def finite_only(node: Any) -> Any:
-    """Copies the tree with None for each number that JSON cannot represent."""
-    if isinstance(node, dict):
-        return {key: finite_only(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [finite_only(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
 def shown_number(value: float | None, digits: int = 2) -> str:
     if value is None:
         return MISSING
@@ -486,13 +306,13 @@ def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
     def shown(score: dict | None) -> str:
         value, error = value_at(score, "value"), value_at(score, "stderr")
         text = MISSING if value is None else f"{value * scale:.{digits}f}"
-        return f"{text} ± {error * scale:.{digits}f}" if _finite(error) else text
+        return f"{text} ± {error * scale:.{digits}f}" if finite(error) else text
 
     return shown
 
 
 def _ratio(tuned: float | None, quantized: float | None) -> str:
-    if not _finite(tuned) or not _finite(quantized) or not tuned:
+    if not finite(tuned) or not finite(quantized) or not tuned:
         return MISSING
     ratio = quantized / tuned
     return f"{ratio - 1:+z.1%}" if ratio < 100 else f"×{ratio:.3g}"
@@ -508,7 +328,7 @@ def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | 
         change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
         if not math.isfinite(change):
             return MISSING
-        spread = f" ± {error * scale:.1f}" if _finite(error) else ""
+        spread = f" ± {error * scale:.1f}" if finite(error) else ""
         return f"{change:+z.1f}{spread} points"
 
     return shown

@@ -12,22 +12,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from finequant.evaluate.report.plots import COLORS, MARKERS, draw_plot, new_figure
 from finequant.evaluate.report.report import (
-    COLORS,
-    MARKERS,
     MISSING,
-    Report,
-    corpora_of,
-    draw_plot,
-    finite_only,
-    float_at,
     image_link,
     markdown_table,
-    metrics_of,
-    new_figure,
     print_rows,
     shown_number,
     shown_score,
+)
+from finequant.evaluate.report.values import (
+    Report,
+    corpora_of,
+    finite_only,
+    float_at,
+    metrics_of,
     to_percent,
     value_at,
 )
@@ -52,7 +51,7 @@ standard error. Points in the plot are labeled with their bits per code; ↑ mea
 def write_sweep(report: Report, folder: Path) -> None:
     """Writes plots/sweep.png, sweep.md, and finally sweep.json (infinite or NaN: null)."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {"sweep"} if draw_plot(_plot, report, folder, "sweep") else set()
+    plots = {"sweep"} if draw_plot(draw_sweep, report, folder, "sweep") else set()
     replace_text(folder / "sweep.md", _markdown(report, plots))
     content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(folder / "sweep.json", content + "\n")
@@ -160,7 +159,7 @@ def _method(model: Model) -> str:
     return ", ".join([method[1], *(f"{key} {value}" for key, value in further)])
 
 
-def _plot(report: Report) -> Figure | None:
+def draw_sweep(report: Report) -> Figure | None:
     models = report["models"]
     panels = {
         f"perplexity per token, {corpus}\n(lower is better)": [

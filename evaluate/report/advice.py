@@ -1,0 +1,71 @@
+"""Says what would make quantization cost less, when it cost more than its error bars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finequant.evaluate.report.values import (
+    Report,
+    corpora_of,
+    float_at,
+    metrics_of,
+    to_percent,
+    value_at,
+)
+
+MAX_PERPLEXITY_INCREASE = 0.03
+"""Of quantized from tuned, relative; more is worth a better method."""
+
+
+def cost_too_much(report: Report) -> bool:
+    """Says whether a metric fell by more than two standard errors, or a perplexity rose by more
+    than 3 %, from tuned to quantized."""
+    tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
+    for task, metric in metrics_of({"tuned": tuned}):
+        error = float_at(report, "changes", task, metric, "stderr")
+        drop = float_at(tuned, "tasks", task, metric, "value")
+        drop -= float_at(quantized, "tasks", task, metric, "value")
+        if drop > 2 * error or (error != error and drop * to_percent(metric) > 1):
+            return True
+    return any(
+        float_at(quantized, "perplexity", corpus, "token")
+        > (1 + MAX_PERPLEXITY_INCREASE) * float_at(tuned, "perplexity", corpus, "token")
+        for corpus in corpora_of({"tuned": tuned})
+    )
+
+
+def advice(report: Report) -> list[str]:
+    """Lists changes of the recipe that would help most, the cheapest first; [] if none is needed.
+
+    The figures are those of docs/what-helped.md: SmolLM2-135M on WikiText-2, at 4 bits.
+    """
+    quantize = value_at(report, "recipe", "quantize")
+    if not quantize or not cost_too_much(report):
+        return []
+    return [text for text in _steps(quantize) if text]
+
+
+def _steps(quantize: dict[str, Any]) -> list[str | None]:
+    calibration = quantize.get("calibration") or {}
+    calibrated = quantize.get("method") == "gptq"
+    return [
+        None
+        if calibrated
+        else "quantize.method=gptq quantize.scale=search: calibrates the codes on your rows "
+        "(perplexity 49.2 -> 33.3, where float has 29.4)",
+        None
+        if quantize.get("rotate") or quantize.get("head") == "float"
+        else "quantize.rotate=true: spreads outliers over all channels (33.3 -> 31.4)",
+        None
+        if calibrated and calibration.get("steps")
+        else "quantize.calibration.steps=32: trains each block to reproduce the float block "
+        "(31.4 -> 31.0)",
+        None
+        if quantize.get("training")
+        else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '
+        "scales on your answers and on the tuned model",
+        None
+        if quantize.get("layers") or (quantize.get("bits") or 0) >= 6
+        else 'quantize.layers="{lm_head: {bits: 8}}": the head at 8 bits; '
+        "`finequant sweep` shows what more bits would give",
+    ]

@@ -1,0 +1,75 @@
+const { models, rows } = JSON.parse(document.getElementById("data").textContent);
+const PAGE = 50;
+let show = "differ", limit = PAGE;
+
+function matches(row) {
+  const { tuned, quantized } = row.answers;
+  if (show === "wrong" && row.right.quantized !== false) return false;
+  if (show === "differ" && tuned === quantized) return false;
+  const words = document.getElementById("search").value.toLowerCase();
+  const texts = [row.prompt, row.reference, ...Object.values(row.answers)];
+  return texts.join("\n").toLowerCase().includes(words);
+}
+
+function element(name, text, className) {
+  const node = document.createElement(name);
+  node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+
+// Marks what stands between the beginning and the end that both texts share.
+function marked(text, other) {
+  const node = document.createElement("dd");
+  let start = 0, end = 0;
+  const shortest = Math.min(text.length, other.length);
+  while (start < shortest && text[start] === other[start]) start++;
+  while (end < shortest - start && text.at(-1 - end) === other.at(-1 - end)) end++;
+  node.append(text.slice(0, start));
+  if (start + end < text.length) node.append(element("mark", text.slice(start, text.length - end)));
+  node.append(text.slice(text.length - end));
+  return node;
+}
+
+function card(row) {
+  const list = document.createElement("dl");
+  list.append(element("dt", "prompt"), element("dd", row.prompt));
+  list.append(element("dt", "reference"), element("dd", row.reference));
+  for (const model of models.filter((name) => name in row.answers)) {
+    const verdict = { true: "right", false: "wrong" }[row.right[model]];
+    const other = { tuned: "quantized", quantized: "tuned" }[model];
+    list.append(element("dt", model, verdict));
+    list.append(marked(row.answers[model], row.answers[other] ?? row.answers[model]));
+  }
+  const node = element("div", "", "answer");
+  node.append(list);
+  return node;
+}
+
+function draw() {
+  const kept = rows.filter(matches);
+  document.getElementById("answers").replaceChildren(...kept.slice(0, limit).map(card));
+  document.getElementById("count").textContent = `${kept.length} of ${rows.length} rows`;
+  document.getElementById("more").hidden = kept.length <= limit;
+}
+
+if (rows.length) {
+  const buttons = document.querySelectorAll("button[data-show]");
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      [show, limit] = [button.dataset.show, PAGE];
+      for (const each of buttons) each.setAttribute("aria-pressed", each === button);
+      draw();
+    });
+  }
+  document.getElementById("search").addEventListener("input", draw);
+  document.getElementById("more").addEventListener("click", () => {
+    limit += PAGE;
+    draw();
+  });
+  addEventListener("beforeprint", () => {
+    limit = Infinity;
+    draw();
+  });
+  draw();
+}

@@ -1,0 +1,221 @@
+"""Writes report.html: the whole report as one page that opens from disk and asks no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from math import comb, prod
+from pathlib import Path
+from typing import Any
+
+from finequant.evaluate.report.advice import advice, cost_too_much
+from finequant.evaluate.report.plots import DRAWINGS, svg
+from finequant.evaluate.report.report import comparison_rows, divergence_lines, verdict_lines
+from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
+from finequant.recipes.rundir import replace_text
+
+HERE = Path(__file__).parent
+MAX_LABELS = 200
+"""With more distinct references than this, they are texts and not labels."""
+
+SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def write_page(report: Report, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Writes report.html.
+
+    rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
+        "right": {model: bool}}.
+    """
+    replace_text(folder / "report.html", page(report, rows))
+
+
+def page(report: Report, rows: list[dict[str, Any]]) -> str:
+    """Renders the page; texts of the data are escaped, and cannot run."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = json.dumps({"models": list(report["models"]), "rows": rows}, ensure_ascii=False)
+    header, table = comparison_rows(report)
+    figures = {name: draw(report) for name, draw in DRAWINGS.items()}
+    if report.get("sweep"):
+        from finequant.evaluate.report.sweep_report import draw_sweep
+
+        figures["sweep"] = draw_sweep(report["sweep"])
+    return environment.get_template("page.html").render(
+        name=value_at(report, "recipe", "name") or "run",
+        made_of=_made_of(report),
+        verdict=_verdict(report),
+        advice=advice(report),
+        header=header,
+        rows=table,
+        figures={
+            name: Markup(f"<figure>{svg(figure)}</figure>")
+            for name, figure in figures.items()
+            if figure
+        },
+        answers=bool(rows),
+        metric=report.get("right_by"),
+        flips=_flips(rows),
+        labels=_labels(rows),
+        passages=_passages(report),
+        sizes=_sizes(report),
+        stages=_stages(report),
+        versions=", ".join(f"{key} {value}" for key, value in report.get("versions", {}).items()),
+        recipe=_yaml(report.get("recipe") or {}),
+        # "<" could end the element.
+        data=Markup(data.replace("<", "\\u003c")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _made_of(report: Report) -> str:
+    recipe = report.get("recipe") or {}
+    source = f"{value_at(recipe, 'model', 'base')}, seed {recipe.get('seed')}"
+    arithmetic = report.get("arithmetic")
+    return source + (f", measured in {arithmetic} arithmetic" if arithmetic else "")
+
+
+def _verdict(report: Report) -> dict[str, Any]:
+    checks = value_at(report, "gate", "checks")
+    failed = value_at(report, "gate", "passed") is False
+    state = "bad" if failed else "warn" if cost_too_much(report) else "good"
+    return {
+        "state": state,
+        "headline": _headline(report),
+        "lines": [
+            *verdict_lines(report),
+            *divergence_lines(report),
+            *([] if checks else ["The recipe sets no gate."]),
+        ],
+    }
+
+
+def _headline(report: Report) -> str:
+    """Says in a sentence what quantization cost: the first accuracy, or the first perplexity."""
+    header, rows = comparison_rows(report)
+    tuned, quantized = header.index("tuned"), header.index("quantized")
+    labels = [f"{task}, {metric} " for task, metric in metrics_of(report["models"])]
+    chosen = next((row for row in rows if labels and row[0].startswith(labels[0])), None)
+    chosen = chosen or next((row for row in rows if row[0].startswith("perplexity")), None)
+    if chosen is None:
+        return "Nothing was measured on texts or held-out rows."
+    what = chosen[0].partition(" (")[0]
+    return f"{what}: tuned {chosen[tuned]}, quantized {chosen[quantized]} ({chosen[-1]})"
+
+
+def _flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Counts rows by whether tuned and quantized are right, with McNemar's exact p-value
+    (https://en.wikipedia.org/wiki/McNemar%27s_test)."""
+    pairs = Counter(
+        (row["right"].get("tuned"), row["right"].get("quantized")) for row in rows if row["right"]
+    )
+    if not pairs:
+        return None
+    lost, gained = pairs[True, False], pairs[False, True]
+    changed = lost + gained
+    tail = sum(comb(changed, k) for k in range(min(lost, gained) + 1)) / 2**changed
+    p_value = min(1.0, 2 * tail)
+    return {
+        "both": pairs[True, True],
+        "neither": pairs[False, False],
+        "lost": lost,
+        "gained": gained,
+        "p": f"{p_value:.2g}",
+    }
+
+
+def _labels(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Counts right answers of each label, if the references are labels: few, and repeated."""
+    counts = Counter(row["reference"] for row in rows)
+    if not 1 < len(counts) <= min(MAX_LABELS, len(rows) // 2):
+        return None
+
+    def right(label: str, model: str) -> int:
+        return sum(row["right"].get(model) is True for row in rows if row["reference"] == label)
+
+    table = [
+        {
+            "label": label,
+            "rows": count,
+            "tuned": right(label, "tuned"),
+            "quantized": right(label, "quantized"),
+        }
+        for label, count in counts.most_common()
+    ]
+    known = {label.strip() for label in counts}
+    unknown = {
+        model: sum(row["answers"].get(model, "").strip() not in known for row in rows)
+        for model in ("tuned", "quantized")
+    }
+    return {
+        "rows": sorted(table, key=lambda row: row["quantized"] - row["tuned"]),
+        "unknown": unknown,
+    }
+
+
+def _passages(report: Report) -> list[list[dict[str, Any]]]:
+    passages = value_at(report, "divergence", "passages") or []
+    largest = max((token["kl"] for passage in passages for token in passage), default=0) or 1
+    return [
+        [
+            {"text": token["text"], "share": token["kl"] / largest, "kl": f"{token['kl']:.4f}"}
+            for token in passage
+        ]
+        for passage in passages
+    ]
+
+
+def _sizes(report: Report) -> list[dict[str, Any]]:
+    """Splits the packed quantized model into codes, scales, and what stays in float."""
+    layers = [layer for layer in report.get("layers") or [] if layer.get("group_size")]
+    size = float_at(report, "models", "quantized", "size_bytes")
+    if not layers or size != size:
+        return []
+    scale_bytes = SCALE_BYTES[value_at(report, "recipe", "quantize", "scale_dtype") or "float32"]
+    weights = [prod(layer["shape"]) for layer in layers]
+    groups = [n // layer["group_size"] for n, layer in zip(weights, layers, strict=True)]
+    # torchao keeps a code, and a group's zero point, in a byte each.
+    floats = size - sum(weights) - sum(groups) * (scale_bytes + 1)
+    parts = {"scales": sum(groups) * scale_bytes, "embedding and norms, in float": max(0, floats)}
+    for layer, n in zip(layers, weights, strict=True):
+        kind = layer["name"].rpartition(".")[2]
+        label = f"codes of {kind}, {layer['bits']} bits"
+        parts[label] = parts.get(label, 0) + n * layer["bits"] / 8
+    largest = max(parts.values())
+    total = {"label": "together, packed", "megabytes": f"{sum(parts.values()) / 1e6:,.1f}"}
+    return [
+        {
+            "label": label,
+            "megabytes": f"{part / 1e6:,.1f}",
+            "percent": round(100 * part / largest, 1),
+        }
+        for label, part in sorted(parts.items(), key=lambda item: -item[1])
+    ] + [total | {"percent": 0}]
+
+
+def _stages(report: Report) -> list[dict[str, str]]:
+    return [
+        {
+            "name": name,
+            "seconds": f"{stage['seconds']:,.0f}",
+            "memory": f"{stage['peak_memory_bytes'] / 1e9:.2f}",
+        }
+        for name, stage in (report.get("stages") or {}).items()
+    ]
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml, stream = YAML(), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.dump(recipe, stream)
+    return stream.getvalue()

@@ -1,0 +1,58 @@
+"""Looks up values in a report, which is a plain dict with parts that may be missing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Report = dict[str, Any]
+
+OUT_OF_100 = ("bleu", "chrf")
+"""Metrics from 0 to 100; all others are fractions of 1."""
+
+
+def corpora_of(models: dict[str, Any]) -> list[str]:
+    """Lists the corpora of all models, each once, in order."""
+    return list(dict.fromkeys(name for m in models.values() for name in m.get("perplexity") or {}))
+
+
+def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lists the (task, metric) pairs of all models, each once, in order."""
+    pairs = (
+        (task, metric)
+        for model in models.values()
+        for task, metrics in (model.get("tasks") or {}).items()
+        for metric in metrics
+    )
+    return list(dict.fromkeys(pairs))
+
+
+def to_percent(metric: str) -> int:
+    return 1 if metric in OUT_OF_100 else 100
+
+
+def value_at(node: Any, *keys: str) -> Any:
+    """Returns `node[key][key]...`, or None if a key is missing."""
+    for key in keys:
+        node = (node or {}).get(key)
+    return node
+
+
+def float_at(node: Any, *keys: str) -> float:
+    """Returns the number at `keys`; NaN if it is missing or infinite."""
+    value = value_at(node, *keys)
+    return float(value) if finite(value) else math.nan
+
+
+def finite(value: float | None) -> bool:
+    """Says whether a number is there, and neither infinite nor NaN."""
+    return value is not None and math.isfinite(value)
+
+
+def finite_only(node: Any) -> Any:
+    """Copies the tree with None for each number that JSON cannot represent."""
+    if isinstance(node, dict):
+        return {key: finite_only(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [finite_only(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node

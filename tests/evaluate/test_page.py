@@ -1,0 +1,143 @@
+"""report.html, also in a browser where there is one."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finequant.evaluate.report.advice import advice
+from finequant.evaluate.report.page import page
+
+HOSTILE = "</script><script>document.title = 'run'</script><b>bold</b>"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def model(accuracy: float, perplexity: float) -> dict:
+    return {
+        "size_bytes": 10_000,
+        "bits_per_weight": 8.0,
+        "perplexity": {"held_out": {"token": perplexity, "tokens": 100}},
+        "tasks": {"held_out": {"exact_match": {"value": accuracy, "stderr": 0.02, "n": 100}}},
+    }
+
+
+def report(quantized: float = 0.8, **quantize) -> dict:
+    settings = {"method": "rtn", "bits": 4, "group_size": 32, "scale_dtype": "float32"}
+    return {
+        "recipe": {"name": HOSTILE, "quantize": settings | quantize},
+        "models": {"base": model(0, 9), "tuned": model(0.9, 2), "quantized": model(quantized, 2)},
+        "changes": {"held_out": {"exact_match": {"value": quantized - 0.9, "stderr": 0.02}}},
+        "layers": [{"name": "lm_head", "shape": [64, 32], "bits": 4, "group_size": 32}],
+        "divergence": {
+            "tokens": 2,
+            "passages": [[{"text": HOSTILE, "kl": 0.5}, {"text": "b", "kl": 0.0}]],
+        },
+        "right_by": "exact_match",
+        "gate": {"passed": True, "checks": []},
+    }
+
+
+def rows() -> list[dict]:
+    """60 rows: in 5 of them quantized is wrong, in one of these tuned is wrong as well."""
+    made = []
+    for number in range(60):
+        label = ("on", "off", HOSTILE)[number % 3]
+        quantized = "neither" if number < 5 else label
+        tuned = "nor" if number == 0 else label
+        made.append(
+            {
+                "prompt": f"row {number} {HOSTILE}",
+                "reference": label,
+                "answers": {"base": "?", "tuned": tuned, "quantized": quantized},
+                "right": {"base": False, "tuned": tuned == label, "quantized": quantized == label},
+            }
+        )
+    return made
+
+
+def test_texts_of_the_data_are_no_markup():
+    text = page(report(), rows())
+    data = re.search(r'id="data">(.*?)</script>', text, re.S)
+    assert json.loads(data[1])["rows"] == rows()
+    assert text.count("<script") == 2
+    assert "<b>bold" not in text
+    assert "http://" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
+
+
+def test_flips_labels_and_sizes_are_counted():
+    text = page(report(), rows())
+    assert "both right in 55 rows and both wrong in 1" in text
+    assert "4 went from right to wrong and 0 from wrong to right" in text
+    assert "p = 0.12" in text  # 2 / 2^4
+    assert "5 answers of quantized are no label" in text
+
+
+@pytest.mark.parametrize(
+    ("quantized", "quantize", "expected"),
+    [
+        (0.8, {}, ["quantize.method=gptq", "quantize.rotate=true", "calibration.steps"]),
+        (0.8, {"method": "gptq", "rotate": True}, ["calibration.steps"]),
+        (0.89, {}, []),
+    ],
+)
+def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, quantize, expected):
+    lines = advice(report(quantized, **quantize))
+    assert bool(lines) == bool(expected)
+    assert all(any(key in line for line in lines) for key in expected)
+    assert not any("method=gptq" in line for line in lines) or "method" not in quantize
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_filters_and_nothing_sticks_out(tmp_path, width):
+    probe = """
+    const clicked = {};
+    for (const button of document.querySelectorAll("button[data-show]")) {
+      button.click();
+      clicked[button.dataset.show] = document.getElementById("count").textContent;
+    }
+    document.getElementById("search").value = "row 59";
+    document.getElementById("search").dispatchEvent(new Event("input"));
+    clicked.search = document.getElementById("answers").children.length;
+    clicked.wide = document.documentElement.scrollWidth > innerWidth;
+    clicked.requests = performance.getEntriesByType("resource").length;
+    document.body.dataset.probe = JSON.stringify([document.title, clicked]);
+    """
+    # The policy of the page lets no other script run, so it is opened for the probe.
+    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", page(report(), rows()))
+    shown = rendered(text.replace("</body>", f"<script>{probe}</script></body>"), tmp_path, width)
+    title, clicked = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', shown, re.S)[1]))
+    assert title == f"{HOSTILE}: base, tuned, quantized"
+    assert clicked["wrong"] == "5 of 60 rows"
+    assert clicked["differ"] == "5 of 60 rows"
+    assert clicked["all"] == "60 of 60 rows"
+    assert (clicked["wide"], clicked["requests"]) == (False, 0)
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
+def test_the_policy_lets_the_page_run_and_nothing_else(tmp_path):
+    added = "<script>document.title = 'run'</script></body>"
+    shown = rendered(page(report(), rows()).replace("</body>", added), tmp_path, 800)
+    assert "5 of 60 rows" in shown
+    assert "<title>run</title>" not in shown
+
+
+def rendered(text: str, folder: Path, width: int) -> str:
+    """The page's elements after its scripts have run."""
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    return subprocess.run(
+        [
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"),
+            *(f"--user-data-dir={folder / 'profile'}", "--dump-dom"),
+            (folder / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
