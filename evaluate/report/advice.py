@@ -14,7 +14,7 @@ from finequant.evaluate.report.values import (
 )
 
 MAX_PERPLEXITY_INCREASE = 0.03
-"""Of quantized from tuned, relative; more is worth a better method."""
+"""Relative increase from tuned to quantized; a larger one is worth a better method."""
 
 
 def cost_too_much(report: Report) -> bool:
