@@ -246,11 +246,19 @@ def validate(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print tables of all keys instead: docs/keys.md")
+    ] = False,
+) -> None:
     """Print the JSON schema of recipes, which lets editors complete and check them."""
+    from finequant.recipes import reference
     from finequant.recipes.schema import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    if markdown:
+        print(reference.markdown(), end="")
+    else:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 @app.command()

@@ -231,11 +231,12 @@ def test_the_quickstart_runs_and_its_result_loads(tmp_path):
 
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path, tiny_base, here, monkeypatch):
-    """Every command of the README's bash blocks, shortened, on the tiny Llama.
+    """Every command in bash blocks of README and docs, shortened, on the tiny Llama.
 
     Only launchers and the stages of `finequant run` have processes of their own.
     """
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     commands = dict.fromkeys(line for line in blocks.splitlines() if "recipes/" in line)
     assert len(commands) >= 9
