@@ -14,8 +14,8 @@ from finequant.recipes.schema import Recipe
 
 HEAD = """# Every key
 
-Written by `finequant schema --markdown` from `recipes/schema.py`. A key is given in the recipe, or on the command line as
-`section.key=value`, which wins. Paths start at the recipe's folder.
+Written by `finequant schema --markdown` from `recipes/schema.py`. A key is given in the recipe,
+or on the command line as `section.key=value`, which wins. Paths start at the recipe's folder.
 """
 
 
