@@ -20,7 +20,7 @@ import torch
 import typer
 from quality import WIKITEXT, show
 
-from finequant.evaluate.compare import device
+from finequant.finetune.device import device
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe

@@ -76,7 +76,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.evaluate.report.report import gate, print_table, write_report
     from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.model import arithmetic_dtype, load_config, load_tokenizer
+    from finequant.finetune.device import arithmetic_dtype
+    from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.scheme import shipped_dtype
 
     watch = Stopwatch()
@@ -232,7 +233,8 @@ def load_model(
 
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.data.turns import stop_at
-    from finequant.finetune.model import arithmetic_dtype, load_base, load_config
+    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge.model import merged_model
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
@@ -250,13 +252,6 @@ def load_model(
     # The weights are rounded to the shipped dtype, whatever dtype the model computes in.
     model = cast_weights(model, arithmetic_dtype(dtype))
     return model.to(device()).eval()
-
-
-def device() -> str:
-    """Returns the device on which models are measured."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_model(

@@ -246,8 +246,9 @@ def _float_model(
 def _measure_float(
     model: LlamaForCausalLM, recipe: Recipe, material: Material, run: RunDir, swept: str
 ) -> dict[str, Any]:
-    from finequant.evaluate.compare import device, measure_model, size_bytes
-    from finequant.finetune.model import arithmetic_dtype, load_config
+    from finequant.evaluate.compare import measure_model, size_bytes
+    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.model import load_config
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
@@ -264,9 +265,10 @@ def measure_point(
 
     model: float32 weights; not modified.
     """
-    from finequant.evaluate.compare import device, measure_model
+    from finequant.evaluate.compare import measure_model
     from finequant.evaluate.dequantized import dequantize_once
-    from finequant.finetune.model import arithmetic_dtype, load_config
+    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.reading import weights_of
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.budget import within_budget

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-# As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
-BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
-
 # A part of transformers' message -> what it means here.
 REASONS = {
     "file named model.safetensors": "it has no safetensors weights; pickled ones (.bin) are not "
@@ -179,67 +176,6 @@ def stored_dtype(config: LlamaConfig) -> torch.dtype:
     import torch
 
     return config.dtype or torch.float32
-
-
-def trains_on_cpu() -> bool:
-    """Says whether there is no GPU, or accelerate's configuration says not to use it (use_cpu)."""
-    import torch
-    from accelerate.utils import parse_flag_from_env
-
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def training_precision(precision: str) -> tuple[torch.dtype, str]:
-    """Chooses the dtype to train in, and says why.
-
-    bf16 is taken where the hardware multiplies it natively; elsewhere it is emulated and slow.
-
-    Raises:
-        UserError: if the recipe asks for bf16 on a GPU that does not have it.
-    """
-    import torch
-
-    if precision == "fp32":
-        return torch.float32, "as the recipe says"
-    on_cpu = trains_on_cpu()
-    if on_cpu:
-        native, where = _cpu_has_bf16(), "this CPU"
-    elif torch.cuda.is_available():
-        native, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    else:
-        native, where = True, f"this GPU ({torch.accelerator.current_accelerator().type})"
-    if precision == "bf16":
-        if not on_cpu and not native:
-            raise UserError("train.precision: this GPU has no bf16: use train.precision=fp32")
-        return torch.bfloat16, "as the recipe says"
-    if native:
-        return torch.bfloat16, f"{where} computes in bf16"
-    return torch.float32, f"{where} does not compute in bf16"
-
-
-def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
-    """Returns the dtype to run a model of `shipped` weights in: float32 where bf16 is emulated.
-
-    The weights keep their bf16 values; only products and activations are finer. Models are run on
-    a CUDA device, or else on the CPU.
-    """
-    import torch
-
-    if shipped != torch.bfloat16:
-        return shipped
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = _cpu_has_bf16()
-    return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    """Says whether the CPU multiplies bf16 natively."""
-    import torch
-
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def lora_config(lora: Lora, base: LlamaForCausalLM) -> LoraConfig:

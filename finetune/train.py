@@ -46,7 +46,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     """
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
-    from finequant.finetune.model import load_tokenizer, training_precision
+    from finequant.finetune.device import training_precision
+    from finequant.finetune.model import load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.trainer import training_arguments
 

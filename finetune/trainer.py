@@ -20,7 +20,8 @@ from trl import SFTConfig, SFTTrainer
 from finequant.finetune import attention
 from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode, to_dataset
-from finequant.finetune.model import lora_config, trains_on_cpu
+from finequant.finetune.device import trains_on_cpu
+from finequant.finetune.model import lora_config
 from finequant.finetune.processes import (
     TIMEOUT,
     decided_by_first,

@@ -79,7 +79,7 @@ def test_every_file_is_looked_at():
 @pytest.mark.parametrize(
     ("source", "wrong"),
     [
-        ("from finequant.evaluate.compare import device", True),
+        ("from finequant.evaluate.compare import main", True),
         ("def f():\n    import finequant.publish.card", True),
         ("from finequant.finetune.model import load_base", False),
     ],

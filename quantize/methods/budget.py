@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
 from finequant.quantize.methods.method import calibration_sequences
@@ -104,20 +105,20 @@ def sensitivity(
     dtype: of the arithmetic.
     """
     count, inputs = config.num_hidden_layers, []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = device()
     with torch.no_grad():
-        hidden = embed(weights, sequences).to(device, dtype)
+        hidden = embed(weights, sequences).to(where, dtype)
         rotary = {"position_embeddings": rotary_of(config, hidden)}
         for number in range(count):
             inputs.append(hidden)
-            block = decoder_block(config, number, weights, dtype).to(device)
+            block = decoder_block(config, number, weights, dtype).to(where)
             hidden = block(hidden, **rotary)
-    top = norm_and_head(config, weights, dtype).to(device)
+    top = norm_and_head(config, weights, dtype).to(where)
     seen, gradient = _backward(top, hidden, lambda logits: _drawn_gradient(logits, seed))
     loss_increases = _loss_increases(weights, "", seen, schemes)
     del top
     for number in reversed(range(count)):
-        block = decoder_block(config, number, weights, dtype).to(device)
+        block = decoder_block(config, number, weights, dtype).to(where)
         seen, gradient = _backward(block, inputs.pop(), lambda _, above=gradient: above, **rotary)
         loss_increases |= _loss_increases(weights, f"model.layers.{number}.", seen, schemes)
     return {name: loss_increases[name] for name in schemes}

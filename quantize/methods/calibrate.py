@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from finequant.finetune.model import arithmetic_dtype
+from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.methods.gptq import ROWS, Statistics, gptq
@@ -46,11 +46,6 @@ Piece = tuple[str, slice, Rounded]
 def nothing(name: str, rows: slice) -> Rounded | None:
     """Returns None: nothing is known before the first block."""
     return None
-
-
-def device() -> torch.device:
-    """Returns the device on which blocks are run and rounded."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()

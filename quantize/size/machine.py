@@ -43,7 +43,7 @@ class Machine(NamedTuple):
 
     def training_dtype(self, precision: str) -> str:
         """`bfloat16` or `float32`, as `training_precision` chooses here."""
-        from finequant.finetune.model import training_precision
+        from finequant.finetune.device import training_precision
 
         if precision != "auto" and self.kind == "gpu":
             return {"bf16": "bfloat16", "fp32": "float32"}[precision]

@@ -21,8 +21,6 @@ from finequant.finetune.model import (
     lora_config,
     save_adapter,
     stored_dtype,
-    training_precision,
-    trains_on_cpu,
 )
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
@@ -488,64 +486,3 @@ def test_weights_that_zero3_has_split_are_whole_when_they_are_checked(tiny_base,
     whole[id(base.model.norm.weight)][3] = torch.inf
     with pytest.raises(UserError, match="model.norm.weight of .* has numbers that are infinite"):
         _check_finite(Model(base=str(tiny_base)), base)
-
-
-@pytest.fixture
-def hardware(monkeypatch):
-    """Pretends: hardware(gpu=None or whether it has bf16, cpu=names of instructions)."""
-
-    def pretend(gpu: bool | None, cpu: tuple[str, ...] = ()) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: gpu)
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu is not None)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
-
-    return pretend
-
-
-@pytest.mark.parametrize(
-    ("gpu", "cpu", "expected", "reason"),
-    [
-        (True, (), torch.bfloat16, "this GPU computes in bf16"),
-        (False, ("amx_bf16",), torch.float32, "this GPU does not compute in bf16"),
-        (None, ("avx512_f", "avx512_bf16"), torch.bfloat16, "this CPU computes in bf16"),
-        (None, ("amx_bf16",), torch.bfloat16, "this CPU computes in bf16"),
-        (None, ("neon", "bf16"), torch.bfloat16, "this CPU computes in bf16"),
-        (None, ("avx512_f", "avx512_bw"), torch.float32, "this CPU does not compute in bf16"),
-    ],
-)
-def test_precision_follows_the_hardware(hardware, gpu, cpu, expected, reason):
-    hardware(gpu, cpu)
-    assert training_precision("auto") == (expected, reason)
-    assert training_precision("fp32") == (torch.float32, "as the recipe says")
-    if gpu is not False:
-        assert training_precision("bf16") == (torch.bfloat16, "as the recipe says")
-
-
-def test_bf16_on_a_gpu_without_it_is_refused(hardware):
-    hardware(gpu=False)
-    with pytest.raises(UserError, match="this GPU has no bf16: use train.precision=fp32"):
-        training_precision("bf16")
-
-
-def test_a_gpu_that_is_to_be_left_alone_decides_nothing(hardware, monkeypatch):
-    """accelerate's `use_cpu: true`, of recipes/accelerate/cpu.yaml."""
-    hardware(gpu=True, cpu=("avx512_f",))
-    assert not trains_on_cpu()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert trains_on_cpu()
-    assert training_precision("auto") == (torch.float32, "this CPU does not compute in bf16")
-    assert training_precision("bf16")[0] == torch.bfloat16  # emulated
-
-
-def test_other_gpus_compute_in_bf16(hardware, monkeypatch):
-    hardware(gpu=None)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
-    assert training_precision("auto") == (torch.bfloat16, "this GPU (mps) computes in bf16")
-
-
-def test_precision_of_the_machine_that_tests_run_on():
-    dtype, reason = training_precision("auto")
-    assert dtype in (torch.bfloat16, torch.float32)
-    assert reason.endswith(" in bf16")

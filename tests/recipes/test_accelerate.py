@@ -18,7 +18,7 @@ from accelerate.utils.launch import (
 )
 from transformers import LlamaForCausalLM, TrainingArguments
 
-from finequant.finetune.model import trains_on_cpu
+from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import sharding
 
 ROOT = Path(__file__).parents[2]
