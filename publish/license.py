@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from finequant.quantize.formats.naming import license_metadata
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Model, Recipe
 
@@ -37,7 +38,7 @@ def license_of(recipe: Recipe) -> License:
             missing, or the name of a model made from a Llama does not begin with "Llama".
     """
     publish, folder = recipe.publish, _base_folder(recipe.model)
-    metadata = _base_metadata(recipe.model, folder)
+    metadata = license_metadata(recipe.model, folder)
     base_license = metadata.get("license")
     license = publish.license or base_license
     if license is None:
@@ -93,29 +94,6 @@ def _from_hub(model: Model) -> Path:
             f"model.base: the license of {model.base} cannot be read ({reason}): publish with a "
             "connection to the Hub and access to the base"
         ) from None
-
-
-def _base_metadata(model: Model, folder: Path | None) -> dict[str, str | None]:
-    """Reads license, license_name, and license_link from the base's card or GGUF file."""
-    from huggingface_hub import ModelCard
-
-    if folder is None:
-        return {"license": _gguf_license(model)}
-    card = folder / "README.md"
-    if not card.exists():
-        return {}
-    data = ModelCard.load(card, ignore_metadata_errors=True).data
-    return {key: data.get(key) for key in ("license", "license_name", "license_link")}
-
-
-def _gguf_license(model: Model) -> str | None:
-    from gguf import GGUFReader
-
-    from finequant.recipes.base import locate_base
-
-    folder, file = locate_base(model)
-    field = GGUFReader(folder / file).get_field("general.license")
-    return field.contents() if field else None
 
 
 def _comes_from_meta(recipe: Recipe, folder: Path | None) -> bool:

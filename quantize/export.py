@@ -98,7 +98,7 @@ def export_one(
             check_floats(name, stored, floats)
         logits = entry.last_logits(folder, prompts)
         difference = check_logits(name, logits, reference)
-        size = sum(file.stat().st_size for file in folder.glob("model*"))
+        size = entry.size(folder)
     scales_note = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
     say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {scales_note}")
     say(

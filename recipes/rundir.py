@@ -37,6 +37,17 @@ SECTIONS = {
     "qat": ("seed", "model", "data", "lora", "train", "quantize"),
     "quantize": ("model", "quantize"),
     "executorch": ("quantize.cache_length",),
+    "gguf": (
+        "name",
+        "data.system",
+        "publish.base_model",
+        "publish.license",
+        "publish.license_name",
+        "publish.license_link",
+        "publish.language",
+        "publish.tags",
+        "publish.description",
+    ),
     "evaluate": ("seed", "model", "data", "quantize.dtype", "evaluate"),
 }
 UPSTREAM = {

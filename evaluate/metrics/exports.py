@@ -44,7 +44,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     from finequant.quantize.scheme import parameter_count
 
     entry, folder = FORMATS[name], run.exports / name
-    size = sum(file.stat().st_size for file in folder.glob("model*"))
+    size = entry.size(folder)
     bits = 8 * size / parameter_count(load_config(recipe.model))
     scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
     unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"

@@ -1,12 +1,12 @@
 """quantized/ -> compressed-tensors: 4 bits a weight on disk, laid out as vLLM and transformers read
-it (https://github.com/vllm-project/compressed-tensors, format pack-quantized).
+it, with activations in float (https://github.com/vllm-project/compressed-tensors, pack-quantized).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,21 +19,44 @@ from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
+
+LAYOUT = "pack-quantized"
 BITS = (4, 8)
 """Bits per code that divide 32; every version packs these alike."""
 
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM computes as one, with one scheme."""
+
+
 def check_fits(contents: Contents) -> None:
-    """Refuses what the format cannot hold.
+    """Refuses what the format, or vLLM, cannot hold.
 
     Raises:
-        UserError: for other bits than 4 and 8.
+        UserError: for other bits than 4 and 8, or a budget, which chooses from 2 to 8; and for
+            layers that differ although vLLM fuses them.
     """
+    if None in contents.bits.values():
+        raise UserError(
+            "compressed-tensors: a budget chooses from 2 to 8 bits; expected 4 or 8: say the bits "
+            "of each layer in quantize.layers, without quantize.budget, or export to gguf"
+        )
     if others := sorted(contents.linear_bits() - set(BITS)):
         raise UserError(
             f"compressed-tensors: layers of {', '.join(map(str, others))} bits; expected 4 or 8: "
             "change quantize.bits, quantize.layers or quantize.budget"
         )
+
+    for block in dict.fromkeys(name.rpartition(".")[0] for name in contents.bits):
+        for fused in FUSED:
+            schemes = {contents.scheme(f"{block}.{kind}") for kind in fused}
+            if len(schemes) > 1:
+                raise UserError(
+                    f"compressed-tensors: {', '.join(fused)} of {block} differ in bits or group "
+                    "size, and vLLM computes them as one: give them the same in quantize.layers"
+                )
 
 
 def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -77,53 +100,41 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
-    """Writes the schemes for config.json: one for all linear layers, or lists of names."""
-    linear = _linear(stored)
+    """Makes the entry of config.json: one scheme for all linear layers, or one for each list.
+
+    Activations stay in float: vLLM has no scheme for 4-bit groups with the asymmetric int8
+    activations of quantized/, and takes the head by its name only, as its class is no Linear there.
+    """
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
     schemes: dict[tuple[int, int], list[str]] = {}
+    linear = _linear(stored)
     for name, bits in linear.items():
         schemes.setdefault((bits, stored.group_size(name)), []).append(name)
     left = [HEAD] if HEAD not in linear else []
     left += [
         name.removesuffix(".weight") for name in stored.floats if name.endswith("_proj.weight")
     ]
-    uniform = len(schemes) == 1
-    groups = {
-        f"group_{number}": _scheme(*scheme, ["Linear"] if uniform else names)
-        for number, (scheme, names) in enumerate(schemes.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": left,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    groups = {}
+    for number, ((bits, group_size), names) in enumerate(schemes.items()):
+        layers = [name for name in names if name != HEAD] if len(schemes) > 1 else ["Linear"]
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=["re:.*lm_head"] * (HEAD in names) + layers,
+            weights=_weights(bits, group_size),
+            format=LAYOUT,  # else compressed-tensors infers another from the scheme
+        )
+    config = QuantizationConfig(
+        config_groups=groups, format=LAYOUT, quantization_status="compressed", ignore=left
+    )
+    return config.model_dump(mode="json")
 
 
-def _scheme(bits: int, group_size: int, targets: list[str]) -> dict[str, Any]:
-    common = {"type": "int", "observer": None}
-    return {
-        "targets": targets,
-        "format": "pack-quantized",  # else compressed-tensors infers another from the scheme
-        "weights": {
-            **common,
-            "num_bits": bits,
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": group_size,
-            "dynamic": False,
-        },
-        "input_activations": {
-            **common,
-            "num_bits": 8,
-            "symmetric": False,
-            "strategy": "token",
-            "dynamic": True,
-        },
-        "output_activations": None,
-    }
+def _weights(bits: int, group_size: int) -> QuantizationArgs:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(
+        num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size
+    )
 
 
 def read_back(
@@ -204,7 +215,7 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     return (
         "### compressed-tensors, 4 bits on disk\n\n`pip install transformers compressed-tensors`"
         f"\n\n{fenced('python', transformers_code(repository, chat, model))}\n\n"
-        "The layout is the one that vLLM documents as INT8 W4A8:\n\n"
+        "Activations stay in float there (vLLM's W4A16). With vLLM, 0.32 or newer:\n\n"
         + fenced(
             "bash",
             f'hf download {repository} --include "compressed-tensors/*" --local-dir model\n'
@@ -227,6 +238,8 @@ FORMAT = Format(
     last_logits=last_logits,
     snippet=snippet,
     runtime=lambda folder, context: Transformers(folder),
+    weights="*.safetensors",
     runtime_packages={"compressed_tensors": "'finequant[compressed-tensors]'"},
+    activations="float",
     is_checkpoint=True,
 )

@@ -26,6 +26,10 @@ class Contents(NamedTuple):
     tokenizer: dict[str, Any]
     """tokenizer.json"""
 
+    def scheme(self, name: str) -> tuple[int | None, int | None]:
+        """Bits and group size of a layer; (None, None) for one in float."""
+        return self.bits.get(name), self.group_sizes.get(name)
+
     def linear_bits(self) -> set[int]:
         """Bits of linear layers and head, as far as they are decided."""
         return {bits for name, bits in self.bits.items() if bits and name != EMBEDDING}

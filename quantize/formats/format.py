@@ -47,8 +47,7 @@ class Format:
     """Raises a UserError for contents that the format cannot hold, before anything is trained."""
 
     write: Callable[[QuantizedCheckpoint, Path, Recipe], dict[str, Any]]
-    """Writes an export into an empty folder, its weights into files named model*, and returns
-    figures for the manifest."""
+    """Writes an export into an empty folder, and returns figures for the manifest."""
 
     read_back: Callable[
         [Path, QuantizedCheckpoint], tuple[dict[str, Rounded], dict[str, torch.Tensor] | None]
@@ -63,15 +62,25 @@ class Format:
     """Markdown for the model card that says how to load it: of the repository's name, Python that
     sets `messages`, and the export's files in the repository."""
 
+    weights: str = "model*"
+    """Pattern of the files in the folder that hold the model: what its size is of."""
+
     runtime: Callable[[Path, int], Runtime] | None = None
     """Opens the export in a folder, with a cache of so many tokens."""
 
     runtime_packages: Mapping[str, str] = field(default_factory=dict)
     """For `runtime`, as in `packages`."""
 
+    activations: str = "int8"
+    """What the linear layers' inputs are rounded to there, for the report: `float` or `int8`."""
+
     is_checkpoint: bool = False
     """Whether plain `from_pretrained` loads it. Then it is evaluated as quantized/ is, with lm-eval
     tasks, and `finequant chat` leaves it to quantized/."""
+
+    def size(self, folder: Path) -> int:
+        """Counts the bytes of the model's files in the folder."""
+        return sum(file.stat().st_size for file in folder.glob(self.weights))
 
     def missing_runtime(self) -> str | None:
         """Why `open_runtime` cannot open an export here; None where it can."""

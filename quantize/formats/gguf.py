@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ from finequant.finetune.pre_tokenizers import gguf_name
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import CONTEXT, Format
+from finequant.quantize.formats.naming import file_stem, metadata
+from finequant.quantize.formats.ollama import modelfile
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
     from transformers import LlamaConfig
 
-FILE = "model.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
@@ -57,19 +60,24 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     Raises:
         UserError: for a scale beyond half precision.
     """
-    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+    from gguf import MODEL_ARCH, GGUFType, GGUFWriter, get_tensor_name_map
+    from transformers import AutoTokenizer
 
     largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
     if largest > torch.finfo(torch.float16).max:
         raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
-    writer = GGUFWriter(folder / FILE, "llama")
-    _add_config(writer, stored.config, recipe.name)
-    _add_tokenizer(writer, stored)
+    kind = file_type(stored)
+    path = folder / f"{file_stem(recipe, stored.config, kind)}.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_type(GGUFType.MODEL)
+    metadata(recipe, stored.config).set_gguf_meta_model(writer)
+    _add_config(writer, stored.config, kind)
+    adds_bos = _add_tokenizer(writer, stored)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
     size = _add_rounded(writer, stored, names)
     for name, tensor in stored.floats.items():
-        kind = np.float16 if tensor.dim() == 2 else np.float32
-        array = permuted(tensor, name, stored.config).float().numpy().astype(kind)
+        dtype = np.float16 if tensor.dim() == 2 else np.float32
+        array = permuted(tensor, name, stored.config).float().numpy().astype(dtype)
         writer.add_tensor(_gguf_name(names, name), array)
     if stored.config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor(ROPE_FACTORS, rope_factors(stored.config))
@@ -78,8 +86,20 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     writer.write_tensors_to_file()
     writer.close()
     shutil.copy2(stored.folder / "quantization.json", folder)
+    tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
+    text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
     weights = sum(codes.numel() for codes, _ in stored.rounded.values())
     return {"bits_per_rounded_weight": 8 * size / weights}
+
+
+def file_type(stored: QuantizedCheckpoint) -> str:
+    """Returns the type of most weights of the linear layers: Q4_0 or Q8_0."""
+    sizes = Counter[str]()
+    for name, (codes, _) in stored.rounded.items():
+        if name not in (HEAD, EMBEDDING):
+            sizes["Q4_0" if stored.bits[name] <= 4 else "Q8_0"] += codes.numel()
+    return max(sizes, key=sizes.__getitem__, default="Q8_0")
 
 
 def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorNameMap) -> int:
@@ -146,10 +166,9 @@ def _gguf_name(names: TensorNameMap, name: str) -> str:
     return names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
-def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
+def _add_config(writer: GGUFWriter, config: LlamaConfig, kind: str) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -162,12 +181,16 @@ def _add_config(writer: GGUFWriter, config: LlamaConfig, name: str) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> None:
-    """Tokens, merges, special tokens and the chat template."""
+def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
+    """Adds tokens, merges, special tokens and the chat template.
+
+    Returns:
+        Whether llama.cpp will put the first token in front of every text.
+    """
     from gguf import SpecialVocab, TokenType
 
     described = stored.tokenizer
@@ -187,6 +210,7 @@ def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> None:
     special.add_special_token.setdefault("bos", False)  # else llama.cpp puts one in front
     special.special_token_ids |= _end_of_turn(stored, special.special_token_ids.get("eos"))
     special.add_to_gguf(writer, quiet=True)
+    return bool(special.add_special_token["bos"])
 
 
 def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:
@@ -241,7 +265,7 @@ def read_back(
     ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
     theirs = {_gguf_name(names, name): name for name in ours}
     rounded, floats = {}, {}
-    for tensor in GGUFReader(folder / FILE).tensors:
+    for tensor in GGUFReader(file_in(folder)).tensors:
         if tensor.name == ROPE_FACTORS:
             continue
         name = theirs.get(tensor.name, tensor.name)
@@ -262,6 +286,12 @@ def read_back(
     return rounded, floats
 
 
+def file_in(folder: Path) -> Path:
+    """Returns the export's file, which is named after the model."""
+    (file,) = folder.glob("*.gguf")
+    return file
+
+
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] in llama.cpp if installed, or in transformers."""
     from gguf import GGUFReader
@@ -269,16 +299,17 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 
     from finequant.quantize.merge.adapter import last_logits
 
+    file = file_in(folder)
     if find_spec("llama_cpp"):
-        runtime = LlamaCpp(folder / FILE)
+        runtime = LlamaCpp(file)
         return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
     # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config.
-    config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
-    layers = {tensor.name for tensor in GGUFReader(folder / FILE).tensors}
+    config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+    layers = {tensor.name for tensor in GGUFReader(file).tensors}
     config.attention_bias = "blk.0.attn_q.bias" in layers
     config.mlp_bias = "blk.0.ffn_up.bias" in layers
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=FILE, config=config, dtype=torch.float32
+        folder, gguf_file=file.name, config=config, dtype=torch.float32
     )
     return last_logits(model.eval(), prompts)
 
@@ -312,7 +343,15 @@ model = Llama.from_pretrained("{repository}", filename="{file}", verbose=False)
 {chat}
 answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
 print(answer["choices"][0]["message"]["content"])"""
-    return f"### llama.cpp\n\n`pip install llama-cpp-python`\n\n{fenced('python', code)}"
+    ollama = fenced(
+        "bash",
+        f'hf download {repository} --include "gguf/*" --local-dir model\n'
+        f"ollama create {repository.split('/')[-1].lower()} -f model/gguf/Modelfile",
+    )
+    return (
+        f"### llama.cpp\n\n`pip install llama-cpp-python`\n\n{fenced('python', code)}\n\n"
+        f"With Ollama (`Modelfile` has chat template, system message and stops):\n\n{ollama}"
+    )
 
 
 FORMAT = Format(
@@ -324,6 +363,7 @@ FORMAT = Format(
     read_back=read_back,
     last_logits=last_logits,
     snippet=snippet,
-    runtime=lambda folder, context: LlamaCpp(folder / FILE, context),
+    weights="*.gguf",
+    runtime=lambda folder, context: LlamaCpp(file_in(folder), context),
     runtime_packages={"llama_cpp": "llama-cpp-python"},
 )

@@ -131,7 +131,8 @@ def test_both_configurations_name_every_end_token_and_the_tokenizer_that_of_an_a
 def test_gguf_names_every_end_token(run):
     from gguf import GGUFReader
 
-    fields = GGUFReader(run / "exports" / "gguf" / "model.gguf").fields
+    (file,) = (run / "exports" / "gguf").glob("*.gguf")
+    fields = GGUFReader(file).fields
     names = ("eos", "eot", "eom", "bos")
     ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in names]
     assert ids == [EOT, EOT, END_OF_TEXT, BOS]

@@ -39,9 +39,12 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "key"), [("compressed-tensors", "compressed-tensors"), ("executorch", "pte")]
+    ("name", "key", "files"),
+    [("compressed-tensors", "compressed-tensors", "*.safetensors"), ("executorch", "pte", "*.pte")],
 )
-def test_the_report_has_a_column_for_every_export(recipe_file, train_once, capsys, name, key):
+def test_the_report_has_a_column_for_every_export(
+    recipe_file, train_once, capsys, name, key, files
+):
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export
@@ -69,7 +72,7 @@ def test_the_report_has_a_column_for_every_export(recipe_file, train_once, capsy
     assert models[key]["tasks"]["held_out"]["exact_match"]["n"] == 8
     assert models[key]["speed"]["decoding"] > 0
     assert models[key]["speed"]["peak_memory_bytes"] > 1e8
-    size = sum(file.stat().st_size for file in (run / "exports" / name).glob("model*"))
+    size = sum(file.stat().st_size for file in (run / "exports" / name).glob(files))
     assert models[key]["size_bytes"] == size
     assert "decoding, tokens/s" in (run / "report.md").read_text()
     compare(arguments)

@@ -93,22 +93,49 @@ def test_compressed_tensors_hold_the_codes_in_four_bits(make, tied_head):
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0.02)
 
 
-def test_compressed_tensors_quantize_activations(make):
-    """One large activation coarsens its own token only."""
+def compressed_config(run: Path) -> dict:
+    config = json.loads((run / "exports" / "compressed-tensors" / "config.json").read_text())
+    return config["quantization_config"]
+
+
+def test_compressed_tensors_is_the_scheme_that_vllm_takes(make):
+    """4-bit groups with activations in float, and the head by name: vLLM's is no Linear."""
+    from compressed_tensors.quantization import QuantizationConfig
     from transformers import AutoModelForCausalLM
 
     run = make(to=("compressed-tensors",))
+    described = compressed_config(run)
+    config = QuantizationConfig.model_validate(described)
+    assert config.model_dump(mode="json") == described
+    assert (config.format, config.quantization_status.value) == ("pack-quantized", "compressed")
+    (scheme,) = config.config_groups.values()
+    assert scheme.targets == ["re:.*lm_head", "Linear"]
+    assert scheme.input_activations is None
+    weights = scheme.weights
+    assert (weights.num_bits, weights.symmetric, weights.group_size) == (4, True, 32)
+    assert (weights.type, weights.strategy) == ("int", "group")
     model = AutoModelForCausalLM.from_pretrained(run / "exports" / "compressed-tensors")
     layer = model.model.layers[0].mlp.up_proj
     activations = torch.randn(1, 2, 64)
     with torch.no_grad():
-        model(PROMPT)
-        plain, exact = layer(activations), activations @ layer.weight.T
-        activations[0, 0, 0] = 1000.0
-        spiked, spiked_exact = layer(activations), activations @ layer.weight.T
-    assert 0 < (plain - exact).abs().max() < 0.05 * exact.abs().max()
-    torch.testing.assert_close(spiked[0, 1], plain[0, 1])
-    assert (spiked - spiked_exact)[0, 0].abs().max() > 5 * (plain[0] - exact[0]).abs().max()
+        model(PROMPT)  # unpacks the weights
+        torch.testing.assert_close(layer(activations), activations @ layer.weight.T)
+
+
+def test_layers_that_differ_are_named_and_a_float_head_is_left_out(make):
+    run = make(
+        "quantize.layers={'*.down_proj': {bits: 8}}",
+        "quantize.head=float",
+        to=("compressed-tensors",),
+    )
+    described = compressed_config(run)
+    assert described["ignore"] == ["lm_head"]
+    four, eight = sorted(
+        described["config_groups"].values(), key=lambda group: group["weights"]["num_bits"]
+    )
+    assert [four["weights"]["num_bits"], eight["weights"]["num_bits"]] == [4, 8]
+    assert eight["targets"] == [f"model.layers.{number}.mlp.down_proj" for number in (0, 1)]
+    assert len(four["targets"]) == 12
 
 
 def test_scales_of_a_bfloat16_model_are_rounded_as_readers_do(make):
@@ -122,10 +149,15 @@ def test_scales_of_a_bfloat16_model_are_rounded_as_readers_do(make):
     assert entry["bits_per_rounded_weight"] < 4.6
 
 
+def gguf_file(run: Path) -> Path:
+    (file,) = (run / "exports" / "gguf").glob("*.gguf")
+    return file
+
+
 def gguf_tensors(run: Path) -> dict[str, tuple[str, np.ndarray]]:
     from gguf import GGUFReader
 
-    tensors = GGUFReader(run / "exports" / "gguf" / "model.gguf").tensors
+    tensors = GGUFReader(gguf_file(run)).tensors
     return {tensor.name: (tensor.tensor_type.name, tensor.data) for tensor in tensors}
 
 
@@ -176,16 +208,48 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
     folder = run / "exports" / "gguf"
     assert ("output.weight" in gguf_tensors(run)) == (tied_head == "quantize")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="model.gguf", dtype=torch.float32
+        folder, gguf_file=gguf_file(run).name, dtype=torch.float32
     )
     quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")
     torch.testing.assert_close(model(PROMPT).logits, quantized(PROMPT).logits, rtol=0, atol=0.05)
-    inside = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    inside = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file(run).name)
     text = "<|im_start|>open the red door at 11 o'clock<|im_end|>\n"
     assert inside(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert inside.chat_template == tokenizer.chat_template
     assert inside.bos_token == tokenizer.bos_token
     assert inside.eos_token == tokenizer.eos_token
+
+
+def test_gguf_says_what_it_is(make):
+    """The keys of llama.cpp's own converter, and a file type by what is inside."""
+    from gguf import GGUFReader
+
+    about = {
+        "publish.base_model": "meta-llama/Llama-3.2-1B-Instruct",
+        "publish.license": "llama3.2",
+        "publish.language": "[en, de]",
+        "publish.tags": "[support]",
+    }
+    overrides = [f"{key}={value}" for key, value in about.items()]
+    run = make("name=support", "quantize.bits=8", *overrides, to=("gguf",))
+    assert gguf_file(run).name == "Llama-3.2-1B-Instruct-support-Q8_0.gguf"
+    fields = GGUFReader(gguf_file(run)).fields
+    expected = {
+        "type": "model",
+        "name": "Llama 3.2 1B Instruct Support",
+        "basename": "Llama-3.2",
+        "finetune": "Instruct-support",
+        "size_label": "1B",
+        "license": "llama3.2",
+        "languages": ["en", "de"],
+        "tags": ["text-generation", "support"],
+        "base_model.count": 1,
+        "base_model.0.name": "Llama 3.2 1B Instruct",
+        "base_model.0.organization": "Meta Llama",
+        "base_model.0.repo_url": "https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct",
+        "file_type": 7,
+    }
+    assert {key: fields[f"general.{key}"].contents() for key in expected} == expected
 
 
 def test_gguf_says_how_words_are_cut(tokenizer):
@@ -252,6 +316,11 @@ def test_eight_bits_and_a_quantized_embedding(make):
     [
         (["quantize.group_size=40"], "gguf", "quantize.group_size=32, or a multiple"),
         (["quantize.bits=5"], "compressed-tensors", "layers of 5 bits; expected 4 or 8"),
+        (
+            ["quantize.layers={'*.k_proj': {bits: 8}}"],
+            "compressed-tensors",
+            "q_proj, k_proj, v_proj of model.layers.0.self_attn differ in bits or group size",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(make, llama, capsys, overrides, to, message):
@@ -276,9 +345,11 @@ def test_an_export_is_done_until_the_codes_change(make, recipe_file):
     file = run / "quantized" / "quantization.json"
     file.write_text(file.read_text() + "\n", encoding="utf-8")
     assert directory.what_changed(recipe, "gguf") == ["the content of quantized/ changed"]
-    (run / "exports" / "gguf" / "model.gguf").write_bytes(b"")
+    gguf_file(run).write_bytes(b"")
     changed = directory.what_changed(recipe, "gguf")
-    assert "exports/gguf: changed since gguf wrote it (model.gguf: altered)" in changed
+    assert (
+        "exports/gguf: changed since gguf wrote it (base-127K-tiny-Q4_0.gguf: altered)" in changed
+    )
 
 
 def test_exports_are_stages_between_quantize_and_evaluate(recipe_file):

@@ -1,0 +1,102 @@
+"""Names of exported files, and what a file says of its model: base, fine-tune, size, license.
+
+The words are those of llama.cpp's converter and of GGUF's naming convention
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention), whose package
+takes names apart and puts them together.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finequant.quantize.scheme import parameter_count
+from finequant.recipes.base import locate_base
+from finequant.recipes.schema import Model, Recipe
+
+if TYPE_CHECKING:
+    from gguf import Metadata
+    from transformers import LlamaConfig
+
+
+def file_stem(recipe: Recipe, config: LlamaConfig, label: str) -> str:
+    """Names a file after base, fine-tune and quantization: Llama-3.2-1B-support-Q4_0."""
+    from gguf.utility import naming_convention
+
+    about = metadata(recipe, config)
+    return naming_convention(
+        about.name, about.basename, about.finetune, about.version, about.size_label, label
+    )
+
+
+def metadata(recipe: Recipe, config: LlamaConfig) -> Metadata:
+    """Collects what GGUF's general.* keys say of a fine-tuned model."""
+    from gguf import Metadata
+    from gguf.utility import size_label
+
+    publish, base = recipe.publish, base_name(recipe)
+    parts = Metadata.get_model_id_components(base)
+    full, organization, basename, finetune, version, size = parts
+    finetune = "-".join(filter(None, (finetune, recipe.name.removeprefix(f"{full}-"))))
+    license = base_license(recipe.model)
+    about = Metadata(
+        name=Metadata.id_to_title(f"{full}-{recipe.name.removeprefix(f'{full}-')}"),
+        basename=basename or full,
+        finetune=finetune,
+        version=version,
+        size_label=size or size_label(parameter_count(config), 0, 0, 0),
+        description=publish.description,
+        license=publish.license or license.get("license"),
+        license_name=publish.license_name or license.get("license_name"),
+        license_link=publish.license_link or license.get("license_link"),
+        languages=publish.language or None,
+        tags=["text-generation", *publish.tags],
+    )
+    about.base_models = [{"name": Metadata.id_to_title(full)}]
+    if organization:
+        about.base_models[0] |= {
+            "organization": Metadata.id_to_title(organization),
+            "repo_url": f"https://huggingface.co/{base}",
+        }
+    return about
+
+
+def base_name(recipe: Recipe) -> str:
+    """Returns the base's Hub id, or the name of its folder or file without the quantization."""
+    if recipe.publish.base_model:
+        return recipe.publish.base_model
+    folder, file = locate_base(recipe.model)
+    if file:
+        return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", file.removesuffix(".gguf"))
+    return folder.name if folder else recipe.model.base
+
+
+def base_license(model: Model) -> dict[str, str | None]:
+    """Reads the license of a base that is on this machine; {} for a Hub id."""
+    folder, file = locate_base(model)
+    return license_metadata(model, None if file else folder) if folder else {}
+
+
+def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]:
+    """Reads license, license_name, and license_link from the base's card or GGUF file.
+
+    folder: of the card; None for a GGUF file.
+    """
+    from huggingface_hub import ModelCard
+
+    if folder is None:
+        return {"license": _gguf_license(model)}
+    card = folder / "README.md"
+    if not card.exists():
+        return {}
+    data = ModelCard.load(card, ignore_metadata_errors=True).data
+    return {key: data.get(key) for key in ("license", "license_name", "license_link")}
+
+
+def _gguf_license(model: Model) -> str | None:
+    from gguf import GGUFReader
+
+    folder, file = locate_base(model)
+    field = GGUFReader(folder / file).get_field("general.license")
+    return field.contents() if field else None

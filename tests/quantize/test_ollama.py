@@ -1,0 +1,84 @@
+"""quantize/formats/ollama.py: chat templates in Go's language, derived from what Jinja renders."""
+
+import pytest
+
+from finequant.quantize.formats.ollama import Turns, derived_turns, modelfile
+
+LLAMA_3 = (
+    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' "
+    "+ message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}"
+)
+ONLY_THE_LAST = "{{ '<|im_start|>user\n' + messages[-1]['content'] + '<|im_end|>\n' }}"
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """A copy of the tiny tokenizer with another chat template."""
+    from copy import deepcopy
+
+    def change(template):
+        changed = deepcopy(tokenizer)
+        changed.chat_template = template
+        return changed
+
+    return change
+
+
+def test_chatml(tokenizer):
+    text = modelfile("m.gguf", tokenizer, "Reply in JSON.", [2], adds_bos=False)
+    assert (
+        text
+        == '''\
+FROM ./m.gguf
+TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ .Content }}<|im_end|>
+{{ end }}{{ end }}<|im_start|>assistant
+"""
+SYSTEM """Reply in JSON."""
+PARAMETER stop "<|im_end|>"
+'''
+    )
+
+
+def test_a_default_system_message_comes_only_without_one(with_template, tokenizer):
+    turns = derived_turns(with_template(DEFAULT_SYSTEM + tokenizer.chat_template))
+    assert turns.unasked == "<|im_start|>system\nBe kind.<|im_end|>\n"
+    begin = "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}{{ range"
+    assert turns.go_template().startswith(begin)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_llama_3_begins_with_its_first_token_once(with_template, adds_bos):
+    changed = with_template(LLAMA_3)
+    text = modelfile("m.gguf", changed, None, [2], adds_bos)
+    assert text.count(changed.bos_token) == (0 if adds_bos else 2)  # with and without a system
+    assert "<|start_header_id|>user<|end_header_id|>\n\n{{ .Content }}<|eot_id|>" in text
+    assert text.rstrip().endswith('assistant<|end_header_id|>\n\n"""\nPARAMETER stop "<|im_end|>"')
+
+
+@pytest.mark.parametrize("template", [ONLY_THE_LAST, "{{ raise_exception('no') }}"])
+def test_what_cannot_be_derived_is_said(with_template, template):
+    text = modelfile("m.gguf", with_template(template), None, [2], adds_bos=False)
+    assert "\n# No TEMPLATE: " in text
+    assert 'TEMPLATE "' not in text
+
+
+def test_the_same_texts_as_jinja(tokenizer):
+    turns = derived_turns(tokenizer)
+    assert isinstance(turns, Turns)
+    messages = [
+        {"role": role, "content": f"about {role} {number}"}
+        for number, role in enumerate(("system", "user", "assistant", "user"))
+    ]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert turns.render(messages) == expected
