@@ -7,14 +7,14 @@ quantization-aware training. That is why the model that was trained is the model
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-ROWS_IN_CACHE = 1 << 19
-"""Weights to handle at a time: the passes over more of them wait for memory."""
+from finequant.finetune.device import weights_at_once
 
 RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 """Scales to try, relative to the one that just reaches the largest weight of the group."""
@@ -110,7 +110,7 @@ def choose_scale(
     low, high = code_range(bits)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, device=weight.device)
     weigh = None if importance is None else importance.float().view(-1, group_size)
-    for rows in row_chunks(weight):
+    for rows in row_chunks(weight, 1 if rule == "max" else len(RATIOS)):
         groups = weight[rows].float().unflatten(1, (-1, group_size))
         scales[rows] = _scales(groups, low, high, rule, weigh)
     return scales
@@ -142,17 +142,12 @@ def _search(
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
     """Tries several scales [rows, groups], then fits the best one's codes by least squares."""
-    best = torch.full_like(largest, torch.inf)
-    scale = largest.clone()
-    for ratio in RATIOS:
-        tried = largest * ratio
-        codes = _codes(groups, tried, low, high)
-        error = codes.mul_(tried[:, :, None]).sub_(groups).square_()
-        if importance is not None:
-            error.mul_(importance)
-        error = error.sum(-1)
-        scale = torch.where(error < best, tried, scale)
-        best = torch.minimum(error, best)
+    tried = largest[:, :, None] * _ratios(largest.device)
+    each = groups[:, :, None]  # [rows, groups, 1, size], of which every scale makes codes
+    error = _codes(each, tried, low, high).mul_(tried[..., None]).sub_(each).square_()
+    if importance is not None:
+        error.mul_(importance[:, None])
+    scale = tried.gather(-1, error.sum(-1).argmin(-1, keepdim=True))[:, :, 0]
     codes = _codes(groups, scale, low, high)
     weighed = codes if importance is None else codes * importance
     power = (weighed * codes).sum(-1)
@@ -160,8 +155,13 @@ def _search(
     return torch.where((power > 0) & (refined > 0), refined, scale)
 
 
+@cache
+def _ratios(device: torch.device) -> torch.Tensor:
+    return torch.tensor(RATIOS, device=device)
+
+
 def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    return (groups * scale.reciprocal()[:, :, None]).round_().clamp_(low, high)
+    return (groups * scale.reciprocal()[..., None]).round_().clamp_(low, high)
 
 
 @torch.no_grad()
@@ -193,8 +193,8 @@ def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
     return codes.sub_(zero).mul_(scale)
 
 
-def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
-    """Rows of [out, in] to handle at a time."""
-    step = max(1, ROWS_IN_CACHE // weight.shape[1])
+def row_chunks(weight: torch.Tensor, copies: int = 1) -> Iterator[slice]:
+    """Rows of [out, in] to handle at a time, each of them as often as `copies` says."""
+    step = max(1, weights_at_once(weight.device) // (copies * weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)

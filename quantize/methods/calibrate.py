@@ -18,7 +18,7 @@ from rich.progress import track
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
-from finequant.quantize.methods.gptq import ROWS, Statistics, gptq
+from finequant.quantize.methods.gptq import Statistics, gptq, rows_at_once
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
@@ -123,14 +123,16 @@ class _Calibration:
         """Quantizes a float block's layers, and advances the float activations to its outputs."""
         results, float_weights = {}, {}
         for first, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
-            for name in (first, *SHARED_INPUTS[first]):
-                if name in names:
-                    shape = block.get_submodule(name).weight.shape
-                    weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
-                    weight = weight.to(self._device)
-                    results[name] = gptq(weight, sums, self._plan[prefix + name])
-                    if self._steps:
-                        float_weights[name] = weight
+            sharing = [name for name in (first, *SHARED_INPUTS[first]) if name in names]
+            for together in self._rounded_at_once(prefix, sharing):
+                parts = [self._float_weight(block, prefix, name) for name in together]
+                weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+                rounded = gptq(weight, sums, self._plan[prefix + together[0]])
+                rows = [len(part) for part in parts]
+                pieces = zip(*(tensor.split(rows) for tensor in rounded), strict=True)
+                results |= zip(together, map(Rounded._make, pieces), strict=True)
+                if self._steps:
+                    float_weights |= zip(together, parts, strict=True)
         if not self._steps:
             return results
         start = {
@@ -138,6 +140,21 @@ class _Calibration:
             for name, rounded in results.items()
         }
         return reconstruct(block, start, self._quantized, self._exact, self._rotary, self._steps)
+
+    def _rounded_at_once(self, prefix: str, names: list[str]) -> list[list[str]]:
+        """Groups layers that share an input: an accelerator rounds those of one scheme together."""
+        if self._device.type == "cpu":
+            return [[name] for name in names]
+        groups: dict[LayerScheme | None, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._plan[prefix + name], []).append(name)
+        return list(groups.values())
+
+    def _float_weight(self, block: LlamaDecoderLayer, prefix: str, name: str) -> torch.Tensor:
+        """Reads a layer's float32 weight [out, in] to the device."""
+        shape = block.get_submodule(name).weight.shape
+        weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
+        return weight.to(self._device)
 
     def head(self) -> Iterator[Piece]:
         """Quantizes the head a few rows at a time: it may be larger than a block."""
@@ -149,7 +166,8 @@ class _Calibration:
             )
             sums.add(quantize_activations(quantized), exact)
         pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
-        step = max(1, ROWS // (pieces[0].stop - pieces[0].start))
+        rows = rows_at_once(self._config.hidden_size, self._device)
+        step = max(1, rows // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
             rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
             if self._known(HEAD, rows) is None:

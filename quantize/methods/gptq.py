@@ -8,10 +8,12 @@ from the float model's, so that errors do not add up (as in https://arxiv.org/ab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from finequant.finetune.device import weights_at_once
 from finequant.quantize.rounding import Rounded, choose_scale, code_range, stored_scale
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
@@ -20,7 +22,7 @@ COLUMNS = 128
 """Columns whose errors are spread at once to those behind them."""
 
 ROWS = 2048
-"""Rows whose columns are rounded at a time."""
+"""Rows whose columns are rounded at a time on a CPU."""
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean."""
@@ -85,14 +87,20 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> R
     groups = weight.shape[1] // scheme.group_size
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), groups, dtype=scheme.scale_dtype, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
+    step = rows_at_once(*weight.shape[1:], weight.device)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         part = weight[rows].detach().float()
         moved = part @ solved.drift @ solved.factor.T @ solved.factor
         moved.masked_fill_(solved.dead, 0.0)
         corrected = part + CORRECTION * moved
         _round_columns(corrected, solved.factor, scheme, Rounded(codes[rows], scale[rows]))
     return Rounded(codes, scale)
+
+
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Returns how many rows of that many columns to round at a time: on an accelerator, all."""
+    return ROWS if device.type == "cpu" else max(1, weights_at_once(device) // columns)
 
 
 def _round_columns(
@@ -105,26 +113,64 @@ def _round_columns(
     size = scheme.group_size
     width = size * max(1, COLUMNS // size)
     importance = factor.diagonal().square().reciprocal()
-    low, high = code_range(scheme.bits)
+    round_block = _Replayed(scheme) if weight.is_cuda else partial(_round_block, scheme)
     for first in range(0, weight.shape[1], width):
         last = min(first + width, weight.shape[1])
         block = weight[:, first:last].T.contiguous()  # so that a column lies together
-        triangle, errors = factor[first:last, first:last], []
-        for column in range(last - first):
-            here = first + column
-            if column % size == 0:
-                group = block[column : column + size].T.contiguous()
-                scales = choose_scale(
-                    group, scheme.bits, size, scheme.rule, importance[here : here + size]
-                )
-                rounded.scale[:, here // size] = stored_scale(scales[:, 0], scheme.scale_dtype)
-                scale = rounded.scale[:, here // size].float()
-            codes = (block[column] * scale.reciprocal()).round_().clamp_(low, high)
-            rounded.codes[:, here] = codes
-            error = (block[column] - codes * scale) / triangle[column, column]
-            block[column + 1 :].addr_(triangle[column, column + 1 :], error, alpha=-1)
-            errors.append(error)
-        weight[:, last:].addmm_(torch.stack(errors, dim=1), factor[first:last, last:], alpha=-1)
+        codes, scales, errors = round_block(
+            block, factor[first:last, first:last], importance[first:last]
+        )
+        rounded.codes[:, first:last] = codes.T
+        rounded.scale[:, first // size : last // size] = scales.T
+        weight[:, last:].addmm_(errors.T.contiguous(), factor[first:last, last:], alpha=-1)
+
+
+def _round_block(
+    scheme: LayerScheme, block: torch.Tensor, triangle: torch.Tensor, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounds some columns [columns, rows] one after the other; `block` is used up.
+
+    Returns:
+        Their codes [columns, rows] as float32, scales [groups, rows], and the errors
+        [columns, rows] that columns behind them are to make up for.
+    """
+    size, (low, high) = scheme.group_size, code_range(scheme.bits)
+    codes, errors, scales = torch.empty_like(block), torch.empty_like(block), []
+    for column in range(len(block)):
+        if column % size == 0:
+            within = slice(column, column + size)
+            group = block[within].T.contiguous()
+            chosen = choose_scale(group, scheme.bits, size, scheme.rule, importance[within])
+            scales.append(stored_scale(chosen[:, 0], scheme.scale_dtype))
+            scale = scales[-1].float()
+            inverse = scale.reciprocal()
+        code = torch.mul(block[column], inverse, out=codes[column]).round_().clamp_(low, high)
+        error = torch.mul(code, scale, out=errors[column])
+        torch.sub(block[column], error, out=error).div_(triangle[column, column])
+        block[column + 1 :].addr_(triangle[column, column + 1 :], error, alpha=-1)
+    return codes, torch.stack(scales), errors
+
+
+class _Replayed:
+    """`_round_block` as a CUDA graph: a thousand kernels of a few microseconds, started at once."""
+
+    def __init__(self, scheme: LayerScheme) -> None:
+        self._scheme, self._graph = scheme, None
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self._graph is None:
+            self._inputs = [tensor.clone() for tensor in inputs]
+            first = _round_block(self._scheme, *inputs)  # what is loaded lazily is loaded here
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = _round_block(self._scheme, *self._inputs)
+            return first
+        if inputs[0].shape != self._inputs[0].shape:  # the last columns, when they are fewer
+            return _round_block(self._scheme, *inputs)
+        for kept, tensor in zip(self._inputs, inputs, strict=True):
+            kept.copy_(tensor)
+        self._graph.replay()
+        return self._outputs
 
 
 def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
