@@ -1,0 +1,53 @@
+"""Scales that learn from the float model's predictions."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from finequant.quantize.checkpoint.reading import weights_of
+from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
+from finequant.quantize.scheme import layer_plan, untie_head
+from finequant.quantize.training.scales import train_scales
+from finequant.recipes.schema import Quantize
+
+
+def divergence(model, rounded: dict[str, Rounded], ids: torch.Tensor) -> float:
+    """KL of the quantized model from the float one, by plain transformers."""
+    quantized = deepcopy(model)
+    for name, codes in rounded.items():
+        module = quantized.get_submodule(name)
+        module.weight.data = codes.dequantize(torch.float32)
+        if "embed" not in name:
+            module.register_forward_pre_hook(lambda _, x: (quantize_activations(x[0].clone()),))
+    exact, logits = (m(ids).logits.log_softmax(-1) for m in (model, quantized))
+    return kl_div(logits, exact, log_target=True, reduction="sum").item() / ids.numel()
+
+
+@pytest.mark.parametrize("settings", [{}, {"embedding": 8}, {"head": "float"}])
+@torch.no_grad()
+def test_scales_learn_and_codes_stay(tiny_base, settings):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    quantize = Quantize(bits=3, scale_dtype="bfloat16", **settings)
+    plan = layer_plan(quantize, model.config)
+    config = deepcopy(model.config)
+    if "head" not in settings:
+        untie_head(model)
+    start = {
+        name: round_to_nearest(model.get_submodule(name).weight, *scheme)
+        for name, scheme in plan.items()
+        if scheme
+    }
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
+    trained = train_scales(weights_of(model), config, ids, start, plan, torch.float32, 30)
+    assert divergence(model, trained, ids) < 0.96 * divergence(model, start, ids)
+    for name, (codes, scale) in trained.items():
+        assert torch.equal(codes, start[name].codes)
+        assert scale.dtype == torch.bfloat16
+        assert torch.equal(scale, start[name].scale) == ("embed" in name)
