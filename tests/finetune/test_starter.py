@@ -1,0 +1,95 @@
+"""`finequant init`: a first recipe for somebody's rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from finequant.finetune.data.splits import load_splits
+from finequant.finetune.data.starter import write_recipe
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+KINDS = {
+    # rows -> metrics, and the first row's question and answer
+    "labels": (
+        [{"text": f"where is {n}?", "category": ("lost", "found")[n % 2]} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("where is 0?", "lost"),
+    ),
+    "intents with other names": (
+        [
+            {"Utterance text": f"go {n}", "Intent name": "go" if n % 3 else "stop"}
+            for n in range(40)
+        ],
+        ["exact_match", "multiple_choice"],
+        ("go 0", "stop"),
+    ),
+    "questions": (
+        [{"id": n, "question": f"what is {n}?", "answer": f"it is {n} " * 9} for n in range(40)],
+        ["f1", "rouge"],
+        ("what is 0?", ("it is 0 " * 9)),
+    ),
+    "summaries": (
+        [{"dialogue": f"A: {n}\nB: no", "summary": f"no to {n}"} for n in range(40)],
+        ["rouge"],
+        ("A: 0\nB: no", "no to 0"),
+    ),
+    "objects": (
+        [{"prompt": f"set {n}", "completion": json.dumps({"set": n})} for n in range(40)],
+        ["json_match"],
+        ("set 0", '{"set": 0}'),
+    ),
+    "calls": (
+        [{"messages": [{"role": "user", "content": f"call {n}"}, CALL]} for n in range(40)],
+        ["tool_call_match"],
+        ("call 0", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_and_task_are_guessed(tmp_path, kind):
+    rows, metrics, (question, answer) = KINDS[kind]
+    file = tmp_path / "my rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    recipe = load_recipe(tmp_path / "mine.yaml", [])
+    assert recipe.evaluate.metrics == metrics
+    assert recipe.quantize.rotate
+    splits = load_splits(recipe.data, recipe.seed)
+    assert splits.test
+    row = next(row for part in splits[:3] for row in part if row.where.endswith(":1"))
+    asked = [message for message in row.messages if message["role"] != "system"]
+    assert (asked[0]["content"], asked[1].get("content")) == (question, answer)
+
+
+def test_a_table_with_test_rows_of_its_own(tmp_path):
+    for name in ("train", "test"):
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows(
+                [("text", "label"), *((f"{name} {n}", f"l{n % 3}") for n in range(30))]
+            )
+    target = tmp_path / "recipes" / "labels.yaml"
+    write_recipe(tmp_path / "train.csv", tmp_path / "test.csv", "org/base", "classify", target)
+    recipe = load_recipe(target, [])
+    assert recipe.model.base == "org/base"
+    assert [len(part) for part in load_splits(recipe.data, 0)[::2]] == [28, 30]
+    assert (target.parent / "recipe.schema.json").exists()
+
+
+def test_what_cannot_be_told_is_asked_for_and_nothing_is_overwritten(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": "1", "b": "2"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"which column is the question.*It has a, b"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="exists already"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
