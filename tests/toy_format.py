@@ -52,4 +52,6 @@ def snippet(repository, chat, files):
     return f"### toy\n\n`hf download {repository} {' '.join(files)}`"
 
 
-FORMAT = Format("toy", "toy", {}, check_fits, write, read_back, last_logits, snippet)
+FORMAT = Format(
+    "toy", "toy", {}, check_fits, write, read_back, last_logits, snippet, activations="float"
+)

@@ -92,3 +92,16 @@ def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) 
     name = f"{HEAD}.weight"
     parts = [linear(hidden, weights(name, rows).to(hidden.dtype)) for rows in row_slices(shape)]
     return torch.cat(parts, dim=-1)
+
+
+@torch.no_grad()
+def float_logits(config: LlamaConfig, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
+    """Computes logits [prompts, vocabulary] after each prompt in float32, a block at a time."""
+    hidden = [embed(weights, torch.tensor([prompt])).float() for prompt in prompts]
+    rotary = [rotary_of(config, states) for states in hidden]
+    for number in range(config.num_hidden_layers):
+        block = decoder_block(config, number, weights, torch.float32)
+        pairs = zip(hidden, rotary, strict=True)
+        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+    last = normed(config, weights, torch.cat([states[:, -1] for states in hidden]))
+    return head_logits(weights, (config.vocab_size, config.hidden_size), last)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +62,14 @@ class QuantizedCheckpoint(NamedTuple):
         """Returns the contents that a format has to hold."""
         sizes = {name: self.group_size(name) for name in self.rounded}
         return Contents(self.config, self.bits, sizes, self.tokenizer)
+
+    def float_weight(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a parameter as a float model would have them, codes times scales in float32."""
+        if name == f"{HEAD}.weight" and name not in self.floats and HEAD not in self.rounded:
+            name = f"{EMBEDDING}.weight"  # a tied head is not stored
+        if rounded := self.rounded.get(name.removesuffix(".weight")):
+            return Rounded(*(part[rows] for part in rounded)).dequantize(torch.float32)
+        return self.floats[name][rows]
 
     def group_size(self, name: str) -> int:
         """Weights of a layer that share a scale."""

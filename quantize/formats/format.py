@@ -72,7 +72,8 @@ class Format:
     """For `runtime`, as in `packages`."""
 
     activations: str = "int8"
-    """What the linear layers' inputs are rounded to there, for the report: `float` or `int8`."""
+    """What the linear layers' inputs are rounded to there, for the report: `int8` (a scale a token,
+    as quantized/ does), `int8 in blocks of 32` or `float`."""
 
     is_checkpoint: bool = False
     """Whether plain `from_pretrained` loads it. Then it is evaluated as quantized/ is, with lm-eval

@@ -362,6 +362,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     last_logits=last_logits,
+    activations="int8 in blocks of 32",
     snippet=snippet,
     weights="*.gguf",
     runtime=lambda folder, context: LlamaCpp(file_in(folder), context),

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.quantize.checkpoint.blocks import (
-    decoder_block,
-    embed,
-    head_logits,
-    normed,
-    rotary_of,
-)
-from finequant.quantize.checkpoint.reading import Weights
+from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.merge.adapter import Adapter, Base, checked_difference, merged_weights
 from finequant.recipes.errors import UserError
 
@@ -41,7 +34,7 @@ def check_merge(
         UserError: if it is more than rounding, or peft does not take the adapter.
     """
     expected = tuned_logits(base, folder, prompts)
-    merged = _merged_logits(base, merged_weights(base, adapter), prompts)
+    merged = float_logits(base.config, merged_weights(base, adapter), prompts)
     return checked_difference(expected, merged, folder), expected
 
 
@@ -103,16 +96,6 @@ def _in_memory(
     yield
     if offloaded:
         module.to("meta")
-
-
-def _merged_logits(base: Base, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes the same logits from the weights as they are merged here."""
-    hidden = [embed(weights, torch.tensor([prompt])).float() for prompt in prompts]
-    rotary = [rotary_of(base.config, states) for states in hidden]
-    for number in range(base.config.num_hidden_layers):
-        hidden = _run(decoder_block(base.config, number, weights, torch.float32), hidden, rotary)
-    last = normed(base.config, weights, torch.cat([states[:, -1] for states in hidden]))
-    return head_logits(weights, base.shapes["lm_head.weight"], last)
 
 
 def _run(block: torch.nn.Module, hidden: list[torch.Tensor], rotary: list) -> list[torch.Tensor]:

@@ -396,6 +396,57 @@ def test_an_altered_export_is_caught(make, tmp_path):
         check_codes("x", stored, read_back(folder, stored)[0])
 
 
+@pytest.fixture
+def outliers(llama) -> Path:
+    """A base whose head reads one channel that is far larger than the others, so that activations
+    of 8 bits, one scale a token, lose the rest."""
+    from transformers import LlamaForCausalLM
+
+    base = llama("outliers", intermediate_size=192)
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 3000.0
+        model.lm_head.weight[:, 3] /= 3000.0
+    model.save_pretrained(base)
+    return base
+
+
+def test_activations_that_int8_disturbs_are_not_the_exports_fault(make, outliers, capsys):
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.export import _reference, relative_difference
+
+    run = make(f"model.base={outliers}", "quantize.method=rtn", to=("gguf", "compressed-tensors"))
+    entries = json.loads((run / "manifest.json").read_text())
+    assert entries["gguf"]["logit_difference"] < 0.01
+    stored = read_checkpoint(run / "quantized")
+    reference = _reference(stored, [PROMPT[0].tolist()])
+    assert relative_difference(reference.int8, reference.float) > 0.3
+    assert entries["compressed-tensors"]["logit_difference"] < 0.05
+    assert "(root mean square, with float activations)" in capsys.readouterr().err
+
+
+def test_logits_are_compared_under_the_activations_of_the_format():
+    from finequant.quantize.export import Reference, check_logits
+    from finequant.quantize.formats.formats import FORMATS
+    from finequant.recipes.errors import UserError
+
+    torch.manual_seed(0)
+    exact = torch.randn(8, 384)
+    coarse, other = (exact + 0.7 * torch.randn(8, 384) for _ in range(2))
+    reference, gguf = Reference(coarse, exact), FORMATS["gguf"]
+    int8 = FORMATS["executorch"]
+    assert check_logits(gguf, exact, reference) == 0
+    assert check_logits(int8, coarse, reference) == 0
+    assert 0.6 < check_logits(int8, other, reference) < 1  # rounded by itself
+    unrelated = exact.flip(0)
+    for entry, logits in ((gguf, coarse), (gguf, unrelated), (int8, unrelated)):
+        with pytest.raises(UserError, match=r"differ from those of quantized/ by \d+\.\d%, expec"):
+            check_logits(entry, logits, reference)
+    calm = Reference(exact + 0.01 * torch.randn(8, 384), exact)
+    with pytest.raises(UserError, match="expected at most 5%"):
+        check_logits(int8, exact + 0.1 * torch.randn(8, 384), calm)
+
+
 def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
     from finequant.quantize.formats.formats import FORMATS
 
