@@ -93,6 +93,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     measured = measure_all(recipe, run, inputs, material)
     measured |= measure_exports(recipe, run, inputs, material)
     models = {name: measurement["scores"] for name, measurement in measured.items()}
+    for name, size in packed_sizes(recipe, run).items():
+        models[name] |= size
     computes = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
@@ -274,6 +276,7 @@ def measure_model(
     scores: dict[str, Any] = {
         "size_bytes": size,
         "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
+        "activations": "int8" if name == "quantized" else "float",
         "perplexity": {
             corpus: measure(model, *texts, evaluate.batch_size, f"{name}: perplexity, {corpus}")
             for corpus, texts in material.corpora.items()
@@ -382,6 +385,29 @@ def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) 
         return (folder / file).stat().st_size
     shipped = shipped_dtype(recipe.quantize, load_config(recipe.model))
     return sum(weight.numel() for weight in model.parameters()) * shipped.itemsize
+
+
+def packed_sizes(recipe: Recipe, run: RunDir) -> dict[str, dict[str, float]]:
+    """Computes what base, tuned and quantized take in the dtype they are measured in.
+
+    Their files may differ: a base may be quantized already, and torchao keeps a code in a byte.
+
+    Returns:
+        {NAME: {"packed_bytes", "packed_bits_per_weight"}}
+    """
+    from finequant.finetune.model import load_config
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.scheme import parameter_count, shipped_dtype
+
+    config = load_config(recipe.model)
+    weights = parameter_count(config)
+    floats = weights * shipped_dtype(recipe.quantize, config).itemsize
+    quantized = read_checkpoint(run.quantized).packed_bytes
+    sizes = {"base": floats, "tuned": floats, "quantized": quantized}
+    return {
+        name: {"packed_bytes": size, "packed_bits_per_weight": 8 * size / weights}
+        for name, size in sizes.items()
+    }
 
 
 def _changes(

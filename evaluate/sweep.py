@@ -297,11 +297,13 @@ def measure_point(
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
     # With codes packed to their own bits; torchao's files spend eight bits on each.
-    packed = 8 * model_size(plan, config, dtype).packed / parameter_count(config)
+    packed = model_size(plan, config, dtype).packed
     model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
     measurement = measure_model(point.name, model, recipe, material, size)
-    measurement["scores"]["packed_bits_per_weight"] = packed
+    measurement["scores"]["activations"] = "int8"
+    measurement["scores"]["packed_bytes"] = packed
+    measurement["scores"]["packed_bits_per_weight"] = 8 * packed / parameter_count(config)
     return measurement
 
 
@@ -338,6 +340,7 @@ def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "size_bytes": parameter_count(config) * dtype.itemsize,
         "bits_per_weight": bits,
+        "packed_bytes": parameter_count(config) * dtype.itemsize,
         "packed_bits_per_weight": bits,
     }
 

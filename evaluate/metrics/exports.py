@@ -47,6 +47,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     size = entry.size(folder)
     bits = 8 * size / parameter_count(load_config(recipe.model))
     scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
+    scores["activations"] = entry.activations
     unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"
     if missing := unwanted or entry.missing_runtime():
         say(f"evaluate: {name}: only its size is measured: {missing}")

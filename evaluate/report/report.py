@@ -2,11 +2,13 @@
 
 A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "layers",
 "samples", "training", "gate", "arithmetic"}`; all but `models` may be missing. `models` maps base,
-tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "perplexity": {CORPUS:
-{"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`; exports
-also have `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}`. `changes`
-holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized, paired row by row.
-`arithmetic` is the dtype that the models computed in.
+tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "activations", "perplexity":
+{CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr",
+"n"}}}}`. The sizes are of files; `packed_bytes` and `packed_bits_per_weight` are of the weights in
+the dtype they are measured in, codes in their own bits. Exports also have `"speed": {"prompt",
+"decoding": tokens per second, "peak_memory_bytes"}`. `changes` holds `{TASK: {METRIC: {"value",
+"stderr", "n"}}}`, from tuned to quantized, paired row by row. `arithmetic` is the dtype that the
+models computed in.
 """
 
 from __future__ import annotations
@@ -71,7 +73,6 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
     There is a column for each model, and one for the cost of quantization.
     """
-    models = report["models"]
 
     def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
         tuned, quantized = (value_at(models, name, *keys) for name in ("tuned", "quantized"))
@@ -81,10 +82,15 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
             change(tuned, quantized),
         ]
 
+    models = {name: _with_sizes(model) for name, model in report["models"].items()}
     rows = [
-        row("size in MB (lower is better)", _megabytes, _ratio, "size_bytes"),
-        row("bits per weight (lower is smaller)", shown_number, _ratio, "bits_per_weight"),
+        row("size in MB, packed (lower is better)", _megabytes, _ratio, "size"),
+        row("bits per weight, packed (lower is smaller)", shown_number, _ratio, "bits"),
     ]
+    if any("file" in model for model in models.values()):
+        rows.append(row(FILE_LABEL, _megabytes, lambda *_: MISSING, "file"))
+    if any("activations" in model for model in models.values()):
+        rows.append(row("inputs of linear layers", _text, lambda *_: MISSING, "activations"))
     for corpus in corpora_of(models):
         label = f"perplexity per token, {corpus} (lower is better)"
         rows.append(row(label, shown_number, _ratio, "perplexity", corpus, "token"))
@@ -103,8 +109,25 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["", *models, "quantized vs tuned"], rows
 
 
+FILE_LABEL = "file in MB (torchao's keeps each code in a byte)"
+
+
+def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:
+    """Adds size and bits of the packed weights, and the size of a file that is not packed."""
+    file, bits = model.get("size_bytes"), model.get("bits_per_weight")
+    size = model.get("packed_bytes", file)
+    shown = model | {"size": size, "bits": model.get("packed_bits_per_weight", bits)}
+    # Headers of files are no difference.
+    differs = file and size and abs(file / size - 1) > 0.01
+    return shown | ({"file": file} if differs else {})
+
+
 def _megabytes(size: int | None) -> str:
     return MISSING if size is None else f"{size / 1e6:,.1f}"
+
+
+def _text(value: str | None) -> str:
+    return value or MISSING
 
 
 def _rate(tokens: float | None) -> str:

@@ -6,6 +6,7 @@ Every export is made from this, so all formats ship the same integers.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +63,15 @@ class QuantizedCheckpoint(NamedTuple):
         """Returns the contents that a format has to hold."""
         sizes = {name: self.group_size(name) for name in self.rounded}
         return Contents(self.config, self.bits, sizes, self.tokenizer)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Counts the bytes of the model with no gap between codes, as most exports have it."""
+        codes = sum(
+            math.ceil(rounded.codes.numel() * self.bits[name] / 8) + rounded.scale.nbytes
+            for name, rounded in self.rounded.items()
+        )
+        return codes + sum(tensor.nbytes for tensor in self.floats.values())
 
     def float_weight(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a parameter as a float model would have them, codes times scales in float32."""

@@ -82,6 +82,7 @@ def test_the_report_has_a_column_for_every_export(
     assert models[key] == {
         "size_bytes": size,
         "bits_per_weight": models[key]["bits_per_weight"],
+        "activations": {"compressed-tensors": "float", "executorch": "int8"}[name],
         "perplexity": {},
         "tasks": {},
     }

@@ -128,12 +128,28 @@ def test_gate_without_limits_passes():
     assert gate({"tuned": model(), "quantized": model()}, Gate()) == {"passed": True, "checks": []}
 
 
+def test_files_that_are_not_packed_have_a_line_of_their_own(report):
+    """A base that is quantized already, and torchao's byte for each code, are no comparison."""
+    base, tuned, quantized = report["models"].values()
+    floats = {"packed_bytes": 269_060_552, "packed_bits_per_weight": 16.0}
+    base |= floats | {"size_bytes": 98_400_000, "bits_per_weight": 5.85, "activations": "float"}
+    tuned |= floats
+    quantized |= {"packed_bytes": 132_300_000, "packed_bits_per_weight": 7.87}
+    quantized |= {"size_bytes": 204_000_000, "bits_per_weight": 12.13, "activations": "int8"}
+    assert comparison_rows(report)[1][:4] == [
+        ["size in MB, packed (lower is better)", "269.1", "269.1", "132.3", "-50.8%"],
+        ["bits per weight, packed (lower is smaller)", "16.00", "16.00", "7.87", "-50.8%"],
+        ["file in MB (torchao's keeps each code in a byte)", "98.4", "–", "204.0", "–"],
+        ["inputs of linear layers", "float", "–", "int8", "–"],
+    ]
+
+
 def test_rows(report):
     header, rows = comparison_rows(report)
     assert header == ["", "base", "tuned", "quantized", "quantized vs tuned"]
     assert rows == [
-        ["size in MB (lower is better)", "269.1", "269.1", "139.1", "-48.3%"],
-        ["bits per weight (lower is smaller)", "16.00", "16.00", "4.78", "-70.1%"],
+        ["size in MB, packed (lower is better)", "269.1", "269.1", "139.1", "-48.3%"],
+        ["bits per weight, packed (lower is smaller)", "16.00", "16.00", "4.78", "-70.1%"],
         ["perplexity per token, text (lower is better)", "29.61", "18.90", "23.10", "+22.2%"],
         ["held_out, json_match in % (higher is better, n=300)"]
         + ["0.0 ± 1.8", "71.2 ± 1.8", "68.2 ± 1.8", "-3.0 points"],
