@@ -211,7 +211,7 @@ def quantized(dtype: str) -> LlamaForCausalLM:
     """Rounded to nearest, in torchao's tensors."""
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint.writing import quantized_model
-    from finequant.quantize.methods.method import round_model
+    from finequant.quantize.methods.apply import round_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe, kind = load_recipe(WIKITEXT, ["quantize.method=rtn"]), getattr(torch, dtype)

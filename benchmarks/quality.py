@@ -41,8 +41,8 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
     """Perplexity without labels: float, and each method at four bits, head included."""
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint.writing import quantized_model
-    from finequant.quantize.methods.method import round_model
-    from finequant.quantize.methods.rotation import rotate
+    from finequant.quantize.methods.apply import round_model
+    from finequant.quantize.methods.transforms import transform_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe = wikitext(f"quantize.group_size={group_size}")
@@ -65,8 +65,7 @@ def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -
         )
         model = load_base(chosen.model, torch.float32)
         untie_head(model)
-        if rotates:
-            rotate(model)
+        transform_model(model, chosen.quantize)
         started = time.monotonic()
         rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
         seconds = time.monotonic() - started
@@ -156,7 +155,8 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from finequant.finetune.model import load_base, load_tokenizer, lora_config
     from finequant.quantize.checkpoint.reading import WHOLE
     from finequant.quantize.merge.adapter import open_base
-    from finequant.quantize.methods.method import calibration_sequences, round_data_free
+    from finequant.quantize.methods.rtn import rtn
+    from finequant.quantize.methods.sequences import calibration_sequences
     from finequant.quantize.scheme import layer_plan, shipped_dtype
     from finequant.quantize.training.fake_quantize import disabled
     from finequant.quantize.training.model import fake_quantized_layers, fake_quantized_model
@@ -172,7 +172,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     fuse(plain)  # as plain training on a CPU does
     models = {"plain": plain}
     start = {
-        name: round_data_free(base.weights(f"{name}.weight", WHOLE).float(), scheme, "rtn")
+        name: rtn(base.weights(f"{name}.weight", WHOLE).float(), scheme)
         for name, scheme in plan.items()
         if scheme
     }

@@ -271,9 +271,9 @@ def measure_point(
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.reading import weights_of
     from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.apply import round_model
     from finequant.quantize.methods.budget import within_budget
-    from finequant.quantize.methods.method import round_model
-    from finequant.quantize.methods.rotation import rotate
+    from finequant.quantize.methods.transforms import transform_model
     from finequant.quantize.scheme import (
         cast_weights,
         layer_plan,
@@ -287,8 +287,7 @@ def measure_point(
     config = load_config(point.recipe.model)
     dtype = shipped_dtype(point.recipe.quantize, config)
     model = _copy_sharing_weights(model)
-    if point.recipe.quantize.rotate:
-        rotate(model)
+    transform_model(model, point.recipe.quantize)
     recipe = within_budget(point.recipe, weights_of(model), config, material.tokenizer, dtype)
     plan = layer_plan(recipe.quantize, config)
     if unties_head(plan):

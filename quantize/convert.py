@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.methods import METHODS
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Quantize, Recipe
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 PROMPTS = 8
 """Prompts of the recipe's own rows on which merging and reloading are checked."""
-
-METHODS = {"rtn": "round to nearest", "hqq": "half-quadratic (HQQ)", "gptq": "calibrated (GPTQ)"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,8 +54,8 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.merge.check import check_merge
     from finequant.quantize.merge.overflow import check_range
     from finequant.quantize.methods.budget import within_budget
-    from finequant.quantize.methods.method import calibration_sequences
-    from finequant.quantize.methods.rotation import rotated
+    from finequant.quantize.methods.sequences import calibration_sequences
+    from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
     watch = Stopwatch()
@@ -81,12 +80,11 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.merged, recipe, inputs) as folder:
             write_float(folder, base, weights, dtype)
             save_tokenizer(tokenizer, recipe.data, folder)
-    if recipe.quantize.rotate:
-        weights = rotated(weights, config)
+    weights = transformed(weights, config, recipe.quantize)
     planned = within_budget(recipe, weights, config, tokenizer, dtype)
     plan = layer_plan(planned.quantize, config)
     sequences = None
-    if recipe.quantize.method == "gptq" and not trained:
+    if METHODS[recipe.quantize.method].is_calibrated and not trained:
         sequences = calibration_sequences(recipe, tokenizer)
     record = describe(planned.quantize, plan, config, bool(trained))
     say(f"quantize: {record['summary']}; {record['method']}")
@@ -161,35 +159,25 @@ def write_quantized(
 ) -> Checkpoint:
     """Writes a checkpoint, quantized by the recipe's method or with codes from training.
 
-    sequences: token ids [rows, length] for gptq.
+    sequences: token ids [rows, length] for a calibrated method.
     """
-    from finequant.quantize.checkpoint.streaming import write_data_free, write_pieces
+    from finequant.quantize.checkpoint.streaming import write_data_free
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
-    from finequant.quantize.methods.calibrate import calibrate
-    from finequant.quantize.methods.method import is_calibrated, round_data_free
+    from finequant.quantize.methods.apply import quantize_layers
     from finequant.quantize.rounding import Rounded
     from finequant.quantize.scheme import layer_plan
 
-    plan, method = layer_plan(quantize, base.config), quantize.method
-    shapes = stored_shapes(base.shapes, base.config, plan)
+    plan, config = layer_plan(quantize, base.config), base.config
+    shapes = stored_shapes(base.shapes, config, plan)
     checkpoint = Checkpoint(folder, shapes, plan, dtype)
+    if trained:
 
-    def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
-        if trained:
+        def read_codes(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
             return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
-        return round_data_free(weight, plan[layer], method)
 
-    later = (
-        set()
-        if trained
-        else {f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, method)}
-    )
-    data_free = [name for name in shapes if name not in later]
-    write_data_free(checkpoint, weights, data_free, rounding, whole=method == "hqq" and not trained)
-    if later:
-        steps = quantize.calibration.steps
-        pieces = calibrate(weights, base.config, sequences, plan, dtype, checkpoint.known, steps)
-        write_pieces(checkpoint, weights, pieces)
+        write_data_free(checkpoint, weights, shapes, read_codes)
+    else:
+        quantize_layers(checkpoint, weights, config, plan, quantize, dtype, sequences)
     write_config(base, plan, dtype, folder)
     return checkpoint
 
@@ -265,6 +253,7 @@ def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
 
 def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
     """Describes what was done to the model, for the record that ships with it."""
+    from finequant.quantize.methods.transforms import chosen
     from finequant.quantize.scheme import (
         EMBEDDING,
         HEAD,
@@ -280,7 +269,8 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
     if config.tie_word_embeddings:
         head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
     embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
-    method = "rotated, then " if quantize.rotate else ""
+    method = "".join(f"{transform.description}, then " for transform in chosen(quantize))
+    method += METHODS[quantize.method].description + (", then trained" if trained else "")
     return {
         "summary": f"{', '.join(f'int{number}' for number in bits)} symmetric weights in groups of "
         f"{', '.join(map(str, sizes))}, int8 asymmetric activations per token; head: {head}; "
@@ -291,7 +281,7 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
         "head": head,
         "embedding": embedding,
         "bits_per_rounded_weight": round(bits_per_weight(plan, config), 4),
-        "method": method + METHODS[quantize.method] + (", then trained" if trained else ""),
+        "method": method,
         "plan": as_layers(plan),
     }
 

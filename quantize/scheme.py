@@ -87,7 +87,7 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
     plan[EMBEDDING] = _scheme("float" if bits == "float" else Layer(bits=bits), quantize)
     _check_group_sizes(quantize, plan, shapes)
     _check_budget(quantize, plan, config)
-    _check_rotation(quantize, plan, config)
+    _check_transforms(quantize, plan, config)
     _check_training(quantize, config)
     return plan
 
@@ -171,19 +171,11 @@ def _check_budget(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
         )
 
 
-def _check_rotation(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
-    if not quantize.rotate:
-        return
-    if config.tie_word_embeddings and not unties_head(plan):
-        raise UserError(
-            "quantize.rotate: the head is tied to the embedding, and would need weights of its "
-            "own: set quantize.head=quantize, or quantize.rotate=false"
-        )
-    if config.attention_bias or config.mlp_bias:
-        raise UserError(
-            "quantize.rotate: layers of this base have biases, for which it is not made: "
-            "set quantize.rotate=false"
-        )
+def _check_transforms(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
+    from finequant.quantize.methods.transforms import chosen
+
+    for transform in chosen(quantize):
+        transform.check(plan, config)
 
 
 def _check_training(quantize: Quantize, config: LlamaConfig) -> None:

@@ -21,6 +21,7 @@ from finequant.recipes.artifact import content_hash, differences, remove, replac
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import path_fields, write_recipe
+from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import matching_files
 
@@ -432,7 +433,8 @@ def _change(key: str, old: Any, new: Any, value: Any) -> str:
 
 
 def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    if stage == "quantize" and (recipe.quantize.method == "gptq" or recipe.quantize.budget):
+    calibrated = METHODS[recipe.quantize.method].is_calibrated
+    if stage == "quantize" and (calibrated or recipe.quantize.budget):
         return (*SECTIONS[stage], "seed", "data")
     return SECTIONS.get(stage, ())
 

@@ -10,19 +10,26 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from finequant.recipes.methods import METHODS, known_method
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Export = Literal["torchao", "compressed-tensors", "gguf", "executorch"]
+Method = Annotated[
+    str, AfterValidator(known_method), WithJsonSchema({"enum": [*METHODS], "type": "string"})
+]
 Metric = Literal[
     "exact_match",
     "json_match",
@@ -307,7 +314,7 @@ class QuantizationAwareTraining(Section):
 
 
 class Calibration(Section):
-    """The text on whose activations gptq calibrates."""
+    """The text on whose activations a calibrated method is run."""
 
     data: Sources = Field(default_factory=list, description="sources; default: the training rows")
     tokens: Positive = Field(
@@ -370,14 +377,17 @@ class Quantize(Section):
     embedding: Literal["float", 8, 4] = Field(
         "float", description="bits of the embedding's weights; quantizing it unties the head"
     )
-    method: Literal["rtn", "hqq", "gptq"] = Field(
-        "rtn", description="round to nearest, half-quadratic, or calibrated block by block"
+    method: Method = Field(
+        "rtn",
+        description="; ".join(f"{name}: {entry.description}" for name, entry in METHODS.items()),
     )
     scale: Literal["max", "search"] = Field(
         "max",
         description="scales for rtn and gptq: from the largest weight, or with the least error",
     )
-    calibration: Calibration = Field(Calibration(), description="text on which gptq calibrates")
+    calibration: Calibration = Field(
+        Calibration(), description="text for a calibrated method, and for a budget"
+    )
     training: QuantizationAwareTraining | None = Field(
         None, description="quantization-aware training, from the codes of `method`; default: none"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,20 +105,20 @@ def test_a_calibrated_quantization_goes_on_where_it_was_interrupted(recipe_file,
     """The codes that were kept are on the CPU, the blocks are not."""
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
-    from finequant.quantize.methods import calibrate
+    from finequant.quantize.methods import gptq
 
     arguments = [str(recipe_file), *GPTQ]
     train(arguments)
-    found, gptq = [], calibrate.gptq
+    found, method = [], gptq.METHOD
 
     def interrupted(*inputs):
         if len(found) == 6:  # in the second block
             raise KeyboardInterrupt
-        found.append(gptq(*inputs))
+        found.append(method.quantize(*inputs))
         return found[-1]
 
     with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patched.setattr(calibrate, "gptq", interrupted)
+        patched.setattr(gptq, "METHOD", replace(method, quantize=interrupted))
         convert(arguments)
     convert(arguments)
     assert (recipe_file.parent / "run" / "quantized" / "model.safetensors").exists()

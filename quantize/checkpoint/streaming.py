@@ -5,19 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
-from finequant.quantize.checkpoint.writing import Checkpoint
 from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import LayerScheme
 
 Rounding = Callable[[str, slice, torch.Tensor], Rounded]
 """A function that quantizes rows of a layer: its name, the rows, and their float32 weights."""
 
 
+class Target(Protocol):
+    """Takes the parameters of a model piece by piece: a checkpoint on disk, or codes in memory."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the parameters that it takes, by name."""
+    plan: dict[str, LayerScheme]
+    """Schemes of those that come quantized, by name."""
+
+    def pieces(self, name: str) -> list[slice]:
+        """Lists the rows that are taken at a time."""
+        ...
+
+    def has(self, name: str, rows: slice) -> bool:
+        """Says whether these rows are there already."""
+        ...
+
+    def known(self, layer: str, rows: slice) -> Rounded | None:
+        """Returns the codes and scales of a layer's rows if they are there already."""
+        ...
+
+    def write(
+        self, name: str, rows: slice, weight: torch.Tensor, rounded: Rounded | None = None
+    ) -> None:
+        """Takes rows: their float32 weights and, if they are quantized, codes and scales."""
+        ...
+
+
+class Piece(NamedTuple):
+    """Rows of a layer that a calibrated method has quantized."""
+
+    layer: str
+    rows: slice
+    rounded: Rounded
+    weight: torch.Tensor | None
+    """float32 [rows, in]; None if it is no longer in memory."""
+
+
 def write_data_free(
-    checkpoint: Checkpoint,
+    target: Target,
     weights: Weights,
     names: Iterable[str],
     rounding: Rounding | None = None,
@@ -25,19 +63,19 @@ def write_data_free(
 ) -> None:
     """Parameters whose pieces depend on no others: each is read, rounded and written by a thread.
 
-    names: those of them that the checkpoint's plan has are rounded.
+    names: those of them that the target's plan has are rounded.
     whole: rounded parameters are one piece each.
     """
 
     def convert(piece: tuple[str, slice]) -> None:
         name, rows = piece
-        if not checkpoint.has(name, rows):
+        if not target.has(name, rows):
             weight = weights(name, rows)
-            rounds = name in checkpoint.plan
+            rounds = name in target.plan
             layer = name.removesuffix(".weight")
-            checkpoint.write(name, rows, weight, rounding(layer, rows, weight) if rounds else None)
+            target.write(name, rows, weight, rounding(layer, rows, weight) if rounds else None)
 
-    each_piece(convert, _pieces(checkpoint, names, whole))
+    each_piece(convert, _pieces(target, names, whole))
 
 
 def each_piece(
@@ -49,29 +87,27 @@ def each_piece(
             pass
 
 
-def _pieces(
-    checkpoint: Checkpoint, names: Iterable[str], whole: bool
-) -> Iterator[tuple[str, slice]]:
+def _pieces(target: Target, names: Iterable[str], whole: bool) -> Iterator[tuple[str, slice]]:
     for name in names:
-        undivided = whole and name in checkpoint.plan
-        for rows in [WHOLE] if undivided else checkpoint.pieces(name):
+        undivided = whole and name in target.plan
+        for rows in [WHOLE] if undivided else target.pieces(name):
             yield name, rows
 
 
-def write_pieces(
-    checkpoint: Checkpoint, weights: Weights, pieces: Iterable[tuple[str, slice, Rounded]]
-) -> None:
+def write_pieces(target: Target, weights: Weights, pieces: Iterable[Piece]) -> None:
     """Writes quantized layers as they arrive, each while the next one is being computed."""
 
-    def write(layer: str, rows: slice, rounded: Rounded) -> None:
-        name = f"{layer}.weight"
-        checkpoint.write(name, rows, weights(name, rows), rounded)
+    def write(piece: Piece) -> None:
+        name, weight = f"{piece.layer}.weight", piece.weight
+        weight = weights(name, piece.rows) if weight is None else weight
+        target.write(name, piece.rows, weight, piece.rounded)
 
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(lambda: None)
-        for layer, rows, rounded in pieces:
+        for piece in pieces:
             before.result()
-            before = pool.submit(write, layer, rows, rounded)
+            before = pool.submit(write, piece)
+            del piece
         before.result()
 
 

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
-from finequant.quantize.methods.method import calibration_sequences
+from finequant.quantize.methods.sequences import calibration_sequences
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
     CANDIDATES,

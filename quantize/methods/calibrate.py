@@ -1,8 +1,8 @@
 """Calibrated quantization without labels, block by block.
 
 Each block sees the inputs that the already quantized blocks before it produce. Its layers are
-rounded by GPTQ, then trained together for some steps if the recipe says so. Memory holds the
-activations and one block.
+quantized by the recipe's method, then trained together for some steps if the recipe says so. Memory
+holds the activations and one block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from rich.progress import track
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
-from finequant.quantize.methods.gptq import Statistics, gptq, rows_at_once
+from finequant.quantize.checkpoint.streaming import Piece
+from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_once
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
@@ -39,10 +40,6 @@ SHARED_INPUTS = {
 }
 
 
-Piece = tuple[str, slice, Rounded]
-"""A layer's name, rows of it, and what they are rounded to."""
-
-
 def nothing(name: str, rows: slice) -> Rounded | None:
     """Returns None: nothing is known before the first block."""
     return None
@@ -50,6 +47,7 @@ def nothing(name: str, rows: slice) -> Rounded | None:
 
 @torch.no_grad()
 def calibrate(
+    method: Calibrated,
     weights: Weights,
     config: LlamaConfig,
     sequences: torch.Tensor,
@@ -65,10 +63,10 @@ def calibrate(
     dtype: of the shipped model; activations are computed in it, or in float32 where the
         processor only emulates it.
     known: what an earlier call found; a block that is known is only run.
-    steps: of training each block after gptq.
+    steps: of training each block after its layers are quantized.
     """
     computes = arithmetic_dtype(dtype)
-    calibration = _Calibration(weights, config, sequences, plan, computes, known, steps)
+    calibration = _Calibration(method, weights, config, sequences, plan, computes, known, steps)
     for number in _shown(config.num_hidden_layers):
         yield from calibration.block(number)
     if plan[HEAD]:
@@ -83,6 +81,7 @@ class _Calibration:
 
     def __init__(
         self,
+        method: Calibrated,
         weights: Weights,
         config: LlamaConfig,
         sequences: torch.Tensor,
@@ -92,7 +91,7 @@ class _Calibration:
         steps: int,
     ) -> None:
         self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
-        self._known, self._steps = known, steps
+        self._method, self._known, self._steps = method, known, steps
         self._device = device()
         batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
         shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
@@ -109,9 +108,9 @@ class _Calibration:
         if all(results.values()):
             self._exact = [self._run(block, hidden) for hidden in self._exact]
         else:
-            results = self._round(block, prefix, names)
-            for name, rounded in results.items():
-                yield prefix + name, WHOLE, _on_cpu(rounded)
+            for piece in self._quantize(block, prefix, names):
+                results[piece.layer.removeprefix(prefix)] = piece.rounded
+                yield piece._replace(rounded=_on_cpu(piece.rounded))
         for name, rounded in results.items():
             _install(block.get_submodule(name), rounded, self._dtype)
         self._quantized = [self._run(block, hidden) for hidden in self._quantized]
@@ -119,27 +118,30 @@ class _Calibration:
     def _run(self, block: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         return block(hidden, position_embeddings=self._rotary)
 
-    def _round(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> dict[str, Rounded]:
+    def _quantize(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> Iterator[Piece]:
         """Quantizes a float block's layers, and advances the float activations to its outputs."""
-        results, float_weights = {}, {}
-        for first, sums in _block_statistics(block, self._quantized, self._exact, self._rotary):
+        start: dict[str, TrainedLayer] = {}
+        pairs = _block_statistics(self._method, block, self._quantized, self._exact, self._rotary)
+        for first, statistics in pairs:
             sharing = [name for name in (first, *SHARED_INPUTS[first]) if name in names]
             for together in self._rounded_at_once(prefix, sharing):
                 parts = [self._float_weight(block, prefix, name) for name in together]
                 weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-                rounded = gptq(weight, sums, self._plan[prefix + together[0]])
+                scheme = self._plan[prefix + together[0]]
+                rounded = self._method.quantize(weight, statistics, scheme)
                 rows = [len(part) for part in parts]
-                pieces = zip(*(tensor.split(rows) for tensor in rounded), strict=True)
-                results |= zip(together, map(Rounded._make, pieces), strict=True)
-                if self._steps:
-                    float_weights |= zip(together, parts, strict=True)
-        if not self._steps:
-            return results
-        start = {
-            name: TrainedLayer(float_weights.pop(name), rounded, self._plan[prefix + name])
-            for name, rounded in results.items()
-        }
-        return reconstruct(block, start, self._quantized, self._exact, self._rotary, self._steps)
+                codes, scales = (tensor.split(rows) for tensor in rounded)
+                for name, part, *of_part in zip(together, parts, codes, scales, strict=True):
+                    if self._steps:
+                        start[name] = TrainedLayer(part, Rounded(*of_part), scheme)
+                    else:
+                        yield Piece(prefix + name, WHOLE, Rounded(*of_part), part.cpu())
+        if start:
+            trained = reconstruct(
+                block, start, self._quantized, self._exact, self._rotary, self._steps
+            )
+            for name, rounded in trained.items():
+                yield Piece(prefix + name, WHOLE, rounded, None)
 
     def _rounded_at_once(self, prefix: str, names: list[str]) -> list[list[str]]:
         """Groups layers that share an input: an accelerator rounds those of one scheme together."""
@@ -151,28 +153,36 @@ class _Calibration:
         return list(groups.values())
 
     def _float_weight(self, block: LlamaDecoderLayer, prefix: str, name: str) -> torch.Tensor:
-        """Reads a layer's float32 weight [out, in] to the device."""
-        shape = block.get_submodule(name).weight.shape
-        weight = filled(self._weights, f"{prefix}{name}.weight", shape, torch.float32)
-        return weight.to(self._device)
+        """Returns a layer's float32 weight [out, in] on the device.
+
+        It is read once more unless the block computes in float32, and has it already.
+        """
+        weight = block.get_submodule(name).weight
+        if weight.dtype == torch.float32:
+            return weight.detach()
+        read = filled(self._weights, f"{prefix}{name}.weight", weight.shape, torch.float32)
+        return read.to(self._device)
 
     def head(self) -> Iterator[Piece]:
         """Quantizes the head a few rows at a time: it may be larger than a block."""
-        sums = Statistics()
+        statistics = self._method.statistics()
         while self._exact:  # what is summed is not needed any more
             quantized, exact = (
                 normed(self._config, self._weights, hidden.pop(0))
                 for hidden in (self._quantized, self._exact)
             )
-            sums.add(quantize_activations(quantized), exact)
+            statistics.add(quantize_activations(quantized), exact)
         pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
         rows = rows_at_once(self._config.hidden_size, self._device)
         step = max(1, rows // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
             rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
             if self._known(HEAD, rows) is None:
-                weight = self._weights(f"{HEAD}.weight", rows).to(self._device)
-                yield HEAD, rows, _on_cpu(gptq(weight, sums, self._plan[HEAD]))
+                weight = self._weights(f"{HEAD}.weight", rows)
+                rounded = self._method.quantize(
+                    weight.to(self._device), statistics, self._plan[HEAD]
+                )
+                yield Piece(HEAD, rows, _on_cpu(rounded), weight)
 
 
 def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
@@ -186,11 +196,12 @@ def _shown(blocks: int) -> Iterator[int]:
     """Their numbers, with a progress bar or, without a terminal, a line for every ten."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
-    shown = track(range(blocks), "gptq: blocks", console=console, transient=True, disable=quiet)
+    title = "calibrating: blocks"
+    shown = track(range(blocks), title, console=console, transient=True, disable=quiet)
     for number in shown:
         yield number
         if quiet and number % 10 == 9:
-            print(f"gptq: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
+            print(f"calibrating: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
 
 
 def _layers(shared: dict[str, tuple[str, ...]]) -> list[str]:
@@ -208,6 +219,7 @@ def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> N
 
 
 def _block_statistics(
+    method: Calibrated,
     block: LlamaDecoderLayer,
     quantized: list[torch.Tensor],
     exact: list[torch.Tensor],
@@ -222,7 +234,7 @@ def _block_statistics(
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in SHARED_INPUTS
     ]
-    statistics = {name: Statistics() for name in SHARED_INPUTS}
+    statistics = {name: method.statistics() for name in SHARED_INPUTS}
     for index, (rounded_states, exact_states) in enumerate(zip(quantized, exact, strict=True)):
         exact[index] = block(exact_states, position_embeddings=rotary)
         exact_inputs = dict(inputs)

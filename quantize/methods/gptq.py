@@ -13,16 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from finequant.finetune.device import weights_at_once
+from finequant.quantize.methods.method import Calibrated, rows_at_once
 from finequant.quantize.rounding import Rounded, choose_scale, code_range, stored_scale
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
 
 COLUMNS = 128
 """Columns whose errors are spread at once to those behind them."""
-
-ROWS = 2048
-"""Rows whose columns are rounded at a time on a CPU."""
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean."""
@@ -96,11 +93,6 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> R
         corrected = part + CORRECTION * moved
         _round_columns(corrected, solved.factor, scheme, Rounded(codes[rows], scale[rows]))
     return Rounded(codes, scale)
-
-
-def rows_at_once(columns: int, device: torch.device) -> int:
-    """Returns how many rows of that many columns to round at a time: on an accelerator, all."""
-    return ROWS if device.type == "cpu" else max(1, weights_at_once(device) // columns)
 
 
 def _round_columns(
@@ -201,3 +193,6 @@ def _invert_lower(factor: torch.Tensor) -> None:
     _invert_lower(first)
     _invert_lower(last)
     below.copy_(last @ below @ first).neg_()
+
+
+METHOD = Calibrated(Statistics, gptq)

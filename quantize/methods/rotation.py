@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights, filled
-from finequant.quantize.scheme import EMBEDDING, HEAD, untie_head
+from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights
+from finequant.quantize.methods.transform import Transform
+from finequant.quantize.scheme import EMBEDDING, HEAD, Plan, unties_head
+from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
 NORMS = {
     "q_proj": "input_layernorm",
@@ -35,14 +37,22 @@ NORMS = {
 """Before the layers of a block that read from the residual stream; the others write to it."""
 
 
-def rotate(model: LlamaForCausalLM) -> None:
-    """Rotates a whole float model, in place; a tied head is untied."""
-    untie_head(model)
-    parameters = dict(model.named_parameters())
-    rotated_rows = rotated(lambda name, rows: parameters[name].detach()[rows], model.config)
-    # The layers first: the weights of the norms go into them.
-    for name, tensor in sorted(parameters.items(), key=lambda item: "norm" in item[0]):
-        tensor.data = filled(rotated_rows, name, tensor.shape, tensor.dtype)
+def check(plan: Plan, config: LlamaConfig) -> None:
+    """Refuses what cannot be rotated.
+
+    Raises:
+        UserError: for a head that stays tied, or layers with biases.
+    """
+    if config.tie_word_embeddings and not unties_head(plan):
+        raise UserError(
+            "quantize.rotate: the head is tied to the embedding, and would need weights of its "
+            "own: set quantize.head=quantize, or quantize.rotate=false"
+        )
+    if config.attention_bias or config.mlp_bias:
+        raise UserError(
+            "quantize.rotate: layers of this base have biases, for which it is not made: "
+            "set quantize.rotate=false"
+        )
 
 
 def rotated(weights: Weights, config: LlamaConfig) -> Weights:
@@ -180,3 +190,6 @@ def _prime_factors(number: int) -> list[int]:
             factors.append(divisor)
             number //= divisor
     return [*factors, number] if number > 1 else factors
+
+
+TRANSFORM = Transform("rotated", check, rotated)

@@ -14,7 +14,7 @@ import torch
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import SHARED_INPUTS, TOKENS
-from finequant.quantize.methods.gptq import ROWS
+from finequant.quantize.methods.method import ROWS
 from finequant.quantize.scheme import (
     EMBEDDING,
     HEAD,
@@ -28,6 +28,7 @@ from finequant.quantize.scheme import (
 )
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.base import locate_base
+from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Lora, Recipe
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths:
     logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
     dtype = str(shipped).removeprefix("torch.")
     step = _step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
-    if recipe.quantize.method != "gptq":
+    if not METHODS[recipe.quantize.method].is_calibrated:
         return step
     block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
     calibration = _calibration(recipe, config, shipped.itemsize, block)
@@ -221,7 +222,7 @@ def quantize_memory(
         {"block, read and in float32": 6 * block, "head in float32": 4 * math.prod(shapes[HEAD])},
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
     ]
-    if recipe.quantize.method == "gptq" and not recipe.quantize.training:
+    if METHODS[recipe.quantize.method].is_calibrated and not recipe.quantize.training:
         phases.append(_calibration(recipe, config, dtype, block))
     if recipe.quantize.budget:
         phases.append(_sensitivity(recipe, config, dtype))

@@ -30,7 +30,7 @@ def fake_quantized_model(
 ) -> LlamaForCausalLM:
     """Builds the tuned model in the shipped dtype, with the layers of `start` fake-quantized.
 
-    weights: float32 rows of the tuned model, merged and, if the recipe says so, rotated.
+    weights: float32 rows of the tuned model, merged, and transformed as the recipe says.
     Only what learns requires a gradient: nothing that the plan leaves in float does.
     """
     model = load_base(recipe.model, dtype)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from finequant.recipes.artifact import differences, remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.methods import METHODS
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Recipe
 
@@ -52,7 +53,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.trainer import build_trainer
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
-    from finequant.quantize.methods.rotation import rotated
+    from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, shipped_dtype
     from finequant.quantize.training.model import fake_quantized_model
     from finequant.quantize.training.trainer import QuantizationAwareTrainer
@@ -66,8 +67,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     tokenizer, splits = load_tokenizer(recipe.model), load_splits(recipe.data, recipe.seed)
     base = open_base(recipe.model)
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
-    if recipe.quantize.rotate:
-        weights = rotated(weights, config)
+    weights = transformed(weights, config, recipe.quantize)
     dtype = shipped_dtype(recipe.quantize, config)
     arguments = _arguments(recipe, run, bool(splits.validation))
     require_shared(run.root)
@@ -135,10 +135,10 @@ def _write_starting_codes(
     dtype: torch.dtype,
 ) -> None:
     from finequant.quantize.convert import write_quantized
-    from finequant.quantize.methods.method import calibration_sequences
+    from finequant.quantize.methods.sequences import calibration_sequences
 
     sequences = None
-    if recipe.quantize.method == "gptq":
+    if METHODS[recipe.quantize.method].is_calibrated:
         sequences = calibration_sequences(recipe, tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     with run.writing(target, recipe, inputs) as folder:

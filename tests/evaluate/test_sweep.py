@@ -188,7 +188,7 @@ def test_nothing_is_measured_twice(swept, measured, capsys):
 
 
 def test_an_interrupted_sweep_goes_on(swept, measured, monkeypatch):
-    from finequant.quantize.methods import method as methods
+    from finequant.quantize.methods import apply as methods
 
     round_model = methods.round_model
 

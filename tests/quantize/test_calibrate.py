@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finequant.quantize.methods.gptq import Statistics, gptq
+from finequant.quantize.methods.gptq import METHOD, Statistics, gptq
 from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
@@ -116,8 +116,10 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
         return model.get_parameter(name).detach()[rows]
 
     def found(steps: int) -> dict[str, Rounded]:
-        pieces = calibrate(weights, model.config, sequences, plan, torch.float32, steps=steps)
-        return {name: rounded for name, _, rounded in pieces}
+        pieces = calibrate(
+            METHOD, weights, model.config, sequences, plan, torch.float32, steps=steps
+        )
+        return {piece.layer: piece.rounded for piece in pieces}
 
     def error(layers: dict[str, Rounded]) -> float:
         ours = AutoModelForCausalLM.from_pretrained(tiny_base)
@@ -141,7 +143,7 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "trained"])
 def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
     """float16 has no number as small as the scale of zeros is in float32."""
-    from finequant.quantize.methods.method import round_data_free
+    from finequant.quantize.methods.method import load_method
     from finequant.quantize.methods.reconstruct import TrainedLayer
 
     torch.manual_seed(0)
@@ -151,7 +153,7 @@ def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
     if method == "gptq":
         rounded = gptq(weight, statistics(torch.randn(200, 64)), wanted)
     else:
-        rounded = round_data_free(weight, wanted, "hqq" if method == "hqq" else "rtn")
+        rounded = load_method("hqq" if method == "hqq" else "rtn").quantize(weight, wanted)
     if method == "trained":
         rounded = TrainedLayer(weight, rounded, wanted).rounded()
     assert rounded.scale.dtype == dtype
@@ -200,7 +202,9 @@ def test_known_codes_go_where_the_block_is(llama, monkeypatch):
 
     monkeypatch.setattr(calibrate, "device", lambda: torch.device("meta"))
     sequences = torch.randint(300, (4, 16))
-    pieces = calibrate.calibrate(base.weights, base.config, sequences, plan, torch.float32, known)
+    pieces = calibrate.calibrate(
+        METHOD, base.weights, base.config, sequences, plan, torch.float32, known
+    )
     assert not list(pieces)  # nothing is sought again
     assert sorted(asked) == sorted(name for name in plan if plan[name])
 
@@ -243,7 +247,7 @@ def test_gptq_is_the_textbooks_where_the_inputs_have_not_drifted(bits):
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype):
-    from finequant.quantize.methods.method import round_data_free
+    from finequant.quantize.methods.method import load_method
 
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
@@ -254,7 +258,7 @@ def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype
         inputs = torch.eye(64).repeat(4, 1)  # no column makes up for another
         codes, scale = gptq(weight, statistics(inputs), plan)
     else:
-        codes, scale = round_data_free(weight, plan, method)
+        codes, scale = load_method(method).quantize(weight, plan)
     assert scale.dtype == dtype
     assert (scale > 0).all() and scale.isfinite().all()
     steps = (weight.unflatten(1, (2, 32)) / scale.float()[:, :, None]).flatten(1)

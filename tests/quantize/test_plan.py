@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from finequant.finetune.model import load_base, load_config, load_tokenizer
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import weights_of
+from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.budget import allocate, sensitivity, within_budget
-from finequant.quantize.methods.method import round_model
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
     EMBEDDING,

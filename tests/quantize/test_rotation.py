@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finequant.quantize.checkpoint.reading import row_slices
-from finequant.quantize.methods.rotation import hadamard_orders, orthogonal, rotate, rotated
+from finequant.quantize.methods.rotation import hadamard_orders, orthogonal, rotated
+from finequant.quantize.methods.transforms import transform_model
 from finequant.quantize.scheme import layer_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
@@ -71,7 +72,7 @@ def test_the_turned_model_computes_the_same(llama, tied):
     model = with_outliers(llama("base", tie_word_embeddings=tied))
     with torch.no_grad():
         before = model(PROMPT, output_hidden_states=True)
-        rotate(model)
+        transform_model(model, Quantize(rotate=True))
         after = model(PROMPT, output_hidden_states=True)
     assert torch.allclose(after.logits, before.logits, atol=1e-4 * before.logits.abs().max())
     for x, y in zip(before.hidden_states[:-1], after.hidden_states[:-1], strict=True):

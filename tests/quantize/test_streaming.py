@@ -28,8 +28,9 @@ from finequant.quantize.checkpoint.writing import (
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
-from finequant.quantize.methods.method import calibration_sequences, round_model
-from finequant.quantize.methods.rotation import rotate, rotated
+from finequant.quantize.methods.apply import round_model
+from finequant.quantize.methods.sequences import calibration_sequences
+from finequant.quantize.methods.transforms import transform_model, transformed
 from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
@@ -121,6 +122,7 @@ def test_pieces_are_what_a_whole_model_gives(
     source, own = opened(base, folder)
     quantize = Quantize(
         method=method,
+        rotate=rotates,
         scale="search",
         layers={"*.1.*.up_proj": "float"},
         embedding=8,
@@ -129,15 +131,13 @@ def test_pieces_are_what_a_whole_model_gives(
     plan, model = layer_plan(quantize, source.config), theirs(base, folder)
     if unties_head(plan):
         untie_head(model)
-    if rotates:
-        rotate(model)
+    transform_model(model, quantize)
     recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
     sequences = calibration_sequences(recipe, tokenizer)
     expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
     shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
-    if rotates:
-        weights = rotated(weights, source.config)
+    weights = transformed(weights, source.config, quantize)
     out = tmp_path / "out"
     out.mkdir()
     written = write_quantized(out, source, weights, quantize, torch.bfloat16, sequences)

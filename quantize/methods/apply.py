@@ -1,0 +1,110 @@
+"""Applies the recipe's method to a model: data-free layers first, then calibrated ones.
+
+The codes go to a `Target`: a checkpoint that is written while they are computed, or memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from finequant.quantize.checkpoint.reading import WHOLE, Weights, weights_of
+from finequant.quantize.checkpoint.streaming import Target, write_data_free, write_pieces
+from finequant.quantize.methods import rtn
+from finequant.quantize.methods.calibrate import calibrate
+from finequant.quantize.methods.method import Calibrated, load_method
+from finequant.quantize.methods.sequences import calibration_sequences
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Quantize, Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+
+def quantize_layers(
+    target: Target,
+    weights: Weights,
+    config: LlamaConfig,
+    plan: Plan,
+    quantize: Quantize,
+    dtype: torch.dtype,
+    sequences: torch.Tensor | None = None,
+) -> None:
+    """Quantizes what the plan says, and gives all parameters of the target to it.
+
+    weights: of the float model, by name.
+    dtype: of the shipped model's arithmetic.
+    sequences: token ids [rows, length] for a calibrated method.
+    """
+    method, later = load_method(quantize.method), []
+    if isinstance(method, Calibrated):
+        later = [f"{name}.weight" for name in plan if plan[name] and name != EMBEDDING]
+    data_free = rtn.METHOD if isinstance(method, Calibrated) else method
+    first = [name for name in target.shapes if name not in set(later)]
+
+    def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
+        return data_free.quantize(weight, plan[layer])
+
+    write_data_free(target, weights, first, rounding, whole=not data_free.by_rows)
+    if isinstance(method, Calibrated) and later:
+        steps = quantize.calibration.steps
+        pieces = calibrate(method, weights, config, sequences, plan, dtype, target.known, steps)
+        write_pieces(target, weights, pieces)
+
+
+def round_model(
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> dict[str, Rounded]:
+    """Codes and scales of every layer that the recipe's plan rounds, by name, in its order.
+
+    model: float weights, the head untied if the plan needs it; it stays as it is.
+    dtype: of the arithmetic in which activations are computed, that of the shipped model.
+
+    Raises:
+        UserError: if there is nothing to calibrate on.
+    """
+    plan, sequences = layer_plan(recipe.quantize, model.config), None
+    if METHODS[recipe.quantize.method].is_calibrated:
+        sequences = calibration_sequences(recipe, tokenizer)
+    codes = Codes(plan, model)
+    quantize_layers(codes, weights_of(model), model.config, plan, recipe.quantize, dtype, sequences)
+    return codes.layers()
+
+
+class Codes:
+    """A target in memory: codes and scales of the layers that are quantized, and nothing else."""
+
+    def __init__(self, plan: Plan, model: LlamaForCausalLM) -> None:
+        self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
+        self.shapes = {name: tuple(model.get_parameter(name).shape) for name in self.plan}
+        self._parts: dict[str, dict[int, Rounded]] = {name: {} for name in self.plan}
+
+    def pieces(self, name: str) -> list[slice]:
+        return [WHOLE]
+
+    def has(self, name: str, rows: slice) -> bool:
+        return False
+
+    def known(self, layer: str, rows: slice) -> Rounded | None:
+        return None
+
+    def write(
+        self, name: str, rows: slice, weight: torch.Tensor, rounded: Rounded | None = None
+    ) -> None:
+        self._parts[name][rows.start or 0] = rounded
+
+    def layers(self) -> dict[str, Rounded]:
+        """Codes and scales by layer, in the plan's order."""
+        layers = {}
+        for name, parts in self._parts.items():
+            ordered = [parts[start] for start in sorted(parts)]
+            codes = torch.cat([part.codes for part in ordered])
+            scale = torch.cat([part.scale for part in ordered])
+            layers[name.removesuffix(".weight")] = Rounded(codes, scale)
+        return layers
