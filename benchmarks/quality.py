@@ -166,7 +166,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     base = open_base(recipe.model)
     plan = layer_plan(recipe.quantize, base.config)
     dtype = shipped_dtype(recipe.quantize, base.config)
-    ids = calibration_sequences(recipe, load_tokenizer(recipe.model))[: tokens // 512]
+    ids = calibration_sequences(recipe, load_tokenizer(recipe.model), tokens)
     plain = load_base(recipe.model, dtype)
     plain = get_peft_model(plain, lora_config(recipe.lora, plain))
     fuse(plain)  # as plain training on a CPU does

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.recipes.artifact import remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.methods import METHODS
@@ -54,7 +55,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.merge.check import check_merge
     from finequant.quantize.merge.overflow import check_range
     from finequant.quantize.methods.budget import within_budget
-    from finequant.quantize.methods.sequences import calibration_sequences
+    from finequant.quantize.methods.sequences import sequences_of
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
 
@@ -83,9 +84,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     weights = transformed(weights, config, recipe.quantize)
     planned = within_budget(recipe, weights, config, tokenizer, dtype)
     plan = layer_plan(planned.quantize, config)
-    sequences = None
-    if METHODS[recipe.quantize.method].is_calibrated and not trained:
-        sequences = calibration_sequences(recipe, tokenizer)
+    sequences = None if trained else sequences_of(recipe, tokenizer)
     record = describe(planned.quantize, plan, config, bool(trained))
     say(f"quantize: {record['summary']}; {record['method']}")
     with run.writing(run.quantized, recipe, inputs) as folder:
@@ -159,7 +158,7 @@ def write_quantized(
 ) -> Checkpoint:
     """Writes a checkpoint, quantized by the recipe's method or with codes from training.
 
-    sequences: token ids [rows, length] for a calibrated method.
+    sequences: token ids [rows, length] for a calibrated method, and for training scales.
     """
     from finequant.quantize.checkpoint.streaming import write_data_free
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
@@ -170,16 +169,52 @@ def write_quantized(
     plan, config = layer_plan(quantize, base.config), base.config
     shapes = stored_shapes(base.shapes, config, plan)
     checkpoint = Checkpoint(folder, shapes, plan, dtype)
+    steps, start = quantize.calibration.scale_steps, folder / "start"
+    if steps and not trained:
+        trained = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
     if trained:
 
         def read_codes(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
             return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
 
         write_data_free(checkpoint, weights, shapes, read_codes)
+        remove(start)
     else:
         quantize_layers(checkpoint, weights, config, plan, quantize, dtype, sequences)
     write_config(base, plan, dtype, folder)
     return checkpoint
+
+
+def codes_with_trained_scales(
+    folder: Path,
+    base: Base,
+    weights: Weights,
+    quantize: Quantize,
+    dtype: torch.dtype,
+    sequences: torch.Tensor,
+) -> TensorFile:
+    """Writes the codes of the recipe's method, with scales that are then trained, to `folder`.
+
+    Interrupted, codes that are written are kept; the training of the scales starts anew.
+    """
+    from finequant.quantize.checkpoint.reading import WHOLE, TensorFile
+    from finequant.quantize.rounding import CODES, save_rounded
+    from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.training.scales import train_scales
+
+    if not (folder / CODES).exists():
+        folder.mkdir(exist_ok=True)
+        plan, steps = layer_plan(quantize, base.config), quantize.calibration.scale_steps
+        before = quantize.calibration.model_copy(update={"scale_steps": 0})
+        before = quantize.model_copy(update={"calibration": before})
+        start = write_quantized(folder, base, weights, before, dtype, sequences)
+        rounded = {name: start.rounded(f"{name}.weight", WHOLE) for name in plan if plan[name]}
+        say(f"quantize: training the scales, {steps} steps")
+        rounded = train_scales(weights, base.config, sequences, rounded, plan, dtype, steps)
+        partial = folder / f"{CODES}.partial"
+        save_rounded(rounded, partial)
+        partial.replace(folder / CODES)
+    return TensorFile(folder / CODES)
 
 
 def check_quantized(
@@ -270,7 +305,9 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
         head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
     embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
     method = "".join(f"{transform.description}, then " for transform in chosen(quantize))
-    method += METHODS[quantize.method].description + (", then trained" if trained else "")
+    method += METHODS[quantize.method].description
+    method += ", then its scales trained" if quantize.calibration.scale_steps else ""
+    method += ", then trained" if trained else ""
     return {
         "summary": f"{', '.join(f'int{number}' for number in bits)} symmetric weights in groups of "
         f"{', '.join(map(str, sizes))}, int8 asymmetric activations per token; head: {head}; "

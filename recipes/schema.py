@@ -326,6 +326,11 @@ class Calibration(Section):
         description="optimizer steps per block that then fit its output to the float block's; "
         "0: none",
     )
+    scale_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="optimizer steps that finally train all scales together to reproduce the "
+        "float model's predictions, 1,024 tokens each; the whole model is in memory; 0: none",
+    )
 
     _sources = field_validator("data", mode="before", json_schema_input_type=SourcesInput)(
         one_source_is_a_list

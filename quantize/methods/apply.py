@@ -14,10 +14,10 @@ from finequant.quantize.checkpoint.streaming import Target, write_data_free, wri
 from finequant.quantize.methods import rtn
 from finequant.quantize.methods.calibrate import calibrate
 from finequant.quantize.methods.method import Calibrated, load_method
-from finequant.quantize.methods.sequences import calibration_sequences
+from finequant.quantize.methods.sequences import for_the_method, sequences_of
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan
-from finequant.recipes.methods import METHODS
+from finequant.quantize.training.scales import train_scales
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def quantize_layers(
 
     write_data_free(target, weights, first, rounding, whole=not data_free.by_rows)
     if isinstance(method, Calibrated) and later:
-        steps = quantize.calibration.steps
-        pieces = calibrate(method, weights, config, sequences, plan, dtype, target.known, steps)
+        calibration = quantize.calibration
+        text, steps = for_the_method(sequences, calibration), calibration.steps
+        pieces = calibrate(method, weights, config, text, plan, dtype, target.known, steps)
         write_pieces(target, weights, pieces)
 
 
@@ -69,12 +70,14 @@ def round_model(
     Raises:
         UserError: if there is nothing to calibrate on.
     """
-    plan, sequences = layer_plan(recipe.quantize, model.config), None
-    if METHODS[recipe.quantize.method].is_calibrated:
-        sequences = calibration_sequences(recipe, tokenizer)
-    codes = Codes(plan, model)
-    quantize_layers(codes, weights_of(model), model.config, plan, recipe.quantize, dtype, sequences)
-    return codes.layers()
+    quantize, config = recipe.quantize, model.config
+    plan, sequences = layer_plan(quantize, config), sequences_of(recipe, tokenizer)
+    codes, weights = Codes(plan, model), weights_of(model)
+    quantize_layers(codes, weights, config, plan, quantize, dtype, sequences)
+    steps = quantize.calibration.scale_steps
+    if not steps:
+        return codes.layers()
+    return train_scales(weights, config, sequences, codes.layers(), plan, dtype, steps)
 
 
 class Codes:

@@ -77,7 +77,7 @@ def within_budget(
         return recipe
     plan = layer_plan(quantize, config)
     free = {name: plan[name] for name in undecided(quantize, plan)}
-    sequences = calibration_sequences(recipe, tokenizer)
+    sequences = calibration_sequences(recipe, tokenizer, recipe.quantize.calibration.tokens)
     sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
     say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
     loss_increases = sensitivity(weights, config, sequences, free, dtype, recipe.seed)

@@ -7,13 +7,39 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Recipe
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Calibration, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+SCALE_TOKENS = 1024
+"""Tokens of an optimizer step that trains scales."""
+
+
+def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    """Returns the text that quantization reads, the part for the method first; None if it reads
+    none.
+
+    Raises:
+        UserError: if there is nothing to calibrate on.
+    """
+    calibration = recipe.quantize.calibration
+    if not (METHODS[recipe.quantize.method].is_calibrated or calibration.scale_steps):
+        return None
+    tokens = max(calibration.tokens, calibration.scale_steps * SCALE_TOKENS)
+    return calibration_sequences(recipe, tokenizer, tokens)
+
+
+def for_the_method(sequences: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+    """Returns the first of `sequences`: as many tokens as the method reads."""
+    return sequences[: max(1, calibration.tokens // calibration.length)]
+
+
+def calibration_sequences(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> torch.Tensor:
     """Token ids [rows, length]: a seeded choice of rows through the chat template, end to end.
 
     Raises:
@@ -38,7 +64,7 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
     length, ids = calibration.length, []
     for index in torch.randperm(len(rows), generator=generator).tolist():
         ids += encode(rows[index], tokenizer, data, whole=True).input_ids
-        if len(ids) >= max(calibration.tokens, length):
+        if len(ids) >= max(tokens, length):
             break
     if len(ids) < length:
         raise UserError(
@@ -47,4 +73,4 @@ def calibration_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
         )
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
-    return sequences[chosen[: max(1, calibration.tokens // length)]]
+    return sequences[chosen[: max(1, tokens // length)]]

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
+from finequant.quantize.methods.sequences import SCALE_TOKENS
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, Plan, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
@@ -32,9 +33,6 @@ from finequant.quantize.training.trainer import divergence
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
-
-TOKENS = 1024
-"""Tokens of an optimizer step."""
 
 LOGITS_TOKENS = 256
 """Tokens whose logits are in memory at a time."""
@@ -70,7 +68,7 @@ def train_scales(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
     )
-    batches = cycle(sequences.split(max(1, TOKENS // sequences.shape[1])))
+    batches = cycle(sequences.split(max(1, SCALE_TOKENS // sequences.shape[1])))
     for ids in _shown(islice(batches, steps), steps):
         with torch.enable_grad():
             _backward(model, list(modules.values()), ids.to(device()))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from finequant.recipes.artifact import differences, remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
-from finequant.recipes.methods import METHODS
 from finequant.recipes.rundir import RunDir, Stopwatch
 from finequant.recipes.schema import Recipe
 
@@ -135,11 +134,9 @@ def _write_starting_codes(
     dtype: torch.dtype,
 ) -> None:
     from finequant.quantize.convert import write_quantized
-    from finequant.quantize.methods.sequences import calibration_sequences
+    from finequant.quantize.methods.sequences import sequences_of
 
-    sequences = None
-    if METHODS[recipe.quantize.method].is_calibrated:
-        sequences = calibration_sequences(recipe, tokenizer)
+    sequences = sequences_of(recipe, tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     with run.writing(target, recipe, inputs) as folder:
         write_quantized(folder, base, weights, recipe.quantize, dtype, sequences).finish()

@@ -29,7 +29,7 @@ from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
 from finequant.quantize.methods.apply import round_model
-from finequant.quantize.methods.sequences import calibration_sequences
+from finequant.quantize.methods.sequences import sequences_of
 from finequant.quantize.methods.transforms import transform_model, transformed
 from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 from finequant.recipes.errors import UserError
@@ -109,12 +109,27 @@ def test_merged_weights_are_pefts_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("method", "rotates"),
-    [("rtn", False), ("rtn", True), ("hqq", False), ("gptq", False), ("gptq", True)],
+    ("method", "rotates", "scale_steps"),
+    [
+        ("rtn", False, 0),
+        ("rtn", True, 0),
+        ("hqq", False, 2),
+        ("gptq", False, 0),
+        ("gptq", True, 2),
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_are_what_a_whole_model_gives(
-    llama, adapter, small_pieces, recipe_file, tokenizer, tmp_path, method, rotates, tied
+    llama,
+    adapter,
+    small_pieces,
+    recipe_file,
+    tokenizer,
+    tmp_path,
+    method,
+    rotates,
+    scale_steps,
+    tied,
 ):
     """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
     base = llama("base", tie_word_embeddings=tied)
@@ -126,14 +141,14 @@ def test_pieces_are_what_a_whole_model_gives(
         scale="search",
         layers={"*.1.*.up_proj": "float"},
         embedding=8,
-        calibration=Calibration(tokens=512, length=32),
+        calibration=Calibration(tokens=512, length=32, scale_steps=scale_steps),
     )
     plan, model = layer_plan(quantize, source.config), theirs(base, folder)
     if unties_head(plan):
         untie_head(model)
     transform_model(model, quantize)
     recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
-    sequences = calibration_sequences(recipe, tokenizer)
+    sequences = sequences_of(recipe, tokenizer)
     expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
     shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
