@@ -296,7 +296,7 @@ def measure_point(
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
     # With codes packed to their own bits; torchao's files spend eight bits on each.
-    packed = model_size(plan, config, dtype).packed
+    packed = model_size(plan, config, dtype, recipe.quantize).packed
     model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
     measurement = measure_model(point.name, model, recipe, material, size)

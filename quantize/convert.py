@@ -294,6 +294,7 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
         HEAD,
         as_layers,
         bits_per_weight,
+        shares_table,
         unties_head,
     )
 
@@ -301,7 +302,9 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
     bits = sorted({scheme.bits for scheme in linear})
     sizes = sorted({scheme.group_size for scheme in linear})
     head = f"int{plan[HEAD].bits}" if plan[HEAD] else "float"
-    if config.tie_word_embeddings:
+    if shares_table(quantize, plan, config):
+        head += ", the codes of the embedding"
+    elif config.tie_word_embeddings:
         head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
     embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
     method = "".join(f"{transform.description}, then " for transform in chosen(quantize))

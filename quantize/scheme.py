@@ -30,6 +30,9 @@ PLAN_KEYS = (
 )
 """Keys of the section `quantize` that decide what is quantized, and how."""
 
+SHARED_BITS = 8
+"""Bits at which the head is rounded as the embedding is: calibration would gain nothing."""
+
 CANDIDATES = range(2, 9)
 """Bits that a budget chooses from."""
 
@@ -94,7 +97,9 @@ def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
 
 def layer_settings(name: str, quantize: Quantize) -> Layer | Literal["float"]:
     """Returns the settings of a layer: those of the last pattern that matches."""
-    settings = "float" if (name, quantize.head) == (HEAD, "float") else Layer()
+    settings: Layer | Literal["float"] = Layer()
+    if name == HEAD and quantize.head != "quantize":
+        settings = "float" if quantize.head == "float" else Layer(bits=quantize.head)
     for pattern, layer in quantize.layers.items():
         if fnmatchcase(name, pattern):
             settings = layer
@@ -255,6 +260,21 @@ def bits_per_weight(plan: Plan, config: LlamaConfig) -> float:
 def unties_head(plan: Plan) -> bool:
     """Says whether head and embedding can no longer share their weights."""
     return plan[HEAD] is not None or plan[EMBEDDING] is not None
+
+
+def shares_table(quantize: Quantize, plan: Plan, config: LlamaConfig) -> bool:
+    """Says whether a tied head keeps the embedding's codes, which a format may then hold once.
+
+    Rotation gives the head the last norm's weights, and fewer bits are calibrated for the head.
+    """
+    head, embedding = plan[HEAD], plan[EMBEDDING]
+    tied = config.tie_word_embeddings and not quantize.rotate
+    return bool(tied and head and head == embedding and head.bits == SHARED_BITS)
+
+
+def is_calibrated(name: str, scheme: LayerScheme) -> bool:
+    """Says whether a calibrated method looks at a layer's inputs; the others are data-free."""
+    return name != EMBEDDING and not (name == HEAD and scheme.bits == SHARED_BITS)
 
 
 def untie_head(model: LlamaForCausalLM) -> None:

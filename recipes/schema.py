@@ -375,12 +375,15 @@ class Quantize(Section):
         description="average bits per quantized weight, scales included: replaces `bits` by a "
         "choice for each layer, based on its measured sensitivity",
     )
-    head: Literal["quantize", "float"] = Field(
+    head: Literal["quantize", "float", 8] = Field(
         "quantize",
-        description="what to do with lm_head; `quantize` unties it from the embedding",
+        description="what to do with lm_head: as other layers, float, or its bits; quantizing it "
+        "unties it from the embedding",
     )
     embedding: Literal["float", 8, 4] = Field(
-        "float", description="bits of the embedding's weights; quantizing it unties the head"
+        "float",
+        description="bits of the embedding's weights; quantizing it unties the head, but 8 with "
+        "`head: 8` are one table in formats that can share it",
     )
     method: Method = Field(
         "rtn",

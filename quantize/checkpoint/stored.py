@@ -65,11 +65,23 @@ class QuantizedCheckpoint(NamedTuple):
         return Contents(self.config, self.bits, sizes, self.tokenizer)
 
     @property
+    def shares_table(self) -> bool:
+        """Says whether head and embedding have the same codes and scales."""
+        if HEAD not in self.rounded or EMBEDDING not in self.rounded:
+            return False
+        pairs = zip(self.rounded[HEAD], self.rounded[EMBEDDING], strict=True)
+        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+    @property
     def packed_bytes(self) -> int:
-        """Counts the bytes of the model with no gap between codes, as most exports have it."""
+        """Counts the bytes of the model with no gap between codes, as most exports have it.
+
+        A table that head and embedding share counts once.
+        """
         codes = sum(
             math.ceil(rounded.codes.numel() * self.bits[name] / 8) + rounded.scale.nbytes
             for name, rounded in self.rounded.items()
+            if not (name == HEAD and self.shares_table)
         )
         return codes + sum(tensor.nbytes for tensor in self.floats.values())
 

@@ -89,7 +89,11 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
     text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    weights = sum(codes.numel() for codes, _ in stored.rounded.values())
+    weights = sum(
+        rounded.codes.numel()
+        for name, rounded in stored.rounded.items()
+        if not (name == HEAD and stored.shares_table)
+    )
     return {"bits_per_rounded_weight": 8 * size / weights}
 
 
@@ -108,6 +112,8 @@ def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorN
 
     size = 0
     for name, rounded in stored.rounded.items():
+        if name == HEAD and stored.shares_table:  # without output.weight, token_embd is the head
+            continue
         few = stored.bits[name] <= 4
         kind = GGMLQuantizationType.Q4_0 if few else GGMLQuantizationType.Q8_0
         codes = permuted(rounded.codes, name, stored.config)
@@ -283,6 +289,8 @@ def read_back(
         codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
         step = stored.group_size(layer) // BLOCK if layer in stored.rounded else 1
         rounded[layer] = Rounded(codes, scale[:, ::step])
+    if HEAD not in rounded and HEAD not in floats and HEAD in stored.rounded:
+        rounded[HEAD] = rounded[EMBEDDING]
     return rounded, floats
 
 

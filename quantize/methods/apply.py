@@ -16,7 +16,7 @@ from finequant.quantize.methods.calibrate import calibrate
 from finequant.quantize.methods.method import Calibrated, load_method
 from finequant.quantize.methods.sequences import for_the_method, sequences_of
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan
+from finequant.quantize.scheme import Plan, is_calibrated, layer_plan
 from finequant.quantize.training.scales import train_scales
 from finequant.recipes.schema import Quantize, Recipe
 
@@ -41,7 +41,9 @@ def quantize_layers(
     """
     method, later = load_method(quantize.method), []
     if isinstance(method, Calibrated):
-        later = [f"{name}.weight" for name in plan if plan[name] and name != EMBEDDING]
+        later = [
+            f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, plan[name])
+        ]
     data_free = rtn.METHOD if isinstance(method, Calibrated) else method
     first = [name for name in target.shapes if name not in set(later)]
 

@@ -22,7 +22,7 @@ from finequant.quantize.checkpoint.streaming import Piece
 from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_once
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
-from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan
+from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan, is_calibrated
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -69,7 +69,7 @@ def calibrate(
     calibration = _Calibration(method, weights, config, sequences, plan, computes, known, steps)
     for number in _shown(config.num_hidden_layers):
         yield from calibration.block(number)
-    if plan[HEAD]:
+    if plan[HEAD] and is_calibrated(HEAD, plan[HEAD]):
         yield from calibration.head()
 
 

@@ -25,6 +25,7 @@ from finequant.quantize.scheme import (
     norm_count,
     packed_bits,
     parameter_count,
+    shares_table,
     shipped_dtype,
     unties_head,
 )
@@ -58,12 +59,22 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
     return Size(weights, math.ceil(packed_bits(shape, scheme) / 8), disk)
 
 
-def model_size(plan: Plan, config: LlamaConfig, dtype: torch.dtype) -> Size:
-    """Computes the size of the whole model with norms and biases; a tied head counts once."""
+def model_size(
+    plan: Plan, config: LlamaConfig, dtype: torch.dtype, quantize: Quantize | None = None
+) -> Size:
+    """Computes the size of the whole model with norms and biases; a tied head counts once.
+
+    quantize: the plan's, to count a table that head and embedding share once in what is packed.
+    """
     shapes, vectors = layer_shapes(config), norm_count(config) + bias_count(config)
     sizes = [Size(vectors, vectors * dtype.itemsize, vectors * dtype.itemsize)]
     sizes += [layer_size(shapes[name], plan[name], dtype) for name in _own_weights(plan, config)]
-    return Size(*map(sum, zip(*sizes, strict=True)))
+    size = Size(*map(sum, zip(*sizes, strict=True)))
+    if quantize and shares_table(quantize, plan, config):
+        return size._replace(
+            packed=size.packed - layer_size(shapes[HEAD], plan[HEAD], dtype).packed
+        )
+    return size
 
 
 def _own_weights(plan: Plan, config: LlamaConfig) -> list[str]:
@@ -93,7 +104,7 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
         )
         return
     dtype, shapes = shipped_dtype(recipe.quantize, config), layer_shapes(config)
-    whole = model_size(plan, config, dtype)
+    whole = model_size(plan, config, dtype, recipe.quantize)
     plan = {name: plan[name] for name in _own_weights(plan, config)}
     sizes = {name: layer_size(shapes[name], scheme, dtype) for name, scheme in plan.items()}
     _print(_table(plan, shapes, sizes, ratios, every))

@@ -70,7 +70,7 @@ def _show_sizes(
     sizes |= {f"{bits} bits": Quantize.model_validate(plain | {"bits": bits}) for bits in BITS}
     for name, quantize in sizes.items():
         dtype = shipped_dtype(quantize, config)
-        size = model_size(layer_plan(quantize, config), config, dtype).packed
+        size = model_size(layer_plan(quantize, config), config, dtype, quantize).packed
         line = f"  {name}: {_gb(size)}, with the cache {_gb(size + cache)}"
         if device_memory:
             fits = "fits" if size + cache <= device_memory else "does not fit"

@@ -311,6 +311,33 @@ def test_eight_bits_and_a_quantized_embedding(make):
     assert np.array_equal(found, codes.numpy())
 
 
+def test_embedding_and_head_are_one_table_where_the_format_can(make, recipe_file):
+    from finequant.evaluate.compare import packed_sizes
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import layer_plan, shipped_dtype
+    from finequant.quantize.size.plan import model_size
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    calibrated = ["quantize.method=gptq", "quantize.calibration={tokens: 128, length: 64}"]
+    shared = [*calibrated, "quantize.head=8", "quantize.embedding=8"]
+    run = make(*shared, to=("gguf", "compressed-tensors"))
+    weights = torchao_weights(run)
+    for ours, theirs in zip(weights["lm_head"], weights["model.embed_tokens"], strict=True):
+        assert torch.equal(ours, theirs)
+    tensors = gguf_tensors(run)
+    assert tensors["token_embd.weight"][0] == "Q8_0"
+    assert "output.weight" not in tensors
+    packed = load_file(run / "exports" / "compressed-tensors" / "model.safetensors")
+    assert {"lm_head.weight_packed", "model.embed_tokens.weight"} <= set(packed)
+    recipe = load_recipe(recipe_file, shared)
+    config = load_config(recipe.model)
+    plan, dtype = layer_plan(recipe.quantize, config), shipped_dtype(recipe.quantize, config)
+    size = model_size(plan, config, dtype, recipe.quantize)
+    assert packed_sizes(recipe, RunDir(run))["quantized"]["packed_bytes"] == size.packed
+    assert size.packed < model_size(plan, config, dtype).packed
+
+
 @pytest.mark.parametrize(
     ("overrides", "to", "message"),
     [
