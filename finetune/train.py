@@ -91,7 +91,7 @@ def fine_tune(
         save_adapter,
         save_initial_adapter,
     )
-    from finequant.finetune.processes import decided_by_first
+    from finequant.finetune.processes import decided_by_first, sharding
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, gathered_weights
 
@@ -104,7 +104,7 @@ def fine_tune(
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
     if changes_the_base(recipe.lora) and trainer.is_world_process_zero():
         save_initial_adapter(trainer.model, initial)
-    if arguments.use_cpu:
+    if not sharding():
         fuse(trainer.model)
     run_trainer(trainer, last_checkpoint(arguments))
     weights = gathered_weights(trainer)

@@ -21,6 +21,7 @@ from finequant.finetune import attention
 from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode, to_dataset
 from finequant.finetune.device import trains_on_cpu
+from finequant.finetune.kernels import use_liger
 from finequant.finetune.model import lora_config
 from finequant.finetune.processes import (
     TIMEOUT,
@@ -254,6 +255,8 @@ def build_trainer(
     patience = recipe.train.early_stopping_patience
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
+    elif not trainer_class:  # what trains through quantized weights computes as they will
+        use_liger(base, recipe.train.kernels)
     trainer = (trainer_class or LoraTrainer)(
         model=base,
         args=arguments,

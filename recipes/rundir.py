@@ -67,6 +67,7 @@ ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 NO_EFFECT_ON_ADAPTER = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "train.kernels",
     "train.logging_steps",
     "train.report_to",
     "train.save_total_limit",

@@ -253,6 +253,10 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="arithmetic; auto: bf16 if the hardware computes in it natively"
     )
+    kernels: Literal["auto", "liger", "plain"] = Field(
+        "auto",
+        description="of norms and MLPs; auto: Liger's if it is installed and there is a CUDA GPU",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )

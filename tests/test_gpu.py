@@ -137,3 +137,20 @@ def test_calibrated_codes_are_nearly_those_of_a_cpu(accelerator, rule):
         statistics.add(x.to(device), (x * 1.01).to(device))
         codes.append(gptq(weight.to(device), statistics, scheme).codes.cpu())
     assert (codes[0] != codes[1]).float().mean() < 0.01
+
+
+def test_liger_is_of_the_trained_model_alone(llama):
+    pytest.importorskip("liger_kernel")
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    from finequant.finetune.kernels import use_liger
+
+    before = dict(vars(modeling_llama))
+    model = LlamaForCausalLM.from_pretrained(llama("base")).cuda()
+    ids = torch.arange(40)[None].cuda()
+    plain = model(ids).logits
+    use_liger(model, "liger")
+    assert vars(modeling_llama) == before
+    assert type(model.model.norm).forward != model.model.norm.forward.__func__
+    assert torch.allclose(model(ids).logits, plain, atol=1e-4)

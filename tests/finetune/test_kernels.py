@@ -1,0 +1,21 @@
+"""Kernels that are asked for where they cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finequant.finetune.kernels import use_liger
+from finequant.recipes.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"), [(False, "there is no CUDA GPU"), (True, "not installed: pip install")]
+)
+def test_liger_that_is_not_there_is_refused_only_if_it_was_asked_for(monkeypatch, gpu, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"train.kernels: liger: {reason}"):
+        use_liger(torch.nn.Module(), "liger")
+    for kernels in ("auto", "plain"):
+        use_liger(torch.nn.Module(), kernels)
