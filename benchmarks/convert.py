@@ -23,7 +23,7 @@ import typer
 
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import report_user_errors
-from finequant.recipes.rundir import peak_memory
+from finequant.recipes.usage import peak_memory
 
 if TYPE_CHECKING:
     from finequant.quantize.merge.adapter import Base

@@ -25,8 +25,9 @@ from torch.nn.functional import cross_entropy
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import STAGES, RunDir, stages_of
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import STAGES, stages_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

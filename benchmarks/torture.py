@@ -31,7 +31,7 @@ from finequant.recipes.artifact import content_hash
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import STAGES
+from finequant.recipes.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"

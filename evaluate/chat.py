@@ -62,7 +62,7 @@ def chat(
     recipe, run = open_run(where, overrides)
     names = available(run) if prompt is not None and model is None else [model or "quantized"]
     for name in names:
-        check_made(name, run)
+        check_made(name, recipe, run)
     quiet_libraries()
     if prompt is None:
         converse(load_chat_model(names[0], recipe, run), names[0], recipe, max_new_tokens)
@@ -97,7 +97,7 @@ def available(run: RunDir) -> list[str]:
             say(f"chat: {name}: skipped, its runtime is not installed: {missing}")
         else:
             exported.append(name)
-    made = [name for name in MODELS if all(_done(run, stage) for stage in NEEDS[name])]
+    made = [name for name in MODELS if all(map(run.has, NEEDS[name]))]
     return made + exported
 
 
@@ -111,14 +111,14 @@ def exports_with_a_runtime() -> dict[str, Format]:
     }
 
 
-def check_made(name: str, run: RunDir) -> None:
-    """Checks that a model exists.
+def check_made(name: str, recipe: Recipe, run: RunDir) -> None:
+    """Checks that a model exists, made from what else is there.
 
     Raises:
         UserError: for an unknown name, or a model that this run has not made yet.
     """
     for stage in NEEDS.get(name, ()):
-        run.require(stage)
+        run.require(stage, recipe)
     if name in MODELS:
         return
     exports = exports_with_a_runtime()
@@ -128,6 +128,7 @@ def check_made(name: str, run: RunDir) -> None:
         raise UserError(
             f"{name}: not exported: run `finequant export RECIPE --to {exports[name].name}` first"
         )
+    run.require(exports[name].name, recipe)
 
 
 def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
@@ -271,7 +272,3 @@ def _read_line() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-def _done(run: RunDir, stage: str) -> bool:
-    return all(path.exists() for path in run.outputs(stage))

@@ -7,7 +7,6 @@ python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
-from finequant.recipes.rundir import RunDir, Stopwatch, exports_of, replace_text, versions
+from finequant.recipes.freshness import versions
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import exports_of
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -31,13 +33,6 @@ if TYPE_CHECKING:
 MODELS = ("base", "tuned", "quantized")
 HELD_OUT = "held_out"
 """Name of the test rows among corpora and tasks."""
-
-# Inputs on which a model's measurement does not depend, so that it is reused when they change.
-INDEPENDENT_OF = {
-    "base": ("adapter/", "quantized/", "evaluate.exports"),
-    "tuned": ("quantized/", "evaluate.exports"),
-    "quantized": ("evaluate.exports",),
-}
 
 
 @dataclass(frozen=True)
@@ -81,17 +76,14 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.quantize.scheme import shipped_dtype
 
     watch = Stopwatch()
-    run.require("train")
-    run.require("quantize")
-    for name in exports_of(recipe):
-        run.require(name)
+    run.require_for("evaluate", recipe)
     inputs = run.inputs(recipe, "evaluate")
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate)
     splits = load_splits(recipe.data, recipe.seed)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
-    measured = measure_all(recipe, run, inputs, material)
-    measured |= measure_exports(recipe, run, inputs, material)
+    measured = measure_all(recipe, run, material)
+    measured |= measure_exports(recipe, run, material)
     models = {name: measurement["scores"] for name, measurement in measured.items()}
     for name, size in packed_sizes(recipe, run).items():
         models[name] |= size
@@ -163,9 +155,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def measure_all(
-    recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
-) -> dict[str, dict[str, Any]]:
+def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, dict[str, Any]]:
     """Measures each model, one in memory at a time; reuses earlier measurements."""
     from finequant.evaluate.metrics.divergence import (
         divergence,
@@ -175,47 +165,42 @@ def measure_all(
 
     measured, reference = {}, None
     sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
-    kept = {
-        name: kept_measurement(measurement_file(run, name), relevant(name, inputs))
-        for name in MODELS
-    }
+    memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS}
+    before = {name: memo.value() for name, memo in memos.items()}
     for name in MODELS:
-        needs_reference = name == "tuned" and kept["quantized"] is None
-        if kept[name] is not None and not needs_reference:
+        needs_reference = name == "tuned" and before["quantized"] is None
+        if before[name] is not None and not needs_reference:
             say(f"evaluate: {name}: measured before, unchanged")
-            measured[name] = kept[name]
+            measured[name] = before[name]
             continue
         model = load_model(name, recipe, run, material.probes[0], material.ends)
         if needs_reference:
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
         size = size_bytes(name, model, recipe, run)
-        measured[name] = kept[name] or measure_model(name, model, recipe, material, size)
+        measured[name] = before[name] or measure_model(name, model, recipe, material, size)
         if name == "quantized":
             logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
             tuned, rounding = reference
             measured[name]["divergence"] = divergence(tuned, logs, rounding)
-        keep(measurement_file(run, name), relevant(name, inputs), measured[name])
+        memos[name].keep(measured[name])
         del model
         gc.collect()
     return measured
 
 
-def measure_exports(
-    recipe: Recipe, run: RunDir, inputs: dict[str, Any], material: Material
-) -> dict[str, dict[str, Any]]:
+def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str, dict[str, Any]]:
     """Measures each format that the recipe exports; the result maps report keys to measurements."""
     from finequant.evaluate.metrics.exports import measure_export
     from finequant.quantize.formats.formats import report_key
 
     measured = {}
     for name in exports_of(recipe):
-        file, made_from = measurement_file(run, name), relevant(name, inputs)
-        measurement = kept_measurement(file, made_from)
-        if measurement:
+        memo = run.memo(recipe, f"measurements/{name}")
+        if measurement := memo.value():
             say(f"evaluate: {name}: measured before, unchanged")
         else:
             measurement = measure_export(name, recipe, run, material)
-            keep(file, made_from, measurement)
+            memo.keep(measurement)
         measured[report_key(name)] = measurement
     return measured
 
@@ -441,55 +426,6 @@ def _samples(
         }
         for index in (number * total // count for number in range(count))
     ]
-
-
-def measurement_file(run: RunDir, name: str) -> Path:
-    """Returns the file that keeps a model's measurement."""
-    return run.measurements / f"{name}.json"
-
-
-def relevant(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the inputs of `evaluate` that affect the measurement of one model."""
-    shown_only = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size", "exports/")
-    without = INDEPENDENT_OF.get(name, ("adapter/", "quantized/"))
-    return {
-        key: value
-        for key, value in inputs.items()
-        if key == f"exports/{name}/" or (key not in without and not key.startswith(shown_only))
-    }
-
-
-def kept_measurement(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns an earlier call's measurement, if it was made from the same inputs and versions.
-
-    Raises:
-        UserError: if the file is not as `keep` wrote it.
-    """
-    if not file.exists():
-        return None
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        digest = kept.pop("sha256")
-    except (ValueError, AttributeError, KeyError):
-        digest = None
-    if digest is None or digest != _digest(kept):
-        raise UserError(
-            f"{file}: changed since it was written: truncated, damaged, or edited; delete it, and "
-            "the same command measures again"
-        )
-    same = (kept["inputs"], kept["versions"]) == (inputs, versions())
-    return kept["measurement"] if same else None
-
-
-def keep(file: Path, inputs: dict[str, Any], measurement: dict[str, Any]) -> None:
-    """Writes a measurement that `kept_measurement` can read."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"inputs": inputs, "versions": versions(), "measurement": measurement}
-    replace_text(file, json.dumps(content | {"sha256": _digest(content)}))
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> Any:

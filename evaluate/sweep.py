@@ -7,8 +7,6 @@ finequant sweep recipes/chat.yaml --model base quantize.group_size=32,64
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
@@ -18,10 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import Memo, digest, versions
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import RunDir, Stopwatch, section_inputs, versions
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,7 @@ class Job(NamedTuple):
     """A measurement to make or to reuse; without a point, that of the float model."""
 
     point: Point | None
-    file: Path
-    inputs: dict[str, Any]
+    memo: Memo
 
     @property
     def name(self) -> str:
@@ -86,7 +85,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
     run = RunDir.of(recipe)
     run.hold()
     if swept == "tuned":
-        run.require("train")
+        run.require("train", recipe)
     measured = _measure_all(_jobs(points, run, swept), recipe, run, swept)
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "quantize"}),
@@ -163,30 +162,28 @@ def _check_plans(points: list[Point]) -> None:
 
 def _jobs(points: list[Point], run: RunDir, swept: str) -> list[Job]:
     """Lists the jobs: the float model, whose measurement `evaluate` shares, and each point."""
-    from finequant.evaluate.compare import measurement_file, relevant
-
-    inputs = relevant(swept, run.inputs(points[0].recipe, "evaluate"))
-    jobs = [Job(None, measurement_file(run, swept), inputs)]
-    for point in points:
-        point_inputs = inputs | section_inputs(point.recipe, ("quantize",))
-        key = json.dumps([point_inputs, versions()], sort_keys=True)
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        jobs.append(Job(point, run.root / "sweep" / f"{name}.json", point_inputs))
-    return jobs
+    inputs = [run.inputs(point.recipe, f"sweep/{swept}") for point in points]
+    return [
+        Job(None, run.memo(points[0].recipe, f"measurements/{swept}")),
+        *(
+            Job(point, Memo(run.root / "sweep" / f"{digest(made_from)}.json", made_from))
+            for point, made_from in zip(points, inputs, strict=True)
+        ),
+    ]
 
 
 def _measure_all(
     jobs: list[Job], recipe: Recipe, run: RunDir, swept: str
 ) -> dict[str, dict[str, Any]]:
     """Maps each job's name to its measurement; loads a model only if one is missing."""
-    from finequant.evaluate.compare import keep, kept_measurement, prepare
+    from finequant.evaluate.compare import prepare
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.turns import stop_at
     from finequant.finetune.model import load_tokenizer
 
-    kept = {job.name: kept_measurement(job.file, job.inputs) for job in jobs}
-    measured = {name: measurement for name, measurement in kept.items() if measurement}
+    before = {job.name: job.memo.value() for job in jobs}
+    measured = {name: measurement for name, measurement in before.items() if measurement}
     missing = [job for job in jobs if job.name not in measured]
     say(f"sweep: {len(measured)} of {len(jobs)} measured before")
     if not missing:
@@ -204,7 +201,7 @@ def _measure_all(
         else:
             measurement = _measure_float(model, recipe, material, run, swept)
         measured[job.name] = measurement | {"seconds": watch.seconds}
-        keep(job.file, job.inputs, measured[job.name])
+        job.memo.keep(measured[job.name])
         gc.collect()
     return measured
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from copy import deepcopy
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finequant.finetune.gguf_base import dequantized, described
 from finequant.finetune.stored import as_stored
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
@@ -38,23 +37,11 @@ REASONS = {
 
 
 def load_config(model: Model) -> LlamaConfig:
-    """Loads the base's configuration, corrected by its files; returns a copy for the caller.
+    """Loads the base's configuration, corrected by its files.
 
     Raises:
         UserError: if it cannot be read, or is not that of a LlamaForCausalLM.
     """
-    if model.base.endswith(".gguf"):
-        return deepcopy(_read_gguf_config(model))
-    return as_stored(_read_config(model), model)
-
-
-@functools.cache
-def _read_gguf_config(model: Model) -> LlamaConfig:
-    """Takes five seconds: transformers reads the whole file."""
-    return _read_config(model)
-
-
-def _read_config(model: Model) -> LlamaConfig:
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, model)
@@ -68,7 +55,7 @@ def _read_config(model: Model) -> LlamaConfig:
         raise UserError(
             f"model.base: {model.base} is already quantized; name the float model it was made from"
         )
-    return config
+    return config if model.base.endswith(".gguf") else as_stored(config, model)
 
 
 def load_generation_config(model: Model) -> GenerationConfig:
@@ -94,14 +81,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from finequant.finetune.pre_tokenizers import restore
-
     tokenizer = _from_pretrained(AutoTokenizer, model)
-    folder, file = locate_base(model)
-    if file:
-        restore(tokenizer, folder / file)
-    else:  # a GGUF file is one, and takes seconds to read
-        _check_sizes(model, tokenizer)
+    _check_sizes(model, tokenizer)
     if model.chat_template:
         is_file = model.chat_template.endswith(".jinja")
         tokenizer.chat_template = (
@@ -118,41 +99,45 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
-    """Loads the base with all its weights in `dtype`; a GGUF file is dequantized.
+    """Loads the base with all its weights in `dtype`.
 
     device: "meta" reads, and checks, no more than what the files say of their tensors.
 
     Raises:
         UserError: if it cannot be read, is not a LlamaForCausalLM, or lacks some weights.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
     config = load_config(model)
-    is_gguf = model.base.endswith(".gguf")
-    # Left packed, GGUF weights can be neither trained on nor saved.
-    options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
-    if device != "cpu":
-        options["device_map"] = device
-    # transformers fills weights that are missing with random numbers, so they are asked for.
-    base, loading_info = _from_pretrained(
-        AutoModelForCausalLM,
-        model,
-        config=config,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    options = {} if device == "cpu" else {"device_map": device}
+    base = load_weights(model, _source(model, weights=True), config=config, dtype=dtype, **options)
     if getattr(base, "_hf_peft_config_loaded", False):
         raise UserError(
             f"model.base: {model.base} has a LoRA adapter in it (adapter_config.json), which "
             "transformers adds to the base: name a folder without one"
         )
-    _check_weights(model, loading_info)
-    _check_finite(model, base)
-    if not is_gguf:  # a model of the Hub has its files only now
+    if not model.base.endswith(".gguf"):  # a model of the Hub has its files only now
         base.config.tie_word_embeddings = as_stored(config, model).tie_word_embeddings
     base.config.name_or_path = model.base
+    return base
+
+
+def load_weights(model: Model, source: Path | str, **options: object) -> LlamaForCausalLM:
+    """Loads a model, and refuses weights that are not those of its configuration, or not finite.
+
+    source: what `from_pretrained` makes the base from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # transformers fills weights that are missing with random numbers, so they are asked for.
+    base, loading_info = from_pretrained(
+        AutoModelForCausalLM,
+        model,
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    _check_weights(model, loading_info)
+    _check_finite(model, base)
     return base
 
 
@@ -272,25 +257,44 @@ def _minus_initial(weights: dict[str, torch.Tensor], initial: Path) -> dict[str,
     return difference
 
 
-def _from_pretrained(auto_class: type, model: Model, **options: object):
-    """`auto_class.from_pretrained` for every way to name a base; safetensors or GGUF only."""
+def _source(model: Model, weights: bool) -> Path | str:
+    """Returns the folder of the base, or its id on the Hub.
+
+    weights: whether to dequantize a GGUF file; else there is only its configuration and tokenizer.
+    """
     folder, file = locate_base(model)
     if file:
-        options["gguf_file"] = file
-    elif auto_class.__name__ == "AutoModelForCausalLM":
+        return dequantized(model) if weights else described(model)
+    return folder or model.base
+
+
+def _from_pretrained(auto_class: type, model: Model, **options: object):
+    weights = auto_class.__name__ == "AutoModelForCausalLM"
+    return from_pretrained(auto_class, model, _source(model, weights), **options)
+
+
+def from_pretrained(auto_class: type, model: Model, source: Path | str, **options: object):
+    """Calls `auto_class.from_pretrained` for a base; weights are read from safetensors or GGUF.
+
+    source: its folder or Hub id.
+
+    Raises:
+        UserError: saying why the base cannot be loaded, and what to do.
+    """
+    if auto_class.__name__ == "AutoModelForCausalLM" and "gguf_file" not in options:
         options["use_safetensors"] = True
         # Else transformers asks a bot for safetensors, and takes them from its pull request.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         return auto_class.from_pretrained(
-            folder or model.base,
+            source,
             revision=model.revision or "main",
             trust_remote_code=False,
             **options,
         )
     # transformers raises its own errors, those of the Hub client and of the file readers.
     except Exception as error:
-        at = "" if folder else f" (revision {model.revision or 'main'})"
+        at = "" if isinstance(source, Path) else f" (revision {model.revision or 'main'})"
         raise UserError(f"model.base: cannot load {model.base}{at}: {_reason(error)}") from error
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finequant.finetune.gguf_base import dequantized
 from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Model
 
@@ -27,7 +28,7 @@ ROWS = 4096
 
 
 def weight_files(model: Model) -> list[Path]:
-    """Lists the safetensors files of a base, in its folder or the cache; [] if there are none."""
+    """Lists the safetensors files of a base, in its folder or a cache; [] if there are none."""
     whole = _cached(model, "model.safetensors")
     if whole:
         return [whole]
@@ -42,7 +43,9 @@ def weight_files(model: Model) -> list[Path]:
 def _cached(model: Model, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    folder, _ = locate_base(model)
+    folder, file = locate_base(model)
+    if file:
+        folder = dequantized(model)
     if folder:
         return folder / name if (folder / name).exists() else None
     path = try_to_load_from_cache(model.base, name, revision=model.revision or "main")

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finequant.recipes.artifact import differences, remove, replace_text, seal
+from finequant.recipes.artifact import differences, remove, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import report_user_errors
-from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
     require_shared(run.root)
-    decided_by_first(lambda: clear_stale_checkpoints(run, "train", run.checkpoints, inputs))
+    decided_by_first(lambda: run.continuing(run.checkpoints, "train", inputs))
     trained = fine_tune(recipe, arguments, tokenizer, splits, dtype)
     if is_first():
         log = json.loads((trained / LOG).read_text(encoding="utf-8"))
@@ -113,24 +114,6 @@ def fine_tune(
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, initial if initial.exists() else None, weights)
     return folder
-
-
-def clear_stale_checkpoints(run: RunDir, stage: str, folder: Path, inputs: dict) -> None:
-    """Removes checkpoints of a finished training with other inputs; keeps anything else there."""
-    record = folder / "inputs.json"
-    made_from = record.read_text(encoding="utf-8") if record.exists() else None
-    if made_from == json.dumps(inputs):
-        return
-    if made_from == json.dumps(run.manifest().get(stage, {}).get("inputs", {})):
-        say(f"{stage}: {folder} was made with other inputs: removed")
-        removed = folder.with_name(folder.name + ".removed")
-        remove(removed)
-        folder.rename(removed)
-        remove(removed)
-    elif folder.exists() and any(folder.iterdir()):
-        run.keep_as_previous(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(record, json.dumps(inputs))
 
 
 @contextmanager

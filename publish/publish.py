@@ -20,8 +20,9 @@ from finequant.recipes.artifact import SUMS, replace_text
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
-from finequant.recipes.rundir import STAGES, RunDir, stages_of
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import STAGES, command_of, stages_of
 
 CARD = "README.md"
 
@@ -127,7 +128,7 @@ def check_current(recipe: Recipe, run: RunDir) -> None:
         UserError: if a stage is missing, or something has changed since it ran.
     """
     for stage in (name for name in stages_of(recipe) if name in STAGES):
-        run.require(stage)
+        run.require_intact(stage)
         changes = run.what_changed(recipe, stage)
         if changes is None:
             raise UserError(f"publish: {stage} did not finish here: run `finequant run RECIPE`")
@@ -180,7 +181,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
             _name_base(folder / "adapter_config.json", shown)
         else:
             _take(run.quantized, folder)
-            for export in exports(run):
+            for export in exports(recipe, run):
                 _take(export, folder / export.name)
         for name, content in license.documents.items():
             (folder / name).write_bytes(content)
@@ -193,22 +194,21 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
     return run.publication
 
 
-def exports(run: RunDir) -> list[Path]:
+def exports(recipe: Recipe, run: RunDir) -> list[Path]:
     """Lists finished exports of the quantized model, each a folder named after its format.
 
     Raises:
         UserError: for an export of a different quantized/ than the one here.
     """
     folders = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
-    record = (run.quantized / "quantization.json").read_bytes()
     for folder in folders:
-        copy = folder / "quantization.json"  # says how each layer came out, so it tells them apart
-        if copy.exists() and copy.read_bytes() != record:
+        if folder.name not in run.manifest():
             raise UserError(
-                f"{folder}: made from an earlier quantized/: run `finequant export RECIPE --to "
-                f"{folder.name}` again, or delete it"
+                f"{folder}: nothing says that it was made from this quantized/: run "
+                f"`{command_of(folder.name)}` again, or delete it"
             )
-    return [folder for folder in folders if folder.is_dir()]
+        run.require(folder.name, recipe)
+    return folders
 
 
 def files_of(folder: Path) -> dict[str, Path]:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.quantize.prompts import check_prompts
 from finequant.recipes.artifact import remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.methods import METHODS
-from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from finequant.quantize.checkpoint.writing import Checkpoint
     from finequant.quantize.merge.adapter import Base
     from finequant.quantize.scheme import Plan
-
-PROMPTS = 8
-"""Prompts of the recipe's own rows on which merging and reloading are checked."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
-    Weights are read, merged, rounded and written in pieces. Memory holds a decoder block; a GGUF
-    file takes a whole float model. Interrupted, what is written is kept.
+    Weights are read, merged, rounded and written in pieces. Memory holds a decoder block.
+    Interrupted, what is written is kept.
 
     Raises:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
@@ -62,11 +61,11 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     watch = Stopwatch()
     config = load_config(recipe.model)
     layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
-    run.require("train")
+    run.require_for("quantize", recipe)
     inputs = run.inputs(recipe, "quantize")
     trained = trained_codes(recipe, run)
     tokenizer = load_tokenizer(recipe.model)
-    prompts = _prompts(recipe, tokenizer)
+    prompts = check_prompts(recipe, tokenizer)
     dtype = shipped_dtype(recipe.quantize, config)
     base = open_base(recipe.model)
     ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
@@ -128,9 +127,8 @@ def check_base_range(recipe: Recipe) -> None:
     dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
     if dtype == torch.float16:
         base = open_base(recipe.model)
-        check_range(
-            base.config, base.weights, _prompts(recipe, load_tokenizer(recipe.model)), dtype
-        )
+        prompts = check_prompts(recipe, load_tokenizer(recipe.model))
+        check_range(base.config, base.weights, prompts, dtype)
 
 
 def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
@@ -260,30 +258,11 @@ def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, 
 
 
 def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
-    """Reads the codes of quantization-aware training; None if the recipe has none.
-
-    Raises:
-        UserError: where they were trained for another scheme than the recipe's, or from another
-            adapter than the one that is there.
-    """
+    """Opens the codes of quantization-aware training; None if the recipe has none."""
     from finequant.quantize.checkpoint.reading import TensorFile
     from finequant.quantize.rounding import CODES
-    from finequant.quantize.scheme import PLAN_KEYS
 
-    if recipe.quantize.training is None:
-        return None
-    run.require("qat")
-    trained = run.manifest().get("qat", {"inputs": {}})["inputs"]
-    today = run.inputs(recipe, "qat")
-    for key in (*(f"quantize.{key}" for key in (*PLAN_KEYS, "dtype")), "adapter/"):
-        if key in trained and trained[key] != today[key]:
-            what = f"for {trained[key]}, not {today[key]}"
-            if key in ("adapter/", "quantize.layers"):
-                what = f"with another {key}"
-            raise UserError(
-                f"{key}: {run.trained_codes} was trained {what}: run `finequant qat RECIPE` again"
-            )
-    return TensorFile(run.trained_codes / CODES)
+    return TensorFile(run.trained_codes / CODES) if recipe.quantize.training else None
 
 
 def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
@@ -324,15 +303,6 @@ def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool)
         "method": method,
         "plan": as_layers(plan),
     }
-
-
-def _prompts(recipe: Recipe, tokenizer) -> list[list[int]]:
-    from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.data.tokens import encode
-
-    splits = load_splits(recipe.data, recipe.seed)
-    rows = (splits.validation or splits.train)[:PROMPTS]
-    return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
 
 
 def layer_table(checkpoint: Checkpoint, base: Base, plan: Plan) -> list[dict[str, Any]]:

@@ -11,15 +11,16 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import Format, to_install
+from finequant.quantize.prompts import check_prompts
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, refuse_all, report_user_errors
-from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
     from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
     from finequant.quantize.rounding import Rounded
-
-PROMPTS = 8
-"""Number of the recipe's own rows on which logits are compared."""
 
 LARGEST_DIFFERENCE = 0.05
 """Limit for the RMS difference of the logits, relative to those of the same weights. It allows for
@@ -72,9 +70,11 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
         UserError: for a format that cannot hold these codes, a package that is not installed, or
             a file that, read again, has other codes or other logits.
     """
+    from transformers import AutoTokenizer
+
     from finequant.quantize.checkpoint.stored import read_checkpoint
 
-    run.require("quantize")
+    run.require("quantize", recipe)
     if not formats:
         raise UserError(
             f"no format to export to: say --to FORMAT or quantize.exports: [FORMAT]; "
@@ -86,7 +86,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     prompts, reference = [], None
     for entry in fitting_formats(formats, stored.contents):
         if reference is None:
-            prompts = _prompts(recipe, run.quantized)
+            prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
             reference = _reference(stored, prompts)
         export_one(recipe, run, entry, stored, prompts, reference)
 
@@ -239,18 +239,6 @@ def _check_format(entry: Format, contents: Contents) -> None:
     if missing := to_install(entry.packages):
         raise UserError(f"{entry.name}: needs a package: {missing}")
     entry.check_fits(contents)
-
-
-def _prompts(recipe: Recipe, folder: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.data.tokens import encode
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = load_splits(recipe.data, recipe.seed)
-    rows = (splits.validation or splits.train)[:PROMPTS]
-    return [encode(row, tokenizer, recipe.data).input_ids for row in rows]
 
 
 def _reference(stored: QuantizedCheckpoint, prompts: list[list[int]]) -> Reference:

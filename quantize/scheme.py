@@ -18,18 +18,6 @@ if TYPE_CHECKING:
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
-PLAN_KEYS = (
-    "bits",
-    "group_size",
-    "layers",
-    "budget",
-    "head",
-    "embedding",
-    "scale_dtype",
-    "rotate",
-)
-"""Keys of the section `quantize` that decide what is quantized, and how."""
-
 SHARED_BITS = 8
 """Bits at which the head is rounded as the embedding is: calibration would gain nothing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from finequant.recipes.errors import UserError, listed
@@ -18,15 +19,23 @@ NOT_CONTENT = ("training_log.json",)
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
-def content_hash(path: Path) -> str:
+FileHash = Callable[[Path], str]
+
+
+def file_hash(path: Path) -> str:
+    """Reads a file and returns its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(path: Path, file_hash: FileHash = file_hash) -> str:
     """Returns the SHA-256 of a file, or of a folder's relative names and contents."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.name not in NOT_CONTENT:
-            digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\0".encode())
+            digest.update(f"{file.relative_to(path)}\0{file_hash(file)}\0".encode())
     return digest.hexdigest()
 
 
@@ -36,13 +45,13 @@ def seal(folder: Path) -> None:
     replace_text(folder / SUMS, sums)
 
 
-def differences(folder: Path) -> list[str] | None:
+def differences(folder: Path, file_hash: FileHash = file_hash) -> list[str] | None:
     """Lists what changed since the folder was sealed, file by file; None if it never was."""
     if not (folder / SUMS).exists():
         return None
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sealed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    current = _sums(folder)
+    current = _sums(folder, file_hash)
     changed = [name for name in {*sealed, *current} if sealed.get(name) != current.get(name)]
     return [
         f"{name}: {'missing' if name not in current else 'altered' if name in sealed else 'added'}"
@@ -87,10 +96,10 @@ def replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def _sums(folder: Path, file_hash: FileHash = file_hash) -> dict[str, str]:
     """Maps relative names to hashes; for a link to "link", as its target may change unnoticed."""
     return {
-        path.relative_to(folder).as_posix(): "link" if path.is_symlink() else content_hash(path)
+        path.relative_to(folder).as_posix(): "link" if path.is_symlink() else file_hash(path)
         for path in sorted(folder.rglob("*"))
         if (path.is_symlink() or path.is_file())
         and path.name not in NOT_CONTENT

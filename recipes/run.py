@@ -65,7 +65,8 @@ def run(
     from finequant.recipes.command_line import say
     from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import STAGES, RunDir, stages_of
+    from finequant.recipes.rundir import RunDir
+    from finequant.recipes.stages import STAGES, stages_of
 
     loaded, commits = pinned(load_recipe(recipe, overrides or []))
     os.environ[COMMITS] = json.dumps(commits)  # for the stages

@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import re
-import resource
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from finequant.recipes import lock
-from finequant.recipes.artifact import content_hash, differences, remove, replace_text, seal, verify
-from finequant.recipes.base import locate_base
+from finequant.recipes.artifact import differences, remove, replace_text, seal, verify
+from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
-from finequant.recipes.load import path_fields, write_recipe
-from finequant.recipes.methods import METHODS
-from finequant.recipes.schema import Recipe
-from finequant.recipes.sources import matching_files
-
-STAGES = ("train", "qat", "quantize", "evaluate")
-"""All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks.
-
-Any other stage is an export, named after its format, that `finequant export` writes.
-"""
-
-# The recipe's sections that decide a stage's result, in addition to files and upstream artifacts.
-# An export has none unless it is here: it depends on quantized/ only.
-SECTIONS = {
-    "train": ("seed", "model", "data", "lora", "train"),
-    "qat": ("seed", "model", "data", "lora", "train", "quantize"),
-    "quantize": ("model", "quantize"),
-    "executorch": ("quantize.cache_length",),
-    "gguf": (
-        "name",
-        "data.system",
-        "publish.base_model",
-        "publish.license",
-        "publish.license_name",
-        "publish.license_link",
-        "publish.language",
-        "publish.tags",
-        "publish.description",
-    ),
-    "evaluate": ("seed", "model", "data", "quantize.dtype", "evaluate"),
-}
-UPSTREAM = {
-    "train": (),
-    "qat": ("adapter",),
-    "quantize": ("adapter",),  # and trained_codes/, if the recipe has quantize.training
-    "evaluate": ("adapter", "quantized"),
-}
-
-# Keys of the section `quantize` that have no effect on quantized/.
-ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
-
-# Keys of the section `train` that affect the adapter no more than the number of processes does: by
-# rounding (1e-7) and by dropout's random numbers. So after running out of memory, training resumes
-# from the last checkpoint with a smaller micro-batch.
-NO_EFFECT_ON_ADAPTER = (
-    "train.micro_batch_size",
-    "train.gradient_checkpointing",
-    "train.kernels",
-    "train.logging_steps",
-    "train.report_to",
-    "train.save_total_limit",
+from finequant.recipes.freshness import (
+    RECORD,
+    Inputs,
+    Memo,
+    changes,
+    content_hash,
+    is_made_from,
+    mark,
+    recorded,
+    versions,
+    why_stale,
 )
-
-LINUX_STATUS = Path("/proc/self/status")
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
+from finequant.recipes.load import write_recipe
+from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import command_of, flat, recipe_inputs, row_of, stage_of, writer_of
+from finequant.recipes.usage import peak_gpu_memory, peak_memory
 
 
 @dataclass(frozen=True)
@@ -109,18 +62,6 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
-
-    def starting_codes(self, inputs: dict[str, Any]) -> Path:
-        """Returns the folder of the codes that quantization-aware training starts from.
-
-        Its name depends on all inputs that decide those codes.
-        """
-        digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-        return self.checkpoints / "qat" / f"start-{digest[:12]}"
-
-    @property
-    def measurements(self) -> Path:
-        return self.root / "measurements"
 
     @property
     def report(self) -> Path:
@@ -165,78 +106,87 @@ class RunDir:
         """
         lock.hold(self.root)
 
-    def inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
-        """Returns everything that decides the stage's result: recipe keys and hashes of files.
+    def inputs(self, recipe: Recipe, stage: str) -> Inputs:
+        """Returns everything that decides the stage's result: recipe keys and hashes of files."""
+        row = stage_of(stage, recipe)
+        artifacts = {f"{name}/": f"sha256:{content_hash(self.root / name)}" for name in row.reads}
+        return recipe_inputs(recipe, row.keys, row.without) | artifacts
 
-        Raises:
-            UserError: if the adapter in this directory was trained on a different base.
-        """
-        inputs = self._inputs(recipe, stage)
-        trained = self.manifest().get("train")
-        if "adapter" not in _upstream(stage) or trained is None:
-            return inputs
-        same = inputs["adapter/"] == f"sha256:{trained['outputs'].get('adapter')}"
-        if same and trained["inputs"].get("model.base") != inputs["model.base"]:
-            raise UserError(
-                f"{self.adapter}: trained on a different base than {recipe.model.base}: run "
-                "`finequant train RECIPE` again, or set model.base to the one in "
-                f"{self.adapter / 'recipe.yaml'}"
-            )
-        return inputs
-
-    def _inputs(self, recipe: Recipe, stage: str) -> dict[str, Any]:
-        inputs = section_inputs(recipe, _sections(recipe, stage))
-        if stage in STAGES:  # exports depend on quantized/ only
-            inputs["model.base"] = _base_identity(recipe)
-        upstream = list(_upstream(stage))
-        if stage == "quantize" and recipe.quantize.training:
-            upstream.append("trained_codes")
-        if stage == "evaluate":
-            upstream += [f"exports/{name}" for name in exports_of(recipe)]
-        for artifact in upstream:
-            inputs[f"{artifact}/"] = f"sha256:{content_hash(self.root / artifact)}"
-        return inputs
+    def memo(self, recipe: Recipe, name: str) -> Memo:
+        """Returns the file of a value that the table of stages lists: measurements/base."""
+        return Memo(self.root / f"{name}.json", self.inputs(recipe, name))
 
     def outputs(self, stage: str) -> list[Path]:
-        return {
-            "train": [self.adapter],
-            "qat": [self.trained_codes],
-            "quantize": [self.quantized],
-            "evaluate": [self.report, self.root / "report.md"],
-        }.get(stage, [self.exports / stage])
+        return [self.root / name for name in row_of(stage).writes]
 
     def what_changed(self, recipe: Recipe, stage: str) -> list[str] | None:
         """Lists why the stage must run: None if it never finished, [] if it is up to date."""
         entry = self.manifest().get(stage)
-        if entry is None or not all(path.exists() for path in self.outputs(stage)):
+        if entry is None or not self.has(stage):
             return None
-        old, new = entry["inputs"], self._inputs(recipe, stage)
-        values = _flat(recipe.model_dump(mode="json"))
+        changed = changes(entry["inputs"], self.inputs(recipe, stage), _values(recipe))
+        return [*changed.values(), *self._edited(stage, entry)]
+
+    def has(self, stage: str) -> bool:
+        """Says whether what the stage writes is there, whoever made it."""
+        return all(path.exists() for path in self.outputs(stage))
+
+    def _edited(self, stage: str, entry: dict[str, Any]) -> list[str]:
         return [
-            _change(key, old.get(key, "absent"), new.get(key, "absent"), values.get(key))
-            for key in sorted({*old, *new})
-            if old.get(key, "absent") != new.get(key, "absent")
-        ] + [
             f"{name}: changed since {stage} wrote it{_changed_files(self.root / name)}"
             for name, digest in entry["outputs"].items()
             if content_hash(self.root / name) != digest
         ]
 
-    def require(self, stage: str) -> None:
-        """Refuses to build on a stage that has not run, or on files that it did not write."""
-        missing = [path for path in self.outputs(stage) if not path.exists()]
-        if missing:
+    def require_for(self, stage: str, recipe: Recipe) -> None:
+        """Refuses to start a stage on artifacts that `require` refuses."""
+        for artifact in stage_of(stage, recipe).reads:
+            self.require(writer_of(artifact), recipe)
+
+    def require(self, stage: str, recipe: Recipe) -> None:
+        """Refuses to build on what is missing, damaged, or made from something else than is here.
+
+        Other keys of the recipe are named, no more: by hand, stages may run with any.
+
+        Raises:
+            UserError: naming what changed, and the command that makes it again.
+        """
+        self.require_intact(stage)
+        outputs, entry = self.outputs(stage), self.manifest().get(stage)
+        if entry is None or self._edited(stage, entry):  # brought from elsewhere
+            return
+        changed = changes(entry["inputs"], self.inputs(recipe, stage), _values(recipe))
+        unusable = [text for key, text in changed.items() if self._decides(key, stage)]
+        if unusable:
             raise UserError(
-                f"{missing[0]} does not exist: run `finequant {_command(stage)}` first, "
-                "or copy the folder here from the machine that made it"
+                f"{outputs[0]}: not made from what is here now: {'; '.join(unusable)}: "
+                f"run `{command_of(stage)}` again, or set what {outputs[0] / 'recipe.yaml'} says"
             )
-        for folder in filter(Path.is_dir, self.outputs(stage)):
-            verify(folder, again=f"finequant {_command(stage)}")
+        if changed:
+            say(f"{outputs[0]}: made with other settings: {'; '.join(changed.values())}")
+
+    def require_intact(self, stage: str) -> None:
+        """Reads what the stage wrote, and refuses it if it is missing or not as it was written."""
+        for path in self.outputs(stage):
+            if not path.exists():
+                raise UserError(
+                    f"{path} does not exist: run `{command_of(stage)}` first, "
+                    "or copy the folder here from the machine that made it"
+                )
+            if path.is_dir():
+                verify(path, again=command_of(stage))
+
+    def _decides(self, key: str, stage: str) -> bool:
+        """Says whether a change of this input makes a result unusable: another artifact, or base.
+
+        An artifact may be absent: where only exports are written, the adapter is not needed.
+        """
+        if key.endswith("/"):
+            return (self.root / key).exists()
+        return key in row_of(stage).bound_to
 
     @contextmanager
-    def writing(
-        self, target: Path, recipe: Recipe, inputs: dict[str, Any] | None = None
-    ) -> Iterator[Path]:
+    def writing(self, target: Path, recipe: Recipe, inputs: Inputs | None = None) -> Iterator[Path]:
         """Yields a temporary folder that replaces the target when the block succeeds.
 
         An earlier adapter, and anything that the user changed or put there, moves to `previous/`;
@@ -246,17 +196,37 @@ class RunDir:
             inputs and versions is reused as it is.
         """
         partial = target.with_name(target.name + ".partial")
-        record, made_from = partial / "inputs.json", {"inputs": inputs, "versions": versions()}
-        if inputs is None or not _holds_json(record, made_from):
+        if inputs is None or not is_made_from(partial, inputs):
             remove(partial)
             partial.mkdir(parents=True)
         if inputs is not None:
-            replace_text(record, json.dumps(made_from))
+            mark(partial, inputs)
         yield partial
-        record.unlink(missing_ok=True)
+        (partial / RECORD).unlink(missing_ok=True)
         write_recipe(recipe, partial / "recipe.yaml")
         seal(partial)
         self._put_in_place(partial, target)
+
+    def continuing(self, folder: Path, stage: str, inputs: Inputs) -> None:
+        """Makes a folder ready for checkpoints; those of the same inputs and versions stay.
+
+        Those of a finished training are removed, any others kept in `previous/`.
+        """
+        if is_made_from(folder, inputs):
+            return
+        why = "; ".join(why_stale(folder, inputs))
+        finished = self.manifest().get(stage)
+        if finished and recorded(folder) == {key: finished[key] for key in ("inputs", "versions")}:
+            say(f"{stage}: {folder} was made with other inputs: removed: {why}")
+            removed = folder.with_name(folder.name + ".removed")
+            remove(removed)
+            folder.rename(removed)
+            remove(removed)
+        elif folder.exists() and any(folder.iterdir()):
+            say(f"{stage}: {folder} is not continued: {why}")
+            self.keep_as_previous(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, inputs)
 
     def _put_in_place(self, partial: Path, target: Path) -> None:
         replaced = target.with_name(target.name + ".replaced")
@@ -316,139 +286,11 @@ class RunDir:
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
 
 
-def stages_of(recipe: Recipe) -> list[str]:
-    """Lists the stages of this recipe, in order."""
-    trained = ["qat"] if recipe.quantize.training else []
-    return ["train", *trained, "quantize", *exports_of(recipe), "evaluate"]
-
-
-def exports_of(recipe: Recipe) -> list[str]:
-    """Lists the formats to export; torchao's is quantized/ itself."""
-    return [name for name in recipe.quantize.exports if name != "torchao"]
-
-
-def section_inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the keys of the given sections; local files are replaced by their hashes."""
-    dumped = recipe.model_dump(mode="json")
-    if layers := dumped["quantize"]["layers"]:  # as text, because the order of patterns matters
-        dumped["quantize"]["layers"] = json.dumps(layers)
-    content = _flat(dumped)
-    inputs = {
-        key: content[key]
-        for key in content
-        if _within(key, sections)
-        and (key in sections or key not in (*ONLY_FOR_EXPORTS, *NO_EFFECT_ON_ADAPTER))
-    }
-    for key in (".".join(map(str, at)) for at in path_fields(dumped)):
-        if key == "model.base":  # hashing it takes minutes: _base_identity does it once
-            continue
-        if key in inputs and Path(inputs[key]).is_absolute():
-            files = matching_files(Path(inputs[key]))
-            inputs[key] = " ".join(f"sha256:{content_hash(file)}" for file in files)
-    return inputs
-
-
-class Stopwatch:
-    """Counts the seconds since it was created."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self._start, 1)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries that affect the result."""
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES}
-
-
-def peak_memory() -> int:
-    """Returns the peak resident memory of this process in bytes, without GPU memory."""
-    if LINUX_STATUS.exists():  # on Linux, getrusage starts with the peak of the parent process
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+)", LINUX_STATUS.read_text(), re.M)[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_gpu_memory() -> int:
-    """Returns the peak bytes that torch allocated on this process's GPU; 0 without one."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
-def _holds_json(path: Path, expected: Any) -> bool:
-    """Says whether the file exists and holds this JSON value."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
-    except (OSError, ValueError):
-        return False
-
-
-def _command(stage: str) -> str:
-    return f"{stage} RECIPE" if stage in STAGES else f"export RECIPE --to {stage}"
-
-
-def _base_identity(recipe: Recipe) -> str:
-    folder, file = locate_base(recipe.model)
-    if folder is None:
-        return f"{recipe.model.base}@{recipe.model.revision or 'main'}"
-    base = folder / file if file else folder
-    files = filter(Path.is_file, sorted([base, *base.rglob("*")]))
-    stats = [(path, path.stat()) for path in files]
-    state = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-    return f"sha256:{_hash_of_base(base, state)}"
-
-
-@functools.cache
-def _hash_of_base(base: Path, state: tuple) -> str:
-    """Hashes a base once per process and state of its files; a large base takes minutes."""
-    return content_hash(base)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens to dotted keys: {"lora": {"rank": 8}} -> {"lora.rank": 8}."""
-    if isinstance(node, dict) and node:
-        pairs = node.items()
-    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
-        pairs = enumerate(node)
-    else:
-        return {prefix: node}
-    dot = "." if prefix else ""
-    return {
-        key: value
-        for name, item in pairs
-        for key, value in _flat(item, f"{prefix}{dot}{name}").items()
-    }
-
-
-def _change(key: str, old: Any, new: Any, value: Any) -> str:
-    """Describes a changed input; a file or folder by its name, as its hash would say nothing."""
-    if str(old).startswith("sha256:") and str(new).startswith("sha256:"):
-        return (
-            f"{key}: the content of {value} changed" if value else f"the content of {key} changed"
-        )
-    return f"{key}: {old} -> {new}"
-
-
-def _sections(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    calibrated = METHODS[recipe.quantize.method].is_calibrated
-    if stage == "quantize" and (calibrated or recipe.quantize.budget):
-        return (*SECTIONS[stage], "seed", "data")
-    return SECTIONS.get(stage, ())
-
-
-def _upstream(stage: str) -> tuple[str, ...]:
-    return UPSTREAM.get(stage, ("quantized",))
+def _values(recipe: Recipe) -> dict[str, Any]:
+    return flat(recipe.model_dump(mode="json"))
 
 
 def _changed_files(path: Path) -> str:
     """Lists up to three changed files of a folder, in parentheses."""
     changed = differences(path) if path.is_dir() else None
     return f" ({'; '.join(changed[:3])})" if changed else ""
-
-
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)

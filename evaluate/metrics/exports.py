@@ -22,8 +22,9 @@ from finequant.quantize.formats.format import CONTEXT, Runtime
 from finequant.quantize.formats.formats import FORMATS
 from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
-from finequant.recipes.rundir import RunDir, peak_memory
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.usage import peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.plots import DRAWINGS, svg
 from finequant.evaluate.report.report import comparison_rows, divergence_lines, verdict_lines
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
-from finequant.recipes.rundir import replace_text
+from finequant.recipes.artifact import replace_text
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200

@@ -33,7 +33,7 @@ from finequant.evaluate.report.values import (
     to_percent,
     value_at,
 )
-from finequant.recipes.rundir import replace_text
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.schema import Gate
 
 if TYPE_CHECKING:

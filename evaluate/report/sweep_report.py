@@ -30,7 +30,7 @@ from finequant.evaluate.report.values import (
     to_percent,
     value_at,
 )
-from finequant.recipes.rundir import replace_text
+from finequant.recipes.artifact import replace_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,6 @@ from finequant.quantize.checkpoint.reading import (
     TensorFile,
     Weights,
     row_slices,
-    weights_of,
 )
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -60,14 +59,11 @@ class Base(NamedTuple):
 
 
 def open_base(model: Model) -> Base:
-    """Opens the base's safetensors files; a GGUF file is dequantized into memory.
+    """Opens the base's safetensors files.
 
     Raises:
         UserError: as `load_base` does.
     """
-    if model.base.endswith(".gguf"):
-        loaded = load_base(model, torch.float32)
-        return _described(loaded, weights_of(loaded), lambda: loaded)
     skeleton = load_base(model, torch.float32, "meta")
     files = [TensorFile(path) for path in weight_files(model)]
     where = {name: file for file in files for name in file.entries}

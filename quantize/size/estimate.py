@@ -129,7 +129,19 @@ def training_memory(
     weights = parameter_count(config) * _size(dtype)
     learned = trainable(recipe.lora, config)
     logits = targets * config.vocab_size * LOGITS
-    return _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    step = _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    if machine.kind == "gpu" or not recipe.model.base.endswith(".gguf"):
+        return step
+    return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
+
+
+def _dequantizing(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+    """Estimates what the first stage takes to make float32 safetensors of a mapped GGUF file."""
+    folder, file = locate_base(recipe.model)
+    # A tensor that is being dequantized is there twice.
+    base = 4 * parameter_count(config) + 8 * components(config)["embedding"]
+    fixed = {"base, dequantized": base, "GGUF file": (folder / file).stat().st_size}
+    return _memory("train", machine, fixed, {})
 
 
 def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths) -> Memory:
@@ -209,12 +221,7 @@ def quantize_memory(
     dtype = shipped_dtype(recipe.quantize, config).itemsize
     shapes = layer_shapes(config)
     block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
-    whole = parameter_count(config)
     fixed = {}
-    if recipe.model.base.endswith(".gguf"):
-        # Read whole; a tensor that is being dequantized is there twice.
-        fixed = {"base, dequantized": 4 * whole + 8 * components(config)["embedding"]}
-        fixed |= {"GGUF file": _gguf_bytes(recipe)}
     if recipe.quantize.rotate:  # the matrix; two layers in float32
         down = config.hidden_size * config.intermediate_size
         fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
@@ -231,12 +238,6 @@ def quantize_memory(
     largest = max(phases, key=lambda phase: sum(phase.values()))
     here = machine._replace(kind="cpu")  # a GPU helps with gptq only
     return _memory("quantize", here, {**fixed, **largest}, {})
-
-
-def _gguf_bytes(recipe: Recipe) -> int:
-    """Returns the bytes of the GGUF file, which is memory-mapped."""
-    folder, file = locate_base(recipe.model)
-    return (folder / file).stat().st_size
 
 
 def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) -> Memory:
@@ -282,8 +283,6 @@ def evaluation_memory(
     weights = dtype * parameter_count(config)
     if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
         weights += dtype * components(config)["embedding"]  # the quantized model's head
-    if recipe.model.base.endswith(".gguf"):  # dequantized whole, beside the model merged from it
-        weights += 4 * parameter_count(config)
     tokens = evaluate.batch_size * lengths.scored
     kept = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)

@@ -16,7 +16,6 @@ from finequant.finetune.model import load_config
 from finequant.quantize.scheme import (
     EMBEDDING,
     HEAD,
-    PLAN_KEYS,
     LayerScheme,
     Plan,
     bias_count,
@@ -33,6 +32,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.load import read_section
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.stages import PLAN_KEYS
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

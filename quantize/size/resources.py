@@ -19,8 +19,9 @@ from finequant.quantize.size.estimate import (
 from finequant.quantize.size.machine import Machine, free_disk, this_machine
 from finequant.quantize.size.plan import model_size
 from finequant.recipes.errors import UserError
-from finequant.recipes.rundir import STAGES, RunDir, stages_of
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.stages import STAGES, stages_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finequant.recipes.artifact import differences, remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
-from finequant.recipes.rundir import RunDir, Stopwatch
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import STARTING_CODES
+from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,6 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.stopping import last_checkpoint, run_trainer
-    from finequant.finetune.train import clear_stale_checkpoints
     from finequant.finetune.trainer import build_trainer
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
@@ -61,8 +61,10 @@ def train(recipe: Recipe, run: RunDir) -> None:
     _refuse_what_it_is_not_for(recipe)
     config = load_config(recipe.model)
     plan = layer_plan(recipe.quantize, config)
-    run.require("train")
-    inputs = run.inputs(recipe, "qat") if is_first() else {}  # hashes the base
+    inputs = {}
+    if is_first():  # what it reads is hashed
+        run.require_for("qat", recipe)
+        inputs = run.inputs(recipe, "qat")
     tokenizer, splits = load_tokenizer(recipe.model), load_splits(recipe.data, recipe.seed)
     base = open_base(recipe.model)
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
@@ -72,7 +74,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     require_shared(run.root)
     start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))
     steps = Path(arguments.output_dir)
-    decided_by_first(lambda: clear_stale_checkpoints(run, "qat", steps, inputs))
+    decided_by_first(lambda: run.continuing(steps, "qat", inputs))
     model = fake_quantized_model(recipe, weights, read_checkpoint(start).rounded, plan, dtype)
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
@@ -105,41 +107,25 @@ def starting_codes(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Path:
-    """Returns the folder that `quantize` would ship without this stage, and makes it if missing.
+    """Returns the folder that `quantize` would ship without this stage, and makes it if stale.
 
-    It is written as `quantized/` is: interrupted, the same command goes on from there. Named by all
-    that decides the codes, it serves other training settings, too.
+    It is written as `quantized/` is: interrupted, the same command goes on from there. It serves
+    other training settings, too.
     """
-    plain = recipe.quantize.model_copy(update={"training": None})
-    untrained = recipe.model_copy(update={"quantize": plain})
-    inputs = run.inputs(untrained, "quantize")
-    folder = run.starting_codes(inputs)
-    if differences(folder) != []:
-        for earlier in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
-            if earlier.name != f"{folder.name}.partial":
-                remove(earlier)
-        say(f"qat: quantizing by {plain.method}, to train from there")
-        _write_starting_codes(untrained, run, folder, inputs, base, weights, tokenizer, dtype)
-    return folder
-
-
-def _write_starting_codes(
-    recipe: Recipe,
-    run: RunDir,
-    target: Path,
-    inputs: dict,
-    base: Base,
-    weights: Weights,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-) -> None:
     from finequant.quantize.convert import write_quantized
     from finequant.quantize.methods.sequences import sequences_of
 
-    sequences = sequences_of(recipe, tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with run.writing(target, recipe, inputs) as folder:
-        write_quantized(folder, base, weights, recipe.quantize, dtype, sequences).finish()
+    (folder,) = run.outputs(STARTING_CODES)
+    if run.what_changed(recipe, STARTING_CODES) == []:
+        return folder
+    quantize = recipe.quantize
+    say(f"qat: quantizing by {quantize.method}, to train from there")
+    sequences, inputs = sequences_of(recipe, tokenizer), run.inputs(recipe, STARTING_CODES)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with run.writing(folder, recipe, inputs) as partial:
+        write_quantized(partial, base, weights, quantize, dtype, sequences).finish()
+    run.record(recipe, STARTING_CODES, inputs)
+    return folder
 
 
 def _arguments(recipe: Recipe, run: RunDir, evaluates: bool) -> SFTConfig:

@@ -96,6 +96,7 @@ def write_gguf(path, bpe: Tokenizer, pre: str | None) -> None:
 def from_gguf(tmp_path, monkeypatch):
     """Loads the tokenizer of a GGUF file with this tokenizer.ggml.pre, in a package of its own."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
     def load(bpe: Tokenizer, pre: str | None):
         package = tmp_path / "weights_of_a_test"

@@ -153,16 +153,16 @@ def test_a_pattern_that_matches_nothing(tmp_path, tiny_base):
 
 
 def test_what_a_pattern_matches_decides_whether_training_is_up_to_date(recipe_file):
-    from finequant.recipes.rundir import section_inputs
+    from finequant.recipes.stages import recipe_inputs
 
     (recipe_file.parent / "s").mkdir()
     shard = recipe_file.parent / "s" / "a.jsonl"
     shard.write_text(LINES)
     recipe = load_recipe(recipe_file, ["data.train=s/*.jsonl"])
-    before = section_inputs(recipe, ("data",))
-    assert before == section_inputs(recipe, ("data",))
+    before = recipe_inputs(recipe, ("data",))
+    assert before == recipe_inputs(recipe, ("data",))
     shard.with_name("b.jsonl").write_text(LINES)
-    assert before != section_inputs(recipe, ("data",))
+    assert before != recipe_inputs(recipe, ("data",))
 
 
 # file: (content, what the message says)

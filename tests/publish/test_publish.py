@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+
 WRITE, READ = "hf_PlantedTokenThatMayWrite", "hf_PlantedTokenThatMayOnlyRead"
 REPOSITORY = "alice/tiny"
 COMMAND = ("-m", "finequant.publish.publish")
@@ -66,6 +69,9 @@ def recipe(finished, tmp_path) -> Path:
     export = path.parent / "run" / "exports" / "gguf"
     export.mkdir(parents=True)
     (export / "model.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 40)
+    loaded = load_recipe(path)
+    run = RunDir.of(loaded)
+    run.record(loaded, "gguf", run.inputs(loaded, "gguf"))
     return path
 
 
@@ -352,11 +358,17 @@ def test_an_unpublishable_state_is_refused(recipe, capsys):
 
 
 def test_an_export_of_another_quantization_is_refused(recipe, capsys):
-    export = recipe.parent / "run" / "exports" / "gguf"
-    (export / "quantization.json").write_text("{}", encoding="utf-8")
+    manifest = recipe.parent / "run" / "manifest.json"
+    entries = json.loads(manifest.read_text(encoding="utf-8"))
+    entries["gguf"]["inputs"]["quantized/"] = "sha256:another"
+    manifest.write_text(json.dumps(entries), encoding="utf-8")
     message = refused(capsys, recipe, "--dry-run")
-    assert "gguf: made from an earlier quantized/" in message
+    assert "gguf: not made from what is here now: the content of quantized/ changed" in message
     assert "finequant export RECIPE --to gguf" in message
+    del entries["gguf"]
+    manifest.write_text(json.dumps(entries), encoding="utf-8")
+    message = refused(capsys, recipe, "--dry-run")
+    assert "gguf: nothing says that it was made from this quantized/" in message
 
 
 def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):

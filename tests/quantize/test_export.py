@@ -381,7 +381,7 @@ def test_an_export_is_done_until_the_codes_change(make, recipe_file):
 
 def test_exports_are_stages_between_quantize_and_evaluate(recipe_file):
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import stages_of
+    from finequant.recipes.stages import stages_of
 
     recipe = load_recipe(recipe_file, ["quantize.exports=[gguf, torchao, executorch]"])
     assert stages_of(recipe) == ["train", "quantize", "gguf", "executorch", "evaluate"]

@@ -367,7 +367,7 @@ from pathlib import Path
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge.adapter import Base, open_base
-from finequant.recipes.rundir import peak_memory
+from finequant.recipes.usage import peak_memory
 from finequant.recipes.schema import Calibration, Model, Quantize
 folder, layers = Path(sys.argv[1]), int(sys.argv[2])
 config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096,

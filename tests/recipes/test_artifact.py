@@ -121,13 +121,13 @@ def write(recipe, run: RunDir, target: Path, content: str) -> None:
 
 
 def test_an_edited_artifact_is_not_built_on(written):
-    _, run = written
-    run.require("quantize")
+    recipe, run = written
+    run.require("quantize", recipe)
     (run.quantized / "weights").write_text("mine", encoding="utf-8")
     with pytest.raises(
         UserError, match=r"(?s)quantized: changed since it was written.*weights: altered"
     ):
-        run.require("quantize")
+        run.require("quantize", recipe)
 
 
 @pytest.mark.parametrize("artifact", ["adapter", "quantized"])
@@ -190,17 +190,14 @@ def test_an_adapter_of_another_base_is_not_used(written, llama):
     recipe, run = written
     run.record(recipe, "train", run.inputs(recipe, "train"), seconds=1.0)
     for stage in ("quantize", "evaluate"):
-        run.inputs(recipe, stage)
+        run.require_for(stage, recipe)
     other = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": str(llama("other", rope_theta=5e4))})
         }
     )
     for stage in ("quantize", "evaluate"):
-        with pytest.raises(
-            UserError, match="adapter: trained on a different base than .*/other: run"
-        ):
-            run.inputs(other, stage)
-    run.inputs(other, "train")
+        with pytest.raises(UserError, match="adapter: not made from .*: model.base: .*/other"):
+            run.require_for(stage, other)
     write(recipe, run, run.adapter, "brought from elsewhere")
-    run.inputs(other, "quantize")
+    run.require_for("quantize", other)

@@ -159,7 +159,7 @@ def test_the_command_refuses_in_two_lines_and_exits_with_2(
 PINS = """
 import json, sys
 from finequant.recipes.command_line import read_command_line
-from finequant.recipes.rundir import replace_text
+from finequant.recipes.artifact import replace_text
 
 argv = sys.argv[1:]
 recipe, run = read_command_line("", argv, first_stage=True)

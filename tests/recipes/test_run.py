@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from finequant.recipes.rundir import content_hash
+from finequant.recipes.freshness import content_hash
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import content_hash
 from finequant.recipes.load import load_recipe
-from finequant.recipes.rundir import RunDir, content_hash
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
 STAGES = ("train", "quantize", "evaluate")
@@ -199,6 +200,42 @@ def test_another_adapter_reaches_quantize_and_evaluate(folder):
     assert changes(folder) == {"train": [], "quantize": stale, "evaluate": stale}
 
 
+def test_stages_called_by_hand_refuse_what_was_made_from_an_earlier_artifact(folder):
+    recipe, run = load(folder, "quantize.exports=[gguf]")
+    finish(recipe, run, "train", "quantize", "gguf", "evaluate")
+    for stage in ("quantize", "gguf", "evaluate"):
+        run.require_for(stage, recipe)
+    with run.writing(run.adapter, recipe) as partial:
+        (partial / "weights").write_text("trained again", encoding="utf-8")
+    run.record(recipe, "train", run.inputs(recipe, "train"), seconds=1.0)
+    run.require_for("quantize", recipe)
+    for stage in ("gguf", "evaluate"):
+        with pytest.raises(UserError) as caught:
+            run.require_for(stage, recipe)
+        assert str(caught.value).startswith(
+            "run/quantized: not made from what is here now: the content of adapter/ changed: "
+            "run `finequant quantize RECIPE` again"
+        )
+    finish(recipe, run, "quantize")
+    run.require_for("gguf", recipe)
+    with run.writing(run.quantized, recipe) as partial:
+        (partial / "weights").write_text("other codes", encoding="utf-8")
+    run.record(recipe, "quantize", run.inputs(recipe, "quantize"), seconds=1.0)
+    with pytest.raises(UserError, match="run `finequant export RECIPE --to gguf` again"):
+        run.require_for("evaluate", recipe)
+    shutil.rmtree(run.adapter)  # an export needs quantized/ only
+    run.require_for("gguf", recipe)
+
+
+def test_other_settings_are_named_and_used(folder, capsys):
+    finish(*load(folder))
+    recipe, run = load(folder, "quantize.bits=8")
+    run.require_for("evaluate", recipe)
+    assert capsys.readouterr().err == (
+        "run/quantized: made with other settings: quantize.bits: 4 -> 8\n"
+    )
+
+
 @pytest.mark.parametrize(("stage", "name"), [("train", "adapter"), ("evaluate", "report.md")])
 def test_a_deleted_output_is_made_again(folder, stage, name):
     finish(*load(folder))
@@ -223,9 +260,9 @@ def test_a_copy_in_another_folder_has_equal_inputs(folder, tmp_path, monkeypatch
 def test_a_stage_needs_what_the_one_before_made(folder):
     recipe, run = load(folder)
     with pytest.raises(UserError, match=r"run.adapter does not exist: run `finequant train REC"):
-        run.require("train")
+        run.require("train", recipe)
     finish(recipe, run, "train")
-    run.require("train")
+    run.require("train", recipe)
 
 
 def test_the_default_run_directory(folder):
@@ -325,7 +362,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatc
 
 
 def test_peak_memory_is_not_that_of_the_parent_process():
-    child = "from finequant.recipes.rundir import peak_memory; print(peak_memory())"
+    child = "from finequant.recipes.usage import peak_memory; print(peak_memory())"
     parent = f"""
 import subprocess, sys
 large = bytes(range(256)) * (2 << 20)
@@ -346,21 +383,3 @@ def test_what_memory_allows_and_what_is_shown_do_not_decide_the_adapter(folder):
     for other in ("train.batch_size=8", "train.precision=fp32", "train.warmup=0.5"):
         (change,) = run.what_changed(load(folder, other)[0], "train")
         assert change.startswith(other.partition("=")[0])
-
-
-def test_a_base_is_hashed_once(folder, monkeypatch):
-    from finequant.recipes import rundir
-
-    hashed = []
-
-    def count(path: Path) -> str:
-        hashed.append(path)
-        return content_hash(path)
-
-    monkeypatch.setattr(rundir, "content_hash", count)
-    recipe, run = load(folder)
-    before = [run.inputs(recipe, "train")["model.base"] for _ in range(3)]
-    assert hashed.count(folder / "base") == 1
-    (folder / "base" / "model.safetensors").write_text("others!", encoding="utf-8")
-    assert run.inputs(recipe, "train")["model.base"] not in before
-    assert hashed.count(folder / "base") == 2

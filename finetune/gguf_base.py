@@ -1,0 +1,78 @@
+"""A GGUF base as two folders that everything reads like any other base, made once and kept.
+
+transformers takes a minute to read the tokens of such a file, and holds the whole model in float32
+to dequantize it. So configuration and tokenizer, and the float32 weights that the file stands for,
+are kept in the user's cache: `finequant/gguf` among the assets of the Hugging Face Hub's client
+(HF_HOME, XDG_CACHE_HOME). It may be deleted whenever nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finequant.recipes.base import base_hash, locate_base
+from finequant.recipes.command_line import say
+from finequant.recipes.freshness import cache_folder, made_once
+from finequant.recipes.schema import Model
+
+
+def described(model: Model) -> Path:
+    """Returns the folder of the file's config.json and tokenizer.
+
+    Raises:
+        UserError: if the file cannot be read, or its pre-tokenizer is not known.
+    """
+    return _kept(model, "description", _describe)
+
+
+def dequantized(model: Model) -> Path:
+    """Returns the folder of the file's weights in float32, as safetensors.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    return _kept(model, "weights", _dequantize)
+
+
+def _kept(model: Model, what: str, make: Callable[[Model, Path], None]) -> Path:
+    _, file = locate_base(model)
+    identity = base_hash(model)
+    name = f"{Path(file).stem}-{identity.removeprefix('sha256:')[:16]}"
+    folder = cache_folder() / "gguf" / name / what
+    return made_once(folder, {"model.base": identity}, lambda partial: make(model, partial))
+
+
+def _describe(model: Model, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from finequant.finetune.model import from_pretrained
+    from finequant.finetune.pre_tokenizers import restore
+
+    package, file = locate_base(model)
+    say(f"base: reading {file}")
+    config = from_pretrained(AutoConfig, model, package, gguf_file=file)
+    tokenizer = from_pretrained(AutoTokenizer, model, package, gguf_file=file)
+    restore(tokenizer, package / file)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _dequantize(model: Model, folder: Path) -> None:
+    import torch
+    from transformers import GgufConfig
+
+    from finequant.finetune.model import load_config, load_weights
+
+    package, file = locate_base(model)
+    say(f"base: dequantizing {file} to {folder.parent}")
+    base = load_weights(
+        model,
+        package,
+        gguf_file=file,
+        config=load_config(model),
+        dtype=torch.float32,
+        # Left packed, GGUF weights can be neither trained on nor saved.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    base.save_pretrained(folder)

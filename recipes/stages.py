@@ -1,0 +1,222 @@
+"""The table of stages: what each reads of recipe and run directory, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finequant.recipes.base import base_hash
+from finequant.recipes.freshness import Inputs, content_hash
+from finequant.recipes.load import path_fields
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.sources import matching_files
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table. Names of artifacts are paths in the run directory."""
+
+    keys: tuple[str, ...] = ()
+    """Sections and keys of the recipe that decide the result, with the content of what they name:
+    the base, data, texts, task files."""
+    without: tuple[str, ...] = ()
+    """Keys in them that do not."""
+    reads: tuple[str, ...] = ()
+    """Artifacts of earlier stages."""
+    writes: tuple[str, ...] = ()
+    bound_to: tuple[str, ...] = ()
+    """Keys for whose value alone the result can be used: it is refused where they have another."""
+    calibrates: bool = False
+    """Whether some methods also look at the training rows."""
+
+
+# By rounding (1e-7) and dropout's random numbers, they affect the adapter no more than the number
+# of processes does. So after running out of memory, training resumes with a smaller micro-batch.
+NO_EFFECT_ON_ADAPTER = (
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.kernels",
+    "train.logging_steps",
+    "train.report_to",
+    "train.save_total_limit",
+)
+ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
+ONLY_SHOWN = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
+
+PLAN_KEYS = (
+    "bits",
+    "group_size",
+    "layers",
+    "budget",
+    "head",
+    "embedding",
+    "scale_dtype",
+    "rotate",
+)
+"""Keys of the section `quantize` that decide what is quantized, and how."""
+
+TRAINED = ("seed", "model", "data", "lora", "train")
+EVALUATED = ("seed", "model", "data", "quantize.dtype", "evaluate")
+NOT_MEASURED = (*ONLY_SHOWN, "evaluate.exports")
+SWEPT = (*EVALUATED, "quantize")
+NOT_SWEPT = (*NOT_MEASURED, *ONLY_FOR_EXPORTS, "quantize.training", "quantize.keep_merged")
+
+STAGES = {
+    "train": Stage(
+        keys=TRAINED,
+        without=NO_EFFECT_ON_ADAPTER,
+        writes=("adapter",),
+        bound_to=("model.base",),
+    ),
+    "qat": Stage(
+        keys=(*TRAINED, "quantize"),
+        without=(*NO_EFFECT_ON_ADAPTER, *ONLY_FOR_EXPORTS),
+        reads=("adapter",),
+        writes=("trained_codes",),
+        bound_to=("model.base", *(f"quantize.{key}" for key in (*PLAN_KEYS, "dtype"))),
+    ),
+    "quantize": Stage(
+        keys=("model", "quantize"),
+        without=ONLY_FOR_EXPORTS,
+        reads=("adapter", "trained_codes"),
+        writes=("quantized",),
+        bound_to=("model.base",),
+        calibrates=True,
+    ),
+    "evaluate": Stage(
+        keys=EVALUATED,
+        reads=("adapter", "quantized", "exports"),
+        writes=("report.json", "report.md"),
+    ),
+}
+"""All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks.
+
+Any other stage is an export, named after its format, that `finequant export` writes.
+"""
+
+STARTING_CODES = "starting_codes"
+"""What `qat` starts from: what `quantize` would write without it."""
+
+# What is kept for the next time: not stages of their own.
+PARTS = {
+    STARTING_CODES: Stage(
+        keys=("model", "quantize"),
+        without=(*ONLY_FOR_EXPORTS, "quantize.training"),
+        reads=("adapter",),
+        writes=("checkpoints/qat/start",),
+        calibrates=True,
+    ),
+    "measurements/base": Stage(EVALUATED, NOT_MEASURED),
+    "measurements/tuned": Stage(EVALUATED, NOT_MEASURED, ("adapter",)),
+    "measurements/quantized": Stage(EVALUATED, NOT_MEASURED, ("adapter", "quantized")),
+    "sweep/base": Stage(SWEPT, NOT_SWEPT),
+    "sweep/tuned": Stage(SWEPT, NOT_SWEPT, ("adapter",)),
+}
+
+EXPORT_KEYS = {
+    "executorch": ("quantize.cache_length",),
+    "gguf": (
+        "name",
+        "data.system",
+        "publish.base_model",
+        "publish.license",
+        "publish.license_name",
+        "publish.license_link",
+        "publish.language",
+        "publish.tags",
+        "publish.description",
+    ),
+}
+"""Keys of the recipe, beside quantized/, that decide an export."""
+
+
+def row_of(name: str) -> Stage:
+    """Returns the row of a stage; that of an export, or of its measurement, is made here."""
+    if row := (STAGES | PARTS).get(name):
+        return row
+    kind, _, export = name.rpartition("/")
+    if kind:
+        return Stage(EVALUATED, ONLY_SHOWN, (f"exports/{export}",))
+    return Stage(EXPORT_KEYS.get(name, ()), (), ("quantized",), (f"exports/{name}",))
+
+
+def stage_of(name: str, recipe: Recipe) -> Stage:
+    """Returns the row of a stage, with the artifacts and keys that this recipe adds to it."""
+    stage = row_of(name)
+    optional = {
+        "trained_codes": ["trained_codes"] if recipe.quantize.training else [],
+        "exports": [f"exports/{name}" for name in exports_of(recipe)],
+    }
+    reads = [name for entry in stage.reads for name in optional.get(entry, [entry])]
+    rows = ("seed", "data") if stage.calibrates and _calibrated(recipe.quantize) else ()
+    return replace(stage, reads=tuple(reads), keys=(*stage.keys, *rows))
+
+
+def _calibrated(quantize: Quantize) -> bool:
+    """Says whether codes depend on the training rows, too."""
+    steps = quantize.calibration.scale_steps
+    return METHODS[quantize.method].is_calibrated or bool(quantize.budget or steps)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Lists the stages of this recipe, in order."""
+    trained = ["qat"] if recipe.quantize.training else []
+    return ["train", *trained, "quantize", *exports_of(recipe), "evaluate"]
+
+
+def exports_of(recipe: Recipe) -> list[str]:
+    """Lists the formats to export; torchao's is quantized/ itself."""
+    return [name for name in recipe.quantize.exports if name != "torchao"]
+
+
+def writer_of(artifact: str) -> str:
+    """Returns the stage that writes an artifact."""
+    writers = {path: name for name, stage in STAGES.items() for path in stage.writes}
+    return writers.get(artifact) or Path(artifact).name
+
+
+def command_of(stage: str) -> str:
+    """Returns the command line of a stage, as messages name it."""
+    arguments = f"{stage} RECIPE" if stage in STAGES else f"export RECIPE --to {stage}"
+    return f"finequant {arguments}"
+
+
+def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...] = ()) -> Inputs:
+    """Returns the values of sections and keys; for a local file or folder, its hash."""
+    dumped = recipe.model_dump(mode="json")
+    if layers := dumped["quantize"]["layers"]:  # as text, because the order of patterns matters
+        dumped["quantize"]["layers"] = json.dumps(layers)
+    content = flat(dumped)
+    inputs = {
+        key: content[key] for key in content if _within(key, keys) and not _within(key, without)
+    }
+    for key in (".".join(map(str, at)) for at in path_fields(dumped)):
+        if key in inputs and key != "model.base" and Path(inputs[key]).is_absolute():
+            files = matching_files(Path(inputs[key]))
+            inputs[key] = " ".join(f"sha256:{content_hash(file)}" for file in files)
+    if "model.base" in inputs:
+        inputs["model.base"] = base_hash(recipe.model)
+    return inputs
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens to dotted keys: {"lora": {"rank": 8}} -> {"lora.rank": 8}."""
+    if isinstance(node, dict) and node:
+        pairs = node.items()
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        pairs = enumerate(node)
+    else:
+        return {prefix: node}
+    dot = "." if prefix else ""
+    return {
+        key: value
+        for name, item in pairs
+        for key, value in flat(item, f"{prefix}{dot}{name}").items()
+    }
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
