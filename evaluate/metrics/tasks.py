@@ -145,15 +145,32 @@ def multiple_choice(
                 f"held-out row {number}: the answer {reference!r} is not among "
                 f"evaluate.choices\nExpected one of: {', '.join(map(repr, choices[:20]))}"
             )
-    endings = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
-    if [] in endings:
+    if "" in choices:
         raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
-    asked = [Continuation(prompt, ending) for prompt in prompts for ending in endings]
+    asked = [item for prompt in prompts for item in continuations(tokenizer, prompt, choices)]
     likelihoods = log_likelihoods(model, asked, batch_size, description)
     logs = [likelihood.log for likelihood in likelihoods]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
     picks = [choices[row.index(max(row))] for row in rows]
     return mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], choices: list[str]
+) -> list[Continuation]:
+    """Tokenizes each choice together with its prompt, as lm-eval and the training data do.
+
+    Llama 2's tokenizer, for example, puts a space in front of a choice by itself. Where that would
+    change the prompt's last token, as after a space, the model is asked with the prompt as it is.
+    """
+    text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+    apart = tokenizer(choices, add_special_tokens=False)["input_ids"]
+    whole = tokenizer([text + choice for choice in choices], add_special_tokens=False)["input_ids"]
+    count = len(prompt)
+    return [
+        Continuation(prompt, ids[count:] if ids[:count] == prompt and ids[count:] else ending)
+        for ids, ending in zip(whole, apart, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -249,9 +266,11 @@ def _run(
     wrapped: Any, task: Task, objects: list[Any], folder: str | None, seed: int
 ) -> dict[str, dict[str, Score]]:
     """Runs one entry of `evaluate.tasks`: {task: {metric: score}}."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
-    output = simple_evaluate(
+    # It asks git for its own commit, and git prints "fatal" outside of a repository.
+    evaluator.get_git_commit_hash = lambda: None
+    output = evaluator.simple_evaluate(
         wrapped,
         tasks=objects,
         num_fewshot=task.num_fewshot,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,43 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
     references = [*picks[:3], wrong, picks[4]]
     score = multiple_choice(model, tokenizer, prompts, references, choices, 3, "choices")
     assert score == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_choices_are_tokenized_as_lm_eval_does(tokenizer):
+    """With the prompt, for a tokenizer that joins words, and one that puts spaces in front."""
+    from lm_eval.api.model import TemplateLM
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = dict.fromkeys(["<unk>", *"\u2581abcdenor", "\u2581a", "re", "red"])
+    vocabulary = {token: index for index, token in enumerate(letters)}
+    spaces = Tokenizer(BPE(vocabulary, [("\u2581", "a"), ("r", "e"), ("re", "d")]))
+    spaces.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    spaces.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    like_llama_2 = PreTrainedTokenizerFast(tokenizer_object=spaces, unk_token="<unk>")
+    cases = [
+        (like_llama_2, "a code", ["red", " a"]),
+        (tokenizer, "open\nred", [" door", "at", "\n"]),
+    ]
+    for tokens, text, choices in cases:
+        encode = partial(ids_of, tokens)
+        theirs = SimpleNamespace(backend="causal", tok_encode=encode)
+        expected = [TemplateLM._encode_pair(theirs, text, choice) for choice in choices]
+        prompt = encode(text)
+        found = [tuple(item) for item in tasks.continuations(tokens, prompt, choices)]
+        assert found == expected
+    prompt = like_llama_2("a code")["input_ids"]
+    (red,) = tasks.continuations(like_llama_2, prompt, ["red"])
+    assert len(red.ids) < len(like_llama_2("red")["input_ids"])
 
 
 def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
