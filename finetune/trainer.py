@@ -66,8 +66,15 @@ class LoraTrainer(SFTTrainer):
         self._read: list[tuple[dict[str, Any], torch.Tensor]] = []
         self._evaluated = [0.0, 0]  # summed loss and target tokens of this evaluation
         self._rows_to_learn = len(self.train_dataset)
-        multiple = self.args.per_device_train_batch_size * self.args.world_size
-        self.train_dataset = padded(self.train_dataset, multiple if self.args.world_size > 1 else 1)
+        if self.args.world_size > 1:
+            self.train_dataset = padded(self.train_dataset, self._rows_at_once)
+            if self.eval_dataset is not None:  # repeated rows would count twice in its loss
+                self.eval_dataset = padded(self.eval_dataset, self._rows_at_once)
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Rows of a micro-batch of every process, in training and in evaluation."""
+        return self.args.per_device_train_batch_size * self.args.world_size
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ShuffledThenBlank:
         blanks = len(self.train_dataset) - self._rows_to_learn
@@ -94,7 +101,8 @@ class LoraTrainer(SFTTrainer):
             result = (loss, {"loss": loss.detach()}) if return_outputs else loss
         if not model.training:
             tokens = int(targets.sum())
-            self._evaluated[0] += loss.item() * tokens
+            if tokens:  # the mean over none is not a number
+                self._evaluated[0] += loss.item() * tokens
             self._evaluated[1] += tokens
         return result
 

@@ -46,6 +46,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
     """
     from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.stopping import last_checkpoint, run_trainer
@@ -70,6 +71,11 @@ def train(recipe: Recipe, run: RunDir) -> None:
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     weights = transformed(weights, config, recipe.quantize)
     dtype = shipped_dtype(recipe.quantize, config)
+    if arithmetic_dtype(dtype) != dtype:
+        say(
+            "qat: steps compute in bfloat16, as the shipped model does, which this processor only "
+            "emulates: several times slower than quantize.dtype=float32"
+        )
     arguments = _arguments(recipe, run, bool(splits.validation))
     require_shared(run.root)
     start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))

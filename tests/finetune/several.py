@@ -98,7 +98,8 @@ AWARE = [
     "quantize.training={steps: 3, distillation: 0.5}",
 ]
 
-train("uneven", f"data.train={FOLDER / 'uneven.jsonl'}")
+ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
+train("uneven", *ROWS)
 train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
 with at_step(2, 1, lambda loss: loss * float("nan")):
     train("nan", "train.save_steps=1")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from conftest import make_recipe, make_rows, write_jsonl
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from finequant.finetune.train import LOG
+
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
+ZERO3 = HERE.parents[1] / "recipes" / "accelerate" / "deepspeed_zero3.yaml"
 WEIGHTS = "adapter/adapter_model.safetensors"
 LORA = ["train.save_steps=2", "train.max_steps=3"]
 AWARE = [
@@ -37,6 +42,7 @@ def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
         folder.mkdir()
         make_recipe(folder, tiny_base)
         write_jsonl(folder / "uneven.jsonl", make_rows(range(0, 45)))
+        write_jsonl(folder / "five.jsonl", make_rows(range(60, 65)))
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
         run = subprocess.run(
             [*launch, str(HERE / "several.py"), str(folder)], capture_output=True, text=True
@@ -63,6 +69,10 @@ def results(folder: Path, name: str) -> tuple[list[int], list[str]]:
     return [result["code"] for result in read], [result["said"] for result in read]
 
 
+def read_log(run: Path) -> list[dict]:
+    return json.loads((run / "adapter" / LOG).read_text(encoding="utf-8"))
+
+
 def relative_difference(one: Path, other: Path) -> float:
     one, other = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert one.keys() == other.keys()
@@ -70,10 +80,17 @@ def relative_difference(one: Path, other: Path) -> float:
 
 
 def test_rows_that_cannot_be_shared_equally_give_the_adapter_of_one_process(folder, by_one):
-    """45 rows in steps of 8: the last five are four and one."""
-    alone = by_one("uneven alone", f"data.train={folder / 'uneven.jsonl'}")
+    """45 rows in steps of 8: the last five are four and one. So are those of the validation."""
+    rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
+    alone = by_one("uneven alone", *rows)
     assert results(folder, "uneven")[0] == [0, 0]
     assert relative_difference(alone, folder / "uneven") < 1e-6
+    one, two = (
+        [step["eval_loss"] for step in read_log(run) if "eval_loss" in step]
+        for run in (alone, folder / "uneven")
+    )
+    assert len(one) > 0
+    assert two == pytest.approx(one, rel=1e-5)
     manifest = json.loads((folder / "uneven" / "manifest.json").read_text())
     assert manifest["train"]["processes"] == 2
     packs = ["data.packing=true", "data.max_length=64", "train.micro_batch_size=2"]
@@ -157,6 +174,23 @@ def test_fsdp_saves_the_adapter_of_one_process(folder, by_one, name):
         for run in (folder / name, alone)
     )
     assert config == expected
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero3_saves_the_adapter_of_one_process(folder, by_one):
+    """Its first run on a CPU compiles an operator: minutes."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launch += ["--config_file", str(ZERO3), "--num_processes", "2", "--main_process_port", "0"]
+    steps = "train.max_steps=3"
+    run = subprocess.run(
+        [*launch, str(HERE / "zero3.py"), str(folder / "recipe.yaml"), steps]
+        + [f"output_dir={folder / 'zero3'}"],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert relative_difference(by_one("zero3 alone", steps), folder / "zero3") < 1e-5
 
 
 def test_two_processes_train_the_codes_of_one(folder):

@@ -112,9 +112,13 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_forward_converted_and_reloaded_are_equal(stage, variant):
+def test_training_forward_converted_and_reloaded_are_equal(stage, variant, capsys):
     """The adapter was trained in float32: also where what ships is bfloat16."""
+    from finequant.finetune.device import arithmetic_dtype
+
     check_equal(stage, "quantize.dtype=bfloat16", *variant)
+    slow = "float32" not in variant[-1] and arithmetic_dtype(torch.bfloat16) != torch.bfloat16
+    assert ("several times slower than quantize.dtype=float32" in capsys.readouterr().err) == slow
 
 
 @pytest.mark.parametrize("variant", [TAUGHT, SCALES])
@@ -231,6 +235,15 @@ def test_resumed_is_uninterrupted(stage, training):
     trainer = stage.train(training)
     assert trainer.state.global_step == 4
     assert codes.read_bytes() == expected
+
+
+def test_other_processes_wait_a_day_for_the_starting_codes(stage):
+    """The first process calibrates alone: hours for a large base."""
+    from finequant.quantize.training.train import _arguments
+
+    recipe = load_recipe(stage.recipe, stage.arguments(TAUGHT))
+    waits = _arguments(recipe, RunDir.of(recipe), True).ddp_timeout_delta
+    assert waits.total_seconds() >= 24 * 3600
 
 
 def test_starting_codes_are_made_again_only_for_another_scheme(stage, capsys):

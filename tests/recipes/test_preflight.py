@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_rows, write_jsonl
@@ -79,6 +80,46 @@ IN_SECONDS = {
 def test_refused_in_seconds(refused, monkeypatch, overrides, message):
     monkeypatch.setattr(run, "_check_tokens", None)  # not reached
     assert message in refused(*overrides)
+
+
+def test_an_unknown_task_is_refused_after_what_is_cheaper_to_find(refused, monkeypatch):
+    """lm-eval's index of tasks takes seconds to read, minutes from a slow disk."""
+    from finequant.evaluate.metrics import tasks
+
+    read = []
+
+    def index(folder):
+        read.append(folder)
+        return SimpleNamespace(task_index={"arc_easy": None})
+
+    monkeypatch.setattr(tasks, "_task_manager", index)
+    unknown = "evaluate.tasks=[arc_esy]"
+    assert "no task 'arc_esy'" not in refused(unknown, *NO_TEXT, "publish.repo_id=a/b")
+    assert "nothing is left to learn" in refused(unknown, "data.max_length=3")
+    assert read == []
+    assert "lm-eval has no task 'arc_esy'; did you mean arc_easy?" in refused(unknown)
+    assert len(read) == 1
+
+
+def test_short_rows_run_where_the_longest_that_are_allowed_would_not_fit(recipe_file, monkeypatch):
+    from finequant.finetune.model import load_config
+    from finequant.quantize.size import machine as machines
+    from finequant.quantize.size.estimate import memory_of
+    from finequant.quantize.size.resources import refuse_what_cannot_finish
+
+    overrides = ["train.micro_batch_size=8", "data.max_length=100000"]
+    recipe, started = load_recipe(recipe_file, overrides), []
+    small = machines.Machine("a small machine", 0, "cpu")
+    needed = sum(memory_of("train", recipe, load_config(recipe.model), small).values())
+    small = small._replace(memory=needed - 1)
+    monkeypatch.setattr(machines, "this_machine", lambda: small)
+    monkeypatch.setattr(run, "_start", lambda stage, *_: started.append(stage))
+    monkeypatch.setattr(run, "_show_report", lambda _: True)
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["run", str(recipe_file), *overrides])
+    assert (exit_.value.code, started[0]) == (0, "train")
+    with pytest.raises(UserError, match="a small machine has"):
+        refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["train"], small)
 
 
 def test_answers_that_are_no_json_are_listed_with_all_other_problems(refused, prose, tmp_path):

@@ -1,0 +1,12 @@
+"""accelerate launch --config_file deepspeed_zero3.yaml zero3.py RECIPE: trains, but on the CPU.
+
+DeepSpeed runs there too, with gloo; `finequant train` refuses it, as it only costs time.
+"""
+
+from __future__ import annotations
+
+from finequant.finetune import trainer
+from finequant.finetune.train import main
+
+trainer._refuse_launch = lambda on_cpu: None
+main()
