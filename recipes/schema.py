@@ -359,8 +359,23 @@ LayerOrFloat = Annotated[
 ]
 
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "rtn", "rotate": False},
+    "balanced": {},
+    "best": {"calibration": {"tokens": 32768, "steps": 32, "scale_steps": 100}},
+}
+"""Defaults of the section `quantize` where they are not those of balanced."""
+
+
 class Quantize(Section):
     """Symmetric groupwise integer weights; int8 asymmetric per-token dynamic activations."""
+
+    effort: Literal["fast", "balanced", "best"] = Field(
+        "balanced",
+        exclude=True,  # the keys whose defaults it decides say all that matters
+        description="defaults of other keys; fast: rounds to nearest, in seconds; balanced: "
+        "calibrates a rotated model; best: also trains blocks and scales, several times as long",
+    )
 
     bits: Bits = Field(
         4, description="bits per code; 1 is for experiments only: its codes are -1 and 0"
@@ -390,11 +405,11 @@ class Quantize(Section):
         "`head: 8` are one table in formats that can share it",
     )
     method: Method = Field(
-        "rtn",
+        "gptq",
         description="; ".join(f"{name}: {entry.description}" for name, entry in METHODS.items()),
     )
     scale: Literal["max", "search"] = Field(
-        "max",
+        "search",
         description="scales for rtn and gptq: from the largest weight, or with the least error",
     )
     calibration: Calibration = Field(
@@ -404,12 +419,13 @@ class Quantize(Section):
         None, description="quantization-aware training, from the codes of `method`; default: none"
     )
     rotate: bool = Field(
-        False,
+        default_factory=lambda section: section.get("head") == "quantize",
         description="rotate the hidden states so that outliers spread over all channels; the "
-        "rotation is folded into the weights and costs nothing at run time",
+        "rotation is folded into the weights and costs nothing at run time; default: if the head "
+        "is quantized",
     )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the scales"
+        "bfloat16", description="dtype of the scales; every export holds those of bfloat16"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of embedding, norms, and arithmetic; auto: the base's"
@@ -424,6 +440,17 @@ class Quantize(Section):
         description="tokens of the executorch export's static key-value cache, for prompt and "
         "answer together; at most the base's positions",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _effort_decides_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("effort") not in EFFORTS:
+            return value
+        defaults = EFFORTS[value["effort"]]
+        calibration = value.get("calibration", {})
+        if isinstance(calibration, dict) and "calibration" in defaults:
+            value = value | {"calibration": defaults["calibration"] | calibration}
+        return defaults | value
 
     @field_validator("exports")
     @classmethod

@@ -156,6 +156,9 @@ train:
   learning_rate: 1e-3
   precision: fp32
 quantize:
+  effort: fast
+  scale: max
+  scale_dtype: float32
   group_size: 32
 evaluate:
   perplexity:

@@ -50,16 +50,13 @@ def _steps(quantize: dict[str, Any]) -> list[str | None]:
     calibrated = quantize.get("method") == "gptq"
     return [
         None
-        if calibrated
-        else "quantize.method=gptq quantize.scale=search: calibrates the codes on your rows "
-        "(perplexity 49.2 -> 33.3, where float has 29.4)",
+        if calibrated and quantize.get("rotate")
+        else "quantize.effort=balanced: calibrates the codes on your rows, and rotates the hidden "
+        "states, which spreads outliers (perplexity 49.2 -> 31.4, where float has 29.4)",
         None
-        if quantize.get("rotate") or quantize.get("head") == "float"
-        else "quantize.rotate=true: spreads outliers over all channels (33.3 -> 31.4)",
-        None
-        if calibrated and calibration.get("steps")
-        else "quantize.calibration.steps=32: trains each block to reproduce the float block "
-        "(31.4 -> 31.0)",
+        if calibrated and calibration.get("steps") and calibration.get("scale_steps")
+        else "quantize.effort=best: also trains each block, and then all scales, to reproduce the "
+        "float model (31.4 -> 30.4)",
         None
         if quantize.get("training")
         else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '

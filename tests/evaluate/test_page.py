@@ -81,8 +81,8 @@ def test_flips_labels_and_sizes_are_counted():
 @pytest.mark.parametrize(
     ("quantized", "quantize", "expected"),
     [
-        (0.8, {}, ["quantize.method=gptq", "quantize.rotate=true", "calibration.steps"]),
-        (0.8, {"method": "gptq", "rotate": True}, ["calibration.steps"]),
+        (0.8, {}, ["effort=balanced", "effort=best", "quantize.training"]),
+        (0.8, {"method": "gptq", "rotate": True}, ["effort=best", "quantize.training"]),
         (0.89, {}, []),
     ],
 )
@@ -90,7 +90,7 @@ def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, 
     lines = advice(report(quantized, **quantize))
     assert bool(lines) == bool(expected)
     assert all(any(key in line for line in lines) for key in expected)
-    assert not any("method=gptq" in line for line in lines) or "method" not in quantize
+    assert any("effort=balanced" in line for line in lines) == ("effort=balanced" in expected)
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
