@@ -359,6 +359,12 @@ LayerOrFloat = Annotated[
 ]
 
 
+def _rotates(head: str | int | None, embedding: str | int | None) -> bool:
+    """Says whether to rotate by default: a float head is tied, and so is one at 8 bits that shares
+    the embedding's codes; a rotated head needs weights of its own."""
+    return head != "float" and (head, embedding) != (8, 8)
+
+
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "rtn", "rotate": False},
     "balanced": {},
@@ -419,10 +425,10 @@ class Quantize(Section):
         None, description="quantization-aware training, from the codes of `method`; default: none"
     )
     rotate: bool = Field(
-        default_factory=lambda section: section.get("head") == "quantize",
+        default_factory=lambda section: _rotates(section.get("head"), section.get("embedding")),
         description="rotate the hidden states so that outliers spread over all channels; the "
         "rotation is folded into the weights and costs nothing at run time; default: if the head "
-        "is quantized",
+        "is quantized, and not one table with the embedding",
     )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of the scales; every export holds those of bfloat16"

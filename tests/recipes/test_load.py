@@ -271,7 +271,7 @@ def test_all_errors_come_at_once(write):
         "recipe.yaml:6: data.paking: unknown key (value True); did you mean data.packing?",
         "recipe.yaml:7: lora.rank:",
         "recipe.yaml:8: quantize.bits:",
-        "recipe.yaml:8: quantize.head: expected 'quantize' or 'float' (value 'both')",
+        "recipe.yaml:8: quantize.head: expected 'quantize', 'float' or 8 (value 'both')",
         "command line: train.epochs: expected greater than 0 (value -1)",
         "command line: model.bse: unknown key (value 'x'); did you mean model.base?",
     ):
