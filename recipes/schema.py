@@ -26,7 +26,7 @@ from finequant.recipes.methods import METHODS, known_method
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Export = Literal["torchao", "compressed-tensors", "gguf", "executorch"]
+Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx"]
 Method = Annotated[
     str, AfterValidator(known_method), WithJsonSchema({"enum": [*METHODS], "type": "string"})
 ]
@@ -443,8 +443,8 @@ class Quantize(Section):
     )
     cache_length: Positive = Field(
         2048,
-        description="tokens of the executorch export's static key-value cache, for prompt and "
-        "answer together; at most the base's positions",
+        description="tokens of prompt and answer together in the executorch and onnx exports, "
+        "whose cache or rotary tables have a fixed length; at most the base's positions",
     )
 
     @model_validator(mode="before")

@@ -118,6 +118,7 @@ PARTS = {
 
 EXPORT_KEYS = {
     "executorch": ("quantize.cache_length",),
+    "onnx": ("quantize.cache_length",),
     "gguf": (
         "name",
         "data.system",

@@ -117,6 +117,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path)
         if _samples(saved, data) != _samples(tokenizer, data):
             saved = tokenizer
     saved.save_pretrained(folder)
+    _help_other_readers(folder / "tokenizer_config.json")
+
+
+def _help_other_readers(file: Path) -> None:
+    """Says what transformers 4 and transformers.js look for: a class they know, the template."""
+    config, template = json.loads(file.read_text("utf-8")), file.with_name("chat_template.jinja")
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if template.exists():
+        config["chat_template"] = template.read_text("utf-8")
+    for key in ("is_local", "local_files_only"):  # of this machine
+        config.pop(key, None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:

@@ -544,7 +544,7 @@ def test_without_a_format_the_known_ones_are_named(make, capsys):
     with pytest.raises(SystemExit) as exit_:
         make(to=())
     assert exit_.value.code == 2
-    assert "torchao, compressed-tensors, gguf, executorch" in capsys.readouterr().err
+    assert "torchao, compressed-tensors, gguf, executorch, onnx" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -609,3 +609,64 @@ def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
     with pytest.raises(SystemExit):
         make("quantize.bits=8", to=("executorch",))
     assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in capsys.readouterr().err
+
+
+SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "file"),
+    [
+        (("quantize.scale_dtype=bfloat16",), "model_q4.onnx"),
+        (("quantize.head=float", "quantize.group_size=64"), "model_q4.onnx"),
+        (("quantize.layers={'*.down_proj': {bits: 8}}", *SHARED), "model_quantized.onnx"),
+    ],
+)
+def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
+    """Codes straight from the file; a prompt in one call and token by token, with its own cache."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.formats.onnx import OnnxRuntime
+
+    base = llama("with_biases", attention_bias=True, intermediate_size=192)
+    run = make(f"model.base={base}", *overrides, to=("onnx",))
+    folder = run / "exports" / "onnx"
+    graph = onnx.load(folder / file).graph
+    tensors = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    products = {node.input[1]: node for node in graph.node if node.op_type == "MatMulNBits"}
+    weights = torchao_weights(run)
+    assert {f"{name}.codes" for name in weights if name != "model.embed_tokens"} == set(products)
+    for name, (codes, scale) in weights.items():
+        table = "lm_head" if name == "model.embed_tokens" else name  # the same
+        data = tensors[f"{table}.codes"].reshape(len(codes), -1)
+        if data.shape[1] < codes.shape[1]:
+            data = np.stack([data & 15, data >> 4], axis=-1).reshape(len(codes), -1) + 120
+        assert np.array_equal((data.astype(np.int16) - 128).astype(np.int8), codes.numpy())
+        assert np.allclose(tensors[f"{table}.scales"], scale.flatten().float().numpy(), 1e-3, 1e-7)
+    runtime = OnnxRuntime(folder)
+    with torch.no_grad():
+        quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")(PROMPT).logits[0]
+    ids = PROMPT[0].tolist()
+    for _ in range(2):  # a new sequence forgets the one before
+        logits = [runtime.last_logits(ids[:3])]
+        logits += [runtime.last_logits([ids[3]], 3), runtime.last_logits(ids[4:], 4)]
+        for result, expected in zip(logits, quantized[[2, 3, 7]], strict=True):
+            torch.testing.assert_close(result, expected, rtol=0, atol=0.03)
+    described = json.loads((folder / "genai_config.json").read_text())["model"]
+    assert described["decoder"]["filename"] == file
+    assert described["eos_token_id"] == [2]
+    names = {item.name for item in graph.input}
+    assert described["decoder"]["inputs"]["past_key_names"] % 1 in names
+    # transformers.js fills in these dimensions by name, and wants the template in this file.
+    assert graph.input[2].type.tensor_type.shape.dim[0].dim_param == "batch_size"
+    assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
+
+
+def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
+    base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=4)
+    with pytest.raises(SystemExit):
+        make(f"model.base={base}", "quantize.group_size=40", to=("onnx",))
+    error = capsys.readouterr().err
+    assert "onnx: groups of 40 weights" in error or "onnx: needs a package" in error

@@ -1,0 +1,241 @@
+"""quantized/ -> ONNX for onnxruntime, onnxruntime-genai and transformers.js: the same codes in
+MatMulNBits, scales in half precision, activations in int8 by blocks, a key-value cache outside.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
+from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
+from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+SMALLEST_BLOCK = 16
+SINGLE_FILE = 1_900_000_000
+"""Bytes up to which weights are inside: a protocol buffer holds 2 GB."""
+
+LARGEST_HALF = 65504.0
+
+
+def check_fits(contents: Contents) -> None:
+    """Refuses what MatMulNBits cannot hold.
+
+    Raises:
+        UserError: for groups that blocks of 16 do not divide.
+    """
+    sizes = set(contents.group_sizes.values())
+    if uneven := sorted(size for size in sizes if block_size(size) < SMALLEST_BLOCK):
+        raise UserError(
+            f"onnx: groups of {', '.join(map(str, uneven))} weights; its blocks are powers of two "
+            f"from {SMALLEST_BLOCK}: set quantize.group_size=32, or a multiple"
+        )
+
+
+def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes model, configuration for onnxruntime-genai and tokenizer; returns figures.
+
+    Raises:
+        UserError: for a number beyond half precision.
+    """
+    import onnx
+
+    tables = [*(scale for _, scale in stored.rounded.values()), *stored.floats.values()]
+    largest = max(table.abs().max().item() for table in tables)
+    if largest > LARGEST_HALF:
+        raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
+    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+    model = Decoder(stored, length).model()
+    # transformers.js takes the suffix from dtype: q4, or q8.
+    few = max(bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING)) <= 4
+    file = folder / ("model_q4.onnx" if few else "model_quantized.onnx")
+    outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE
+    onnx.save(model, file, save_as_external_data=outside, location=f"{file.name}_data")
+    copy_beside(stored, folder)
+    config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "genai_config.json", genai_config(stored, file.name, length))
+    codes = {
+        tensor.name: len(tensor.raw_data)
+        for tensor in model.graph.initializer
+        if tensor.name.endswith((".codes", ".scales"))
+    }
+    weights = sum(stored.rounded[name.rpartition(".")[0]].codes.numel() for name in codes) / 2
+    return {"bits_per_rounded_weight": 8 * sum(codes.values()) / weights, "cache_length": length}
+
+
+def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[str, Any]:
+    """Makes genai_config.json, by which onnxruntime-genai runs the model."""
+    config = stored.config
+    cache = {
+        f"{when}_{part}_names": f"{name}.%d.{part}"
+        for when, name in (("past", "past_key_values"), ("present", "present"))
+        for part in ("key", "value")
+    }
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": file,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask"}
+        | {key: name for key, name in cache.items() if key.startswith("past")},
+        "outputs": {"logits": "logits"}
+        | {key: name for key, name in cache.items() if key.startswith("present")},
+    }
+    ends = stored.end_tokens
+    first = {} if config.bos_token_id is None else {"bos_token_id": config.bos_token_id}
+    padding = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]
+    return {
+        "model": {
+            "type": "llama",
+            "context_length": length,
+            "vocab_size": config.vocab_size,
+            **first,
+            "eos_token_id": ends,
+            "pad_token_id": padding,
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_back(
+    folder: Path, stored: QuantizedCheckpoint
+) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+    """Codes and scales by the nodes that use them, and what stayed in float."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(file_in(folder)).graph
+    tensors = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    rounded = {}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            bits = next(item.i for item in node.attribute if item.name == "bits")
+            layer = node.input[1].removesuffix(".codes")
+            scale = tensors[casts[node.input[2]]]
+            rounded[layer] = _grouped(tensors[node.input[1]], scale, bits, stored, layer)
+    if EMBEDDING in stored.rounded:
+        name = HEAD if f"{EMBEDDING}.codes" not in tensors else EMBEDDING
+        data, scale = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+        bits = 8 if stored.bits[EMBEDDING] > 4 else 4
+        rounded[EMBEDDING] = _grouped(data, scale, bits, stored, EMBEDDING)
+    floats = {
+        name: torch.from_numpy(tensors[name].copy()) for name in stored.floats if name in tensors
+    }
+    return rounded, floats
+
+
+def _grouped(
+    data: np.ndarray, scale: np.ndarray, bits: int, stored: QuantizedCheckpoint, layer: str
+) -> Rounded:
+    """Codes, and one scale of the equal ones of each group."""
+    step = stored.group_size(layer) // block_size(stored.group_size(layer))
+    scales = torch.from_numpy(scale.copy()).view(len(data), -1)[:, ::step]
+    return Rounded(unpacked(data, bits), scales)
+
+
+def file_in(folder: Path) -> Path:
+    """Returns the export's model, whose name says its type."""
+    (file,) = folder.glob("*.onnx")
+    return file
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """Computes logits [prompts, vocabulary] in onnxruntime."""
+    runtime = OnnxRuntime(folder)
+    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
+
+
+class OnnxRuntime:
+    """An ONNX model in onnxruntime on the CPU, with a cache of one sequence."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(
+            file_in(folder), options, providers=["CPUExecutionProvider"]
+        )
+        self._cache = {
+            item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+            for item in self._session.get_inputs()
+            if item.name.startswith("past_key_values")
+        }
+
+    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        past = {name: cache[:, :, :start] for name, cache in self._cache.items()}
+        inputs = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, start + len(ids)), np.int64),
+        }
+        logits, *present = self._session.run(None, inputs | past)
+        self._cache = dict(zip(self._cache, present, strict=True))
+        return torch.from_numpy(logits[0, -1])
+
+
+def snippet(repository: str, chat: str, files: list[str]) -> str:
+    """Writes how to load the export in a browser or in Node, and with onnxruntime-genai."""
+    file = next(name for name in files if name.endswith(".onnx"))
+    dtype = "q4" if file.endswith("_q4.onnx") else "q8"
+    messages = chat.replace("messages = ", "const messages = ", 1).rstrip()
+    script = f"""\
+import {{ pipeline }} from "@huggingface/transformers";
+
+const generator = await pipeline("text-generation", "{repository}", {{ dtype: "{dtype}" }});
+{messages};
+const output = await generator(messages, {{ max_new_tokens: 64, do_sample: false }});
+console.log(output[0].generated_text.at(-1).content);"""
+    return (
+        "### ONNX\n\nIn a browser or in Node, with transformers.js: `npm install "
+        f"@huggingface/transformers`\n\n{fenced('javascript', script)}\n\n"
+        "`onnx/genai_config.json` is for onnxruntime-genai: "
+        f'`hf download {repository} --include "onnx/*" --local-dir model`'
+    )
+
+
+FORMAT = Format(
+    name="onnx",
+    report_key="onnx",
+    packages={"onnx": "'finequant[onnx]'", "onnxruntime": "'finequant[onnx]'"},
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    last_logits=last_logits,
+    snippet=snippet,
+    weights="*.onnx*",
+    runtime=lambda folder, context: OnnxRuntime(folder),
+    runtime_packages={"onnxruntime": "'finequant[onnx]'"},
+    activations="int8 in blocks",
+)
