@@ -71,6 +71,11 @@ def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
             "evaluate.gate.max_accuracy_drop: no accuracy is measured; give data.test with "
             "conversations, or evaluate.tasks"
         )
+    if gate.min_same_answers is not None and not (evaluate.exports and asked):
+        raise UserError(
+            "evaluate.gate.min_same_answers: no answers of exports are measured; give data.test "
+            "with conversations, and evaluate.exports: true"
+        )
     if gate.max_perplexity_increase is not None and not (evaluate.perplexity or test):
         raise UserError(
             "evaluate.gate.max_perplexity_increase: no perplexity is measured; give data.test or "

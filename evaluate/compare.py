@@ -87,6 +87,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     models = {name: measurement["scores"] for name, measurement in measured.items()}
     for name, size in packed_sizes(recipe, run).items():
         models[name] |= size
+    for name, parity in parities(measured).items():
+        models[name] |= {"parity": parity}
     computes = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
@@ -370,6 +372,24 @@ def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) 
         return (folder / file).stat().st_size
     shipped = shipped_dtype(recipe.quantize, load_config(recipe.model))
     return sum(weight.numel() for weight in model.parameters()) * shipped.itemsize
+
+
+def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Computes how many held-out rows each export answers as quantized does, to the letter.
+
+    Returns:
+        {NAME: {"same_answers": share of rows, "n": rows}}
+    """
+    reference = measured["quantized"]["answers"]
+    return {
+        name: {
+            "same_answers": sum(map(str.__eq__, measurement["answers"], reference))
+            / len(reference),
+            "n": len(reference),
+        }
+        for name, measurement in measured.items()
+        if name not in MODELS and reference and len(measurement["answers"]) == len(reference)
+    }
 
 
 def packed_sizes(recipe: Recipe, run: RunDir) -> dict[str, dict[str, float]]:

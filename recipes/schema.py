@@ -512,6 +512,13 @@ class Gate(Section):
     max_accuracy_drop: float | None = Field(
         None, ge=0, description="tuned - quantized: 0.02 allows two percentage points"
     )
+    min_same_answers: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of held-out rows that each export, in its own runtime, has to answer "
+        "as quantized does: 0.98 allows two of a hundred to differ",
+    )
 
 
 class Evaluate(Section):

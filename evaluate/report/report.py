@@ -6,9 +6,9 @@ tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "activation
 {CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr",
 "n"}}}}`. The sizes are of files; `packed_bytes` and `packed_bits_per_weight` are of the weights in
 the dtype they are measured in, codes in their own bits. Exports also have `"speed": {"prompt",
-"decoding": tokens per second, "peak_memory_bytes"}`. `changes` holds `{TASK: {METRIC: {"value",
-"stderr", "n"}}}`, from tuned to quantized, paired row by row. `arithmetic` is the dtype that the
-models computed in.
+"decoding": tokens per second, "peak_memory_bytes"}` and `"parity": {"same_answers", "n"}`.
+`changes` holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized, paired row by
+row. `arithmetic` is the dtype that the models computed in.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from finequant.recipes.schema import Gate
 if TYPE_CHECKING:
     from rich.console import Console
 
+DIFFERING = "answers that differ, "
+"""What the names of the gate's checks of exports begin with."""
+
 MISSING = "–"
 ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is slightly more than 0.05
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
@@ -49,6 +52,8 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
 
     For perplexity (per token) the value is quantized / tuned - 1; for accuracy it is tuned -
     quantized, as a fraction of 1. A value that is missing, infinite, or NaN does not pass.
+
+    For exports it is the share of held-out rows that they answer otherwise than quantized.
 
     Returns:
         {"passed": bool, "checks": [{"name", "limit", "value", "passed"}]}
@@ -65,6 +70,11 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
             tuned, quantized = (float_at(m, "tasks", task, metric, "value") for m in both.values())
             drop = (tuned - quantized) * to_percent(metric) / 100
             checks.append(_check(f"accuracy {task} {metric}", limits.max_accuracy_drop, drop))
+    if limits.min_same_answers is not None:
+        for name in models:
+            if name not in ("base", "tuned", "quantized"):
+                differing = 1 - float_at(models, name, "parity", "same_answers")
+                checks.append(_check(f"{DIFFERING}{name}", 1 - limits.min_same_answers, differing))
     return {"passed": all(check["passed"] for check in checks), "checks": checks}
 
 
@@ -103,6 +113,9 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         label += f", n={n})" if n else ")"
         error = value_at(report, "changes", task, metric, "stderr")
         rows.append(row(label, shown_score(scale), _points(scale, error), "tasks", task, metric))
+    if any("parity" in model for model in models.values()):
+        label = "same answers as quantized in % (higher is better)"
+        rows.append(row(label, _percent, lambda *_: MISSING, "parity", "same_answers"))
     for label, shown, key in SPEEDS:
         if any(value_at(model, "speed", key) for model in models.values()):
             rows.append(row(label, shown, _ratio, "speed", key))
@@ -128,6 +141,10 @@ def _megabytes(size: int | None) -> str:
 
 def _text(value: str | None) -> str:
     return value or MISSING
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f}"
 
 
 def _rate(tokens: float | None) -> str:
@@ -244,6 +261,8 @@ def verdict_lines(report: Report) -> list[str]:
     for check in checks:
         perplexity = check["name"].startswith("perplexity ")
         what, unit = ("increase", "%") if perplexity else ("drop", "points")
+        if check["name"].startswith(DIFFERING):
+            what, unit = "share", "%"
         value, limit = (
             MISSING if check[key] is None else f"{100 * check[key]:.2f} {unit}"
             for key in ("value", "limit")

@@ -6,7 +6,13 @@ import re
 
 import pytest
 
-from finequant.evaluate.report.report import comparison_rows, gate, print_table, write_report
+from finequant.evaluate.report.report import (
+    comparison_rows,
+    gate,
+    print_table,
+    verdict_lines,
+    write_report,
+)
 from finequant.recipes.schema import Gate
 
 PLOTS = {"comparison.png", "layers.png", "loss.png"}
@@ -126,6 +132,24 @@ def test_gate_fails_on_what_was_not_measured():
 
 def test_gate_without_limits_passes():
     assert gate({"tuned": model(), "quantized": model()}, Gate()) == {"passed": True, "checks": []}
+
+
+def test_the_gate_counts_answers_of_exports_that_differ(report):
+    models = report["models"]
+    models["gguf"] = {"parity": {"same_answers": 0.98, "n": 100}}
+    models["pte"] = {}  # its runtime was not there
+    checks = gate(models, Gate(min_same_answers=0.98))["checks"]
+    assert [check["name"] for check in checks] == [
+        "answers that differ, gguf",
+        "answers that differ, pte",
+    ]
+    assert [check["passed"] for check in checks] == [True, False]
+    report["gate"] = {"checks": checks}
+    assert verdict_lines(report)[0].endswith(
+        "answers that differ, gguf, share 2.00 %, limit 2.00 %"
+    )
+    row = next(row for row in comparison_rows(report)[1] if row[0].startswith("same answers"))
+    assert row[1:] == ["–", "–", "–", "98.0", "–", "–"]
 
 
 def test_files_that_are_not_packed_have_a_line_of_their_own(report):
