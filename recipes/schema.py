@@ -26,7 +26,7 @@ from finequant.recipes.methods import METHODS, known_method
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx"]
+Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx", "mlx"]
 Method = Annotated[
     str, AfterValidator(known_method), WithJsonSchema({"enum": [*METHODS], "type": "string"})
 ]

@@ -6,12 +6,18 @@ Importing this imports torch, so entries that answer `--help` import it inside t
 
 from __future__ import annotations
 
-from finequant.quantize.formats import compressed_tensors, executorch, gguf, onnx
+from finequant.quantize.formats import compressed_tensors, executorch, gguf, mlx, onnx
 from finequant.quantize.formats.format import Format
 
 FORMATS: dict[str, Format] = {
     entry.name: entry
-    for entry in (compressed_tensors.FORMAT, gguf.FORMAT, executorch.FORMAT, onnx.FORMAT)
+    for entry in (
+        compressed_tensors.FORMAT,
+        gguf.FORMAT,
+        executorch.FORMAT,
+        onnx.FORMAT,
+        mlx.FORMAT,
+    )
 }
 """All formats by name, except torchao's, which is quantized/ itself."""
 

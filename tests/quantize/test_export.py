@@ -544,7 +544,7 @@ def test_without_a_format_the_known_ones_are_named(make, capsys):
     with pytest.raises(SystemExit) as exit_:
         make(to=())
     assert exit_.value.code == 2
-    assert "torchao, compressed-tensors, gguf, executorch, onnx" in capsys.readouterr().err
+    assert "torchao, compressed-tensors, gguf, executorch, onnx, mlx" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -670,3 +670,42 @@ def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
         make(f"model.base={base}", "quantize.group_size=40", to=("onnx",))
     error = capsys.readouterr().err
     assert "onnx: groups of 40 weights" in error or "onnx: needs a package" in error
+
+
+@pytest.mark.parametrize("overrides", [("quantize.head=float", "quantize.group_size=64"), SHARED])
+def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
+    """Codes straight from the file; rotary positions under the names that mlx-lm reads."""
+    pytest.importorskip("mlx_lm")
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.formats.mlx import MlxLm
+
+    rotary = {"rope_type": "default", "rope_theta": 500.0}
+    base = llama("other_theta", rope_parameters=rotary, intermediate_size=192)
+    run = make(f"model.base={base}", *overrides, to=("mlx",))
+    folder = run / "exports" / "mlx"
+    tensors = load_file(folder / "model.safetensors")
+    weights = torchao_weights(run)
+    shared = "model.embed_tokens" in weights
+    for name, (codes, scale) in weights.items():
+        table = "model.embed_tokens" if name == "lm_head" else name
+        words = tensors[f"{table}.weight"].view(torch.int32)
+        bits = 32 * words.shape[1] // codes.shape[1]
+        shifts = range(0, 32, bits)
+        parts = torch.stack([words >> shift & 2**bits - 1 for shift in shifts], dim=-1).flatten(1)
+        assert torch.equal((parts - 2 ** (bits - 1)).to(torch.int8), codes)
+        assert torch.equal(tensors[f"{table}.scales"], scale.float())
+        assert torch.equal(tensors[f"{table}.biases"], scale.float() * -(2 ** (bits - 1)))
+    assert not [key for key in tensors if key.startswith("lm_head")]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert config["quantization"] == {"group_size": 32 if shared else 64, "bits": 4}
+    assert config["rope_theta"] == 500.0
+    runtime = MlxLm(folder)
+    with torch.no_grad():
+        quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")(PROMPT).logits[0]
+    ids = PROMPT[0].tolist()
+    for _ in range(2):  # a new sequence forgets the one before
+        logits = [runtime.last_logits(ids[:3]), runtime.last_logits(ids[3:], 3)]
+        for result, expected in zip(logits, quantized[[2, 7]], strict=True):
+            torch.testing.assert_close(result, expected, rtol=0, atol=0.03)

@@ -1,0 +1,176 @@
+"""quantized/ -> MLX's affine layout for mlx-lm: code + 8, or + 128, in words of 32 bits; a scale
+and a bias of -8, or -128, scales for each group, so that a weight is code x scale.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
+from finequant.quantize.formats.compressed_tensors import pack
+from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.rounding import Rounded
+from finequant.quantize.scheme import EMBEDDING, HEAD
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+GROUP_SIZES = (128, 64, 32)
+"""Groups that its kernels know; others that 32 divides repeat their scale."""
+
+PACKAGES = {"mlx": "'finequant[mlx]'", "mlx_lm": "'finequant[mlx]'"}
+
+
+def check_fits(contents: Contents) -> None:
+    """Refuses what the format cannot hold.
+
+    Raises:
+        UserError: for groups that 32 does not divide.
+    """
+    if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % 32):
+        raise UserError(
+            f"mlx: groups of {', '.join(map(str, uneven))} weights; expected multiples of 32: "
+            "set quantize.group_size=32"
+        )
+
+
+def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes weights, configuration and tokenizer; returns figures for the manifest.
+
+    A table that head and embedding share is written once, and the model is tied again.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    tensors: dict[str, torch.Tensor] = {}
+    layers = [name for name in stored.rounded if not (name == HEAD and stored.shares_table)]
+    for name in layers:
+        codes, scale = stored.rounded[name]
+        bits, group = _bits(stored, name), stored.group_size(name)
+        # mlx-lm computes in the dtype of the embedding's scales.
+        scales = scale.to(stored.dtype).repeat_interleave(group // _block(group), dim=1)
+        tensors[f"{name}.weight"] = pack(codes, bits).view(torch.uint32)
+        tensors[f"{name}.scales"] = scales
+        tensors[f"{name}.biases"] = scales * -(2 ** (bits - 1))
+    save_torch_state_dict(tensors | stored.floats, folder, metadata={"format": "mlx"})
+    copy_beside(stored, folder)
+    text = json.dumps(config(stored), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    weights = sum(stored.rounded[name].codes.numel() for name in layers)
+    return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in tensors.values()) / weights}
+
+
+def config(stored: QuantizedCheckpoint) -> dict[str, Any]:
+    """Makes config.json: quantization, and rotary positions under the names mlx-lm reads."""
+    described = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    del described["quantization_config"]
+    layer = next(name for name in stored.rounded if name not in (HEAD, EMBEDDING))
+    common = {"group_size": _block(stored.group_size(layer)), "bits": _bits(stored, layer)}
+    rotary = dict(stored.config.rope_parameters)
+    described |= {"rope_theta": rotary.pop("rope_theta"), "quantization": common}
+    if rotary["rope_type"] != "default":
+        described["rope_scaling"] = rotary
+    tied = HEAD not in stored.rounded and f"{HEAD}.weight" not in stored.floats
+    return described | {"tie_word_embeddings": tied or stored.shares_table}
+
+
+def _bits(stored: QuantizedCheckpoint, name: str) -> int:
+    return 4 if stored.bits[name] <= 4 else 8
+
+
+def _block(group_size: int) -> int:
+    return next(size for size in GROUP_SIZES if group_size % size == 0)
+
+
+def read_back(
+    folder: Path, stored: QuantizedCheckpoint
+) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
+    """Codes as MLX dequantizes them, over the scales; and what stayed in float."""
+    import mlx.core as mx
+
+    arrays: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        arrays |= mx.load(str(file))
+    rounded = {}
+    for key in [key for key in arrays if key.endswith(".scales")]:
+        name = key.removesuffix(".scales")
+        scales, biases = (
+            arrays.pop(f"{name}.{part}").astype(mx.float32) for part in ("scales", "biases")
+        )
+        group, bits = _block(stored.group_size(name)), _bits(stored, name)
+        words = arrays.pop(f"{name}.weight")
+        values = _torch(mx.dequantize(words, scales, biases, group, bits))
+        scale = _torch(scales)
+        divisor = torch.where(scale == 0, 1, scale).repeat_interleave(group, dim=1)
+        codes = (values / divisor).round().to(torch.int8)
+        rounded[name] = Rounded(codes, scale[:, :: stored.group_size(name) // group])
+    if HEAD not in rounded and HEAD in stored.rounded:
+        rounded[HEAD] = rounded[EMBEDDING]
+    return rounded, {name: _torch(array.astype(mx.float32)) for name, array in arrays.items()}
+
+
+def _torch(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """Computes logits [prompts, vocabulary] in mlx-lm."""
+    runtime = MlxLm(folder)
+    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
+
+
+class MlxLm:
+    """A model in mlx-lm, with a cache of one sequence."""
+
+    def __init__(self, folder: Path) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.utils import load_model
+
+        self._model, _ = load_model(folder)
+        self._cache = make_prompt_cache(self._model)
+
+    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        import mlx.core as mx
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        trim_prompt_cache(self._cache, self._cache[0].offset - start)
+        logits = self._model(mx.array([ids]), cache=self._cache)[0, -1]
+        return _torch(logits.astype(mx.float32))
+
+
+def snippet(repository: str, chat: str, files: list[str]) -> str:
+    """Writes how to load the export with mlx-lm."""
+    code = f"""\
+from huggingface_hub import snapshot_download
+from mlx_lm import generate, load
+
+folder = snapshot_download("{repository}", allow_patterns="mlx/*")
+model, tokenizer = load(f"{{folder}}/mlx")
+{chat}
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=64))"""
+    return (
+        "### MLX\n\n`pip install mlx-lm`, on a Mac; activations stay in float there.\n\n"
+        + fenced("python", code)
+    )
+
+
+FORMAT = Format(
+    name="mlx",
+    report_key="mlx",
+    packages=PACKAGES,
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    last_logits=last_logits,
+    snippet=snippet,
+    weights="*.safetensors",
+    runtime=lambda folder, context: MlxLm(folder),
+    runtime_packages=PACKAGES,
+    activations="float",
+)
