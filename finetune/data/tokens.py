@@ -133,10 +133,11 @@ def to_dataset(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data) 
         )
     table = pyarrow.concat_tables(tables)
     if empty and (data.bad_rows == "error" or not len(table)):
+        drop = ", or set data.long_rows=drop" if len(table) else ""  # some would be left
         raise UserError(
             f"data: nothing is left to learn in {len(empty)} rows: within data.max_length="
-            f"{data.max_length} tokens there is no answer; raise data.max_length, or set "
-            f"data.long_rows=drop\n  {listed(empty, most=10)}"
+            f"{data.max_length} tokens there is no answer; raise data.max_length{drop}"
+            f"\n  {listed(empty, most=10)}"
         )
     if not len(table):
         raise UserError(

@@ -174,7 +174,11 @@ WITH_A_TOKENIZER = {
         "8 held-out prompts, each with an answer of up to evaluate.max_new_tokens=500, do not fit "
         "into the 512 positions of the base: set evaluate.max_new_tokens=4",
     ),
-    "rows without an answer": (["data.max_length=3"], "nothing is left to learn in 48 rows"),
+    "rows without an answer": (
+        ["data.max_length=3"],
+        "nothing is left to learn in 48 rows: within data.max_length=3 tokens there is no answer; "
+        "raise data.max_length\n",  # and no more: to drop them would leave none
+    ),
     "the head": (
         ["lora.target_modules=[q_proj, lm_head]"],
         "lora.target_modules: lm_head, the head, takes no LoRA here",
