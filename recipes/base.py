@@ -20,9 +20,6 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
         UserError: if the package, its file, or the local folder does not exist, or if the name is
             not a valid Hub id.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if model.base.startswith("package:"):
         return _locate_in_package(model.base)
     if Path(model.base).is_absolute():
@@ -32,6 +29,9 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
                 "tokenizer.json and *.safetensors in it"
             )
         return Path(model.base), None
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(model.base)
     except HFValidationError:

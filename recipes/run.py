@@ -66,28 +66,21 @@ def run(
     from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
-    from finequant.recipes.stages import STAGES, stages_of
+    from finequant.recipes.stages import stages_of
 
     loaded, commits = pinned(load_recipe(recipe, overrides or []))
     os.environ[COMMITS] = json.dumps(commits)  # for the stages
-    directory = RunDir.of(loaded)
-    stages = stages_of(loaded)
+    directory, stages = RunDir.of(loaded), stages_of(loaded)
     started, ran = time.monotonic(), False
     for number, stage in enumerate(stages, start=1):
         changes = directory.what_changed(loaded, stage)
         if changes == []:
             say(f"[{number}/{len(stages)}] {stage}: up to date")
             continue
+        remaining = stages[number - 1 :]
         if not ran:
-            refuse_split_weights(loaded, launch)
-            lengths = preflight(loaded, directory)
-            if not force:
-                from finequant.quantize.size.machine import this_machine
-                from finequant.quantize.size.resources import refuse_what_cannot_finish
-
-                remaining = [name for name in stages[number - 1 :] if name in STAGES]
-                refuse_what_cannot_finish(loaded, directory, remaining, this_machine(), lengths)
-        say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, stages[number - 1 :])}")
+            refuse_early(loaded, directory, remaining, launch, force)
+        say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, remaining)}")
         for change in changes or []:
             say(f"  because {change}")
         trains = stage in ("train", "qat")
@@ -343,6 +336,25 @@ def plan(
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         app(argv)
+
+
+def refuse_early(
+    recipe: Recipe, directory: RunDir, stages: list[str], launch: Path | None, force: bool
+) -> None:
+    """Refuses, before the first of the stages, what one of them would, or what cannot finish here.
+
+    Raises:
+        UserError: unless forced, also where memory or disk seem too small.
+    """
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.resources import refuse_what_cannot_finish
+    from finequant.recipes.stages import STAGES
+
+    refuse_split_weights(recipe, launch)
+    lengths = preflight(recipe, directory)
+    if not force:
+        large = [stage for stage in stages if stage in STAGES]
+        refuse_what_cannot_finish(recipe, directory, large, this_machine(), lengths)
 
 
 def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
