@@ -25,6 +25,7 @@ data:
   train: [rows.jsonl, {source: acme/rows, weight: 0.5}]
   test: test.jsonl
 lora: {rank: 4}
+quantize: {effort: fast}
 evaluate:
   task_folder: tasks
   perplexity: [{name: text, source: text.txt}]
