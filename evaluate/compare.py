@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line, say
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.freshness import versions
@@ -69,6 +70,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
         UserError: for unknown tasks, unreadable texts, or missing artifacts.
     """
     from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import gate, print_table, write_report
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.device import arithmetic_dtype
@@ -96,17 +98,23 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
         "models": models,
         "changes": _changes(recipe, material, measured),
         "divergence": measured["quantized"]["divergence"],
+        "passages": measured["quantized"]["passages"],
+        "right_by": right_by(recipe.evaluate.metrics),
         "arithmetic": str(computes).removeprefix("torch."),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": _samples(recipe, material, measured),
         "training": _read_json(run.adapter / "training_log.json"),
         "gate": gate(models, recipe.evaluate.gate),
     }
+    rows = predictions(recipe, material, measured)
     run.keep_edited("evaluate")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_text(run.predictions, "".join(lines))
     write_report(report, run.root)
     run.record(recipe, "evaluate", inputs, seconds=watch.seconds)
+    write_page(run.root)
     print_table(report)
-    say(f"evaluate: {run.root / 'report.md'} and report.json written in {watch.seconds} s")
+    say(f"evaluate: {run.page}, report.md and report.json written in {watch.seconds} s")
     return report["gate"]["passed"]
 
 
@@ -162,6 +170,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
     from finequant.evaluate.metrics.divergence import (
         divergence,
         log_probabilities,
+        passages,
         reference_sequences,
     )
 
@@ -184,6 +193,8 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
             tuned, rounding = reference
             measured[name]["divergence"] = divergence(tuned, logs, rounding)
+            decode = material.tokenizer.decode
+            measured[name]["passages"] = passages(tuned, logs, sequences, decode)
         memos[name].keep(measured[name])
         del model
         gc.collect()
@@ -426,6 +437,33 @@ def _changes(
     generated = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
     answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
     return {HELD_OUT: paired_changes(*answers, material.references, generated)}
+
+
+def right_by(metrics: list[str]) -> str | None:
+    """Returns the first of the metrics by which an answer is right or wrong, if there is one."""
+    decides = ("json_match", "tool_call_match", "exact_match")
+    return next((metric for metric in metrics if metric in decides), None)
+
+
+def predictions(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Collects every model's answers to the held-out rows, and which of them are right."""
+    from finequant.evaluate.metrics.text_metrics import METRICS
+
+    metric = right_by(recipe.evaluate.metrics)
+    answering = {name: model["answers"] for name, model in measured.items() if model["answers"]}
+    rows = []
+    for index, (row, reference) in enumerate(zip(material.rows, material.references, strict=True)):
+        answers = {name: texts[index] for name, texts in answering.items()}
+        right = {
+            name: METRICS[metric]([answer], [reference])["value"] == 1
+            for name, answer in answers.items()
+            if metric
+        }
+        prompt = row.messages[-2]["content"]
+        rows.append({"prompt": prompt, "reference": reference, "answers": answers, "right": right})
+    return rows
 
 
 def _samples(

@@ -25,6 +25,8 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STAGES, command_of, stages_of
 
 CARD = "README.md"
+OF_ROWS = ("samples", "passages")
+"""Parts of the report that quote rows, which may be private."""
 
 # Files that are not published: they name this machine's folders, or hold hashes. A publication has
 # its own hashes, by which the next one knows which files it made.
@@ -185,9 +187,14 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
                 _take(export, folder / export.name)
         for name, content in license.documents.items():
             (folder / name).write_bytes(content)
-        measured = {key: value for key, value in report.items() if key != "quantization"}
+        private = () if recipe.publish.rows else OF_ROWS
+        measured = {key: value for key, value in report.items() if key not in private}
+        measured.pop("quantization")
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
+        if recipe.publish.rows:
+            shutil.copy(run.page, folder)
+            say("publish: report.html and report.json show held-out rows (publish.rows)")
         card = card_text(shown, report, license, kind, list(files_of(folder)))
         (folder / CARD).write_text(card, encoding="utf-8")
         write_recipe(shown, folder / "recipe.yaml")

@@ -240,6 +240,32 @@ def validate(
 
 
 @app.command()
+def report(
+    where: Annotated[
+        Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or a run directory")
+    ],
+    show: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Print the table of the last evaluation, and write its page again: report.html"""
+    import webbrowser
+
+    from finequant.evaluate.report.page import write_page
+    from finequant.evaluate.report.report import print_table
+    from finequant.recipes.command_line import say
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    run = RunDir(where) if where.is_dir() else RunDir.of(load_recipe(where, []))
+    if not run.report.exists():
+        raise UserError(f"{run.report}: missing: run `finequant evaluate RECIPE` first")
+    write_page(run.root)
+    print_table(json.loads(run.report.read_text(encoding="utf-8")))
+    say(f"report: {run.page}")
+    if show:
+        webbrowser.open(run.page.resolve().as_uri())
+
+
+@app.command()
 def init(
     data: Annotated[
         Path, typer.Option(prompt="File with your rows", help="rows: JSON, CSV, Parquet, ...")

@@ -68,6 +68,15 @@ class RunDir:
         return self.root / "report.json"
 
     @property
+    def page(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def predictions(self) -> Path:
+        """The held-out rows with every model's answers."""
+        return self.root / "predictions.jsonl"
+
+    @property
     def exports(self) -> Path:
         return self.root / "exports"
 

@@ -595,6 +595,9 @@ class Publish(Section):
     )
     tags: list[str] = Field(default_factory=list, description="further tags for the model's page")
     description: str | None = Field(None, description="what the model is for, in your own words")
+    rows: bool = Field(
+        False, description="also publish report.html, which shows held-out rows and answers"
+    )
 
     @field_validator("language", "tags", mode="before", json_schema_input_type=str | list[str])
     @classmethod

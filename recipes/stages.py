@@ -89,7 +89,7 @@ STAGES = {
     "evaluate": Stage(
         keys=EVALUATED,
         reads=("adapter", "quantized", "exports"),
-        writes=("report.json", "report.md"),
+        writes=("report.json", "report.md", "predictions.jsonl"),  # report.html repeats them
     ),
 }
 """All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from finequant.evaluate.metrics.perplexity import ScoredSequence, predicting_sta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PASSAGES, AROUND = 5, 40
+"""Passages that the report shows, and their tokens on each side of the worst one."""
 
 
 def reference_sequences(
@@ -76,6 +80,37 @@ def divergence(
         "top1_agreement": _mean(same),
         "tokens": len(tuned),
     }
+
+
+def passages(
+    tuned: torch.Tensor,
+    quantized: torch.Tensor,
+    sequences: list[ScoredSequence],
+    decode: Callable[[list[int]], str],
+) -> list[list[dict[str, object]]]:
+    """Cuts out the surroundings of the tokens whose prediction changed most, one per sequence.
+
+    tuned, quantized: log-probabilities [scored tokens of the sequences, vocabulary].
+
+    Returns:
+        Passages of {"text", "kl"}, in nats; 0 for tokens that are not scored.
+    """
+    values, done, candidates = _kl(tuned, quantized).tolist(), 0, []
+    for sequence in sequences:
+        scored = [index for index, is_scored in enumerate(sequence.scored) if is_scored]
+        by_token = dict(zip(scored, values[done : done + len(scored)], strict=True))
+        done += len(scored)
+        if by_token:
+            worst = max(by_token, key=by_token.get)
+            candidates.append((by_token[worst], worst, sequence.ids, by_token))
+    candidates.sort(key=lambda candidate: -candidate[0])
+    return [
+        [
+            {"text": decode([ids[index]]), "kl": by_token.get(index, 0.0)}
+            for index in range(max(0, worst - AROUND), min(len(ids), worst + AROUND))
+        ]
+        for _, worst, ids, by_token in candidates[:PASSAGES]
+    ]
 
 
 def _kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:

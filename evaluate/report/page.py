@@ -24,17 +24,27 @@ MAX_LABELS = 200
 SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def write_page(report: Report, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Writes report.html.
+def write_page(folder: Path) -> None:
+    """Writes report.html of a run directory, from the files that its stages wrote."""
+    report = _read(folder / "report.json")
+    report["stages"] = _read(folder / "manifest.json")
+    if (folder / "sweep" / "sweep.json").exists():
+        report["sweep"] = _read(folder / "sweep" / "sweep.json")
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    replace_text(folder / "report.html", page(report, [json.loads(line) for line in lines]))
 
-    rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
-        "right": {model: bool}}.
-    """
-    replace_text(folder / "report.html", page(report, rows))
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def page(report: Report, rows: list[dict[str, Any]]) -> str:
-    """Renders the page; texts of the data are escaped, and cannot run."""
+    """Renders the page; texts of the data are escaped, and cannot run.
+
+    report: as in report.json, with the manifest as "stages", and sweep.json as "sweep".
+    rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
+        "right": {model: bool}}.
+    """
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
@@ -162,7 +172,7 @@ def _labels(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _passages(report: Report) -> list[list[dict[str, Any]]]:
-    passages = value_at(report, "divergence", "passages") or []
+    passages = report.get("passages") or []
     largest = max((token["kl"] for passage in passages for token in passage), default=0) or 1
     return [
         [
@@ -209,6 +219,7 @@ def _stages(report: Report) -> list[dict[str, str]]:
             "memory": f"{stage['peak_memory_bytes'] / 1e9:.2f}",
         }
         for name, stage in (report.get("stages") or {}).items()
+        if {"seconds", "peak_memory_bytes"} <= stage.keys()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_the_report_has_all_three_models_on_the_same_tokens(finished, recipe_fil
         "loss.png",
     }
     assert "| base |" in (run / "report.md").read_text()
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert [set(row["answers"]) for row in rows] == 8 * [set(report["models"])]
+    right = sum(row["right"]["tuned"] for row in rows) / 8
+    assert right == report["models"]["tuned"]["tasks"]["held_out"]["exact_match"]["value"]
+    assert max(token["kl"] for token in report["passages"][0]) > report["divergence"]["kl"]["value"]
+    assert rows[0]["prompt"] in html.unescape((run / "report.html").read_text())
 
 
 def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tiny_base, tokenizer):

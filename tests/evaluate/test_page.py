@@ -34,10 +34,7 @@ def report(quantized: float = 0.8, **quantize) -> dict:
         "models": {"base": model(0, 9), "tuned": model(0.9, 2), "quantized": model(quantized, 2)},
         "changes": {"held_out": {"exact_match": {"value": quantized - 0.9, "stderr": 0.02}}},
         "layers": [{"name": "lm_head", "shape": [64, 32], "bits": 4, "group_size": 32}],
-        "divergence": {
-            "tokens": 2,
-            "passages": [[{"text": HOSTILE, "kl": 0.5}, {"text": "b", "kl": 0.0}]],
-        },
+        "passages": [[{"text": HOSTILE, "kl": 0.5}, {"text": "b", "kl": 0.0}]],
         "right_by": "exact_match",
         "gate": {"passed": True, "checks": []},
     }
