@@ -183,6 +183,7 @@ def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
 def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     """Seconds of a block, the recipe's defaults for calibration; reading is from memory."""
     from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.method import load_method
     from finequant.quantize.scheme import layer_plan
     from finequant.recipes.schema import Calibration, Quantize
 
@@ -200,8 +201,9 @@ def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
         plan = layer_plan(Quantize(method="gptq", group_size=32, scale=rule, head="float"), two)
         reset()
         times = [time.monotonic()]
-        for name, _, _ in calibrate(weights, two, sequences, plan, torch.bfloat16):
-            if name.endswith("down_proj"):
+        method = load_method("gptq")
+        for piece in calibrate(method, weights, two, sequences, plan, torch.bfloat16):
+            if piece.layer.endswith("down_proj"):
                 times.append(time.monotonic())
         figure = f"{times[2] - times[1]:.2f} s a block"
         yield Row(f"gptq, scale: {rule}, {tokens} tokens", figure, "", peak())
@@ -231,13 +233,14 @@ def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 @torch.inference_mode()
 def decoding(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Greedy answers to prompts of PROMPT tokens, as evaluation makes them."""
+    """Greedy answers to prompts of up to PROMPT tokens, as evaluation makes them."""
     from finequant.evaluate.metrics.tasks import answer
 
     model, tokenizer = a_model(config).eval(), a_tokenizer()
     model.generation_config.eos_token_id = None
     for rows in (1, 32):
-        prompts = torch.randint(500, (rows, PROMPT)).tolist()
+        lengths = torch.linspace(PROMPT / 2, PROMPT, rows).int().tolist()
+        prompts = [torch.randint(500, (length,)).tolist() for length in lengths]
         seconds = timed(lambda p=prompts: answer(model, tokenizer, p, NEW_TOKENS, len(p), ""))
         figure = f"{rows * NEW_TOKENS / seconds:,.0f} tokens/s"
         yield Row(f"decoding, {rows} at a time", figure, "", peak())

@@ -39,6 +39,9 @@ class Rounded(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
 
+    def cpu(self) -> Rounded:
+        return Rounded(self.codes.cpu(), self.scale.cpu())
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Dequantizes to [out, in] in `dtype`, exactly as torchao's tensors do."""
         groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()

@@ -16,6 +16,7 @@ METHODS = {
     "rtn": ("quantize.scale=search",),
     "hqq": ("quantize.method=hqq",),
     "gptq": (*GPTQ, "quantize.scale=search", "quantize.rotate=true"),
+    "trained scales": ("quantize.method=gptq", CALIBRATED.replace("}", ", scale_steps: 4}")),
     "block training": ("quantize.method=gptq", CALIBRATED.replace("}", ", steps: 4}")),
     "budget": (CALIBRATED, "quantize.budget=6", "quantize.rotate=true", "quantize.embedding=8"),
 }
@@ -46,6 +47,7 @@ def perplexities(run) -> list[float]:
     return [models[name]["perplexity"]["held_out"]["token"] for name in models]
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_stages_run_there_and_quantized_is_near_tuned(recipe_file, precision):
     arguments = [str(recipe_file), *GPTQ, f"train.precision={precision}"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.device import device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
@@ -69,8 +70,9 @@ def normed(config: LlamaConfig, weights: Weights, hidden: torch.Tensor) -> torch
     """After the norm that comes before the head."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps).requires_grad_(False)
-    norm.weight.data = weights("model.norm.weight", WHOLE).to(hidden.device, hidden.dtype)
+    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    weight = weights("model.norm.weight", WHOLE).to(hidden)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
     return norm(hidden)
 
 
@@ -90,18 +92,19 @@ def norm_and_head(config: LlamaConfig, weights: Weights, dtype: torch.dtype) -> 
 def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
     """Computes logits [rows, vocabulary] of normed states [rows, hidden], part by part."""
     name = f"{HEAD}.weight"
-    parts = [linear(hidden, weights(name, rows).to(hidden.dtype)) for rows in row_slices(shape)]
+    parts = [linear(hidden, weights(name, rows).to(hidden)) for rows in row_slices(shape)]
     return torch.cat(parts, dim=-1)
 
 
 @torch.no_grad()
 def float_logits(config: LlamaConfig, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] after each prompt in float32, a block at a time."""
-    hidden = [embed(weights, torch.tensor([prompt])).float() for prompt in prompts]
+    """Computes logits [prompts, vocabulary] after each prompt in float32, a block at a time on the
+    device; returns them on the CPU."""
+    hidden = [embed(weights, torch.tensor([prompt])).float().to(device()) for prompt in prompts]
     rotary = [rotary_of(config, states) for states in hidden]
     for number in range(config.num_hidden_layers):
-        block = decoder_block(config, number, weights, torch.float32)
+        block = decoder_block(config, number, weights, torch.float32).to(device())
         pairs = zip(hidden, rotary, strict=True)
         hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
     last = normed(config, weights, torch.cat([states[:, -1] for states in hidden]))
-    return head_logits(weights, (config.vocab_size, config.hidden_size), last)
+    return head_logits(weights, (config.vocab_size, config.hidden_size), last).cpu()

@@ -70,6 +70,9 @@ def shipped_logits(
 ) -> torch.Tensor:
     """float32 logits [prompts, vocabulary] after each prompt, a block in memory at a time.
 
+    On the CPU, like what they are compared with: on a GPU the same products of the same numbers
+    differ in their last bit from one memory to another (seen on an H200).
+
     weights: as they are shipped, codes times scales.
     blocks: the first so many are run.
     """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.merge.adapter import Adapter, Base, checked_difference, merged_weights
 from finequant.recipes.errors import UserError
@@ -39,19 +40,22 @@ def check_merge(
 
 
 def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """float32 logits [prompts, vocabulary] after each prompt, of transformers' and peft's model."""
+    """float32 logits [prompts, vocabulary] after each prompt, of transformers' and peft's model,
+    computed on the device and returned on the CPU."""
     tuned = _joined(base, folder)
     model, head = tuned.get_base_model().model, tuned.get_base_model().lm_head
     together = model.embed_tokens(torch.tensor([sum(prompts, [])]))
     hidden = together.float().split([len(prompt) for prompt in prompts], dim=1)
     positions = [torch.arange(states.shape[1])[None] for states in hidden]
-    rotary = [model.rotary_emb(*pair) for pair in zip(hidden, positions, strict=True)]
+    angles = [model.rotary_emb(*pair) for pair in zip(hidden, positions, strict=True)]
+    hidden = [states.to(device()) for states in hidden]
+    rotary = [(cos.to(device()), sin.to(device())) for cos, sin in angles]
     for number, layer in enumerate(model.layers):
         with _in_memory(tuned, layer, f".layers.{number}.", folder):
             hidden = _run(layer, hidden, rotary)
-    last = model.norm(torch.cat([states[:, -1] for states in hidden]))
+    last = model.norm(torch.cat([states[:, -1].cpu() for states in hidden]))
     with _in_memory(tuned, head, ".lm_head.", folder):
-        logits = head(last).float()
+        logits = head(last.to(device())).float().cpu()
     tuned.unload()  # a model that is in memory whole goes on as the base
     return logits
 
@@ -74,7 +78,8 @@ def _joined(base: Base, folder: Path) -> PeftModel:
 def _in_memory(
     tuned: PeftModel, module: torch.nn.Module, name: str, folder: Path
 ) -> Iterator[None]:
-    """Reads the module's weights, which accelerate has left on disk, and its part of the adapter.
+    """Reads the module's weights, which accelerate has left on disk, and its part of the adapter,
+    and has them on the device in the block.
 
     accelerate's own hooks do so for one linear layer at a time, but DoRA looks at a weight outside
     of it; and peft keeps no adapter for weights that are not in memory.
@@ -88,14 +93,14 @@ def _in_memory(
     offloaded = [part for part in module.modules() if has_offloaded_params(part)]
     for part in offloaded:
         part._hf_hook.pre_forward(part)
-        remove_hook_from_module(part)
+    remove_hook_from_module(module, recurse=True)  # they would take inputs to the CPU
     if offloaded:
         adapter = load_peft_weights(str(folder), device="cpu")
         part = {key: tensor for key, tensor in adapter.items() if name in key}
         set_peft_model_state_dict(tuned, part, low_cpu_mem_usage=True)
+    module.to(device())
     yield
-    if offloaded:
-        module.to("meta")
+    module.to("meta" if offloaded else "cpu")
 
 
 def _run(block: torch.nn.Module, hidden: list[torch.Tensor], rotary: list) -> list[torch.Tensor]:

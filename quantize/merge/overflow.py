@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, rotary_of
 from finequant.quantize.checkpoint.reading import Weights
 from finequant.recipes.errors import UserError
@@ -26,10 +27,10 @@ def check_range(
     """
     if dtype != torch.float16:
         return
-    hidden = [embed(weights, torch.tensor([prompt])).to(dtype) for prompt in prompts]
+    hidden = [embed(weights, torch.tensor([prompt])).to(device(), dtype) for prompt in prompts]
     rotary = [rotary_of(config, states) for states in hidden]
     for number in range(config.num_hidden_layers):
-        block = decoder_block(config, number, weights, dtype)
+        block = decoder_block(config, number, weights, dtype).to(device())
         for name, module in block.named_modules():
             full = f"model.layers.{number}.{name}".rstrip(".")
             module.register_forward_pre_hook(partial(_look_at_inputs, full))

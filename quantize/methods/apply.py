@@ -5,10 +5,12 @@ The codes go to a `Target`: a checkpoint that is written while they are computed
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.device import device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, weights_of
 from finequant.quantize.checkpoint.streaming import Target, write_data_free, write_pieces
 from finequant.quantize.methods import rtn
@@ -47,8 +49,13 @@ def quantize_layers(
     data_free = rtn.METHOD if isinstance(method, Calibrated) else method
     first = [name for name in target.shapes if name not in set(later)]
 
+    where, accelerator = device(), Lock()
+
     def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
-        return data_free.quantize(weight, plan[layer])
+        if where.type == "cpu":
+            return data_free.quantize(weight, plan[layer])
+        with accelerator:  # threads would take its memory for a layer each
+            return data_free.quantize(weight.to(where), plan[layer]).cpu()
 
     write_data_free(target, weights, first, rounding, whole=not data_free.by_rows)
     if isinstance(method, Calibrated) and later:

@@ -110,7 +110,7 @@ class _Calibration:
         else:
             for piece in self._quantize(block, prefix, names):
                 results[piece.layer.removeprefix(prefix)] = piece.rounded
-                yield piece._replace(rounded=_on_cpu(piece.rounded))
+                yield piece._replace(rounded=piece.rounded.cpu())
         for name, rounded in results.items():
             _install(block.get_submodule(name), rounded, self._dtype)
         self._quantized = [self._run(block, hidden) for hidden in self._quantized]
@@ -182,7 +182,7 @@ class _Calibration:
                 rounded = self._method.quantize(
                     weight.to(self._device), statistics, self._plan[HEAD]
                 )
-                yield Piece(HEAD, rows, _on_cpu(rounded), weight)
+                yield Piece(HEAD, rows, rounded.cpu(), weight)
 
 
 def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
@@ -206,10 +206,6 @@ def _shown(blocks: int) -> Iterator[int]:
 
 def _layers(shared: dict[str, tuple[str, ...]]) -> list[str]:
     return [name for first, others in shared.items() for name in (first, *others)]
-
-
-def _on_cpu(rounded: Rounded) -> Rounded:
-    return Rounded(rounded.codes.cpu(), rounded.scale.cpu())
 
 
 def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:

@@ -1,0 +1,41 @@
+"""The checks compute on the device that they are told: here `meta`, which computes nothing, and
+refuses tensors of a CPU beside its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from finequant.quantize.checkpoint import blocks
+from finequant.quantize.merge import adapter, check
+from finequant.recipes.schema import Model
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """Only what returns to the CPU by name, the results, becomes zeros there."""
+    for module in (blocks, check):
+        monkeypatch.setattr(module, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))
+
+
+@pytest.fixture
+def base(tiny_base) -> adapter.Base:
+    return adapter.open_base(Model(base=str(tiny_base)))
+
+
+def test_the_merged_model(base, meta):
+    logits = blocks.float_logits(base.config, base.weights, PROMPTS)
+    assert logits.shape == (2, base.config.vocab_size)
+
+
+def test_base_and_adapter_as_peft_joins_them(base, tiny_base, meta, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    lora = LoraConfig(target_modules="all-linear", r=2)
+    get_peft_model(model, lora).save_pretrained(tmp_path)
+    logits = check.tuned_logits(base, tmp_path, PROMPTS)
+    assert logits.shape == (2, base.config.vocab_size)
