@@ -46,14 +46,14 @@ class Measured(NamedTuple):
 
 def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
     """Prints tokens per second, the share of the matrix products' peak, and the losses."""
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
     from finequant.finetune.model import load_config, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = local_copy(Path(folder), validation)
         config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-        rows = load_splits(recipe.data, recipe.seed).train
+        rows = prepared_splits(recipe).train
         encoded = [encode(row, tokenizer, recipe.data) for row in rows]
         mean = statistics.fmean(len(item.input_ids) for item in encoded)
         targets = statistics.fmean(sum(label >= 0 for label in item.labels) for item in encoded)
@@ -96,8 +96,8 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
 def local_copy(folder: Path, validation: int) -> Recipe:
     """The assistant with its base as a folder; beside it the rows' tokens for trl, which would
     learn the line break after an answer, too."""
-    from finequant.finetune.data.splits import load_splits
-    from finequant.finetune.data.tokens import to_dataset
+    from finequant.finetune.data.dataset import to_dataset
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_base, load_tokenizer
 
     few = load_recipe(RECIPE).data.validation[0].source
@@ -108,7 +108,7 @@ def local_copy(folder: Path, validation: int) -> Recipe:
     base, tokenizer = load_base(recipe.model, torch.float32), load_tokenizer(recipe.model)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
     for name, rows in (("train", splits.train), ("validation", splits.validation)):
         to_dataset(rows, tokenizer, recipe.data).to_json(folder / f"data/{name}.jsonl")
     model = recipe.model.model_copy(update={"base": str(folder / "base")})

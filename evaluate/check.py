@@ -40,7 +40,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
     Raises:
         UserError: listing everything that measuring would refuse.
     """
-    test = splits.test[: recipe.evaluate.limit]
+    test = list(splits.test[: recipe.evaluate.limit])
     evaluate = recipe.evaluate
     answers = {row.where: row.messages[-1]["content"] for row in test if row.messages}
     refuse_all(

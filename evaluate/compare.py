@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import gate, print_table, write_report
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.scheme import shipped_dtype
@@ -82,7 +83,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     inputs = run.inputs(recipe, "evaluate")
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate)
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     measured = measure_all(recipe, run, material)
     measured |= measure_exports(recipe, run, material)
@@ -132,7 +133,8 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.data.tokens import answer_text, check_template, encode, encode_prompt
+    from finequant.finetune.data.rendering import check_template
+    from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_config
 
@@ -160,7 +162,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         asked,
         prompts,
         references,
-        _choices(recipe, [*splits.train, *asked]),
+        _choices(recipe, chain(splits.train, asked)),
         prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
     )
 
@@ -363,7 +365,7 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
             )
 
 
-def _choices(recipe: Recipe, rows: list[Row]) -> list[str]:
+def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
     if recipe.evaluate.choices == "completions":
         return sorted({row.messages[-1]["content"] for row in rows if row.messages})
     return list(recipe.evaluate.choices or [])

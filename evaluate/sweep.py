@@ -178,7 +178,7 @@ def _measure_all(
     """Maps each job's name to its measurement; loads a model only if one is missing."""
     from finequant.evaluate.compare import prepare
     from finequant.evaluate.metrics.tasks import check_tasks
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import stop_at
     from finequant.finetune.model import load_tokenizer
 
@@ -189,7 +189,7 @@ def _measure_all(
     if not missing:
         return measured
     check_tasks(recipe.evaluate)
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     model = _float_model(recipe, run, swept, material.probes)
     stop_at(model, material.ends)

@@ -28,7 +28,7 @@ def check_training(
     import torch
     from transformers import LlamaForCausalLM
 
-    from finequant.finetune.data.tokens import to_dataset
+    from finequant.finetune.data.dataset import lengths, to_dataset
     from finequant.finetune.model import lora_config
 
     with torch.device("meta"):
@@ -39,4 +39,4 @@ def check_training(
         if rows
     ]
     train, *_ = refuse_all([*checks, partial(lora_config, recipe.lora, skeleton)])
-    return [len(ids) for ids in train["input_ids"]]
+    return lengths(train)

@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
     from finequant.finetune.device import training_precision
     from finequant.finetune.model import load_tokenizer
@@ -54,7 +54,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
     for note in splits.notes:
         say(f"data: {note}")
     dtype, reason = training_precision(recipe.train.precision)

@@ -19,7 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.batches import ShuffledThenBlank, padded
-from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode, to_dataset
+from finequant.finetune.data.dataset import to_dataset
+from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.kernels import use_liger
 from finequant.finetune.model import lora_config

@@ -14,9 +14,9 @@ PROMPTS = 8
 
 def check_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns token ids of the first validation rows or, if there are none, training rows."""
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
 
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
     rows = (splits.validation or splits.train)[:PROMPTS]
     return [encode(row, tokenizer, recipe.data).input_ids for row in rows]

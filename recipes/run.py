@@ -314,6 +314,9 @@ def data(
     recipe: RecipePath,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="how many rows to show", min=0)] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="also write fifty rows in color as this HTML file")
+    ] = None,
 ) -> None:
     """Show rows as the model will see them, target tokens in color, and statistics."""
     from finequant.finetune.data.preview import preview
@@ -322,7 +325,7 @@ def data(
 
     loaded = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    preview(loaded, rows)
+    preview(loaded, rows, html)
 
 
 @app.command()
@@ -404,12 +407,12 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
 def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
     """Checks what takes seconds and no torch: paths, rows, texts, task files, and the license."""
     from finequant.evaluate.check import check_rows, check_texts
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.publish.publish import check as check_publishing
     from finequant.recipes import lock
 
     def rows() -> Splits:
-        splits = load_splits(recipe.data, recipe.seed)
+        splits = prepared_splits(recipe)
         check_rows(recipe, splits)
         return splits
 

@@ -44,6 +44,11 @@ class RunDir:
         return cls(Path(recipe.output_dir or Path("runs") / recipe.name))
 
     @property
+    def data(self) -> Path:
+        """Rows and tokens, which the first stage that needs them writes and the others read."""
+        return self.root / "data"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 

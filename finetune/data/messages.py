@@ -164,7 +164,8 @@ def check_messages(messages: list[Message], where: str) -> None:
     ):
         raise BadRowError(f"{where}: no answer to learn: all have weight 0 or train false")
     for message in messages:
-        for text in strings_of(message):
+        texts = [message["content"]] if len(message) == 2 else strings_of(message)
+        for text in texts:
             check_characters(text, where)
 
 

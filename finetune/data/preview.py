@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from statistics import quantiles
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from finequant.finetune.data.dataset import column, encoded_rows, to_dataset
+from finequant.finetune.data.duplicates import (
+    near_duplicates,
+    prompts_with_several_answers,
+    repeated_rows,
+)
+from finequant.finetune.data.page import Run, html_page
+from finequant.finetune.data.prepared import prepared_splits
+from finequant.finetune.data.rendering import Rendering
 from finequant.finetune.data.rows import Row
-from finequant.finetune.data.splits import load_splits
-from finequant.finetune.data.tokens import IGNORED, Encoded, check_template, encode, to_dataset
+from finequant.finetune.data.splits import Splits
+from finequant.finetune.data.table import Rows
+from finequant.finetune.data.tokens import IGNORED, Encoded, encode
 from finequant.finetune.data.turns import answer_end, end_tokens
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 FIGURES = ("rows", "repeated", "tokens", "learned", "median", "95%", "longest")
+EXTREMES = 3
+FEW_ANSWERS = 20
+PAGE_ROWS = 50
+QUESTION, ANSWER = "QUESTION", "ANSWER"
 
 
-def preview(recipe: Recipe, count: int) -> None:
+def preview(recipe: Recipe, count: int, page: Path | None = None) -> None:
     """Prints the first `count` training rows and statistics of every split.
+
+    page: an HTML file to write with fifty rows in color.
 
     Raises:
         UserError: for whatever training would refuse in the data.
@@ -31,86 +51,163 @@ def preview(recipe: Recipe, count: int) -> None:
 
     console = Console()
     tokenizer = load_tokenizer(recipe.model)
-    splits = load_splits(recipe.data, recipe.seed)
+    splits = prepared_splits(recipe)
+    figures = _Figures(recipe, tokenizer, splits)
     for note in splits.notes:
         console.print(note, markup=False, highlight=False)
-    if noisy := _prompts_with_several_answers(splits.train):
-        console.print(f"train: {noisy} prompts have several answers", highlight=False)
-    for rows in splits[:3]:
-        check_template(rows, tokenizer, recipe.data)
     for row in splits.train[:count]:
         console.rule(Text(row.where))
         console.print(_colored(encode(row, tokenizer, recipe.data), tokenizer), soft_wrap=True)
     console.rule()
-    console.print(_statistics(recipe, tokenizer, splits._asdict()))
-    for line in _ends(recipe, tokenizer, splits.train):
+    console.print(figures.table())
+    lines = figures.lines()
+    for line in lines:
         console.print(line, markup=False, highlight=False)
     console.print("target tokens are green and bold; the loss mask leaves out the others")
+    if page:
+        chosen = np.unique(np.linspace(0, len(splits.train) - 1, PAGE_ROWS).astype(int))
+        rows = [splits.train[int(at)] for at in chosen]
+        runs = [(row.where, _runs(encode(row, tokenizer, recipe.data), tokenizer)) for row in rows]
+        text = html_page(recipe.name, [*splits.notes, *lines], runs)
+        page.write_text(text, encoding="utf-8")
+        console.print(f"{page} written", markup=False, highlight=False)
     for rows in (splits.train, splits.validation):
         if rows:
             to_dataset(rows, tokenizer, recipe.data)
 
 
-def _ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:
+class _Figures:
+    """What there is to say about the rows, from the tokens that training takes too."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+        self.recipe, self.tokenizer, self.splits = recipe, tokenizer, splits
+        self.rows = {rows.name: rows for rows in splits[:3] if rows}
+        self.tokens = {
+            name: encoded_rows(rows, tokenizer, recipe.data) for name, rows in self.rows.items()
+        }
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Returns the number of tokens of each row, before truncation."""
+        tokens = self.tokens[name]
+        parts = column(tokens, "row"), column(tokens, "length")
+        return np.bincount(parts[0], parts[1], len(self.rows[name])).astype(int)
+
+    def table(self) -> Table:
+        from rich.table import Table
+
+        limit = self.recipe.data.max_length
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table.add_column("split")
+        for heading in (*FIGURES, f"over {limit}"):
+            table.add_column(heading, justify="right", overflow="fold")
+        for name, rows in self.rows.items():
+            lengths = self.lengths(name)
+            kept = np.minimum(column(self.tokens[name], "length"), limit).sum()
+            learned = column(self.tokens[name], "targets").sum() / kept
+            median, most = (round(float(np.quantile(lengths, share))) for share in (0.5, 0.95))
+            figures = [len(rows), repeated_rows(rows), lengths.sum(), f"{learned:.0%}"]
+            figures += [median, most, lengths.max(), (lengths > limit).sum()]
+            table.add_row(name, *map(str, figures))
+        return table
+
+    def lines(self) -> list[str]:
+        train = self.splits.train
+        return [
+            *self._extremes(),
+            *_answers(train),
+            *self._duplicates(),
+            *_template(self.recipe, self.tokenizer, train),
+            *_ends(self.recipe, self.tokenizer, train),
+        ]
+
+    def _extremes(self) -> list[str]:
+        lengths = self.lengths("train")
+        order = np.argsort(lengths, kind="stable")
+        named = {"shortest": order[:EXTREMES], "longest": order[::-1][:EXTREMES]}
+        return [
+            f"{what}: "
+            + ", ".join(f"{self.splits.train[int(at)].where} ({lengths[at]} tokens)" for at in rows)
+            for what, rows in named.items()
+        ]
+
+    def _duplicates(self) -> list[str]:
+        train, lines = self.splits.train, []
+        if noisy := prompts_with_several_answers(train):
+            lines.append(f"train: {noisy} prompts have several answers")
+        for held_out in (self.splits.validation, self.splits.test):
+            pairs = near_duplicates(train, held_out) if held_out else []
+            name = f"{held_out.name}: prompts that are nearly those of training rows"
+            if isinstance(pairs, str):
+                lines.append(f"{name}: {pairs}")
+            elif pairs:
+                shown = ", ".join(f"{row} ~ {similar}" for row, similar in pairs[:EXTREMES])
+                lines.append(f"{name}: {len(pairs)}, such as {shown}")
+        return lines
+
+
+def _answers(rows: Rows) -> list[str]:
+    """Counts the answers, where they are few."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if row.messages:
+            counts[row.messages[-1]["content"]] += 1
+            if len(counts) > FEW_ANSWERS:
+                return []
+    if not counts or 2 * len(counts) > counts.total():
+        return []
+    return ["answers: " + ", ".join(f"{answer} {n}" for answer, n in counts.most_common())]
+
+
+def _template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[str]:
+    """Describes what the chat template writes around a question and its answer."""
+    if not rows[0].messages:
+        return []
+    turns = [("user", QUESTION), ("assistant", ANSWER)]
+    if recipe.data.system:
+        turns.insert(0, ("system", recipe.data.system))
+    row = Row("", tuple({"role": role, "content": content} for role, content in turns))
+    before, _, rest = Rendering(row, tokenizer, recipe.data).text.partition(QUESTION)
+    between, _, after = rest.partition(ANSWER)
+    pieces = [before, between, after]
+    count = sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+    return [
+        f"the chat template adds {count} tokens: {before!r} before a question, {between!r} before "
+        f"its answer, {after!r} after it"
+    ]
+
+
+def _ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[str]:
     """Describes which token ends an answer or a text, and where generation stops."""
 
     def shown(end: int | None) -> str:
         return "no token" if end is None else f"{tokenizer.decode([end])} ({end})"
 
     lines = []
-    if any(row.messages for row in rows):
+    kinds = {bool(row.messages) for row in (rows[0], rows[-1])}
+    if True in kinds:
         lines.append(f"answers end in {shown(answer_end(tokenizer, recipe.data).id)}")
-    if not all(row.messages for row in rows):
+    if False in kinds:
         lines.append(f"texts end in {shown(tokenizer.eos_token_id)}")
     stops = map(shown, end_tokens(recipe.model, recipe.data, tokenizer))
     return [*lines, f"generation stops at {', '.join(stops) or 'no token'}"]
 
 
-def _prompts_with_several_answers(rows: list[Row]) -> int:
-    answers: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.messages:
-            answers[row.prompt_key].add(row.key)
-    return sum(len(keys) > 1 for keys in answers.values())
+def _runs(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
+    """Returns the text in runs of target tokens and others, and which of them are targets.
+
+    A token alone need not be a whole character, so the tokens of a run are decoded together.
+    """
+    pairs = zip(encoded.input_ids, encoded.labels, strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False), target)
+        for target, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    ]
 
 
 def _colored(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     from rich.text import Text
 
     text = Text()
-    run: list[int] = []
-    is_target = False
-    # A token alone need not be a whole character, so runs of tokens are decoded together.
-    for token, label in [*zip(encoded.input_ids, encoded.labels, strict=True), (None, None)]:
-        if run and (token is None or (label != IGNORED) != is_target):
-            shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-            text.append(shown, style="bold green" if is_target else "dim")
-            run = []
-        is_target = label != IGNORED
-        run.append(token)
+    for shown, is_target in _runs(encoded, tokenizer):
+        text.append(shown, style="bold green" if is_target else "dim")
     return text
-
-
-def _statistics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: dict):
-    from rich.table import Table
-
-    limit = recipe.data.max_length
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("split")
-    for heading in (*FIGURES, f"over {limit}"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for name in ("train", "validation", "test"):
-        rows: list[Row] = splits[name]
-        if not rows:
-            continue
-        encoded = [encode(row, tokenizer, recipe.data) for row in rows]
-        lengths = [item.full_length for item in encoded]
-        cuts = quantiles(lengths if len(rows) > 1 else lengths * 2, n=20, method="inclusive")
-        # A row with a weight of 2 is there twice, but from one place.
-        repeated = len({row.where for row in rows}) - len({row.prompt_key for row in rows})
-        labels = [label for item in encoded for label in item.labels]
-        learned = sum(label != IGNORED for label in labels) / len(labels)
-        figures = [len(rows), repeated, sum(lengths), f"{learned:.0%}", round(cuts[9])]
-        figures += [round(cuts[18]), max(lengths), sum(length > limit for length in lengths)]
-        table.add_row(name, *map(str, figures))
-    return table

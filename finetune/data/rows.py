@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from finequant.finetune.data.messages import (
@@ -77,12 +78,40 @@ class Row:
 
     def _key(self, messages: tuple[Message, ...]) -> str:
         parts = [part for turn in messages for part in (turn["content"], turn.get("tool_calls"))]
-        return " ".join(
-            word
-            for part in [*parts, self.tools or None, self.text]
+        texts = [
+            part if isinstance(part, str) else json.dumps(part)
+            for part in (*parts, self.tools, self.text)
             if part
-            for word in (part if isinstance(part, str) else json.dumps(part)).split()
-        )
+        ]
+        return " ".join(" ".join(texts).split())
+
+    def to_json(self) -> bytes:
+        """Returns the row as JSON, from which `from_json` makes an equal one.
+
+        Raises:
+            BadRowError: for what JSON cannot write, such as a date in the arguments of a call.
+        """
+        kept = {
+            name: value
+            for name, usual in DEFAULTS.items()
+            if (value := getattr(self, name)) != usual
+        }
+        try:
+            text = json.dumps(kept, ensure_ascii=False, default=_listed)
+        except TypeError as error:
+            raise BadRowError(f"{self.where}: {error}: write it as text") from None
+        return text.encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Row:
+        values = json.loads(content.decode("utf-8", "surrogatepass"))
+        for name in ("messages", "tools"):
+            values[name] = tuple(values.get(name, ()))
+        values["excluded"] = frozenset(values.get("excluded", ()))
+        return cls(**values)
+
+
+DEFAULTS = {item.name: item.default for item in fields(Row)}
 
 
 @dataclass
@@ -98,6 +127,7 @@ class RowReader:
     """Each row that was repaired, and how."""
     unread: dict[str, None] = field(default_factory=dict)
     """Columns and keys of messages that say nothing here, in the order they were met."""
+    _seen_columns: set[tuple] = field(default_factory=set)
 
     def read(self, where: str, row: dict[str, Any]) -> Row | None:
         """The row, or None for one that its own weight or label leaves out.
@@ -109,8 +139,7 @@ class RowReader:
         if not self.form:
             self.form = detect_format(self.source, row)
         if not self.source.columns:
-            known = self._known_columns(row)
-            self.unread |= {name: None for name in row if name not in known}
+            self._note_unread(row)
         if reason := self._left_out(row):
             self.counts[f"rows left out ({reason})"] += 1
             return None
@@ -208,7 +237,15 @@ class RowReader:
             )
         return text
 
-    @property
+    def _note_unread(self, row: dict[str, Any]) -> None:
+        flags = [isinstance(row.get(name), bool) for name in WANTED]
+        columns = (*row, row.get("weight") in (0, 1), *flags)
+        if columns not in self._seen_columns:
+            self._seen_columns.add(columns)
+            known = self._known_columns(row)
+            self.unread |= {name: None for name in row if name not in known}
+
+    @cached_property
     def _mapped(self) -> set[str]:
         """Returns the columns that the recipe's `columns` read."""
         paths = [
@@ -313,6 +350,13 @@ def text_of(row: dict[str, Any], column: str, where: str, default: str | None = 
         raise BadRowError(
             f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
         ) from None
+
+
+def _listed(value: Any) -> list[Any]:
+    """Writes a set as a list."""
+    if not isinstance(value, frozenset):
+        raise TypeError(f"{type(value).__name__} {shown(value)} cannot be written as JSON")
+    return sorted(value)
 
 
 def _is_pair(pair: Any) -> bool:

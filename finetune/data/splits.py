@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from finequant.finetune.data.readers import BadRowError, read_source
 from finequant.finetune.data.rows import Row, RowReader
+from finequant.finetune.data.table import TABLE, Hashes, Rows, TableWriter, hashed
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data, Source
 
@@ -19,75 +22,73 @@ SHOWN = 5
 
 
 class Splits(NamedTuple):
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    train: Rows
+    validation: Rows
+    test: Rows
     notes: list[str]
     """Notes on what was detected, left out, repaired, split off, repeated, and dropped."""
 
 
-def load_splits(data: Data, seed: int) -> Splits:
+def load_splits(data: Data, seed: int, folder: Path | None = None) -> Splits:
     """Reads every source and keeps the three splits disjoint.
+
+    folder: where the table of all rows is written; None: in memory.
 
     Raises:
         UserError: naming file and line of every row that cannot be used, or the rows that training
             shares with validation or test.
     """
-    reading = _Reading(data, seed)
-    train, validation, test = map(reading.rows_of, (data.train, data.validation, data.test))
+    with TableWriter(folder / TABLE if folder else None) as table:
+        reading = _Reading(data, seed, table)
+        train, validation, test = map(reading.indices_of, (data.train, data.validation, data.test))
     reading.refuse_bad_rows()
-    notes = reading.notes
-    key = _identity(data, train, notes)
-    validation, test = _weighted(validation, seed), _weighted(test, seed)
-    if not validation and data.validation_fraction:
-        train, validation = _split_off(train, data.validation_fraction, seed, key)
-        notes.append(f"validation: {len(validation)} rows split off, seed {seed}")
-    if not test and data.test_fraction:
-        train, test = _split_off(train, data.test_fraction, seed + 1, key)
-        notes.append(f"test: {len(test)} rows split off, seed {seed}")
-    train = _without_overlap(train, validation, test, data, notes, key)
-    if data.duplicates == "drop":
-        first: dict[str, Row] = {}
-        for row in train:
-            first.setdefault(key(row), row)
-        notes.append(f"train: {len(train) - len(first)} repeated rows dropped")
-        train = list(first.values())
-    train = _weighted(train, seed)
-    if not train:
-        raise UserError(
-            "data.train: no rows are left to train on; give more rows, a larger weight, or a "
-            f"smaller data.validation_fraction or data.test_fraction\n  {listed(notes)}"
-        )
-    return Splits(train, validation, test, notes)
+    split = _Splitting(data, seed, reading, table.column)
+    return split(train, validation, test)
 
 
 @dataclass
 class _Reading:
-    """Reads sources; collects what there is to say about them, and the rows that are bad."""
+    """Reads sources into a table; collects what there is to say about them, the rows that are bad,
+    and of each row in the table what decides its split."""
 
     data: Data
     seed: int
+    table: TableWriter
     notes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    prompts: array = field(default_factory=lambda: array("Q"))
+    """Hashes of the prompts."""
+    answers: array = field(default_factory=lambda: array("Q"))
+    """Hashes of prompt and answer."""
+    weights: array = field(default_factory=lambda: array("d"))
 
-    def rows_of(self, sources: list[Source]) -> list[Row]:
-        return [row for at, source in enumerate(sources) for row in self._rows_of(at, source)]
+    def indices_of(self, sources: list[Source]) -> np.ndarray:
+        """Reads sources and returns the indices of their rows in the table."""
+        indices = [self._indices_of(at, source) for at, source in enumerate(sources)]
+        return np.concatenate([np.empty(0, int), *indices])
 
-    def _rows_of(self, number: int, source: Source) -> list[Row]:
-        reader, bad, rows = RowReader(source, self.data), [], []
+    def _indices_of(self, number: int, source: Source) -> np.ndarray:
+        reader, bad, start = RowReader(source, self.data), [], len(self.weights)
         for where, read in read_source(source):
             try:
                 if isinstance(read, BadRowError):
                     raise read
-                rows.append(reader.read(where, read))
+                if row := reader.read(where, read):
+                    self._add(row)
             except BadRowError as error:
                 bad.append(str(error))
-        rows = [row for row in rows if row is not None]
-        if source.limit is not None and source.limit < len(rows):
+        indices = np.arange(start, len(self.weights))
+        if source.limit is not None and source.limit < len(indices):
             pick = random.Random(f"{self.seed}/{number}")
-            rows = [rows[index] for index in sorted(pick.sample(range(len(rows)), source.limit))]
-        self._note(Path(source.source).name, source, reader, bad, len(rows))
-        return rows
+            indices = indices[sorted(pick.sample(range(len(indices)), source.limit))]
+        self._note(Path(source.source).name, source, reader, bad, len(indices))
+        return indices
+
+    def _add(self, row: Row) -> None:
+        self.table.add(row)
+        self.prompts.append(hashed(row.prompt_key))
+        self.answers.append(hashed(row.key))
+        self.weights.append(row.weight)
 
     def _note(
         self, name: str, source: Source, reader: RowReader, bad: list[str], count: int
@@ -113,66 +114,108 @@ class _Reading:
         )
 
 
-def _identity(data: Data, train: list[Row], notes: list[str]) -> Callable[[Row], str]:
-    """Returns the key by which two rows are the same: the prompt, or prompt and answer."""
-    by = data.same_rows
-    if by is None:
-        prompts = {row.prompt_key for row in train}
-        answers = {row.key for row in train}
-        by = "row" if len(prompts) < min(FEW_PROMPTS, len(answers)) else "prompt"
-        if by == "row":
-            notes.append(
-                f"train: few prompts ({len(prompts)}): rows with the same prompt and different "
-                "answers are treated as different rows (data.same_rows=row)"
+class _Splitting:
+    """Splits rows, each of them the index of a row in the table."""
+
+    def __init__(self, data: Data, seed: int, reading: _Reading, column) -> None:
+        self.data, self.seed, self.notes, self.column = data, seed, reading.notes, column
+        self.hashes = Hashes(np.array(reading.prompts), np.array(reading.answers))
+        self.weights = np.array(reading.weights)
+
+    def __call__(self, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Splits:
+        """
+        Raises:
+            UserError: for rows that training shares with the others, or if none are left.
+        """
+        data, seed, notes = self.data, self.seed, self.notes
+        self.keys = self._keys(train)
+        validation, test = self._weighted(validation), self._weighted(test)
+        if not len(validation) and data.validation_fraction:
+            train, validation = self._split_off(train, data.validation_fraction, seed)
+            notes.append(f"validation: {len(validation)} rows split off, seed {seed}")
+        if not len(test) and data.test_fraction:
+            train, test = self._split_off(train, data.test_fraction, seed + 1)
+            notes.append(f"test: {len(test)} rows split off, seed {seed}")
+        train = self._without_overlap(train, np.concatenate([validation, test]))
+        if data.duplicates == "drop":
+            first = _firsts(self.keys[train])
+            notes.append(f"train: {len(train) - len(first)} repeated rows dropped")
+            train = train[first]
+        train = self._weighted(train)
+        if not len(train):
+            raise UserError(
+                "data.train: no rows are left to train on; give more rows, a larger weight, or a "
+                "smaller data.validation_fraction or data.test_fraction\n  " + listed(notes)
             )
-    return {"prompt": lambda row: row.prompt_key, "row": lambda row: row.key}[by]
+        splits = [
+            Rows(self.column, rows, name=name, hashes=self.hashes)
+            for name, rows in zip(Splits._fields, (train, validation, test), strict=False)
+        ]
+        return Splits(*splits, notes)
+
+    def _keys(self, train: np.ndarray) -> np.ndarray:
+        """Returns the keys by which two rows are the same: the prompt, or prompt and answer."""
+        by = self.data.same_rows
+        if by is None:
+            prompts = len(np.unique(self.hashes.prompts[train]))
+            answers = len(np.unique(self.hashes.rows[train]))
+            by = "row" if prompts < min(FEW_PROMPTS, answers) else "prompt"
+            if by == "row":
+                self.notes.append(
+                    f"train: few prompts ({prompts}): rows with the same prompt and different "
+                    "answers are treated as different rows (data.same_rows=row)"
+                )
+        return {"prompt": self.hashes.prompts, "row": self.hashes.rows}[by]
+
+    def _weighted(self, rows: np.ndarray) -> np.ndarray:
+        """Repeats each row by its weight; a fractional weight makes a seeded choice."""
+        seen = [np.empty(0, int)]
+        for weight in dict.fromkeys(self.weights[rows].tolist()):
+            alike = rows[self.weights[rows] == weight]
+            whole, part = divmod(weight, 1)
+            pick = random.Random(f"{self.seed}/{weight}")
+            extra = sorted(pick.sample(range(len(alike)), round(part * len(alike))))
+            seen += [np.tile(alike, int(whole)), alike[extra]]
+        return np.concatenate(seen)
+
+    def _split_off(
+        self, rows: np.ndarray, fraction: float, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Splits by key, so that repetitions of a row stay on one side."""
+        keys = self.keys[rows][_firsts(self.keys[rows])]
+        order = list(range(len(keys)))
+        random.Random(seed).shuffle(order)
+        chosen = keys[order[: max(1, round(fraction * len(keys)))]]
+        is_chosen = np.isin(self.keys[rows], chosen)
+        return rows[~is_chosen], rows[is_chosen]
+
+    def _without_overlap(self, train: np.ndarray, others: np.ndarray) -> np.ndarray:
+        keys = self.keys
+        is_shared = np.isin(keys[train], keys[others])
+        shared = train[is_shared]
+        if not len(shared):
+            return train
+        if self.data.overlap == "error":
+            held_out = {keys[row]: row for row in others}
+            pairs = [(row, held_out[keys[row]]) for row in shared]
+            names = Rows(self.column, np.array(pairs).ravel())
+            listing = [f"{row.where} = {same.where}" for row, same in _in_pairs(names[:20])]
+            listing += [""] * (len(pairs) - len(listing))  # counted only
+            answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
+            raise UserError(
+                f"data: {len(shared)} training rows also occur in validation or test; remove them, "
+                "or leave them out of training with data.overlap=drop"
+                + ("; answers differ: data.same_rows=row compares them too" if answers else "")
+                + f"\n  {listed(listing, most=10)}"
+            )
+        self.notes.append(f"train: {len(shared)} rows dropped that occur in validation or test")
+        return train[~is_shared]
 
 
-def _weighted(rows: list[Row], seed: int) -> list[Row]:
-    """Repeats each row by its weight; a fractional weight makes a seeded choice."""
-    seen: list[Row] = []
-    for weight in dict.fromkeys(row.weight for row in rows):
-        alike = [row for row in rows if row.weight == weight]
-        whole, part = divmod(weight, 1)
-        pick = random.Random(f"{seed}/{weight}")
-        extra = sorted(pick.sample(range(len(alike)), round(part * len(alike))))
-        seen += alike * int(whole) + [alike[index] for index in extra]
-    return seen
+def _in_pairs(rows: Rows) -> list[tuple[Row, Row]]:
+    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def _split_off(
-    rows: list[Row], fraction: float, seed: int, key: Callable[[Row], str]
-) -> tuple[list[Row], list[Row]]:
-    """Splits by key, so that repetitions of a row stay on one side."""
-    keys = list(dict.fromkeys(map(key, rows)))
-    random.Random(seed).shuffle(keys)
-    chosen = set(keys[: max(1, round(fraction * len(keys)))])
-    return (
-        [row for row in rows if key(row) not in chosen],
-        [row for row in rows if key(row) in chosen],
-    )
-
-
-def _without_overlap(
-    train: list[Row],
-    validation: list[Row],
-    test: list[Row],
-    data: Data,
-    notes: list[str],
-    key: Callable[[Row], str],
-) -> list[Row]:
-    held_out = {key(row): row for row in [*validation, *test]}
-    shared = [row for row in train if key(row) in held_out]
-    if not shared:
-        return train
-    if data.overlap == "error":
-        pairs = [f"{row.where} = {held_out[key(row)].where}" for row in shared]
-        answers = any(row.key != held_out[key(row)].key for row in shared)
-        raise UserError(
-            f"data: {len(shared)} training rows also occur in validation or test; remove them, or "
-            "leave them out of training with data.overlap=drop"
-            + ("; answers differ: data.same_rows=row compares them too" if answers else "")
-            + f"\n  {listed(pairs, most=10)}"
-        )
-    notes.append(f"train: {len(shared)} rows dropped that occur in validation or test")
-    return [row for row in train if key(row) not in held_out]
+def _firsts(keys: np.ndarray) -> np.ndarray:
+    """Returns where each key occurs first, in order."""
+    return np.sort(np.unique(keys, return_index=True)[1])

@@ -45,7 +45,7 @@ def calibration_sequences(
     Raises:
         UserError: if the rows have fewer tokens than one sequence needs.
     """
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
 
     calibration = recipe.quantize.calibration
@@ -59,7 +59,7 @@ def calibration_sequences(
                 "validation_fraction": 0.0,
             }
         )
-    rows = load_splits(data, recipe.seed).train
+    rows = prepared_splits(recipe.model_copy(update={"data": data})).train
     generator = torch.Generator().manual_seed(recipe.seed)
     length, ids = calibration.length, []
     for index in torch.randperm(len(rows), generator=generator).tolist():

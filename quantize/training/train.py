@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
     """
-    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
@@ -66,7 +66,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if is_first():  # what it reads is hashed
         run.require_for("qat", recipe)
         inputs = run.inputs(recipe, "qat")
-    tokenizer, splits = load_tokenizer(recipe.model), load_splits(recipe.data, recipe.seed)
+    tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
     base = open_base(recipe.model)
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     weights = transformed(weights, config, recipe.quantize)

@@ -253,7 +253,7 @@ def test_what_cannot_be_repaired_is_dropped_and_named(tmp_path, name):
 
 
 def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokenizer, capsys):
-    from finequant.finetune.data.tokens import to_dataset
+    from finequant.finetune.data.dataset import to_dataset
 
     rows = load(tmp_path, [GOOD, chat(f"u {'long ' * 99}", "a say")]).train
     with pytest.raises(UserError, match="nothing is left to learn in 1 rows.*\n  rows.jsonl:2"):

@@ -51,7 +51,7 @@ def test_notes_rows_and_answers_are_shown(recipe_file, capsys):
         assert f"<|im_start|>assistant\n{row['completion']}<|im_end|>" in printed
     assert "── train.jsonl:1 ──" in printed
     assert "── train.jsonl:2 ──" in printed
-    assert "train.jsonl:3" not in printed
+    assert "── train.jsonl:3 ──" not in printed
 
 
 def test_a_long_row_is_shown_as_it_is(recipe_file, capsys, monkeypatch):

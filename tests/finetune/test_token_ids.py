@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from tokenizers.pre_tokenizers import Metaspace, Split
 
+from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.rows import Row
-from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt, to_dataset
+from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
 from finequant.recipes.schema import Data
 
 TEXTS = [f"{verb} the {what} {n}" for verb in ("open", "paint") for what in ("door", "lamp")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
-from finequant.finetune.data.tokens import IGNORED, Encoded, encode, encode_prompt, to_dataset
+from finequant.finetune.data.tokens import IGNORED, Encoded, encode, encode_prompt
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data
 

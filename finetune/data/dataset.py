@@ -1,0 +1,264 @@
+"""Rows -> a dataset of tokens in Arrow, made on all cores, as trl's SFTTrainer takes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+
+from finequant.finetune.data.rendering import TemplateCheck
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TABLE, TOKEN_KEYS, Rows
+from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
+from finequant.recipes.command_line import say
+from finequant.recipes.errors import UserError, listed
+from finequant.recipes.freshness import digest, made_once
+from finequant.recipes.schema import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_PROCESS = 10_000
+"""Fewer rows are not worth the start of another process."""
+TOKENS = ["input_ids", "labels"]
+
+
+def to_dataset(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
+    """Columns `input_ids` and `labels`, as trl's SFTTrainer takes them ready made.
+
+    Raises:
+        UserError: naming the rows in which no token is left to learn, or that are too long
+            where data.long_rows says error.
+    """
+    encoded = encoded_rows(rows, tokenizer, data)
+    kept = _usable(encoded, rows, data)
+    tokens = encoded.select_columns(TOKENS)
+    return tokens if len(kept) == len(tokens) else tokens.select(kept)
+
+
+def encoded_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
+    """All rows as tokens, also those that cannot be learned; kept beside a table on the disk.
+
+    Columns: `input_ids`, `labels`, `length` before truncation, `targets` (the number of tokens that
+    are learned), and `row`, the index in `rows`.
+
+    Raises:
+        UserError: for what the chat template refuses or leaves out.
+    """
+    from datasets import Dataset, concatenate_datasets, disable_caching
+
+    disable_caching()  # else `map`, as in trl's packing, writes into the folder of these files
+    if not isinstance(rows, Rows):
+        rows = Rows.of(rows)
+    if not tokenizer.is_fast and data.loss_on == "assistant":
+        say(
+            "data: this tokenizer gives no offsets: prompts and answers are tokenized apart, so "
+            "ids can differ from those of the whole text"
+        )
+    if rows.folder is None or not os.access(rows.folder.parent, os.W_OK):
+        return _encoded(rows, Encoder(tokenizer, data), None)
+
+    def write(folder: Path) -> None:
+        _encoded(rows, Encoder(tokenizer, data), folder)
+
+    inputs = _inputs(rows, tokenizer, data)
+    folder = made_once(rows.folder.with_name(f"tokens-{digest(inputs)}"), inputs, write)
+    os.utime(folder)  # the last to be removed
+    parts = sorted(folder.glob("*.arrow"))
+    return concatenate_datasets([Dataset.from_file(str(part)) for part in parts])
+
+
+def _encoded(rows: Rows, encoder: Encoder, folder: Path | None) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    number, ids = Value("int32"), List(Value("int32"))
+    columns = {"input_ids": ids, "labels": ids, "length": number, "targets": number}
+    processes = min(_cores(), len(rows) // ROWS_PER_PROCESS)
+    with _progress_bar(len(rows)):
+        return (
+            Dataset(_table_of(rows))
+            .select(rows.indices)
+            .map(
+                encoder,
+                with_indices=True,
+                batched=True,
+                batch_size=ROWS_AT_ONCE,
+                remove_columns=[COLUMN],
+                features=Features(columns | {COLUMN: Value("int64")}),
+                num_proc=processes if processes > 1 else None,
+                keep_in_memory=folder is None,
+                cache_file_name=str(folder / "tokens.arrow") if folder else None,
+                new_fingerprint=uuid4().hex,  # else all is hashed, the tokenizer too
+                desc=f"data: tokens of {rows.name}",
+            )
+        )
+
+
+@contextmanager
+def _progress_bar(rows: int) -> Iterator[None]:
+    """Lets `datasets` show the time that is left, if there is a terminal and enough to do."""
+    import datasets
+
+    was_shown = not datasets.are_progress_bars_disabled()
+    if rows >= ROWS_PER_PROCESS and sys.stderr.isatty():
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        (datasets.enable_progress_bars if was_shown else datasets.disable_progress_bars)()
+
+
+def _table_of(rows: Rows):
+    import pyarrow
+    from datasets.table import InMemoryTable, MemoryMappedTable
+
+    if rows.folder:  # which other processes open by its name
+        return MemoryMappedTable.from_file(str(rows.folder / TABLE))
+    return InMemoryTable(pyarrow.table({COLUMN: rows.column}))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _inputs(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Any]:
+    """Returns all that decides the tokens of a table's rows."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "rows": f"{rows.folder.name}/{rows.name}",
+        "data": data.model_dump(mode="json", include=set(TOKEN_KEYS) - {"packing"}),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "class": type(tokenizer).__name__,
+        "template": tokenizer.chat_template,
+        "special": {key: str(token) for key, token in tokenizer.special_tokens_map.items()},
+    }
+
+
+class Encoder:
+    """Encodes a batch of a table's rows; a process each has a copy."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        self.tokenizer, self.data = tokenizer, data
+        self._check = TemplateCheck(tokenizer, data)
+
+    def __call__(self, batch: dict[str, list[bytes]], indices: list[int]) -> dict[str, list]:
+        rows = [Row.from_json(content) for content in batch[COLUMN]]
+        self._check(rows)
+        pieces = [
+            (piece, index)
+            for item, row, index in zip(
+                encode_rows(rows, self.tokenizer, self.data), rows, indices, strict=True
+            )
+            for piece in self._pieces(item, row)
+        ]
+        return {
+            "input_ids": [piece.input_ids for piece, _ in pieces],
+            "labels": [piece.labels for piece, _ in pieces],
+            "length": [piece.full_length for piece, _ in pieces],
+            # Nothing predicts the first token of a row.
+            "targets": [_targets(piece.labels[1:]) for piece, _ in pieces],
+            COLUMN: [index for _, index in pieces],
+        }
+
+    def _pieces(self, item: Encoded, row: Row) -> list[Encoded]:
+        length = self.data.max_length
+        if self.data.long_rows != "split" or row.messages:
+            return [item.cut(length)]
+        return _split(item, length)
+
+
+def _targets(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORED)
+
+
+def _split(item: Encoded, length: int) -> list[Encoded]:
+    """Pieces of `length` tokens; a last piece of a single token has nothing to learn."""
+    starts = range(0, max(1, len(item.input_ids) - 1), length)
+    return [
+        Encoded(part := item.input_ids[at : at + length], item.labels[at : at + length], len(part))
+        for at in starts
+    ]
+
+
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """Returns a column of numbers."""
+    parts = dataset.select_columns([name]).with_format("numpy").iter(batch_size=100_000)
+    return np.concatenate([np.empty(0, int), *(part[name] for part in parts)])
+
+
+def lengths(dataset: Dataset) -> list[int]:
+    """Returns the number of tokens of each row."""
+    import pyarrow.compute
+
+    parts = dataset.select_columns(TOKENS[:1]).with_format("arrow").iter(batch_size=10_000)
+    return [
+        length
+        for part in parts
+        for length in pyarrow.compute.list_value_length(part[TOKENS[0]]).to_pylist()
+    ]
+
+
+def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
+    """Returns the indices of what can be learned.
+
+    Raises:
+        UserError: if nothing can, or for rows that the recipe does not allow.
+    """
+    length, targets, index = (column(encoded, name) for name in ("length", "targets", COLUMN))
+    is_long = length > data.max_length
+    if is_long.any() and data.long_rows == "error":
+        long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
+        raise UserError(
+            f"data: {is_long.sum()} rows are longer than data.max_length={data.max_length}; raise "
+            "it, or set data.long_rows to truncate or drop\n  "
+            f"{_listed(long, is_long.sum())}"
+        )
+    left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
+    is_empty = left & (targets == 0)
+    kept = np.flatnonzero(left & ~is_empty)
+    names = [row.where for row, _ in _first(rows, index, length, is_empty)]
+    empty, count = _listed(names, is_empty.sum()), is_empty.sum()
+    if count and (data.bad_rows == "error" or not len(kept)):
+        drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
+        raise UserError(
+            f"data: nothing is left to learn in {count} rows: within data.max_length="
+            f"{data.max_length} tokens there is no answer; raise data.max_length{drop}\n  {empty}"
+        )
+    if not len(kept):
+        raise UserError(
+            f"data: all {len(rows)} rows are longer than data.max_length={data.max_length}, and "
+            "data.long_rows=drop leaves none; raise data.max_length"
+        )
+    if count:
+        say(
+            f"data: {count} bad rows dropped: within data.max_length={data.max_length} tokens "
+            f"there is no answer\n  {empty}"
+        )
+    return kept
+
+
+SHOWN = 10
+
+
+def _first(
+    rows: Sequence[Row], index: np.ndarray, length: np.ndarray, chosen: np.ndarray
+) -> Iterator[tuple[Row, int]]:
+    """Yields the first of the chosen rows, and their lengths."""
+    at = np.flatnonzero(chosen)[:SHOWN]
+    return ((rows[int(index[position])], int(length[position])) for position in at)
+
+
+def _listed(names: list[str], count: int) -> str:
+    return listed(names + [""] * (int(count) - len(names)), most=SHOWN)

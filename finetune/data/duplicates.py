@@ -1,0 +1,77 @@
+"""Held-out prompts that are nearly those of training rows, and prompts with several answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.table import Rows
+
+MOST_ROWS = 200_000
+"""More are not compared: that would take minutes."""
+SIMILAR = 0.8
+"""Shared parts of two prompts' parts together (Jaccard), from which they are nearly the same."""
+WORDS_AT_ONCE = 3
+PERMUTATIONS, BANDS = 128, 32
+"""MinHash finds 99.9 percent of the pairs at SIMILAR so, and few below half of that."""
+
+
+def repeated_rows(rows: Rows) -> int:
+    """Counts rows whose prompt occurred before; a row with a weight of 2 occurs once."""
+    once = np.unique(rows.indices, return_index=True)[1]
+    return len(once) - len(np.unique(rows.hashes.prompts[once]))
+
+
+def prompts_with_several_answers(rows: Rows) -> int:
+    """Counts prompts that different answers follow."""
+    pairs = np.unique(np.stack(rows.hashes, axis=1), axis=0)
+    return int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
+
+
+def near_duplicates(train: Rows, held_out: Rows) -> list[tuple[str, str]] | str:
+    """Finds held-out rows whose prompt is nearly that of a training row, letters' case and
+    punctuation aside.
+
+    Returns:
+        The locations of both; or why they were not looked for.
+    """
+    if len(train) + len(held_out) > MOST_ROWS:
+        return f"not looked for among more than {MOST_ROWS:,} rows"
+    if importlib.util.find_spec("rensa") is None:
+        return "not looked for: pip install rensa"
+    from rensa import RMinHash, RMinHashLSH
+
+    index = RMinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS, num_bands=BANDS)
+
+    def sketch(parts: Iterable[str]) -> RMinHash:
+        minhash = RMinHash(num_perm=PERMUTATIONS, seed=0)
+        minhash.update(sorted(parts))
+        return minhash
+
+    for at, row in enumerate(train):
+        index.insert(at, sketch(_parts(row)))
+    pairs = []
+    for row in held_out:
+        parts = _parts(row)
+        for at in sorted(index.query(sketch(parts))):
+            similar = train[at]
+            if _similarity(parts, _parts(similar)) >= SIMILAR:
+                pairs.append((row.where, similar.where))
+                break
+    return pairs
+
+
+def _parts(row: Row) -> frozenset[str]:
+    """Returns all runs of three words of what a user asks, or of a text."""
+    asked = [turn["content"] for turn in row.messages[:-1] if turn["role"] != "system"]
+    words = re.findall(r"\w+", " ".join([*asked, row.text]).casefold())
+    last = max(1, len(words) - WORDS_AT_ONCE + 1)
+    return frozenset(" ".join(words[at : at + WORDS_AT_ONCE]) for at in range(last))
+
+
+def _similarity(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / len(a | b)

@@ -1,0 +1,40 @@
+"""Rows in color as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+Run = tuple[str, bool]
+"""A piece of text, and whether its tokens are targets."""
+
+STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "pre{white-space:pre-wrap;background:#f6f6f6;padding:1em;color:#666}"
+    "b{color:#07651f;background:#dff5e1}h2{font-size:1em}"
+)
+
+
+def html_page(name: str, lines: Iterable[str], rows: Iterable[tuple[str, list[Run]]]) -> str:
+    """Returns the page.
+
+    lines: what there is to say about all rows.
+    rows: the location of each row, and its runs of target tokens and others.
+    """
+    title = f"{escape(name)}: rows as the model sees them"
+    parts = [
+        f"<h2>{escape(where)}</h2>\n<pre>{''.join(map(_marked, runs))}</pre>"
+        for where, runs in rows
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<p>Target tokens are green; the loss mask "
+        f"leaves out the others.</p>\n<ul>{''.join(f'<li>{escape(line)}' for line in lines)}</ul>\n"
+        + "\n".join(parts)
+        + "\n</html>\n"
+    )
+
+
+def _marked(run: Run) -> str:
+    text, is_target = run
+    return f"<b>{escape(text)}</b>" if is_target else escape(text)

@@ -1,0 +1,84 @@
+"""The rows of a run: read, checked and split once; every stage and process takes them from there.
+
+`data/` in the run directory has a folder for each content of sources and settings, with the table
+of rows and which of them are in which split, and folders of their tokens. It may be deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from finequant.finetune.data.splits import Splits, load_splits
+from finequant.finetune.data.table import TABLE, TOKEN_KEYS, Hashes, Rows, open_table
+from finequant.recipes.artifact import remove
+from finequant.recipes.command_line import say
+from finequant.recipes.freshness import digest, made_once
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import recipe_inputs
+from finequant.recipes.usage import Stopwatch
+
+KEPT = {"rows": 3, "tokens": 9}
+"""Folders of each kind that are kept: of training's rows, calibration's, and what was tried."""
+INDICES, NOTES = "splits.npz", "notes.json"
+SPLITS = ("train", "validation", "test")
+SECONDS = 5
+"""Reading that takes longer than this is worth a line."""
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def prepared_splits(recipe: Recipe) -> Splits:
+    """Returns the rows of a recipe's section `data`, which the first call reads from their sources.
+
+    Where the run directory cannot be written, every call reads the sources.
+
+    Raises:
+        UserError: for whatever `load_splits` refuses.
+    """
+    without = tuple(f"data.{key}" for key in TOKEN_KEYS)
+    inputs = recipe_inputs(recipe, ("seed", "data"), without)
+    folder = RunDir.of(recipe).data / f"rows-{digest(inputs)}"
+    try:
+        made_once(folder, inputs, partial(_write, recipe))
+        os.utime(folder)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        return load_splits(recipe.data, recipe.seed)
+    _remove_oldest(folder.parent)
+    return _opened(folder)
+
+
+def _write(recipe: Recipe, folder: Path) -> None:
+    watch = Stopwatch()
+    try:
+        splits = load_splits(recipe.data, recipe.seed, folder)
+    except BaseException:
+        remove(folder)
+        raise
+    indices = {name: getattr(splits, name).indices for name in SPLITS}
+    np.savez(folder / INDICES, **indices, **splits.train.of_table._asdict())
+    (folder / NOTES).write_text(json.dumps(splits.notes), encoding="utf-8")
+    if watch.seconds > SECONDS:
+        say(f"data: {sum(map(len, splits[:3])):,} rows read and split in {watch.seconds:.0f} s")
+
+
+def _opened(folder: Path) -> Splits:
+    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    table, stored = open_table(folder / TABLE), np.load(folder / INDICES)
+    hashes = Hashes(*(stored[name] for name in Hashes._fields))
+    rows = [Rows(table, stored[name], folder, name, hashes) for name in SPLITS]
+    return Splits(*rows, notes)
+
+
+def _remove_oldest(folder: Path) -> None:
+    for kind, most in KEPT.items():
+        kept = sorted(folder.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
+        for old in kept[:-most]:
+            remove(old)

@@ -1,0 +1,270 @@
+"""Conversations -> text, by the model's own chat template, and where their answers stand in it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+from finequant.finetune.data.messages import Message
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.turns import answer_end
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""The first character, and the one after the last."""
+
+
+class Rendering:
+    """A conversation as the chat template writes it, whole or up to one of its turns."""
+
+    def __init__(self, row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        self.row, self.tokenizer, self.data = row, tokenizer, data
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    @property
+    def text(self) -> str:
+        """Returns the whole conversation."""
+        return self.up_to(len(self.row.messages))
+
+    def up_to(self, stop: int, add_generation_prompt: bool = False) -> str:
+        """Returns the text of the turns before index `stop`.
+
+        Raises:
+            UserError: for a row that the template refuses.
+        """
+        key = (stop, add_generation_prompt)
+        if key not in self._texts:
+            self._texts[key] = self._alone(stop, add_generation_prompt)
+        return self._texts[key]
+
+    def _alone(self, stop: int, add_generation_prompt: bool) -> str:
+        row, data = self.row, self.data
+        try:
+            (text,) = _render(
+                [row.messages[:stop]], row.tools, self.tokenizer, data, add_generation_prompt
+            )
+        # A template is a program: besides jinja's errors it raises whatever Python's operators do.
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"{row.where}: the chat template refuses this row: {reason}; change the row, "
+                "data.template_arguments or model.chat_template"
+            ) from None
+        return text
+
+    def answer_spans(self, answers: Collection[int]) -> list[Span]:
+        """Returns the spans of some answers, each with the token that ends it."""
+        return [self.answer_span(index) for index in sorted(answers)]
+
+    def answer_span(self, index: int) -> Span:
+        """Finds the span of an answer in the whole conversation, with the token that ends it.
+
+        It begins where the template's generation prompt ends: there the model will be asked.
+        """
+        row, text = self.row, self.text
+        prompt = self.up_to(index, add_generation_prompt=True)
+        truncated = self.up_to(index + 1)
+        start = _end_of_prompt(truncated, prompt)
+        if start is None:
+            same = len(commonprefix([prompt, truncated]))
+            raise UserError(
+                f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
+                f"but writes this one without it ({truncated[same:][:40]!r}), so the model would "
+                "be asked with a prompt that it was not trained on: give a model.chat_template "
+                "whose generation prompt is what it writes before an answer: one that opens no "
+                "thought, or keeps them"
+            )
+        last_word = _end_of_content(row, index, truncated, start)
+        end = answer_end(self.tokenizer, self.data)
+        if end.token is None and self.data.missing_end == "error":
+            raise UserError(_no_end(end.written))
+        at = truncated.rfind(end.token, last_word) if end.token else -1
+        stop = len(truncated.rstrip()) if at < 0 else at + len(end.token)
+        if not text.startswith(truncated[:stop]) and not row.messages[index].get("tool_calls"):
+            # Some templates end the last answer of a conversation only.
+            stop = last_word
+        if not text.startswith(truncated[:stop]):
+            raise UserError(
+                f"{row.where}: the chat template writes earlier turns differently once later ones "
+                "follow, so the answers cannot be told apart: use rows of one answer, a "
+                "model.chat_template that only appends, or data.loss_on=all, which learns the "
+                "prompts too"
+            )
+        return start, stop
+
+
+def render_rows(
+    rows: Iterable[Row], answers: Iterable[Collection[int]], tokenizer: Any, data: Data
+) -> list[Rendering]:
+    """Renders many conversations in a few calls, also up to each of their `answers`.
+
+    What the template refuses is left out, and rendered alone when it is asked for, which names
+    the row.
+    """
+    renderings = [Rendering(row, tokenizer, data) for row in rows]
+    alike: dict[tuple[bool, str], list[tuple[Rendering, int]]] = defaultdict(list)
+    for rendering, indices in zip(renderings, answers, strict=True):
+        tools = json.dumps(rendering.row.tools) if rendering.row.tools else ""
+        stops = {len(rendering.row.messages), *(index + 1 for index in indices)}
+        alike[False, tools] += [(rendering, stop) for stop in stops]
+        alike[True, tools] += [(rendering, index) for index in indices]
+    for (asks, _), pieces in alike.items():
+        turns = [rendering.row.messages[:stop] for rendering, stop in pieces]
+        tools = pieces[0][0].row.tools if pieces else ()
+        try:
+            texts = _render(turns, tools, tokenizer, data, asks)
+        except Exception:
+            continue
+        for (rendering, stop), text in zip(pieces, texts, strict=True):
+            rendering._texts[stop, asks] = text
+    return renderings
+
+
+def _render(
+    conversations: list[tuple[Message, ...]],
+    tools: tuple[dict[str, Any], ...],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    add_generation_prompt: bool,
+) -> list[str]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.chat_template: this base has no chat template, and the data are conversations; "
+            "give model.chat_template (Jinja text, or the path of a .jinja file)"
+        )
+    if not conversations:
+        return []
+    return tokenizer.apply_chat_template(
+        [list(messages) for messages in conversations],
+        tools=list(tools) or None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **data.template_arguments,
+    )
+
+
+class TemplateCheck:
+    """Checks that the chat template writes all that rows have: a template may skip what it does
+    not know. Each thing is looked for in the first row that has it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        self.tokenizer, self.data = tokenizer, data
+        self._checked: set[str] = set()
+
+    def __call__(self, rows: Iterable[Row]) -> None:
+        """
+        Raises:
+            UserError: naming the row and what the template leaves out.
+        """
+        for row in rows:
+            for what, index in _parts(row):
+                if what not in self._checked:
+                    self._checked.add(what)
+                    self._check(row, what, index)
+
+    def _check(self, row: Row, what: str, index: int) -> None:
+        text = Rendering(row, self.tokenizer, self.data).text
+        try:
+            lesser = Rendering(_without(row, index), self.tokenizer, self.data).text
+        except UserError:  # such as two turns of the user in a row, without what was between
+            return
+        if text == lesser:
+            raise UserError(
+                f"{row.where}: the chat template leaves out {what}: the model would never see "
+                "it; give a model.chat_template that writes it, or remove it from the rows"
+            )
+
+
+def check_template(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Checks some rows: see `TemplateCheck`.
+
+    Raises:
+        UserError: naming the row and what the template leaves out.
+    """
+    TemplateCheck(tokenizer, data)(rows)
+
+
+TOOLS = -1
+"""In the place of a message's index: the function definitions."""
+
+
+def _parts(row: Row) -> Iterator[tuple[str, int]]:
+    """Yields what a row has besides the user's and assistant's words, and the message it is in."""
+    if row.tools:
+        yield "the function definitions (tools)", TOOLS
+    for index, message in enumerate(row.messages):
+        if calls := message.get("tool_calls"):
+            yield f"call {len(calls)} of an answer (tool_calls)", index
+        if message["role"] in ("system", "tool"):
+            late = " after other turns" if message["role"] == "system" and index else ""
+            yield f"a {message['role']} message{late}", index
+
+
+def _without(row: Row, index: int) -> Row:
+    """Returns the row without one of its parts."""
+    if index == TOOLS:
+        return replace(row, tools=())
+    message = row.messages[index]
+    left: tuple[Message, ...] = ()
+    if calls := message.get("tool_calls"):
+        fewer = {**message, "tool_calls": calls[:-1]}
+        if len(calls) == 1:
+            del fewer["tool_calls"]
+        left = (fewer,)
+    return replace(row, messages=(*row.messages[:index], *left, *row.messages[index + 1 :]))
+
+
+def _end_of_prompt(text: str, prompt: str) -> int | None:
+    """Finds where the prompt ends in a text that begins with it; None for any other text.
+
+    White space may differ inside it: Hermes' template writes a line break after the result of a
+    call only once other turns follow.
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    written = list("".join(prompt.split()))
+    letters = [at for at, letter in enumerate(text) if not letter.isspace()][: len(written)]
+    if [text[at] for at in letters] != written:
+        return None
+    after, tail = letters[-1] + 1, prompt[len(prompt.rstrip()) :]
+    return after + len(tail) if text.startswith(tail, after) else None
+
+
+def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
+    """Finds where an answer's last word ends; templates may change the white space between words.
+
+    Raises:
+        UserError: for an answer that is not in the text.
+    """
+    content = row.messages[index]["content"]
+    if content and text.startswith(content, start):
+        return start + len(content.rstrip())
+    for word in content.split():
+        at = text.find(word, start)
+        if at < 0:
+            raise UserError(
+                f"{row.where}: the chat template leaves {word[:40]!r} out of the answer, as "
+                "those of reasoning models do with thoughts: give a model.chat_template that keeps "
+                "it, or take it out of the row"
+            )
+        start = at + len(word)
+    return start
+
+
+def _no_end(written: str) -> str:
+    what = f"{written!r}, of which nothing is" if written.strip() else "nothing that is"
+    return (
+        f"model.chat_template: answers end in no token: after an answer it writes {what} an added "
+        "token of the tokenizer, so the model would not learn to stop: give a model.chat_template "
+        "that writes {{ eos_token }} there, or set data.missing_end=allow"
+    )

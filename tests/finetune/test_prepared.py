@@ -1,0 +1,186 @@
+"""Rows and tokens on the disk: made once, shared, and the same as those made in memory."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from finequant.finetune.data import dataset, prepared
+from finequant.finetune.data.dataset import to_dataset
+from finequant.finetune.data.duplicates import near_duplicates, prompts_with_several_answers
+from finequant.finetune.data.prepared import prepared_splits
+from finequant.finetune.data.readers import BadRowError
+from finequant.finetune.data.rows import Row
+from finequant.finetune.data.splits import load_splits
+from finequant.finetune.data.table import Rows
+from finequant.finetune.data.tokens import encode, encode_rows
+from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Data
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return load_recipe(recipe_file, [])
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Sources must not be read any more."""
+
+    def stop():
+        monkeypatch.setattr(prepared, "load_splits", None)
+
+    return stop
+
+
+def asked(*contents: str, where: str = "rows.jsonl:1") -> Row:
+    turns = zip(("user", "assistant") * 9, contents, strict=False)
+    return Row(where, tuple({"role": role, "content": text} for role, text in turns))
+
+
+def tokens(rows, tokenizer, data: Data) -> list:
+    return to_dataset(rows, tokenizer, data).to_list()
+
+
+def test_rows_are_read_once_and_are_those_of_the_sources(recipe, unread):
+    expected = load_splits(recipe.data, recipe.seed)
+    assert prepared_splits(recipe) == expected
+    unread()
+    assert prepared_splits(recipe) == expected
+
+
+def test_keys_that_decide_tokens_alone_leave_the_rows(recipe_file, recipe, unread):
+    prepared_splits(recipe)
+    unread()
+    prepared_splits(load_recipe(recipe_file, ["data.max_length=20", "data.loss_on=all"]))
+
+
+@pytest.mark.parametrize("change", ["data.validation_fraction=0.5", "seed=8", "data.system=Go"])
+def test_another_recipe_reads_again(recipe_file, recipe, unread, change):
+    prepared_splits(recipe)
+    unread()
+    with pytest.raises(TypeError):
+        prepared_splits(load_recipe(recipe_file, [change, "data.validation=[]"]))
+
+
+def test_another_content_reads_again(recipe_file, recipe):
+    before = prepared_splits(recipe)
+    file = recipe_file.parent / "train.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert len(prepared_splits(recipe).train) == len(before.train) - 1
+
+
+def test_a_damaged_table_is_made_again(recipe):
+    before = list(prepared_splits(recipe).train)
+    (table,) = Path(recipe.output_dir).glob("data/rows-*/rows.arrow")
+    table.write_bytes(table.read_bytes()[:200])
+    assert prepared_splits(recipe).train == before
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    elsewhere = recipe.model_copy(update={"output_dir": str(tmp_path / "file" / "run")})
+    assert prepared_splits(elsewhere).train == load_splits(recipe.data, recipe.seed).train
+
+
+def test_only_the_last_contents_are_kept(recipe_file):
+    for seed in range(5):
+        prepared_splits(load_recipe(recipe_file, [f"seed={seed}"]))
+    folder = Path(load_recipe(recipe_file, []).output_dir) / "data"
+    assert len(list(folder.glob("rows-*"))) == 3
+
+
+def test_tokens_on_the_disk_are_those_in_memory(recipe, tokenizer, monkeypatch):
+    train = prepared_splits(recipe).train
+    expected = tokens(list(train), tokenizer, recipe.data)
+    assert tokens(train, tokenizer, recipe.data) == expected
+    monkeypatch.setattr(dataset, "Encoder", None)  # not needed any more
+    assert tokens(train, tokenizer, recipe.data) == expected
+
+
+def test_several_processes_make_the_same_tokens(recipe, tokenizer, monkeypatch):
+    monkeypatch.setattr(dataset, "ROWS_PER_PROCESS", 20)
+    monkeypatch.setattr(dataset, "_cores", lambda: 2)
+    train = prepared_splits(recipe).train
+    expected = [encode(row, tokenizer, recipe.data).labels for row in train]
+    assert to_dataset(train, tokenizer, recipe.data)["labels"] == expected
+    assert len(list(Path(recipe.output_dir).glob("data/tokens-*/*.arrow"))) == 2
+
+
+def test_a_batch_is_encoded_as_its_rows_alone(tokenizer):
+    data = Data(train="rows.jsonl")
+    rows = [
+        asked("open", "ok"),
+        Row("book.txt", text="a text"),
+        asked("open", "ok", "close", " done \n"),
+        asked("où est 東京?", "à l'est ✓ 🌊"),
+    ]
+    assert encode_rows(rows, tokenizer, data) == [
+        encode(row, tokenizer, data, whole=True) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("a:1", text="half a pair \ud800"),
+        Row("a:1", text="text", weight=2.5),
+        Row("a:1", asked("é\n", "ok").messages, tools=({"type": "function"},)),
+        Row("a:1", asked("a", "b", "c", "d").messages, excluded=frozenset({1})),
+    ],
+    ids=["surrogate", "weight", "tools", "excluded"],
+)
+def test_a_row_is_the_same_after_it_was_stored(row):
+    assert Row.from_json(row.to_json()) == row
+    assert Rows.of([row, row])[1:] == [row]
+
+
+def test_what_json_cannot_hold_is_a_bad_row():
+    call = {"function": {"name": "book", "arguments": {"on": date(2026, 1, 2)}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    with pytest.raises(BadRowError, match="rows.parquet\\[4\\]: date datetime.date.*as text"):
+        Row("rows.parquet[4]", (message,)).to_json()
+
+
+PAIRS = {
+    "case and punctuation": ("Open the red door, please!", "open the red door please", True),
+    "one word of many": ("a b c d e f g h i j k l m n", "a b c d e f g h i j k l m x", True),
+    "one word of few": ("open the red door", "open the blue door", False),
+    "another order": ("dog bites man in town", "man bites dog in town", False),
+    "one short word": ("yes", "Yes.", True),
+    "two short words": ("yes", "no", False),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_near_duplicates(name):
+    pytest.importorskip("rensa")
+    one, other, alike = PAIRS[name]
+    train = Rows.of([asked("something else", "ok"), asked(one, "ok", where="train:2")])
+    test = Rows.of([asked(other, "ok", where="test:1")])
+    assert near_duplicates(train, test) == ([("test:1", "train:2")] if alike else [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "count"), [(["a", "b"], 1), (["a", " a "], 0), (["a", "a", "b", "c"], 1)]
+)
+def test_prompts_with_several_answers(answers, count):
+    rows = Rows.of([*(asked("ask", answer) for answer in answers), asked("other", "a")])
+    assert prompts_with_several_answers(rows) == count
+
+
+def test_the_page_holds_text_only(recipe_file, capsys):
+    from finequant.finetune.data.preview import preview
+
+    row = {"prompt": "<script>alert(1)</script>", "completion": "a & b"}
+    (recipe_file.parent / "train.jsonl").write_text(json.dumps(row) + "\n")
+    page = recipe_file.parent / "rows.html"
+    preview(load_recipe(recipe_file, []), 0, page)
+    text = page.read_text()
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<b>a &amp; b&lt;|im_end|&gt;</b>" in text
+    assert "<script" not in text
+    assert "http" not in text
