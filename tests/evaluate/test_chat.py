@@ -98,11 +98,13 @@ def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
     assert "not a run directory" in nowhere.stderr
 
 
-def test_a_model_of_another_name_is_refused(tmp_path):
+def test_a_model_of_another_name_is_refused(recipe_file, tmp_path):
     from finequant.evaluate.chat import check_made
     from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
+    recipe = load_recipe(recipe_file)
     for name in ("quantised", "compressed-tensors"):  # which answers as quantized does
         with pytest.raises(UserError, match=f"--model: '{name}': expected base, .*, gguf, pte"):
-            check_made(name, RunDir(tmp_path))
+            check_made(name, recipe, RunDir(tmp_path))

@@ -246,7 +246,7 @@ def test_what_is_written_is_kept_and_what_is_damaged_is_not(
     source, own = opened(tiny_base, adapter(tiny_base))
     weights, out = merged_weights(source, own), tmp_path / "out"
     out.mkdir()
-    quantize, asked = Quantize(), []
+    quantize, asked = Quantize.model_validate({"effort": "fast"}), []
 
     def counted(name: str, rows: slice) -> torch.Tensor:
         asked.append((name, rows.start))
@@ -282,8 +282,16 @@ def test_what_is_written_is_kept_and_what_is_damaged_is_not(
 @pytest.mark.parametrize(
     ("quantize", "dtype", "reason"),
     [
-        (Quantize(scale_dtype="float16"), torch.float32, "quantize.scale_dtype: a scale of"),
-        (Quantize(layers={"*up_proj": "float"}), torch.float16, "quantize.dtype: model.layers.0"),
+        (
+            Quantize(method="rtn", scale_dtype="float16"),
+            torch.float32,
+            "quantize.scale_dtype: a scale of",
+        ),
+        (
+            Quantize(method="rtn", layers={"*up_proj": "float"}),
+            torch.float16,
+            "quantize.dtype: model.layers.0",
+        ),
     ],
 )
 def test_numbers_beyond_half_precision_are_refused(
@@ -383,7 +391,7 @@ for name in ("base", "out"):
 base = Base(config, GenerationConfig(), shapes, weights)
 write_float(folder / "base", base, weights, torch.bfloat16)
 base = open_base(Model(base=str(folder / "base")))
-write_quantized(folder / "out", base, lambda *of: base.weights(*of).float(), Quantize(),
+write_quantized(folder / "out", base, lambda *of: base.weights(*of).float(), Quantize(method="rtn"),
     torch.bfloat16)
 print(peak_memory())
 """
