@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finequant.finetune import device
-from finequant.quantize.methods import gptq
+from finequant.quantize.methods import gptq, method
 from finequant.quantize.rounding import Rounded, round_to_nearest, row_chunks
 from finequant.quantize.scheme import LayerScheme
 from finequant.quantize.training.fake_quantize import FakeQuantLora, FakeQuantScales
@@ -29,7 +29,7 @@ def accelerator(monkeypatch):
     """Lets a CPU take the pieces of an accelerator."""
     for name in ("IN_CACHE", "IN_ONE_LAUNCH"):
         monkeypatch.setattr(device, name, device.IN_ONE_LAUNCH)
-    monkeypatch.setattr(gptq, "ROWS", 1 << 20)
+    monkeypatch.setattr(method, "ROWS", 1 << 20)
 
 
 @pytest.mark.parametrize(("rule", "before"), [("max", 9.3), ("search", 17.1)])
