@@ -74,12 +74,16 @@ def _text(content: Any, role: str, calls: bool, where: str) -> str:
         others = [part["type"] for part in content if not isinstance(part.get("text"), str)]
         if others:
             raise BadRowError(
-                f"{where}: a {role} message with a part {others[0]!r}: only text is read"
+                f"{where}: {_a(role)} message with a part {others[0]!r}: only text is read"
             )
         return "\n".join(part["text"] for part in content)
     if role == "tool" and content is not None:
         return json.dumps(content, ensure_ascii=False)
-    raise BadRowError(f"{where}: a {role} message whose content is no text: {shown(content)}")
+    raise BadRowError(f"{where}: {_a(role)} message whose content is no text: {shown(content)}")
+
+
+def _a(role: str) -> str:
+    return f"{'an' if role == 'assistant' else 'a'} {role}"
 
 
 def _is_parts(content: Any) -> bool:
