@@ -321,7 +321,8 @@ class _Clock(TrainerCallback):
 
 def product_weights(config: LlamaConfig) -> int:
     """Weights that each token is multiplied with: all but the embedding."""
-    from finequant.quantize.scheme import EMBEDDING, layer_shapes
+    from finequant.finetune.architecture import layer_shapes
+    from finequant.quantize.scheme import EMBEDDING
 
     return sum(a * b for name, (a, b) in layer_shapes(config).items() if name != EMBEDDING)
 

@@ -171,7 +171,8 @@ def measure(command: list[str], output: Path) -> Measured:
 
 def block_weights(config: LlamaConfig) -> int:
     """Weights of the decoder blocks' products; each costs two operations forward, two back."""
-    from finequant.quantize.scheme import EMBEDDING, HEAD, layer_shapes
+    from finequant.finetune.architecture import layer_shapes
+    from finequant.quantize.scheme import EMBEDDING, HEAD
 
     shapes = layer_shapes(config)
     return sum(a * b for name, (a, b) in shapes.items() if name not in (HEAD, EMBEDDING))

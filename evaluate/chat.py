@@ -17,8 +17,9 @@ from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.architecture import Decoder
     from finequant.quantize.formats.format import Format
 
 Messages = list[dict[str, str]]
@@ -179,7 +180,7 @@ def load_export(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
 
 
 def transformers_chat_model(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> ChatModel:
     """Returns a function that answers greedily and streams the text."""
     import torch

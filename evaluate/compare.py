@@ -25,10 +25,11 @@ from finequant.recipes.stages import exports_of
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from finequant.evaluate.metrics.corpora import Document
     from finequant.evaluate.metrics.perplexity import ScoredSequence
+    from finequant.finetune.architecture import Decoder
     from finequant.finetune.data.rows import Row
     from finequant.finetune.data.splits import Splits
 
@@ -133,6 +134,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
+    from finequant.finetune.architecture import usable_positions
     from finequant.finetune.data.rendering import check_template
     from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
     from finequant.finetune.data.turns import end_tokens
@@ -141,7 +143,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     rows = check_rows(recipe, splits)
     check_texts(recipe.evaluate)
     check_chat_template(recipe.evaluate, tokenizer)
-    positions = load_config(recipe.model).max_position_embeddings
+    positions = usable_positions(load_config(recipe.model))
     corpora = {
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
         for corpus in recipe.evaluate.perplexity
@@ -222,7 +224,7 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
 
 def load_model(
     name: str, recipe: Recipe, run: RunDir, probe: list[int], ends: list[int]
-) -> LlamaForCausalLM:
+) -> Decoder:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
     It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
@@ -257,7 +259,7 @@ def load_model(
 
 
 def measure_model(
-    name: str, model: LlamaForCausalLM, recipe: Recipe, material: Material, size: int
+    name: str, model: Decoder, recipe: Recipe, material: Material, size: int
 ) -> dict[str, Any]:
     """Measures a loaded model.
 
@@ -269,8 +271,8 @@ def measure_model(
     from finequant.evaluate.metrics.perplexity import measure
     from finequant.evaluate.metrics.tasks import answer, lm_eval_tasks, multiple_choice
     from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
+    from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import parameter_count
 
     evaluate, tokenizer = recipe.evaluate, material.tokenizer
     scores: dict[str, Any] = {
@@ -371,7 +373,7 @@ def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
     return list(recipe.evaluate.choices or [])
 
 
-def size_bytes(name: str, model: LlamaForCausalLM, recipe: Recipe, run: RunDir) -> int:
+def size_bytes(name: str, model: Decoder, recipe: Recipe, run: RunDir) -> int:
     """Returns the bytes of the weights on disk, or what a float model would take there."""
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.writing import weight_bytes
@@ -413,9 +415,10 @@ def packed_sizes(recipe: Recipe, run: RunDir) -> dict[str, dict[str, float]]:
     Returns:
         {NAME: {"packed_bytes", "packed_bits_per_weight"}}
     """
+    from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.stored import read_checkpoint
-    from finequant.quantize.scheme import parameter_count, shipped_dtype
+    from finequant.quantize.scheme import shipped_dtype
 
     config = load_config(recipe.model)
     weights = parameter_count(config)

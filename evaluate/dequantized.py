@@ -11,10 +11,10 @@ from finequant.quantize.rounding import quantize_activations
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from finequant.finetune.architecture import Decoder
 
 
-def dequantize_once(model: LlamaForCausalLM, prompt: list[int]) -> LlamaForCausalLM:
+def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
     """Replaces integer weights, in place, by the floats that torchao computes at each forward.
 
     The arithmetic stays the same, so the logits of `prompt` must be identical: this is checked.

@@ -25,9 +25,9 @@ from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
 
     from finequant.evaluate.compare import Material
+    from finequant.finetune.architecture import Decoder
     from finequant.quantize.scheme import Plan
 
 FLOAT = "float"
@@ -220,9 +220,7 @@ def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
     return f", about {total / 60:.1f} min to go"
 
 
-def _float_model(
-    recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]]
-) -> LlamaForCausalLM:
+def _float_model(recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]]) -> Decoder:
     """Loads the model to quantize, merged once for all points.
 
     In float32, from which the stage quantize rounds: codes of bfloat16 weights would be others.
@@ -241,7 +239,7 @@ def _float_model(
 
 
 def _measure_float(
-    model: LlamaForCausalLM, recipe: Recipe, material: Material, run: RunDir, swept: str
+    model: Decoder, recipe: Recipe, material: Material, run: RunDir, swept: str
 ) -> dict[str, Any]:
     from finequant.evaluate.compare import measure_model, size_bytes
     from finequant.finetune.device import arithmetic_dtype, device
@@ -255,15 +253,14 @@ def _measure_float(
     return measure_model(swept, model, recipe, material, size)
 
 
-def measure_point(
-    point: Point, model: LlamaForCausalLM, material: Material, run: RunDir
-) -> dict[str, Any]:
+def measure_point(point: Point, model: Decoder, material: Material, run: RunDir) -> dict[str, Any]:
     """Measures the model quantized as the point says, and returns what `measure_model` does.
 
     model: float32 weights; not modified.
     """
     from finequant.evaluate.compare import measure_model
     from finequant.evaluate.dequantized import dequantize_once
+    from finequant.finetune.architecture import parameter_count
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.reading import weights_of
@@ -274,7 +271,6 @@ def measure_point(
     from finequant.quantize.scheme import (
         cast_weights,
         layer_plan,
-        parameter_count,
         shipped_dtype,
         untie_head,
         unties_head,
@@ -303,7 +299,7 @@ def measure_point(
     return measurement
 
 
-def _copy_sharing_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def _copy_sharing_weights(model: Decoder) -> Decoder:
     """Copies a model so that its weights can be replaced; until then, they share memory."""
     import torch
 
@@ -314,7 +310,7 @@ def _copy_sharing_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return deepcopy(model, weights)
 
 
-def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> int:
+def _bytes_on_disk(model: Decoder, plan: Plan, dtype: torch.dtype) -> int:
     """Computes the size that `quantize` would report for its checkpoint, without writing it."""
     from finequant.quantize.checkpoint.writing import layout, stored_shapes
 
@@ -325,8 +321,9 @@ def _bytes_on_disk(model: LlamaForCausalLM, plan: Plan, dtype: torch.dtype) -> i
 
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Makes the float model's entry; its size is that of floats, even for a packed GGUF base."""
+    from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import parameter_count, shipped_dtype
+    from finequant.quantize.scheme import shipped_dtype
 
     config = load_config(recipe.model)
     dtype = shipped_dtype(recipe.quantize, config)

@@ -9,13 +9,14 @@ from finequant.recipes.errors import refuse_all
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.finetune.data.splits import Splits
 
 
 def check_training(
-    recipe: Recipe, config: LlamaConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, config: DecoderConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Tokenizes the rows and looks for LoRA's targets in a model without weights.
 
@@ -25,18 +26,14 @@ def check_training(
     Raises:
         UserError: for rows that cannot be trained on, and targets that the base does not have.
     """
-    import torch
-    from transformers import LlamaForCausalLM
-
+    from finequant.finetune.architecture import skeleton
     from finequant.finetune.data.dataset import lengths, to_dataset
     from finequant.finetune.model import lora_config
 
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
     checks = [
         partial(to_dataset, rows, tokenizer, recipe.data)
         for rows in (splits.train, splits.validation)
         if rows
     ]
-    train, *_ = refuse_all([*checks, partial(lora_config, recipe.lora, skeleton)])
+    train, *_ = refuse_all([*checks, partial(lora_config, recipe.lora, skeleton(config))])
     return lengths(train)

@@ -8,6 +8,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finequant.finetune.architecture import check_architecture
 from finequant.finetune.gguf_base import dequantized, described
 from finequant.finetune.stored import as_stored
 from finequant.recipes.base import locate_base
@@ -17,40 +18,32 @@ from finequant.recipes.schema import Lora, Model
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from transformers import (
-        GenerationConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 # A part of transformers' message -> what it means here.
 REASONS = {
     "file named model.safetensors": "it has no safetensors weights; pickled ones (.bin) are not "
     "read, as they can run code: save it as safetensors first",
     "custom code": "it needs Python code of its own, which is not run; "
-    "finequant takes plain LlamaForCausalLM",
+    "finequant takes transformers' own classes",
     "backend tokenizer": "it has no tokenizer that can be read; expected tokenizer.json",
     "not a valid JSON file": "its config.json is damaged, not valid JSON",
     "`model_type` key": "its config.json does not say what model it is (model_type)",
 }
 
 
-def load_config(model: Model) -> LlamaConfig:
+def load_config(model: Model) -> DecoderConfig:
     """Loads the base's configuration, corrected by its files.
 
     Raises:
-        UserError: if it cannot be read, or is not that of a LlamaForCausalLM.
+        UserError: if it cannot be read, or has an architecture that is not known here.
     """
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, model)
-    architectures = config.architectures or ["LlamaForCausalLM"]
-    if config.model_type != "llama" or architectures != ["LlamaForCausalLM"]:
-        raise UserError(
-            f"model.base: {model.base} is a {architectures[0]} ({config.model_type}); "
-            "finequant takes LlamaForCausalLM: Llama, SmolLM2, TinyLlama and their like"
-        )
+    check_architecture(config, model.base)
     if getattr(config, "quantization_config", None) and not model.base.endswith(".gguf"):
         raise UserError(
             f"model.base: {model.base} is already quantized; name the float model it was made from"
@@ -98,13 +91,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
+def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> Decoder:
     """Loads the base with all its weights in `dtype`.
 
     device: "meta" reads, and checks, no more than what the files say of their tensors.
 
     Raises:
-        UserError: if it cannot be read, is not a LlamaForCausalLM, or lacks some weights.
+        UserError: if it cannot be read, has an unknown architecture, or lacks some weights.
     """
     config = load_config(model)
     options = {} if device == "cpu" else {"device_map": device}
@@ -120,7 +113,7 @@ def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> LlamaFor
     return base
 
 
-def load_weights(model: Model, source: Path | str, **options: object) -> LlamaForCausalLM:
+def load_weights(model: Model, source: Path | str, **options: object) -> Decoder:
     """Loads a model, and refuses weights that are not those of its configuration, or not finite.
 
     source: what `from_pretrained` makes the base from.
@@ -141,7 +134,7 @@ def load_weights(model: Model, source: Path | str, **options: object) -> LlamaFo
     return base
 
 
-def load_on_disk(model: Model, has_embedding: bool = True) -> LlamaForCausalLM:
+def load_on_disk(model: Model, has_embedding: bool = True) -> Decoder:
     """Loads a base in float32 exactly as plain `from_pretrained` does, including its config.json.
 
     The weights stay in their safetensors files: accelerate reads them for each use.
@@ -156,14 +149,14 @@ def load_on_disk(model: Model, has_embedding: bool = True) -> LlamaForCausalLM:
     return _from_pretrained(AutoModelForCausalLM, model, dtype=torch.float32, device_map=where)
 
 
-def stored_dtype(config: LlamaConfig) -> torch.dtype:
+def stored_dtype(config: DecoderConfig) -> torch.dtype:
     """Returns the dtype in which the base is stored; float32 for GGUF, or if it is not stated."""
     import torch
 
     return config.dtype or torch.float32
 
 
-def lora_config(lora: Lora, base: LlamaForCausalLM) -> LoraConfig:
+def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
     """Translates the recipe's section into peft's configuration.
 
     Raises:
@@ -348,7 +341,7 @@ def _check_weights(model: Model, loading_info: dict[str, set]) -> None:
         )
 
 
-def _check_finite(model: Model, base: LlamaForCausalLM) -> None:
+def _check_finite(model: Model, base: Decoder) -> None:
     import torch
     from peft.utils.integrations import gather_params_ctx
 

@@ -19,7 +19,8 @@ from finequant.recipes.schema import Model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig
+
+    from finequant.finetune.architecture import DecoderConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -52,7 +53,7 @@ def _cached(model: Model, name: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def as_stored(config: LlamaConfig, model: Model) -> LlamaConfig:
+def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
     """The configuration with `dtype` and `tie_word_embeddings` as the files have them, in place.
 
     Files that are not there yet, or are damaged, leave it as it is: `load_base` says why.

@@ -45,10 +45,11 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
+    from finequant.finetune.architecture import check_window
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
     from finequant.finetune.device import training_precision
-    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.trainer import training_arguments
 
@@ -57,6 +58,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     splits = prepared_splits(recipe)
     for note in splits.notes:
         say(f"data: {note}")
+    check_window(recipe, load_config(recipe.model))
     dtype, reason = training_precision(recipe.train.precision)
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
     tokenizer = load_tokenizer(recipe.model)

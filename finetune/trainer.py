@@ -40,8 +40,9 @@ from finequant.recipes.schema import Data, Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.architecture import Decoder
     from finequant.finetune.data.rows import Row
     from finequant.finetune.data.splits import Splits
 
@@ -252,7 +253,7 @@ def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:
 def build_trainer(
     recipe: Recipe,
     arguments: SFTConfig,
-    base: LlamaForCausalLM,
+    base: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     trainer_class: type[LoraTrainer] | None = None,

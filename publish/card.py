@@ -12,6 +12,7 @@ from finequant.evaluate.report.report import (
     verdict_lines,
 )
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
+from finequant.finetune.model import load_config
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
 from finequant.quantize.formats.snippet import fenced
@@ -57,7 +58,7 @@ def metadata(recipe: Recipe, report: dict[str, Any], license: License, kind: str
     from huggingface_hub import ModelCardData
 
     datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
-    base = base_on_hub(recipe)
+    base, family = base_on_hub(recipe), load_config(recipe.model).model_type
     return ModelCardData(
         base_model=base,
         base_model_relation=kind if base else None,
@@ -66,7 +67,7 @@ def metadata(recipe: Recipe, report: dict[str, Any], license: License, kind: str
         license_link=license.link,
         datasets=list(dict.fromkeys(datasets)) or None,
         language=recipe.publish.language or None,
-        tags=["finequant", "llama", *_scheme(report, kind), *recipe.publish.tags],
+        tags=["finequant", family, *_scheme(report, kind), *recipe.publish.tags],
         pipeline_tag="text-generation",
         model_name=(recipe.publish.repo_id or recipe.name).split("/")[-1],
         eval_results=_results(recipe, report, kind),

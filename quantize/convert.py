@@ -22,8 +22,8 @@ from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig
 
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.reading import TensorFile, Weights
     from finequant.quantize.checkpoint.writing import Checkpoint
     from finequant.quantize.merge.adapter import Base
@@ -47,6 +47,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
             checkpoint that does not give the same logits once reloaded.
     """
+    from finequant.finetune.architecture import check_window, parameter_count
     from finequant.finetune.data.turns import as_configured, end_tokens, save_tokenizer
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.checkpoint.writing import weight_bytes
@@ -56,10 +57,11 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.methods.budget import within_budget
     from finequant.quantize.methods.sequences import sequences_of
     from finequant.quantize.methods.transforms import transformed
-    from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
+    from finequant.quantize.scheme import layer_plan, shipped_dtype
 
     watch = Stopwatch()
     config = load_config(recipe.model)
+    check_window(recipe, config)
     layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
     run.require_for("quantize", recipe)
     inputs = run.inputs(recipe, "quantize")
@@ -265,7 +267,9 @@ def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
     return TensorFile(run.trained_codes / CODES) if recipe.quantize.training else None
 
 
-def describe(quantize: Quantize, plan: Plan, config: LlamaConfig, trained: bool) -> dict[str, Any]:
+def describe(
+    quantize: Quantize, plan: Plan, config: DecoderConfig, trained: bool
+) -> dict[str, Any]:
     """Describes what was done to the model, for the record that ships with it."""
     from finequant.quantize.methods.transforms import chosen
     from finequant.quantize.scheme import (

@@ -24,8 +24,9 @@ from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
     from finequant.quantize.rounding import Rounded
 
@@ -211,7 +212,7 @@ def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_exports(
-    quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
+    quantize: Quantize, config: DecoderConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Checks before training that each format can hold the layer plan.
 

@@ -8,16 +8,18 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from finequant.finetune.architecture import BLOCK_LAYERS, EMBEDDING, HEAD, layer_shapes
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Layer, Quantize
 
 if TYPE_CHECKING:
     import torch
     from torchao.core.config import AOBaseConfig
-    from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
+    from transformers import TorchAoConfig
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 SHARED_BITS = 8
 """Bits at which the head is rounded as the embedding is: calibration would gain nothing."""
 
@@ -39,29 +41,7 @@ Plan = dict[str, LayerScheme | None]
 """Every linear layer, the head and the embedding, by name; None for what stays in float."""
 
 
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) by name: the layers of each decoder block, head, embedding."""
-    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    block = {
-        "self_attn.q_proj": (heads * size, hidden),
-        "self_attn.k_proj": (groups * size, hidden),
-        "self_attn.v_proj": (groups * size, hidden),
-        "self_attn.o_proj": (hidden, heads * size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    shapes = {
-        f"model.layers.{number}.{name}": shape
-        for number in range(config.num_hidden_layers)
-        for name, shape in block.items()
-    }
-    table = (config.vocab_size, hidden)
-    return shapes | {HEAD: table, EMBEDDING: table}
-
-
-def layer_plan(quantize: Quantize, config: LlamaConfig) -> Plan:
+def layer_plan(quantize: Quantize, config: DecoderConfig) -> Plan:
     """Makes the plan for every layer of this model, without loading a weight.
 
     Raises:
@@ -151,7 +131,7 @@ def undecided(quantize: Quantize, plan: Plan) -> list[str]:
     ]
 
 
-def _check_budget(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
+def _check_budget(quantize: Quantize, plan: Plan, config: DecoderConfig) -> None:
     if quantize.budget is None:
         return
     fewest = {name: plan[name]._replace(bits=CANDIDATES[0]) for name in undecided(quantize, plan)}
@@ -164,14 +144,14 @@ def _check_budget(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
         )
 
 
-def _check_transforms(quantize: Quantize, plan: Plan, config: LlamaConfig) -> None:
+def _check_transforms(quantize: Quantize, plan: Plan, config: DecoderConfig) -> None:
     from finequant.quantize.methods.transforms import chosen
 
     for transform in chosen(quantize):
         transform.check(plan, config)
 
 
-def _check_training(quantize: Quantize, config: LlamaConfig) -> None:
+def _check_training(quantize: Quantize, config: DecoderConfig) -> None:
     import torch
 
     if quantize.training and shipped_dtype(quantize, config) == torch.float16:
@@ -218,7 +198,7 @@ def quantization_config(plan: Plan) -> TorchAoConfig:
         for name, scheme in plan.items()
         if scheme != common or name in (HEAD, EMBEDDING)
     }
-    rest = {r"re:model\.layers\..*_proj": torchao_config(common)}  # names go before patterns
+    rest = {f"re:{BLOCK_LAYERS}": torchao_config(common)}  # names go before patterns
     return TorchAoConfig(FqnToConfig(names | rest), include_input_output_embeddings=True)
 
 
@@ -237,7 +217,7 @@ def packed_bits(shape: tuple[int, int], scheme: LayerScheme) -> float:
     return rows * columns * (scheme.bits + 8 * scheme.scale_dtype.itemsize / scheme.group_size)
 
 
-def bits_per_weight(plan: Plan, config: LlamaConfig) -> float:
+def bits_per_weight(plan: Plan, config: DecoderConfig) -> float:
     """Averages bits per weight over the quantized linear layers, scales included."""
     shapes = layer_shapes(config)
     rounded = {name: plan[name] for name in plan if plan[name] and name != EMBEDDING}
@@ -250,7 +230,7 @@ def unties_head(plan: Plan) -> bool:
     return plan[HEAD] is not None or plan[EMBEDDING] is not None
 
 
-def shares_table(quantize: Quantize, plan: Plan, config: LlamaConfig) -> bool:
+def shares_table(quantize: Quantize, plan: Plan, config: DecoderConfig) -> bool:
     """Says whether a tied head keeps the embedding's codes, which a format may then hold once.
 
     Rotation gives the head the last norm's weights, and fewer bits are calibrated for the head.
@@ -265,7 +245,7 @@ def is_calibrated(name: str, scheme: LayerScheme) -> bool:
     return name != EMBEDDING and not (name == HEAD and scheme.bits == SHARED_BITS)
 
 
-def untie_head(model: LlamaForCausalLM) -> None:
+def untie_head(model: Decoder) -> None:
     """Gives a tied head weights of its own.
 
     By hand: torchao quantizes a tied embedding to a crash, and transformers' own key for this
@@ -279,7 +259,7 @@ def untie_head(model: LlamaForCausalLM) -> None:
         model.config.tie_word_embeddings = False
 
 
-def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
+def shipped_dtype(quantize: Quantize, config: DecoderConfig) -> torch.dtype:
     """Returns the dtype of embedding, norms, and arithmetic of all three models."""
     import torch
 
@@ -288,7 +268,7 @@ def shipped_dtype(quantize: Quantize, config: LlamaConfig) -> torch.dtype:
     return stored_dtype(config) if quantize.dtype == "auto" else getattr(torch, quantize.dtype)
 
 
-def cast_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+def cast_weights(model: Decoder, dtype: torch.dtype) -> Decoder:
     """Converts the model's weights to `dtype`, in place.
 
     `model.to(dtype)` would also round the rotary frequencies, which `from_pretrained` does not.
@@ -296,31 +276,3 @@ def cast_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalL
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
-
-
-def parameter_count(config: LlamaConfig) -> int:
-    """Weights of the float model; a tied head counts once.
-
-    Llama-2-13B: 13,015,864,320.
-    """
-    shapes = layer_shapes(config)
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    return weights + norm_count(config) + bias_count(config)
-
-
-def bias_count(config: LlamaConfig) -> int:
-    """Biases of linear layers, which always stay in float."""
-    shapes = layer_shapes(config)
-    return sum(
-        rows
-        for name, (rows, _) in shapes.items()
-        if (".self_attn." in name and config.attention_bias)
-        or (".mlp." in name and config.mlp_bias)
-    )
-
-
-def norm_count(config: LlamaConfig) -> int:
-    """Weights of the norms, which always stay in float."""
-    return (2 * config.num_hidden_layers + 1) * config.hidden_size

@@ -430,6 +430,7 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
     from finequant.evaluate.compare import longest_scored, prepare
+    from finequant.finetune.architecture import check_window
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
@@ -438,8 +439,9 @@ def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
 
     quiet_libraries()
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-    _, training, material = refuse_all(
+    _, _, training, material = refuse_all(
         [
+            partial(check_window, recipe, config),
             partial(check_exports, recipe.quantize, config, tokenizer),
             partial(check_training, recipe, config, splits, tokenizer),
             partial(prepare, recipe, splits, tokenizer),

@@ -55,7 +55,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The base model: any LlamaForCausalLM."""
+    """The base model: a Llama, Mistral or Qwen of the classes in finetune/architecture.py."""
 
     base: str = Field(
         description="Hub id (org/name), local folder, or package:MODULE/FILE.gguf", min_length=1

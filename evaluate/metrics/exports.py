@@ -41,8 +41,8 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     from transformers import AutoModelForCausalLM
 
     from finequant.evaluate.compare import measure_model
+    from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import parameter_count
 
     entry, folder = FORMATS[name], run.exports / name
     size = entry.size(folder)

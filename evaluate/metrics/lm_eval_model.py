@@ -14,7 +14,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class SharedContextLM(HFLM):
-    """HFLM for a LlamaForCausalLM, with HFLM's own tokens, truncation, and cache.
+    """HFLM for a decoder, with HFLM's own tokens, truncation, and cache.
 
     Log-likelihoods are summed in float32 or better. HFLM stays in the model's dtype, where near
     ties can come out differently in bfloat16.

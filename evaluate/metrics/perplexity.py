@@ -45,7 +45,7 @@ def negative_log_likelihoods(
 ) -> list[float]:
     """Sums the nats of the scored tokens of each sequence, in the order of `sequences`.
 
-    `model` is a LlamaForCausalLM in evaluation mode (for a PeftModel, its `get_base_model()`).
+    `model` is a decoder in evaluation mode (for a PeftModel, its `get_base_model()`).
     Memory: the hidden states of a batch, and LOGITS_CHUNK rows of logits.
     """
     totals = [0.0] * len(sequences)

@@ -66,7 +66,7 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """Scores the requested continuations, and returns their likelihoods in the same order.
 
-    `model` is a LlamaForCausalLM in evaluation mode, with sdpa or eager attention.
+    `model` is a decoder in evaluation mode, with sdpa or eager attention.
     batch_size: number of contexts if each had a single continuation; limits a batch's tokens.
     """
     likelihoods = {}

@@ -1,36 +1,30 @@
-"""A Llama with one decoder block in memory at a time."""
+"""A decoder with one decoder block in memory at a time."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from copy import copy
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.architecture import EMBEDDING, HEAD, NORM, anatomy, causal_without_mask
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
-from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from finequant.finetune.architecture import DecoderConfig
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
-def empty_block(config: LlamaConfig, number: int) -> LlamaDecoderLayer:
+def empty_block(config: DecoderConfig, number: int) -> torch.nn.Module:
     """Makes a block without memory for its weights, causal when it is called without a mask."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    config = copy(config)
-    # AutoConfig leaves this open; a block by itself then runs "eager", which without a mask lets
-    # each token see those after it.
-    config._attn_implementation = "sdpa"
+    kind = type(anatomy(config).block)
     with torch.device("meta"):
-        return LlamaDecoderLayer(config, number).eval().requires_grad_(False)
+        return kind(causal_without_mask(config), number).eval().requires_grad_(False)
 
 
 def fill(block: torch.nn.Module, read: Callable[[str, torch.Size], torch.Tensor]) -> None:
@@ -41,8 +35,8 @@ def fill(block: torch.nn.Module, read: Callable[[str, torch.Size], torch.Tensor]
 
 
 def decoder_block(
-    config: LlamaConfig, number: int, weights: Weights, dtype: torch.dtype
-) -> LlamaDecoderLayer:
+    config: DecoderConfig, number: int, weights: Weights, dtype: torch.dtype
+) -> torch.nn.Module:
     """Makes a block with its weights in `dtype`."""
     block, prefix = empty_block(config, number), f"model.layers.{number}."
     fill(block, lambda name, shape: filled(weights, prefix + name, shape, dtype))
@@ -57,34 +51,25 @@ def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
     return table[rows]
 
 
-def rotary_of(config: LlamaConfig, hidden: torch.Tensor) -> Rotary:
+def rotary_of(config: DecoderConfig, hidden: torch.Tensor) -> Rotary:
     """Cosines and sines for hidden states [rows, length, hidden], on their device."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    positions = torch.arange(hidden.shape[1])[None]
-    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=hidden.dtype), positions)
+    rotary = type(anatomy(config).model.model.rotary_emb)(config)
+    cos, sin = rotary(torch.empty(0, dtype=hidden.dtype), torch.arange(hidden.shape[1])[None])
     return cos.to(hidden.device), sin.to(hidden.device)
 
 
-def normed(config: LlamaConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+def normed(config: DecoderConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     """After the norm that comes before the head."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    weight = weights("model.norm.weight", WHOLE).to(hidden)
-    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    norm = deepcopy(anatomy(config).model.model.norm)
+    fill(norm, lambda name, _: weights(f"{NORM}.{name}", WHOLE).to(hidden))
     return norm(hidden)
 
 
-def norm_and_head(config: LlamaConfig, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+def norm_and_head(config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
     """Hidden states [rows, length, hidden] -> logits, the weights in `dtype`."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    with torch.device("meta"):
-        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    block = torch.nn.Sequential(OrderedDict(norm=norm, lm_head=head))
-    names = {"norm.weight": "model.norm.weight", "lm_head.weight": f"{HEAD}.weight"}
+    model = deepcopy(anatomy(config).model)
+    block = torch.nn.Sequential(OrderedDict(norm=model.model.norm, lm_head=model.lm_head))
+    names = {"norm.weight": f"{NORM}.weight", "lm_head.weight": f"{HEAD}.weight"}
     fill(block, lambda name, shape: filled(weights, names[name], shape, dtype))
     return block
 
@@ -97,7 +82,7 @@ def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) 
 
 
 @torch.no_grad()
-def float_logits(config: LlamaConfig, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
+def float_logits(config: DecoderConfig, weights: Weights, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] after each prompt in float32, a block at a time on the
     device; returns them on the CPU."""
     hidden = [embed(weights, torch.tensor([prompt])).float().to(device()) for prompt in prompts]

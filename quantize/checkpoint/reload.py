@@ -19,8 +19,7 @@ from finequant.quantize.scheme import HEAD, Plan
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.writing import Checkpoint
 
 PROCESS_BYTES = 10**9
@@ -46,7 +45,7 @@ save_file(rows, logits)
 """
 
 
-def blocks_that_fit(checkpoint: Checkpoint, config: LlamaConfig) -> int:
+def blocks_that_fit(checkpoint: Checkpoint, config: DecoderConfig) -> int:
     """Counts the blocks of the model that a fresh process can load into free memory."""
     import psutil
 
@@ -61,7 +60,7 @@ def blocks_that_fit(checkpoint: Checkpoint, config: LlamaConfig) -> int:
 
 @torch.inference_mode()
 def shipped_logits(
-    config: LlamaConfig,
+    config: DecoderConfig,
     plan: Plan,
     weights: Weights,
     dtype: torch.dtype,

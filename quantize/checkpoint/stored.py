@@ -20,7 +20,7 @@ from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from finequant.finetune.architecture import DecoderConfig
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 NOT_TENSORS = ("format", "tensor_names")
@@ -33,7 +33,7 @@ class QuantizedCheckpoint(NamedTuple):
     """A quantized checkpoint; tensors are mapped from its files, not read."""
 
     folder: Path
-    config: LlamaConfig
+    config: DecoderConfig
     rounded: dict[str, Rounded]
     """Codes and scales, by layer, such as `lm_head`."""
     bits: dict[str, int]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from xxhash import xxh3_64
 
+from finequant.finetune.architecture import architecture_name
 from finequant.quantize.checkpoint.reading import (
     WHOLE,
     Entry,
@@ -44,7 +45,8 @@ from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 JOURNAL = "journal.jsonl"
 SHARD_BYTES = 4 * 10**9
@@ -303,7 +305,7 @@ def _power_and_noise(weight: torch.Tensor, rounded: Rounded) -> tuple[float, flo
 
 
 def stored_shapes(
-    shapes: dict[str, tuple[int, ...]], config: LlamaConfig, plan: Plan
+    shapes: dict[str, tuple[int, ...]], config: DecoderConfig, plan: Plan
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a checkpoint's parameters; a head that stays tied is not among them."""
     tied = config.tie_word_embeddings and not unties_head(plan)
@@ -317,7 +319,7 @@ def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> No
     config = deepcopy(base.config)
     config.name_or_path = ""  # it may be a path of this machine
     config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [architecture_name(config)]
     if unties_head(plan):
         config.tie_word_embeddings = False
     if any(plan.values()):
@@ -355,8 +357,8 @@ def torchao_metadata(name: str, scheme: LayerScheme, dtype: torch.dtype) -> str:
 
 
 def quantized_model(
-    merged: LlamaForCausalLM, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
-) -> LlamaForCausalLM:
+    merged: Decoder, rounded: dict[str, Rounded], plan: Plan, dtype: torch.dtype
+) -> Decoder:
     """Replaces a merged model's quantized weights by torchao's tensors, in place."""
     model = cast_weights(merged, dtype)
     for name, codes in rounded.items():

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finequant.finetune.architecture import architecture_name, norm_names
 from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan, undecided
+from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.finetune.architecture import DecoderConfig
 
 
 class Contents(NamedTuple):
     """Everything that decides whether a format can hold a quantized model, but its numbers."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     bits: dict[str, int | None]
     """Bits by quantized layer; None if a budget will choose."""
     group_sizes: dict[str, int]
@@ -40,7 +44,7 @@ class Contents(NamedTuple):
 
 
 def planned(
-    quantize: Quantize, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
+    quantize: Quantize, config: DecoderConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Contents:
     """Predicts what `quantize` will write for a base, by the recipe's plan.
 
@@ -56,3 +60,16 @@ def planned(
         {name: scheme.group_size for name, scheme in schemes.items()},
         json.loads(tokenizer.backend_tokenizer.to_str()),
     )
+
+
+def check_norms(name: str, config: DecoderConfig) -> None:
+    """Refuses an architecture whose norms a format's own graph of a decoder lacks.
+
+    Raises:
+        UserError: with these norms.
+    """
+    if norms := norm_names(config):
+        raise UserError(
+            f"{name}: a {architecture_name(config)} has {' and '.join(norms)}, which the graph of "
+            f"this export lacks: remove {name} from quantize.exports"
+        )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finequant.finetune.architecture import anatomy, head_dim
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
-from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
@@ -24,7 +25,8 @@ from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
-    from transformers import LlamaConfig
+
+    from finequant.finetune.architecture import DecoderConfig
 
 PACKAGES = {"executorch": "'finequant[executorch]'"}
 FILE = "model.pte"
@@ -42,8 +44,10 @@ def check_fits(contents: Contents) -> None:
     """Refuses what XNNPACK's 4-bit kernels do not take.
 
     Raises:
-        UserError: for more than 4 bits, or groups that are no multiples of 32.
+        UserError: for more than 4 bits, groups that are no multiples of 32, or norms that the graph
+            does not have.
     """
+    check_norms("executorch", contents.config)
     if wide := sorted(bits for bits in contents.linear_bits() if bits > MOST_BITS):
         raise UserError(
             f"executorch: linear layers of {', '.join(map(str, wide))} bits; "
@@ -134,7 +138,7 @@ def _operators(graph: torch.fx.Graph) -> list[str]:
 
 
 class Decoder(nn.Module):
-    """The quantized Llama in float32 with a static cache: what is exported.
+    """The quantized decoder in float32 with a static cache: what is exported.
 
     transformers' own wrapper does not export (torch 2.13: duplicate buffers), and would leave
     attention and cache updates to portable kernels.
@@ -169,7 +173,7 @@ class Block(nn.Module):
     def __init__(self, stored: QuantizedCheckpoint, number: int, length: int) -> None:
         super().__init__()
         config, name = stored.config, f"model.layers.{number}"
-        self.size, self.rotate = config.head_dim, Rotation(config.head_dim)
+        self.size, self.rotate = head_dim(config), Rotation(head_dim(config))
         self.norm_1 = _norm(stored, f"{name}.input_layernorm")
         self.norm_2 = _norm(stored, f"{name}.post_attention_layernorm")
         self.q, self.k, self.v, self.o = (
@@ -178,7 +182,7 @@ class Block(nn.Module):
         self.gate, self.up, self.down = (
             _linear(stored, f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")
         )
-        shape = (1, length, config.num_key_value_heads, config.head_dim)
+        shape = (1, length, config.num_key_value_heads, head_dim(config))
         self.register_buffer("keys", torch.zeros(shape))
         self.register_buffer("values", torch.zeros(shape))
 
@@ -255,12 +259,10 @@ class Embedding(nn.Module):
         return rows[None]
 
 
-def rotations(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotations(config: DecoderConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [length, head_dim] of every position."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     positions = torch.arange(length)[None]
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    cos, sin = type(anatomy(config).model.model.rotary_emb)(config)(torch.zeros(1), positions)
     return cos[0], sin[0]
 
 

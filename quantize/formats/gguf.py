@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from finequant.finetune.architecture import architecture, head_dim
 from finequant.finetune.pre_tokenizers import gguf_name
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
@@ -30,7 +31,8 @@ from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
-    from transformers import LlamaConfig
+
+    from finequant.finetune.architecture import DecoderConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
@@ -60,7 +62,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     Raises:
         UserError: for a scale beyond half precision.
     """
-    from gguf import MODEL_ARCH, GGUFType, GGUFWriter, get_tensor_name_map
+    from gguf import GGUFType, GGUFWriter
     from transformers import AutoTokenizer
 
     largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
@@ -68,12 +70,12 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
     kind = file_type(stored)
     path = folder / f"{file_stem(recipe, stored.config, kind)}.gguf"
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture(stored.config).gguf)
     writer.add_type(GGUFType.MODEL)
     metadata(recipe, stored.config).set_gguf_meta_model(writer)
     _add_config(writer, stored.config, kind)
     adds_bos = _add_tokenizer(writer, stored)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
+    names = _tensor_names(stored.config)
     size = _add_rounded(writer, stored, names)
     for name, tensor in stored.floats.items():
         dtype = np.float16 if tensor.dim() == 2 else np.float32
@@ -137,42 +139,53 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndar
     return np.concatenate([half, values.view(np.uint8)], axis=-1).reshape(len(codes), -1)
 
 
-def permuted(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
-    """Rows of q_proj and k_proj as llama.cpp rotates them: neighbors, not halves of a head."""
+def permuted(tensor: torch.Tensor, name: str, config: DecoderConfig) -> torch.Tensor:
+    """Rows of q_proj and k_proj as llama.cpp rotates them: for a Llama neighbors, not halves of a
+    head."""
     heads = _heads(name, config)
     if not heads:
         return tensor.contiguous()
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _restored(tensor: torch.Tensor, name: str, config: LlamaConfig) -> torch.Tensor:
+def _restored(tensor: torch.Tensor, name: str, config: DecoderConfig) -> torch.Tensor:
     heads = _heads(name, config)
     if not heads:
         return tensor
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _heads(name: str, config: LlamaConfig) -> int | None:
+def _heads(name: str, config: DecoderConfig) -> int | None:
     match = re.search(r"\.([qk])_proj\b", name)
+    if not architecture(config).gguf_rotates_neighbors:
+        return None
     counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     return counts[match[1]] if match else None
 
 
-def rope_factors(config: LlamaConfig) -> np.ndarray:
+def rope_factors(config: DecoderConfig) -> np.ndarray:
     """float32 [head_dim / 2]: by what Llama 3 divides each rotary frequency."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    size = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    size = torch.arange(0, head_dim(config), 2).float() / head_dim(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** size
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     return (plain / scaled).numpy()
+
+
+def _tensor_names(config: DecoderConfig) -> TensorNameMap:
+    """Maps transformers' names of tensors to those of llama.cpp."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next(k for k, name in MODEL_ARCH_NAMES.items() if name == architecture(config).gguf)
+    return get_tensor_name_map(kind, config.num_hidden_layers)
 
 
 def _gguf_name(names: TensorNameMap, name: str) -> str:
     return names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
-def _add_config(writer: GGUFWriter, config: LlamaConfig, kind: str) -> None:
+def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_block_count(config.num_hidden_layers)
@@ -181,9 +194,9 @@ def _add_config(writer: GGUFWriter, config: LlamaConfig, kind: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
@@ -264,10 +277,10 @@ def read_back(
 
     The values come from the gguf package, so its reading of the layout counts, not ours.
     """
-    from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, stored.config.num_hidden_layers)
+    names = _tensor_names(stored.config)
     ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
     theirs = {_gguf_name(names, name): name for name in ours}
     rounded, floats = {}, {}
@@ -311,9 +324,12 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     if find_spec("llama_cpp"):
         runtime = LlamaCpp(file)
         return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-    # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config.
-    config = AutoConfig.from_pretrained(folder, gguf_file=file.name)
-    layers = {tensor.name for tensor in GGUFReader(file).tensors}
+    # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config. And
+    # of a Qwen3, transformers 5.23 does not read the size of heads.
+    config, reader = AutoConfig.from_pretrained(folder, gguf_file=file.name), GGUFReader(file)
+    layers = {tensor.name for tensor in reader.tensors}
+    kind = reader.fields["general.architecture"].contents()
+    config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()
     config.attention_bias = "blk.0.attn_q.bias" in layers
     config.mlp_bias = "blk.0.ffn_up.bias" in layers
     model = AutoModelForCausalLM.from_pretrained(

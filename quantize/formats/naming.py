@@ -11,16 +11,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finequant.quantize.scheme import parameter_count
+from finequant.finetune.architecture import parameter_count
 from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Model, Recipe
 
 if TYPE_CHECKING:
     from gguf import Metadata
-    from transformers import LlamaConfig
+
+    from finequant.finetune.architecture import DecoderConfig
 
 
-def file_stem(recipe: Recipe, config: LlamaConfig, label: str) -> str:
+def file_stem(recipe: Recipe, config: DecoderConfig, label: str) -> str:
     """Names a file after base, fine-tune and quantization: Llama-3.2-1B-support-Q4_0."""
     from gguf.utility import naming_convention
 
@@ -30,7 +31,7 @@ def file_stem(recipe: Recipe, config: LlamaConfig, label: str) -> str:
     )
 
 
-def metadata(recipe: Recipe, config: LlamaConfig) -> Metadata:
+def metadata(recipe: Recipe, config: DecoderConfig) -> Metadata:
     """Collects what GGUF's general.* keys say of a fine-tuned model."""
     from gguf import Metadata
     from gguf.utility import size_label

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from finequant.finetune.architecture import head_dim
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
-from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.snippet import fenced
@@ -32,8 +33,9 @@ def check_fits(contents: Contents) -> None:
     """Refuses what MatMulNBits cannot hold.
 
     Raises:
-        UserError: for groups that blocks of 16 do not divide.
+        UserError: for groups that blocks of 16 do not divide, or norms that the graph lacks.
     """
+    check_norms("onnx", contents.config)
     sizes = set(contents.group_sizes.values())
     if uneven := sorted(size for size in sizes if block_size(size) < SMALLEST_BLOCK):
         raise UserError(
@@ -86,7 +88,7 @@ def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[st
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": file,
-        "head_size": config.head_dim,
+        "head_size": head_dim(config),
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from finequant.finetune.architecture import anatomy, head_dim
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
-    from transformers import LlamaConfig
+
+    from finequant.finetune.architecture import DecoderConfig
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -65,7 +67,7 @@ class Decoder:
         from onnx import TensorProto, helper
 
         config, integers, floats = self._config, TensorProto.INT64, TensorProto.FLOAT
-        size = [config.num_key_value_heads, config.head_dim]
+        size = [config.num_key_value_heads, head_dim(config)]
         past, whole = (
             ["batch_size", size[0], "past_sequence_length", size[1]],
             ["batch_size", size[0], "total_sequence_length", size[1]],
@@ -244,10 +246,9 @@ def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
     return torch.stack([values & 15, values >> 4], dim=-1).flatten(1).to(torch.int8) - 8
 
 
-def rotary_tables(config: LlamaConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 [length, head_dim / 2] each: cosine and sine of every position."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    tables = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
-    cos, sin = (table[0, :, : config.head_dim // 2].numpy() for table in tables)
+    rotary = type(anatomy(config).model.model.rotary_emb)(config)
+    tables = rotary(torch.zeros(1), torch.arange(length)[None])
+    cos, sin = (table[0, :, : head_dim(config) // 2].numpy() for table in tables)
     return cos, sin

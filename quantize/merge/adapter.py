@@ -25,7 +25,9 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Model
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 LARGEST_DIFFERENCE = 1e-3
 """Limit for the difference of merged logits, relative to the largest logit. float32 rounding stays
@@ -49,12 +51,12 @@ REFUSED = {
 class Base(NamedTuple):
     """A float model whose weights are read when they are asked for."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     generation_config: GenerationConfig
     shapes: dict[str, tuple[int, ...]]
     """Shapes of all parameters, in the model's order; a tied head has an entry, too."""
     weights: Weights
-    plain: Callable[[], LlamaForCausalLM] | None = None
+    plain: Callable[[], Decoder] | None = None
     """The model as `from_pretrained` makes it, its weights on disk wherever the format allows."""
 
 
@@ -87,9 +89,7 @@ def open_base(model: Model) -> Base:
     return _described(skeleton, weights, lambda: load_on_disk(model, has_embedding))
 
 
-def _described(
-    model: LlamaForCausalLM, weights: Weights, plain: Callable[[], LlamaForCausalLM]
-) -> Base:
+def _described(model: Decoder, weights: Weights, plain: Callable[[], Decoder]) -> Base:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Base(model.config, model.generation_config, shapes, weights, plain)
 

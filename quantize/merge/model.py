@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.architecture import skeleton
 from finequant.quantize.checkpoint.reading import Weights, read_into
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
@@ -14,12 +15,12 @@ from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from finequant.finetune.architecture import Decoder
 
 
 def merged_model(
     recipe: Recipe, run: RunDir, dtype: torch.dtype, prompts: list[list[int]] | None = None
-) -> LlamaForCausalLM:
+) -> Decoder:
     """Builds the tuned model, merged in float32 row by row, with weights in `dtype`.
 
     prompts: token ids on which the merged logits are compared with those of peft. The stage
@@ -35,14 +36,11 @@ def merged_model(
     return float_model(base, merged_weights(base, adapter), dtype)
 
 
-def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> LlamaForCausalLM:
+def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> Decoder:
     """Builds the model like `from_pretrained`, without a tensor being in memory twice."""
-    from transformers import LlamaForCausalLM
-
     config = deepcopy(base.config)
     config.dtype = dtype
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+    model = skeleton(config).to(dtype)
     # Memory for all of them before the first is read: what reading takes and gives back would
     # leave gaps between them.
     model.to_empty(device="cpu").tie_weights()

@@ -13,12 +13,12 @@ from finequant.quantize.checkpoint.reading import Weights
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from finequant.finetune.architecture import DecoderConfig
 
 
 @torch.inference_mode()
 def check_range(
-    config: LlamaConfig, weights: Weights, prompts: list[list[int]], dtype: torch.dtype
+    config: DecoderConfig, weights: Weights, prompts: list[list[int]], dtype: torch.dtype
 ) -> None:
     """Runs prompts through the float model in the shipped dtype, a block in memory at a time.
 

@@ -23,13 +23,15 @@ from finequant.quantize.training.scales import train_scales
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 
 def quantize_layers(
     target: Target,
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     plan: Plan,
     quantize: Quantize,
     dtype: torch.dtype,
@@ -66,7 +68,7 @@ def quantize_layers(
 
 
 def round_model(
-    model: LlamaForCausalLM,
+    model: Decoder,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
@@ -92,7 +94,7 @@ def round_model(
 class Codes:
     """A target in memory: codes and scales of the layers that are quantized, and nothing else."""
 
-    def __init__(self, plan: Plan, model: LlamaForCausalLM) -> None:
+    def __init__(self, plan: Plan, model: Decoder) -> None:
         self.plan = {f"{name}.weight": scheme for name, scheme in plan.items() if scheme}
         self.shapes = {name: tuple(model.get_parameter(name).shape) for name in self.plan}
         self._parts: dict[str, dict[int, Rounded]] = {name: {} for name in self.plan}

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.architecture import layer_shapes
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
@@ -36,7 +37,6 @@ from finequant.quantize.scheme import (
     as_layers,
     bits_per_weight,
     layer_plan,
-    layer_shapes,
     packed_bits,
     undecided,
 )
@@ -44,7 +44,9 @@ from finequant.recipes.command_line import say
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.finetune.architecture import DecoderConfig
 
 TOKENS = 2048
 """Tokens to measure on, at most; all of them in one pass."""
@@ -60,7 +62,7 @@ Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def within_budget(
     recipe: Recipe,
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Recipe:
@@ -93,7 +95,7 @@ def within_budget(
 
 def sensitivity(
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     sequences: torch.Tensor,
     schemes: dict[str, LayerScheme],
     dtype: torch.dtype,
@@ -203,7 +205,9 @@ def allocate(
         chosen[name] = bits
 
 
-def _allowance(quantize: Quantize, plan: Plan, free: Collection[str], config: LlamaConfig) -> float:
+def _allowance(
+    quantize: Quantize, plan: Plan, free: Collection[str], config: DecoderConfig
+) -> float:
     """Bits that the budget leaves for the codes of the free layers, in all."""
     shapes = layer_shapes(config)
     rounded = [name for name in plan if plan[name] and name != EMBEDDING]

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from finequant.finetune.architecture import anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
@@ -25,19 +26,10 @@ from finequant.quantize.rounding import Rounded, quantize_activations, round_to_
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan, is_calibrated
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from finequant.finetune.architecture import DecoderConfig
 
 TOKENS = 4096
 """Tokens of a forward pass."""
-
-# Layers that share an input: the layer whose input is recorded -> the others with the same input.
-SHARED_INPUTS = {
-    "self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": (),
-    "mlp.gate_proj": ("mlp.up_proj",),
-    "mlp.down_proj": (),
-}
 
 
 def nothing(name: str, rows: slice) -> Rounded | None:
@@ -49,7 +41,7 @@ def nothing(name: str, rows: slice) -> Rounded | None:
 def calibrate(
     method: Calibrated,
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     sequences: torch.Tensor,
     plan: Plan,
     dtype: torch.dtype,
@@ -83,7 +75,7 @@ class _Calibration:
         self,
         method: Calibrated,
         weights: Weights,
-        config: LlamaConfig,
+        config: DecoderConfig,
         sequences: torch.Tensor,
         plan: Plan,
         dtype: torch.dtype,
@@ -103,7 +95,7 @@ class _Calibration:
         """Quantizes the block's layers, and advances the activations to its outputs."""
         block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
         prefix = f"model.layers.{number}."
-        names = [name for name in _layers(SHARED_INPUTS) if self._plan[prefix + name]]
+        names = [name for name in block_layers(self._config) if self._plan[prefix + name]]
         results = {name: self._known(prefix + name, WHOLE) for name in names}
         if all(results.values()):
             self._exact = [self._run(block, hidden) for hidden in self._exact]
@@ -115,15 +107,18 @@ class _Calibration:
             _install(block.get_submodule(name), rounded, self._dtype)
         self._quantized = [self._run(block, hidden) for hidden in self._quantized]
 
-    def _run(self, block: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return block(hidden, position_embeddings=self._rotary)
 
-    def _quantize(self, block: LlamaDecoderLayer, prefix: str, names: list[str]) -> Iterator[Piece]:
+    def _quantize(self, block: torch.nn.Module, prefix: str, names: list[str]) -> Iterator[Piece]:
         """Quantizes a float block's layers, and advances the float activations to its outputs."""
         start: dict[str, TrainedLayer] = {}
-        pairs = _block_statistics(self._method, block, self._quantized, self._exact, self._rotary)
-        for first, statistics in pairs:
-            sharing = [name for name in (first, *SHARED_INPUTS[first]) if name in names]
+        inputs = [shared.layers for shared in anatomy(self._config).inputs]
+        pairs = _block_statistics(
+            self._method, block, inputs, self._quantized, self._exact, self._rotary
+        )
+        for layers, statistics in pairs:
+            sharing = [name for name in layers if name in names]
             for together in self._rounded_at_once(prefix, sharing):
                 parts = [self._float_weight(block, prefix, name) for name in together]
                 weight = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -152,7 +147,7 @@ class _Calibration:
             groups.setdefault(self._plan[prefix + name], []).append(name)
         return list(groups.values())
 
-    def _float_weight(self, block: LlamaDecoderLayer, prefix: str, name: str) -> torch.Tensor:
+    def _float_weight(self, block: torch.nn.Module, prefix: str, name: str) -> torch.Tensor:
         """Returns a layer's float32 weight [out, in] on the device.
 
         It is read once more unless the block computes in float32, and has it already.
@@ -204,10 +199,6 @@ def _shown(blocks: int) -> Iterator[int]:
             print(f"calibrating: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
 
 
-def _layers(shared: dict[str, tuple[str, ...]]) -> list[str]:
-    return [name for first, others in shared.items() for name in (first, *others)]
-
-
 def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:
     weight = rounded.dequantize(dtype).to(module.weight.device)  # known codes are on the CPU
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -216,30 +207,29 @@ def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> N
 
 def _block_statistics(
     method: Calibrated,
-    block: LlamaDecoderLayer,
+    block: torch.nn.Module,
+    shared: list[tuple[str, ...]],
     quantized: list[torch.Tensor],
     exact: list[torch.Tensor],
     rotary: Rotary,
-) -> Iterator[tuple[str, Statistics]]:
-    """Yields the statistics of each shared input, by its first layer; advances `exact`."""
+) -> Iterator[tuple[tuple[str, ...], Statistics]]:
+    """Yields the layers that share an input, and its statistics; advances `exact`."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
         return lambda _, arguments: inputs.__setitem__(name, arguments[0])
 
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in SHARED_INPUTS
-    ]
-    statistics = {name: method.statistics() for name in SHARED_INPUTS}
+    hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name, *_ in shared]
+    statistics = {layers: method.statistics() for layers in shared}
     for index, (rounded_states, exact_states) in enumerate(zip(quantized, exact, strict=True)):
         exact[index] = block(exact_states, position_embeddings=rotary)
         exact_inputs = dict(inputs)
         block(rounded_states, position_embeddings=rotary)
-        for name, sums in statistics.items():
+        for (name, *_), sums in statistics.items():
             sums.add(quantize_activations(inputs[name]), exact_inputs[name])
     for hook in hooks:
         hook.remove()
     inputs.clear()
     del exact_inputs, rounded_states, exact_states
-    for name in SHARED_INPUTS:
-        yield name, statistics.pop(name)
+    for layers in shared:
+        yield layers, statistics.pop(layers)

@@ -23,8 +23,6 @@ from finequant.quantize.rounding import (
 )
 
 if TYPE_CHECKING:
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
     from finequant.quantize.checkpoint.blocks import Rotary
     from finequant.quantize.scheme import LayerScheme
 
@@ -88,7 +86,7 @@ class TrainedLayer:
 
 
 def reconstruct(
-    block: LlamaDecoderLayer,
+    block: torch.nn.Module,
     layers: dict[str, TrainedLayer],
     inputs: list[torch.Tensor],
     targets: list[torch.Tensor],

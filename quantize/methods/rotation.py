@@ -1,7 +1,7 @@
 """Rotates a model: it computes the same, but outliers are spread over all channels.
 
 A few large weights or activations make their group's scale large, and the rest is rounded away.
-Orthogonal matrices spread them, and two of them fold into a Llama's weights, so that they cost
+Orthogonal matrices spread them, and two of them fold into a decoder's weights, so that they cost
 nothing at run time (QuaRot, https://arxiv.org/abs/2404.00456): R rotates the residual stream, after
 the weights of each norm are folded into the layers that read from it; H rotates each head's values.
 
@@ -13,31 +13,32 @@ between activations and weights, while a rotation spreads both.
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.architecture import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    anatomy,
+    architecture,
+    bias_count,
+    head_dim,
+)
 from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights
 from finequant.quantize.methods.transform import Transform
-from finequant.quantize.scheme import EMBEDDING, HEAD, Plan, unties_head
+from finequant.quantize.scheme import Plan, unties_head
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-NORMS = {
-    "q_proj": "input_layernorm",
-    "k_proj": "input_layernorm",
-    "v_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm",
-    "up_proj": "post_attention_layernorm",
-}
-"""Before the layers of a block that read from the residual stream; the others write to it."""
+    from finequant.finetune.architecture import DecoderConfig
 
 
-def check(plan: Plan, config: LlamaConfig) -> None:
+def check(plan: Plan, config: DecoderConfig) -> None:
     """Refuses what cannot be rotated.
 
     Raises:
@@ -48,19 +49,23 @@ def check(plan: Plan, config: LlamaConfig) -> None:
             "quantize.rotate: the head is tied to the embedding, and would need weights of its "
             "own: set quantize.head=quantize, or quantize.rotate=false"
         )
-    if config.attention_bias or config.mlp_bias:
+    if bias_count(config):
         raise UserError(
             "quantize.rotate: layers of this base have biases, for which it is not made: "
             "set quantize.rotate=false"
         )
 
 
-def rotated(weights: Weights, config: LlamaConfig) -> Weights:
+def rotated(weights: Weights, config: DecoderConfig) -> Weights:
     """Returns float32 rows of the rotated model, with the same bits however they are split.
 
     weights: of the float model; its head is not tied, or is read as if it were not.
     """
-    stream, values = orthogonal(config.hidden_size), orthogonal(config.head_dim)
+    stream, values = orthogonal(config.hidden_size), orthogonal(head_dim(config))
+    inputs = anatomy(config).inputs
+    norms = {layer: shared.norm for shared in inputs for layer in shared.layers}
+    norms[HEAD] = NORM
+    gives_values, reads_values = architecture(config).values
     lock = Lock()  # when several threads rotate rows of a layer, one of them reads it
 
     @lru_cache(maxsize=2)
@@ -71,31 +76,29 @@ def rotated(weights: Weights, config: LlamaConfig) -> Weights:
         with lock:
             layer = whole(name)
         rotated_rows = stream[:, rows].T @ layer
-        if name.endswith("o_proj.weight"):
+        if name.endswith(f"{reads_values}.weight"):
             rotated_rows = (rotated_rows.unflatten(1, (-1, len(values))) @ values).flatten(1)
         return rotated_rows
 
     def reader(name: str, rows: slice, norm: str | None) -> torch.Tensor:
         weight = weights(name, rows).float()
-        if name.endswith("v_proj.weight"):
+        if name.endswith(f"{gives_values}.weight"):
             weight = (values.T @ weight.unflatten(0, (-1, len(values)))).flatten(0, 1)
         if norm:
             weight = weight * weights(f"{norm}.weight", WHOLE).float()
         return weight @ stream
 
     def rotated_rows(name: str, rows: slice) -> torch.Tensor:
-        block, _, kind = name.removesuffix(".weight").rpartition(".")
-        if kind.endswith("norm"):
+        layer = name.removesuffix(".weight")
+        block, inside = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", layer).groups()
+        if inside in norms.values():  # its weights are in those that read it
             return torch.ones_like(weights(name, rows), dtype=torch.float32)
-        if kind in ("o_proj", "down_proj"):
+        if layer != EMBEDDING and inside not in norms:  # a norm of heads, before attention
+            return weights(name, rows).float()
+        if layer != EMBEDDING and norms[inside] is None:
             return writer(name, rows)
-        if name == f"{EMBEDDING}.weight":
-            norm = None
-        elif name == f"{HEAD}.weight":
-            norm = "model.norm"
-        else:
-            norm = f"{block.rpartition('.')[0]}.{NORMS[kind]}"
-        step = math.lcm(MIN_ROWS, len(values)) if kind == "v_proj" else MIN_ROWS
+        norm = None if layer == EMBEDDING else f"{block or ''}{norms[inside]}"
+        step = math.lcm(MIN_ROWS, len(values)) if inside == gives_values else MIN_ROWS
         wider, inner = _aligned(rows, step)
         return reader(name, wider, norm)[inner]
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from finequant.quantize.checkpoint.reading import Weights
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.scheme import Plan
 
 
@@ -21,9 +20,9 @@ class Transform:
     description: str
     """What the record that ships says of the weights."""
 
-    check: Callable[[Plan, LlamaConfig], None]
+    check: Callable[[Plan, DecoderConfig], None]
     """Raises a UserError for a model that it cannot transform, before anything is loaded."""
 
-    weights: Callable[[Weights, LlamaConfig], Weights]
+    weights: Callable[[Weights, DecoderConfig], Weights]
     """float32 rows of the transformed model, from rows of the float model, whose head is not tied
     or is read as if it were not; with the same bits however they are split."""

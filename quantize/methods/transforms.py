@@ -11,7 +11,7 @@ from finequant.quantize.scheme import untie_head
 from finequant.recipes.schema import Quantize
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 TRANSFORMS: dict[str, Transform] = {"rotate": rotation.TRANSFORM}
 """By the key of the section `quantize` that switches it on, in the order in which they are applied.
@@ -23,14 +23,14 @@ def chosen(quantize: Quantize) -> list[Transform]:
     return [transform for key, transform in TRANSFORMS.items() if getattr(quantize, key)]
 
 
-def transformed(weights: Weights, config: LlamaConfig, quantize: Quantize) -> Weights:
+def transformed(weights: Weights, config: DecoderConfig, quantize: Quantize) -> Weights:
     """Returns the rows to quantize: those of the float model, after the recipe's transforms."""
     for transform in chosen(quantize):
         weights = transform.weights(weights, config)
     return weights
 
 
-def transform_model(model: LlamaForCausalLM, quantize: Quantize) -> None:
+def transform_model(model: Decoder, quantize: Quantize) -> None:
     """Transforms a whole float model, in place; a tied head is untied."""
     for transform in chosen(quantize):
         untie_head(model)

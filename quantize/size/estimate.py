@@ -11,28 +11,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from finequant.finetune.data.tokens import TARGETS_AT_ONCE
-from finequant.quantize.methods import budget
-from finequant.quantize.methods.calibrate import SHARED_INPUTS, TOKENS
-from finequant.quantize.methods.method import ROWS
-from finequant.quantize.scheme import (
-    EMBEDDING,
-    HEAD,
+from finequant.finetune.architecture import (
+    anatomy,
     bias_count,
-    layer_plan,
+    head_dim,
     layer_shapes,
     norm_count,
     parameter_count,
-    shipped_dtype,
-    unties_head,
 )
+from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.quantize.methods import budget
+from finequant.quantize.methods.calibrate import TOKENS
+from finequant.quantize.methods.method import ROWS
+from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype, unties_head
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.base import locate_base
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Lora, Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from finequant.finetune.architecture import DecoderConfig
 
 Memory = dict[str, int]
 """Bytes at the peak of a stage, by what they are for."""
@@ -73,7 +71,7 @@ LEARNED = 0.5
 """Share of the tokens that are learned, where prompts are not."""
 
 
-def components(config: LlamaConfig) -> dict[str, int]:
+def components(config: DecoderConfig) -> dict[str, int]:
     """Weights by part of the model; they add up to `parameter_count`."""
     shapes = layer_shapes(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -87,7 +85,7 @@ def components(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def trainable(lora: Lora, config: LlamaConfig) -> int:
+def trainable(lora: Lora, config: DecoderConfig) -> int:
     """Weights of the adapter."""
     total = 0
     for name, (rows, columns) in layer_shapes(config).items():
@@ -116,7 +114,7 @@ def _step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
 
 
 def training_memory(
-    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
     """Estimates the memory of a training step on the micro-batch with the most tokens."""
     dtype = machine.training_dtype(recipe.train.precision)
@@ -135,7 +133,7 @@ def training_memory(
     return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
 
 
-def _dequantizing(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memory:
+def _dequantizing(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
     """Estimates what the first stage takes to make float32 safetensors of a mapped GGUF file."""
     folder, file = locate_base(recipe.model)
     # A tensor that is being dequantized is there twice.
@@ -144,7 +142,9 @@ def _dequantizing(recipe: Recipe, config: LlamaConfig, machine: Machine) -> Memo
     return _memory("train", machine, fixed, {})
 
 
-def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths) -> Memory:
+def aware_memory(
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
+) -> Memory:
     """Estimates quantization-aware training's larger phase: calibration, or a training step."""
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
     shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
@@ -173,7 +173,7 @@ def aware_memory(recipe: Recipe, config: LlamaConfig, machine: Machine, lengths:
 def _step_memory(
     stage: str,
     recipe: Recipe,
-    config: LlamaConfig,
+    config: DecoderConfig,
     machine: Machine,
     dtype: str,
     tokens: int,
@@ -199,11 +199,11 @@ def _step_memory(
     )
 
 
-def _saved_per_token(recipe: Recipe, config: LlamaConfig, dtype: str) -> float:
+def _saved_per_token(recipe: Recipe, config: DecoderConfig, dtype: str) -> float:
     hidden, query, inner, rank = SAVED[dtype]
     return (
         hidden * config.hidden_size
-        + query * config.num_attention_heads * config.head_dim
+        + query * config.num_attention_heads * head_dim(config)
         + inner * config.intermediate_size
         + rank * recipe.lora.rank
     )
@@ -215,7 +215,7 @@ def _optimizer_bytes(name: str) -> int:
 
 
 def quantize_memory(
-    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
     """Estimates quantization's largest phase: checking the merge, quantizing, or the last check."""
     dtype = shipped_dtype(recipe.quantize, config).itemsize
@@ -240,10 +240,10 @@ def quantize_memory(
     return _memory("quantize", here, {**fixed, **largest}, {})
 
 
-def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) -> Memory:
+def _calibration(recipe: Recipe, config: DecoderConfig, dtype: int, block: int) -> Memory:
     """While a block's inputs are summed up, or its widest layer is solved."""
     shapes, calibration = layer_shapes(config), recipe.quantize.calibration
-    widths = [shapes[f"model.layers.0.{name}"][1] for name in SHARED_INPUTS]
+    widths = [shapes[f"model.layers.0.{names[0]}"][1] for names, _ in anatomy(config).inputs]
     tokens = max(calibration.tokens, calibration.length)
     forward = min(TOKENS, tokens)
     # All Hessians and drifts; two models, with three float32 copies of the widest input.
@@ -261,7 +261,7 @@ def _calibration(recipe: Recipe, config: LlamaConfig, dtype: int, block: int) ->
     return memory
 
 
-def _sensitivity(recipe: Recipe, config: LlamaConfig, dtype: int) -> Memory:
+def _sensitivity(recipe: Recipe, config: DecoderConfig, dtype: int) -> Memory:
     """While a budget measures the head, with the inputs of every block kept for the way back."""
     calibration, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
     tokens = max(calibration.length, min(calibration.tokens, budget.TOKENS))
@@ -273,7 +273,7 @@ def _sensitivity(recipe: Recipe, config: LlamaConfig, dtype: int) -> Memory:
 
 
 def evaluation_memory(
-    recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
     """Estimates evaluation: of the largest of the three models, or the comparison of two."""
     evaluate, shipped = recipe.evaluate, shipped_dtype(recipe.quantize, config)
@@ -284,7 +284,7 @@ def evaluation_memory(
     if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
         weights += dtype * components(config)["embedding"]  # the quantized model's head
     tokens = evaluate.batch_size * lengths.scored
-    kept = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * dtype
+    kept = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers * dtype
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
     return _memory(
         "evaluate",
@@ -311,7 +311,7 @@ def _memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> M
 def memory_of(
     stage: str,
     recipe: Recipe,
-    config: LlamaConfig,
+    config: DecoderConfig,
     machine: Machine,
     lengths: Lengths | None = None,
 ) -> Memory:
@@ -328,7 +328,7 @@ def memory_of(
     return stages[stage](recipe, config, machine, lengths or longest(recipe))
 
 
-def disk_of(stage: str, recipe: Recipe, config: LlamaConfig) -> int:
+def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
     """Bytes that a stage leaves in the run directory, or has there for a while."""
     from finequant.quantize.size.plan import model_size
 
@@ -346,9 +346,9 @@ def disk_of(stage: str, recipe: Recipe, config: LlamaConfig) -> int:
     return 50 * MB
 
 
-def cache_bytes(config: LlamaConfig, tokens: int, dtype_bytes: int = 2) -> int:
+def cache_bytes(config: DecoderConfig, tokens: int, dtype_bytes: int = 2) -> int:
     """Keys and values of one sequence, in 16 bits."""
-    width = config.num_key_value_heads * config.head_dim
+    width = config.num_key_value_heads * head_dim(config)
     return 2 * config.num_hidden_layers * width * tokens * dtype_bytes
 
 

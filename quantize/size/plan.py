@@ -12,18 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from finequant.finetune.architecture import bias_count, layer_shapes, norm_count, parameter_count
 from finequant.finetune.model import load_config
 from finequant.quantize.scheme import (
     EMBEDDING,
     HEAD,
     LayerScheme,
     Plan,
-    bias_count,
     layer_plan,
-    layer_shapes,
-    norm_count,
     packed_bits,
-    parameter_count,
     shares_table,
     shipped_dtype,
     unties_head,
@@ -35,7 +32,7 @@ from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import PLAN_KEYS
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from finequant.finetune.architecture import DecoderConfig
 
 
 class Size(NamedTuple):
@@ -60,7 +57,7 @@ def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.
 
 
 def model_size(
-    plan: Plan, config: LlamaConfig, dtype: torch.dtype, quantize: Quantize | None = None
+    plan: Plan, config: DecoderConfig, dtype: torch.dtype, quantize: Quantize | None = None
 ) -> Size:
     """Computes the size of the whole model with norms and biases; a tied head counts once.
 
@@ -77,7 +74,7 @@ def model_size(
     return size
 
 
-def _own_weights(plan: Plan, config: LlamaConfig) -> list[str]:
+def _own_weights(plan: Plan, config: DecoderConfig) -> list[str]:
     """Lists all layers but a head that shares the embedding's weights."""
     tied = config.tie_word_embeddings and not unties_head(plan)
     return [name for name in plan if not (tied and name == HEAD)]
@@ -183,7 +180,9 @@ def _span(ratios: list[float]) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 
-def _totals(plan: Plan, sizes: dict[str, Size], whole: Size, config: LlamaConfig) -> Iterator[str]:
+def _totals(
+    plan: Plan, sizes: dict[str, Size], whole: Size, config: DecoderConfig
+) -> Iterator[str]:
     """Yields the totals of the quantized layers, which a budget counts, and of the whole model."""
     rounded = [sizes[name] for name in plan if plan[name] and name != EMBEDDING]
     linear = Size(*map(sum, zip(*rounded, strict=True)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from finequant.finetune.architecture import parameter_count
 from finequant.finetune.model import load_config
-from finequant.quantize.scheme import layer_plan, parameter_count, shipped_dtype
+from finequant.quantize.scheme import layer_plan, shipped_dtype
 from finequant.quantize.size.estimate import (
     Lengths,
     Memory,
@@ -24,7 +25,7 @@ from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import STAGES, stages_of
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from finequant.finetune.architecture import DecoderConfig
 
 BITS = (8, 4, 3)
 
@@ -60,7 +61,7 @@ def show_resources(
 
 
 def _show_sizes(
-    recipe: Recipe, config: LlamaConfig, device_memory: int | None, context: int
+    recipe: Recipe, config: DecoderConfig, device_memory: int | None, context: int
 ) -> None:
     """At the recipe's own widths, then with the same number of bits for all."""
     cache = cache_bytes(config, context)
@@ -112,7 +113,7 @@ def refuse_what_cannot_finish(
 
 
 def _what_fits(
-    stage: str, recipe: Recipe, config: LlamaConfig, machine: Machine, lengths: Lengths | None
+    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
 ) -> str:
     """Suggests the cheapest overrides with which the stage fits."""
     for changes in _smaller(stage, recipe):

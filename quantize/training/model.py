@@ -20,14 +20,13 @@ from finequant.quantize.training.fake_quantize import (
 )
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
+    from finequant.finetune.architecture import Decoder
     from finequant.recipes.schema import Lora, Recipe
 
 
 def fake_quantized_model(
     recipe: Recipe, weights: Weights, start: dict[str, Rounded], plan: Plan, dtype: torch.dtype
-) -> LlamaForCausalLM:
+) -> Decoder:
     """Builds the tuned model in the shipped dtype, with the layers of `start` fake-quantized.
 
     weights: float32 rows of the tuned model, merged, and transformed as the recipe says.
@@ -56,7 +55,7 @@ def fake_quantized_layers(model: torch.nn.Module) -> dict[str, FakeQuantized]:
 
 def _fake_quantized(
     name: str,
-    model: LlamaForCausalLM,
+    model: Decoder,
     weights: Weights,
     start: Rounded,
     plan: Plan,

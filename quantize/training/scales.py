@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.methods.sequences import SCALE_TOKENS
@@ -32,7 +33,7 @@ from finequant.quantize.training.fake_quantize import (
 from finequant.quantize.training.trainer import divergence
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from finequant.finetune.architecture import Decoder, DecoderConfig
 
 LOGITS_TOKENS = 256
 """Tokens whose logits are in memory at a time."""
@@ -46,7 +47,7 @@ WARMUP = 10
 
 def train_scales(
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     sequences: torch.Tensor,
     rounded: dict[str, Rounded],
     plan: Plan,
@@ -82,7 +83,7 @@ def _learns(module: torch.nn.Module) -> bool:
     return isinstance(module, FakeQuantScales)
 
 
-def _backward(model: LlamaForCausalLM, layers: list[FakeQuantized], ids: torch.Tensor) -> None:
+def _backward(model: Decoder, layers: list[FakeQuantized], ids: torch.Tensor) -> None:
     """Adds the gradient of the mean divergence; logits exist for some tokens at a time."""
     hidden = model.model(ids, use_cache=False).last_hidden_state
     with torch.no_grad(), disabled(layers):
@@ -99,18 +100,15 @@ def _backward(model: LlamaForCausalLM, layers: list[FakeQuantized], ids: torch.T
 
 def _model(
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     rounded: dict[str, Rounded],
     plan: Plan,
     dtype: torch.dtype,
-) -> LlamaForCausalLM:
+) -> Decoder:
     """Builds the model with fake-quantized layers, whose float weights are its teacher's."""
-    from transformers import LlamaForCausalLM
-
     config = deepcopy(config)
     config.dtype = dtype
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = skeleton(config)
     if unties_head(plan):
         untie_head(model)
     for name, start in rounded.items():

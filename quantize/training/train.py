@@ -45,6 +45,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
     """
+    from finequant.finetune.architecture import check_window
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config, load_tokenizer
@@ -61,6 +62,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     watch = Stopwatch()
     _refuse_what_it_is_not_for(recipe)
     config = load_config(recipe.model)
+    check_window(recipe, config)
     plan = layer_plan(recipe.quantize, config)
     inputs = {}
     if is_first():  # what it reads is hashed

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from finequant.finetune.model import (
     _check_finite,
@@ -245,9 +245,8 @@ def test_what_is_no_whole_llama_is_refused(llama, change, words):
 @pytest.mark.parametrize(
     ("config_class", "architecture"),
     [
-        (Qwen2Config, "Qwen2ForCausalLM"),
         (GPT2Config, "GPT2LMHeadModel"),
-        (MistralConfig, "MistralForCausalLM"),
+        (MixtralConfig, "MixtralForCausalLM"),
     ],
 )
 @pytest.mark.parametrize("loader", [load, lambda folder: load_config(Model(base=str(folder)))])
@@ -255,7 +254,8 @@ def test_other_architectures_are_refused_by_name(tmp_path, config_class, archite
     config_class(architectures=[architecture]).save_pretrained(tmp_path)
     message = refusal(tmp_path, loader)
     assert f"is a {architecture} ({config_class.model_type})" in message
-    assert "LlamaForCausalLM: Llama, SmolLM2" in message
+    assert "takes LlamaForCausalLM, Mistral" in message
+    assert "an entry in finetune/architecture.py" in message
 
 
 def test_pickled_weights_are_refused_unread(llama, tmp_path):

@@ -15,7 +15,7 @@ from finequant.quantize.scheme import layer_plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.methods import METHODS, Entry
-from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.schema import Recipe
 
 
 def test_a_method_is_one_file_and_one_entry(recipe_file, tiny_base, train_once, monkeypatch):
@@ -31,7 +31,7 @@ def test_a_method_is_one_file_and_one_entry(recipe_file, tiny_base, train_once, 
     stored = read_checkpoint(run / "quantized")
     assert json.loads((run / "quantized/quantization.json").read_text())["method"] == "clipped"
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")
-    plan = layer_plan(Quantize(), merged.config)
+    plan = layer_plan(load_recipe(recipe_file).quantize, merged.config)
     for name, (codes, scale) in stored.rounded.items():
         weight = merged.get_submodule(name).weight.detach()
         expected = toy_method.clipped(weight, plan[name])

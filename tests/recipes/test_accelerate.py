@@ -16,8 +16,9 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, TrainingArguments
 
+from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import sharding
 
@@ -92,13 +93,16 @@ def test_the_comment_is_the_command(name):
     assert words[5].startswith("recipes/")
 
 
-def test_fsdp_shards_the_layers_of_a_llama(monkeypatch):
+def test_fsdp_shards_the_blocks_of_a_base(monkeypatch):
     for variable, value in launch("fsdp.yaml")[1].items():
         monkeypatch.setenv(variable, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
-    assert plugin.transformer_cls_names_to_wrap == list(LlamaForCausalLM._no_split_modules)
+    model = skeleton(LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1))
+    plugin.set_auto_wrap_policy(model)
+    (wrapped,) = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert wrapped is type(model.model.layers[0])
     assert plugin.cpu_ram_efficient_loading is True
     assert plugin.activation_checkpointing is False
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)  # so that one process can save it

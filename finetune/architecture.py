@@ -1,0 +1,273 @@
+"""What a decoder looks like: asked of the model without weights, but for the facts in a table.
+
+A new architecture is an entry here and a base in tests/quantize/test_architectures.py.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    DecoderConfig = LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config
+    Decoder = LlamaForCausalLM | MistralForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM
+
+HEAD, EMBEDDING, NORM = "lm_head", "model.embed_tokens", "model.norm"
+
+BLOCK_LAYERS = r"model\.layers\..*_proj"
+"""Matches the names of all linear layers inside blocks, and no others."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts that a model without weights does not tell."""
+
+    gguf: str
+    """llama.cpp's name for it."""
+
+    gguf_rotates_neighbors: bool = False
+    """Whether llama.cpp rotates neighboring rows of a head of q and k, instead of its halves."""
+
+    rotary: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
+    """Layers of a block whose rows, head by head, get rotary positions."""
+
+    values: tuple[str, str] = ("self_attn.v_proj", "self_attn.o_proj")
+    """The layer whose rows are the values of heads, and the one whose columns read them, with
+    nothing but a weighted mean of tokens between the two."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture("llama", gguf_rotates_neighbors=True),
+    "MistralForCausalLM": Architecture("llama", gguf_rotates_neighbors=True),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+}
+"""All have blocks of two RMS norms, whose weights multiply, before attention and MLP."""
+
+
+def architecture_name(config: DecoderConfig) -> str:
+    """Returns the class of the model, such as LlamaForCausalLM, that a configuration is for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    return (config.architectures or [usual])[0]
+
+
+def architecture(config: DecoderConfig) -> Architecture:
+    """Returns the entry of a base that `check_architecture` lets through."""
+    return ARCHITECTURES[architecture_name(config)]
+
+
+def check_architecture(config: DecoderConfig, base: str) -> None:
+    """Refuses a base whose architecture has no entry.
+
+    Raises:
+        UserError: with the known ones, and with what would have to be added.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name, usual = architecture_name(config), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if name not in ARCHITECTURES or usual.get(config.model_type) != name:
+        raise UserError(
+            f"model.base: {base} is a {name} ({config.model_type}); finequant takes "
+            f"{', '.join(ARCHITECTURES)}: another one lacks an entry in finetune/architecture.py"
+        )
+
+
+def check_window(recipe: Recipe, config: DecoderConfig) -> None:
+    """Refuses rows beyond a sliding window: blocks are run with full attention.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    window, quantize = getattr(config, "sliding_window", None), recipe.quantize
+    lengths = {"data.max_length": recipe.data.max_length}
+    if METHODS[quantize.method].is_calibrated or quantize.budget:
+        lengths["quantize.calibration.length"] = quantize.calibration.length
+    for key, length in lengths.items():
+        if window is not None and length > window:
+            raise UserError(
+                f"{key}: {length} tokens, more than the sliding window of {recipe.model.base}, "
+                f"{window}, over which attention is full: set {key}={window}, or less"
+            )
+
+
+def usable_positions(config: DecoderConfig) -> int:
+    """Returns the tokens that a model attends to at once: its positions, or its sliding window."""
+    window = getattr(config, "sliding_window", None)
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def skeleton(config: DecoderConfig, blocks: int | None = None) -> Decoder:
+    """Makes the model without memory for its weights.
+
+    blocks: only so many decoder blocks, the first ones.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = causal_without_mask(config)
+    if blocks is not None:
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def causal_without_mask(config: DecoderConfig) -> DecoderConfig:
+    """Returns a copy with which a block that is called without a mask is causal.
+
+    AutoConfig leaves the attention open; a block by itself then runs "eager", which without a mask
+    lets each token see those after it.
+    """
+    config = deepcopy(config)
+    config._attn_implementation = "sdpa"
+    return config
+
+
+class SharedInput(NamedTuple):
+    """Linear layers of a block that get the same tensor."""
+
+    layers: tuple[str, ...]
+    norm: str | None
+    """The norm whose output it is; None if it is that of another part of the block."""
+
+
+class Anatomy(NamedTuple):
+    """What a model with a single block and no weights tells."""
+
+    model: Decoder
+    inputs: tuple[SharedInput, ...]
+    """In the order in which a block computes them."""
+
+    @property
+    def block(self) -> torch.nn.Module:
+        return self.model.model.layers[0]
+
+
+_ANATOMIES: dict[str, Anatomy] = {}
+
+
+def anatomy(config: DecoderConfig) -> Anatomy:
+    """Asks a model of this configuration; kept, as it is asked often."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _ANATOMIES:
+        model = skeleton(config, 1)
+        _ANATOMIES[key] = Anatomy(model, tuple(_shared_inputs(model)))
+    return _ANATOMIES[key]
+
+
+def _shared_inputs(model: Decoder) -> list[SharedInput]:
+    """Runs a block without weights, and compares which tensors its parts pass on."""
+    import torch
+
+    block, received, returned = model.model.layers[0], {}, []
+
+    def keep(name: str, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Linear):
+            received[name] = inputs[0]
+        elif getattr(module, "weight", None) is not None:
+            returned.append((name, output))
+
+    hooks = [
+        module.register_forward_hook(lambda *seen, name=name: keep(name, *seen))
+        for name, module in block.named_modules()
+    ]
+    hidden = torch.empty(1, 2, model.config.hidden_size, device="meta", dtype=model.dtype)
+    positions = torch.arange(2, device="meta")[None]
+    block(hidden, position_embeddings=model.model.rotary_emb(hidden, positions))
+    for hook in hooks:
+        hook.remove()
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+    for name, tensor in received.items():
+        same = [names for first, names in groups if first is tensor]
+        if same:
+            same[0].append(name)
+        else:
+            groups.append((tensor, [name]))
+    return [
+        SharedInput(tuple(names), next((n for n, output in returned if output is tensor), None))
+        for tensor, names in groups
+    ]
+
+
+def block_layers(config: DecoderConfig) -> list[str]:
+    """Lists the linear layers of a block, those that share an input together."""
+    return [name for shared in anatomy(config).inputs for name in shared.layers]
+
+
+def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) by name: the layers of each decoder block, head, embedding."""
+    import torch
+
+    asked = anatomy(config)
+    block = {
+        name: tuple(module.weight.shape)
+        for name, module in asked.block.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    shapes = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in block.items()
+    }
+    table = tuple(asked.model.get_submodule(EMBEDDING).weight.shape)
+    return shapes | {HEAD: table, EMBEDDING: table}
+
+
+def head_dim(config: DecoderConfig) -> int:
+    """Returns the rows that a head has in q, k and v."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Counts the weights of the float model; a tied head counts once.
+
+    Llama-2-13B: 13,015,864,320.
+    """
+    shapes = layer_shapes(config)
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    return weights + norm_count(config) + bias_count(config)
+
+
+def bias_count(config: DecoderConfig) -> int:
+    """Counts the biases of linear layers, which always stay in float."""
+    parameters = anatomy(config).block.named_parameters()
+    biases = sum(bias.numel() for name, bias in parameters if name.endswith(".bias"))
+    return config.num_hidden_layers * biases
+
+
+def norm_count(config: DecoderConfig) -> int:
+    """Counts the weights of norms, which always stay in float."""
+    asked = anatomy(config)
+    parameters = asked.block.named_parameters()
+    norms = sum(weight.numel() for name, weight in parameters if "norm" in name.split(".")[-2])
+    return config.num_hidden_layers * norms + asked.model.get_parameter(f"{NORM}.weight").numel()
+
+
+def norm_names(config: DecoderConfig) -> list[str]:
+    """Lists the norms of a block that linear layers do not read straight, such as q_norm."""
+    asked = anatomy(config)
+    read = {shared.norm for shared in asked.inputs}
+    names = [name.removesuffix(".weight") for name, _ in asked.block.named_parameters()]
+    return [name for name in names if "norm" in name.split(".")[-1] and name not in read]
