@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-fast bench torture audit clean
+.PHONY: quickstart test test-fast bench clients torture audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml
@@ -24,6 +24,12 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py tasks --limit 200
 	$(BIN)/python benchmarks/evaluation.py perplexity
 	$(BIN)/python benchmarks/evaluation.py decoding
+
+# Each export in the programs that people start, fetched into .clients/ (4 GB) -> docs/clients.md
+clients: $(VENV)/installed
+	$(BIN)/finequant run recipes/quickstart.yaml "quantize.exports=[compressed-tensors,gguf,onnx,mlx]"
+	$(BIN)/python benchmarks/clients.py recipes/quickstart.yaml \
+	  "quantize.exports=[compressed-tensors,gguf,onnx,mlx]"
 
 # About an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
 torture: $(VENV)/installed

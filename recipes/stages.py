@@ -117,7 +117,7 @@ PARTS = {
 }
 
 EXPORT_KEYS = {
-    "executorch": ("quantize.cache_length",),
+    "executorch": ("name", "quantize.cache_length", "publish.base_model"),
     "onnx": ("quantize.cache_length",),
     "gguf": (
         "name",

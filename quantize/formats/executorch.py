@@ -17,6 +17,7 @@ from finequant.finetune.architecture import anatomy, head_dim
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.naming import file_stem
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
 PACKAGES = {"executorch": "'finequant[executorch]'"}
-FILE = "model.pte"
-
 MOST_BITS = 4
 GROUP = 32
 """XNNPACK's groups are multiples of it."""
@@ -83,10 +82,27 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
                 sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
             )
         )
-    with (folder / FILE).open("wb") as file:
+    name = f"{family(stored)}-{file_stem(recipe, stored.config)}-8da4w.pte"
+    with (folder / name).open("wb") as file:
         program.write_to_file(file)
     copy_beside(stored, folder)
     return {"delegated_linears": delegated, "cache_length": length}
+
+
+def family(stored: QuantizedCheckpoint) -> str:
+    """Returns what ExecuTorch's app for iOS calls the chat template, by the file name's beginning.
+
+    Its templates are few: that of Qwen 3 is ChatML, whatever the model.
+    """
+    file = stored.folder / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return "qwen3" if "<|im_start|>" in text else "llama"
+
+
+def file_in(folder: Path) -> Path:
+    """Returns the export's program, which is named after the model."""
+    (file,) = folder.glob("*.pte")
+    return file
 
 
 def metadata(stored: QuantizedCheckpoint, length: int) -> dict[str, Any]:
@@ -331,7 +347,7 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
     """
     from executorch.exir._serialize._program import deserialize_pte_binary
 
-    data = deserialize_pte_binary((folder / FILE).read_bytes()).named_data
+    data = deserialize_pte_binary(file_in(folder).read_bytes()).named_data
     constants = {key: data.buffers[entry.buffer_index] for key, entry in data.pte_data.items()}
     layers = {}
     for name, (codes, scale) in stored.rounded.items():
@@ -360,7 +376,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] in the ExecuTorch runtime."""
-    runtime = ExecuTorch(folder / FILE)
+    runtime = ExecuTorch(file_in(folder))
     return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
 
 
@@ -402,6 +418,7 @@ FORMAT = Format(
     read_back=read_back,
     last_logits=last_logits,
     snippet=snippet,
-    runtime=lambda folder, context: ExecuTorch(folder / FILE),  # the file sets its cache's length
+    weights="*.pte",
+    runtime=lambda folder, context: ExecuTorch(file_in(folder)),  # the file sets its cache's length
     runtime_packages=PACKAGES,
 )

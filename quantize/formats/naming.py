@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
 
-def file_stem(recipe: Recipe, config: DecoderConfig, label: str) -> str:
+def file_stem(recipe: Recipe, config: DecoderConfig, label: str | None = None) -> str:
     """Names a file after base, fine-tune and quantization: Llama-3.2-1B-support-Q4_0."""
     from gguf.utility import naming_convention
 

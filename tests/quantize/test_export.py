@@ -555,7 +555,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
     from finequant.quantize.formats.executorch import ExecuTorch
 
     run = make("quantize.cache_length=64", to=("executorch",))
-    file = run / "exports" / "executorch" / "model.pte"
+    file = run / "exports" / "executorch" / "qwen3-base-127K-tiny-8da4w.pte"  # ChatML's family
     assert json.loads((run / "manifest.json").read_text())["executorch"]["delegated_linears"] == 15
     constants = set(deserialize_pte_binary(file.read_bytes()).named_data.buffers)
     for codes, scale in torchao_weights(run).values():
@@ -588,15 +588,15 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
 def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
     from finequant.evaluate.metrics.exports import greedy_answer
-    from finequant.quantize.formats.executorch import ExecuTorch
+    from finequant.quantize.formats.executorch import ExecuTorch, file_in
 
     folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
     prompt, ends = tokenizer("open the red")["input_ids"], [tokenizer.eos_token_id]
-    runtime = ExecuTorch(folder / "model.pte")
+    runtime = ExecuTorch(file_in(folder))
     expected = greedy_answer(runtime, tokenizer, prompt, ends, 12)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+    runner = TextLLMRunner(str(file_in(folder)), str(folder / "tokenizer.json"))
     pieces: list[str] = []
     wish = GenerationConfig(max_new_tokens=12, temperature=0.0, echo=False)
     runner.generate("open the red", wish, token_callback=pieces.append)
