@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Calibration, Recipe
@@ -42,8 +43,10 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Token ids [rows, length]: a seeded choice of rows through the chat template, end to end.
 
+    Rows that have fewer tokens than one sequence needs make a shorter one.
+
     Raises:
-        UserError: if the rows have fewer tokens than one sequence needs.
+        UserError: if they have no two tokens.
     """
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
@@ -66,11 +69,17 @@ def calibration_sequences(
         ids += encode(rows[index], tokenizer, data, whole=True).input_ids
         if len(ids) >= max(tokens, length):
             break
-    if len(ids) < length:
+    if len(ids) < 2:
         raise UserError(
-            f"quantize.calibration: {len(rows)} rows have only {len(ids)} tokens, fewer than a "
-            f"sequence of quantize.calibration.length={length}: make it smaller, or name more data"
+            f"quantize.calibration: {len(rows)} rows have {len(ids)} tokens, nothing to calibrate "
+            "on: name more text in quantize.calibration.data, or set quantize.method=rtn"
         )
+    if len(ids) < length:
+        say(
+            f"quantize: calibrating on {len(ids)} tokens, all that {len(rows)} rows have: "
+            "quantize.calibration.data can name more text"
+        )
+        length = len(ids)
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
     return sequences[chosen[: max(1, tokens // length)]]
