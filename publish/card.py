@@ -12,7 +12,6 @@ from finequant.evaluate.report.report import (
     verdict_lines,
 )
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
-from finequant.finetune.model import load_config
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
 from finequant.quantize.formats.snippet import fenced
@@ -58,7 +57,7 @@ def metadata(recipe: Recipe, report: dict[str, Any], license: License, kind: str
     from huggingface_hub import ModelCardData
 
     datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
-    base, family = base_on_hub(recipe), load_config(recipe.model).model_type
+    base, family = base_on_hub(recipe), report["model_type"]
     return ModelCardData(
         base_model=base,
         base_model_relation=kind if base else None,

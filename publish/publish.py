@@ -142,10 +142,11 @@ def check_current(recipe: Recipe, run: RunDir) -> None:
 
 
 def read_report(run: RunDir) -> dict[str, Any]:
-    """Reads report.json, and adds quantization.json as "quantization"."""
+    """Reads report.json; adds quantization.json as "quantization", and the "model_type"."""
     report = json.loads(run.report.read_text(encoding="utf-8"))
     record = json.loads((run.quantized / "quantization.json").read_text(encoding="utf-8"))
-    return report | {"quantization": record}
+    config = json.loads((run.quantized / "config.json").read_text(encoding="utf-8"))
+    return report | {"quantization": record, "model_type": config["model_type"]}
 
 
 def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
@@ -190,6 +191,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
         private = () if recipe.publish.rows else OF_ROWS
         measured = {key: value for key, value in report.items() if key not in private}
         measured.pop("quantization")
+        measured.pop("model_type")
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
         if recipe.publish.rows:

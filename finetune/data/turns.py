@@ -126,10 +126,11 @@ def _help_other_readers(file: Path) -> None:
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if template.exists():
-        others = sorted(file.with_name("additional_chat_templates").glob("*.jinja"))
-        named = [{"name": "default", "template": template.read_text("utf-8")}]
-        named += [{"name": other.stem, "template": other.read_text("utf-8")} for other in others]
-        config["chat_template"] = named if others else named[0]["template"]
+        files = sorted(file.with_name("additional_chat_templates").glob("*.jinja"))
+        named = [{"name": path.stem, "template": path.read_text("utf-8")} for path in files]
+        default = template.read_text("utf-8")
+        named.insert(0, {"name": "default", "template": default})
+        config["chat_template"] = named if files else default
     for key in ("is_local", "local_files_only"):  # of this machine
         config.pop(key, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
