@@ -192,8 +192,9 @@ def _shared_inputs(model: Decoder) -> list[SharedInput]:
         for name, module in block.named_modules()
     ]
     hidden = torch.empty(1, 2, model.config.hidden_size, device="meta", dtype=model.dtype)
-    positions = torch.arange(2, device="meta")[None]
-    block(hidden, position_embeddings=model.model.rotary_emb(hidden, positions))
+    # Not from the model's own: dynamic frequencies look at the values of the positions.
+    rotary = torch.empty(1, 2, head_dim(model.config), device="meta", dtype=model.dtype)
+    block(hidden, position_embeddings=(rotary, rotary))
     for hook in hooks:
         hook.remove()
     groups: list[tuple[torch.Tensor, list[str]]] = []

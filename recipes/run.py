@@ -375,13 +375,13 @@ def refuse_early(
     Raises:
         UserError: unless forced, also where memory or disk seem too small.
     """
-    from finequant.quantize.size.machine import this_machine
-    from finequant.quantize.size.resources import refuse_what_cannot_finish
-    from finequant.recipes.stages import STAGES
-
     refuse_split_weights(recipe, launch)
     lengths = preflight(recipe, directory)
     if not force:
+        from finequant.quantize.size.machine import this_machine
+        from finequant.quantize.size.resources import refuse_what_cannot_finish
+        from finequant.recipes.stages import STAGES
+
         large = [stage for stage in stages if stage in STAGES]
         refuse_what_cannot_finish(recipe, directory, large, this_machine(), lengths)
 

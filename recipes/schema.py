@@ -7,6 +7,7 @@ end up in `finequant schema`, so that editors show them while you write a recipe
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -359,10 +360,13 @@ LayerOrFloat = Annotated[
 ]
 
 
-def _rotates(head: str | int | None, embedding: str | int | None) -> bool:
-    """Says whether to rotate by default: a float head is tied, and so is one at 8 bits that shares
-    the embedding's codes; a rotated head needs weights of its own."""
-    return head != "float" and (head, embedding) != (8, 8)
+def _rotates(quantize: dict[str, Any]) -> bool:
+    """Says whether to rotate by default: a float head may be tied, and so is one at 8 bits that
+    shares the embedding's codes; a rotated head needs weights of its own."""
+    head = quantize.get("head")
+    for pattern, layer in quantize.get("layers", {}).items():  # the last match wins
+        head = layer if fnmatchcase("lm_head", pattern) else head
+    return head != "float" and (head, quantize.get("embedding")) != (8, 8)
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -425,7 +429,7 @@ class Quantize(Section):
         None, description="quantization-aware training, from the codes of `method`; default: none"
     )
     rotate: bool = Field(
-        default_factory=lambda section: _rotates(section.get("head"), section.get("embedding")),
+        default_factory=_rotates,
         description="rotate the hidden states so that outliers spread over all channels; the "
         "rotation is folded into the weights and costs nothing at run time; default: if the head "
         "is quantized, and not one table with the embedding",

@@ -247,7 +247,7 @@ def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accu
 
 
 def test_panels_with_nothing_to_show_are_left_out():
-    from finequant.evaluate.report.sweep_report import _plot
+    from finequant.evaluate.report.sweep_report import draw_sweep
 
     point = {"method": "rtn", "bits": 4, "group_size": 32}
     panels = {
@@ -255,8 +255,8 @@ def test_panels_with_nothing_to_show_are_left_out():
         1: report_of(scored(29.6), scored(36.0, **point)),
     }
     for count, report in panels.items():
-        assert len(_plot(report).axes) == count
-    assert _plot(report_of(scored(math.nan), scored(math.inf, **point))) is None
+        assert len(draw_sweep(report).axes) == count
+    assert draw_sweep(report_of(scored(math.nan), scored(math.inf, **point))) is None
 
 
 def test_table_of_the_executorch_documentation():

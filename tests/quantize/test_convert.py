@@ -174,12 +174,12 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
     folder = quantize()
     other = llama("other", hidden_size=96, intermediate_size=192)
     # By what was recorded; then, as of an adapter that came without a manifest, by its shapes.
-    for words in ("trained on a different base than", "not an adapter of"):
+    for words in ("not made from what is here now: model.base", f"not an adapter of {other}"):
         with pytest.raises(SystemExit) as exit_:
             convert([str(recipe_file), f"model.base={other}"])
         assert exit_.value.code == 2
         message = capsys.readouterr().err
-        assert f"{words} {other}" in message
+        assert words in message
         assert "Traceback" not in message
         (folder.parent / "manifest.json").unlink(missing_ok=True)
 

@@ -78,7 +78,7 @@ def test_without_patterns_every_layer_is_as_the_section_says():
     plan = plan_of(bits=3, group_size=64)
     assert len(plan) == 12 * 7 + 2
     assert plan.pop(EMBEDDING) is None
-    assert set(plan.values()) == {LayerScheme(3, 64, "max", torch.float32)}
+    assert set(plan.values()) == {LayerScheme(3, 64, "search", torch.bfloat16)}
 
 
 def test_the_last_pattern_that_matches_counts():
@@ -145,10 +145,10 @@ def test_head_and_embedding(keys, head, embedding, unties):
             "embed_tokens (64)",
         ),
         (
-            {"budget": 2.9},
+            {"budget": 2.9, "scale_dtype": "float32"},
             "quantize.budget: 2.9 bits per weight are too few, the plan takes at least 3.000",
         ),
-        ({"budget": 4, "layers": {"*": {"bits": 8}}}, "the plan takes at least 9.000"),
+        ({"budget": 4, "layers": {"*": {"bits": 8}}}, "the plan takes at least 8.500"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(keys, says):

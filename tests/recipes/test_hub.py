@@ -25,7 +25,7 @@ with torch.inference_mode():
 print(json.dumps({
     "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
     "vocabulary": [config.vocab_size, len(tokenizer)],
-    "prompts": sorted(row.messages[0]["content"] for row in splits.train + splits.validation),
+    "prompts": sorted(row.messages[0]["content"] for part in splits[:2] for row in part),
 }))
 """
 
