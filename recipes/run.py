@@ -256,8 +256,9 @@ def report(
     from finequant.recipes.rundir import RunDir
 
     run = RunDir(where) if where.is_dir() else RunDir.of(load_recipe(where, []))
-    if not run.report.exists():
-        raise UserError(f"{run.report}: missing: run `finequant evaluate RECIPE` first")
+    for file in (run.report, run.predictions):
+        if not file.exists():
+            raise UserError(f"{file}: missing: run `finequant evaluate RECIPE` first")
     write_page(run.root)
     print_table(json.loads(run.report.read_text(encoding="utf-8")))
     say(f"report: {run.page}")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from math import comb, prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finequant.evaluate.report.plots import DRAWINGS, svg
 from finequant.evaluate.report.report import comparison_rows, divergence_lines, verdict_lines
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.recipes.artifact import replace_text
+from finequant.recipes.errors import UserError
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200
@@ -25,17 +27,35 @@ SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def write_page(folder: Path) -> None:
-    """Writes report.html of a run directory, from the files that its stages wrote."""
+    """Writes report.html of a run directory, from the files that its stages wrote.
+
+    Raises:
+        UserError: for a file that is damaged.
+    """
     report = _read(folder / "report.json")
     report["stages"] = _read(folder / "manifest.json")
     if (folder / "sweep" / "sweep.json").exists():
         report["sweep"] = _read(folder / "sweep" / "sweep.json")
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    replace_text(folder / "report.html", page(report, [json.loads(line) for line in lines]))
+    rows = _read(folder / "predictions.jsonl", _lines)
+    replace_text(folder / "report.html", page(report, rows))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _read(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
+    """Reads what a stage wrote.
+
+    Raises:
+        UserError: for a file that is damaged.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}): run `finequant evaluate RECIPE` again"
+        ) from None
 
 
 def page(report: Report, rows: list[dict[str, Any]]) -> str:

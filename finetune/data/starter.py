@@ -65,11 +65,14 @@ def write_recipe(
     schema = target.with_name("recipe.schema.json")
     if target.exists():
         raise UserError(f"{target}: exists already; choose another name: --to FILE.yaml")
+    if test and not test.exists():
+        raise UserError(f"--test: {test} does not exist")
     rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
     look = look_at([row for row in rows if isinstance(row, dict)], data, task)
     text = recipe_text(look, data, test, base, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
+    if not schema.exists():
+        schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
     target.write_text(text, encoding="utf-8")
 
 

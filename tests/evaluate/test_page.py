@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from finequant.evaluate.report.advice import advice
-from finequant.evaluate.report.page import page
+from finequant.evaluate.report.page import page, write_page
+from finequant.recipes.errors import UserError
 
 HOSTILE = "</script><script>document.title = 'run'</script><b>bold</b>"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -138,3 +139,12 @@ def rendered(text: str, folder: Path, width: int) -> str:
         text=True,
         check=True,
     ).stdout
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}\n{"b"\n'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    for name in ("report.json", "manifest.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "predictions.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="predictions.jsonl: cannot be read"):
+        write_page(tmp_path)

@@ -157,7 +157,6 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_near_duplicates(name):
-    pytest.importorskip("rensa")
     one, other, alike = PAIRS[name]
     train = Rows.of([asked("something else", "ok"), asked(one, "ok", where="train:2")])
     test = Rows.of([asked(other, "ok", where="test:1")])

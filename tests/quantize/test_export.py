@@ -624,8 +624,7 @@ SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloa
 )
 def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
     """Codes straight from the file; a prompt in one call and token by token, with its own cache."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    import onnx
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.formats.onnx import OnnxRuntime
@@ -675,7 +674,6 @@ def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
 @pytest.mark.parametrize("overrides", [("quantize.head=float", "quantize.group_size=64"), SHARED])
 def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
     """Codes straight from the file; rotary positions under the names that mlx-lm reads."""
-    pytest.importorskip("mlx_lm")
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.formats.mlx import MlxLm

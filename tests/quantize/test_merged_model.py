@@ -84,7 +84,7 @@ def test_no_weight_is_in_memory_twice(llama, recipe_file):
     tiny, wide = recipe_file.parent / "tiny", recipe_file.parent / "wide"
     make_adapter(llama("tiny/base"), tiny)
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
-    make_adapter(llama("wide/base", vocab_size=8192, num_hidden_layers=6, **shape), wide)
+    make_adapter(llama("wide/base", vocab_size=8192, num_hidden_layers=11, **shape), wide)
     program = """
 import re, sys
 from pathlib import Path
@@ -111,4 +111,4 @@ print(sum(w.nbytes for w in model.parameters()), resident("VmHWM") - before)
     assert done.returncode == 0, done.stderr
     weights, peak = map(int, done.stdout.split())
     assert weights > 80e6
-    assert 0.9 * weights < peak < 1.2 * weights  # 1.12 alone, 1.17 seen beside other tests
+    assert 0.9 * weights < peak < 1.15 * weights
