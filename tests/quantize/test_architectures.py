@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import BASES, mistral, qwen3
 from conftest import make_recipe
+from outside import WITHOUT_FINEQUANT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 
@@ -42,15 +43,9 @@ METHODS = {
     "budget": ["quantize.budget=6", CALIBRATED % ""],
 }
 
-CHILD = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finequant":
-            raise ImportError("finequant is not to be had here")
-
-sys.meta_path.insert(0, Blocker())
+CHILD = (
+    WITHOUT_FINEQUANT
+    + """
 import torch
 from pathlib import Path
 from gguf import GGUFReader
@@ -89,6 +84,7 @@ for folder in map(Path, sys.argv[2:]):
     names = sorted(tensor.name for tensor in reader.tensors)
     (folder / "gguf.json").write_text(json.dumps([fields, names], default=str))
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_recipe, make_tokenizer
+from outside import WITHOUT_FINEQUANT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -95,22 +96,9 @@ SIBLINGS = {
     "dynamic_rope": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, None),
 }
 
-CHILD = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finequant":
-            raise ImportError("finequant is not to be had here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import finequant.quantize.scheme
-except ImportError:
-    pass
-else:
-    sys.exit("finequant can be imported")
-
+CHILD = (
+    WITHOUT_FINEQUANT
+    + """
 import torch
 from pathlib import Path
 from peft import PeftModel
@@ -145,6 +133,7 @@ for folder in sorted(root.iterdir()):
             (folder / "said.json").write_text(json.dumps(said))
     save_file(found, folder / "logits.safetensors")
 """
+)
 
 
 def random_adapter(base: Path, folder: Path, **changes) -> Path:
