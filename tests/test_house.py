@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("recipes", "finetune", "quantize", "evaluate", "publish")
 """A folder imports from itself and from those before it."""
 
-KNOWS_ALL = Path("recipes/run.py")
+KNOWS_ALL = ("recipes/run.py", "recipes/commands/")
 
 SOURCES = [
     path.relative_to(ROOT)
@@ -63,7 +63,7 @@ def test_imports_go_one_way():
     wrong = [
         f"{path}:{line}: imports {module}"
         for path, tree in TREES.items()
-        if path != KNOWS_ALL and path.parts[0] in ORDER
+        if path.parts[0] in ORDER and not path.as_posix().startswith(KNOWS_ALL)
         for line, module in imports(tree)
         if module.startswith("finequant.")
         and ORDER.index(module.split(".")[1]) > ORDER.index(path.parts[0])

@@ -308,12 +308,13 @@ def test_split_weights_are_refused_first(stage, monkeypatch, capsys, launcher):
 def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
     recipe_file, monkeypatch, capsys, name
 ):
-    from finequant.recipes import run
+    from finequant.recipes.commands import pipeline
+    from finequant.recipes.run import main
 
-    monkeypatch.setattr(run, "_start", lambda *_: pytest.fail("a stage was started"))
+    monkeypatch.setattr(pipeline, "_start", lambda *_: pytest.fail("a stage was started"))
     file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
     arguments = ["run", str(recipe_file), ADAPTER, "--force", "--launch", str(file)]
-    assert f"--launch: {file} uses" in refused(capsys, run.main, arguments)
+    assert f"--launch: {file} uses" in refused(capsys, main, arguments)
 
 
 def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():

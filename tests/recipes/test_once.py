@@ -130,6 +130,7 @@ def test_a_run_hashes_and_dequantizes_its_base_once(gguf, recipe_file, tmp_path,
     """Its stages in this process, which then shares no more than the caches."""
     from finequant.finetune import gguf_base
     from finequant.recipes import run
+    from finequant.recipes.commands import pipeline
 
     times, file_hash, dequantize = Counter(), artifact.file_hash, gguf_base._dequantize
 
@@ -143,11 +144,11 @@ def test_a_run_hashes_and_dequantizes_its_base_once(gguf, recipe_file, tmp_path,
 
     def start(stage: str, arguments: list[str], launch: None) -> None:
         times[stage] += 1
-        import_module(run.MODULES[stage]).main(arguments)
+        import_module(pipeline.MODULES[stage]).main(arguments)
 
     monkeypatch.setattr(artifact, "file_hash", counting_hash)
     monkeypatch.setattr(gguf_base, "_dequantize", counting_dequantize)
-    monkeypatch.setattr(run, "_start", start)
+    monkeypatch.setattr(pipeline, "_start", start)
     monkeypatch.setattr(freshness, "LARGE", 100_000)
     monkeypatch.setattr(freshness, "SETTLED_SECONDS", -3600.0)
     arguments = [str(recipe_file), f"model.base={gguf}", *SHORT]

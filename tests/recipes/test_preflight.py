@@ -11,6 +11,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 from finequant.recipes import run
+from finequant.recipes.commands import pipeline, preflight
 from finequant.recipes.errors import UserError, refuse_all
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
@@ -23,7 +24,7 @@ def refused(recipe_file, monkeypatch, capsys):
     def start(stage: str, *_) -> None:
         raise AssertionError(f"{stage} was started")
 
-    monkeypatch.setattr(run, "_start", start)
+    monkeypatch.setattr(pipeline, "_start", start)
 
     def message(*overrides: str) -> str:
         with pytest.raises(SystemExit) as exit_:
@@ -79,7 +80,7 @@ IN_SECONDS = {
 
 @pytest.mark.parametrize(("overrides", "message"), IN_SECONDS.values(), ids=IN_SECONDS)
 def test_refused_in_seconds(refused, monkeypatch, overrides, message):
-    monkeypatch.setattr(run, "_check_tokens", None)  # not reached
+    monkeypatch.setattr(preflight, "_check_tokens", None)  # not reached
     assert message in refused(*overrides)
 
 
@@ -114,8 +115,8 @@ def test_short_rows_run_where_the_longest_that_are_allowed_would_not_fit(recipe_
     needed = sum(memory_of("train", recipe, load_config(recipe.model), small).values())
     small = small._replace(memory=needed - 1)
     monkeypatch.setattr(machines, "this_machine", lambda: small)
-    monkeypatch.setattr(run, "_start", lambda stage, *_: started.append(stage))
-    monkeypatch.setattr(run, "_show_report", lambda _: True)
+    monkeypatch.setattr(pipeline, "_start", lambda stage, *_: started.append(stage))
+    monkeypatch.setattr(pipeline, "_show_report", lambda _: True)
     with pytest.raises(SystemExit) as exit_:
         run.main(["run", str(recipe_file), *overrides])
     assert (exit_.value.code, started[0]) == (0, "train")
@@ -205,7 +206,7 @@ def test_a_prompt_beyond_the_positions_names_its_row(refused, tmp_path):
 
 def test_a_good_recipe_passes_and_its_lengths_are_known(recipe_file, capsys):
     recipe = load_recipe(recipe_file, ["quantize.exports=[compressed-tensors, gguf, executorch]"])
-    lengths = run.preflight(recipe, RunDir.of(recipe))
+    lengths = preflight.preflight(recipe, RunDir.of(recipe))
     assert len(lengths.training) == 48
     assert 20 < max(lengths.training) < 100
     assert 10 < lengths.prompt < max(lengths.training)

@@ -91,7 +91,9 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     assert changed.returncode == 2  # 160 input features of down_proj
     assert "does not divide the input features of mlp.down_proj (160)" in changed.stderr
     started = []
-    monkeypatch.setattr("finequant.recipes.run._start", lambda stage, *_: started.append(stage))
+    monkeypatch.setattr(
+        "finequant.recipes.commands.pipeline._start", lambda stage, *_: started.append(stage)
+    )
     changed = here("run", str(recipe_file), "quantize.bits=8")
     assert changed.returncode == 0, changed.stderr
     assert started[0] == "quantize"

@@ -1,0 +1,124 @@
+"""What a stage would refuse, refused before the first one starts."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finequant.recipes.errors import UserError, refuse_all
+
+if TYPE_CHECKING:
+    from finequant.finetune.data.splits import Splits
+    from finequant.quantize.size.estimate import Lengths
+    from finequant.recipes.rundir import RunDir
+    from finequant.recipes.schema import Recipe
+
+
+def refuse_early(
+    recipe: Recipe, directory: RunDir, stages: list[str], launch: Path | None, force: bool
+) -> None:
+    """Refuses, before the first of the stages, what one of them would, or what cannot finish here.
+
+    Raises:
+        UserError: unless forced, also where memory or disk seem too small.
+    """
+    refuse_split_weights(recipe, launch)
+    lengths = preflight(recipe, directory)
+    if not force:
+        from finequant.quantize.size.machine import this_machine
+        from finequant.quantize.size.resources import refuse_what_cannot_finish
+        from finequant.recipes.stages import STAGES
+
+        large = [stage for stage in stages if stage in STAGES]
+        refuse_what_cannot_finish(recipe, directory, large, this_machine(), lengths)
+
+
+def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
+    """Refuses, before the first stage, whatever a later stage would refuse; cheap checks first.
+
+    Returns:
+        The lengths of the recipe's rows, which decide how much memory the stages take.
+
+    Raises:
+        UserError: listing all problems that can be found at the same cost.
+    """
+    from finequant.quantize.convert import check_base_range
+
+    splits = _check_files(recipe, directory)
+    lengths = _check_tokens(recipe, splits)
+    _check_tasks(recipe)
+    check_base_range(recipe)
+    return lengths
+
+
+def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
+    """Checks what takes seconds and no torch: paths, rows, texts, task files, and the license."""
+    from finequant.evaluate.check import check_rows, check_texts
+    from finequant.finetune.data.prepared import prepared_splits
+    from finequant.publish.publish import check as check_publishing
+    from finequant.recipes import lock
+
+    def rows() -> Splits:
+        splits = prepared_splits(recipe)
+        check_rows(recipe, splits)
+        return splits
+
+    splits, *_ = refuse_all(
+        [
+            rows,
+            partial(lock.check_writable, directory.root),
+            partial(check_texts, recipe.evaluate),
+            partial(check_publishing, recipe),
+        ]
+    )
+    return splits
+
+
+def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
+    """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
+    from finequant.evaluate.compare import longest_scored, prepare
+    from finequant.finetune.architecture import check_window
+    from finequant.finetune.check import check_training
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.export import check_exports
+    from finequant.quantize.size.estimate import Lengths
+    from finequant.recipes.command_line import quiet_libraries
+
+    quiet_libraries()
+    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    _, _, training, material = refuse_all(
+        [
+            partial(check_window, recipe, config),
+            partial(check_exports, recipe.quantize, config, tokenizer),
+            partial(check_training, recipe, config, splits, tokenizer),
+            partial(prepare, recipe, splits, tokenizer),
+        ]
+    )
+    longest_prompt = max(map(len, material.prompts), default=0)
+    return Lengths(training, longest_scored(material.corpora), longest_prompt)
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    """Loads the recipe's tasks with their data, which needs lm-eval's index of 10,000 files."""
+    from finequant.evaluate.metrics.tasks import load_tasks
+
+    load_tasks(recipe.evaluate)
+
+
+def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
+    """Refuses, before `train`, a launch configuration with which the stage `qat` cannot start.
+
+    Raises:
+        UserError: for FSDP or DeepSpeed.
+    """
+    if not (launch and recipe.quantize.training):
+        return
+    from accelerate.commands.config.config_args import load_config_from_file  # imports torch
+
+    kind = load_config_from_file(str(launch)).distributed_type
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise UserError(
+            f"--launch: {launch} uses {kind}, which shards weights that quantize.training needs "
+            "whole: use recipes/accelerate/several_gpus.yaml, or set quantize.training=null"
+        )

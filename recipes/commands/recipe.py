@@ -1,0 +1,122 @@
+"""The commands about a recipe before anything runs: write it, check it, show what it will do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finequant.recipes.commands.parameters import Overrides, RecipePath
+from finequant.recipes.commands.preflight import preflight
+
+
+def init(
+    data: Annotated[
+        Path, typer.Option(prompt="File with your rows", help="rows: JSON, CSV, Parquet, ...")
+    ],
+    test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
+    base: Annotated[str | None, typer.Option(help="Hub id or folder of a Llama")] = None,
+    task: Annotated[
+        Literal["classify", "chat", "tools", "summarize", "translate", "extract"] | None,
+        typer.Option(help="what the model shall do; default: what the rows look like"),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
+) -> None:
+    """Look at your rows, write a commented recipe for them, and show what the model will see."""
+    from finequant.finetune.data.preview import preview
+    from finequant.finetune.data.starter import write_recipe
+    from finequant.recipes.command_line import quiet_libraries, say
+    from finequant.recipes.load import load_recipe
+
+    target = to or Path(data.name.partition(".")[0]).with_suffix(".yaml")
+    write_recipe(data, test, base, task, target)
+    say(f"init: {target} written: a recipe to change as you like")
+    loaded = load_recipe(target, [])
+    quiet_libraries()
+    preview(loaded, 3)
+    say(f"init: next: `finequant plan {target}`, then `finequant run {target}`")
+
+
+def data(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="how many rows to show", min=0)] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="also write fifty rows in color as this HTML file")
+    ] = None,
+) -> None:
+    """Show rows as the model will see them, target tokens in color, and statistics."""
+    from finequant.finetune.data.preview import preview
+    from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    preview(loaded, rows, html)
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="show one row per layer")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="memory of the target device, such as 6GB")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
+    ] = None,
+) -> None:
+    """Show how each layer is quantized, and how much memory and disk everything takes.
+
+    Reads configurations only; after quantization, it also shows signal-to-noise ratios.
+    """
+    from finequant.quantize.size.machine import bytes_of, named_gpu
+    from finequant.quantize.size.plan import show_plan
+    from finequant.quantize.size.resources import show_resources
+    from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    machine = named_gpu(gpu) if gpu else None
+    memory = bytes_of(device_memory) if device_memory else None
+    quiet_libraries()
+    show_plan(loaded, RunDir.of(loaded), every)
+    show_resources(loaded, RunDir.of(loaded), machine, memory, context)
+
+
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also check rows, texts, tokenizer, and tasks")
+    ] = False,
+) -> None:
+    """Check a recipe without loading data or a model; with --deep, without loading weights."""
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    if deep:
+        preflight(loaded, RunDir.of(loaded))
+    print(f"{recipe}: a valid recipe, {loaded.name}")
+
+
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print tables of all keys instead: docs/keys.md")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, which lets editors complete and check them."""
+    from finequant.recipes import reference
+    from finequant.recipes.schema import Recipe
+
+    if markdown:
+        print(reference.markdown(), end="")
+    else:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))

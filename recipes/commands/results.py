@@ -1,0 +1,75 @@
+"""The commands about what a run has made: its report, its models, and other settings for them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from finequant.recipes.commands.parameters import Overrides, RecipeOrRun, RecipePath
+from finequant.recipes.errors import UserError
+
+
+def report(
+    where: RecipeOrRun,
+    show: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Print the table of the last evaluation, and write its page again: report.html"""
+    import webbrowser
+
+    from finequant.evaluate.report.page import write_page
+    from finequant.evaluate.report.report import print_table
+    from finequant.recipes.command_line import say
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    run = RunDir(where) if where.is_dir() else RunDir.of(load_recipe(where, []))
+    for file in (run.report, run.predictions):
+        if not file.exists():
+            raise UserError(f"{file}: missing: run `finequant evaluate RECIPE` first")
+    write_page(run.root)
+    print_table(json.loads(run.report.read_text(encoding="utf-8")))
+    say(f"report: {run.page}")
+    if show:
+        webbrowser.open(run.page.resolve().as_uri())
+
+
+def chat(
+    where: RecipeOrRun,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="base, tuned, quantized, or an export such as gguf or pte; "
+            "default: quantized; with --prompt, every model of the run"
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="ask this once, and show the answers side by side")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens per answer, at most", min=1)] = 256,
+) -> None:
+    """Chat with a model of a run, or ask all of them the same question."""
+    from finequant.evaluate.chat import chat as talk
+
+    talk(where, overrides or [], model, prompt, max_new_tokens)
+
+
+def sweep(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE[,VALUE]...]...",
+            help="such as quantize.bits=8,4,3 quantize.method=rtn,gptq",
+        ),
+    ] = None,
+    model: Annotated[
+        Literal["tuned", "base"], typer.Option(help="what to quantize; base needs no training")
+    ] = "tuned",
+) -> None:
+    """Measure every combination of quantization settings -> sweep/"""
+    from finequant.evaluate.sweep import sweep as measure
+
+    measure(recipe, overrides or [], model)

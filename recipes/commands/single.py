@@ -1,0 +1,85 @@
+"""The commands that run a single stage of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finequant.recipes.commands.parameters import Overrides, RecipePath
+
+
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Fine-tune: recipe -> adapter/ (the same as finetune/train.py)."""
+    from finequant.finetune.train import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+def qat(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Quantization-aware training: adapter/ -> trained_codes/ (quantize/training/train.py)."""
+    from finequant.quantize.training.train import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+def quantize(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Merge and quantize: adapter/ -> quantized/ (the same as quantize/convert.py)."""
+    from finequant.quantize.convert import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Compare base, tuned and quantized -> report (the same as evaluate/compare.py)."""
+    from finequant.evaluate.compare import main as stage
+
+    stage([str(recipe), *(overrides or [])])
+
+
+def export(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a format, as in quantize.exports; may be repeated; "
+            "default: the recipe's quantize.exports",
+        ),
+    ] = None,
+) -> None:
+    """Write the same codes in other formats: quantized/ -> exports/ (quantize/export.py)."""
+    from finequant.quantize.export import main as stage
+
+    chosen = [word for name in to or [] for word in ("--to", name)]
+    stage([str(recipe), *(overrides or []), *chosen])
+
+
+def publish(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="upload without asking")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write publish/ of the run directory and stop")
+    ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="publish the adapter, not the quantized model")
+    ] = False,
+    overrule_gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="publish despite this failed check; the card says so"),
+    ] = None,
+    into_existing: Annotated[
+        bool, typer.Option("--into-existing", help="allow a repository with files from elsewhere")
+    ] = False,
+) -> None:
+    """Publish the result on the Hugging Face Hub, with a card that says what was measured."""
+    from finequant.publish.publish import Options
+    from finequant.publish.publish import publish as stage
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    loaded = load_recipe(recipe, overrides or [])
+    overruled = tuple(overrule_gate or ())
+    options = Options(yes, dry_run, adapter_only, overruled, into_existing)
+    stage(loaded, RunDir.of(loaded), options)
