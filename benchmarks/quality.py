@@ -37,49 +37,60 @@ WIKITEXT = HERE / "wikitext2.yaml"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
+WITHOUT_LABELS = {
+    "rtn, scale: max": ["quantize.method=rtn", "quantize.scale=max"],
+    "rtn": ["quantize.method=rtn"],
+    "hqq": ["quantize.method=hqq", "quantize.scale=max"],
+    "gptq": [],
+    "gptq, rotated": ["quantize.rotate=true"],
+    "gptq, rotated, 32 steps a block": ["quantize.rotate=true", "quantize.calibration.steps=32"],
+    "effort: best": [
+        "quantize.effort=best",
+        "quantize.rotate=true",
+        "quantize.scale_dtype=bfloat16",
+    ],
+    "effort: best, head at 8 bits": [
+        "quantize.effort=best",
+        "quantize.rotate=true",
+        "quantize.scale_dtype=bfloat16",
+        "quantize.head=8",
+    ],
+}
+"""What each row of the table changes in the recipe."""
+
+
 @app.command()
-def calibration(group_size: int = 32, tokens: int = 8192, whole: bool = False) -> None:
-    """Perplexity without labels: float, and each method at four bits, head included."""
+def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> None:
+    """Perplexity without labels: float, and each method at four bits, head included.
+
+    only: rows of the table, separated by semicolons; all if empty.
+    """
+    from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.apply import round_model
     from finequant.quantize.methods.transforms import transform_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
-    recipe = wikitext(f"quantize.group_size={group_size}")
+    recipe, dtype = wikitext(f"quantize.group_size={group_size}"), arithmetic_dtype(torch.bfloat16)
     tokenizer = load_tokenizer(recipe.model)
-    rows = [("float", 0.0, perplexity(load_base(recipe.model, torch.bfloat16), recipe, whole))]
-    for method, scale, steps, rotates in (
-        ("rtn", "max", 0, False),
-        ("rtn", "search", 0, False),
-        ("hqq", "max", 0, False),
-        ("gptq", "search", 0, False),
-        ("gptq", "search", 0, True),
-        ("gptq", "search", 32, True),
-    ):
-        chosen = wikitext(
-            f"quantize.group_size={group_size}",
-            f"quantize.method={method}",
-            f"quantize.scale={scale}",
-            f"quantize.rotate={str(rotates).lower()}",
-            f"quantize.calibration={{tokens: {tokens}, steps: {steps}}}",
-        )
+    rows = [("float", 0.0, perplexity(load_base(recipe.model, dtype), recipe, whole))]
+    for name in only.split(";") if only else WITHOUT_LABELS:
+        chosen = wikitext(f"quantize.group_size={group_size}", *WITHOUT_LABELS[name])
         model = load_base(chosen.model, torch.float32)
         untie_head(model)
         transform_model(model, chosen.quantize)
         started = time.monotonic()
-        rounded = round_model(model, chosen, tokenizer, torch.bfloat16)
+        rounded = round_model(model, chosen, tokenizer, dtype)
         seconds = time.monotonic() - started
         plan = layer_plan(chosen.quantize, model.config)
-        model = quantized_model(model, rounded, plan, torch.bfloat16)
-        name = f"{method}, scale: {scale}" + (", rotated" if rotates else "")
-        name += f", {steps} steps a block" if steps else ""
+        model = quantized_model(model, rounded, plan, dtype)
         rows.append((name, seconds, perplexity(model, chosen, whole)))
         say(f"{name}: {rows[-1][2]:.2f}")
         del model, rounded
         gc.collect()
     show(
-        f"WikiText-2, 4 bits in groups of {group_size}, no training",
+        f"WikiText-2, 4 bits in groups of {group_size}, no training, {dtype} arithmetic",
         ("method", "seconds", "perplexity per token", "times float"),
         [
             (name, f"{seconds:.0f}", f"{value:.2f}", f"{value / rows[0][2]:.3f}")

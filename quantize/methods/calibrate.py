@@ -1,14 +1,16 @@
 """Calibrated quantization without labels, block by block.
 
-Each block sees the inputs that the already quantized blocks before it produce. Its layers are
-quantized by the recipe's method, then trained together for some steps if the recipe says so. Memory
-holds the activations and one block.
+Each layer is quantized by the recipe's method, with the inputs that the already quantized layers
+before it produce, those of its own block included. Then a block's layers are trained together for
+some steps if the recipe says so. Memory holds the activations, one block, and its quantized copy.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +19,7 @@ from rich.progress import track
 
 from finequant.finetune.architecture import anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
-from finequant.quantize.checkpoint.blocks import Rotary, decoder_block, embed, normed, rotary_of
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.checkpoint.streaming import Piece
 from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_once
@@ -113,13 +115,14 @@ class _Calibration:
     def _quantize(self, block: torch.nn.Module, prefix: str, names: list[str]) -> Iterator[Piece]:
         """Quantizes a float block's layers, and advances the float activations to its outputs."""
         start: dict[str, TrainedLayer] = {}
-        inputs = [shared.layers for shared in anatomy(self._config).inputs]
-        pairs = _block_statistics(
-            self._method, block, inputs, self._quantized, self._exact, self._rotary
-        )
-        for layers, statistics in pairs:
-            sharing = [name for name in layers if name in names]
-            for together in self._rounded_at_once(prefix, sharing):
+        # The copy shares the parameters of the float block until its layers are quantized.
+        quantized_block = deepcopy(block, {id(shared): shared for shared in block.parameters()})
+        for sharing in anatomy(self._config).inputs:
+            layers = [name for name in sharing.layers if name in names]
+            if not layers:
+                continue
+            statistics = self._statistics(block, quantized_block, layers[0])
+            for together in self._rounded_at_once(prefix, layers):
                 parts = [self._float_weight(block, prefix, name) for name in together]
                 weight = parts[0] if len(parts) == 1 else torch.cat(parts)
                 scheme = self._plan[prefix + together[0]]
@@ -127,16 +130,43 @@ class _Calibration:
                 rows = [len(part) for part in parts]
                 codes, scales = (tensor.split(rows) for tensor in rounded)
                 for name, part, *of_part in zip(together, parts, codes, scales, strict=True):
+                    _install(quantized_block.get_submodule(name), Rounded(*of_part), self._dtype)
                     if self._steps:
                         start[name] = TrainedLayer(part, Rounded(*of_part), scheme)
                     else:
                         yield Piece(prefix + name, WHOLE, Rounded(*of_part), part.cpu())
+        self._exact = [self._run(block, hidden) for hidden in self._exact]
         if start:
             trained = reconstruct(
                 block, start, self._quantized, self._exact, self._rotary, self._steps
             )
             for name, rounded in trained.items():
                 yield Piece(prefix + name, WHOLE, rounded, None)
+
+    def _statistics(
+        self, block: torch.nn.Module, quantized_block: torch.nn.Module, layer: str
+    ) -> Statistics:
+        """Returns the statistics of a layer's inputs in both blocks."""
+        statistics = self._method.statistics()
+        for quantized, exact in zip(self._quantized, self._exact, strict=True):
+            rounded = quantize_activations(self._input(quantized_block, layer, quantized))
+            statistics.add(rounded, self._input(block, layer, exact))
+        return statistics
+
+    def _input(self, block: torch.nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns a layer's input; what comes after it in the block is not computed."""
+        inputs: list[torch.Tensor] = []
+
+        def stop(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+            inputs.append(arguments[0])
+            raise _LayerReachedError
+
+        with (
+            block.get_submodule(layer).register_forward_pre_hook(stop),
+            suppress(_LayerReachedError),
+        ):
+            self._run(block, hidden)
+        return inputs[0]
 
     def _rounded_at_once(self, prefix: str, names: list[str]) -> list[list[str]]:
         """Groups layers that share an input: an accelerator rounds those of one scheme together."""
@@ -205,31 +235,5 @@ def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> N
     module.register_forward_pre_hook(lambda _, inputs: (quantize_activations(inputs[0]),))
 
 
-def _block_statistics(
-    method: Calibrated,
-    block: torch.nn.Module,
-    shared: list[tuple[str, ...]],
-    quantized: list[torch.Tensor],
-    exact: list[torch.Tensor],
-    rotary: Rotary,
-) -> Iterator[tuple[tuple[str, ...], Statistics]]:
-    """Yields the layers that share an input, and its statistics; advances `exact`."""
-    inputs: dict[str, torch.Tensor] = {}
-
-    def keep(name: str):
-        return lambda _, arguments: inputs.__setitem__(name, arguments[0])
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name, *_ in shared]
-    statistics = {layers: method.statistics() for layers in shared}
-    for index, (rounded_states, exact_states) in enumerate(zip(quantized, exact, strict=True)):
-        exact[index] = block(exact_states, position_embeddings=rotary)
-        exact_inputs = dict(inputs)
-        block(rounded_states, position_embeddings=rotary)
-        for (name, *_), sums in statistics.items():
-            sums.add(quantize_activations(inputs[name]), exact_inputs[name])
-    for hook in hooks:
-        hook.remove()
-    inputs.clear()
-    del exact_inputs, rounded_states, exact_states
-    for layers in shared:
-        yield layers, statistics.pop(layers)
+class _LayerReachedError(Exception):
+    """Ends a block's forward pass at the layer whose input is wanted."""

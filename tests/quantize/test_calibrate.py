@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finequant.quantize.methods.gptq import METHOD, Statistics, gptq
-from finequant.quantize.rounding import Rounded, choose_scale, round_to_nearest
+from finequant.quantize.rounding import Rounded, choose_scale, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
 
@@ -129,14 +129,67 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
             hidden = [one.model(held_out).last_hidden_state for one in (model, ours)]
         return (hidden[0] - hidden[1]).square().mean().item()
 
-    alone, together = found(0), found(40)
+    alone, together = found(0), found(100)
     assert alone.keys() == together.keys()
     assert "model.layers.1.self_attn.o_proj" not in together
     assert error(together) < 0.9 * error(alone)
     assert all(rounded.codes.abs().max() <= 4 for rounded in together.values())
-    again = found(40)
+    again = found(100)
     for name, (codes, scale) in together.items():
         assert torch.equal(codes, again[name].codes) and torch.equal(scale, again[name].scale)
+
+
+def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.method import Calibrated
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.schema import Quantize
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    plan = layer_plan(Quantize(head="float"), model.config)
+    sequences = torch.randint(model.config.vocab_size, (4, 32))
+    inputs = []
+
+    class Kept:
+        def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
+            inputs.append((quantized, exact))
+
+    method = Calibrated(Kept, lambda weight, _, scheme: round_to_nearest(weight, *scheme))
+    weights = dict(model.named_parameters())
+    pieces = list(
+        calibrate(
+            method,
+            lambda name, rows: weights[name].detach()[rows],
+            model.config,
+            sequences,
+            plan,
+            torch.float32,
+        )
+    )
+    shared = ["q_proj", "o_proj", "gate_proj", "down_proj"] * model.config.num_hidden_layers
+    assert len(inputs) == len(shared)
+
+    def inputs_of(decoder: torch.nn.Module) -> list[torch.Tensor]:
+        kept = []
+        for name, module in decoder.named_modules():
+            if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj")):
+                module.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
+        with torch.no_grad():
+            decoder(sequences)
+        return kept
+
+    expected = inputs_of(model)
+    for (_, exact), theirs in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(exact, theirs)
+    shipped = AutoModelForCausalLM.from_pretrained(tiny_base)
+    for piece in pieces:
+        module = shipped.get_submodule(piece.layer)
+        module.weight.data = piece.rounded.dequantize(torch.float32)
+        module.register_forward_pre_hook(lambda _, args: (quantize_activations(args[0]),))
+    for (quantized, _), theirs in zip(inputs, inputs_of(shipped), strict=True):
+        torch.testing.assert_close(quantized, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
