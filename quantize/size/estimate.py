@@ -166,7 +166,7 @@ def aware_memory(
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
     block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
-    calibration = _calibration(recipe, config, shipped.itemsize, block)
+    calibration = _calibration(recipe, config, _arithmetic(shipped, machine), block)
     return max(step, _memory("qat", machine, calibration, {}), key=lambda m: sum(m.values()))
 
 
@@ -230,7 +230,8 @@ def quantize_memory(
         {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
     ]
     if METHODS[recipe.quantize.method].is_calibrated and not recipe.quantize.training:
-        phases.append(_calibration(recipe, config, dtype, block))
+        arithmetic = _arithmetic(shipped_dtype(recipe.quantize, config), machine)
+        phases.append(_calibration(recipe, config, arithmetic, block))
     if recipe.quantize.budget:
         phases.append(_sensitivity(recipe, config, dtype))
     if recipe.quantize.method == "hqq":
@@ -240,19 +241,24 @@ def quantize_memory(
     return _memory("quantize", here, {**fixed, **largest}, {})
 
 
+def _arithmetic(shipped: torch.dtype, machine: Machine) -> int:
+    """Returns the bytes of a number in arithmetic: float32 where bfloat16 is emulated."""
+    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
+    return 4 if emulated else shipped.itemsize
+
+
 def _calibration(recipe: Recipe, config: DecoderConfig, dtype: int, block: int) -> Memory:
-    """While a block's inputs are summed up, or its widest layer is solved."""
+    """While the inputs of a block's widest layer are summed up, or the layer is solved."""
     shapes, calibration = layer_shapes(config), recipe.quantize.calibration
     widths = [shapes[f"model.layers.0.{names[0]}"][1] for names, _ in anatomy(config).inputs]
     tokens = max(calibration.tokens, calibration.length)
     forward = min(TOKENS, tokens)
-    # All Hessians and drifts; two models, with three float32 copies of the widest input.
-    summed = 8 * sum(width**2 for width in widths)
-    summed += forward * (2 * dtype * sum(widths) + 12 * max(widths))
+    # Its Hessian and drift; two models, with three float32 copies of its input.
+    summed = 8 * max(widths) ** 2 + forward * (2 * dtype * sum(widths) + 12 * max(widths))
     solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
     rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
     memory = {
-        "block": dtype * block,
+        "block, in float and quantized": 2 * dtype * block,
         "activations": 2 * tokens * config.hidden_size * dtype,
         "Hessians": max(summed, solved, rounded),
     }
@@ -277,9 +283,7 @@ def evaluation_memory(
 ) -> Memory:
     """Estimates evaluation: of the largest of the three models, or the comparison of two."""
     evaluate, shipped = recipe.evaluate, shipped_dtype(recipe.quantize, config)
-    # Where bf16 is emulated, models compute in float32.
-    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
-    dtype = 4 if emulated else shipped.itemsize
+    dtype = _arithmetic(shipped, machine)
     weights = dtype * parameter_count(config)
     if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
         weights += dtype * components(config)["embedding"]  # the quantized model's head
