@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from finequant.quantize.methods.gptq import METHOD, Statistics, gptq
-from finequant.quantize.rounding import Rounded, choose_scale, quantize_activations, round_to_nearest
+from finequant.quantize.rounding import (
+    Rounded,
+    choose_scale,
+    quantize_activations,
+    round_to_nearest,
+)
 from finequant.quantize.scheme import LayerScheme
 from finequant.recipes.errors import UserError
 
