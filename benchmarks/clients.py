@@ -85,7 +85,7 @@ def main() -> None:
 
 def make_job(recipe: Any, run: RunDir, limit: int) -> tuple[dict[str, Any], Any]:
     """Collects texts and prompts; the second value turns a client's results into cells."""
-    from finequant.evaluate.compare import prepare
+    from finequant.evaluate.material import prepare
     from finequant.evaluate.metrics.text_metrics import score_answers
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.evaluate.compare import MODELS
+from finequant.evaluate.models import MODELS
 from finequant.recipes.command_line import quiet_libraries, say
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import pinned
@@ -138,7 +138,7 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     Raises:
         UserError: if the runtime is not installed.
     """
-    from finequant.evaluate.compare import load_model
+    from finequant.evaluate.models import load_model
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
 

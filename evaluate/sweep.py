@@ -26,7 +26,7 @@ from finequant.recipes.usage import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-    from finequant.evaluate.compare import Material
+    from finequant.evaluate.material import Material
     from finequant.finetune.architecture import Decoder
     from finequant.quantize.scheme import Plan
 
@@ -176,7 +176,7 @@ def _measure_all(
     jobs: list[Job], recipe: Recipe, run: RunDir, swept: str
 ) -> dict[str, dict[str, Any]]:
     """Maps each job's name to its measurement; loads a model only if one is missing."""
-    from finequant.evaluate.compare import prepare
+    from finequant.evaluate.material import prepare
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import stop_at
@@ -241,7 +241,8 @@ def _float_model(recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]
 def _measure_float(
     model: Decoder, recipe: Recipe, material: Material, run: RunDir, swept: str
 ) -> dict[str, Any]:
-    from finequant.evaluate.compare import measure_model, size_bytes
+    from finequant.evaluate.measure import measure_model
+    from finequant.evaluate.models import size_bytes
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import cast_weights, shipped_dtype
@@ -258,8 +259,8 @@ def measure_point(point: Point, model: Decoder, material: Material, run: RunDir)
 
     model: float32 weights; not modified.
     """
-    from finequant.evaluate.compare import measure_model
     from finequant.evaluate.dequantized import dequantize_once
+    from finequant.evaluate.measure import measure_model
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_config

@@ -29,7 +29,7 @@ from finequant.recipes.usage import peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finequant.evaluate.compare import Material
+    from finequant.evaluate.material import Material
 
 
 def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
     """
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.compare import measure_model
+    from finequant.evaluate.measure import measure_model
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
 
@@ -82,7 +82,7 @@ def _context(recipe: Recipe, material: Material) -> int:
 def _answers(
     name: str, runtime: Runtime, recipe: Recipe, material: Material
 ) -> tuple[dict[str, Any], list[str]]:
-    from finequant.evaluate.compare import HELD_OUT
+    from finequant.evaluate.material import HELD_OUT
     from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
 
     if not material.prompts:

@@ -35,15 +35,15 @@ def swept(recipe_file):
 @pytest.fixture
 def measured(monkeypatch):
     """The names of the models that are measured, as they are."""
-    from finequant.evaluate import compare
+    from finequant.evaluate import measure
 
-    names, measure_model = [], compare.measure_model
+    names, measure_model = [], measure.measure_model
 
     def counted(name, *arguments):
         names.append(name)
         return measure_model(name, *arguments)
 
-    monkeypatch.setattr(compare, "measure_model", counted)
+    monkeypatch.setattr(measure, "measure_model", counted)
     return names
 
 

@@ -74,7 +74,7 @@ TEMPLATE = (
 
 
 def prepared(recipe_file, call: str):
-    from finequant.evaluate.compare import prepare
+    from finequant.evaluate.material import prepare
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer
 

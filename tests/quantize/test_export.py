@@ -312,7 +312,7 @@ def test_eight_bits_and_a_quantized_embedding(make):
 
 
 def test_embedding_and_head_are_one_table_where_the_format_can(make, recipe_file):
-    from finequant.evaluate.compare import packed_sizes
+    from finequant.evaluate.models import packed_sizes
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import layer_plan, shipped_dtype
     from finequant.quantize.size.plan import model_size
@@ -488,7 +488,7 @@ def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkey
 def test_a_recipe_may_name_exactly_the_formats_of_the_table():
     from typing import get_args
 
-    from finequant.evaluate.compare import MODELS
+    from finequant.evaluate.models import MODELS
     from finequant.quantize.formats.formats import FORMATS
     from finequant.recipes.schema import Export
 

@@ -1,0 +1,87 @@
+"""Compares the models' answers to the held-out rows, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finequant.evaluate.material import HELD_OUT, Material
+from finequant.evaluate.models import MODELS
+from finequant.recipes.schema import Recipe
+
+
+def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Computes how many held-out rows each export answers as quantized does, to the letter.
+
+    Returns:
+        {NAME: {"same_answers": share of rows, "n": rows}}
+    """
+    reference = measured["quantized"]["answers"]
+    return {
+        name: {
+            "same_answers": sum(map(str.__eq__, measurement["answers"], reference))
+            / len(reference),
+            "n": len(reference),
+        }
+        for name, measurement in measured.items()
+        if name not in MODELS and reference and len(measurement["answers"]) == len(reference)
+    }
+
+
+def changes(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Computes the changes in metrics from tuned to quantized, paired row by row."""
+    from finequant.evaluate.metrics.text_metrics import METRICS, paired_changes
+
+    if not material.rows:
+        return {}
+    generated = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
+    answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
+    return {HELD_OUT: paired_changes(*answers, material.references, generated)}
+
+
+def right_by(metrics: list[str]) -> str | None:
+    """Returns the first of the metrics by which an answer is right or wrong, if there is one."""
+    decides = ("json_match", "tool_call_match", "exact_match")
+    return next((metric for metric in metrics if metric in decides), None)
+
+
+def predictions(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Collects every model's answers to the held-out rows, and which of them are right."""
+    from finequant.evaluate.metrics.text_metrics import METRICS
+
+    metric = right_by(recipe.evaluate.metrics)
+    answering = {name: model["answers"] for name, model in measured.items() if model["answers"]}
+    rows = []
+    for index, (row, reference) in enumerate(zip(material.rows, material.references, strict=True)):
+        answers = {name: texts[index] for name, texts in answering.items()}
+        right = {
+            name: METRICS[metric]([answer], [reference])["value"] == 1
+            for name, answer in answers.items()
+            if metric
+        }
+        prompt = row.messages[-2]["content"]
+        rows.append({"prompt": prompt, "reference": reference, "answers": answers, "right": right})
+    return rows
+
+
+def samples(
+    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Collects the models' answers to rows spread evenly over the held-out ones."""
+    total = len(material.rows)
+    count = min(recipe.evaluate.samples, total)
+    return [
+        {
+            "prompt": material.rows[index].messages[-2]["content"],
+            "reference": material.references[index],
+            "answers": {
+                name: measurement["answers"][index]
+                for name, measurement in measured.items()
+                if measurement["answers"]
+            },
+        }
+        for index in (number * total // count for number in range(count))
+    ]

@@ -1,0 +1,147 @@
+"""The inputs that every model is measured on: held-out rows and texts, tokenized once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finequant.evaluate.metrics.corpora import Document
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.splits import Splits
+
+HELD_OUT = "held_out"
+"""Name of the test rows among corpora and tasks."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The inputs that every model is measured on, as token ids that all models share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+    """Token ids that end an answer."""
+    corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]
+    rows: list[Row]
+    prompts: list[list[int]]
+    references: list[str]
+    choices: list[str]
+    probes: list[list[int]]
+    """Token ids on which a loaded model is checked: prompts, or training rows if there are none."""
+
+
+def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """Reads all texts, and tokenizes texts and held-out rows once for all models.
+
+    Raises:
+        UserError: for whatever `evaluate.check` refuses.
+    """
+    from finequant.evaluate.check import (
+        check_chat_template,
+        check_lengths,
+        check_rows,
+        check_texts,
+    )
+    from finequant.evaluate.metrics.corpora import read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows
+    from finequant.finetune.architecture import usable_positions
+    from finequant.finetune.data.rendering import check_template
+    from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
+    from finequant.finetune.data.turns import end_tokens
+    from finequant.finetune.model import load_config
+
+    rows = check_rows(recipe, splits)
+    check_texts(recipe.evaluate)
+    check_chat_template(recipe.evaluate, tokenizer)
+    positions = usable_positions(load_config(recipe.model))
+    corpora = {
+        corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
+        for corpus in recipe.evaluate.perplexity
+    }
+    check_template(rows, tokenizer, recipe.data)
+    if rows:
+        corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
+    asked = [row for whole in rows for row in _asked_rows(whole)]
+    references = [answer_text(row, tokenizer, recipe.data) for row in asked]
+    _check_calls(asked, references)
+    prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
+    read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
+    check_lengths(recipe, positions, read, longest_scored(corpora))
+    return Material(
+        tokenizer,
+        end_tokens(recipe.model, recipe.data, tokenizer),
+        corpora,
+        asked,
+        prompts,
+        references,
+        _choices(recipe, chain(splits.train, asked)),
+        prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
+    )
+
+
+def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:
+    """Counts the input tokens of the longest sequence; its last token is only predicted."""
+    lengths = [len(item.ids) - 1 for sequences, _ in corpora.values() for item in sequences]
+    return max(lengths, default=0)
+
+
+def _answers_as_corpus(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> tuple[list[ScoredSequence], list[Document]]:
+    """Makes a corpus of the held-out rows, whose target tokens are scored.
+
+    Words and bytes are counted in the scored part of the answers.
+    """
+    from finequant.evaluate.metrics.corpora import count
+    from finequant.evaluate.metrics.perplexity import ScoredSequence, scored_part
+    from finequant.finetune.data.tokens import IGNORED, answer_text, encode
+
+    sequences, documents = [], []
+    for row in rows:
+        item = encode(row, tokenizer, recipe.data)
+        scored = [False, *(label != IGNORED for label in item.labels[1:])]
+        sequences.append(ScoredSequence(item.input_ids, scored))
+        if item.full_length > len(item.input_ids):
+            documents.append(scored_part(sequences[-1:], tokenizer))
+        else:
+            answers = [answer_text(row, tokenizer, recipe.data, index) for index in row.targets]
+            documents.append(count("\n".join(answers) or row.text))
+    return sequences, documents
+
+
+def _asked_rows(row: Row) -> list[Row]:
+    """Returns the row for its last answer; if it has calls, one row for each of its answers."""
+    if any(message.get("tool_calls") for message in row.messages):
+        return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
+    return [row] if row.messages else []
+
+
+def _check_calls(rows: list[Row], references: list[str]) -> None:
+    """Checks that calls can be parsed from the text that the chat template renders.
+
+    Raises:
+        UserError: for a template that writes calls in another form, so that none would match.
+    """
+    from finequant.evaluate.metrics.text_metrics import calls_in, canonical_call
+
+    for row, reference in zip(rows, references, strict=True):
+        calls = [call["function"] for call in row.messages[-1].get("tool_calls", ())]
+        if calls and calls_in(reference) != [canonical_call(call) for call in calls]:
+            raise UserError(
+                f"{row.where}: the chat template writes calls as {reference[:80]!r}, which cannot "
+                "be parsed; expected JSON objects with name and arguments or parameters"
+            )
+
+
+def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
+    if recipe.evaluate.choices == "completions":
+        return sorted({row.messages[-1]["content"] for row in rows if row.messages})
+    return list(recipe.evaluate.choices or [])

@@ -1,0 +1,90 @@
+"""Loads the models of a run as they ship, and says what they take on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finequant.recipes.command_line import say
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import Decoder
+
+MODELS = ("base", "tuned", "quantized")
+
+
+def load_model(
+    name: str, recipe: Recipe, run: RunDir, probe: list[int], ends: list[int]
+) -> Decoder:
+    """Loads one of the three models with its shipped weights, on the GPU if there is one.
+
+    It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
+    model's logits are compared with peft's by the stage quantize, not again here.
+
+    probe: token ids on which the dequantized model is compared with quantized/.
+    ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.dequantized import dequantize_once
+    from finequant.finetune.data.turns import stop_at
+    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.model import load_base, load_config
+    from finequant.quantize.merge.model import merged_model
+    from finequant.quantize.scheme import cast_weights, shipped_dtype
+
+    say(f"evaluate: {name}: loading")
+    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    if name == "base":
+        model = load_base(recipe.model, dtype)
+    elif name == "quantized":
+        model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
+        model = dequantize_once(model.to(device()), probe)
+        return cast_weights(model, arithmetic_dtype(dtype))
+    else:
+        model = merged_model(recipe, run, dtype)
+    stop_at(model, ends)
+    # The weights are rounded to the shipped dtype, whatever dtype the model computes in.
+    model = cast_weights(model, arithmetic_dtype(dtype))
+    return model.to(device()).eval()
+
+
+def size_bytes(name: str, model: Decoder, recipe: Recipe, run: RunDir) -> int:
+    """Returns the bytes of the weights on disk, or what a float model would take there."""
+    from finequant.finetune.model import load_config
+    from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.quantize.scheme import shipped_dtype
+    from finequant.recipes.base import locate_base
+
+    folder, file = locate_base(recipe.model)
+    if name == "quantized":
+        return weight_bytes(run.quantized)
+    if name == "base" and file:
+        return (folder / file).stat().st_size
+    shipped = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    return sum(weight.numel() for weight in model.parameters()) * shipped.itemsize
+
+
+def packed_sizes(recipe: Recipe, run: RunDir) -> dict[str, dict[str, float]]:
+    """Computes what base, tuned and quantized take in the dtype they are measured in.
+
+    Their files may differ: a base may be quantized already, and torchao keeps a code in a byte.
+
+    Returns:
+        {NAME: {"packed_bytes", "packed_bits_per_weight"}}
+    """
+    from finequant.finetune.architecture import parameter_count
+    from finequant.finetune.model import load_config
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.scheme import shipped_dtype
+
+    config = load_config(recipe.model)
+    weights = parameter_count(config)
+    floats = weights * shipped_dtype(recipe.quantize, config).itemsize
+    quantized = read_checkpoint(run.quantized).packed_bytes
+    sizes = {"base": floats, "tuned": floats, "quantized": quantized}
+    return {
+        name: {"packed_bytes": size, "packed_bits_per_weight": 8 * size / weights}
+        for name, size in sizes.items()
+    }
