@@ -19,9 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
+from finequant.recipes.terminal import say
 
 SCRIPTS = Path(__file__).parent / "clients"
 ENVIRONMENTS = Path(".clients")

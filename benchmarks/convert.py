@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import torch
 import typer
 
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import report_user_errors
+from finequant.recipes.terminal import say
 from finequant.recipes.usage import peak_memory
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ import typer
 from quality import WIKITEXT, show
 
 from finequant.finetune.device import device
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

@@ -31,9 +31,10 @@ from transformers import (
 )
 
 from finequant.finetune.device import arithmetic_dtype, device
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 LENGTH, ROWS, NEW_TOKENS, PROMPT = 4096, 2, 64, 512
 """Tokens and rows of a training step; tokens of an answer, and of the prompt before it."""

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STAGES, stages_of
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

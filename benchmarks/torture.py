@@ -28,10 +28,11 @@ from xml.etree import ElementTree
 
 from finequant.finetune.model import load_base, load_tokenizer
 from finequant.recipes.artifact import content_hash
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.stages import STAGES
+from finequant.recipes.terminal import say
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"

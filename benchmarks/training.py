@@ -24,10 +24,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.evaluate.models import MODELS
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

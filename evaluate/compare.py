@@ -18,18 +18,20 @@ from finequant.evaluate.material import Material, prepare
 from finequant.evaluate.measure import measure_model
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
 from finequant.recipes.artifact import replace_text
-from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.freshness import versions
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import exports_of
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
+        doing("evaluate: loading torch and transformers")
         quiet_libraries()
         if not compare(recipe, run):
             sys.exit(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.material import HELD_OUT, Material
-from finequant.recipes.command_line import say
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder

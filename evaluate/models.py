@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finequant.recipes.command_line import say
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder

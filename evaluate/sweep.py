@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finequant.recipes.command_line import quiet_libraries, say
+from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import Memo, digest, versions
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finequant.recipes.base import base_hash, locate_base
-from finequant.recipes.command_line import say
 from finequant.recipes.freshness import cache_folder, made_once
 from finequant.recipes.schema import Model
+from finequant.recipes.terminal import say
 
 
 def described(model: Model) -> Path:

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
+from finequant.recipes.terminal import say
 
 
 def use_liger(model: torch.nn.Module, kernels: str) -> None:

@@ -17,9 +17,9 @@ from finequant.finetune.processes import (
     sharding,
 )
 from finequant.recipes.artifact import differences, remove
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import Interrupted, StopRequest, deferred_signals
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -36,12 +36,17 @@ class SavesWhenStopped(TrainerCallback):
 
     def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
         self.trainer, self.request = trainer, request
+        self._number = 0
 
     def on_step_end(self, args, state, control, **_) -> None:
-        if (number := self._asked()) and control.should_evaluate and args.load_best_model_at_end:
-            raise Interrupted(number)  # goes on from the checkpoint before, and evaluates again
-        if number:
-            self.trainer.save_and_leave(number)
+        self._number = self._asked()
+        if self._number and control.should_evaluate and args.load_best_model_at_end:
+            raise Interrupted(self._number)  # goes on from the checkpoint before, evaluates again
+        control.should_log |= self._number > 0  # the losses since the last entry, before all else
+
+    def on_log(self, args, state, control, **_) -> None:
+        if self._number:
+            self.trainer.save_and_leave(self._number)
 
     def on_prediction_step(self, args, state, control, **_) -> None:
         if number := self._asked():

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.artifact import differences, remove, seal
-from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ LOG = "training_log.json"
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         recipe, run = read_command_line(__doc__, argv, first_stage=True)
+        doing("train: loading torch, transformers and trl")
         quiet_libraries()
         train(recipe, run)
 
@@ -103,6 +105,7 @@ def fine_tune(
     if decided_by_first(lambda: differences(folder) == []):
         say("train: plain LoRA was done before")
         return folder
+    doing("train: loading the base")
     base = load_base(recipe.model, dtype)
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
     if changes_the_base(recipe.lora) and trainer.is_world_process_zero():

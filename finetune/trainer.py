@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -33,6 +32,7 @@ from finequant.finetune.processes import (
     sharding,
 )
 from finequant.finetune.stopping import last_checkpoint, record_launcher
+from finequant.finetune.training_status import ShowsTraining
 from finequant.recipes.artifact import differences, seal
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import RESUME_HINT, Interrupted
@@ -278,6 +278,8 @@ def build_trainer(
         peft_config=None if trainer_class else lora_config(recipe.lora, base),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ShowsTraining("qat" if trainer_class else "train"))
     trainer.rows, trainer.data = splits.train, recipe.data
     return trainer
 
@@ -345,7 +347,7 @@ def training_arguments(
             logging_first_step=True,
             report_to=train.report_to or "none",
             run_name=recipe.name,
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,
             # Without padding there is no mask to count in, and the pad token may be a real one.
             include_num_input_tokens_seen="all" if on_cpu else "non_padding",
             dataloader_pin_memory=torch.cuda.is_available(),

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
 from finequant.recipes.artifact import SUMS, replace_text
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STAGES, command_of, stages_of
+from finequant.recipes.terminal import say
 
 CARD = "README.md"
 OF_ROWS = ("samples", "passages")

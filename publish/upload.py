@@ -106,7 +106,7 @@ def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from finequant.recipes.command_line import say
+    from finequant.recipes.terminal import say
 
     api, repo_id = HfApi(), recipe.publish.repo_id
     with report_hub_errors(recipe):

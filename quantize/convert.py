@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.quantize.prompts import check_prompts
 from finequant.recipes.artifact import remove
-from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.methods import METHODS
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
+        doing("quantize: loading torch and transformers")
         quiet_libraries()
         quantize(recipe, run)
 
@@ -95,6 +97,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         save_tokenizer(tokenizer, recipe.data, folder)
         text = json.dumps(record, indent=1)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
+        doing("quantize: reloading the checkpoint in a fresh process, to compare logits")
         blocks, shipped = check_quantized(checkpoint, base, plan, prompts)
         size = weight_bytes(folder)
     bits = 8 * size / parameter_count(config)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import Format, to_install
 from finequant.quantize.prompts import check_prompts
-from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, refuse_all, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen, rest = parser.parse_known_args(argv)
     with report_user_errors():
         recipe, run = read_command_line(__doc__, rest)
+        doing("export: loading torch and transformers")
         quiet_libraries()
         export(recipe, run, chosen.to or recipe.quantize.exports)
 

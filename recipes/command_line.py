@@ -68,9 +68,3 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def say(message: str) -> None:
-    """Prints one line of progress, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)

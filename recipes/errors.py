@@ -37,19 +37,27 @@ def report_user_errors() -> Iterator[None]:
         with interruptible():
             yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(f"error: {error}")
         sys.exit(error.code)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        _print(str(stop))
         sys.exit(stop.code)
     except Exception as error:
         if (reason := _machine_limit(error)) is None:
             raise
         original = " ".join(str(error).split())[:200]
-        print(f"error: {reason}; {RESUME_HINT} ({original})", file=sys.stderr)
+        _print(f"error: {reason}; {RESUME_HINT} ({original})")
         sys.exit(1)
     finally:
         lock.release()
+
+
+def _print(message: str) -> None:
+    """Prints the last line of a command, from whichever process it comes."""
+    from finequant.recipes import terminal
+
+    terminal.close()
+    print(terminal.wrapped(message), file=sys.stderr)
 
 
 MEMORY = (

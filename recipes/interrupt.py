@@ -16,6 +16,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEBOUNCE_SECONDS = 1.0
 """Signals within so many seconds count as one: a launcher forwards what its processes got too."""
 
+ERASE_LINE = b"\r\x1b[K"
+"""In a terminal: what stands on the line of the cursor goes."""
+
 RESUME_HINT = "run the same command again to continue from here"
 
 
@@ -61,7 +64,8 @@ def deferred_signals() -> Iterator[StopRequest]:
         request.number = number
         # Not print: it is not reentrant, and the signal may have interrupted one.
         with suppress(OSError):  # the terminal may be closed
-            os.write(2, b"stopping after this step; another signal quits immediately\n")
+            message = b"stopping after this step; another signal quits immediately\n"
+            os.write(2, ERASE_LINE + message if os.isatty(2) else message)
 
     with _handled(note):
         yield request

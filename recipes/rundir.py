@@ -11,7 +11,6 @@ from typing import Any
 
 from finequant.recipes import lock
 from finequant.recipes.artifact import differences, remove, replace_text, seal, verify
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import (
     RECORD,
@@ -28,6 +27,7 @@ from finequant.recipes.freshness import (
 from finequant.recipes.load import write_recipe
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import command_of, flat, recipe_inputs, row_of, stage_of, writer_of
+from finequant.recipes.terminal import say
 from finequant.recipes.usage import peak_gpu_memory, peak_memory
 
 

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn.functional import cross_entropy
 
 from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Runtime
 from finequant.quantize.formats.formats import FORMATS
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say, tracked
 from finequant.recipes.usage import peak_memory
 
 if TYPE_CHECKING:
@@ -91,7 +89,7 @@ def _answers(
     limit = recipe.evaluate.max_new_tokens
     answers = [
         greedy_answer(runtime, material.tokenizer, prompt, material.ends, limit)
-        for prompt in _tracked(material.prompts, f"{name}: answers")
+        for prompt in tracked(material.prompts, f"evaluate: {name}: answers", len(material.prompts))
     ]
     wanted = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
     return {HELD_OUT: score_answers(answers, material.references, wanted)}, answers
@@ -99,7 +97,8 @@ def _answers(
 
 def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str) -> float:
     """Sums the negative log-likelihoods, in nats, of the scored tokens of all sequences."""
-    return math.fsum(nll(runtime, sequence) for sequence in _tracked(sequences, description))
+    shown = tracked(sequences, f"evaluate: {description}", len(sequences))
+    return math.fsum(nll(runtime, sequence) for sequence in shown)
 
 
 def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
@@ -176,12 +175,6 @@ def _time(name: str, folder: Path) -> dict[str, float | int]:
         "decoding": SPEED_ANSWER / (done - read),
         "peak_memory_bytes": peak_memory(),
     }
-
-
-def _tracked(items: list, description: str):
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # rich would print an empty line into a log
-    return track(items, description, console=console, transient=True, disable=quiet)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.metrics.corpora import Document, count
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
+from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,17 +52,10 @@ def negative_log_likelihoods(
     # Longest first: if a batch does not fit into memory, it fails right away.
     order.sort(key=lambda index: len(sequences[index].ids), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in progress(batches, description):
+    for batch in tracked_batches(batches, f"evaluate: {description}"):
         for index, total in zip(batch, _nll(model, [sequences[i] for i in batch]), strict=True):
             totals[index] = total
     return totals
-
-
-def progress(batches: list[Any], description: str) -> Iterable[Any]:
-    """Iterates over batches, with a progress bar if stderr is a terminal."""
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # rich would print an empty line into a log
-    return track(batches, description, console=console, transient=True, disable=quiet)
 
 
 @torch.inference_mode()

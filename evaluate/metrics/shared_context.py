@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from finequant.evaluate.metrics.perplexity import log_probabilities, progress
+from finequant.evaluate.metrics.perplexity import log_probabilities
+from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,8 +70,8 @@ def log_likelihoods(
     `model` is a decoder in evaluation mode, with sdpa or eager attention.
     batch_size: number of contexts if each had a single continuation; limits a batch's tokens.
     """
-    likelihoods = {}
-    for batch in progress(_batches(_rows(asked), batch_size), description):
+    likelihoods, batches = {}, _batches(_rows(asked), batch_size)
+    for batch in tracked_batches(batches, f"evaluate: {description}"):
         indices = [index for row in batch for index in row.requests]
         likelihoods.update(zip(indices, _score(model, batch), strict=True))
     return [likelihoods[index] for index in range(len(asked))]

@@ -18,8 +18,6 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.check import check_task_files
@@ -28,6 +26,7 @@ from finequant.evaluate.metrics.text_metrics import Score, mean
 from finequant.finetune.data.turns import configured_ends, until_end
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
+from finequant.recipes.terminal import say, tracked_batches
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -79,7 +78,7 @@ def lm_eval_tasks(
             pretrained=model, tokenizer=tokenizer, batch_size=evaluate.batch_size
         )
         for task, objects in zip(evaluate.tasks, loaded, strict=True):
-            print(f"lm-eval task {task.task}", file=sys.stderr)
+            say(f"evaluate: lm-eval task {task.task}")
             results |= _run(wrapped, task, objects, evaluate.task_folder, seed)
     return results
 
@@ -116,7 +115,7 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [""] * len(prompts)
-    for rows in track(batches, description, console=Console(stderr=True), transient=True):
+    for rows in tracked_batches(batches, f"evaluate: {description}"):
         batch = [prompts[row] for row in rows]
         for row, text in zip(rows, _greedy(model, tokenizer, batch, max_new_tokens), strict=True):
             answers[row] = text

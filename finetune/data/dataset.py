@@ -18,10 +18,10 @@ from finequant.finetune.data.rendering import TemplateCheck
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TABLE, TOKEN_KEYS, Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.schema import Data
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from datasets import Dataset

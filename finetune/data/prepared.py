@@ -17,11 +17,11 @@ import numpy as np
 from finequant.finetune.data.splits import Splits, load_splits
 from finequant.finetune.data.table import TABLE, TOKEN_KEYS, Hashes, Rows, open_table
 from finequant.recipes.artifact import remove
-from finequant.recipes.command_line import say
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import recipe_inputs
+from finequant.recipes.terminal import say
 from finequant.recipes.usage import Stopwatch
 
 KEPT = {"rows": 3, "tokens": 9}

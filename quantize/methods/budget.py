@@ -40,8 +40,8 @@ from finequant.quantize.scheme import (
     packed_bits,
     undecided,
 )
-from finequant.recipes.command_line import say
 from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

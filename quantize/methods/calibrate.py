@@ -7,15 +7,12 @@ some steps if the recipe says so. Memory holds the activations, one block, and i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from finequant.finetune.architecture import anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
@@ -26,6 +23,7 @@ from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_on
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan, is_calibrated
+from finequant.recipes.terminal import tracked
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -61,7 +59,8 @@ def calibrate(
     """
     computes = arithmetic_dtype(dtype)
     calibration = _Calibration(method, weights, config, sequences, plan, computes, known, steps)
-    for number in _shown(config.num_hidden_layers):
+    blocks = config.num_hidden_layers
+    for number in tracked(range(blocks), "quantize: calibrating, block", blocks):
         yield from calibration.block(number)
     if plan[HEAD] and is_calibrated(HEAD, plan[HEAD]):
         yield from calibration.head()
@@ -215,18 +214,6 @@ def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dty
     if not scheme:
         return weights
     return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
-
-
-def _shown(blocks: int) -> Iterator[int]:
-    """Their numbers, with a progress bar or, without a terminal, a line for every ten."""
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    title = "calibrating: blocks"
-    shown = track(range(blocks), title, console=console, transient=True, disable=quiet)
-    for number in shown:
-        yield number
-        if quiet and number % 10 == 9:
-            print(f"calibrating: {number + 1} of {blocks} blocks", file=sys.stderr, flush=True)
 
 
 def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> None:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.recipes.command_line import say
 from finequant.recipes.errors import UserError
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Calibration, Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,15 +8,11 @@ the divergence of the predictions on calibration text: the second phase of Effic
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import arithmetic_dtype, device
@@ -31,6 +27,7 @@ from finequant.quantize.training.fake_quantize import (
     disabled,
 )
 from finequant.quantize.training.trainer import divergence
+from finequant.recipes.terminal import tracked
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder, DecoderConfig
@@ -70,7 +67,7 @@ def train_scales(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
     )
     batches = cycle(sequences.split(max(1, SCALE_TOKENS // sequences.shape[1])))
-    for ids in _shown(islice(batches, steps), steps):
+    for ids in tracked(islice(batches, steps), "quantize: scales, step", steps):
         with torch.enable_grad():
             _backward(model, list(modules.values()), ids.to(device()))
         optimizer.step()
@@ -131,14 +128,3 @@ def _model(
     rotary = model.model.rotary_emb  # its frequencies are in no file
     model.model.rotary_emb = type(rotary)(config)
     return model.eval()
-
-
-def _shown(batches: Iterator[torch.Tensor], steps: int) -> Iterator[torch.Tensor]:
-    """Yields them with a progress bar or, without a terminal, a line for every fifty."""
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    shown = track(batches, "scales: steps", steps, console=console, transient=True, disable=quiet)
-    for number, batch in enumerate(shown, 1):
-        yield batch
-        if quiet and number % 50 == 0:
-            print(f"scales: {number} of {steps} steps", file=sys.stderr, flush=True)

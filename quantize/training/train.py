@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finequant.recipes.command_line import quiet_libraries, read_command_line, say
+from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STARTING_CODES
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
+        doing("qat: loading torch, transformers and trl")
         quiet_libraries()
         train(recipe, run)
 

@@ -40,11 +40,11 @@ def run(
     ] = False,
 ) -> None:
     """Run all stages in turn, skipping those whose inputs have not changed."""
-    from finequant.recipes.command_line import say
     from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.stages import stages_of
+    from finequant.recipes.terminal import say
 
     loaded, commits = pinned(load_recipe(recipe, overrides or []))
     os.environ[COMMITS] = json.dumps(commits)  # for the stages

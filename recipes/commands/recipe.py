@@ -27,8 +27,9 @@ def init(
     """Look at your rows, write a commented recipe for them, and show what the model will see."""
     from finequant.finetune.data.preview import preview
     from finequant.finetune.data.starter import write_recipe
-    from finequant.recipes.command_line import quiet_libraries, say
+    from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.terminal import say
 
     target = to or Path(data.name.partition(".")[0]).with_suffix(".yaml")
     write_recipe(data, test, base, task, target)

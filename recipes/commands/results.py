@@ -20,9 +20,9 @@ def report(
 
     from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import print_table
-    from finequant.recipes.command_line import say
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
+    from finequant.recipes.terminal import say
 
     run = RunDir(where) if where.is_dir() else RunDir.of(load_recipe(where, []))
     for file in (run.report, run.predictions):

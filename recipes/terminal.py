@@ -1,0 +1,157 @@
+"""What a command says while it works: lines that stay, and in a terminal one line below them that
+says what is being done, how far it is, and how long it will take."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import TypeVar
+
+from tqdm import tqdm
+
+STAGE = "FINEQUANT_STAGE"
+"""The environment variable by which `finequant run` tells a stage its number, such as "2/4"."""
+
+SECONDS_BETWEEN_LINES = 30.0
+"""How often a loop says in a log file how far it is; one that takes less time says nothing."""
+
+SECONDS_BETWEEN_FRAMES = 0.1
+"""How often the last line of a terminal is drawn."""
+
+Item, Batch = TypeVar("Item"), TypeVar("Batch", bound=Sized)
+
+_line: tqdm | None = None
+"""The last line of the terminal, if there is something on it."""
+
+
+def say(message: str) -> None:
+    """Prints a line that stays, from the first process only."""
+    if not _is_first():
+        return
+    if _line is not None and not _line.total:
+        close()  # what was being done is done
+    if sys.stderr.isatty():
+        tqdm.write(wrapped(message), file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def wrapped(message: str) -> str:
+    """Breaks lines between words where stderr is a terminal, which would break them anywhere."""
+    if not sys.stderr.isatty():
+        return message
+    fill = textwrap.TextWrapper(
+        width=max(os.get_terminal_size(sys.stderr.fileno()).columns, 20),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    ).fill
+    return "\n".join(map(fill, message.split("\n")))
+
+
+def doing(text: str) -> None:
+    """Shows in a terminal what is being done, until there is something else to say."""
+    _open(text)
+
+
+def close() -> None:
+    """Takes away the line that says what is being done."""
+    global _line
+    if _line is not None:
+        _line.close()
+    _line = None
+
+
+class Progress:
+    """How many of `total` are done, some figures, and the time that is left.
+
+    In a terminal this is its last line; in a log file, a line now and then.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        """done: how many an earlier command did, which says nothing about the speed of this one."""
+        self._what, self._total, self._before = what, total, done
+        self._started = self._shown = time.monotonic()
+        self._line = _open(f"{what} {done}/{total}", total)
+        self._is_drawn = not self._line.disable
+        self._pause = SECONDS_BETWEEN_FRAMES if self._is_drawn else SECONDS_BETWEEN_LINES
+
+    def show(self, done: int, figures: str = "") -> None:
+        """figures: for example ", loss 0.41"."""
+        now = time.monotonic()
+        if now - self._shown < self._pause:
+            return
+        self._shown = now
+        if new := done - self._before:
+            rest = (now - self._started) / new * (self._total - done)
+            figures += f", {duration(rest)} left"
+        text = f"{self._what} {done}/{self._total}{figures}"
+        if self._is_drawn:
+            self._line.set_description_str(_numbered(text))
+        else:
+            say(text)
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if self._line is _line:
+            close()
+
+
+def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Yields the items, and shows how many of `total` are done."""
+    progress = Progress(what, total)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.show(done)
+    finally:
+        progress.close()
+
+
+def tracked_batches(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
+    """Yields the batches, and shows how many of their items are done."""
+    progress, done = Progress(what, sum(map(len, batches))), 0
+    try:
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            progress.show(done)
+    finally:
+        progress.close()
+
+
+def duration(seconds: float) -> str:
+    """Formats a time as a clock does: 1:20, 2:03:00."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _open(text: str, total: int | None = None) -> tqdm:
+    """Puts a text on the last line of the terminal; with a total it stays there, below others."""
+    global _line
+    close()
+    _line = tqdm(
+        desc=_numbered(text),
+        total=total,
+        bar_format="{desc}",
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+        disable=not (_is_first() and sys.stderr.isatty()),
+    )
+    return _line
+
+
+def _numbered(text: str) -> str:
+    stage = os.environ.get(STAGE)
+    return f"[{stage}] {text}" if stage else text
+
+
+def _is_first() -> bool:
+    """Says whether this is the first of the processes that train together, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
