@@ -1,6 +1,7 @@
 """What four bits cost SmolLM2-135M: without training, with it, per training step, on a domain.
 
 python benchmarks/quality.py calibration
+python benchmarks/quality.py tables
 python benchmarks/quality.py training
 python benchmarks/quality.py step
 python benchmarks/quality.py domain recipes/assistant.yaml
@@ -97,6 +98,54 @@ def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> No
             (name, f"{seconds:.0f}", f"{value:.2f}", f"{value / rows[0][2]:.3f}")
             for name, seconds, value in rows
         ],
+    )
+
+
+TABLES = {
+    "float embedding, 4-bit head": ("rotate=true",),
+    "one 8-bit table": ("embedding=8", "head=8", "rotate=false"),
+    "one 8-bit table, groups of 64": ("embedding=8", "head=8", "rotate=false", "group_size=64"),
+    "8-bit embedding, 4-bit head": ("embedding=8", "rotate=true"),
+    "4-bit embedding, 4-bit head": ("embedding=4", "rotate=true"),
+    "4-bit embedding, 4-bit head, groups of 64": ("embedding=4", "rotate=true", "group_size=64"),
+}
+"""Ways to keep embedding and head, as keys of the section `quantize`."""
+
+
+@app.command()
+def tables(tokens: int = 8192, method: str = "gptq", whole: bool = False) -> None:
+    """Perplexity and packed size of each way to keep embedding and head, 4-bit layers."""
+    from finequant.finetune.architecture import parameter_count
+    from finequant.finetune.device import arithmetic_dtype
+    from finequant.finetune.model import load_base, load_config, load_tokenizer
+    from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.apply import round_model
+    from finequant.quantize.methods.transforms import transform_model
+    from finequant.quantize.scheme import cast_weights, layer_plan, untie_head
+    from finequant.quantize.size.plan import model_size
+
+    tokenizer, rows = load_tokenizer(wikitext().model), []
+    config, shipped = load_config(wikitext().model), torch.bfloat16
+    dtype = arithmetic_dtype(shipped)
+    common = (f"method={method}", "scale_dtype=bfloat16", f"calibration={{tokens: {tokens}}}")
+    for name, keys in TABLES.items():
+        recipe = wikitext(*(f"quantize.{key}" for key in (*common, *keys)))
+        model = load_base(recipe.model, torch.float32)
+        untie_head(model)
+        transform_model(model, recipe.quantize)
+        rounded = round_model(model, recipe, tokenizer, dtype)
+        plan = layer_plan(recipe.quantize, config)
+        size = model_size(plan, config, shipped, recipe.quantize).packed
+        model = quantized_model(cast_weights(model, shipped), rounded, plan, dtype)
+        value = perplexity(model, recipe, whole)
+        rows.append((name, f"{8 * size / parameter_count(config):.2f}", f"{value:.2f}"))
+        say(" ".join(rows[-1]))
+        del model, rounded
+        gc.collect()
+    show(
+        f"WikiText-2, {method}, {tokens} tokens, 4 bits, no training",
+        ("embedding and head", "bits per weight of the base, packed", "perplexity per token"),
+        rows,
     )
 
 

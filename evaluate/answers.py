@@ -10,21 +10,21 @@ from finequant.recipes.schema import Recipe
 
 
 def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Computes how many held-out rows each export answers as quantized does, to the letter.
+    """Adds to what was compared with quantized how many rows an export answers as that does.
 
     Returns:
-        {NAME: {"same_answers": share of rows, "n": rows}}
+        {NAME: {"same_answers": share of rows, to the letter, "n": rows, "same_prompts", "kl"}}
     """
     reference = measured["quantized"]["answers"]
-    return {
-        name: {
-            "same_answers": sum(map(str.__eq__, measurement["answers"], reference))
-            / len(reference),
-            "n": len(reference),
-        }
-        for name, measurement in measured.items()
-        if name not in MODELS and reference and len(measurement["answers"]) == len(reference)
-    }
+    parities = {}
+    for name in measured.keys() - MODELS:
+        answers, parity = measured[name]["answers"], dict(measured[name].get("parity", {}))
+        if reference and len(answers) == len(reference):
+            same = sum(map(str.__eq__, answers, reference))
+            parity |= {"same_answers": same / len(reference), "n": len(reference)}
+        if parity:
+            parities[name] = parity
+    return parities
 
 
 def changes(

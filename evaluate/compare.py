@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,16 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
 def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str, dict[str, Any]]:
     """Measures each format that the recipe exports; the result maps report keys to measurements."""
     from finequant.evaluate.metrics.exports import measure_export
+    from finequant.evaluate.metrics.parity import quantized_reference
     from finequant.quantize.formats.formats import report_key
 
-    measured = {}
+    measured, reference = {}, cache(partial(quantized_reference, recipe, run, material))
     for name in exports_of(recipe):
         memo = run.memo(recipe, f"measurements/{name}")
         if measurement := memo.value():
             say(f"evaluate: {name}: measured before, unchanged")
         else:
-            measurement = measure_export(name, recipe, run, material)
+            measurement = measure_export(name, recipe, run, material, reference)
             memo.keep(measurement)
         measured[report_key(name)] = measurement
     return measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finequant.quantize.formats.snippet import fenced, transformers_code
+from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.recipes.schema import Recipe
 
 ADAPTER = "adapter"
@@ -25,12 +25,12 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
         )
         code = "from peft import PeftModel\nfrom transformers import GenerationConfig\n"
         code += transformers_code(repository, chat, model)
-        return f"`pip install transformers peft`\n\n{fenced('python', code)}"
+        return f"`{pip_install('transformers', 'peft')}`\n\n{fenced('python', code)}"
     from finequant.quantize.formats.formats import FORMATS  # which imports torch
 
     plain = 'AutoModelForCausalLM.from_pretrained("{}")'
     parts = [
-        "### transformers, with torchao\n\n`pip install transformers torchao`\n\n"
+        f"### transformers, with torchao\n\n`{pip_install('transformers', 'torchao')}`\n\n"
         + fenced("python", transformers_code(repository, chat, plain))
     ]
     for entry in FORMATS.values():

@@ -7,14 +7,16 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
+from finequant.evaluate.metrics.divergence import log_probabilities
+from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Runtime
 from finequant.quantize.formats.formats import FORMATS
@@ -30,11 +32,22 @@ if TYPE_CHECKING:
     from finequant.evaluate.material import Material
 
 
-def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -> dict[str, Any]:
-    """Measures an export like `measure_model`, and its speed and peak memory.
+def measure_export(
+    name: str,
+    recipe: Recipe,
+    run: RunDir,
+    material: Material,
+    reference: Callable[[], Reference],
+) -> dict[str, Any]:
+    """Measures an export like `measure_model`, and its speed, peak memory and parity.
 
     Only the size is measured if its runtime is missing or the recipe says so. lm-eval tasks need a
     transformers model, so they run for checkpoints only.
+
+    reference: computes what quantized/ says; called only if the export runs.
+
+    Returns:
+        As `measure_model`, and "parity" with what `compared` returns.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,18 +69,27 @@ def measure_export(name: str, recipe: Recipe, run: RunDir, material: Material) -
         with torch.no_grad():
             model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
         measurement = measure_model(name, model, recipe, material, size)
+        sequences = reference().sequences
+        logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+        parity = compared(entry, folder, recipe, material, reference(), logs)
         del model
         measurement["scores"]["speed"] = speed(name, folder)
-        return measurement
+        return measurement | {"parity": parity}
     runtime = entry.open_runtime(folder, _context(recipe, material))
     scores["perplexity"] = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
     }
     scores["tasks"], answers = _answers(name, runtime, recipe, material)
+    logs = [
+        log_softmax(logits, dim=-1)
+        for sequence in reference().sequences
+        for logits, _ in scored_logits(runtime, sequence)
+    ]
+    parity = compared(entry, folder, recipe, material, reference(), torch.stack(logs))
     del runtime
     scores["speed"] = speed(name, folder)
-    return {"scores": scores, "answers": answers}
+    return {"scores": scores, "answers": answers, "parity": parity}
 
 
 def _context(recipe: Recipe, material: Material) -> int:
@@ -102,18 +124,23 @@ def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str)
 
 
 def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
-    """Sums the negative log-likelihoods, in nats, of the scored tokens of one sequence.
+    """Sums the negative log-likelihoods, in nats, of the scored tokens of one sequence."""
+    return math.fsum(
+        cross_entropy(logits.double(), torch.tensor(token)).item()
+        for logits, token in scored_logits(runtime, sequence)
+    )
+
+
+def scored_logits(runtime: Runtime, sequence: ScoredSequence) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yields the logits that predict each scored token, and its id.
 
     The tokens before the first scored one are read in one call, the rest one by one, as decoding.
     """
-    total, done = 0.0, 0
+    done = 0
     for position, scored in enumerate(sequence.scored):
-        if not scored:
-            continue
-        logits = runtime.last_logits(sequence.ids[done:position], done)
-        total += cross_entropy(logits.double(), torch.tensor(sequence.ids[position])).item()
-        done = position
-    return total
+        if scored:
+            yield runtime.last_logits(sequence.ids[done:position], done), sequence.ids[position]
+            done = position
 
 
 def greedy_answer(

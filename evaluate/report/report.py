@@ -6,9 +6,10 @@ tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "activation
 {CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr",
 "n"}}}}`. The sizes are of files; `packed_bytes` and `packed_bits_per_weight` are of the weights in
 the dtype they are measured in, codes in their own bits. Exports also have `"speed": {"prompt",
-"decoding": tokens per second, "peak_memory_bytes"}` and `"parity": {"same_answers", "n"}`.
-`changes` holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized, paired row by
-row. `arithmetic` is the dtype that the models computed in.
+"decoding": tokens per second, "peak_memory_bytes"}` and, compared with quantized, `"parity":
+{"same_answers", "n", "same_prompts", "kl"}`. `changes` holds `{TASK: {METRIC: {"value", "stderr",
+"n"}}}`, from tuned to quantized, paired row by row. `arithmetic` is the dtype that the models
+computed in.
 """
 
 from __future__ import annotations
@@ -116,6 +117,9 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     if any("parity" in model for model in models.values()):
         label = "same answers as quantized in % (higher is better)"
         rows.append(row(label, _percent, lambda *_: MISSING, "parity", "same_answers"))
+    for label, shown, key in PARITIES:
+        if any(value_at(model, "parity", key) is not None for model in models.values()):
+            rows.append(row(label, shown, lambda *_: MISSING, "parity", key))
     for label, shown, key in SPEEDS:
         if any(value_at(model, "speed", key) for model in models.values()):
             rows.append(row(label, shown, _ratio, "speed", key))
@@ -147,9 +151,19 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f}"
 
 
+def _nats(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2g}"
+
+
 def _rate(tokens: float | None) -> str:
     return MISSING if tokens is None else f"{tokens:,.0f}"
 
+
+PARITIES = (
+    ("same prompt ids in % (higher is better)", _percent, "same_prompts"),
+    ("KL from quantized, nats a token (lower is better)", _nats, "kl"),
+)
+"""Label, formatter, and key under `parity`, of an export that ran."""
 
 SPEEDS = (
     ("prompt, tokens/s (higher is better)", _rate, "prompt"),

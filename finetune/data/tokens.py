@@ -90,9 +90,14 @@ def _encode_texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Dat
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
     """Tokens of a conversation up to where the model is to give its last answer."""
-    rendering = Rendering(row, tokenizer, data)
-    text = rendering.up_to(len(row.messages) - 1, add_generation_prompt=True)
+    text = prompt_text(row, tokenizer, data)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
+    """Text of a conversation up to where the model is to give its last answer."""
+    rendering = Rendering(row, tokenizer, data)
+    return rendering.up_to(len(row.messages) - 1, add_generation_prompt=True)
 
 
 def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, index: int = -1) -> str:

@@ -13,7 +13,7 @@ import torch
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
-from finequant.quantize.formats.snippet import fenced, transformers_code
+from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -212,9 +212,10 @@ class Transformers:
 def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export with transformers, and how to serve it with vLLM."""
     model = 'AutoModelForCausalLM.from_pretrained("{}", subfolder="compressed-tensors")'
+    code = fenced("python", transformers_code(repository, chat, model))
     return (
-        "### compressed-tensors, 4 bits on disk\n\n`pip install transformers compressed-tensors`"
-        f"\n\n{fenced('python', transformers_code(repository, chat, model))}\n\n"
+        "### compressed-tensors, 4 bits on disk\n\n"
+        f"`{pip_install('transformers', 'compressed-tensors')}`\n\n{code}\n\n"
         "Activations stay in float there (vLLM's W4A16). With vLLM, 0.32 or newer:\n\n"
         + fenced(
             "bash",

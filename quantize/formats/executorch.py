@@ -380,6 +380,15 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
 
 
+def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Cuts texts with the tokenizer of ExecuTorch's runner."""
+    from pytorch_tokenizers import CppHFTokenizer
+
+    tokenizer = CppHFTokenizer()
+    tokenizer.load(str(folder / "tokenizer.json"))
+    return [tokenizer.encode(text, 0, 0) for text in texts]
+
+
 class ExecuTorch:
     """A .pte in ExecuTorch's runtime on the CPU."""
 
@@ -419,6 +428,7 @@ FORMAT = Format(
     last_logits=last_logits,
     snippet=snippet,
     weights="*.pte",
+    token_ids=token_ids,
     runtime=lambda folder, context: ExecuTorch(file_in(folder)),  # the file sets its cache's length
     runtime_packages=PACKAGES,
 )

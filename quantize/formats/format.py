@@ -30,6 +30,14 @@ class Runtime(Protocol):
         ...
 
 
+def by_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, special tokens among them, by the tokenizer in an export's folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 @dataclass(frozen=True)
 class Format:
     """All that the stages have to know of a format."""
@@ -64,6 +72,9 @@ class Format:
 
     weights: str = "model*"
     """Pattern of the files in the folder that hold the model: what its size is of."""
+
+    token_ids: Callable[[Path, list[str]], list[list[int]]] = by_transformers
+    """Token ids of texts, special tokens among them, as the format's reader cuts them."""
 
     runtime: Callable[[Path, int], Runtime] | None = None
     """Opens the export in a folder, with a cache of so many tokens."""

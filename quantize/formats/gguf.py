@@ -338,6 +338,20 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     return last_logits(model.eval(), prompts)
 
 
+def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Cuts texts in llama.cpp if installed, or as transformers reads the file's tokenizer."""
+    file = file_in(folder)
+    if find_spec("llama_cpp"):
+        from llama_cpp import Llama
+
+        vocabulary = Llama(str(file), vocab_only=True, verbose=False)
+        return [vocabulary.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
@@ -373,7 +387,8 @@ print(answer["choices"][0]["message"]["content"])"""
         f"ollama create {repository.split('/')[-1].lower()} -f model/gguf/Modelfile",
     )
     return (
-        f"### llama.cpp\n\n`pip install llama-cpp-python`\n\n{fenced('python', code)}\n\n"
+        '### llama.cpp\n\n`pip install "llama-cpp-python>=0.3"`\n\n'
+        f"{fenced('python', code)}\n\n"
         f"With Ollama (`Modelfile` has chat template, system message and stops):\n\n{ollama}"
     )
 
@@ -389,6 +404,7 @@ FORMAT = Format(
     activations="int8 in blocks of 32",
     snippet=snippet,
     weights="*.gguf",
+    token_ids=token_ids,
     runtime=lambda folder, context: LlamaCpp(file_in(folder), context),
     runtime_packages={"llama_cpp": "llama-cpp-python"},
 )

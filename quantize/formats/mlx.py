@@ -15,7 +15,7 @@ from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_besid
 from finequant.quantize.formats.compressed_tensors import pack
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
-from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.formats.snippet import fenced, pip_install
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -155,7 +155,7 @@ model, tokenizer = load(f"{{folder}}/mlx")
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens=64))"""
     return (
-        "### MLX\n\n`pip install mlx-lm`, on a Mac; activations stay in float there.\n\n"
+        f"### MLX\n\n`{pip_install('mlx-lm')}`, on a Mac; activations stay in float there.\n\n"
         + fenced("python", code)
     )
 

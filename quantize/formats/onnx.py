@@ -221,7 +221,7 @@ const output = await generator(messages, {{ max_new_tokens: 64, do_sample: false
 console.log(output[0].generated_text.at(-1).content);"""
     return (
         "### ONNX\n\nIn a browser or in Node, with transformers.js: `npm install "
-        f"@huggingface/transformers`\n\n{fenced('javascript', script)}\n\n"
+        f"@huggingface/transformers@4`\n\n{fenced('javascript', script)}\n\n"
         "`onnx/genai_config.json` is for onnxruntime-genai: "
         f'`hf download {repository} --include "onnx/*" --local-dir model`'
     )

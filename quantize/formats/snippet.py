@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import requires
+
+
+def pip_install(*packages: str) -> str:
+    """Writes the command with the versions from which finequant itself takes these packages."""
+    from packaging.requirements import Requirement
+
+    known = {entry.name: entry.specifier for entry in map(Requirement, requires("finequant"))}
+    return "pip install " + " ".join(f'"{name}{known[name]}"' for name in packages)
+
 
 def transformers_code(repository: str, chat: str, model: str) -> str:
     """Python that answers `chat` with plain transformers.

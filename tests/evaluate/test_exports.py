@@ -73,6 +73,8 @@ def test_the_report_has_a_column_for_every_export(
     assert models[key]["speed"]["decoding"] > 0
     assert models[key]["parity"]["n"] == 8
     assert models[key]["parity"]["same_answers"] >= 0.5
+    assert models[key]["parity"]["same_prompts"] == 1
+    assert 0 < models[key]["parity"]["kl"] < 1e-3
     assert "same answers as quantized in %" in (run / "report.md").read_text()
     assert models[key]["speed"]["peak_memory_bytes"] > 1e8
     size = sum(file.stat().st_size for file in (run / "exports" / name).glob(files))

@@ -1,0 +1,38 @@
+"""A .pte in ExecuTorch's runtime, with the tokenizer of its runner: FOLDER JOB"""
+
+from pathlib import Path
+
+import client
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # its operators
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+from pytorch_tokenizers import CppHFTokenizer
+
+
+class ExecuTorch:
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = CppHFTokenizer()
+        self._tokenizer.load(str(folder / "tokenizer.json"))
+        (file,) = folder.glob("*.pte")
+        self._program = Runtime.get().load_program(str(file))
+        self._forward = self._program.load_method("forward")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, 0, 0)
+
+    def prompt(self, messages: list[dict[str, str]]) -> None:
+        return None
+
+    def answer(self, prompt: list[int], limit: int):
+        return client.greedy(self._step, prompt)
+
+    def last_logits(self, ids: list[int]) -> np.ndarray:
+        return self._step(ids, 0)
+
+    def _step(self, ids: list[int], start: int) -> np.ndarray:
+        (logits,) = self._forward.execute([torch.tensor([ids]), torch.tensor([start])])
+        return logits[0].numpy().copy()
+
+
+client.run(ExecuTorch)

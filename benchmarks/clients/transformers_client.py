@@ -1,0 +1,41 @@
+"""A checkpoint, torchao's or compressed-tensors', in plain transformers: FOLDER JOB"""
+
+from pathlib import Path
+
+import client
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+
+class Transformers:
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self._cache = DynamicCache(config=self._model.config)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+
+    def answer(self, prompt: list[int], limit: int):
+        return client.greedy(self._step, prompt)
+
+    def last_logits(self, ids: list[int]) -> np.ndarray:
+        return self._step(ids, 0)
+
+    @torch.inference_mode()
+    def _step(self, ids: list[int], start: int) -> np.ndarray:
+        if start == 0:
+            self._cache = DynamicCache(config=self._model.config)
+        output = self._model(
+            torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[0, -1].float().numpy()
+
+
+client.run(Transformers)

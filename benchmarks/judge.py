@@ -1,0 +1,231 @@
+"""What clients.py asks of a program, and how the results compare with quantized/."""
+
+from __future__ import annotations
+
+import json
+import operator
+import random
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from finequant.evaluate.answers import right_by
+from finequant.evaluate.material import prepare
+from finequant.evaluate.metrics.text_metrics import METRICS
+from finequant.evaluate.models import load_model
+from finequant.evaluate.report.report import markdown_table
+from finequant.finetune.architecture import parameter_count
+from finequant.finetune.data.splits import load_splits
+from finequant.finetune.model import load_config, load_tokenizer
+from finequant.quantize.formats.formats import FORMATS
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+TEXTS, PROBES = 500, 50
+MISSING = "–"
+
+AWKWARD = (
+    "it's 12,345.67 €!",
+    "  two  spaces ",
+    "\ttab\n\nnew lines\r\n",
+    "naïve café Ünïcödé",
+    "日本語のテキスト",
+    "мир и труд",
+    "مرحبا بالعالم",
+    "👩‍👩‍👧‍👦 🇩🇪 ok",
+    "x_1 = f(a, b[0])  # 3**2",
+    '{"a": [1, 2, {"b": null}]}',
+    "https://example.com/?q=1&r=%20",
+    "I'll we've don't CAN'T",
+    "1234567890 12 345",
+    "e\u0301 versus é",
+    "\u00a0\u200b\u2003",
+    "<|im_start|>user\nhi<|im_end|>",
+)
+"""Pieces of texts that tokenizers cut differently when they are described differently."""
+
+
+class Result(NamedTuple):
+    """One client's row of the page."""
+
+    name: str
+    packages: str
+    export: str
+    note: str
+    parity: list[str]
+    cost: list[str]
+
+
+class Judge:
+    """A run's rows, and what quantized/ says to them in transformers: the other side."""
+
+    def __init__(self, recipe: Recipe, run: RunDir) -> None:
+        tokenizer = load_tokenizer(recipe.model)
+        self.recipe, self.run, self.tokenizer = recipe, run, tokenizer
+        self.material = prepare(recipe, load_splits(recipe.data, recipe.seed), tokenizer)
+        measured = run.memo(recipe, "measurements/quantized").value()
+        if measured is None:
+            sys.exit(f"{run.root}: quantized/ is not measured: finequant run comes first")
+        self.answers: list[str] = measured["answers"]
+        self.metric = right_by(recipe.evaluate.metrics) or "exact_match"
+        self.texts = awkward_texts([row.messages[-2]["content"] for row in self.material.rows])
+        self.probes = self._probes()
+        self.logits = self._logits()
+
+    def job(self, limit: int) -> dict[str, Any]:
+        """What a client is asked for, as JSON."""
+        material = self.material
+        return {
+            "texts": self.texts,
+            "messages": [list(row.messages[:-1]) for row in material.rows[:limit]],
+            "prompts": material.prompts[:limit],
+            "probes": self.probes,
+            "ends": material.ends,
+            "vocabulary": self.logits.shape[1],
+            "max_new_tokens": self.recipe.evaluate.max_new_tokens,
+        }
+
+    def _probes(self) -> list[list[int]]:
+        """Prompts with the first half of their answers: where the next token is in question."""
+        pairs = list(zip(self.material.prompts, self.material.references, strict=True))[:PROBES]
+        halves = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
+        return [
+            prompt + half[: len(half) // 2] for (prompt, _), half in zip(pairs, halves, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _logits(self) -> torch.Tensor:
+        """float32 [probes, vocabulary] of quantized/ in transformers, with int8 activations."""
+        model = load_model("quantized", self.recipe, self.run, self.probes[0], self.material.ends)
+        return torch.stack(
+            [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
+        )
+
+    def result(self, name: str, packages: tuple[str, ...], folder: Path, where: Path) -> Result:
+        """Compares what a client wrote into its folder `where`."""
+        results = json.loads((where / "results.json").read_text(encoding="utf-8"))
+        limit = len(results.get("answers", ()))
+        pinned = " ".join(
+            text if {"=", "@"} & set(text) else f"{text}=={version(text)}" for text in packages
+        )
+        parity = [
+            share(results.get("texts"), [self._ids(text) for text in self.texts]),
+            share(results.get("prompts"), self.material.prompts[:limit]),
+            *self._answers(results.get("answers")),
+            self._divergence(where / "logits"),
+        ]
+        return Result(
+            name,
+            pinned,
+            folder.name,
+            results.get("note", ""),
+            parity,
+            [*self._speed(results), *self._size(folder)],
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _answers(self, answers: list[list[int]] | None) -> list[str]:
+        """The share of equal answers, and how many are right."""
+        if not answers:
+            return [MISSING, MISSING]
+        decode = self.tokenizer.decode
+        texts = [decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        expected = self.answers[: len(texts)]
+        references = self.material.references[: len(texts)]
+        right, before = (
+            100 * METRICS[self.metric](given, references)["value"] for given in (texts, expected)
+        )
+        return [share(texts, expected), f"{right:.1f} ({before:.1f})"]
+
+    def _divergence(self, file: Path) -> str:
+        """Mean KL from quantized/, in nats a token."""
+        if not file.exists():
+            return MISSING
+        theirs = torch.from_numpy(np.fromfile(file, "<f4").reshape(self.logits.shape))
+        ours, theirs = self.logits.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        return f"{(ours.exp() * (ours - theirs)).sum(-1).mean().item():.1e}"
+
+    def _speed(self, results: dict[str, Any]) -> list[str]:
+        """Tokens a second of prompts and of decoding, and peak memory in MB."""
+        answers = results.get("answers", ())
+        tokens = {
+            "prompt": sum(map(len, self.material.prompts[: len(answers)])),
+            "decoding": sum(map(len, answers)),
+        }
+        speeds = [
+            f"{count / results[f'{part}_seconds']:,.0f}"
+            if results.get(f"{part}_seconds")
+            else MISSING
+            for part, count in tokens.items()
+        ]
+        memory = results.get("peak_memory_bytes")
+        return [*speeds, f"{memory / 1e6:,.0f}" if memory else MISSING]
+
+    def _size(self, folder: Path) -> list[str]:
+        """MB of the model's files, and bits for each weight of the base."""
+        if folder.name in FORMATS:
+            size = FORMATS[folder.name].size(folder)
+        else:
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        weights = parameter_count(load_config(self.recipe.model))
+        return [f"{size / 1e6:,.1f}", f"{8 * size / weights:.2f}"]
+
+
+def awkward_texts(contents: list[str]) -> list[str]:
+    """Texts that hold what users wrote and what tokenizers cut differently."""
+    chosen = random.Random(0)
+    pieces = [*AWKWARD, *contents[: len(AWKWARD)]]
+    joined = ["".join(chosen.choices(pieces, k=chosen.randint(1, 4))) for _ in range(TEXTS)]
+    return [*AWKWARD, *joined][:TEXTS]
+
+
+def share(values: list | None, expected: list) -> str:
+    """How many are equal; a program may give none."""
+    if not values or values[0] is None:
+        return MISSING
+    return f"{sum(map(operator.eq, values, expected))} of {len(expected)}"
+
+
+def page(recipe: str, results: list[Result]) -> str:
+    """Writes the page of results."""
+    parity = ["program", "reads", "texts", "prompts", "answers", "right, %", "KL"]
+    cost = ["program", "prompt, tokens/s", "decoding, tokens/s", "peak memory, MB", "size, MB"]
+    cost += ["bits a weight of the base"]
+    tables = [
+        (parity, [[r.name, r.export, *r.parity] for r in results]),
+        (cost, [[r.name, *r.cost] for r in results]),
+        (["program", "packages", ""], [[r.name, f"`{r.packages}`", r.note] for r in results]),
+    ]
+    equal, costs, what = (markdown_table(header, rows, align=":---") for header, rows in tables)
+    return PAGE.format(recipe=recipe, equal=equal, costs=costs, what=what)
+
+
+PAGE = """# The programs that people start
+
+Written by `make clients`: the exports of `{recipe}`, each in a program that is not ours, without
+finequant. What it is compared with is `quantized/` in transformers: its figures are in parentheses.
+
+{equal}
+
+- **texts**: strings of many scripts, blanks and special tokens with equal token ids, by the
+  program's own tokenizer.
+- **prompts**: held-out conversations with equal token ids, by the program's own chat template.
+- **answers**: held-out rows answered as `quantized/` does, to the letter, greedy. **right**: by the
+  recipe's metric.
+- **KL**: divergence from `quantized/` after unfinished answers, in nats a token.
+
+A program that rounds activations in another way than `quantized/`, or not at all, is the same model
+with other rounding: codes are equal to the last one, which `finequant export` proves of every file.
+
+{costs}
+
+Prompts are read one at a time; the first token of an answer counts as reading.
+
+{what}
+"""

@@ -1,0 +1,69 @@
+"""Compares an export with quantized/: the ids of prompts, and next-token distributions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from finequant.evaluate.metrics.divergence import (
+    divergence,
+    log_probabilities,
+    reference_sequences,
+)
+from finequant.finetune.data.tokens import prompt_text
+from finequant.quantize.formats.format import Format
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from finequant.evaluate.material import Material
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+
+TOKENS = 256
+"""Scored tokens, at least, on which exports are compared with quantized/."""
+
+
+class Reference(NamedTuple):
+    """What quantized/ says on some sequences: the side that exports are compared with."""
+
+    sequences: list[ScoredSequence]
+    logs: torch.Tensor
+    """Log-probabilities [scored tokens, vocabulary]."""
+    rounding: torch.Tensor
+    """Their divergence [scored tokens] from those with logits in the shipped dtype."""
+
+
+def quantized_reference(recipe: Recipe, run: RunDir, material: Material) -> Reference:
+    """Computes the log-probabilities of quantized/."""
+    from finequant.evaluate.models import load_model
+
+    sequences = reference_sequences(material.corpora, TOKENS)
+    model = load_model("quantized", recipe, run, material.probes[0], material.ends)
+    logs, rounding = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+    return Reference(sequences, logs, rounding)
+
+
+def compared(
+    entry: Format,
+    folder: Path,
+    recipe: Recipe,
+    material: Material,
+    reference: Reference,
+    logs: torch.Tensor,
+) -> dict[str, float]:
+    """Compares an export with quantized/.
+
+    logs: the export's log-probabilities [scored tokens, vocabulary] on the reference's sequences.
+
+    Returns:
+        {"kl": mean divergence from quantized/, in nats a token, "same_prompts": share of the
+        held-out prompts that the export's tokenizer cuts into the same ids}
+    """
+    parity = {"kl": divergence(reference.logs, logs, reference.rounding)["kl"]["value"]}
+    if not material.prompts:
+        return parity
+    texts = [prompt_text(row, material.tokenizer, recipe.data) for row in material.rows]
+    equal = map(list.__eq__, entry.token_ids(folder, texts), material.prompts)
+    return parity | {"same_prompts": sum(equal) / len(texts)}
