@@ -614,6 +614,28 @@ def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
 SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloat16")
 
 
+def weight_in_onnxruntime(product, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """float32 [out, in] of a MatMulNBits: what onnxruntime makes of an identity matrix."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    settings = {item.name: helper.get_attribute_value(item) for item in product.attribute}
+    settings |= {"accuracy_level": 0}  # inputs stay in float
+    node = helper.make_node(
+        "MatMulNBits", ["x", "c", "s"], ["y"], domain="com.microsoft", **settings
+    )
+    name = product.input[1].removesuffix(".codes")
+    scales = tensors[f"{name}.scales"].astype(np.float32)
+    constants = [numpy_helper.from_array(tensors[product.input[1]], "c")]
+    constants.append(numpy_helper.from_array(scales, "s"))
+    ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, None) for end in "xy"]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], constants)
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=versions, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return session.run(None, {"x": np.eye(settings["K"], dtype=np.float32)})[0].T
+
+
 @pytest.mark.parametrize(
     ("overrides", "file"),
     [
@@ -644,6 +666,11 @@ def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
             data = np.stack([data & 15, data >> 4], axis=-1).reshape(len(codes), -1) + 120
         assert np.array_equal((data.astype(np.int16) - 128).astype(np.int8), codes.numpy())
         assert np.allclose(tensors[f"{table}.scales"], scale.flatten().float().numpy(), 1e-3, 1e-7)
+        weight = weight_in_onnxruntime(products[f"{table}.codes"], tensors)
+        expected = codes * scale.half().float().repeat_interleave(
+            codes.shape[1] // scale.shape[1], 1
+        )
+        assert np.allclose(weight, expected, 1e-6, 0)
     runtime = OnnxRuntime(folder)
     with torch.no_grad():
         quantized = AutoModelForCausalLM.from_pretrained(run / "quantized")(PROMPT).logits[0]
@@ -671,9 +698,13 @@ def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
     assert "onnx: groups of 40 weights" in error or "onnx: needs a package" in error
 
 
+PARTS = ("weight", "scales", "biases")
+
+
 @pytest.mark.parametrize("overrides", [("quantize.head=float", "quantize.group_size=64"), SHARED])
 def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
     """Codes straight from the file; rotary positions under the names that mlx-lm reads."""
+    import mlx.core as mx
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.formats.mlx import MlxLm
@@ -694,6 +725,11 @@ def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
         assert torch.equal((parts - 2 ** (bits - 1)).to(torch.int8), codes)
         assert torch.equal(tensors[f"{table}.scales"], scale.float())
         assert torch.equal(tensors[f"{table}.biases"], scale.float() * -(2 ** (bits - 1)))
+        parts = (mx.array(tensors[f"{table}.{part}"].numpy()) for part in PARTS)
+        group = codes.shape[1] // scale.shape[1]
+        weight = torch.from_numpy(np.array(mx.dequantize(*parts, group, bits)))
+        expected = codes * scale.float().repeat_interleave(group, 1)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-7)
     assert not [key for key in tensors if key.startswith("lm_head")]
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"]
