@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def check_training(
     recipe: Recipe, config: DecoderConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Tokenizes the rows and looks for LoRA's targets in a model without weights.
+    """Tokenizes the rows, and looks for LoRA's targets in a model without weights.
 
     Returns:
         The number of tokens of each training row.
@@ -29,11 +29,13 @@ def check_training(
     from finequant.finetune.architecture import skeleton
     from finequant.finetune.data.dataset import lengths, to_dataset
     from finequant.finetune.model import lora_config
+    from finequant.finetune.nf4 import check_nf4
 
     checks = [
         partial(to_dataset, rows, tokenizer, recipe.data)
         for rows in (splits.train, splits.validation)
         if rows
     ]
-    train, *_ = refuse_all([*checks, partial(lora_config, recipe.lora, skeleton(config))])
+    targets = partial(lora_config, recipe.lora, skeleton(config))
+    train, *_ = refuse_all([*checks, targets, partial(check_nf4, recipe)])
     return lengths(train)

@@ -91,16 +91,16 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: Model, dtype: torch.dtype, device: str = "cpu") -> Decoder:
+def load_base(model: Model, dtype: torch.dtype, **options: object) -> Decoder:
     """Loads the base with all its weights in `dtype`.
 
-    device: "meta" reads, and checks, no more than what the files say of their tensors.
+    options: of `from_pretrained`; with `device_map="meta"` no more is read, and checked, than what
+        the files say of their tensors.
 
     Raises:
         UserError: if it cannot be read, has an unknown architecture, or lacks some weights.
     """
     config = load_config(model)
-    options = {} if device == "cpu" else {"device_map": device}
     base = load_weights(model, _source(model, weights=True), config=config, dtype=dtype, **options)
     if getattr(base, "_hf_peft_config_loaded", False):
         raise UserError(

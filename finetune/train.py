@@ -62,7 +62,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
         say(f"data: {note}")
     check_window(recipe, load_config(recipe.model))
     dtype, reason = training_precision(recipe.train.precision)
-    say(f"train: {str(dtype).removeprefix('torch.')}, {reason}")
+    base_in = ", the base in nf4" if recipe.model.load == "nf4" else ""
+    say(f"train: {str(dtype).removeprefix('torch.')}, {reason}{base_in}")
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
     require_shared(run.root)
@@ -92,10 +93,10 @@ def fine_tune(
     from finequant.finetune.lora import fuse
     from finequant.finetune.model import (
         changes_the_base,
-        load_base,
         save_adapter,
         save_initial_adapter,
     )
+    from finequant.finetune.nf4 import load_trained_base
     from finequant.finetune.processes import decided_by_first, sharding
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, gathered_weights
@@ -106,7 +107,7 @@ def fine_tune(
         say("train: plain LoRA was done before")
         return folder
     doing("train: loading the base")
-    base = load_base(recipe.model, dtype)
+    base = load_trained_base(recipe, dtype)
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
     if changes_the_base(recipe.lora) and trainer.is_world_process_zero():
         save_initial_adapter(trainer.model, initial)

@@ -111,7 +111,8 @@ def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{recipe.model.base}`"
     rows = [row.source for row in recipe.data.train]
     data = ", ".join(row if on_hub(row) else f"`{row}` (rows of its author)" for row in rows)
-    lora = f"LoRA of rank {recipe.lora.rank} on {data}"
+    held = ", the base in 4 bits (nf4) while it was trained" if recipe.model.load == "nf4" else ""
+    lora = f"LoRA of rank {recipe.lora.rank} on {data}{held}"
     if kind == ADAPTER:
         return f"An adapter ({lora}) of {name}. It is a change to the base, which it needs."
     quantization = report["quantization"]

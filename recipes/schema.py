@@ -66,6 +66,11 @@ class Model(Section):
         None,
         description="Jinja template, or path of a .jinja file, that replaces the tokenizer's",
     )
+    load: Literal["float", "nf4"] = Field(
+        "float",
+        description="what training holds the base in: `train.precision`, or 4 bits (QLoRA), which "
+        "need bitsandbytes; the adapter is merged into the float base either way",
+    )
 
 
 class Source(Section):

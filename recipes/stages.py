@@ -60,7 +60,7 @@ PLAN_KEYS = (
 
 TRAINED = ("seed", "model", "data", "lora", "train")
 EVALUATED = ("seed", "model", "data", "quantize.dtype", "evaluate")
-NOT_MEASURED = (*ONLY_SHOWN, "evaluate.exports")
+NOT_MEASURED = (*ONLY_SHOWN, "evaluate.exports", "model.load")
 SWEPT = (*EVALUATED, "quantize")
 NOT_SWEPT = (*NOT_MEASURED, *ONLY_FOR_EXPORTS, "quantize.training", "quantize.keep_merged")
 
@@ -80,7 +80,7 @@ STAGES = {
     ),
     "quantize": Stage(
         keys=("model", "quantize"),
-        without=ONLY_FOR_EXPORTS,
+        without=(*ONLY_FOR_EXPORTS, "model.load"),
         reads=("adapter", "trained_codes"),
         writes=("quantized",),
         bound_to=("model.base",),
@@ -104,7 +104,7 @@ STARTING_CODES = "starting_codes"
 PARTS = {
     STARTING_CODES: Stage(
         keys=("model", "quantize"),
-        without=(*ONLY_FOR_EXPORTS, "quantize.training"),
+        without=(*ONLY_FOR_EXPORTS, "quantize.training", "model.load"),
         reads=("adapter",),
         writes=("checkpoints/qat/start",),
         calibrates=True,

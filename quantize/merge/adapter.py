@@ -66,7 +66,7 @@ def open_base(model: Model) -> Base:
     Raises:
         UserError: as `load_base` does.
     """
-    skeleton = load_base(model, torch.float32, "meta")
+    skeleton = load_base(model, torch.float32, device_map="meta")
     files = [TensorFile(path) for path in weight_files(model)]
     where = {name: file for file in files for name in file.entries}
     # transformers ties whichever of the two a file lacks to the other.

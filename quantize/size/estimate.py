@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from finequant.finetune import nf4
 from finequant.finetune.architecture import (
     anatomy,
     bias_count,
@@ -125,6 +126,9 @@ def training_memory(
     if machine.kind == "cpu":
         targets = min(targets, TARGETS_AT_ONCE)
     weights = parameter_count(config) * _size(dtype)
+    if recipe.model.load == "nf4":
+        parts = components(config)
+        weights -= int((parts["attention"] + parts["mlp"]) * (_size(dtype) - nf4.BITS / 8))
     learned = trainable(recipe.lora, config)
     logits = targets * config.vocab_size * LOGITS
     step = _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, logits)

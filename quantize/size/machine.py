@@ -73,8 +73,8 @@ def named_gpu(text: str) -> Machine:
     Raises:
         UserError: for a name that is not known.
     """
-    names = {name.lower(): name for name in GPUS}
-    if name := names.get(text.strip().lower()):
+    names = {re.sub("^rtx", "", _letters(name)): name for name in GPUS}
+    if name := names.get(re.sub("^rtx", "", _letters(text))):
         return Machine(name, GPUS[name] * 10**9, "gpu")
     try:
         return Machine(text, bytes_of(text), "gpu")
@@ -82,6 +82,11 @@ def named_gpu(text: str) -> Machine:
         raise UserError(
             f"--gpu: {text!r} is none of {', '.join(GPUS)}; or say its memory, such as 24GB"
         ) from None
+
+
+def _letters(name: str) -> str:
+    """`RTX 4090` and `rtx-4090` -> `rtx4090`."""
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def bytes_of(text: str) -> int:

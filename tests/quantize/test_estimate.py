@@ -173,6 +173,16 @@ def test_activations_are_what_autograd_keeps(recipe_file):
     assert predicted["activations"] / 2 == pytest.approx(two - one, rel=0.05)
 
 
+def test_a_base_in_nf4_fits_where_one_in_bf16_does_not(plan):
+    """13B in 4.1 bits, embedding and head in bf16."""
+    for load, fits in (("float", False), ("nf4", True)):
+        small = ["train.micro_batch_size=1", "data.max_length=256"]
+        out = plan(LLAMA_2_13B, "--gpu", "4090", f"model.load={load}", *small)
+        train = out.split("peak memory on RTX 4090")[1].splitlines()[1]
+        assert train.startswith("  train: ")
+        assert ("does not fit" not in train) is fits
+
+
 def test_less_is_predicted_for_less(recipe_file):
     recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
     cpu = Machine("this machine", 10**12, "cpu")
@@ -227,7 +237,9 @@ def test_what_is_no_size(text):
 
 
 def test_gpus_by_name_and_by_memory():
-    assert named_gpu("rtx 4090") == Machine("RTX 4090", 24 * 10**9, "gpu")
+    for text in ("rtx 4090", "RTX-4090", "4090"):
+        assert named_gpu(text) == Machine("RTX 4090", 24 * 10**9, "gpu")
+    assert named_gpu("A100-40GB").memory == 40 * 10**9
     assert named_gpu("24GB") == Machine("24GB", 24 * 10**9, "gpu")
     assert named_gpu("T4").training_dtype("auto") == "float32"
     assert named_gpu("H100").training_dtype("auto") == "bfloat16"

@@ -1,0 +1,74 @@
+"""A base in four bits to train an adapter on, as QLoRA does (https://arxiv.org/abs/2305.14314).
+
+Only training holds it so. The adapter is merged into the float files, like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+
+from finequant.finetune.model import changes_the_base, load_base
+from finequant.finetune.processes import sharding
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import Decoder
+
+BITS = 4.127
+"""Bits of a weight: a code, and the scale of its 64 weights, itself quantized in groups of 256."""
+
+
+def check_nf4(recipe: Recipe) -> None:
+    """Refuses what a base in four bits cannot do, if the recipe asks for one.
+
+    Raises:
+        UserError: if bitsandbytes is not installed, LoRA's start would change the base, or the
+            launcher splits the weights.
+    """
+    if recipe.model.load != "nf4":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.load: nf4 needs bitsandbytes: pip install 'finequant[nf4]', or set "
+            "model.load=float"
+        )
+    if changes_the_base(recipe.lora):
+        raise UserError(
+            f"lora.init_lora_weights: {recipe.lora.init_lora_weights} moves a part of the base "
+            "into the adapter, and a base in nf4 cannot be changed: use default or gaussian, or "
+            "set model.load=float"
+        )
+    if sharding():
+        raise UserError(
+            f"model.load: {sharding()} splits a float base over processes, while each holds nf4's "
+            "four bits whole: use recipes/accelerate/several_gpus.yaml, or set model.load=float"
+        )
+
+
+def load_trained_base(recipe: Recipe, dtype: torch.dtype) -> Decoder:
+    """Loads the base as training holds it: all its weights in `dtype`, or its linear layers in nf4.
+
+    Raises:
+        UserError: as `load_base` and `check_nf4` do.
+    """
+    check_nf4(recipe)
+    return load_base(recipe.model, dtype, **_options(recipe, dtype))
+
+
+def _options(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    if recipe.model.load != "nf4":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": PartialState().device}}

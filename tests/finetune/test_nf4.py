@@ -1,0 +1,102 @@
+"""A base in four bits while training: what is trained on it, and what is merged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from finequant.finetune.nf4 import check_nf4, load_trained_base
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+
+
+def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_file, tiny_base):
+    from safetensors.torch import load_file
+
+    from finequant.finetune.train import main as train
+    from finequant.quantize.convert import main as quantize
+
+    overrides = [str(recipe_file), "model.load=nf4", "train.learning_rate=1e-2", "train.epochs=4"]
+    overrides += ["quantize.method=rtn", "quantize.rotate=false", "quantize.keep_merged=true"]
+    train(overrides)
+    run = recipe_file.parent / "run"
+    losses = [
+        entry["eval_loss"]
+        for entry in json.loads((run / "adapter" / "training_log.json").read_text())
+        if "eval_loss" in entry
+    ]
+    assert losses[-1] < losses[0] - 0.1
+    quantize(overrides)  # compares with plain transformers and peft on the float base
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    merged = load_file(run / "merged" / "model.safetensors")
+    base = load_file(tiny_base / "model.safetensors")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    name, scaling = "model.layers.0.self_attn.q_proj", config["lora_alpha"] / config["r"]
+    up, down = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
+    expected = base[f"{name}.weight"].float() + scaling * up.float() @ down.float()
+    torch.testing.assert_close(
+        merged[f"{name}.weight"].float(), expected, atol=1e-2 * expected.std(), rtol=0.01
+    )
+
+
+def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
+
+    from finequant.finetune.model import load_base
+
+    recipe = load_recipe(recipe_file, ["model.load=nf4"])
+    held, stored = (load(recipe) for load in (_held, lambda r: load_base(r.model, torch.float32)))
+    linear = [
+        name
+        for name, module in stored.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    for name in linear:
+        layer, weight = held.get_submodule(name), stored.get_submodule(name).weight
+        assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+        error = dequantize_4bit(layer.weight, layer.weight.quant_state) - weight
+        assert 0.02 < error.norm() / weight.norm() < 0.15  # about 0.09 for a normal distribution
+    assert torch.equal(held.lm_head.weight, stored.lm_head.weight)
+
+
+def _held(recipe):
+    return load_trained_base(recipe, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("override", "sharded", "installed", "message"),
+    [
+        ("lora.init_lora_weights=pissa", False, True, "moves a part of the base"),
+        ("lora.init_lora_weights=olora", False, True, "moves a part of the base"),
+        ("lora.rank=4", True, True, "splits a float base"),
+        ("lora.rank=4", False, False, r"pip install 'finequant\[nf4\]'"),
+    ],
+)
+def test_what_nf4_cannot_do_is_refused(
+    recipe_file, monkeypatch, override, sharded, installed, message
+):
+    if sharded:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if not installed:
+        find = importlib.util.find_spec
+        missing = {"bitsandbytes"}
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+        )
+    check_nf4(load_recipe(recipe_file, [override]))  # float has none of these limits
+    with pytest.raises(UserError, match=message):
+        check_nf4(load_recipe(recipe_file, [override, "model.load=nf4"]))
+
+
+def test_another_way_to_hold_the_base_leaves_its_measurements(recipe_file):
+    from finequant.recipes.rundir import RunDir
+
+    recipes = [load_recipe(recipe_file, [f"model.load={load}"]) for load in ("float", "nf4")]
+    runs = [RunDir.of(recipe) for recipe in recipes]
+    for stage, same in (("train", False), ("measurements/base", True)):
+        inputs = [run.inputs(recipe, stage) for recipe, run in zip(recipes, runs, strict=True)]
+        assert (inputs[0] == inputs[1]) is same
