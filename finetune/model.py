@@ -35,7 +35,7 @@ REASONS = {
 
 
 def load_config(model: Model) -> DecoderConfig:
-    """Loads the base's configuration, corrected by its files.
+    """Loads the base's configuration, corrected by its files; that of a GGUF file says bfloat16.
 
     Raises:
         UserError: if it cannot be read, or has an architecture that is not known here.
@@ -48,7 +48,12 @@ def load_config(model: Model) -> DecoderConfig:
         raise UserError(
             f"model.base: {model.base} is already quantized; name the float model it was made from"
         )
-    return config if model.base.endswith(".gguf") else as_stored(config, model)
+    if not model.base.endswith(".gguf"):
+        return as_stored(config, model)
+    import torch
+
+    config.dtype = torch.bfloat16  # holds more than a few bits of each weight ever said
+    return config
 
 
 def load_generation_config(model: Model) -> GenerationConfig:
@@ -150,7 +155,7 @@ def load_on_disk(model: Model, has_embedding: bool = True) -> Decoder:
 
 
 def stored_dtype(config: DecoderConfig) -> torch.dtype:
-    """Returns the dtype in which the base is stored; float32 for GGUF, or if it is not stated."""
+    """Returns the dtype that the base's files state; float32 if they state none."""
     import torch
 
     return config.dtype or torch.float32

@@ -443,7 +443,9 @@ class Quantize(Section):
         "bfloat16", description="dtype of the scales; every export holds those of bfloat16"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of embedding, norms, and arithmetic; auto: the base's"
+        "auto",
+        description="dtype of embedding, norms, and arithmetic; auto: the base's, or bfloat16 for "
+        "a GGUF file",
     )
     keep_merged: bool = Field(False, description="also write the merged float checkpoint")
     exports: list[Export] = Field(

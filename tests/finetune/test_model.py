@@ -133,6 +133,11 @@ def test_the_base_keeps_the_name_that_the_recipe_gives_it(tiny_base):
     assert load(tiny_base).config.name_or_path == str(tiny_base)
 
 
+def test_a_gguf_base_ships_in_bfloat16_unless_the_recipe_says_otherwise():
+    """Two bytes of each weight that had half of one."""
+    assert stored_dtype(load_config(Model(base=EMBEDDED))) == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_the_embedded_model_loads_saves_and_reloads(tmp_path):
     model = load(EMBEDDED)
