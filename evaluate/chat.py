@@ -80,13 +80,9 @@ def chat(
 
 def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
     """Returns the recipe and the run directory, given either of them."""
-    if not where.is_dir():
-        recipe = load_recipe(where, overrides)
-        run = RunDir.of(recipe)
-        return pinned(recipe, run.commits_of("train"))[0], run
-    if not (where / "recipe.yaml").exists():
-        raise UserError(f"{where}: not a run directory: expected recipe.yaml in it, or a recipe")
-    return load_recipe(where / "recipe.yaml", overrides), RunDir(where)
+    recipe = load_recipe(where, overrides)
+    run = RunDir.of(recipe)
+    return pinned(recipe, run.commits_of("train"))[0], run
 
 
 def available(run: RunDir) -> list[str]:

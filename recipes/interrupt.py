@@ -16,9 +16,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEBOUNCE_SECONDS = 1.0
 """Signals within so many seconds count as one: a launcher forwards what its processes got too."""
 
-ERASE_LINE = b"\r\x1b[K"
-"""In a terminal: what stands on the line of the cursor goes."""
-
 RESUME_HINT = "run the same command again to continue from here"
 
 
@@ -65,7 +62,8 @@ def deferred_signals() -> Iterator[StopRequest]:
         # Not print: it is not reentrant, and the signal may have interrupted one.
         with suppress(OSError):  # the terminal may be closed
             message = b"stopping after this step; another signal quits immediately\n"
-            os.write(2, ERASE_LINE + message if os.isatty(2) else message)
+            erase_line()
+            os.write(2, message)
 
     with _handled(note):
         yield request
@@ -123,5 +121,13 @@ def _handled(
             signal.signal(number, before[number])
 
 
+def erase_line() -> None:
+    """Takes away what stands on the last line of a terminal, as by a process that was killed."""
+    if os.isatty(2):
+        os.write(2, b"\r\x1b[K")
+
+
 def _end(number: int) -> None:
+    with suppress(OSError):
+        erase_line()
     os._exit(128 + number)

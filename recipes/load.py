@@ -17,6 +17,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
+from finequant.recipes.locate import is_run, locate_recipe
 from finequant.recipes.schema import Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
@@ -30,13 +31,16 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, applies `key.sub=value` overrides, and validates the result.
 
+    path: a file, a run directory, in which the recipe then goes on, or the name of a shipped one.
     Local paths are relative to the recipe's folder in the file, and absolute in the result.
 
     Raises:
         UserError: naming every problem with its file, line, key, value, and what was expected.
     """
-    path = Path(path)
+    given, path = Path(path), locate_recipe(Path(path))
     document, origins = _read_yaml(path)
+    if is_run(given):
+        document["output_dir"] = str(given)
     for override in overrides:
         _apply_override(document, origins, override)
     try:

@@ -1,12 +1,14 @@
 """The `finequant` command: all stages of one recipe, or one of them.
 
-finequant run recipes/quickstart.yaml
+finequant run quickstart
 finequant train recipes/chat.yaml train.epochs=2
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -20,15 +22,34 @@ from finequant.recipes.errors import report_user_errors
 app = typer.Typer(
     help="Fine-tune, then quantize, and prove what it cost.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-COMMANDS = (
-    *(run, train, qat, quantize, evaluate, publish, chat, export, sweep),
-    *(validate, report, init, schema, data, plan),
-)
-for command in COMMANDS:
-    app.command()(command)
+PANELS = {
+    "Everything": (run,),
+    "Before: a recipe and its rows": (init, validate, data, plan, schema),
+    "One stage": (train, qat, quantize, export, evaluate),
+    "After: a run": (report, chat, sweep, publish),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"finequant {version('finequant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Takes what can stand before a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@ says what is being done, how far it is, and how long it will take."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -13,7 +14,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 STAGE = "FINEQUANT_STAGE"
-"""The environment variable by which `finequant run` tells a stage its number, such as "2/4"."""
+"""The environment variable by which `finequant run` tells a stage its number, such as "2/4", and
+what this stage and each later one took last time: seconds, or nothing if they never ran."""
 
 SECONDS_BETWEEN_LINES = 30.0
 """How often a loop says in a log file how far it is; one that takes less time says nothing."""
@@ -22,6 +24,8 @@ SECONDS_BETWEEN_FRAMES = 0.1
 """How often the last line of a terminal is drawn."""
 
 Item, Batch = TypeVar("Item"), TypeVar("Batch", bound=Sized)
+
+_STARTED = time.monotonic()
 
 _line: tqdm | None = None
 """The last line of the terminal, if there is something on it."""
@@ -88,7 +92,7 @@ class Progress:
         self._shown = now
         if new := done - self._before:
             rest = (now - self._started) / new * (self._total - done)
-            figures += f", {duration(rest)} left"
+            figures += f", {duration(rest)} left{_left_of_run(rest)}"
         text = f"{self._what} {done}/{self._total}{figures}"
         if self._is_drawn:
             self._line.set_description_str(_numbered(text))
@@ -147,9 +151,22 @@ def _open(text: str, total: int | None = None) -> tqdm:
     return _line
 
 
+def _stage() -> tuple[str, list[float]]:
+    return json.loads(os.environ.get(STAGE) or '["", []]')
+
+
 def _numbered(text: str) -> str:
-    stage = os.environ.get(STAGE)
-    return f"[{stage}] {text}" if stage else text
+    number, _ = _stage()
+    return f"[{number}] {text}" if number else text
+
+
+def _left_of_run(rest: float) -> str:
+    """Says how long all stages will take; `rest` is what is left of this loop."""
+    _, seconds = _stage()
+    if not seconds:
+        return ""
+    rest = max(rest, seconds[0] - (time.monotonic() - _STARTED))
+    return f" (run {duration(rest + sum(seconds[1:]))})"
 
 
 def _is_first() -> bool:

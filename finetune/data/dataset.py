@@ -21,7 +21,7 @@ from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.schema import Data
-from finequant.recipes.terminal import say
+from finequant.recipes.terminal import close, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,6 +110,7 @@ def _progress_bar(rows: int) -> Iterator[None]:
 
     was_shown = not datasets.are_progress_bars_disabled()
     if rows >= ROWS_PER_PROCESS and sys.stderr.isatty():
+        close()
         datasets.enable_progress_bars()
     else:
         datasets.disable_progress_bars()

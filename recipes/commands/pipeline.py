@@ -16,9 +16,12 @@ import typer
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
 from finequant.recipes.errors import UserError
+from finequant.recipes.locate import locate_launch
+from finequant.recipes.terminal import STAGE, duration, say
 
 if TYPE_CHECKING:
     from finequant.recipes.rundir import RunDir
+    from finequant.recipes.schema import Recipe
 
 MODULES = {
     "train": "finequant.finetune.train",
@@ -33,22 +36,26 @@ def run(
     overrides: Overrides = None,
     launch: Annotated[
         Path | None,
-        typer.Option(help="accelerate configuration for training, as in recipes/accelerate/"),
+        typer.Option(
+            help="a configuration of accelerate for training, or the name of one that comes with "
+            "finequant, such as several_gpus"
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="start even if memory or disk seem too small")
     ] = False,
 ) -> None:
-    """Run all stages in turn, skipping those whose inputs have not changed."""
+    """Run all stages in turn; skip those whose inputs have not changed."""
     from finequant.recipes.hub import COMMITS, pinned
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.stages import stages_of
-    from finequant.recipes.terminal import say
 
+    launch = locate_launch(launch) if launch else None
     loaded, commits = pinned(load_recipe(recipe, overrides or []))
     os.environ[COMMITS] = json.dumps(commits)  # for the stages
     directory, stages = RunDir.of(loaded), stages_of(loaded)
+    say(f"{loaded.name}: {', '.join(stages)}, in {directory.root}")
     started, ran = time.monotonic(), False
     for number, stage in enumerate(stages, start=1):
         changes = directory.what_changed(loaded, stage)
@@ -56,16 +63,20 @@ def run(
             say(f"[{number}/{len(stages)}] {stage}: up to date")
             continue
         remaining = stages[number - 1 :]
+        seconds = _seconds(directory, remaining)
         if not ran:
             refuse_early(loaded, directory, remaining, launch, force)
-        say(f"[{number}/{len(stages)}] {stage}{_remaining(directory, remaining)}")
+        left = f", {duration(sum(seconds))} left by the last run" if seconds else ""
+        say(f"[{number}/{len(stages)}] {stage}{left}")
         for change in changes or []:
             say(f"  because {change}")
+        os.environ[STAGE] = json.dumps([f"{number}/{len(stages)}", seconds])
         trains = stage in ("train", "qat")
         _start(stage, [str(recipe), *(overrides or [])], launch if trains else None)
         ran = True
     if ran:
-        say(f"done in {time.monotonic() - started:.0f} s: {directory.root}")
+        say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
+        _say_what_next(loaded, directory)
         return
     passed = _show_report(directory)
     say(f"nothing to do: {directory.root} is up to date")
@@ -73,9 +84,19 @@ def run(
         sys.exit(1)
 
 
+def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
+    """Names the three commands that make use of a finished run."""
+    repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
+    take = f"publish {directory.root} --dry-run {repo}"
+    if not recipe.quantize.exports:
+        take = f"export {directory.root} --to gguf"
+    lines = [f"report {directory.root} --open", f"chat {directory.root}", take]
+    say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))
+
+
 def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     """Runs a stage in its own process, which returns its memory and contains its crashes."""
-    from finequant.recipes.interrupt import RESUME_HINT, wait_and_forward_signals
+    from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
     command = [sys.executable, "-m"]
     if launch:
@@ -89,18 +110,17 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{stage}: cannot start {error.filename}") from None
     if code == -signal.SIGKILL:
-        print(f"{stage} was killed, perhaps out of memory: {RESUME_HINT}", file=sys.stderr)
+        erase_line()
+        say(f"{stage} was killed, perhaps out of memory: {RESUME_HINT}")
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def _remaining(directory: RunDir, stages: list[str]) -> str:
-    """Estimates the remaining time from what the stages took last time in this run directory."""
+def _seconds(directory: RunDir, stages: list[str]) -> list[float]:
+    """Returns what each stage took last time in this run directory; [] if one never ran."""
     manifest = directory.manifest()
     known = [manifest[stage]["seconds"] for stage in stages if stage in manifest]
-    if len(known) < len(stages):
-        return ""
-    return f" (about {sum(known) / 60:.0f} min to go, by the last run)"
+    return known if len(known) == len(stages) else []
 
 
 def _show_report(directory: RunDir) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finequant.recipes.errors import UserError, refuse_all
+from finequant.recipes.terminal import close, doing
 
 if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
@@ -43,12 +44,17 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
     Raises:
         UserError: listing all problems that can be found at the same cost.
     """
-    from finequant.quantize.convert import check_base_range
-
+    doing("checks: rows, texts and license")
     splits = _check_files(recipe, directory)
+    doing("checks: loading torch and transformers")
     lengths = _check_tokens(recipe, splits)
-    _check_tasks(recipe)
+    if recipe.evaluate.tasks:
+        doing("checks: loading lm-eval and its tasks")
+        _check_tasks(recipe)
+    from finequant.quantize.convert import check_base_range  # only now: it imports torch
+
     check_base_range(recipe)
+    close()
     return lengths
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import preflight
+
+if TYPE_CHECKING:
+    from finequant.recipes.schema import Recipe
 
 
 def init(
@@ -24,19 +27,17 @@ def init(
     ] = None,
     to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
 ) -> None:
-    """Look at your rows, write a commented recipe for them, and show what the model will see."""
-    from finequant.finetune.data.preview import preview
-    from finequant.finetune.data.starter import write_recipe
-    from finequant.recipes.command_line import quiet_libraries
+    """Write a commented recipe for your rows, and show what the model will see."""
     from finequant.recipes.load import load_recipe
-    from finequant.recipes.terminal import say
+    from finequant.recipes.terminal import doing, say
+
+    doing(f"init: reading {data}")
+    from finequant.finetune.data.starter import write_recipe
 
     target = to or Path(data.name.partition(".")[0]).with_suffix(".yaml")
     write_recipe(data, test, base, task, target)
     say(f"init: {target} written: a recipe to change as you like")
-    loaded = load_recipe(target, [])
-    quiet_libraries()
-    preview(loaded, 3)
+    _preview(load_recipe(target, []), 3)
     say(f"init: next: `finequant plan {target}`, then `finequant run {target}`")
 
 
@@ -48,14 +49,21 @@ def data(
         Path | None, typer.Option(help="also write fifty rows in color as this HTML file")
     ] = None,
 ) -> None:
-    """Show rows as the model will see them, target tokens in color, and statistics."""
-    from finequant.finetune.data.preview import preview
-    from finequant.recipes.command_line import quiet_libraries
+    """Show rows as the model will see them, with target tokens in color."""
     from finequant.recipes.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    _preview(load_recipe(recipe, overrides or []), rows, html)
+
+
+def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
+    from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.terminal import doing
+
+    doing("data: loading datasets and transformers")
     quiet_libraries()
-    preview(loaded, rows, html)
+    from finequant.finetune.data.preview import preview
+
+    preview(recipe, rows, html)
 
 
 def plan(
@@ -72,21 +80,24 @@ def plan(
         int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
     ] = None,
 ) -> None:
-    """Show how each layer is quantized, and how much memory and disk everything takes.
+    """Show what each layer becomes, and how much memory and disk everything takes.
 
     Reads configurations only; after quantization, it also shows signal-to-noise ratios.
     """
     from finequant.quantize.size.machine import bytes_of, named_gpu
-    from finequant.quantize.size.plan import show_plan
-    from finequant.quantize.size.resources import show_resources
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
+    from finequant.recipes.terminal import doing
 
     loaded = load_recipe(recipe, overrides or [])
     machine = named_gpu(gpu) if gpu else None
     memory = bytes_of(device_memory) if device_memory else None
+    doing("plan: loading torch and transformers")
     quiet_libraries()
+    from finequant.quantize.size.plan import show_plan
+    from finequant.quantize.size.resources import show_resources
+
     show_plan(loaded, RunDir.of(loaded), every)
     show_resources(loaded, RunDir.of(loaded), machine, memory, context)
 
@@ -98,7 +109,7 @@ def validate(
         bool, typer.Option("--deep", help="also check rows, texts, tokenizer, and tasks")
     ] = False,
 ) -> None:
-    """Check a recipe without loading data or a model; with --deep, without loading weights."""
+    """Check a recipe; with --deep, also rows, texts, tokenizer and tasks."""
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -113,7 +124,7 @@ def schema(
         bool, typer.Option("--markdown", help="print tables of all keys instead: docs/keys.md")
     ] = False,
 ) -> None:
-    """Print the JSON schema of recipes, which lets editors complete and check them."""
+    """Print the JSON schema of recipes, for editors."""
     from finequant.recipes import reference
     from finequant.recipes.schema import Recipe
 

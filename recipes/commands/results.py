@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from finequant.recipes.commands.parameters import Overrides, RecipeOrRun, RecipePath
+from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.errors import UserError
 
 
 def report(
-    where: RecipeOrRun,
+    where: RecipePath,
     show: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
-    """Print the table of the last evaluation, and write its page again: report.html"""
+    """Print the table of the last evaluation; with --open, show its page."""
     import webbrowser
 
     from finequant.evaluate.report.page import write_page
@@ -36,7 +36,7 @@ def report(
 
 
 def chat(
-    where: RecipeOrRun,
+    where: RecipePath,
     overrides: Overrides = None,
     model: Annotated[
         str | None,
@@ -50,7 +50,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens per answer, at most", min=1)] = 256,
 ) -> None:
-    """Chat with a model of a run, or ask all of them the same question."""
+    """Talk to a model of a run, or ask all of them the same question."""
     from finequant.evaluate.chat import chat as talk
 
     talk(where, overrides or [], model, prompt, max_new_tokens)
@@ -69,7 +69,7 @@ def sweep(
         Literal["tuned", "base"], typer.Option(help="what to quantize; base needs no training")
     ] = "tuned",
 ) -> None:
-    """Measure every combination of quantization settings -> sweep/"""
+    """Measure other settings of quantization -> sweep/"""
     from finequant.evaluate.sweep import sweep as measure
 
     measure(recipe, overrides or [], model)

@@ -10,28 +10,28 @@ from finequant.recipes.commands.parameters import Overrides, RecipePath
 
 
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Fine-tune: recipe -> adapter/ (the same as finetune/train.py)."""
+    """Fine-tune: rows -> adapter/"""
     from finequant.finetune.train import main as stage
 
     stage([str(recipe), *(overrides or [])])
 
 
 def qat(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Quantization-aware training: adapter/ -> trained_codes/ (quantize/training/train.py)."""
+    """Train through the quantized weights: adapter/ -> trained_codes/"""
     from finequant.quantize.training.train import main as stage
 
     stage([str(recipe), *(overrides or [])])
 
 
 def quantize(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Merge and quantize: adapter/ -> quantized/ (the same as quantize/convert.py)."""
+    """Merge and quantize: adapter/ -> quantized/"""
     from finequant.quantize.convert import main as stage
 
     stage([str(recipe), *(overrides or [])])
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Compare base, tuned and quantized -> report (the same as evaluate/compare.py)."""
+    """Measure base, tuned and quantized -> report.html"""
     from finequant.evaluate.compare import main as stage
 
     stage([str(recipe), *(overrides or [])])
@@ -48,7 +48,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write the same codes in other formats: quantized/ -> exports/ (quantize/export.py)."""
+    """Write the same codes in other formats: quantized/ -> exports/"""
     from finequant.quantize.export import main as stage
 
     chosen = [word for name in to or [] for word in ("--to", name)]
@@ -73,7 +73,7 @@ def publish(
         bool, typer.Option("--into-existing", help="allow a repository with files from elsewhere")
     ] = False,
 ) -> None:
-    """Publish the result on the Hugging Face Hub, with a card that says what was measured."""
+    """Upload to the Hugging Face Hub, with a card that says what was measured."""
     from finequant.publish.publish import Options
     from finequant.publish.publish import publish as stage
     from finequant.recipes.load import load_recipe

@@ -74,11 +74,13 @@ def test_a_log_file_has_whole_lines_now_and_then(capsys, monkeypatch):
     list(terminal.tracked(range(3), "train: step", 3))
     assert capsys.readouterr().err == ""  # it took no time
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setenv(terminal.STAGE, "1/4")
+    monkeypatch.setenv(terminal.STAGE, '["1/4", [0, 100, 20]]')
     terminal.doing("loading torch")
     list(terminal.tracked_batches([[1, 2], [3]], "evaluate: answers"))
     written = capsys.readouterr().err
-    assert written == ("evaluate: answers 2/3, 0:00 left\nevaluate: answers 3/3, 0:00 left\n")
+    assert written == (
+        "evaluate: answers 2/3, 0:00 left (run 2:00)\nevaluate: answers 3/3, 0:00 left (run 2:00)\n"
+    )
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
