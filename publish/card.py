@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.report import (
     comparison_rows,
     divergence_lines,
@@ -148,6 +149,8 @@ def _measured(report: dict[str, Any], kind: str) -> str:
     ]
     if kind == QUANTIZED:
         parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))
+        if untried := advice(report):
+            parts.append(f"Settings of the recipe that would cost less:\n\n{_bullets(untried)}")
     return "\n\n".join(part for part in parts if part)
 
 

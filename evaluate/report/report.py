@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.plots import DRAWINGS, draw_plot
 from finequant.evaluate.report.values import (
     Report,
@@ -174,10 +175,13 @@ SPEEDS = (
 
 
 def print_table(report: Report) -> None:
-    """Prints the comparison, the gate's verdict and the divergence to stdout."""
+    """Prints the comparison, the divergence, the gate's verdict and what would help to stdout."""
     console = print_rows(*comparison_rows(report))
-    for line in [*divergence_lines(report), *verdict_lines(report)]:
-        console.print(line, soft_wrap=True)
+    lines = [*divergence_lines(report), *verdict_lines(report)]
+    if changes := advice(report):
+        lines += ["What would help:", *(f"- {line}" for line in changes)]
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)
 
 
 def print_rows(header: list[str], rows: list[list[str]]) -> Console:
@@ -225,7 +229,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "± is one standard error; for a change, that of the row-by-row differences.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
-        "\n".join(f"- {line}" for line in [*divergence_lines(report), *verdict_lines(report)]),
+        _bullets([*divergence_lines(report), *verdict_lines(report)]),
+        f"## What would help\n\n{_bullets(advice(report))}" if advice(report) else "",
         _worst_layers(report),
         image_link(plots, "layers", "Signal-to-noise ratio of each quantized layer"),
         _normalizers(report),
@@ -234,6 +239,10 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _arithmetic(report: Report) -> str:

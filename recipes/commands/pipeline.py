@@ -70,9 +70,9 @@ def run(
         say(f"[{number}/{len(stages)}] {stage}{left}")
         for change in changes or []:
             say(f"  because {change}")
-        os.environ[STAGE] = json.dumps([f"{number}/{len(stages)}", seconds])
+        position = json.dumps([f"{number}/{len(stages)}", seconds])
         trains = stage in ("train", "qat")
-        _start(stage, [str(recipe), *(overrides or [])], launch if trains else None)
+        _start(stage, position, [str(recipe), *(overrides or [])], launch if trains else None)
         ran = True
     if ran:
         say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
@@ -94,8 +94,11 @@ def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
     say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))
 
 
-def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
-    """Runs a stage in its own process, which returns its memory and contains its crashes."""
+def _start(stage: str, position: str, arguments: list[str], launch: Path | None) -> None:
+    """Runs a stage in its own process, which returns its memory and contains its crashes.
+
+    position: as `terminal.STAGE` describes it.
+    """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
     command = [sys.executable, "-m"]
@@ -106,7 +109,8 @@ def _start(stage: str, arguments: list[str], launch: Path | None) -> None:
     else:
         command += ["finequant.quantize.export", *arguments, "--to", stage]
     try:
-        code = wait_and_forward_signals(subprocess.Popen(command))
+        process = subprocess.Popen(command, env=os.environ | {STAGE: position})
+        code = wait_and_forward_signals(process)
     except FileNotFoundError as error:
         raise UserError(f"{stage}: cannot start {error.filename}") from None
     if code == -signal.SIGKILL:

@@ -13,6 +13,7 @@ import pytest
 
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.page import page, write_page
+from finequant.evaluate.report.report import print_table, write_report
 from finequant.recipes.errors import UserError
 
 HOSTILE = "</script><script>document.title = 'run'</script><b>bold</b>"
@@ -89,6 +90,16 @@ def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, 
     assert bool(lines) == bool(expected)
     assert all(any(key in line for line in lines) for key in expected)
     assert any("effort=balanced" in line for line in lines) == ("effort=balanced" in expected)
+
+
+def test_advice_is_seen_in_terminal_and_report(tmp_path, capsys):
+    costly = report(0.8)
+    print_table(costly)
+    assert "What would help:" in capsys.readouterr().out
+    write_report(costly, tmp_path)
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for line in advice(costly):
+        assert f"- {line}" in markdown
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")

@@ -257,7 +257,7 @@ def test_missing_file_and_folder(tmp_path):
     assert f"{tmp_path / 'no.yaml'}: cannot read the recipe: No such" in refusal(
         tmp_path / "no.yaml"
     )
-    assert f"{tmp_path}: cannot read the recipe: Is a directory" in refusal(tmp_path)
+    assert f"{tmp_path}: a folder, but not a run directory" in refusal(tmp_path)
 
 
 def test_all_errors_come_at_once(write):

@@ -142,7 +142,7 @@ def test_a_run_hashes_and_dequantizes_its_base_once(gguf, recipe_file, tmp_path,
         times["dequantized"] += 1
         dequantize(*arguments)
 
-    def start(stage: str, arguments: list[str], launch: None) -> None:
+    def start(stage: str, position: str, arguments: list[str], launch: None) -> None:
         times[stage] += 1
         import_module(pipeline.MODULES[stage]).main(arguments)
 

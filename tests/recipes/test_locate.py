@@ -1,0 +1,77 @@
+"""A recipe is named by its file, by a run directory, or, if it is shipped, by its name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finequant.recipes.commands.parameters import known_recipes
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe, write_recipe
+from finequant.recipes.locate import SHIPPED, locate_launch, locate_recipe, shipped_recipes
+from finequant.recipes.run import main
+from finequant.recipes.rundir import RunDir
+
+
+def test_a_shipped_recipe_has_a_name_and_a_file_of_the_users_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"quickstart", "assistant", "chat"} <= set(shipped_recipes())
+    assert load_recipe("quickstart").name == "quickstart"
+    (tmp_path / "quickstart").mkdir()  # such as a folder of rows
+    assert locate_recipe(Path("quickstart")) == SHIPPED / "quickstart.yaml"
+    shutil.copy(SHIPPED / "chat.yaml", "quickstart.yaml")
+    assert locate_recipe(Path("quickstart")) == Path("quickstart.yaml")
+    assert load_recipe("quickstart").name == "chat"
+
+
+def test_a_run_directory_goes_on_in_itself(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["lora.rank=2", f"output_dir={tmp_path / 'elsewhere'}"])
+    run = RunDir.of(recipe)
+    run.root.mkdir()
+    write_recipe(recipe, run.root / "recipe.yaml")
+    with pytest.raises(UserError, match="not a run directory"):
+        load_recipe(run.root)
+    run.manifest_file.write_text("{}", encoding="utf-8")
+    moved = run.root.rename(tmp_path / "moved")
+    again = load_recipe(moved, ["lora.alpha=4"])
+    assert (again.lora.rank, again.lora.alpha) == (2, 4)
+    assert RunDir.of(again).root == moved
+    assert again.data == recipe.data
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(UserError, match=r"quikstart: cannot read the recipe: .* quickstart, sql"):
+        load_recipe("quikstart")
+    with pytest.raises(UserError, match="--launch: two_gpus: no such file; .* several_gpus"):
+        locate_launch(Path("two_gpus"))
+    assert locate_launch(Path("fsdp")).name == "fsdp.yaml"
+
+
+def test_the_shell_completes_recipes_and_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    for name in ("recipe.yaml", "manifest.json"):
+        (run / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "intents.yaml").write_text("name: intents", encoding="utf-8")
+    assert {"intents.yaml", "runs/mine", "quickstart"} <= set(known_recipes(""))
+    assert known_recipes("run") == ["runs/mine"]
+
+
+def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
+    from finequant.recipes.commands import pipeline
+
+    stages = []
+    monkeypatch.setattr(pipeline, "_start", lambda *arguments: stages.append(arguments[:2]))
+    monkeypatch.setattr(pipeline, "refuse_early", lambda *_: None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", str(recipe_file)])
+    *_, opened, chatted, taken = capsys.readouterr().err.splitlines()
+    run = RunDir.of(load_recipe(recipe_file)).root
+    names = ("train", "quantize", "evaluate")
+    assert stages == [(name, f'["{number}/3", []]') for number, name in enumerate(names, 1)]
+    assert opened == f"  finequant report {run} --open"
+    assert chatted == f"  finequant chat {run}"
+    assert taken == f"  finequant export {run} --to gguf"
