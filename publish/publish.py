@@ -189,9 +189,8 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
         for name, content in license.documents.items():
             (folder / name).write_bytes(content)
         private = () if recipe.publish.rows else OF_ROWS
-        measured = {key: value for key, value in report.items() if key not in private}
-        measured.pop("quantization")
-        measured.pop("model_type")
+        report = {key: value for key, value in report.items() if key not in private}
+        measured = {key: report[key] for key in report if key not in ("quantization", "model_type")}
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
         if recipe.publish.rows:

@@ -320,6 +320,16 @@ def test_a_dry_run_writes_the_folder_without_paths_of_this_machine(recipe, tiny_
     assert len(list(kept.parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize("rows", ["false", "true"])
+def test_held_out_rows_are_quoted_only_if_the_recipe_says_so(recipe, rows):
+    dry_run(recipe, f"publish.rows={rows}")
+    published = [
+        b"Say %d." % number in everything_under(folder_of(recipe)) for number in range(100, 104)
+    ]
+    assert any(published) == (rows == "true")
+    assert ("Hello!" in card_of(recipe).text) == (rows == "false")
+
+
 def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
     dry_run(recipe, "publish.base_model=org/base")
     report = json.loads((recipe.parent / "run" / "report.json").read_text(encoding="utf-8"))
