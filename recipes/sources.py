@@ -1,8 +1,10 @@
-"""Names of data files: which suffixes are read, and which files match `shards/*.parquet`."""
+"""Names of data files: which suffixes are read, and which files match `shards/*.parquet`, or belong
+together line by line, as those of `train.{en,de}.gz` do."""
 
 from __future__ import annotations
 
 import glob
+import re
 from pathlib import Path
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -11,13 +13,28 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes that may follow those."""
 
 
+PARALLEL = re.compile(r"\{(\w+(?:,\w+)+)\}")
+"""Text files of which each holds a column, and each line a row."""
+
+
 def is_pattern(name: str | Path) -> bool:
     """Says whether the name is a pattern that may match several files."""
-    return glob.has_magic(str(name))
+    return glob.has_magic(str(name)) or bool(PARALLEL.search(str(name)))
+
+
+def parallel_files(path: Path) -> dict[str, Path]:
+    """Maps each name in the braces of a path, a column's, to a file; empty without braces."""
+    match = PARALLEL.search(path.name)
+    if not match or path.exists():
+        return {}
+    before, after = path.name[: match.start()], path.name[match.end() :]
+    return {name: path.with_name(before + name + after) for name in match[1].split(",")}
 
 
 def matching_files(path: Path) -> list[Path]:
     """Returns the file itself, or the files that a pattern matches, sorted by name."""
+    if parallel := parallel_files(path):
+        return [file for file in parallel.values() if file.exists()]
     if path.exists() or not is_pattern(path):
         return [path]
     pattern = path.relative_to(path.anchor)

@@ -5,31 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 
+from finequant.finetune.data.pool import computed
 from finequant.finetune.data.rendering import TemplateCheck
 from finequant.finetune.data.rows import Row
-from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TABLE, TOKEN_KEYS, Rows
+from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TOKEN_KEYS, Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.schema import Data
-from finequant.recipes.terminal import close, say
+from finequant.recipes.terminal import Progress, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch, Schema
     from transformers import PreTrainedTokenizerBase
 
-ROWS_PER_PROCESS = 10_000
-"""Fewer rows are not worth the start of another process."""
 TOKENS = ["input_ids", "labels"]
+TOKENS_FILE = "tokens.arrow"
 
 
 def to_dataset(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
@@ -54,7 +53,7 @@ def encoded_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: 
     Raises:
         UserError: for what the chat template refuses or leaves out.
     """
-    from datasets import Dataset, concatenate_datasets, disable_caching
+    from datasets import Dataset, disable_caching
 
     disable_caching()  # else `map`, as in trl's packing, writes into the folder of these files
     if not isinstance(rows, Rows):
@@ -65,72 +64,36 @@ def encoded_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: 
             "ids can differ from those of the whole text"
         )
     if rows.folder is None or not os.access(rows.folder.parent, os.W_OK):
-        return _encoded(rows, Encoder(tokenizer, data), None)
+        return _encoded(rows, Encoder(rows, tokenizer, data), None)
 
     def write(folder: Path) -> None:
-        _encoded(rows, Encoder(tokenizer, data), folder)
+        _encoded(rows, Encoder(rows, tokenizer, data), folder)
 
     inputs = _inputs(rows, tokenizer, data)
     folder = made_once(rows.folder.with_name(f"tokens-{digest(inputs)}"), inputs, write)
     os.utime(folder)  # the last to be removed
-    parts = sorted(folder.glob("*.arrow"))
-    return concatenate_datasets([Dataset.from_file(str(part)) for part in parts])
+    return Dataset.from_file(str(folder / TOKENS_FILE))
 
 
 def _encoded(rows: Rows, encoder: Encoder, folder: Path | None) -> Dataset:
-    from datasets import Dataset, Features, List, Value
-
-    number, ids = Value("int32"), List(Value("int32"))
-    columns = {"input_ids": ids, "labels": ids, "length": number, "targets": number}
-    processes = min(_cores(), len(rows) // ROWS_PER_PROCESS)
-    with _progress_bar(len(rows)):
-        return (
-            Dataset(_table_of(rows))
-            .select(rows.indices)
-            .map(
-                encoder,
-                with_indices=True,
-                batched=True,
-                batch_size=ROWS_AT_ONCE,
-                remove_columns=[COLUMN],
-                features=Features(columns | {COLUMN: Value("int64")}),
-                num_proc=processes if processes > 1 else None,
-                keep_in_memory=folder is None,
-                cache_file_name=str(folder / "tokens.arrow") if folder else None,
-                new_fingerprint=uuid4().hex,  # else all is hashed, the tokenizer too
-                desc=f"data: tokens of {rows.name}",
-            )
-        )
-
-
-@contextmanager
-def _progress_bar(rows: int) -> Iterator[None]:
-    """Lets `datasets` show the time that is left, if there is a terminal and enough to do."""
-    import datasets
-
-    was_shown = not datasets.are_progress_bars_disabled()
-    if rows >= ROWS_PER_PROCESS and sys.stderr.isatty():
-        close()
-        datasets.enable_progress_bars()
-    else:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        (datasets.enable_progress_bars if was_shown else datasets.disable_progress_bars)()
-
-
-def _table_of(rows: Rows):
     import pyarrow
-    from datasets.table import InMemoryTable, MemoryMappedTable
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    if rows.folder:  # which other processes open by its name
-        return MemoryMappedTable.from_file(str(rows.folder / TABLE))
-    return InMemoryTable(pyarrow.table({COLUMN: rows.column}))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    file = folder / TOKENS_FILE if folder else None
+    sink = pyarrow.OSFile(str(file), "wb") if file else pyarrow.BufferOutputStream()
+    starts = range(0, len(rows), ROWS_AT_ONCE)
+    with (
+        sink,
+        pyarrow.ipc.new_stream(sink, _schema()) as writer,
+        closing(Progress(f"data: tokens of {rows.name} rows", len(rows))) as progress,
+    ):
+        for start, batch in zip(starts, computed(encoder, starts), strict=True):
+            writer.write_batch(batch)
+            progress.show(min(start + ROWS_AT_ONCE, len(rows)))
+    if file:
+        return Dataset.from_file(str(file))
+    return Dataset(InMemoryTable(pyarrow.ipc.open_stream(sink.getvalue()).read_all()))
 
 
 def _inputs(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Any]:
@@ -148,23 +111,25 @@ def _inputs(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[
 
 
 class Encoder:
-    """Encodes a batch of a table's rows; a process each has a copy."""
+    """Encodes a batch of rows; a process each has a copy."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-        self.tokenizer, self.data = tokenizer, data
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        self.rows, self.tokenizer, self.data = rows, tokenizer, data
         self._check = TemplateCheck(tokenizer, data)
 
-    def __call__(self, batch: dict[str, list[bytes]], indices: list[int]) -> dict[str, list]:
-        rows = [Row.from_json(content) for content in batch[COLUMN]]
+    def __call__(self, start: int) -> RecordBatch:
+        """Returns the tokens of the rows from index `start` on."""
+        import pyarrow
+
+        rows = list(self.rows[start : start + ROWS_AT_ONCE])
         self._check(rows)
+        encoded = encode_rows(rows, self.tokenizer, self.data)
         pieces = [
             (piece, index)
-            for item, row, index in zip(
-                encode_rows(rows, self.tokenizer, self.data), rows, indices, strict=True
-            )
+            for index, (item, row) in enumerate(zip(encoded, rows, strict=True), start)
             for piece in self._pieces(item, row)
         ]
-        return {
+        columns = {
             "input_ids": [piece.input_ids for piece, _ in pieces],
             "labels": [piece.labels for piece, _ in pieces],
             "length": [piece.full_length for piece, _ in pieces],
@@ -172,12 +137,23 @@ class Encoder:
             "targets": [_targets(piece.labels[1:]) for piece, _ in pieces],
             COLUMN: [index for _, index in pieces],
         }
+        return pyarrow.RecordBatch.from_pydict(columns, _schema())
 
     def _pieces(self, item: Encoded, row: Row) -> list[Encoded]:
         length = self.data.max_length
         if self.data.long_rows != "split" or row.messages:
             return [item.cut(length)]
         return _split(item, length)
+
+
+def _schema() -> Schema:
+    import pyarrow
+
+    number, ids = pyarrow.int32(), pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema(
+        {"input_ids": ids, "labels": ids, "length": number, "targets": number}
+        | {COLUMN: pyarrow.int64()}
+    )
 
 
 def _targets(labels: list[int]) -> int:

@@ -151,7 +151,7 @@ def _answers(rows: Rows) -> list[str]:
     for row in rows:
         if row.messages:
             counts[row.messages[-1]["content"]] += 1
-            if len(counts) > FEW_ANSWERS:
+            if len(counts) > FEW_ANSWERS or row.messages[-1].get("tool_calls"):
                 return []
     if not counts or 2 * len(counts) > counts.total():
         return []

@@ -10,15 +10,19 @@ import json
 import lzma
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TypeVar
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Source
-from finequant.recipes.sources import COMPRESSIONS, TABLES, matching_files
+from finequant.recipes.sources import COMPRESSIONS, TABLES, matching_files, parallel_files
+from finequant.recipes.terminal import Progress
 
+Content = TypeVar("Content")
 CSV_CELL_LIMIT = 2**27
+LARGE = 2**26
+"""Bytes of a file that is worth a line of progress."""
 SEPARATORS = ",;\t|"
 SPLITS = {
     "train": {"train", "training"},
@@ -35,8 +39,16 @@ class BadRowError(UserError):
     """A row that cannot be used; `data.bad_rows` decides what happens to it."""
 
 
+class Line(NamedTuple):
+    """A line of JSON that is not parsed yet, which other processes can do."""
+
+    text: str
+    where: str
+
+
 Read = tuple[str, dict[str, Any] | BadRowError]
 """The location of a row, and the row or the error in it."""
+Unparsed = tuple[str, dict[str, Any] | BadRowError | Line]
 
 
 def read_source(source: Source) -> Iterator[Read]:
@@ -45,12 +57,24 @@ def read_source(source: Source) -> Iterator[Read]:
     Raises:
         UserError: a file or dataset that cannot be read, or that is empty.
     """
+    return ((where, parsed(content)) for where, content in read_unparsed(source))
+
+
+def read_unparsed(source: Source) -> Iterator[Unparsed]:
+    """Yields what `read_source` does, but lines of JSON Lines as they are: see `parsed`."""
     path = Path(source.source)
     if not path.is_absolute():
         return _read_hub(source)
     if path.is_dir():
         return _read_folder(path, source.split)
+    if columns := parallel_files(path):
+        return _read_parallel(columns)
     return chain.from_iterable(_read_file(file, source.split) for file in matching_files(path))
+
+
+def parsed(content: dict[str, Any] | BadRowError | Line) -> dict[str, Any] | BadRowError:
+    """Parses what is not parsed yet."""
+    return _json_object(*content) if isinstance(content, Line) else content
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -89,7 +113,7 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         raise BadRowError(f"{where}: this JSON cannot be read: {error}") from None
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Read]:
+def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
     """Rows of what `save_to_disk` wrote, or of all files that hold rows, in the order of their
     names; where names speak of splits (train-00000.parquet, test.jsonl), those of `split`."""
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
@@ -120,7 +144,7 @@ def _words(file: Path) -> set[str]:
     return set(re.split("[^a-z]+", file.name.lower()))
 
 
-def _read_saved(folder: Path, split: str) -> Iterator[Read]:
+def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -141,7 +165,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Read]:
     yield from ((f"{folder.name}[{index}]", row) for index, row in enumerate(dataset))
 
 
-def _read_hub(source: Source) -> Iterator[Read]:
+def _read_hub(source: Source) -> Iterator[Unparsed]:
     from datasets import load_dataset
 
     try:
@@ -160,16 +184,25 @@ def _read_hub(source: Source) -> Iterator[Read]:
     yield from ((f"{source.source}[{index}]", row) for index, row in enumerate(dataset))
 
 
-def _read_file(path: Path, split: str) -> Iterator[Read]:
+def _read_file(path: Path, split: str) -> Iterator[Unparsed]:
     kind = _kind(path)[0]
     if kind not in (*TABLES, ".txt"):
         excel = "; from Excel: save the sheet as CSV UTF-8" if kind in (".xlsx", ".xls") else ""
         raise UserError(f"{path}: {EXPECTED}{excel}")
+    yield from _checked(path, _rows_of(path, kind, split))
+
+
+def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:
+    """Yields what a file holds.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or is empty.
+    """
     empty = True
     try:
-        for read in _rows_of(path, kind, split):
+        for item in content:
             empty = False
-            yield read
+            yield item
     except UnicodeDecodeError as error:
         where = f"{path}:{_line_that_breaks(path, error.encoding)}"
         raise UserError(
@@ -183,34 +216,61 @@ def _read_file(path: Path, split: str) -> Iterator[Read]:
         raise UserError(f"{path}: no rows in this file")
 
 
-def _rows_of(path: Path, kind: str, split: str) -> Iterable[Read]:
+def _rows_of(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
     if kind in (".parquet", ".arrow"):
-        return _read_arrow(path, kind)
-    if kind in (".csv", ".tsv"):
-        return _read_csv(path, kind)
-    if kind == ".txt":
-        return _read_text(path)
-    return _read_json_lines(path) if _has_json_lines(path, kind) else _read_json(path, split)
+        yield from _read_arrow(path, kind)
+    elif kind in (".csv", ".tsv"):
+        yield from _read_csv(path, kind)
+    elif kind == ".txt":
+        yield from _read_text(path)
+    elif _has_json_lines(path, kind):
+        yield from _read_json_lines(path)
+    else:
+        yield from _read_json(path, split)
 
 
-def _open(path: Path) -> IO[bytes]:
+class _TrackedFile(io.FileIO):
+    """A file that shows how many of its megabytes were read, and the time that is left."""
+
+    _progress: Progress | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if (size := path.stat().st_size) >= LARGE:
+            self._progress = Progress(f"data: megabytes of {path.name}", size >> 20)
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        if self._progress is not None:
+            self._progress.show(self.tell() >> 20)
+        return count
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        super().close()
+
+
+def _open(path: Path, is_tracked: bool = False) -> IO[bytes]:
     """Opens a file that may be compressed, and decompresses it."""
     compression = _kind(path)[1]
+    file = io.BufferedReader(_TrackedFile(path)) if is_tracked else path.open("rb")
     if compression == ".zst":
         import pyarrow
 
-        return pyarrow.input_stream(str(path), compression="zstd")
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}[compression](path, "rb")
+        return pyarrow.input_stream(file, compression="zstd")
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression)
+    return opened(file, "rb") if opened else file
 
 
-def _open_text(path: Path, newline: str | None = None) -> IO[str]:
+def _open_text(path: Path, newline: str | None = None, is_tracked: bool = False) -> IO[str]:
     """UTF-8, or the UTF-16 that a byte order mark tells."""
     with _open(path) as file:
         start = file.read(4)
     if len(start) == 4 and start.count(0) == 2 and b"\0\0" not in start:
         raise UserError(f"{path}: UTF-16 without a byte order mark: save the file as UTF-8")
     encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return io.TextIOWrapper(_open(path), encoding, newline=newline)
+    return io.TextIOWrapper(_open(path, is_tracked), encoding, newline=newline)
 
 
 def _line_that_breaks(path: Path, encoding: str) -> int:
@@ -224,11 +284,30 @@ def _line_that_breaks(path: Path, encoding: str) -> int:
     return 1
 
 
-def _read_text(path: Path) -> Iterator[Read]:
+def _read_text(path: Path) -> Iterator[Unparsed]:
     with _open_text(path) as file:
         text = file.read()
     if text.strip():
         yield path.name, {"text": text}
+
+
+def _read_parallel(columns: dict[str, Path]) -> Iterator[Unparsed]:
+    """Reads each row from the same line of several files, as corpora of translations have it."""
+    files = list(columns.values())
+    lines_of_files = [_checked(file, _lines(file)) for file in files]
+    for number, lines in enumerate(zip_longest(*lines_of_files), start=1):
+        if None in lines:
+            raise UserError(
+                f"{files[lines.index(None)]}: ends after {number - 1} lines, and others of "
+                f"{', '.join(columns)} go on: each line of one belongs to a line of the others"
+            )
+        yield f"{files[0].name}:{number}", dict(zip(columns, lines, strict=True))
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with _open_text(file) as opened:
+        for line in opened:
+            yield line.rstrip("\n")
 
 
 def _has_json_lines(path: Path, kind: str) -> bool:
@@ -255,12 +334,11 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _read_json_lines(path: Path) -> Iterator[Read]:
-    with _open_text(path) as file:
+def _read_json_lines(path: Path) -> Iterator[Unparsed]:
+    with _open_text(path, is_tracked=True) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where = f"{path.name}:{number}"
-                yield where, _json_object(line.strip(), f"{path}:{number}")
+                yield f"{path.name}:{number}", Line(line.strip(), f"{path}:{number}")
 
 
 def _json_object(line: str, where: str) -> dict[str, Any] | BadRowError:
@@ -273,7 +351,7 @@ def _json_object(line: str, where: str) -> dict[str, Any] | BadRowError:
     return row
 
 
-def _read_json(path: Path, split: str) -> Iterator[Read]:
+def _read_json(path: Path, split: str) -> Iterator[Unparsed]:
     """Reads a list of rows, or an object that contains one: see `_wrapped`."""
     with _open_text(path) as file:
         text = file.read()
@@ -336,11 +414,11 @@ def _unwrapped(content: dict[str, Any], path: Path, split: str) -> Any:
     return lists[names.pop() if names else next(iter(lists))]
 
 
-def _read_csv(path: Path, kind: str) -> Iterator[Read]:
+def _read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
     csv.field_size_limit(CSV_CELL_LIMIT)
     header: list[str] = []
     end = 0
-    with _open_text(path, newline="") as file:
+    with _open_text(path, newline="", is_tracked=True) as file:
         separator = "\t" if kind == ".tsv" else _separator(path)
         reader = csv.reader(file, strict=True, delimiter=separator)
         try:
@@ -389,7 +467,7 @@ def _unique(header: list[str], where: str) -> list[str]:
     return header
 
 
-def _read_arrow(path: Path, kind: str) -> Iterator[Read]:
+def _read_arrow(path: Path, kind: str) -> Iterator[Unparsed]:
     import pyarrow
     import pyarrow.parquet
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.data.messages import Message
 from finequant.finetune.data.rows import Row
-from finequant.finetune.data.turns import answer_end
+from finequant.finetune.data.turns import AnswerEnd, answer_end
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data
 
@@ -25,8 +25,16 @@ Span = tuple[int, int]
 class Rendering:
     """A conversation as the chat template writes it, whole or up to one of its turns."""
 
-    def __init__(self, row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    def __init__(
+        self,
+        row: Row,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data,
+        end: AnswerEnd | None = None,
+    ) -> None:
+        """end: that of `answer_end`, where many rows have it in common."""
         self.row, self.tokenizer, self.data = row, tokenizer, data
+        self._end = end
         self._texts: dict[tuple[int, bool], str] = {}
 
     @property
@@ -85,7 +93,7 @@ class Rendering:
                 "thought, or keeps them"
             )
         last_word = _end_of_content(row, index, truncated, start)
-        end = answer_end(self.tokenizer, self.data)
+        end = self._end or answer_end(self.tokenizer, self.data)
         if end.token is None and self.data.missing_end == "error":
             raise UserError(_no_end(end.written))
         at = truncated.rfind(end.token, last_word) if end.token else -1
@@ -111,7 +119,8 @@ def render_rows(
     What the template refuses is left out, and rendered alone when it is asked for, which names
     the row.
     """
-    renderings = [Rendering(row, tokenizer, data) for row in rows]
+    end = answer_end(tokenizer, data)
+    renderings = [Rendering(row, tokenizer, data, end) for row in rows]
     alike: dict[tuple[bool, str], list[tuple[Rendering, int]]] = defaultdict(list)
     for rendering, indices in zip(renderings, answers, strict=True):
         tools = json.dumps(rendering.row.tools) if rendering.row.tools else ""

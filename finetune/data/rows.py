@@ -42,6 +42,13 @@ STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
+def _listed(value: Any) -> list[Any]:
+    """Writes a set as a list."""
+    if not isinstance(value, frozenset):
+        raise TypeError(f"{type(value).__name__} {shown(value)} cannot be written as JSON")
+    return sorted(value)
+
+
 @dataclass(frozen=True)
 class Row:
     """One training or evaluation row: a conversation, or raw text."""
@@ -97,7 +104,7 @@ class Row:
             if (value := getattr(self, name)) != usual
         }
         try:
-            text = json.dumps(kept, ensure_ascii=False, default=_listed)
+            text = ENCODE(kept)
         except TypeError as error:
             raise BadRowError(f"{self.where}: {error}: write it as text") from None
         return text.encode("utf-8", "surrogatepass")
@@ -111,22 +118,40 @@ class Row:
         return cls(**values)
 
 
+ENCODE = json.JSONEncoder(ensure_ascii=False, default=_listed).encode
 DEFAULTS = {item.name: item.default for item in fields(Row)}
 
 
 @dataclass
-class RowReader:
-    """Turns what a source holds into rows; counts what it left out, repaired and did not read."""
+class Findings:
+    """What there is to say about the rows of a source."""
 
-    source: Source
-    data: Data
-    form: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     """What was done to rows -> the number of rows."""
     repaired: list[str] = field(default_factory=list)
     """Each row that was repaired, and how."""
     unread: dict[str, None] = field(default_factory=dict)
     """Columns and keys of messages that say nothing here, in the order they were met."""
+    bad: list[str] = field(default_factory=list)
+    """Rows that cannot be used, and why."""
+
+    def add(self, others: Findings) -> None:
+        """Adds those of further rows."""
+        self.counts += others.counts
+        self.repaired += others.repaired
+        self.unread |= others.unread
+        self.bad += others.bad
+
+
+@dataclass
+class RowReader:
+    """Turns what a source holds into rows; notes what it left out, repaired and did not read."""
+
+    source: Source
+    data: Data
+    form: str = ""
+    """Determined from the first row, where it is not given."""
+    findings: Findings = field(default_factory=Findings)
     _seen_columns: set[tuple] = field(default_factory=set)
 
     def read(self, where: str, row: dict[str, Any]) -> Row | None:
@@ -141,14 +166,14 @@ class RowReader:
         if not self.source.columns:
             self._note_unread(row)
         if reason := self._left_out(row):
-            self.counts[f"rows left out ({reason})"] += 1
+            self.findings.counts[f"rows left out ({reason})"] += 1
             return None
         if self.form == "text":
             return self._text(where, row)
         messages = self._messages(where, row)
         if self.data.bad_rows == "repair":
             messages, done = repair_messages(messages)
-            self.repaired += [f"{where}: {what}" for what in done]
+            self.findings.repaired += [f"{where}: {what}" for what in done]
         if "rejected" in row and messages and messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: {PREFERENCES}")
         check_messages(messages, where)
@@ -158,9 +183,11 @@ class RowReader:
             messages.insert(0, _message("system", system))
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
         if excluded:
-            self.counts["answers excluded from the loss (weight 0 or train false)"] += len(excluded)
+            self.findings.counts["answers excluded from the loss (weight 0 or train false)"] += len(
+                excluded
+            )
         if messages[0]["role"] == "assistant":
-            self.counts[
+            self.findings.counts[
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
             ] += 1
         tools = read_tools(self._cell("tools", row), where)
@@ -194,7 +221,7 @@ class RowReader:
         if isinstance(turns, str):  # a cell of a CSV file
             turns = parse_json(turns, f"{where}: {column}", "a list of role and content")
         messages, unread = read_messages(turns, f"{where}: {column}")
-        self.unread |= dict.fromkeys(f"{key} of messages" for key in sorted(unread))
+        self.findings.unread |= dict.fromkeys(f"{key} of messages" for key in sorted(unread))
         return messages
 
     def _history(self, row: dict[str, Any], where: str) -> list[Message]:
@@ -243,7 +270,7 @@ class RowReader:
         if columns not in self._seen_columns:
             self._seen_columns.add(columns)
             known = self._known_columns(row)
-            self.unread |= {name: None for name in row if name not in known}
+            self.findings.unread |= {name: None for name in row if name not in known}
 
     @cached_property
     def _mapped(self) -> set[str]:
@@ -350,13 +377,6 @@ def text_of(row: dict[str, Any], column: str, where: str, default: str | None = 
         raise BadRowError(
             f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
         ) from None
-
-
-def _listed(value: Any) -> list[Any]:
-    """Writes a set as a list."""
-    if not isinstance(value, frozenset):
-        raise TypeError(f"{type(value).__name__} {shown(value)} cannot be written as JSON")
-    return sorted(value)
 
 
 def _is_pair(pair: Any) -> bool:

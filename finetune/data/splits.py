@@ -10,9 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finequant.finetune.data.readers import BadRowError, read_source
-from finequant.finetune.data.rows import Row, RowReader
-from finequant.finetune.data.table import TABLE, Hashes, Rows, TableWriter, hashed
+from finequant.finetune.data.pool import computed, in_batches
+from finequant.finetune.data.readers import BadRowError, Unparsed, parsed, read_unparsed
+from finequant.finetune.data.rows import Findings, Row, RowReader
+from finequant.finetune.data.table import (
+    ROWS_AT_ONCE,
+    TABLE,
+    Hashes,
+    Rows,
+    TableWriter,
+    hashed,
+)
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data, Source
 
@@ -56,11 +64,13 @@ class _Reading:
     table: TableWriter
     notes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
-    prompts: array = field(default_factory=lambda: array("Q"))
-    """Hashes of the prompts."""
-    answers: array = field(default_factory=lambda: array("Q"))
+    prompts: list[np.ndarray] = field(default_factory=list)
+    """Hashes of the prompts, batch by batch."""
+    answers: list[np.ndarray] = field(default_factory=list)
     """Hashes of prompt and answer."""
-    weights: array = field(default_factory=lambda: array("d"))
+    weights: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+    """Rows in the table."""
 
     def indices_of(self, sources: list[Source]) -> np.ndarray:
         """Reads sources and returns the indices of their rows in the table."""
@@ -68,38 +78,34 @@ class _Reading:
         return np.concatenate([np.empty(0, int), *indices])
 
     def _indices_of(self, number: int, source: Source) -> np.ndarray:
-        reader, bad, start = RowReader(source, self.data), [], len(self.weights)
-        for where, read in read_source(source):
-            try:
-                if isinstance(read, BadRowError):
-                    raise read
-                if row := reader.read(where, read):
-                    self._add(row)
-            except BadRowError as error:
-                bad.append(str(error))
-        indices = np.arange(start, len(self.weights))
+        read, findings, start = _BatchReader(source, self.data), Findings(), self.size
+        for rows in computed(read, in_batches(read_unparsed(source), ROWS_AT_ONCE)):
+            read.form = rows.form
+            findings.add(rows.findings)
+            self._add(rows, source.weight)
+        indices = np.arange(start, self.size)
         if source.limit is not None and source.limit < len(indices):
             pick = random.Random(f"{self.seed}/{number}")
             indices = indices[sorted(pick.sample(range(len(indices)), source.limit))]
-        self._note(Path(source.source).name, source, reader, bad, len(indices))
+        self._note(source, read.form, findings, len(indices))
         return indices
 
-    def _add(self, row: Row) -> None:
-        self.table.add(row)
-        self.prompts.append(hashed(row.prompt_key))
-        self.answers.append(hashed(row.key))
-        self.weights.append(row.weight)
+    def _add(self, rows: _Batch, weight: float) -> None:
+        self.table.write(rows.contents)
+        self.prompts.append(rows.prompts)
+        self.answers.append(rows.answers)
+        self.weights.append(np.full(len(rows.contents), weight))
+        self.size += len(rows.contents)
 
-    def _note(
-        self, name: str, source: Source, reader: RowReader, bad: list[str], count: int
-    ) -> None:
+    def _note(self, source: Source, form: str, findings: Findings, count: int) -> None:
+        name, bad = Path(source.source).name, findings.bad
         self.bad += bad
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
-        self.notes.append(f"{name}: {count} rows, format {reader.form}{weight}")
-        self.notes += [f"{name}: {what}: {number}" for what, number in reader.counts.items()]
-        if reader.unread:
-            self.notes.append(f"{name}: not read: {', '.join(reader.unread)}")
-        for what, rows in (("repaired", reader.repaired), ("bad rows dropped", bad)):
+        self.notes.append(f"{name}: {count} rows, format {form}{weight}")
+        self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
+        if findings.unread:
+            self.notes.append(f"{name}: not read: {', '.join(findings.unread)}")
+        for what, rows in (("repaired", findings.repaired), ("bad rows dropped", bad)):
             if rows and not (what.startswith("bad") and self.data.bad_rows == "error"):
                 self.notes.append(f"{name}: {len(rows)} {what}\n  {listed(rows, most=SHOWN)}")
 
@@ -114,13 +120,52 @@ class _Reading:
         )
 
 
+class _Batch(NamedTuple):
+    """Some rows of a source, as JSON, and what there is to say about them."""
+
+    contents: list[bytes]
+    prompts: np.ndarray
+    answers: np.ndarray
+    form: str
+    findings: Findings
+
+
+@dataclass
+class _BatchReader:
+    """Parses and checks a batch of what a source holds."""
+
+    source: Source
+    data: Data
+    form: str = ""
+
+    def __call__(self, batch: list[Unparsed]) -> _Batch:
+        reader, contents = RowReader(self.source, self.data, self.form), []
+        prompts, answers = array("Q"), array("Q")
+        for where, unparsed in batch:
+            try:
+                content = parsed(unparsed)
+                if isinstance(content, BadRowError):
+                    raise content
+                if row := reader.read(where, content):
+                    contents.append(row.to_json())
+                    prompts.append(hashed(row.prompt_key))
+                    answers.append(hashed(row.key))
+            except BadRowError as error:
+                reader.findings.bad.append(str(error))
+        hashes = np.array(prompts), np.array(answers)
+        return _Batch(contents, *hashes, reader.form, reader.findings)
+
+
 class _Splitting:
     """Splits rows, each of them the index of a row in the table."""
 
     def __init__(self, data: Data, seed: int, reading: _Reading, column) -> None:
         self.data, self.seed, self.notes, self.column = data, seed, reading.notes, column
-        self.hashes = Hashes(np.array(reading.prompts), np.array(reading.answers))
-        self.weights = np.array(reading.weights)
+        prompts, answers = (
+            [np.empty(0, np.uint64), *h] for h in (reading.prompts, reading.answers)
+        )
+        self.hashes = Hashes(np.concatenate(prompts), np.concatenate(answers))
+        self.weights = np.concatenate([np.empty(0), *reading.weights])
 
     def __call__(self, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Splits:
         """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
+from finequant.finetune.data.pool import in_batches
 from finequant.finetune.data.rows import Row
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Rows(Sequence[Row]):
     def of(cls, rows: Iterable[Row]) -> Rows:
         """Makes a table of rows in memory."""
         with TableWriter(None) as table:
-            for row in rows:
-                table.add(row)
+            for batch in in_batches(rows, ROWS_AT_ONCE):
+                table.write([row.to_json() for row in batch])
         return cls(table.column, np.arange(len(table.column)))
 
     @property
@@ -103,22 +104,12 @@ class TableWriter:
         )
         self._schema = pyarrow.schema({COLUMN: pyarrow.large_binary()})
         self._writer = pyarrow.ipc.new_stream(self._sink, self._schema)
-        self._waiting: list[bytes] = []
 
-    def add(self, row: Row) -> None:
-        """
-        Raises:
-            BadRowError: for a row that JSON cannot write.
-        """
-        self._waiting.append(row.to_json())
-        if len(self._waiting) == ROWS_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
+    def write(self, rows: list[bytes]) -> None:
+        """Appends a batch of rows as JSON."""
         import pyarrow
 
-        self._writer.write_batch(pyarrow.record_batch([self._waiting], schema=self._schema))
-        self._waiting = []
+        self._writer.write_batch(pyarrow.record_batch([rows], schema=self._schema))
 
     def __enter__(self) -> TableWriter:
         return self
@@ -126,8 +117,6 @@ class TableWriter:
     def __exit__(self, *error: object) -> None:
         import pyarrow
 
-        if self._waiting:
-            self._flush()
         self._writer.close()
         if self._file is None:
             self.column = read_table(pyarrow.BufferReader(self._sink.getvalue()))

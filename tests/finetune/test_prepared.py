@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import date
 from pathlib import Path
 
 import pytest
 
-from finequant.finetune.data import dataset, prepared
+from finequant.finetune.data import dataset, pool, prepared, splits
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.duplicates import near_duplicates, prompts_with_several_answers
 from finequant.finetune.data.prepared import prepared_splits
@@ -17,6 +18,7 @@ from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import encode, encode_rows
+from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Data
 
@@ -101,13 +103,40 @@ def test_tokens_on_the_disk_are_those_in_memory(recipe, tokenizer, monkeypatch):
     assert tokens(train, tokenizer, recipe.data) == expected
 
 
-def test_several_processes_make_the_same_tokens(recipe, tokenizer, monkeypatch):
-    monkeypatch.setattr(dataset, "ROWS_PER_PROCESS", 20)
-    monkeypatch.setattr(dataset, "_cores", lambda: 2)
-    train = prepared_splits(recipe).train
-    expected = [encode(row, tokenizer, recipe.data).labels for row in train]
-    assert to_dataset(train, tokenizer, recipe.data)["labels"] == expected
-    assert len(list(Path(recipe.output_dir).glob("data/tokens-*/*.arrow"))) == 2
+def test_several_processes_read_the_same_rows_and_make_the_same_tokens(
+    recipe, tokenizer, monkeypatch
+):
+    expected = load_splits(recipe.data, recipe.seed)
+    labels = [encode(row, tokenizer, recipe.data).labels for row in expected.train]
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+    monkeypatch.setattr(pool, "FEW_BATCHES", 1)
+    for module in (splits, dataset):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 4)
+    assert prepared_splits(recipe) == expected
+    assert to_dataset(prepared_splits(recipe).train, tokenizer, recipe.data)["labels"] == labels
+
+
+def test_batches_are_computed_in_order_by_several_processes(monkeypatch):
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+
+    def squared(number: int) -> tuple[int, int]:
+        return number**2, os.getpid()
+
+    squares, ids = zip(*pool.computed(squared, range(40)), strict=True)
+    assert squares == tuple(number**2 for number in range(40))
+    assert set(ids[: pool.FEW_BATCHES]) == {os.getpid()}
+    assert os.getpid() not in ids[pool.FEW_BATCHES :]
+
+
+def test_an_error_in_another_process_is_raised(monkeypatch):
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+
+    def refuse(number: int) -> None:
+        if number == 15:
+            raise UserError("rows.jsonl:15: no")
+
+    with pytest.raises(UserError, match="rows.jsonl:15: no"):
+        list(pool.computed(refuse, range(40)))
 
 
 def test_a_batch_is_encoded_as_its_rows_alone(tokenizer):

@@ -145,6 +145,38 @@ def test_a_pattern_in_a_recipe(tmp_path, tiny_base, written):
     ]
 
 
+def parallel(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / f"pairs.{name}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder / "pairs.{en,de}.gz"
+
+
+def test_lines_of_parallel_files_are_rows(tmp_path, tiny_base):
+    parallel(tmp_path, en="one \u2028\ntwo\n\n", de="eins\r\nzwei\n\n")
+    recipe = tmp_path / "recipe.yaml"
+    source = "{source: 'pairs.{en,de}.gz', columns: {prompt: en, completion: de}}"
+    recipe.write_text(f"name: a\nmodel: {{base: {tiny_base}}}\ndata: {{train: {source}}}\n")
+    assert list(read_source(load_recipe(recipe).data.train[0])) == [
+        ("pairs.en.gz:1", {"en": "one \u2028", "de": "eins"}),
+        ("pairs.en.gz:2", {"en": "two", "de": "zwei"}),
+        ("pairs.en.gz:3", {"en": "", "de": ""}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 lines, and others of en, de"),
+        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 lines, and others of en, de"),
+        ({"en": "a\n"}, "pairs.de.gz: cannot be read: No such file"),
+        ({"en": "a\n", "de": ""}, "pairs.de.gz: no rows in this file"),
+    ],
+)
+def test_parallel_files_that_do_not_belong_together(tmp_path, texts, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(parallel(tmp_path, **texts))
+
+
 def test_a_pattern_that_matches_nothing(tmp_path, tiny_base):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: a\nmodel: {{base: {tiny_base}}}\ndata: {{train: ./no/*.parquet}}\n")
