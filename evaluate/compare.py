@@ -2,6 +2,7 @@
 
 python evaluate/compare.py recipes/quickstart.yaml
 python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
+torchrun --nproc_per_node 2 evaluate/compare.py recipes/chat.yaml
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(recipe: Recipe, run: RunDir) -> bool:
     """Measures the three models and their exports, writes the report, and prints its table.
 
+    Several processes share the batches; only the first has the report to write.
+
     Returns:
         Whether the gate passed; True if the recipe sets none.
 
@@ -52,15 +55,25 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.evaluate.report.report import print_table, write_report
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.processes import (
+        decided_by_first,
+        is_first,
+        join_processes,
+        leave_processes,
+    )
 
     watch = Stopwatch()
-    run.require_for("evaluate", recipe)
-    inputs = run.inputs(recipe, "evaluate")
+    join_processes()
+    decided_by_first(lambda: run.require_for("evaluate", recipe))
+    inputs = run.inputs(recipe, "evaluate") if is_first() else {}  # hashes the base
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate)
     splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     measured = measure_all(recipe, run, material)
+    leave_processes()
+    if not is_first():
+        return True
     measured |= measure_exports(recipe, run, material)
     report = report_of(recipe, run, material, measured)
     rows = predictions(recipe, material, measured)
@@ -83,11 +96,12 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
         passages,
         reference_sequences,
     )
+    from finequant.finetune.processes import decided_by_first, is_first
 
     measured, reference = {}, None
     sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
-    memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS}
-    before = {name: memo.value() for name, memo in memos.items()}
+    memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS if is_first()}
+    before = decided_by_first(lambda: {name: memo.value() for name, memo in memos.items()})
     for name in MODELS:
         needs_reference = name == "tuned" and before["quantized"] is None
         if before[name] is not None and not needs_reference:
@@ -95,17 +109,18 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             measured[name] = before[name]
             continue
         model = load_model(name, recipe, run, material.probes[0], material.ends)
-        if needs_reference:
+        if needs_reference and is_first():
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
         size = size_bytes(name, model, recipe, run)
         measured[name] = before[name] or measure_model(name, model, recipe, material, size)
-        if name == "quantized":
+        if name == "quantized" and is_first():
             logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
             tuned, rounding = reference
             measured[name]["divergence"] = divergence(tuned, logs, rounding)
             decode = material.tokenizer.decode
             measured[name]["passages"] = passages(tuned, logs, sequences, decode)
-        memos[name].keep(measured[name])
+        if is_first():
+            memos[name].keep(measured[name])
         del model
         gc.collect()
     return measured

@@ -1,4 +1,4 @@
-"""Several processes that train together: the first decides, all hear of it, and all stop together.
+"""Several processes that work together: the first decides, all hear of it, and all stop together.
 
 Each function is to be called by every process, at the same point.
 """
@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -18,7 +18,7 @@ from torch import distributed
 
 from finequant.recipes.errors import UserError
 
-Value = TypeVar("Value")
+Item, Value = TypeVar("Item"), TypeVar("Value")
 
 TIMEOUT = 24 * 3600
 """Seconds that processes wait for each other: the first may hash or calibrate a large base for
@@ -27,6 +27,9 @@ hours. A process that dies is noticed by the launcher, which ends the others."""
 APPEARS_WITHIN = 60
 """Seconds after which a new file is seen on every machine; NFS remembers for up to 30, by default,
 what a folder did not contain."""
+
+SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""The launcher's environment variable -> what splits the weights."""
 
 LAUNCHERS = {
     "FSDP": "recipes/accelerate/fsdp.yaml",
@@ -49,9 +52,7 @@ def sharding() -> str | None:
     """FSDP or DeepSpeed if the launcher asks for one of them, which split the weights."""
     from accelerate.utils import parse_flag_from_env
 
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return "FSDP"
-    return "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+    return next((name for flag, name in SPLITTING.items() if parse_flag_from_env(flag)), None)
 
 
 def decided_by_first(decide: Callable[[], Value]) -> Value:
@@ -72,6 +73,40 @@ def decided_by_first(decide: Callable[[], Value]) -> Value:
     if outcome[1] is not None:
         refuse(outcome[1])
     return outcome[0]
+
+
+def join_processes() -> None:
+    """Joins the processes of the launcher, each of which holds a whole model to share work with."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    from finequant.finetune.device import trains_on_cpu
+
+    if number_of_processes() == 1:
+        return
+    for way in SPLITTING:  # transformers would load the weights in the first process only
+        os.environ.pop(way, None)
+    PartialState(cpu=trains_on_cpu(), timeout=timedelta(seconds=TIMEOUT))
+
+
+def leave_processes() -> None:
+    """Leaves the other processes; what follows is one process's own."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Value]]) -> list[Value]:
+    """Returns one result for each item, each of which one of the processes worked on.
+
+    Items that follow each other go to different processes, so that each gets long and short ones.
+    """
+    if not distributed.is_initialized():
+        return work(items)
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    shares = gathered(work(items[rank::processes]))
+    return [shares[index % processes][index // processes] for index in range(len(items))]
 
 
 def gathered(value: Value) -> list[Value]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.metrics.corpora import Document, count
+from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
 from finequant.recipes.terminal import tracked_batches
@@ -44,18 +46,22 @@ def negative_log_likelihoods(
 ) -> list[float]:
     """Sums the nats of the scored tokens of each sequence, in the order of `sequences`.
 
+    Each of several processes computes some of the batches.
+
     `model` is a decoder in evaluation mode (for a PeftModel, its `get_base_model()`).
     Memory: the hidden states of a batch, and LOGITS_CHUNK rows of logits.
     """
-    totals = [0.0] * len(sequences)
     order = [index for index, sequence in enumerate(sequences) if any(sequence.scored)]
     # Longest first: if a batch does not fit into memory, it fails right away.
     order.sort(key=lambda index: len(sequences[index].ids), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in tracked_batches(batches, f"evaluate: {description}"):
-        for index, total in zip(batch, _nll(model, [sequences[i] for i in batch]), strict=True):
-            totals[index] = total
-    return totals
+
+    def work(share: Sequence[list[int]]) -> list[list[float]]:
+        tracked = tracked_batches(share, f"evaluate: {description}")
+        return [_nll(model, [sequences[index] for index in batch]) for batch in tracked]
+
+    totals = dict(zip(chain(*batches), chain(*shared_out(batches, work)), strict=True))
+    return [totals.get(index, 0.0) for index in range(len(sequences))]
 
 
 @torch.inference_mode()

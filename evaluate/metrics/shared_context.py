@@ -11,12 +11,15 @@ context, so the model computes the same as for context + continuation by itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.metrics.perplexity import log_probabilities
+from finequant.finetune.processes import shared_out
 from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
@@ -70,10 +73,15 @@ def log_likelihoods(
     `model` is a decoder in evaluation mode, with sdpa or eager attention.
     batch_size: number of contexts if each had a single continuation; limits a batch's tokens.
     """
-    likelihoods, batches = {}, _batches(_rows(asked), batch_size)
-    for batch in tracked_batches(batches, f"evaluate: {description}"):
-        indices = [index for row in batch for index in row.requests]
-        likelihoods.update(zip(indices, _score(model, batch), strict=True))
+    batches = _batches(_rows(asked), batch_size)
+
+    def work(share: Sequence[list[_Row]]) -> list[list[Likelihood]]:
+        return [
+            _score(model, batch) for batch in tracked_batches(share, f"evaluate: {description}")
+        ]
+
+    indices = [index for batch in batches for row in batch for index in row.requests]
+    likelihoods = dict(zip(indices, chain(*shared_out(batches, work)), strict=True))
     return [likelihoods[index] for index in range(len(asked))]
 
 

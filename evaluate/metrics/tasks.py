@@ -10,10 +10,11 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
+from itertools import chain
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from finequant.evaluate.check import check_task_files
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.evaluate.metrics.text_metrics import Score, mean
 from finequant.finetune.data.turns import configured_ends, until_end
+from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
 from finequant.recipes.terminal import say, tracked_batches
@@ -114,12 +116,15 @@ def answer(
     # Longest first: memory runs out right away or never.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers = [""] * len(prompts)
-    for rows in tracked_batches(batches, f"evaluate: {description}"):
-        batch = [prompts[row] for row in rows]
-        for row, text in zip(rows, _greedy(model, tokenizer, batch, max_new_tokens), strict=True):
-            answers[row] = text
-    return answers
+
+    def work(share: Sequence[list[int]]) -> list[list[str]]:
+        return [
+            _greedy(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)
+            for rows in tracked_batches(share, f"evaluate: {description}")
+        ]
+
+    answers = dict(zip(order, chain(*shared_out(batches, work)), strict=True))
+    return [answers[row] for row in range(len(prompts))]
 
 
 def multiple_choice(

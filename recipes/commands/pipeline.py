@@ -30,6 +30,9 @@ MODULES = {
     "evaluate": "finequant.evaluate.compare",
 }  # and each export: finequant.quantize.export
 
+LAUNCHED = ("train", "qat", "evaluate")
+"""Stages in which several processes share the work."""
+
 
 def run(
     recipe: RecipePath,
@@ -37,8 +40,8 @@ def run(
     launch: Annotated[
         Path | None,
         typer.Option(
-            help="a configuration of accelerate for training, or the name of one that comes with "
-            "finequant, such as several_gpus"
+            help="a configuration of accelerate for training and evaluation, or the name of one "
+            "that comes with finequant, such as several_gpus"
         ),
     ] = None,
     force: Annotated[
@@ -71,8 +74,8 @@ def run(
         for change in changes or []:
             say(f"  because {change}")
         position = json.dumps([f"{number}/{len(stages)}", seconds])
-        trains = stage in ("train", "qat")
-        _start(stage, position, [str(recipe), *(overrides or [])], launch if trains else None)
+        launched = launch if stage in LAUNCHED else None
+        _start(stage, position, [str(recipe), *(overrides or [])], launched)
         ran = True
     if ran:
         say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")

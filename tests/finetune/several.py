@@ -21,9 +21,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from finequant.evaluate.compare import main as evaluate
 from finequant.finetune import processes, trainer
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
+from finequant.quantize.convert import main as quantize
 from finequant.quantize.training.train import main as train_codes
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -98,8 +100,15 @@ AWARE = [
     "quantize.training={steps: 3, distillation: 0.5}",
 ]
 
+MEASURED = [
+    "evaluate.batch_size=3",
+    "evaluate.metrics=[exact_match, multiple_choice]",
+    "evaluate.choices=completions",
+]
 ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
 train("uneven", *ROWS)
+train("quantized", *ROWS, run="uneven", entry=lambda line: RANK or quantize(line))
+train("evaluated", *ROWS, *MEASURED, run="uneven", entry=evaluate)
 train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
 with at_step(2, 1, lambda loss: loss * float("nan")):
     train("nan", "train.save_steps=1")

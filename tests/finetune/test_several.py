@@ -31,6 +31,13 @@ AWARE = [
 ]
 
 
+MEASURED = [
+    "evaluate.batch_size=3",
+    "evaluate.metrics=[exact_match, multiple_choice]",
+    "evaluate.choices=completions",
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
     """Where several.py has put the results of its scenarios; once for all of pytest's workers."""
@@ -210,3 +217,24 @@ def test_two_processes_train_the_codes_of_one(folder):
         assert (tensor != two[name]).float().mean() < 0.01, name
     manifest = json.loads((folder / "undisturbed" / "manifest.json").read_text())
     assert manifest["qat"]["processes"] == 2
+
+
+def test_two_processes_measure_what_one_does(folder):
+    from finequant.evaluate.compare import main
+
+    codes, said = results(folder, "evaluated")
+    assert codes == [0, 0], said
+    assert "held-out" in said[0] and not said[1]
+    alone = folder / "measured by one"
+    made = shutil.ignore_patterns("measurements", "report*", "predictions*", "plots")
+    shutil.copytree(folder / "uneven", alone, ignore=made)
+    rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
+    main([str(folder / "recipe.yaml"), f"output_dir={alone}", *rows, *MEASURED])
+    one, two = (
+        json.loads((run / "report.json").read_text(encoding="utf-8"))
+        for run in (alone, folder / "uneven")
+    )
+    assert one["models"]["tuned"]["tasks"]["held_out"]["multiple_choice"]["n"] == 8
+    assert one["models"] == two["models"]  # to the last digit
+    rows = [(run / "predictions.jsonl").read_bytes() for run in (alone, folder / "uneven")]
+    assert rows[0] == rows[1]
