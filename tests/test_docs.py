@@ -45,3 +45,25 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "keys" / "index.html").exists()
+
+
+def test_the_table_of_what_is_needed_is_computed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from needs import CELLS, README, table
+
+    # As on a processor that only emulates bfloat16, whatever this one does.
+    monkeypatch.setattr("finequant.finetune.device._bf16", lambda: (False, "this CPU"))
+    assert CELLS.search(README.read_text(encoding="utf-8"))[0] == table()
+
+
+def test_what_the_dockerfile_copies_and_starts_is_there():
+    from finequant.recipes.load import load_recipe
+
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
+    names = [name for line in copied for name in line]
+    assert not [name for name in names if not (ROOT / name).exists()]
+    assert {*FOLDERS, "pyproject.toml", "README.md", "LICENSE", "constraints.txt"} == {*names}
+    assert re.search(r'^ENTRYPOINT \["finequant"\]$', text, re.MULTILINE)
+    command, recipe = re.search(r'^CMD \["(\w+)", "(\w+)"\]$', text, re.MULTILINE).groups()
+    assert (command, load_recipe(recipe).name) == ("run", "quickstart")

