@@ -114,31 +114,34 @@ def _made_of(report: Report) -> str:
 
 
 def _verdict(report: Report) -> dict[str, Any]:
-    checks = value_at(report, "gate", "checks")
-    failed = value_at(report, "gate", "passed") is False
-    state = "bad" if failed else "warn" if cost_too_much(report) else "good"
-    return {
-        "state": state,
-        "headline": _headline(report),
-        "lines": [
-            *verdict_lines(report),
-            *divergence_lines(report),
-            *([] if checks else ["The recipe sets no gate."]),
-        ],
-    }
+    """Says what quantization cost: a state, a headline, and lines with the figures."""
+    figures = _figures(report)
+    if figures is None:
+        headline, state = "Nothing was measured on texts or held-out rows", "warn"
+    elif value_at(report, "gate", "passed") is False:
+        headline, state = "The gate failed: quantization cost more than the recipe allows", "bad"
+    elif cost_too_much(report):
+        headline, state = "Quantization cost more than its error bars", "warn"
+    else:
+        headline, state = "Quantization cost no more than its error bars", "good"
+    lines = [figures] if figures else []
+    lines += [*verdict_lines(report), *divergence_lines(report)]
+    if not value_at(report, "gate", "checks"):
+        lines.append("The recipe sets no gate: no limit for what quantization may cost.")
+    return {"state": state, "headline": headline, "lines": lines}
 
 
-def _headline(report: Report) -> str:
-    """Says in a sentence what quantization cost: the first accuracy, or the first perplexity."""
+def _figures(report: Report) -> str | None:
+    """Compares the models by the first accuracy or, without one, the first perplexity."""
     header, rows = comparison_rows(report)
-    tuned, quantized = header.index("tuned"), header.index("quantized")
     labels = [f"{task}, {metric} " for task, metric in metrics_of(report["models"])]
     chosen = next((row for row in rows if labels and row[0].startswith(labels[0])), None)
     chosen = chosen or next((row for row in rows if row[0].startswith("perplexity")), None)
     if chosen is None:
-        return "Nothing was measured on texts or held-out rows."
-    what = chosen[0].partition(" (")[0]
-    return f"{what}: tuned {chosen[tuned]}, quantized {chosen[quantized]} ({chosen[-1]})"
+        return None
+    values = dict(zip(header, chosen, strict=True))
+    models = [f"{name} {values[name]}" for name in ("base", "tuned", "quantized") if name in values]
+    return f"{chosen[0].partition(' (')[0]}: {', '.join(models)} ({chosen[-1]})."
 
 
 def _flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

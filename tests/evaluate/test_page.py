@@ -92,6 +92,22 @@ def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, 
     assert any("effort=balanced" in line for line in lines) == ("effort=balanced" in expected)
 
 
+@pytest.mark.parametrize(
+    ("quantized", "passed", "headline"),
+    [
+        (0.89, True, "Quantization cost no more than its error bars"),
+        (0.8, True, "Quantization cost more than its error bars"),
+        (0.89, False, "The gate failed"),
+    ],
+)
+def test_the_verdict_is_a_sentence_with_the_figures_below(quantized, passed, headline):
+    judged = report(quantized)
+    judged["gate"]["passed"] = passed
+    text = page(judged, rows())
+    assert f'<p class="headline">{headline}' in text
+    assert f"base 0.0 ± 2.0, tuned 90.0 ± 2.0, quantized {100 * quantized:.1f} ± 2.0" in text
+
+
 def test_advice_is_seen_in_terminal_and_report(tmp_path, capsys):
     costly = report(0.8)
     print_table(costly)
