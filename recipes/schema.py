@@ -96,7 +96,12 @@ class Source(Section):
         )
     )
     weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")
-    limit: Positive | None = Field(None, description="use this many rows, chosen by the seed")
+    limit: Positive | None = Field(
+        None, description="use this many rows, chosen by the seed; with streaming, the first ones"
+    )
+    streaming: bool = Field(
+        False, description="read a Hub dataset as it arrives, and keep no copy of its files"
+    )
 
     @model_validator(mode="after")
     def _columns_make_a_row(self) -> Source:

@@ -9,15 +9,15 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator
-from itertools import chain, zip_longest
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Source
 from finequant.recipes.sources import COMPRESSIONS, TABLES, matching_files, parallel_files
-from finequant.recipes.terminal import Progress
+from finequant.recipes.terminal import Progress, tracked
 
 Content = TypeVar("Content")
 CSV_CELL_LIMIT = 2**27
@@ -65,6 +65,8 @@ def read_unparsed(source: Source) -> Iterator[Unparsed]:
     path = Path(source.source)
     if not path.is_absolute():
         return _read_hub(source)
+    if source.streaming:
+        raise UserError(f"{path}: streaming is for datasets of the Hub: leave it out for a file")
     if path.is_dir():
         return _read_folder(path, source.split)
     if columns := parallel_files(path):
@@ -162,26 +164,38 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
         dataset = dataset[split]
     if not len(dataset):
         raise UserError(f"{folder}: no rows in this folder")
-    yield from ((f"{folder.name}[{index}]", row) for index, row in enumerate(dataset))
+    for index, row in enumerate(_tracked(folder.name, dataset)):
+        yield f"{folder.name}[{index}]", row
 
 
 def _read_hub(source: Source) -> Iterator[Unparsed]:
     from datasets import load_dataset
 
+    name, index = source.source, -1
     try:
         dataset = load_dataset(
-            source.source, source.name, split=source.split, revision=source.revision
+            name,
+            source.name,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
         )
+        rows = islice(dataset, source.limit) if source.streaming else _tracked(name, dataset)
+        for index, row in enumerate(rows):
+            yield f"{name}[{index}]", row
     # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"data: cannot load the dataset {source.source}: {reason}; check its id, name, split "
+            f"data: cannot load the dataset {name}: {reason}; check its id, name, split "
             "and revision, the network, and `hf auth login` if it is gated"
         ) from None
-    if not len(dataset):
-        raise UserError(f"data: no rows in the dataset {source.source}, split {source.split}")
-    yield from ((f"{source.source}[{index}]", row) for index, row in enumerate(dataset))
+    if index < 0:
+        raise UserError(f"data: no rows in the dataset {name}, split {source.split}")
+
+
+def _tracked(name: str, dataset: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    return tracked(dataset, f"data: rows of {name}", len(dataset))
 
 
 def _read_file(path: Path, split: str) -> Iterator[Unparsed]:

@@ -68,6 +68,37 @@ def test_pinned_revisions_load_and_load_again_offline(hub, on_hub, repositories)
         assert TOKEN not in output.stdout + output.stderr
 
 
+# argv: dataset, and keys of sources as JSON. Prints of each where its rows are, or why it has none.
+ROWS = """
+import json, sys
+from finequant.finetune.data.readers import read_source
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Source
+
+for keys in sys.argv[2:]:
+    try:
+        rows = read_source(Source(source=sys.argv[1], streaming=True, **json.loads(keys)))
+        print([f"{where} {row['completion']}" for where, row in rows])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_streamed_dataset_gives_its_first_rows_and_leaves_no_copy(
+    hub, on_hub, repositories, tmp_path
+):
+    keys = (json.dumps({"limit": 3, "revision": repositories[2]}), '{"split": "x"}')
+    streamed = on_hub("-c", ROWS, "acme/rows", *keys, HF_TOKEN=TOKEN)
+    assert streamed.returncode == 0, streamed.stderr
+    rows, refusal = streamed.stdout.splitlines()
+    assert rows == str([f"acme/rows[{n}] {n}" for n in range(3)])
+    assert refusal.startswith("data: cannot load the dataset acme/rows: ")
+    assert f"/datasets/acme/rows/resolve/{repositories[2]}/train.jsonl" in {
+        path for _, path, _ in hub.requests
+    }
+    assert not [*(tmp_path / "hf").rglob("*.arrow"), *(tmp_path / "hf").rglob("*.jsonl")]
+
+
 # argv: bases, each as id@revision. Prints why each is refused, a line each.
 REFUSALS = """
 import sys
