@@ -12,7 +12,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from finequant.finetune.data.readers import BadRowError, parse_json, shown
+from finequant.finetune.data.files import BadRowError, parse_json, shown
 
 Message = dict[str, Any]
 

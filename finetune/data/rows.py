@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from finequant.finetune.data.files import BadRowError, parse_json, shown
 from finequant.finetune.data.messages import (
     Message,
     check_characters,
@@ -17,7 +18,6 @@ from finequant.finetune.data.messages import (
     read_tools,
     repair_messages,
 )
-from finequant.finetune.data.readers import BadRowError, parse_json, shown
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data, Source
 

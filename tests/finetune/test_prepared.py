@@ -12,8 +12,8 @@ import pytest
 from finequant.finetune.data import dataset, pool, prepared, splits
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.duplicates import near_duplicates, prompts_with_several_answers
+from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.prepared import prepared_splits
-from finequant.finetune.data.readers import BadRowError
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.table import Rows

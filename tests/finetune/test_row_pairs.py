@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finequant.finetune.data.readers import BadRowError
+from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.rows import RowReader
 from finequant.recipes.schema import Data, Source
 

@@ -1,0 +1,132 @@
+"""Files of rows: opened, decompressed and decoded, and what they hold before it is looked at."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.sources import COMPRESSIONS
+from finequant.recipes.terminal import Progress
+
+LARGE = 2**26
+"""Bytes of a file that is worth a line of progress."""
+
+
+class BadRowError(UserError):
+    """A row that cannot be used; `data.bad_rows` decides what happens to it."""
+
+
+class Line(NamedTuple):
+    """A line of JSON that is not parsed yet, which other processes can do."""
+
+    text: str
+    where: str
+
+
+Read = tuple[str, dict[str, Any] | BadRowError]
+"""The location of a row, and the row or the error in it."""
+Unparsed = tuple[str, dict[str, Any] | BadRowError | Line]
+
+
+def parsed(content: dict[str, Any] | BadRowError | Line) -> dict[str, Any] | BadRowError:
+    """Parses what is not parsed yet."""
+    return _parsed_object(*content) if isinstance(content, Line) else content
+
+
+def _parsed_object(line: str, where: str) -> dict[str, Any] | BadRowError:
+    try:
+        row = parse_json(line, where, "one whole object on each line")
+    except BadRowError as error:
+        return error
+    if not isinstance(row, dict):
+        return BadRowError(f"{where}: expected a JSON object on each line, found {shown(row)}")
+    return row
+
+
+def shown(value: Any) -> str:
+    """Formats a value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def parse_json(text: str, where: str, expected: str) -> Any:
+    """
+    Raises:
+        BadRowError: naming the column where the JSON breaks.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise BadRowError(
+            f"{where}: broken JSON at column {error.colno}{line}: {error.msg}; expected {expected}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+        raise BadRowError(f"{where}: this JSON cannot be read: {error}") from None
+
+
+def kind_of(file: Path) -> tuple[str, str]:
+    """Returns the suffix of the format, and that of the compression, if any."""
+    last = file.suffix.lower()
+    return (file.with_suffix("").suffix.lower(), last) if last in COMPRESSIONS else (last, "")
+
+
+class _TrackedFile(io.FileIO):
+    """A file that shows how many of its megabytes were read, and the time that is left."""
+
+    _progress: Progress | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if (size := path.stat().st_size) >= LARGE:
+            self._progress = Progress(f"data: megabytes of {path.name}", size >> 20)
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        if self._progress is not None:
+            self._progress.show(self.tell() >> 20)
+        return count
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        super().close()
+
+
+def _open(path: Path, is_tracked: bool = False) -> IO[bytes]:
+    """Opens a file that may be compressed, and decompresses it."""
+    compression = kind_of(path)[1]
+    file = io.BufferedReader(_TrackedFile(path)) if is_tracked else path.open("rb")
+    if compression == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(file, compression="zstd")
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression)
+    return opened(file, "rb") if opened else file
+
+
+def open_text(path: Path, newline: str | None = None, is_tracked: bool = False) -> IO[str]:
+    """UTF-8, or the UTF-16 that a byte order mark tells."""
+    with _open(path) as file:
+        start = file.read(4)
+    if len(start) == 4 and start.count(0) == 2 and b"\0\0" not in start:
+        raise UserError(f"{path}: UTF-16 without a byte order mark: save the file as UTF-8")
+    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return io.TextIOWrapper(_open(path, is_tracked), encoding, newline=newline)
+
+
+def line_that_breaks(path: Path, encoding: str) -> int:
+    """The error itself counts from the beginning of a buffer, not of the file."""
+    with _open(path) as file:
+        content = file.read()
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        return content[: error.start].decode(encoding, errors="replace").count("\n") + 1
+    return 1

@@ -1,0 +1,120 @@
+"""JSON files -> rows: lines, lists, and objects that hold lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finequant.finetune.data.files import BadRowError, Line, Unparsed, open_text, shown
+from finequant.recipes.errors import UserError
+
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval"},
+}
+"""Names of splits, and what else they are called."""
+
+
+def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
+    """Rows of JSON Lines, or of one JSON value."""
+    if _has_json_lines(path, kind):
+        yield from _read_json_lines(path)
+    else:
+        yield from _read_json(path, split)
+
+
+def _has_json_lines(path: Path, kind: str) -> bool:
+    """JSON Lines or one JSON value: what is in a file decides, as its name may say either."""
+    with open_text(path) as file:
+        lines = (line for line in file if line.strip())
+        first, second = next(lines, ""), next(lines, None)
+    try:
+        whole = json.loads(first)
+    except (ValueError, RecursionError):
+        # Of a list or object that begins here and goes on below, the first line is a beginning.
+        return kind != ".json" and not _is_json(path)
+    if second is None and not isinstance(whole, dict):  # a list of all rows
+        return False
+    return second is not None or kind != ".json" or _wrapped(whole) is None
+
+
+def _is_json(path: Path) -> bool:
+    with open_text(path) as file:
+        try:
+            json.load(file)
+        except (ValueError, RecursionError):
+            return False
+    return True
+
+
+def _read_json_lines(path: Path) -> Iterator[Unparsed]:
+    with open_text(path, is_tracked=True) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path.name}:{number}", Line(line.strip(), f"{path}:{number}")
+
+
+def _read_json(path: Path, split: str) -> Iterator[Unparsed]:
+    """Reads a list of rows, or an object that contains one: see `_wrapped`."""
+    with open_text(path) as file:
+        text = file.read()
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}; expected "
+            "a list of objects"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: this JSON cannot be read: {error}") from None
+    if isinstance(content, dict):
+        content = _unwrapped(content, path, split)
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a JSON list of objects, found {shown(content)}")
+    for index, row in enumerate(content):
+        where = f"{path.name}[{index}]"
+        if not isinstance(row, dict):
+            row = BadRowError(f"{path}[{index}]: expected a JSON object, found {shown(row)}")
+        yield where, row
+
+
+def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
+    """Lists of rows by the keys of the object that holds them; None for what is a row itself.
+
+    Known are {"data": [rows]} with any keys, {"train": [rows], "test": [rows]}, {id: row, ...},
+    and {column: [values], ...}, whose columns are of one length.
+    """
+    values = list(content.values())
+    if values and all(isinstance(value, dict) for value in values):
+        return {"": values}
+    lists = {
+        key: value
+        for key, value in content.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    turns = [key for key, items in lists.items() if {"role", "from"} & items[0].keys()]
+    if lists and not turns:
+        return lists
+    columns = [value for value in values if isinstance(value, list)]
+    if len(columns) == len(values) > 1 and len({len(column) for column in columns}) == 1:
+        rows = [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
+        return {"": rows} if rows else None
+    return None
+
+
+def _unwrapped(content: dict[str, Any], path: Path, split: str) -> Any:
+    lists = _wrapped(content)
+    if lists is None:
+        return content
+    names = SPLITS.get(split, {split}) & lists.keys()
+    if len(lists) > 1 and not names:
+        raise UserError(
+            f"{path}: several lists of rows: {', '.join(lists)}; name one of them as `split` of "
+            "the source, or keep each in a file of its own"
+        )
+    return lists[names.pop() if names else next(iter(lists))]
