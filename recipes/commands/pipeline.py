@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,8 +75,8 @@ def run(
         for change in changes or []:
             say(f"  because {change}")
         position = json.dumps([f"{number}/{len(stages)}", seconds])
-        launched = launch if stage in LAUNCHED else None
-        _start(stage, position, [str(recipe), *(overrides or [])], launched)
+        launcher, changed = _launched(stage, loaded, launch)
+        _start(stage, position, [str(recipe), *(overrides or []), *changed], launcher)
         ran = True
     if ran:
         say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
@@ -97,16 +98,40 @@ def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
     say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))
 
 
-def _start(stage: str, position: str, arguments: list[str], launch: Path | None) -> None:
+def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str], list[str]]:
+    """Returns what starts the stage's processes, and overrides of the recipe that go with it.
+
+    That is accelerate with `launch`, and torchrun on all GPUs that can share a step's rows.
+    """
+    if stage not in LAUNCHED:
+        return [], []
+    if launch:
+        return ["accelerate.commands.launch", "--config_file", str(launch), "--module"], []
+    import torch
+
+    from finequant.finetune.device import trains_on_cpu
+
+    gpus, overrides = 0 if trains_on_cpu() else torch.cuda.device_count(), []
+    processes, rows = gpus, recipe.train.batch_size
+    if stage != "evaluate" and gpus > 1:
+        processes = max(number for number in range(1, gpus + 1) if rows % number == 0)
+        micro = gcd(recipe.train.micro_batch_size, rows // processes)
+        overrides = [f"train.micro_batch_size={micro}"]
+    if processes < 2:
+        return [], []
+    say(f"{stage}: on {processes} of {gpus} GPUs")
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    return torchrun, overrides
+
+
+def _start(stage: str, position: str, arguments: list[str], launcher: list[str]) -> None:
     """Runs a stage in its own process, which returns its memory and contains its crashes.
 
     position: as `terminal.STAGE` describes it.
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
-    command = [sys.executable, "-m"]
-    if launch:
-        command += ["accelerate.commands.launch", "--config_file", str(launch), "--module"]
+    command = [sys.executable, "-m", *launcher]
     if stage in MODULES:
         command += [MODULES[stage], *arguments]
     else:

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, TrainingArguments
 from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import sharding
+from finequant.recipes.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "accelerate"
@@ -131,3 +132,34 @@ def test_training_starts_through_accelerate_launch(recipe_file):
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == 4
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stage", "batch", "processes", "micro"),
+    [
+        (1, "train", 16, None, None),
+        (2, "train", 16, 2, 8),
+        (4, "train", 16, 4, 4),
+        (4, "qat", 6, 3, 2),
+        (4, "evaluate", 6, 4, None),
+        (4, "quantize", 6, None, None),
+        (4, "train", 1, None, None),
+    ],
+)
+def test_a_run_takes_all_gpus_that_can_share_a_step(
+    recipe_file, monkeypatch, gpus, stage, batch, processes, micro
+):
+    from finequant.recipes.commands.pipeline import _launched
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("finequant.finetune.device.trains_on_cpu", lambda: False)
+    most = {16: 8, 6: 6, 1: 1}[batch]
+    recipe = load_recipe(
+        recipe_file, [f"train.batch_size={batch}", f"train.micro_batch_size={most}"]
+    )
+    launcher, overrides = _launched(stage, recipe, None)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    assert launcher == (torchrun if processes else [])
+    assert overrides == ([f"train.micro_batch_size={micro}"] if micro else [])
+    mine, _ = _launched(stage, recipe, FOLDER / "several_gpus.yaml")
+    assert ("accelerate.commands.launch" in mine) is (stage != "quantize")
