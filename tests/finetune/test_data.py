@@ -574,8 +574,9 @@ def test_a_dataset_that_cannot_be_loaded(monkeypatch):
 def test_a_dataset_of_the_hub(monkeypatch):
     import datasets
 
-    def load_dataset(path, name, *, split, revision):
+    def load_dataset(path, name, *, split, revision, streaming):
         assert (path, name, split, revision) == ("org/name", "small", "train[:9]", "abc")
+        assert not streaming
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
