@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from finequant.evaluate.answers import right_by
-from finequant.evaluate.material import prepare
+from finequant.evaluate.inputs import prepare
 from finequant.evaluate.metrics.text_metrics import METRICS
 from finequant.evaluate.models import load_model
 from finequant.evaluate.report.report import markdown_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finequant.evaluate.material import HELD_OUT, Material
+from finequant.evaluate.inputs import HELD_OUT, Material
 from finequant.evaluate.models import MODELS
 from finequant.recipes.schema import Recipe
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.answers import changes, parities, predictions, right_by, samples
-from finequant.evaluate.material import Material, prepare
+from finequant.evaluate.inputs import Material, prepare
 from finequant.evaluate.measure import measure_model
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
 from finequant.recipes.artifact import replace_text

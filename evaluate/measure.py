@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finequant.evaluate.material import HELD_OUT, Material
+from finequant.evaluate.inputs import HELD_OUT, Material
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 

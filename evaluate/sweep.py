@@ -27,7 +27,7 @@ from finequant.recipes.usage import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-    from finequant.evaluate.material import Material
+    from finequant.evaluate.inputs import Material
     from finequant.finetune.architecture import Decoder
     from finequant.quantize.scheme import Plan
 
@@ -177,7 +177,7 @@ def _measure_all(
     jobs: list[Job], recipe: Recipe, run: RunDir, swept: str
 ) -> dict[str, dict[str, Any]]:
     """Maps each job's name to its measurement; loads a model only if one is missing."""
-    from finequant.evaluate.material import prepare
+    from finequant.evaluate.inputs import prepare
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import stop_at

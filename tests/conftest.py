@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from filelock import FileLock
 from loopback import Handler, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -252,6 +255,76 @@ def train_once(tmp_path_factory) -> Callable[[list[str]], None]:
             shutil.rmtree(partial)
 
     return train
+
+
+EXECUTORCH = ("train.max_steps=2", "quantize.exports=[executorch]", "quantize.cache_length=128")
+
+
+@pytest.fixture(scope="session")
+def executorch_run(tmp_path_factory, tiny_base, train_once, worker_id) -> Path:
+    """Folder of a recipe and its run with EXECUTORCH, exported once for all of pytest's workers.
+
+    Shared: tests must not write into it.
+    """
+    from finequant.quantize.convert import main as convert
+    from finequant.quantize.export import main as export
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "executorch"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            arguments = [str(make_recipe(folder, tiny_base)), *EXECUTORCH]
+            train_once(arguments)
+            convert(arguments)
+            export(arguments)
+    assert (folder / "run" / "exports" / "executorch").exists()
+    return folder
+
+
+class Said(NamedTuple):
+    """What a command said, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def here(capfd):
+    """`finequant` in this process, where importing torch anew would be most of the time."""
+    from finequant.recipes.run import main
+
+    def run(*arguments: str) -> Said:
+        capfd.readouterr()
+        code = 0
+        try:
+            main([*arguments])
+        except SystemExit as end:
+            code = end.code or 0
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def stages_here(monkeypatch) -> list[str]:
+    """Lets `finequant run` call its stages in this process; those that it has called."""
+    from finequant.recipes.commands import pipeline
+    from finequant.recipes.hub import COMMITS
+
+    called = []
+
+    def start(stage: str, position: str, arguments: list[str], launch: Path | None) -> None:
+        called.append(stage)
+        if stage in pipeline.MODULES:
+            import_module(pipeline.MODULES[stage]).main(arguments)
+        else:
+            import_module("finequant.quantize.export").main([*arguments, "--to", stage])
+
+    monkeypatch.setattr(pipeline, "_start", start)
+    monkeypatch.setenv(COMMITS, "{}")  # the command leaves it for its stages
+    return called
 
 
 class Hub(Server):

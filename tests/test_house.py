@@ -1,6 +1,8 @@
 """The house: who may import whom, and words that the field does not use."""
 
 import ast
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,16 @@ def test_every_file_is_looked_at():
 def test_an_import_against_the_order_is_seen(source, wrong):
     ((_, module),) = imports(ast.parse(source))
     assert (ORDER.index(module.split(".")[1]) > ORDER.index("quantize")) == wrong
+
+
+def test_no_script_hides_a_module():
+    """`python evaluate/compare.py` looks for modules in evaluate/ first."""
+    elsewhere = [path for path in sys.path if ROOT not in [Path(path), *Path(path).parents]]
+    elsewhere += [path for path in sys.path if "site-packages" in path]
+    names = {path.stem for folder in ORDER for path in (ROOT / folder).glob("*.py")}
+    assert {"run", "train", "compare"} < names
+    assert not names & sys.stdlib_module_names
+    assert not [name for name in names if PathFinder.find_spec(name, elsewhere)]
 
 
 def test_docstrings_are_sentences_with_a_verb():

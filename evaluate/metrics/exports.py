@@ -29,7 +29,7 @@ from finequant.recipes.usage import peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finequant.evaluate.material import Material
+    from finequant.evaluate.inputs import Material
 
 
 def measure_export(
@@ -102,7 +102,7 @@ def _context(recipe: Recipe, material: Material) -> int:
 def _answers(
     name: str, runtime: Runtime, recipe: Recipe, material: Material
 ) -> tuple[dict[str, Any], list[str]]:
-    from finequant.evaluate.material import HELD_OUT
+    from finequant.evaluate.inputs import HELD_OUT
     from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
 
     if not material.prompts:

@@ -18,7 +18,7 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from finequant.evaluate.material import Material
+    from finequant.evaluate.inputs import Material
     from finequant.evaluate.metrics.perplexity import ScoredSequence
 
 TOKENS = 256

@@ -83,7 +83,7 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 
 def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
-    from finequant.evaluate.material import longest_scored, prepare
+    from finequant.evaluate.inputs import longest_scored, prepare
     from finequant.finetune.architecture import check_window
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer

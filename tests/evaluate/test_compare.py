@@ -185,7 +185,7 @@ def test_nothing_to_measure_on(finished, recipe_file, capsys):
 
 def test_without_held_out_rows_models_are_checked_on_training_rows(recipe_file):
     """Token 0 alone is often the padding, whose zeros give logits of zero: 0 / 0 is NaN."""
-    from finequant.evaluate.material import prepare
+    from finequant.evaluate.inputs import prepare
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer
     from finequant.recipes.load import load_recipe
@@ -247,7 +247,7 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
 
 
 def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
-    from finequant.evaluate.material import _answers_as_corpus
+    from finequant.evaluate.inputs import _answers_as_corpus
     from finequant.finetune.data.rows import Row
     from finequant.recipes.load import load_recipe
 

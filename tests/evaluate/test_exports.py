@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import EXECUTORCH
 
 from finequant.evaluate.metrics.exports import greedy_answer, nll
 from finequant.evaluate.metrics.perplexity import ScoredSequence
@@ -37,32 +40,36 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
     assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, ends, 12)] == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "key", "files"),
-    [("compressed-tensors", "compressed-tensors", "*.safetensors"), ("executorch", "pte", "*.pte")],
-)
-def test_the_report_has_a_column_for_every_export(
-    recipe_file, train_once, capsys, name, key, files
-):
+@pytest.fixture
+def arguments(recipe_file, executorch_run, train_once, capsys, name) -> list[str]:
+    """The recipe of a run with the export, and its overrides."""
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export
 
-    arguments = [
-        str(recipe_file),
-        "train.max_steps=2",
-        f"quantize.exports=[torchao,{name}]",
-        "quantize.cache_length=512",
-    ]
+    if name == "executorch":
+        shutil.copytree(executorch_run / "run", recipe_file.parent / "run")
+        return [str(recipe_file), *EXECUTORCH]
+    arguments = [str(recipe_file), "train.max_steps=2", f"quantize.exports=[torchao,{name}]"]
     train_once(arguments)
     convert(arguments)
     with pytest.raises(SystemExit):
         compare(arguments)
     assert f"run `finequant export RECIPE --to {name}` first" in capsys.readouterr().err
     export(arguments)
+    return arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "key", "files"),
+    [("compressed-tensors", "compressed-tensors", "*.safetensors"), ("executorch", "pte", "*.pte")],
+)
+def test_the_report_has_a_column_for_every_export(arguments, capsys, name, key, files):
+    from finequant.evaluate.compare import main as compare
+
     compare(arguments)
-    run = recipe_file.parent / "run"
+    run = Path(arguments[0]).parent / "run"
     models = json.loads((run / "report.json").read_text())["models"]
     assert list(models) == ["base", "tuned", "quantized", key]
     for corpus in ("text", "held_out"):

@@ -74,7 +74,7 @@ TEMPLATE = (
 
 
 def prepared(recipe_file, call: str):
-    from finequant.evaluate.material import prepare
+    from finequant.evaluate.inputs import prepare
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer
 

@@ -338,12 +338,12 @@ def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, train_once, 
     from finequant.finetune.model import load_config
     from finequant.quantize.size.machine import this_machine
 
-    base = llama("wide", hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    base = llama("wide", hidden_size=1024, intermediate_size=2048, num_attention_heads=16)
     overrides = [
         f"model.base={base}",
         "train.max_steps=1",
         f"quantize.method={method}",
-        "quantize.calibration={tokens: 2048, length: 64}",
+        "quantize.calibration={tokens: 1024, length: 64}",
     ]
     train_once([str(recipe_file), *overrides])
     command = [sys.executable, "-m", "finequant.quantize.convert", str(recipe_file), *overrides]

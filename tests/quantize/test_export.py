@@ -548,13 +548,13 @@ def test_without_a_format_the_known_ones_are_named(make, capsys):
 
 
 @pytest.mark.slow
-def test_executorch_delegates_every_linear_and_holds_the_codes(make):
+def test_executorch_delegates_every_linear_and_holds_the_codes(executorch_run):
     from executorch.exir._serialize._program import deserialize_pte_binary
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.formats.executorch import ExecuTorch
 
-    run = make("quantize.cache_length=64", to=("executorch",))
+    run = executorch_run / "run"
     file = run / "exports" / "executorch" / "qwen3-base-127K-tiny-8da4w.pte"  # ChatML's family
     assert json.loads((run / "manifest.json").read_text())["executorch"]["delegated_linears"] == 15
     constants = set(deserialize_pte_binary(file.read_bytes()).named_data.buffers)
@@ -574,8 +574,8 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
             torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
     assert (file.parent / "chat_template.jinja").exists()
     for name, value in {
-        "get_max_seq_len": 64,
-        "get_max_context_len": 64,
+        "get_max_seq_len": 128,
+        "get_max_context_len": 128,
         "get_vocab_size": quantized.shape[1],
         "get_bos_id": 0,
         "get_eos_ids": 2,
@@ -585,12 +585,12 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(make):
 
 
 @pytest.mark.slow
-def test_executorchs_own_runner_writes_what_the_model_says(make, tokenizer):
+def test_executorchs_own_runner_writes_what_the_model_says(executorch_run, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
     from finequant.evaluate.metrics.exports import greedy_answer
     from finequant.quantize.formats.executorch import ExecuTorch, file_in
 
-    folder = make("quantize.cache_length=64", to=("executorch",)) / "exports" / "executorch"
+    folder = executorch_run / "run" / "exports" / "executorch"
     prompt, ends = tokenizer("open the red")["input_ids"], [tokenizer.eos_token_id]
     runtime = ExecuTorch(file_in(folder))
     expected = greedy_answer(runtime, tokenizer, prompt, ends, 12)

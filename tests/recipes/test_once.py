@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -126,13 +125,16 @@ assert not heavy, heavy
 """
 
 
-def test_a_run_hashes_and_dequantizes_its_base_once(gguf, recipe_file, tmp_path, monkeypatch):
+def test_a_run_reads_its_rows_and_its_base_once(
+    gguf, recipe_file, tmp_path, here, stages_here, monkeypatch
+):
     """Its stages in this process, which then shares no more than the caches."""
     from finequant.finetune import gguf_base
-    from finequant.recipes import run
-    from finequant.recipes.commands import pipeline
+    from finequant.finetune.data import dataset, splits
 
     times, file_hash, dequantize = Counter(), artifact.file_hash, gguf_base._dequantize
+    read_source, encode_rows = splits.read_source, dataset.encode_rows
+    read, tokenized = Counter(), Counter()
 
     def counting_hash(path: Path) -> str:
         times[path.name] += 1
@@ -142,21 +144,30 @@ def test_a_run_hashes_and_dequantizes_its_base_once(gguf, recipe_file, tmp_path,
         times["dequantized"] += 1
         dequantize(*arguments)
 
-    def start(stage: str, position: str, arguments: list[str], launch: None) -> None:
-        times[stage] += 1
-        import_module(pipeline.MODULES[stage]).main(arguments)
+    def counting_source(source):
+        read[Path(source.source).name] += 1
+        return read_source(source)
+
+    def counting_rows(rows, *arguments):
+        tokenized.update(row.where for row in rows)
+        return encode_rows(rows, *arguments)
 
     monkeypatch.setattr(artifact, "file_hash", counting_hash)
     monkeypatch.setattr(gguf_base, "_dequantize", counting_dequantize)
-    monkeypatch.setattr(pipeline, "_start", start)
+    monkeypatch.setattr(splits, "read_source", counting_source)
+    monkeypatch.setattr(dataset, "encode_rows", counting_rows)
     monkeypatch.setattr(freshness, "LARGE", 100_000)
     monkeypatch.setattr(freshness, "SETTLED_SECONDS", -3600.0)
     arguments = [str(recipe_file), f"model.base={gguf}", *SHORT]
-    with pytest.raises(SystemExit) as end:
-        run.main(["run", *arguments])
-    assert not end.value.code
-    expected = {"model.gguf": 1, "dequantized": 1, "train": 1, "quantize": 1, "evaluate": 1}
-    assert {name: times[name] for name in expected} == expected
+    done = here("run", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert stages_here == ["train", "quantize", "evaluate"]
+    assert (times["model.gguf"], times["dequantized"]) == (1, 1)
+    assert read == {"train.jsonl": 1, "validation.jsonl": 1, "test.jsonl": 1}
+    rows = {"train.jsonl": 48, "validation.jsonl": 8}
+    assert tokenized == {
+        f"{name}:{line}": 1 for name, number in rows.items() for line in range(1, number + 1)
+    }
 
     monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
     again = subprocess.run(

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -30,32 +29,15 @@ def finequant(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-class Said(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def here(capfd):
-    """`finequant` in this process, where importing torch anew would be most of the time."""
-    from finequant.recipes.run import main
+def script(monkeypatch):
+    """Runs a script as `python PATH ...` does, in this process."""
 
-    def run(*arguments: str) -> Said:
-        capfd.readouterr()
-        code = 0
-        try:
-            main([*arguments])
-        except SystemExit as end:
-            code = end.code or 0
-        return Said(code, *capfd.readouterr())
+    def run(path: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        runpy.run_path(str(ROOT / path), run_name="__main__")  # a refusal would be a SystemExit
 
     return run
-
-
-def script(path: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -68,13 +50,13 @@ def files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
-    recipe_file, tmp_path, here, monkeypatch
+    recipe_file, tmp_path, here, script, monkeypatch
 ):
+    """The command starts its stages in processes of their own."""
     ran = finequant("run", str(recipe_file))
     assert ran.returncode == 0, ran.stderr
     for path in ("finetune/train.py", "quantize/convert.py", "evaluate/compare.py"):
-        alone = script(path, str(recipe_file), f"output_dir={tmp_path / 'alone'}")
-        assert alone.returncode == 0, alone.stderr
+        script(path, str(recipe_file), f"output_dir={tmp_path / 'alone'}")
     for artifact in ("adapter", "quantized"):
         assert files(tmp_path / "run" / artifact) == files(tmp_path / "alone" / artifact)
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "alone")]
@@ -206,12 +188,12 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_and_its_result_loads(tmp_path):
-    """The real model, shortened: all stages, each in its process; then the README's Python."""
+def test_the_quickstart_runs_and_its_result_loads(tmp_path, here, stages_here, capfd):
+    """The real model, shortened: all stages; then the README's Python."""
     run = tmp_path / "quickstart"
-    # Calibration takes minutes, and its tests are elsewhere.
-    rtn = ["quantize.method=rtn", "quantize.rotate=false"]
-    done = finequant("run", "recipes/quickstart.yaml", *SHORT, *rtn, f"output_dir={run}")
+    # Calibration takes minutes, and its tests are elsewhere, as those of exports in their runtimes.
+    rtn = ["quantize.method=rtn", "quantize.rotate=false", "evaluate.exports=false"]
+    done = here("run", str(ROOT / "recipes/quickstart.yaml"), *SHORT, *rtn, f"output_dir={run}")
     assert done.returncode == 0, done.stderr
     models = json.loads((run / "report.json").read_text())["models"]
     assert list(models) == ["base", "tuned", "quantized", "compressed-tensors", "gguf"]
@@ -219,22 +201,15 @@ def test_the_quickstart_runs_and_its_result_loads(tmp_path):
         assert any((run / "exports").glob(file))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    answered = subprocess.run(
-        [sys.executable, "-c", code.replace("runs/quickstart", str(run))],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout.strip()
+    exec(code.replace("runs/quickstart", str(run)), {})
+    assert capfd.readouterr().out.strip()
 
 
 @pytest.mark.slow
-def test_readme_commands_run(tmp_path, tiny_base, here, monkeypatch):
+def test_readme_commands_run(tmp_path, tiny_base, here, script, stages_here, monkeypatch):
     """Every command in bash blocks of README and docs, and the notebook, on the tiny Llama.
 
-    Only launchers and the stages of `finequant run` have processes of their own.
+    All in this process: of a launcher, its arguments are parsed, and what it would start is run.
     """
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -259,23 +234,30 @@ def test_readme_commands_run(tmp_path, tiny_base, here, monkeypatch):
             given = [word for word in words if not word.startswith("quantize.method=")]
             words = [*given, *tiny, *steps, *output, "publish.license=apache-2.0"]
         if program == "finequant":
-            code, _, said = here(*words)
-        elif program == "python":
-            monkeypatch.setattr(sys, "argv", words)
-            runpy.run_path(words[0], run_name="__main__")  # a refusal would be a SystemExit
-            code, said = 0, ""
+            done = here(*words)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
         else:
-            done = subprocess.run(
-                [str(Path(sys.executable).parent / program), *words],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            code, said = done.returncode, done.stderr
-        assert code == 0, f"{command}\n{said}"
+            script(*launched(program, words))
     names: dict[str, object] = {}
     for source in python:
         exec(source.replace("runs/quickstart", str(tmp_path / "r")), names)
+
+
+def launched(program: str, words: list[str]) -> list[str]:
+    """What the command starts: a script, and its arguments."""
+    if program == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert words[0] == "launch"
+        parsed = launch_command_parser().parse_args(words[1:])
+    elif program == "torchrun":
+        from torch.distributed.run import parse_args
+
+        parsed = parse_args(words)
+    else:
+        assert program == "python"
+        return words
+    return [parsed.training_script, *parsed.training_script_args]
 
 
 def notebook_cells() -> tuple[list[str], list[str]]:

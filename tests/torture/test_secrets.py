@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
 PLANTED = {
     "HF_TOKEN": "hf_plantedPLANTEDplantedPLANTED0123456",
     "HUGGING_FACE_HUB_TOKEN": "hf_anotherPLANTEDplantedPLANTED012345",
@@ -20,22 +14,19 @@ PLANTED = {
 
 
 @pytest.mark.slow
-def test_a_planted_token_is_nowhere(recipe_file, tmp_path):
+def test_a_planted_token_is_nowhere(recipe_file, tmp_path, here, stages_here, monkeypatch):
     printed = ""
+    for name, secret in PLANTED.items():
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    license_ = "publish.license=mit"
     for arguments in (["run"], ["publish", "--dry-run"], ["run", "train.learning_rate=1e30"]):
         command, *overrides = arguments
-        done = subprocess.run(
-            [sys.executable, "-m", "finequant.recipes.run", command, str(recipe_file), *overrides],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | PLANTED | {"HF_HOME": str(tmp_path / "hf")},
-            timeout=300,
-        )
+        done = here(command, str(recipe_file), license_, *overrides)
         printed += done.stdout + done.stderr
-        assert "publish" not in arguments or done.returncode in (0, 2)
+        assert done.returncode == (2 if "1e30" in str(overrides) else 0), done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert tmp_path / "run" / "report.json" in files
+    assert {tmp_path / "run" / "report.json", tmp_path / "run" / "publish" / "README.md"} < {*files}
     assert len(files) > 30
     content = printed.encode() + b"".join(path.read_bytes() for path in files)
     for secret in PLANTED.values():
