@@ -26,7 +26,6 @@ from finequant.finetune.architecture import (
     NORM,
     anatomy,
     architecture,
-    bias_count,
     head_dim,
 )
 from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights
@@ -42,17 +41,12 @@ def check(plan: Plan, config: DecoderConfig) -> None:
     """Refuses what cannot be rotated.
 
     Raises:
-        UserError: for a head that stays tied, or layers with biases.
+        UserError: for a head that stays tied.
     """
     if config.tie_word_embeddings and not unties_head(plan):
         raise UserError(
             "quantize.rotate: the head is tied to the embedding, and would need weights of its "
             "own: set quantize.head=quantize, or quantize.rotate=false"
-        )
-    if bias_count(config):
-        raise UserError(
-            "quantize.rotate: layers of this base have biases, for which it is not made: "
-            "set quantize.rotate=false"
         )
 
 
@@ -88,9 +82,17 @@ def rotated(weights: Weights, config: DecoderConfig) -> Weights:
             weight = weight * weights(f"{norm}.weight", WHOLE).float()
         return weight @ stream
 
+    def bias(name: str, inside: str) -> torch.Tensor:
+        whole_bias = weights(name, WHOLE).float()
+        if inside == gives_values:
+            return (whole_bias.unflatten(0, (-1, len(values))) @ values).flatten()
+        return stream.T @ whole_bias if norms[inside] is None else whole_bias
+
     def rotated_rows(name: str, rows: slice) -> torch.Tensor:
-        layer = name.removesuffix(".weight")
+        layer, _, kind = name.rpartition(".")
         block, inside = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", layer).groups()
+        if kind == "bias":
+            return bias(name, inside)[rows]
         if inside in norms.values():  # its weights are in those that read it
             return torch.ones_like(weights(name, rows), dtype=torch.float32)
         if layer != EMBEDDING and inside not in norms:  # a norm of heads, before attention

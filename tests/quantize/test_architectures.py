@@ -99,9 +99,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     for name, make in BASES.items():
         folder = folders[name] = root / name
         folder.mkdir()
-        rotates = "false" if name == "Qwen2ForCausalLM" else "true"  # it has biases
         arguments = [str(make_recipe(folder, make(folder / "base"))), *TRAIN, *EVALUATE]
-        arguments += ["quantize.bits=8", f"quantize.rotate={rotates}"]
+        arguments += ["quantize.bits=8", "quantize.rotate=true"]
         train(arguments)
         convert(arguments)
         export([*arguments, "--to", "gguf", "--to", "compressed-tensors"])
@@ -231,7 +230,7 @@ def test_training_forward_converted_and_reloaded_are_equal(
         assert torch.equal(reloaded(torch.tensor(PROMPTS[:1])).logits, trained)
 
 
-@pytest.mark.parametrize("make", [qwen3, mistral])
+@pytest.mark.parametrize("make", BASES.values())
 def test_the_rotated_model_computes_the_same(tmp_path, make):
     model = AutoModelForCausalLM.from_pretrained(make(tmp_path))
     ids = torch.tensor(PROMPTS[:1])

@@ -121,9 +121,9 @@ def test_training_forward_converted_and_reloaded_are_equal(stage, variant, capsy
     assert ("several times slower than quantize.dtype=float32" in capsys.readouterr().err) == slow
 
 
-@pytest.mark.parametrize("variant", [TAUGHT, SCALES])
+@pytest.mark.parametrize("variant", [[TAUGHT, "quantize.rotate=true"], [SCALES]])
 def test_biases_are_in_the_forward(tuned_with_biases, tmp_path, monkeypatch, variant):
-    check_equal(make_stage(tuned_with_biases, tmp_path, monkeypatch), variant)
+    check_equal(make_stage(tuned_with_biases, tmp_path, monkeypatch), *variant)
 
 
 def check_equal(stage: Stage, *overrides: str) -> None:
