@@ -35,12 +35,20 @@ def dequantized(model: Model) -> Path:
     return _kept(model, "weights", _dequantize)
 
 
+def is_dequantized(model: Model) -> bool:
+    """Says whether the folder of the file's weights is there."""
+    return _folder(model, "weights").exists()
+
+
 def _kept(model: Model, what: str, make: Callable[[Model, Path], None]) -> Path:
+    inputs = {"model.base": base_hash(model)}
+    return made_once(_folder(model, what), inputs, lambda partial: make(model, partial))
+
+
+def _folder(model: Model, what: str) -> Path:
     _, file = locate_base(model)
-    identity = base_hash(model)
-    name = f"{Path(file).stem}-{identity.removeprefix('sha256:')[:16]}"
-    folder = cache_folder() / "gguf" / name / what
-    return made_once(folder, {"model.base": identity}, lambda partial: make(model, partial))
+    identity = base_hash(model).removeprefix("sha256:")[:16]
+    return cache_folder() / "gguf" / f"{Path(file).stem}-{identity}" / what
 
 
 def _describe(model: Model, folder: Path) -> None:

@@ -47,16 +47,16 @@ ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 ONLY_SHOWN = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
 
 PLAN_KEYS = (
-    "bits",
-    "group_size",
-    "layers",
-    "budget",
-    "head",
-    "embedding",
-    "scale_dtype",
-    "rotate",
+    "quantize.bits",
+    "quantize.group_size",
+    "quantize.layers",
+    "quantize.budget",
+    "quantize.head",
+    "quantize.embedding",
+    "quantize.scale_dtype",
+    "quantize.rotate",
 )
-"""Keys of the section `quantize` that decide what is quantized, and how."""
+"""They decide what is quantized, and how."""
 
 TRAINED = ("seed", "model", "data", "lora", "train")
 EVALUATED = ("seed", "model", "data", "quantize.dtype", "evaluate")
@@ -76,7 +76,7 @@ STAGES = {
         without=(*NO_EFFECT_ON_ADAPTER, *ONLY_FOR_EXPORTS),
         reads=("adapter",),
         writes=("trained_codes",),
-        bound_to=("model.base", *(f"quantize.{key}" for key in (*PLAN_KEYS, "dtype"))),
+        bound_to=("model.base", "quantize.dtype", *PLAN_KEYS),
     ),
     "quantize": Stage(
         keys=("model", "quantize"),

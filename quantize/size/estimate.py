@@ -21,6 +21,7 @@ from finequant.finetune.architecture import (
     parameter_count,
 )
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.finetune.gguf_base import is_dequantized
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import TOKENS
 from finequant.quantize.methods.method import ROWS
@@ -28,7 +29,7 @@ from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.base import locate_base
 from finequant.recipes.methods import METHODS
-from finequant.recipes.schema import Lora, Recipe
+from finequant.recipes.schema import Lora, Model, Recipe
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -352,6 +353,13 @@ def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
         merged = parameter_count(config) * dtype.itemsize if recipe.quantize.keep_merged else 0
         return size + merged
     return 50 * MB
+
+
+def dequantized_bytes(model: Model, config: DecoderConfig) -> int:
+    """Bytes that a GGUF base will take in the user's cache, as float32; 0 if it is there."""
+    if not model.base.endswith(".gguf") or is_dequantized(model):
+        return 0
+    return 4 * parameter_count(config)
 
 
 def cache_bytes(config: DecoderConfig, tokens: int, dtype_bytes: int = 2) -> int:

@@ -103,6 +103,16 @@ def bytes_of(text: str) -> int:
 
 def free_disk(folder: Path) -> int:
     """Bytes free where the folder is, or will be."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Says whether two folders are, or will be, in the same file system."""
+    return _nearest(first).stat().st_dev == _nearest(second).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    """Returns the folder, or the innermost of those around it that exists."""
     while not folder.exists():
         folder = folder.resolve().parent
-    return shutil.disk_usage(folder).free
+    return folder

@@ -26,10 +26,11 @@ from finequant.quantize.scheme import (
     unties_head,
 )
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import changes
 from finequant.recipes.load import read_section
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
-from finequant.recipes.stages import PLAN_KEYS
+from finequant.recipes.stages import PLAN_KEYS, recipe_inputs
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -116,9 +117,9 @@ def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
     file = run.quantized / "quantization.json"
     if not file.exists():
         return None
-    made = read_section(run.quantized / "recipe.yaml", "quantize", Quantize).model_dump()
-    now = recipe.quantize.model_dump()
-    if any(str(made[key]) != str(now[key]) for key in PLAN_KEYS):
+    quantize = read_section(run.quantized / "recipe.yaml", "quantize", Quantize)
+    made_from = recipe.model_copy(update={"quantize": quantize})
+    if changes(recipe_inputs(made_from, PLAN_KEYS), recipe_inputs(recipe, PLAN_KEYS)):
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))

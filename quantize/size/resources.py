@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.architecture import parameter_count
@@ -13,13 +14,15 @@ from finequant.quantize.size.estimate import (
     Memory,
     cache_bytes,
     components,
+    dequantized_bytes,
     disk_of,
     memory_of,
     trainable,
 )
-from finequant.quantize.size.machine import Machine, free_disk, this_machine
+from finequant.quantize.size.machine import Machine, free_disk, on_one_disk, this_machine
 from finequant.quantize.size.plan import model_size
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import cache_folder
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import STAGES, stages_of
@@ -55,8 +58,8 @@ def show_resources(
             print(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
             )
-    disk = {stage: disk_of(stage, recipe, config) for stage in stages}
-    print(f"\ndisk: {_gb(sum(disk.values()))}, free are {_gb(free_disk(run.root))}")
+    for folder, size in _disk(recipe, run, config, stages).items():
+        print(f"\ndisk: {_gb(size)} in {folder}, free are {_gb(free_disk(folder))}")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
 
@@ -101,15 +104,25 @@ def refuse_what_cannot_finish(
         if (stage != "quantize" or machine.kind == "cpu") and sum(memory.values()) > machine.memory:
             hint = _what_fits(stage, recipe, config, machine, lengths)
             problems.append(_too_much(stage, memory, machine, hint))
-    needed, free = sum(disk_of(stage, recipe, config) for stage in stages), free_disk(run.root)
-    if needed > free:
-        problems.append(f"disk: {_gb(needed)} are needed for {run.root}, free are {_gb(free)}")
+    for folder, needed in _disk(recipe, run, config, stages).items():
+        if needed > (free := free_disk(folder)):
+            problems.append(f"disk: {_gb(needed)} are needed for {folder}, free are {_gb(free)}")
     if problems:
         raise UserError(
             "this run cannot finish here:\n  "
             + "\n  ".join(problems)
             + "\n`finequant plan` shows the estimate; --force starts in spite of it"
         )
+
+
+def _disk(recipe: Recipe, run: RunDir, config: DecoderConfig, stages: list[str]) -> dict[Path, int]:
+    """Maps the run directory, and the user's cache if it is on another disk, to needed bytes."""
+    needed = {run.root: sum(disk_of(stage, recipe, config) for stage in stages)}
+    if base := dequantized_bytes(recipe.model, config):
+        cache = cache_folder()
+        folder = run.root if on_one_disk(run.root, cache) else cache
+        needed[folder] = needed.get(folder, 0) + base
+    return needed
 
 
 def _what_fits(

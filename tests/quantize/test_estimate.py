@@ -303,6 +303,26 @@ def test_too_little_disk_is_refused(recipe_file, monkeypatch):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
 
 
+def test_a_gguf_base_takes_its_cache_too_until_it_is_there(recipe_file, monkeypatch, capsys):
+    from finequant.finetune.model import load_config
+    from finequant.quantize.size import estimate, resources
+    from finequant.recipes.schema import Model
+
+    recipe = load_recipe(recipe_file)
+    config, model = load_config(recipe.model), Model(base="package:some_wheel/model.gguf")
+    for there, size in ((False, 4 * parameter_count(config)), (True, 0)):
+        monkeypatch.setattr(estimate, "is_dequantized", lambda _, there=there: there)
+        assert estimate.dequantized_bytes(model, config) == size
+    assert estimate.dequantized_bytes(recipe.model, config) == 0
+
+    run, cache = RunDir.of(recipe), resources.cache_folder()
+    monkeypatch.setattr(resources, "dequantized_bytes", lambda *_: 10**7)
+    without = disk_of("train", recipe, config)
+    for one_disk, needed in ((True, {run.root: without + 10**7}), (False, {cache: 10**7})):
+        monkeypatch.setattr(resources, "on_one_disk", lambda *_, one_disk=one_disk: one_disk)
+        assert resources._disk(recipe, run, config, ["train"]) == {run.root: without} | needed
+
+
 def test_a_container_has_what_it_may_take(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     limit.write_text("123456789\n")
