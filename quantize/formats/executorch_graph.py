@@ -1,0 +1,183 @@
+"""The quantized decoder as ExecuTorch exports it: every operator has a kernel of XNNPACK's, or is
+ExecuTorch's own attention and cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from finequant.finetune.architecture import anatomy, head_dim
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
+from finequant.quantize.scheme import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import DecoderConfig
+
+
+class Decoder(nn.Module):
+    """The quantized decoder in float32 with a static cache: what is exported.
+
+    transformers' own wrapper does not export (torch 2.13: duplicate buffers), and would leave
+    attention and cache updates to portable kernels.
+    """
+
+    def __init__(self, stored: QuantizedCheckpoint, length: int) -> None:
+        super().__init__()
+        self.embed = Embedding(stored)
+        self.layers = nn.ModuleList(
+            Block(stored, number, length) for number in range(stored.config.num_hidden_layers)
+        )
+        self.norm = _norm(stored, "model.norm")
+        self.head = _linear(stored, HEAD)
+        for name, table in zip(("cos", "sin"), rotations(stored.config, length), strict=True):
+            self.register_buffer(name, table)
+
+    def forward(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Logits [1, vocabulary] after the last of `tokens` [1, n], the first at `start` [1]."""
+        count, position = tokens.shape[1], start[0].item()
+        torch._check(position >= 0)
+        torch._check(position + count <= len(self.cos))
+        cos, sin = (
+            table.narrow(0, position, count)[None, :, None] for table in (self.cos, self.sin)
+        )
+        states = self.embed(tokens)
+        for layer in self.layers:
+            states = layer(states, cos, sin, position)
+        return self.head(self.norm(states[:, -1]))
+
+
+class Block(nn.Module):
+    def __init__(self, stored: QuantizedCheckpoint, number: int, length: int) -> None:
+        super().__init__()
+        config, name = stored.config, f"model.layers.{number}"
+        self.size, self.rotate = head_dim(config), Rotation(head_dim(config))
+        self.norm_1 = _norm(stored, f"{name}.input_layernorm")
+        self.norm_2 = _norm(stored, f"{name}.post_attention_layernorm")
+        self.q, self.k, self.v, self.o = (
+            _linear(stored, f"{name}.self_attn.{part}_proj") for part in "qkvo"
+        )
+        self.gate, self.up, self.down = (
+            _linear(stored, f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")
+        )
+        shape = (1, length, config.num_key_value_heads, head_dim(config))
+        self.register_buffer("keys", torch.zeros(shape))
+        self.register_buffer("values", torch.zeros(shape))
+
+    def forward(
+        self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: int
+    ) -> torch.Tensor:
+        states = states + self.attend(self.norm_1(states), cos, sin, position)
+        inputs = self.norm_2(states)
+        return states + self.down(nn.functional.silu(self.gate(inputs)) * self.up(inputs))
+
+    def attend(
+        self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: int
+    ) -> torch.Tensor:
+        query, key, value = (
+            linear(inputs).unflatten(-1, (-1, self.size)) for linear in (self.q, self.k, self.v)
+        )
+        torch.ops.llama.update_cache(self.rotate(key, cos, sin), self.keys, position)
+        torch.ops.llama.update_cache(value, self.values, position)
+        query = self.rotate(query, cos, sin)
+        attended = torch.ops.llama.custom_sdpa(
+            query, self.keys, self.values, position, None, 0.0, True
+        )
+        return self.o(attended.flatten(2))
+
+
+class Norm(nn.Module):
+    """RMSNorm with its mean as a product, as XNNPACK has no mean over the last dimension: a block
+    then has two delegates, not ten, and export takes minutes less."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("mean", torch.full((1, len(weight)), 1 / len(weight)))
+        self.register_buffer("epsilon", torch.tensor([epsilon]))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        power = nn.functional.linear(states * states, self.mean) + self.epsilon
+        return states * torch.rsqrt(power) * self.weight
+
+
+class Rotation(nn.Module):
+    """Rotary positions as transformers applies them, the halves of a head belong together; to
+    exchange them is a product as well, so that XNNPACK does it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        half = torch.eye(size // 2)
+        zero = torch.zeros_like(half)
+        self.register_buffer(
+            "exchange", torch.cat([torch.cat([zero, -half], 1), torch.cat([half, zero], 1)])
+        )
+
+    def forward(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return heads * cos + nn.functional.linear(heads, self.exchange) * sin
+
+
+class Embedding(nn.Module):
+    """Rows of the table as it is stored: the model's dtype, or 8-bit codes with their scales."""
+
+    def __init__(self, stored: QuantizedCheckpoint) -> None:
+        super().__init__()
+        if EMBEDDING in stored.rounded:
+            codes, scale = stored.rounded[EMBEDDING]
+            self.register_buffer("scale", scale)
+        else:
+            codes, self.scale = stored.floats[f"{EMBEDDING}.weight"], None
+        self.register_buffer("table", codes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = self.table.index_select(0, tokens[0]).float()
+        if self.scale is not None:
+            scale = self.scale.index_select(0, tokens[0]).float()
+            rows = (rows.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+        return rows[None]
+
+
+def rotations(config: DecoderConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [length, head_dim] of every position."""
+    positions = torch.arange(length)[None]
+    cos, sin = type(anatomy(config).model.model.rotary_emb)(config)(torch.zeros(1), positions)
+    return cos[0], sin[0]
+
+
+def _norm(stored: QuantizedCheckpoint, name: str) -> Norm:
+    return Norm(stored.floats[f"{name}.weight"].float(), stored.config.rms_norm_eps)
+
+
+def _linear(stored: QuantizedCheckpoint, name: str) -> nn.Linear:
+    """Makes a linear layer from the stored codes, or from weights that stayed in float."""
+    weight = _integer_weight(stored, name) if name in stored.rounded else _float(stored, name)
+    bias = stored.floats.get(f"{name}.bias")
+    with torch.device("meta"):
+        linear = nn.Linear(*reversed(weight.shape), bias=bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return linear
+
+
+def _integer_weight(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
+    """torchao's tensor, whose operations XNNPACK knows; it holds scales in bfloat16."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    codes, scale = stored.rounded[name]
+    return IntxUnpackedToInt8Tensor(
+        qdata=codes.contiguous(),
+        scale=scale.to(torch.bfloat16).float(),
+        zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        target_dtype=torch.int4,
+        block_size=(1, stored.group_size(name)),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )
+
+
+def _float(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
+    tied = stored.floats.get(f"{EMBEDDING}.weight")  # then the head is not stored
+    return stored.floats.get(f"{name}.weight", tied).float()
