@@ -16,6 +16,7 @@ from finequant.evaluate.report.page import page, write_page
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.recipes.errors import UserError
 
+pytestmark = pytest.mark.plots
 HOSTILE = "</script><script>document.title = 'run'</script><b>bold</b>"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -231,6 +231,7 @@ def test_markdown_holds_every_number(report, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.plots
 def test_plots(report, tmp_path):
     write_report(report, tmp_path)
     assert {path.name for path in (tmp_path / "plots").iterdir()} == PLOTS
@@ -240,6 +241,7 @@ def test_plots(report, tmp_path):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.plots
 def test_plots_without_data_are_neither_there_nor_linked(report, tmp_path):
     write_report(report, tmp_path)
     report["training"] = [{"step": 10, "loss": math.nan}]

@@ -229,6 +229,7 @@ def report_of(*points: dict) -> dict:
     }
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize("extreme", [1e12, math.inf, math.nan])
 @pytest.mark.parametrize("accuracy", [0.5, math.nan, None])
 def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accuracy):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -594,17 +591,10 @@ def test_one_row_cannot_be_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["broken JSON", "too many columns", "lone surrogate"])
-@pytest.mark.slow
-def test_the_command_prints_one_message(recipe_file, name):
+def test_the_command_prints_one_message(recipe_file, here, name):
     file, content, (what, *_) = BROKEN[name]
     make_broken(recipe_file.parent / file, content)
-    done = subprocess.run(
-        [sys.executable, "-m", "finequant.recipes.run", "data", recipe_file, f"data.train={file}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = here("data", str(recipe_file), f"data.train={file}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert what in done.stderr

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_recipe
 
 from finequant.recipes.artifact import SUMS
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["train.max_steps=60", "train.save_steps=3", "lora.dropout=0.1", "train.logging_steps=5"]
+STEPS = ["train.max_steps=40", "train.save_steps=3", "lora.dropout=0.1", "train.logging_steps=5"]
 BEST = ["train.epochs=10", "train.eval_steps=3", "train.save_steps=3"]
 BEST += ["train.early_stopping_patience=3", "train.learning_rate=0.05", "train.schedule=constant"]
 
@@ -50,14 +51,20 @@ def checkpoints(recipe: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-@pytest.fixture
-def undisturbed(recipe_file, tmp_path):
-    """The adapter of an undisturbed run, in a folder of its own."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_base):
+    """The run directory of an undisturbed training, and its weights; by overrides, each once.
 
-    def run(*overrides: str) -> bytes:
-        weights = train(recipe_file, *overrides)
-        shutil.rmtree(tmp_path / "run")
-        return weights
+    Shared: tests must not write into it.
+    """
+    runs: dict[tuple[str, ...], tuple[Path, bytes]] = {}
+
+    def run(*overrides: str) -> tuple[Path, bytes]:
+        if overrides not in runs:
+            recipe = make_recipe(tmp_path_factory.mktemp("undisturbed"), tiny_base)
+            weights = train(recipe, *overrides)
+            runs[overrides] = recipe.parent / "run", weights
+        return runs[overrides]
 
     return run
 
@@ -68,7 +75,7 @@ def undisturbed(recipe_file, tmp_path):
 def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     recipe_file, undisturbed, capsys, number, overrides
 ):
-    expected = undisturbed(*overrides)
+    _, expected = undisturbed(*overrides)
     process = start(recipe_file, *overrides)
     wait_for(recipe_file.parent / "run" / "checkpoints" / "checkpoint-6" / SUMS, process)
     process.send_signal(number)
@@ -112,9 +119,8 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_that_is_not_whole_is_not_taken(recipe_file, undisturbed, capsys, damage):
     steps = ["train.max_steps=9", "train.save_steps=3", "train.save_total_limit=9"]
-    expected = undisturbed(*steps)
-    train(recipe_file, *steps)
-    run = recipe_file.parent / "run"
+    whole, expected = undisturbed(*steps)
+    run = shutil.copytree(whole, recipe_file.parent / "run")
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoints" / "plain")
     (run / "manifest.json").unlink()
@@ -133,9 +139,8 @@ def test_of_two_checkpoints_the_older_goes_once_the_newer_is_whole(recipe_file):
 
 
 def test_a_finished_phase_that_was_altered_is_trained_again(recipe_file, undisturbed):
-    expected = undisturbed()
-    train(recipe_file)
-    run = recipe_file.parent / "run"
+    whole, expected = undisturbed()
+    run = shutil.copytree(whole, recipe_file.parent / "run")
     (run / "checkpoints" / "plain" / "adapter_model.safetensors").write_bytes(b"\x08")
     assert train(recipe_file) == expected
 

@@ -1,4 +1,4 @@
-"""publish/publish.py: real processes and the real client, against a Hub on loopback."""
+"""publish/publish.py: the real client, against a Hub on loopback; processes, where they matter."""
 
 from __future__ import annotations
 
@@ -76,12 +76,24 @@ def recipe(finished, tmp_path) -> Path:
 
 
 @pytest.fixture
-def publish(on_hub, recipe):
-    """Runs `finequant publish` against the Hub, without asking."""
+def publish(here, hub, recipe, tmp_path, monkeypatch):
+    """Runs `finequant publish` against the Hub, without asking, in this process."""
 
-    def run(*arguments: str, token: str = WRITE, **environment: str):
-        command = (*COMMAND, str(recipe), "--yes", *arguments)
-        return on_hub(*command, HF_TOKEN=token, **environment)
+    def run(*arguments: str, token: str = WRITE, **changes: object):
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_CACHE": str(tmp_path / "hf"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        for name, value in (settings | changes).items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        return here("publish", str(recipe), "--yes", *arguments)
 
     return run
 
@@ -139,9 +151,9 @@ exec(code)
 
 @pytest.mark.slow
 def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
-    hub, on_hub, publish, recipe, tmp_path
+    hub, on_hub, recipe, tmp_path
 ):
-    done = publish()
+    done = on_hub(*COMMAND, str(recipe), "--yes", HF_TOKEN=WRITE)
     assert done.returncode == 0, done.stderr
     assert "alice: the repository will be created" in done.stderr
     repository = hub.repositories[REPOSITORY]
@@ -228,19 +240,19 @@ def test_files_that_arrive_otherwise_are_named(hub, publish):
 
 
 @pytest.mark.parametrize(
-    ("token", "environment", "code", "words"),
+    ("token", "changes", "code", "words"),
     [
         ("hf_PlantedTokenOfNobody", {}, 2, "the Hub does not accept this token: `hf auth login`"),
         (READ, {}, 2, f"this token may not write to {REPOSITORY}"),
         ("", {}, 2, "no token for the Hub: `hf auth login`"),
-        (WRITE, {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
-        (WRITE, {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the Hub cannot be reached"),
+        (WRITE, {"HF_HUB_OFFLINE": True}, 2, "HF_HUB_OFFLINE is set"),
+        (WRITE, {"ENDPOINT": "http://127.0.0.1:9"}, 1, "the Hub cannot be reached"),
     ],
 )
 def test_without_a_right_token_or_network_one_message(
-    hub, publish, recipe, token, environment, code, words
+    hub, publish, recipe, token, changes, code, words
 ):
-    stopped = publish(token=token, **environment)
+    stopped = publish(token=token, **changes)
     assert stopped.returncode == code, stopped.stderr
     *notes, message = stopped.stderr.strip().splitlines()
     assert message.startswith("error: publish: ")

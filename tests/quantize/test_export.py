@@ -574,8 +574,8 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(executorch_run):
             torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
     assert (file.parent / "chat_template.jinja").exists()
     for name, value in {
-        "get_max_seq_len": 128,
-        "get_max_context_len": 128,
+        "get_max_seq_len": 320,
+        "get_max_context_len": 320,
         "get_vocab_size": quantized.shape[1],
         "get_bos_id": 0,
         "get_eos_ids": 2,

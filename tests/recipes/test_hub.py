@@ -1,6 +1,7 @@
 """Models and rows from the Hub: real clients, in processes of their own, against a server here."""
 
 import json
+import shutil
 
 import pytest
 
@@ -124,12 +125,28 @@ MODEL_REFUSED = {
 }
 
 
-def test_refusals_name_the_repository_and_the_next_step(hub, on_hub, repositories):
+@pytest.fixture
+def pickled(hub, repositories, tmp_path) -> str:
+    """A repository without safetensors."""
+    folder = shutil.copytree(repositories[0], tmp_path / "pickled")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    hub.add("acme/pickled", folder)
+    return "acme/pickled"
+
+
+def test_refusals_name_the_repository_and_the_next_step(hub, on_hub, repositories, pickled):
+    """Pickled weights are neither read nor converted by a bot."""
     hub.add("acme/closed", repositories[0])
     hub.gated.add("acme/closed")
-    refused = on_hub("-c", REFUSALS, *MODEL_REFUSED, HF_TOKEN=TOKEN)
+    refused = on_hub("-c", REFUSALS, *MODEL_REFUSED, pickled, HF_TOKEN=TOKEN)
     assert refused.returncode == 0, refused.stderr
-    lines = refused.stdout.splitlines()
+    *lines, tokenizer, weights = refused.stdout.splitlines()
+    assert tokenizer == "loaded"
+    assert "acme/pickled (revision main): it has no safetensors weights" in weights
+    asked = {path for _, path, _ in hub.requests}
+    assert not any("pytorch_model" in path or "discussions" in path for path in asked)
     assert len(lines) == 2 * len(MODEL_REFUSED)
     for number, (name, words) in enumerate(MODEL_REFUSED.items()):
         repository, _, revision = name.partition("@")
@@ -140,38 +157,9 @@ def test_refusals_name_the_repository_and_the_next_step(hub, on_hub, repositorie
     assert TOKEN not in refused.stdout + refused.stderr
 
 
-def test_pickled_weights_are_neither_read_nor_converted_by_a_bot(hub, on_hub, repositories):
-    base = repositories[0]
-    for file in base.glob("*.safetensors*"):
-        file.unlink()
-    (base / "pytorch_model.bin").write_bytes(b"pickled")
-    refused = on_hub("-c", REFUSALS, "acme/tiny-llama")
-    assert refused.returncode == 0, refused.stderr
-    tokenizer, weights = refused.stdout.splitlines()
-    assert tokenizer == "loaded"
-    assert "acme/tiny-llama (revision main): it has no safetensors weights" in weights
-    asked = {path for _, path, _ in hub.requests}
-    assert not any("pytorch_model" in path or "discussions" in path for path in asked)
-    assert all("acme/tiny-llama" in path for path in asked)
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (
-            "{base: acme/nothing, revision: v1}",
-            ["acme/nothing (revision v1)", "no such model", "gated", "`hf auth login`"],
-        ),
-        (
-            "{base: acme/tiny-llama, revision: v9}",
-            ["acme/tiny-llama (revision v9)", "no such branch, tag or commit"],
-        ),
-    ],
-)
 @pytest.mark.slow
-def test_the_command_refuses_in_two_lines_and_exits_with_2(
-    on_hub, repositories, tmp_path, model, words
-):
+def test_the_command_refuses_in_two_lines_and_exits_with_2(on_hub, repositories, tmp_path):
+    model = "{base: acme/nothing, revision: v1}"
     (tmp_path / "recipe.yaml").write_text(
         f"name: hub\nmodel: {model}\ndata: {{train: rows/train.jsonl}}\n", encoding="utf-8"
     )
@@ -180,7 +168,7 @@ def test_the_command_refuses_in_two_lines_and_exits_with_2(
     assert refused.returncode == 2
     *notes, message = refused.stderr.splitlines()
     assert message.startswith("error: model.base: cannot load acme/")
-    for word in words:
+    for word in ("acme/nothing (revision v1)", "no such model", "gated", "`hf auth login`"):
         assert word in message
     assert all(note.startswith(("data: ", "train: ")) for note in notes)
     assert TOKEN not in refused.stdout + refused.stderr
