@@ -416,8 +416,8 @@ def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
 
 
 @pytest.mark.slow
-def test_the_adapter_alone(hub, on_hub, publish, recipe, tiny_base, capsys):
-    message = refused(capsys, recipe, "--dry-run", "--adapter-only")
+def test_the_adapter_alone(hub, on_hub, publish, recipe, tiny_base, capfd):
+    message = refused(capfd, recipe, "--dry-run", "--adapter-only")
     assert "publish.base_model: an adapter needs its base" in message
     done = publish("--adapter-only", "publish.base_model=org/base")
     assert done.returncode == 0, done.stderr
