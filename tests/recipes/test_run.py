@@ -169,7 +169,7 @@ def test_readme_names_what_exists():
             folder = names[0]
         for name in names:
             assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
-    for path in re.findall(r"[\w/]+/\w+\.(?:py|yaml)", text):
+    for path in re.findall(r"(?<![:/\w])[\w/]+/\w+\.(?:py|yaml)", text):
         assert (ROOT / path).exists(), path
 
 
