@@ -15,7 +15,7 @@ from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
-from finequant.recipes.terminal import say
+from finequant.recipes.terminal import close, doing, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
-HELP = "an empty line quits, /new starts over"
+HELP = "/new starts over, /quit or an empty line ends, /help says this again"
 
 
 class Answer(NamedTuple):
@@ -62,6 +62,7 @@ def chat(
         UserError: for a model that does not exist.
     """
     recipe, run = open_run(where, overrides)
+    doing("chat: loading torch and transformers")
     names = available(run) if prompt is not None and model is None else [model or "quantized"]
     for name in names:
         check_made(name, recipe, run)
@@ -72,9 +73,11 @@ def chat(
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers = {}
     for name in names:  # one at a time in memory
+        doing(f"chat: {name}: answering")
         chat_model = load_chat_model(name, recipe, run)
         answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
         del chat_model
+    close()
     show(answers)
 
 
@@ -228,9 +231,10 @@ def converse(chat_model: ChatModel, name: str, recipe: Recipe, max_new_tokens: i
     """Reads lines and streams answers; keeps the conversation as context."""
     say(f"chat: {name}; {HELP}")
     messages = system_message(recipe)
-    while line := _read_line():
-        if line == "/new":
-            messages = system_message(recipe)
+    while (line := _read_line()) not in ("", "/quit"):
+        if line.startswith("/"):
+            messages = system_message(recipe) if line == "/new" else messages
+            say(f"chat: {'a new conversation' if line == '/new' else HELP}")
             continue
         messages.append({"role": "user", "content": line})
         answer = chat_model(messages, max_new_tokens, lambda text: print(text, end="", flush=True))

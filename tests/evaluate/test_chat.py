@@ -55,8 +55,10 @@ def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, reci
     assert answers.stdout.count("tokens/s") == 3
     alone = ask(recipe_file, "--model", "base", "--prompt", "open the red door")
     assert alone.stdout.count("tokens/s") == 1
-    talk = chat(quantized_run, said="open the door\n/new\nclose it\n\nnot read\n")
+    talk = chat(quantized_run, said="open the door\n/new\n/nwe\nclose it\n/quit\nnot read\n")
     assert talk.returncode == 0, talk.stderr
+    assert talk.stderr.count("chat: a new conversation") == 1
+    assert talk.stderr.count("/help says this again") == 2  # at first, and for /nwe
     assert talk.stderr.count("tokens/s") == 2
 
 
