@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from finequant.recipes.errors import UserError
@@ -39,9 +40,11 @@ def locate_recipe(name: Path) -> Path:
     for file in (name.with_suffix(".yaml"), SHIPPED / f"{name}.yaml"):
         if file.is_file():
             return file
+    near = get_close_matches(name.name, shipped_recipes(), n=1)
     raise UserError(
         f"{name}: cannot read the recipe: expected a file, a run directory, or one that comes with "
         f"finequant: {', '.join(shipped_recipes())}"
+        + (f"; did you mean {near[0]}?" if near else "")
     )
 
 
