@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 
 from finequant.finetune.processes import (
     LAUNCHERS,
@@ -37,6 +37,17 @@ class SavesWhenStopped(TrainerCallback):
     def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
         self.trainer, self.request = trainer, request
         self._number = 0
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Evaluates what was saved when a signal came before the end of its evaluation."""
+        step, when = state.global_step, args.eval_strategy
+        if not step or when == IntervalStrategy.NO:
+            return
+        by_steps = when == IntervalStrategy.STEPS
+        is_due = step % args.eval_steps == 0 if by_steps else float(state.epoch).is_integer()
+        done = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if is_due and step not in done:
+            self.trainer.evaluate()
 
     def on_step_end(self, args, state, control, **_) -> None:
         self._number = self._asked()

@@ -13,6 +13,7 @@ from finequant.recipes.errors import UserError
 
 def report(
     where: RecipePath,
+    overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
     """Print the table of the last evaluation; with --open, show its page."""
@@ -21,10 +22,11 @@ def report(
     from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import print_table
     from finequant.recipes.load import load_recipe
+    from finequant.recipes.locate import is_run
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.terminal import say
 
-    run = RunDir(where) if where.is_dir() else RunDir.of(load_recipe(where, []))
+    run = RunDir(where) if is_run(where) else RunDir.of(load_recipe(where, overrides or []))
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file}: missing: run `finequant evaluate RECIPE` first")

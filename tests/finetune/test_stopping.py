@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -220,3 +221,23 @@ def test_a_killed_run_leaves_a_log_of_all_steps(recipe_file):
     train(recipe_file, *steps)
     log = json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_interrupted_validation_is_in_the_log_of_the_whole_run(recipe_file, monkeypatch):
+    from finequant.finetune.training_status import ShowsTraining
+
+    interrupted = []
+
+    def stop_once(self, args, state, control, **_) -> None:
+        if not interrupted:
+            interrupted.append(state.global_step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShowsTraining, "on_prediction_step", stop_once)
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file, "train.epochs=2")
+    assert (exit_.value.code, interrupted) == (130, [6])
+    train(recipe_file, "train.epochs=2")
+    file = recipe_file.parent / "run" / "adapter" / "training_log.json"
+    log = json.loads(file.read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [6, 12]
