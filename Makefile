@@ -27,9 +27,9 @@ bench: $(VENV)/installed
 
 # Each export in the programs that people start, fetched into .clients/ (4 GB) -> docs/clients.md
 clients: $(VENV)/installed
-	$(BIN)/finequant run recipes/quickstart.yaml "quantize.exports=[compressed-tensors,gguf,onnx,mlx]"
+	$(BIN)/finequant run recipes/quickstart.yaml "quantize.exports=[compressed-tensors,gguf,executorch,onnx,mlx]"
 	$(BIN)/python benchmarks/clients.py recipes/quickstart.yaml \
-	  "quantize.exports=[compressed-tensors,gguf,onnx,mlx]"
+	  "quantize.exports=[compressed-tensors,gguf,executorch,onnx,mlx]"
 
 # About an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
 torture: $(VENV)/installed

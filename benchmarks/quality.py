@@ -105,9 +105,7 @@ TABLES = {
     "float embedding, 4-bit head": ("rotate=true",),
     "one 8-bit table": ("embedding=8", "head=8", "rotate=false"),
     "one 8-bit table, groups of 64": ("embedding=8", "head=8", "rotate=false", "group_size=64"),
-    "8-bit embedding, 4-bit head": ("embedding=8", "rotate=true"),
     "4-bit embedding, 4-bit head": ("embedding=4", "rotate=true"),
-    "4-bit embedding, 4-bit head, groups of 64": ("embedding=4", "rotate=true", "group_size=64"),
 }
 """Ways to keep embedding and head, as keys of the section `quantize`."""
 

@@ -6,7 +6,8 @@ import { JinjaTemplateChatWrapper, getLlama } from "node-llama-cpp";
 const [folder, file] = process.argv.slice(2);
 const job = JSON.parse(readFileSync(file, "utf8"));
 const name = readdirSync(folder).find((name) => name.endsWith(".gguf"));
-const llama = await getLlama({ gpu: false, build: "never" });
+const maxThreads = Number(process.env.OMP_NUM_THREADS ?? 0); // 0: as many as it likes
+const llama = await getLlama({ gpu: false, build: "never", maxThreads });
 const model = await llama.loadModel({ modelPath: join(folder, name) });
 const context = await model.createContext({ contextSize: 2048 });
 const sequence = context.getSequence();

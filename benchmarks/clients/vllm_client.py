@@ -51,7 +51,8 @@ def schemes(folder: Path) -> Counter[str]:
 
 def answers(folder: Path, job: dict) -> dict:
     """Token ids and greedy answers."""
-    model = LLM(str(folder), max_model_len=2048, max_num_seqs=1, enforce_eager=True)
+    longest = max(map(len, job["prompts"])) + job["max_new_tokens"]
+    model = LLM(str(folder), max_model_len=longest, max_num_seqs=1, enforce_eager=True)
     tokenizer = model.get_tokenizer()
     greedy = SamplingParams(temperature=0, max_tokens=job["max_new_tokens"])
     started = time.perf_counter()
@@ -79,6 +80,7 @@ with contextlib.redirect_stdout(sys.stderr):
     try:
         results |= answers(folder, job)
     except Exception as error:
-        last = str(error).strip().splitlines()[-1]
-        results["note"] += f"; does not generate here: `{type(error).__name__}: {last[:300]}`"
+        lines = [line.strip() for line in str(error).splitlines() if "http" not in line]
+        message = " ".join(filter(None, lines))[:400]
+        results["note"] += f"; does not generate here: `{type(error).__name__}: {message}`"
 print(json.dumps(results))
