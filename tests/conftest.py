@@ -357,7 +357,7 @@ def stages_here(monkeypatch) -> list[str]:
 
     called = []
 
-    def start(stage: str, position: str, arguments: list[str], launch: Path | None) -> None:
+    def start(stage: str, position: str, arguments: list[str], launcher: list[str]) -> None:
         called.append(stage)
         if stage in pipeline.MODULES:
             import_module(pipeline.MODULES[stage]).main(arguments)
