@@ -266,7 +266,7 @@ def test_the_lengths_of_the_rows_count_not_what_the_recipe_allows(recipe_file):
     lengths = Lengths([54] * 40 + [200], scored=128, prompt=64)
     refuse_what_cannot_finish(recipe, run, ["train", "quantize", "evaluate"], SMALL, lengths)
     cpu, gpu = SMALL, SMALL._replace(kind="gpu")
-    config = load_base(recipe.model, torch.float32, "meta").config
+    config = load_base(recipe.model, torch.float32, device_map="meta").config
 
     def activations(machine: Machine) -> int:
         return memory_of("train", recipe, config, machine, lengths)["activations"]

@@ -521,7 +521,7 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
     assert run.manifest()["toy"]["coded_layers"] == 15
     assert run.what_changed(recipe, "toy") == []
     assert "toy: all 15 layers have the same codes, scales too" in capsys.readouterr().err
-    scores = measure_export("toy", recipe, run, None)["scores"]  # without a runtime, its size
+    scores = measure_export("toy", recipe, run, None, None)["scores"]  # without a runtime
     assert scores["size_bytes"] == (run.exports / "toy" / "model.safetensors").stat().st_size
     assert "only its size is measured: no runtime is known here" in capsys.readouterr().err
     card = loading(recipe, {}, QUANTIZED, ["model.safetensors", "toy/model.safetensors"])
