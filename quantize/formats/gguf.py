@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from finequant.finetune.architecture import architecture, head_dim
-from finequant.finetune.pre_tokenizers import gguf_name
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import CONTEXT, Format
+from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
 from finequant.quantize.formats.snippet import fenced
@@ -74,7 +74,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     writer.add_type(GGUFType.MODEL)
     metadata(recipe, stored.config).set_gguf_meta_model(writer)
     _add_config(writer, stored.config, kind)
-    adds_bos = _add_tokenizer(writer, stored)
+    adds_bos = add_tokenizer(writer, stored)
     names = _tensor_names(stored.config)
     size = _add_rounded(writer, stored, names)
     for name, tensor in stored.floats.items():
@@ -202,72 +202,6 @@ def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-def _add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
-    """Adds tokens, merges, special tokens and the chat template.
-
-    Returns:
-        Whether llama.cpp will put the first token in front of every text.
-    """
-    from gguf import SpecialVocab, TokenType
-
-    described = stored.tokenizer
-    size = stored.config.vocab_size
-    tokens = [f"[PAD{index}]" for index in range(size)]  # rows of the embedding without a token
-    types = [TokenType.UNUSED] * size
-    for token, index in described["model"]["vocab"].items():
-        tokens[index], types[index] = token, TokenType.NORMAL
-    for added in described["added_tokens"]:
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], kind
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(described))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
-    special.add_special_token.setdefault("bos", False)  # else llama.cpp puts one in front
-    special.special_token_ids |= _end_of_turn(stored, special.special_token_ids.get("eos"))
-    special.add_to_gguf(writer, quiet=True)
-    return bool(special.add_special_token["bos"])
-
-
-def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:
-    """Returns the end tokens, under the three keys that make llama.cpp stop.
-
-    A fourth has no key; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their text.
-    eos: the tokenizer's, which is the end of an answer unless that would change its texts.
-    """
-    ends = stored.end_tokens
-    if not ends:
-        return {}
-    ids = {"eos": ends[0] if eos is None else eos, "eot": ends[0]}
-    remaining = [end for end in ends if end not in ids.values()]
-    return ids | ({"eom": remaining[0]} if remaining else {})
-
-
-def pre_tokenizer(described: dict[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer cuts a text into words.
-
-    described: the content of tokenizer.json.
-
-    Raises:
-        UserError: for a tokenizer that is no byte-level BPE, or cuts in a way without a name here.
-    """
-    name = gguf_name(described)
-    if name is None:
-        cutter = described["pre_tokenizer"] or {}
-        kinds = [step.get("type") for step in cutter.get("pretokenizers", [cutter])]
-        raise UserError(
-            f"gguf: the tokenizer cuts words by {_names(kinds)}, for which llama.cpp's name is not "
-            "known here; expected a byte-level BPE like that of GPT-2, SmolLM, Llama 3 or Qwen 2: "
-            "remove gguf from quantize.exports"
-        )
-    return name
-
-
-def _names(kinds: list[str | None]) -> str:
-    return ", ".join(filter(None, kinds)) or "no rule (as Llama 2's does)"
 
 
 def read_back(

@@ -256,7 +256,7 @@ def test_gguf_says_how_words_are_cut(tokenizer):
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
 
-    from finequant.quantize.formats.gguf import pre_tokenizer
+    from finequant.quantize.formats.gguf_tokenizer import pre_tokenizer
     from finequant.recipes.errors import UserError
 
     # As in the tokenizer.json of the models that the names come from.
