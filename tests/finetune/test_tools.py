@@ -1,7 +1,8 @@
 """Function calls: every form of them, rendered by templates of three published formats.
 
-The templates are our own, written after what the models' cards publish. What is expected is written
-out by hand, in pieces that are learned and pieces that are not, and compared token by token.
+The templates are our own, written after what the models' cards publish; one is shipped. What is
+expected is written out by hand, in pieces that are learned and pieces that are not, and compared
+token by token.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ QWEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+SHIPPED = (Path(__file__).parents[2] / "recipes/data/chatml_tools.jinja").read_text("utf-8")
+
 LAMP = {"name": "lamp", "parameters": {"type": "object"}}
 TOOL = {"type": "function", "function": LAMP}
 CALL = {"name": "lamp", "arguments": {"room": "blue"}}
@@ -213,6 +216,23 @@ EXPECTED: dict[str, tuple[str, Row, list[str | list[str]]]] = {
             ],
             "\n<|im_start|>tool\n<tool_response>\nok\n</tool_response>\n<tool_response>\nno\n"
             "</tool_response>\n<|im_end|>\n<|im_start|>assistant\n",
+            ["one is lit<|im_end|>"],
+            "\n",
+        ],
+    ),
+    "shipped, two calls": (
+        SHIPPED,
+        TWO,
+        [
+            f"<|im_start|>system\nYou may call these functions:\n<tools>\n{json.dumps(LAMP)}\n"
+            '</tools>\nWrite a call as <tool_call>{"name": ..., "arguments": ...}</tool_call>'
+            "<|im_end|>\n<|im_start|>user\nlight both<|im_end|>\n<|im_start|>assistant\n",
+            [
+                f"<tool_call>{BLUE}</tool_call>\n<tool_call>"
+                '{"name": "lamp", "arguments": {"room": "red"}}</tool_call><|im_end|>'
+            ],
+            "\n<|im_start|>tool\nok<|im_end|>\n<|im_start|>tool\nno<|im_end|>\n"
+            "<|im_start|>assistant\n",
             ["one is lit<|im_end|>"],
             "\n",
         ],
