@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from typing import NamedTuple
+import io
 
 import pytest
-
-from finequant.recipes.run import main
-
-CHAT = (sys.executable, "-m", "finequant.recipes.run", "chat")
-
-
-def chat(*arguments: object, said: str = "") -> subprocess.CompletedProcess[str]:
-    command = [*CHAT, *map(str, arguments), "--max-new-tokens", "4"]
-    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=300)
-
-
-class Said(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
+from conftest import Said
 
 
 @pytest.fixture
-def ask(capsys):
-    """The same command in this process; only a conversation needs a stdin of its own."""
+def ask(here, monkeypatch):
+    """`finequant chat`, with what is typed."""
 
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main(["chat", *map(str, arguments), "--max-new-tokens", "4"])
-        return Said(exit_.value.code or 0, *capsys.readouterr())
+    def run(*arguments: object, typed: str = "") -> Said:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        return here("chat", *map(str, arguments), "--max-new-tokens", "4")
 
     return run
 
@@ -55,7 +37,7 @@ def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, reci
     assert answers.stdout.count("tokens/s") == 3
     alone = ask(recipe_file, "--model", "base", "--prompt", "open the red door")
     assert alone.stdout.count("tokens/s") == 1
-    talk = chat(quantized_run, said="open the door\n/new\n/nwe\nclose it\n/quit\nnot read\n")
+    talk = ask(quantized_run, typed="open the door\n/new\n/nwe\nclose it\n/quit\nnot read\n")
     assert talk.returncode == 0, talk.stderr
     assert talk.stderr.count("chat: a new conversation") == 1
     assert talk.stderr.count("/help says this again") == 2  # at first, and for /nwe
