@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from finequant.evaluate.points import read_points, split_values
 from finequant.evaluate.report.sweep_report import (
     groupwise_tables,
     mean_accuracy,
@@ -15,7 +16,7 @@ from finequant.evaluate.report.sweep_report import (
     sweep_rows,
     write_sweep,
 )
-from finequant.evaluate.sweep import read_points, split_values, sweep
+from finequant.evaluate.sweep import sweep
 from finequant.recipes.errors import UserError
 
 TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
