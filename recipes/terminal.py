@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -43,13 +43,23 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def wrapped(message: str) -> str:
-    """Breaks lines between words where stderr is a terminal, which would break them anywhere."""
-    if not sys.stderr.isatty():
+def show(text: str) -> None:
+    """Prints a result, to stdout, in the place of what was being done."""
+    close()
+    print(wrapped(text, sys.stdout), flush=True)
+
+
+def wrapped(message: str, stream: TextIO | None = None) -> str:
+    """Breaks lines between words where the stream is a terminal, which would break them anywhere.
+
+    stream: stderr by default.
+    """
+    stream = stream or sys.stderr
+    if not stream.isatty():
         return message
     fill = textwrap.TextWrapper(
-        width=max(os.get_terminal_size(sys.stderr.fileno()).columns, 20),
-        subsequent_indent="  ",
+        width=max(os.get_terminal_size(stream.fileno()).columns, 20),
+        subsequent_indent="    " if message.startswith(" ") else "  ",
         break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,

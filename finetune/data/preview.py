@@ -25,6 +25,7 @@ from finequant.finetune.data.tokens import IGNORED, Encoded, encode
 from finequant.finetune.data.turns import answer_end, end_tokens
 from finequant.finetune.model import load_tokenizer
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import close
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,6 +54,7 @@ def preview(recipe: Recipe, count: int, page: Path | None = None) -> None:
     tokenizer = load_tokenizer(recipe.model)
     splits = prepared_splits(recipe)
     figures = _Figures(recipe, tokenizer, splits)
+    close()
     for note in splits.notes:
         console.print(note, markup=False, highlight=False)
     for row in splits.train[:count]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from finequant.recipes.load import read_section
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import PLAN_KEYS, recipe_inputs
+from finequant.recipes.terminal import close, show
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -96,7 +98,7 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
         plan = layer_plan(Quantize.model_validate(chosen), config)
         ratios = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
     elif recipe.quantize.budget:
-        print(
+        show(
             f"quantize.budget: {recipe.quantize.budget} bits per weight: the plan is chosen by "
             "measured sensitivity in the stage quantize; once that has run, it is shown here"
         )
@@ -107,9 +109,9 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
     sizes = {name: layer_size(shapes[name], scheme, dtype) for name, scheme in plan.items()}
     _print(_table(plan, shapes, sizes, ratios, every))
     for line in _totals(plan, sizes, whole, config):
-        print(line)
+        show(line)
     if ratios:
-        print(f"signal to noise: of the weights in {run.quantized}, {record['method']}")
+        show(f"signal to noise: of the weights in {run.quantized}, {record['method']}")
 
 
 def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
@@ -201,6 +203,11 @@ def _totals(
 def _print(table: Table) -> None:
     """In full width where there is no terminal to fit."""
     console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.width = max(console.width, needed)
+    close()
+    if console.is_terminal:
+        table.box = SIMPLE
+        table.columns[0].overflow, table.columns[0].min_width = "fold", len("model.layers.0-31.")
+    else:
+        needed = console.measure(table, options=console.options.update(width=1000)).maximum
+        console.width = max(console.width, needed)
     console.print(table)

@@ -26,6 +26,7 @@ from finequant.recipes.freshness import cache_folder
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import STAGES, stages_of
+from finequant.recipes.terminal import show
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -44,22 +45,22 @@ def show_resources(
     """
     config = load_config(recipe.model)
     parts = components(config)
-    print(f"\nparameters: {parameter_count(config):,}: " + _listed(parts))
+    show(f"\nparameters: {parameter_count(config):,}: " + _listed(parts))
     adapter = trainable(recipe.lora, config)
-    print(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
+    show(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
     stages = [stage for stage in stages_of(recipe) if stage in STAGES]
     for machine in filter(None, (this_machine(), gpu)):
-        print(f"\npeak memory on {machine.name}, which has {_gb(machine.memory)}:")
+        show(f"\npeak memory on {machine.name}, which has {_gb(machine.memory)}:")
         for stage in stages:
             memory = memory_of(stage, recipe, config, machine)
             total = sum(memory.values())
             fits = "" if total <= machine.memory else " does not fit:"
             named = {name: _gb(size) for name, size in memory.items()}
-            print(
+            show(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
             )
     for folder, size in _disk(recipe, run, config, stages).items():
-        print(f"\ndisk: {_gb(size)} in {folder}, free are {_gb(free_disk(folder))}")
+        show(f"\ndisk: {_gb(size)} in {folder}, free are {_gb(free_disk(folder))}")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
 
@@ -68,7 +69,7 @@ def _show_sizes(
 ) -> None:
     """At the recipe's own widths, then with the same number of bits for all."""
     cache = cache_bytes(config, context)
-    print(f"\nquantized, packed, with {_gb(cache)} of key-value cache for {context:,} tokens:")
+    show(f"\nquantized, packed, with {_gb(cache)} of key-value cache for {context:,} tokens:")
     chosen = recipe.quantize
     sizes = {} if chosen.budget else {"as the recipe says": chosen}
     plain = chosen.model_dump() | {"layers": {}, "budget": None}
@@ -80,7 +81,7 @@ def _show_sizes(
         if device_memory:
             fits = "fits" if size + cache <= device_memory else "does not fit"
             line += f": {fits} into {_gb(device_memory)}"
-        print(line)
+        show(line)
 
 
 def refuse_what_cannot_finish(
