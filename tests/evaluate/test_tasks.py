@@ -330,6 +330,7 @@ def test_scores_name_filters_and_leave_out_losses():
     }
 
 
+@pytest.mark.slow  # lm-eval reads 10,000 files
 def test_unknown_tasks_are_named_with_a_suggestion(task_folder):
     evaluate = Evaluate(tasks=["colour_of_thin", "arc_esay"], task_folder=task_folder)
     with pytest.raises(UserError) as error:
