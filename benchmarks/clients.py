@@ -48,6 +48,8 @@ class Client(NamedTuple):
     """Whether it runs in this environment, which has the packages, with finequant hidden."""
     rows: int = 300
     """Prompts at most: fewer for the slow."""
+    probes: int = 50
+    """Unfinished answers after which logits are compared."""
 
 
 CLIENTS = {
@@ -74,7 +76,13 @@ CLIENTS = {
     ),
     "onnxruntime-genai": Client("onnx", ("onnxruntime-genai==0.18.0",), "genai_client.py"),
     "transformers.js": Client("onnx", ("@huggingface/transformers@4.3.1",), "transformers.mjs"),
-    "mlx-lm": Client("mlx", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), "mlx_client.py"),
+    "mlx-lm": Client(
+        "mlx",
+        ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
+        "mlx_client.py",
+        rows=10,  # its kernels for a CPU take seconds for a prompt
+        probes=5,
+    ),
     "ExecuTorch": Client("executorch", ("executorch",), "executorch_client.py", shared=True),
 }
 
@@ -98,7 +106,7 @@ def main() -> None:
             continue
         if name in (arguments.only or CLIENTS):
             say(f"clients: {name}: running {folder}")
-            job = judge.job(min(arguments.rows, client.rows))
+            job = judge.job(min(arguments.rows, client.rows), client.probes)
             run_client(client, folder, where, job)
         if (where / "results.json").exists():
             results.append(judge.result(name, client.packages, folder, where))

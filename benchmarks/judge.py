@@ -77,14 +77,14 @@ class Judge:
         self.probes = self._probes()
         self.answers, self.logits = self._quantized()
 
-    def job(self, limit: int) -> dict[str, Any]:
-        """What a client is asked for, as JSON."""
+    def job(self, limit: int, probes: int) -> dict[str, Any]:
+        """What a client is asked for, as JSON: so many answers, and logits of so many probes."""
         material = self.material
         return {
             "texts": self.texts,
             "messages": [list(row.messages[:-1]) for row in self.rows],
             "prompts": material.prompts[:limit],
-            "probes": self.probes,
+            "probes": self.probes[:probes],
             "ends": material.ends,
             "vocabulary": self.logits.shape[1],
             "max_new_tokens": self.recipe.evaluate.max_new_tokens,
@@ -154,8 +154,9 @@ class Judge:
         """Mean KL from quantized/, in nats a token."""
         if not file.exists():
             return MISSING
-        theirs = torch.from_numpy(np.fromfile(file, "<f4").reshape(self.logits.shape))
-        ours, theirs = self.logits.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        theirs = torch.from_numpy(np.fromfile(file, "<f4")).view(-1, self.logits.shape[1])
+        pair = (self.logits[: len(theirs)], theirs)
+        ours, theirs = (logits.double().log_softmax(-1) for logits in pair)
         return f"{(ours.exp() * (ours - theirs)).sum(-1).mean().item():.1e}"
 
     def _speed(self, results: dict[str, Any]) -> list[str]:
