@@ -58,7 +58,7 @@ def wrapped(message: str, stream: TextIO | None = None) -> str:
     if not stream.isatty():
         return message
     fill = textwrap.TextWrapper(
-        width=max(os.get_terminal_size(stream.fileno()).columns, 20),
+        width=max(os.get_terminal_size(stream.fileno()).columns or 80, 20),  # some say 0
         subsequent_indent="    " if message.startswith(" ") else "  ",
         break_long_words=False,
         break_on_hyphens=False,

@@ -70,6 +70,11 @@ def test_a_terminal_has_one_status_line_which_goes():
     assert "a line that stays" in lines[0] + lines[1]
 
 
+def test_a_terminal_that_does_not_know_its_width_has_80_columns():
+    lines = screen(in_a_terminal(LOOP, columns=0))
+    assert max(map(len, lines)) in range(60, 81)
+
+
 def test_a_log_file_has_whole_lines_now_and_then(capsys, monkeypatch):
     list(terminal.tracked(range(3), "train: step", 3))
     assert capsys.readouterr().err == ""  # it took no time
