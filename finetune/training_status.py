@@ -15,6 +15,7 @@ class ShowsTraining(TrainerCallback):
     def __init__(self, stage: str) -> None:
         """stage: the first word of each line."""
         self.stage = stage
+        self._progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self._progress = Progress(f"{self.stage}: step", state.max_steps, state.global_step)
@@ -34,6 +35,8 @@ class ShowsTraining(TrainerCallback):
         self._progress.show(state.global_step, f"{self._loss}, {speed:,.0f} tokens/s")
 
     def on_prediction_step(self, args, state, control, eval_dataloader, **_) -> None:
+        if self._progress is None:  # an evaluation by itself
+            return
         self._evaluated += 1
         batches = f", validating {self._evaluated}/{len(eval_dataloader)}"
         self._progress.show(state.global_step, f"{self._loss}{batches}")
