@@ -133,7 +133,7 @@ def test_a_run_reads_its_rows_and_its_base_once(
     from finequant.finetune.data import dataset, splits
 
     times, file_hash, dequantize = Counter(), artifact.file_hash, gguf_base._dequantize
-    read_source, encode_rows = splits.read_source, dataset.encode_rows
+    read_unparsed, encode_rows = splits.read_unparsed, dataset.encode_rows
     read, tokenized = Counter(), Counter()
 
     def counting_hash(path: Path) -> str:
@@ -146,7 +146,7 @@ def test_a_run_reads_its_rows_and_its_base_once(
 
     def counting_source(source):
         read[Path(source.source).name] += 1
-        return read_source(source)
+        return read_unparsed(source)
 
     def counting_rows(rows, *arguments):
         tokenized.update(row.where for row in rows)
@@ -154,7 +154,7 @@ def test_a_run_reads_its_rows_and_its_base_once(
 
     monkeypatch.setattr(artifact, "file_hash", counting_hash)
     monkeypatch.setattr(gguf_base, "_dequantize", counting_dequantize)
-    monkeypatch.setattr(splits, "read_source", counting_source)
+    monkeypatch.setattr(splits, "read_unparsed", counting_source)
     monkeypatch.setattr(dataset, "encode_rows", counting_rows)
     monkeypatch.setattr(freshness, "LARGE", 100_000)
     monkeypatch.setattr(freshness, "SETTLED_SECONDS", -3600.0)
