@@ -29,6 +29,7 @@ def quantized_run(recipe_file, train_once):
     return recipe_file.parent / "run"
 
 
+@pytest.mark.slow
 def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, recipe_file, ask):
     answers = ask(quantized_run, "--prompt", "open the red door")
     assert answers.returncode == 0, answers.stderr

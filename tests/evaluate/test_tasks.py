@@ -245,6 +245,7 @@ metadata: {{version: 1}}
 """
 
 
+@pytest.mark.slow
 def test_a_task_through_the_chat_template_asks_what_lm_eval_asks(
     model, tokenizer, task_folder, tmp_path, monkeypatch
 ):
@@ -330,6 +331,7 @@ def test_scores_name_filters_and_leave_out_losses():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.slow  # lm-eval reads 10,000 files
 def test_unknown_tasks_are_named_with_a_suggestion(task_folder):
     evaluate = Evaluate(tasks=["colour_of_thin", "arc_esay"], task_folder=task_folder)

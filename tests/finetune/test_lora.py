@@ -38,7 +38,10 @@ def test_logits_and_gradients_are_those_of_peft(tiny_base, rank_stabilized):
     for one, other in zip(usual.parameters(), fused.parameters(), strict=True):
         if one.requires_grad:
             assert one.grad.abs().max() > 0
-            torch.testing.assert_close(other.grad, one.grad)
+            # The order of the sums depends on the number of threads.
+            torch.testing.assert_close(
+                other.grad, one.grad, rtol=1e-5, atol=1e-5 * one.grad.abs().max().item()
+            )
     with fused.disable_adapter(), usual.disable_adapter():
         assert torch.equal(fused(ids).logits, usual(ids).logits)
 

@@ -13,6 +13,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 
 
+@pytest.mark.slow
 def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_file, tiny_base):
     from safetensors.torch import load_file
 

@@ -204,6 +204,7 @@ def test_publishing_again_sends_nothing_that_is_there_and_removes_what_is_gone(
     assert len(hub.received) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_upload_resumes(hub, hub_environment, publish, recipe, how, code):
     hub.stall_at = 2

@@ -79,6 +79,7 @@ def test_a_merge_that_is_not_pefts_is_refused_on_prompts(llama, recipe_file, mon
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_no_weight_is_in_memory_twice(llama, recipe_file):
     """The peak of a process that loads 100 MB of bfloat16, above what it takes before."""

@@ -213,6 +213,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
     logits, exact, answers, theirs, said = shipped[name]

@@ -194,6 +194,7 @@ print(json.dumps([later.model.revision, later.data.train[0].revision]))
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training(
     hub, on_hub, repositories, tmp_path
 ):
