@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,8 +50,6 @@ def quiet_libraries() -> None:
     """Silences what libraries print for their developers, so that users see what concerns them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # a log file would be full of progress bars
-        os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # peft looks for a config.json beside a GGUF base, to see whether the vocabulary has grown.

@@ -9,9 +9,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+if not sys.stderr.isatty():  # a log file would be full of the libraries' progress bars
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 
 STAGE = "FINEQUANT_STAGE"
 """The environment variable by which `finequant run` tells a stage its number, such as "2/4", and
@@ -38,6 +42,8 @@ def say(message: str) -> None:
     if _line is not None and not _line.total:
         close()  # what was being done is done
     if sys.stderr.isatty():
+        from tqdm import tqdm
+
         tqdm.write(wrapped(message), file=sys.stderr)
     else:
         print(message, file=sys.stderr, flush=True)
@@ -149,6 +155,8 @@ def _open(text: str, total: int | None = None) -> tqdm:
     """Puts a text on the last line of the terminal; with a total it stays there, below others."""
     global _line
     close()
+    from tqdm import tqdm
+
     _line = tqdm(
         desc=_numbered(text),
         total=total,
