@@ -62,6 +62,7 @@ def run(installed: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_file_of_the_folders_is_in_the_wheel(installed):
     expected = {name for name in files(ROOT) if not name.startswith(MAKES_DATA)}
     expected.remove("recipes/as_module/__main__.py")

@@ -199,6 +199,7 @@ def test_without_held_out_rows_models_are_checked_on_training_rows(recipe_file):
     assert len(material.probes) == 2
 
 
+@pytest.mark.slow
 def test_multiple_choice_and_text_metrics(finished):
     report = finished(
         "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",

@@ -95,6 +95,7 @@ def load(run: Path, folder: str):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["adapter", *FOLDERS])
 def test_plain_generate_stops_where_the_reports_answers_stop(run, folder):
     from transformers import AutoTokenizer

@@ -147,6 +147,7 @@ def test_base_without_adapter(swept, recipe_file, tokenizer, capsys):
         assert any(all(cell in line for cell in row) for line in printed.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, train_once, method):
     from finequant.evaluate.compare import main as compare

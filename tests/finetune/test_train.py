@@ -200,6 +200,7 @@ def evaluation_loss(model: torch.nn.Module, recipe) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_do_not_change_the_result(recipe_file, tmp_path):
     whole = train(recipe_file, "train.micro_batch_size=8", f"output_dir={tmp_path / 'a'}")
     parts = train(recipe_file, "train.micro_batch_size=2", f"output_dir={tmp_path / 'b'}")
@@ -213,6 +214,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_result(recipe_file, tm
     assert relative_difference(weights(whole), weights(saved)) < 1e-3
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(recipe_file):
     adapter = train(
         recipe_file,
@@ -235,6 +237,7 @@ def test_early_stopping_keeps_the_best(recipe_file):
     assert evaluation_loss(merged, recipe) == pytest.approx(min(losses), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_schedules_and_tensorboard(recipe_file, tmp_path, monkeypatch):
     rates = {}
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))

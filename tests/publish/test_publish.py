@@ -185,6 +185,7 @@ def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
     assert b"hf_Planted" not in everything_under(tmp_path)
 
 
+@pytest.mark.slow
 def test_publishing_again_sends_nothing_that_is_there_and_removes_what_is_gone(
     hub, publish, recipe
 ):
@@ -299,6 +300,7 @@ def test_an_existing_repository_keeps_its_visibility(hub, publish):
     assert publish("publish.private=false").returncode == 0
 
 
+@pytest.mark.slow
 def test_it_asks(hub, hub_environment, recipe):
     command = [sys.executable, *COMMAND, str(recipe)]
     environment = hub_environment | {"HF_TOKEN": WRITE}

@@ -103,6 +103,7 @@ def test_a_zero_weight_stays_zero():
         assert torch.isfinite(rounded.scale).all()
 
 
+@pytest.mark.slow
 def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
     from transformers import AutoModelForCausalLM
 

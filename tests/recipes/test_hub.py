@@ -136,6 +136,7 @@ def pickled(hub, repositories, tmp_path) -> str:
     return "acme/pickled"
 
 
+@pytest.mark.slow
 def test_refusals_name_the_repository_and_the_next_step(hub, on_hub, repositories, pickled):
     """Pickled weights are neither read nor converted by a bot."""
     hub.add("acme/closed", repositories[0])

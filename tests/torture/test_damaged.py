@@ -107,6 +107,7 @@ def test_the_listener_hears(tmp_path):
     assert touched == [str(tmp_path / "made")] * 2 or len(touched) == 2
 
 
+@pytest.mark.slow
 @many
 @given(recipe=st.sampled_from(RECIPES), damage=DAMAGE)
 def test_damaged_recipes(recipe, damage, capsys):
@@ -119,6 +120,7 @@ def test_damaged_recipes(recipe, damage, capsys):
     assert said.err.startswith("error: ") == (code == 2)
 
 
+@pytest.mark.slow
 @many
 @given(
     key=st.sampled_from(["name", "seed", "data.train", "lora.rank", "quantize.layers", "x.y"]),
