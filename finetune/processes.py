@@ -91,7 +91,7 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """Leaves the other processes; what follows is one process's own."""
+    """Leaves the other processes for good; what follows is one process's own."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

@@ -108,7 +108,6 @@ MEASURED = [
 ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
 train("uneven", *ROWS)
 train("quantized", *ROWS, run="uneven", entry=lambda line: RANK or quantize(line))
-train("evaluated", *ROWS, *MEASURED, run="uneven", entry=evaluate)
 train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
 with at_step(2, 1, lambda loss: loss * float("nan")):
     train("nan", "train.save_steps=1")
@@ -129,3 +128,7 @@ with fsdp():
     train("dora", "lora.use_dora=true", "train.max_steps=2")
     train("pissa", "lora.init_lora_weights=pissa", "train.max_steps=2")
     train("olora", "lora.init_lora_weights=olora", "train.max_steps=2")
+
+# Evaluation leaves the process group, and torch's store keeps the addresses of a group that is
+# gone: one process could ask for the other's former address, so nothing may follow.
+train("evaluated", *ROWS, *MEASURED, run="uneven", entry=evaluate)
