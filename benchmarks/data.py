@@ -32,7 +32,7 @@ name: data
 model: {{base: {base}}}
 data: {{train: {rows}, validation_fraction: 0.001, max_length: 128}}
 lora: {{rank: 4, target_modules: [q_proj]}}
-train: {{max_steps: 1, batch_size: 8, micro_batch_size: 8, learning_rate: 1e-4}}
+train: {{max_steps: 1, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-4}}
 evaluate: {{metrics: []}}
 output_dir: {run}
 """
@@ -111,7 +111,7 @@ def trl(base: Path, rows: Path, output: Path) -> list[str]:
         "use_cpu": True,
         "max_length": 128,
         "use_peft": True,
-        "lora_target_modules": "q_proj",
+        "lora_target_modules": "all-linear",
         "report_to": "none",
         "output_dir": output,
     }

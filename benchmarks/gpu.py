@@ -264,7 +264,7 @@ def our_arguments(recipe: Recipe, folder: str, steps: int, autocast: bool = True
     train = recipe.train.model_copy(update={"max_steps": steps + WARM_UP})
     dtype = arithmetic_dtype(torch.bfloat16) if autocast else torch.float32
     recipe = recipe.model_copy(update={"train": train})
-    arguments = training_arguments(recipe, Path(folder), dtype, False)
+    arguments = training_arguments(recipe, Path(folder), dtype)
     arguments.save_strategy = "no"
     return arguments
 

@@ -57,16 +57,16 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
-    splits = prepared_splits(recipe)
-    for note in splits.notes:
-        say(f"data: {note}")
     check_window(recipe, load_config(recipe.model))
     dtype, reason = training_precision(recipe.train.precision)
     base_in = ", the base in nf4" if recipe.model.load == "nf4" else ""
     say(f"train: {str(dtype).removeprefix('torch.')}, {reason}{base_in}")
     tokenizer = load_tokenizer(recipe.model)
-    arguments = training_arguments(recipe, run.checkpoints, dtype, bool(splits.validation))
+    arguments = training_arguments(recipe, run.checkpoints, dtype)
     require_shared(run.root)
+    splits = prepared_splits(recipe)
+    for note in splits.notes:
+        say(f"data: {note}")
     decided_by_first(lambda: run.continuing(run.checkpoints, "train", inputs))
     trained = fine_tune(recipe, arguments, tokenizer, splits, dtype)
     if is_first():

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, PrinterCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
@@ -263,6 +263,8 @@ def build_trainer(
     trainer_class: one that trains what requires a gradient in `base`, without an adapter.
     """
     patience = recipe.train.early_stopping_patience
+    if not splits.validation:
+        arguments.eval_strategy = IntervalStrategy.NO
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
     elif not trainer_class:  # what trains through quantized weights computes as they will
@@ -284,9 +286,7 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(
-    recipe: Recipe, folder: Path, dtype: torch.dtype, evaluates: bool
-) -> SFTConfig:
+def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTConfig:
     """Translates the recipe's section into trl's arguments; checkpoints go to `folder`.
 
     Raises:
@@ -335,7 +335,7 @@ def training_arguments(
             packing=packing,
             eval_packing=False,
             padding_free=on_cpu,
-            eval_strategy=_when(train.eval_steps) if evaluates else "no",
+            eval_strategy=_when(train.eval_steps),
             eval_steps=train.eval_steps,
             save_strategy=_when(train.save_steps),
             save_steps=train.save_steps or 500,

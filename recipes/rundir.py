@@ -138,8 +138,18 @@ class RunDir:
         entry = self.manifest().get(stage)
         if entry is None or not self.has(stage):
             return None
-        changed = changes(entry["inputs"], self.inputs(recipe, stage), _values(recipe))
+        changed = self._changes(entry, recipe, stage)
         return [*changed.values(), *self._edited(stage, entry)]
+
+    def _changes(self, entry: dict[str, Any], recipe: Recipe, stage: str) -> dict[str, str]:
+        """Maps each input that differs from a manifest entry's to a sentence about it.
+
+        A key that is newer than the entry, and not set, is no change.
+        """
+        inputs, set_keys = self.inputs(recipe, stage), _values(recipe, exclude_defaults=True)
+        changed = changes(entry["inputs"], inputs, _values(recipe))
+        known = entry["inputs"].keys() | set_keys.keys()
+        return {key: why for key, why in changed.items() if key in known or key.endswith("/")}
 
     def has(self, stage: str) -> bool:
         """Says whether what the stage writes is there, whoever made it."""
@@ -169,7 +179,7 @@ class RunDir:
         outputs, entry = self.outputs(stage), self.manifest().get(stage)
         if entry is None or self._edited(stage, entry):  # brought from elsewhere
             return
-        changed = changes(entry["inputs"], self.inputs(recipe, stage), _values(recipe))
+        changed = self._changes(entry, recipe, stage)
         unusable = [text for key, text in changed.items() if self._decides(key, stage)]
         if unusable:
             raise UserError(
@@ -300,8 +310,8 @@ class RunDir:
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
 
 
-def _values(recipe: Recipe) -> dict[str, Any]:
-    return flat(recipe.model_dump(mode="json"))
+def _values(recipe: Recipe, exclude_defaults: bool = False) -> dict[str, Any]:
+    return flat(recipe.model_dump(mode="json", exclude_defaults=exclude_defaults))
 
 
 def _changed_files(path: Path) -> str:

@@ -84,10 +84,22 @@ def peak_memory() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def greedy(step: Callable[[list[int], int], np.ndarray], prompt: list[int]) -> Iterator[int]:
-    """Tokens without end of `step`, which maps ids and the position of the first to logits."""
-    logits, position = step(prompt, 0), len(prompt)
-    while True:
-        token = int(logits.argmax())
-        yield token
-        logits, position = step([token], position), position + 1
+class SteppedClient:
+    """A program that computes logits and leaves sampling to its user."""
+
+    def step(self, ids: list[int], start: int) -> np.ndarray:
+        """float32 [vocabulary] after `ids`, the first of which has the position `start`."""
+        raise NotImplementedError
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int] | None:
+        return None  # it has no chat template
+
+    def answer(self, prompt: list[int], limit: int) -> Iterator[int]:
+        logits, position = self.step(prompt, 0), len(prompt)
+        while True:
+            token = int(logits.argmax())
+            yield token
+            logits, position = self.step([token], position), position + 1
+
+    def last_logits(self, ids: list[int]) -> np.ndarray:
+        return self.step(ids, 0)

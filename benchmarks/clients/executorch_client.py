@@ -10,7 +10,7 @@ from executorch.runtime import Runtime
 from pytorch_tokenizers import CppHFTokenizer
 
 
-class ExecuTorch:
+class ExecuTorch(client.SteppedClient):
     def __init__(self, folder: Path) -> None:
         self._tokenizer = CppHFTokenizer()
         self._tokenizer.load(str(folder / "tokenizer.json"))
@@ -21,16 +21,7 @@ class ExecuTorch:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, 0, 0)
 
-    def prompt(self, messages: list[dict[str, str]]) -> None:
-        return None
-
-    def answer(self, prompt: list[int], limit: int):
-        return client.greedy(self._step, prompt)
-
-    def last_logits(self, ids: list[int]) -> np.ndarray:
-        return self._step(ids, 0)
-
-    def _step(self, ids: list[int], start: int) -> np.ndarray:
+    def step(self, ids: list[int], start: int) -> np.ndarray:
         (logits,) = self._forward.execute([torch.tensor([ids]), torch.tensor([start])])
         return logits[0].numpy().copy()
 

@@ -8,7 +8,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 
-class OnnxRuntime:
+class OnnxRuntime(client.SteppedClient):
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         (file,) = folder.glob("*.onnx")
@@ -22,16 +22,7 @@ class OnnxRuntime:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, messages: list[dict[str, str]]) -> None:
-        return None
-
-    def answer(self, prompt: list[int], limit: int):
-        return client.greedy(self._step, prompt)
-
-    def last_logits(self, ids: list[int]) -> np.ndarray:
-        return self._step(ids, 0)
-
-    def _step(self, ids: list[int], start: int) -> np.ndarray:
+    def step(self, ids: list[int], start: int) -> np.ndarray:
         mask = np.ones((1, start + len(ids)), np.int64)
         inputs = {"input_ids": np.array([ids], np.int64), "attention_mask": mask}
         past = {name: cache[:, :, :start] for name, cache in self._cache.items()}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 
-class Transformers:
+class Transformers(client.SteppedClient):
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -22,14 +22,8 @@ class Transformers:
             messages, add_generation_prompt=True, return_dict=False
         )
 
-    def answer(self, prompt: list[int], limit: int):
-        return client.greedy(self._step, prompt)
-
-    def last_logits(self, ids: list[int]) -> np.ndarray:
-        return self._step(ids, 0)
-
     @torch.inference_mode()
-    def _step(self, ids: list[int], start: int) -> np.ndarray:
+    def step(self, ids: list[int], start: int) -> np.ndarray:
         if start == 0:
             self._cache = DynamicCache(config=self._model.config)
         output = self._model(

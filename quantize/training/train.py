@@ -70,7 +70,6 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if is_first():  # what it reads is hashed
         run.require_for("qat", recipe)
         inputs = run.inputs(recipe, "qat")
-    tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
     base = open_base(recipe.model)
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     weights = transformed(weights, config, recipe.quantize)
@@ -80,8 +79,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
             "qat: steps compute in bfloat16, as the shipped model does, which this processor only "
             "emulates: several times slower than quantize.dtype=float32"
         )
-    arguments = _arguments(recipe, run, bool(splits.validation))
+    arguments = _arguments(recipe, run)
     require_shared(run.root)
+    tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
     start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))
     steps = Path(arguments.output_dir)
     decided_by_first(lambda: run.continuing(steps, "qat", inputs))
@@ -138,7 +138,7 @@ def starting_codes(
     return folder
 
 
-def _arguments(recipe: Recipe, run: RunDir, evaluates: bool) -> SFTConfig:
+def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
     import torch
 
     from finequant.finetune.trainer import training_arguments
@@ -153,7 +153,7 @@ def _arguments(recipe: Recipe, run: RunDir, evaluates: bool) -> SFTConfig:
     # Another seed than that of plain LoRA: rows in another order.
     changed = recipe.model_copy(update={"train": train, "seed": recipe.seed + 1})
     folder = run.checkpoints / "qat" / "steps"
-    arguments = training_arguments(changed, folder, torch.float32, evaluates)
+    arguments = training_arguments(changed, folder, torch.float32)
     arguments.mixed_precision = "no"  # also where accelerate's configuration asks for it
     arguments.ddp_broadcast_buffers = False  # latent weights, which never change
     arguments.ddp_find_unused_parameters = False

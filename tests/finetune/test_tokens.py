@@ -326,8 +326,7 @@ def trainer_of(recipe_file, tmp_path):
         for name, weight in base.named_parameters():
             weight.data *= 6 if "proj" in name else 1
         splits = load_splits(recipe.data, recipe.seed)
-        folder, evaluates = tmp_path / "checkpoints", bool(splits.validation)
-        arguments = training_arguments(recipe, folder, torch.float32, evaluates)
+        arguments = training_arguments(recipe, tmp_path / "checkpoints", torch.float32)
         tokenizer = load_tokenizer(recipe.model)
         trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
         torch.manual_seed(0)

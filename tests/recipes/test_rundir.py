@@ -181,6 +181,19 @@ def test_a_new_source_is_a_change(folder):
     assert any(line.startswith("data.validation.0.source: absent -> sha256:") for line in said)
 
 
+def test_a_key_that_an_upgrade_brought_is_a_change_only_where_it_is_set(folder):
+    recipe, run = load(folder)
+    finish(recipe, run)
+    manifest = run.manifest()
+    for key in ("lora.use_rslora", "train.max_grad_norm"):
+        del manifest["train"]["inputs"][key]
+    run.manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert changes(folder)["train"] == []
+    assert changes(folder, "train.max_grad_norm=0.5")["train"] == [
+        "train.max_grad_norm: absent -> 0.5"
+    ]
+
+
 def test_an_artifact_edited_by_hand_is_noticed_downstream(folder):
     finish(*load(folder))
     (folder / "run/quantized/weights").write_text("mine", encoding="utf-8")
