@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,22 +68,25 @@ def deferred_signals() -> Iterator[StopRequest]:
         yield request
 
 
-def wait_and_forward_signals(process: subprocess.Popen) -> int:
-    """Waits for a process and its children, forwards signals to them, and returns its exit code."""
+def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> int:
+    """Waits for a process and its children, forwards signals to them, and returns its exit code.
+
+    wait: returns the code when the process has ended.
+    """
     import psutil
 
     family: list[psutil.Process] = []
 
     def send(number: int) -> None:
         with suppress(psutil.NoSuchProcess):
-            leader = psutil.Process(process.pid)
+            leader = psutil.Process(pid)
             family[:] = [leader, *leader.children(recursive=True)]
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(number)
 
     with _handled(send, at_once=send):
-        code = process.wait()
+        code = wait()
         # A launcher may end before what it launched has saved its work.
         psutil.wait_procs(family)
     return code

@@ -29,10 +29,16 @@ SECONDS_BETWEEN_FRAMES = 0.1
 
 Item, Batch = TypeVar("Item"), TypeVar("Batch", bound=Sized)
 
-_STARTED = time.monotonic()
+_started = time.monotonic()
 
 _line: tqdm | None = None
 """The last line of the terminal, if there is something on it."""
+
+
+def restart_clock() -> None:
+    """Counts the seconds of a stage from now on."""
+    global _started
+    _started = time.monotonic()
 
 
 def say(message: str) -> None:
@@ -183,7 +189,7 @@ def _left_of_run(rest: float) -> str:
     _, seconds = _stage()
     if not seconds:
         return ""
-    rest = max(rest, seconds[0] - (time.monotonic() - _STARTED))
+    rest = max(rest, seconds[0] - (time.monotonic() - _started))
     return f" (run {duration(rest + sum(seconds[1:]))})"
 
 

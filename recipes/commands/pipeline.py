@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from importlib import import_module
 from math import gcd
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +19,12 @@ import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
-from finequant.recipes.errors import UserError
 from finequant.recipes.locate import locate_launch
-from finequant.recipes.terminal import STAGE, duration, say
+from finequant.recipes.terminal import STAGE, duration, restart_clock, say
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.schema import Recipe
 
@@ -30,6 +34,11 @@ MODULES = {
     "quantize": "finequant.quantize.convert",
     "evaluate": "finequant.evaluate.compare",
 }  # and each export: finequant.quantize.export
+
+LIBRARIES = "finequant.recipes.commands.libraries"
+PROCESSES = get_context("forkserver" if sys.platform == "linux" else "spawn")
+"""Where stages start. A fork server imports the libraries once for all of them, which takes ten
+seconds a stage; macOS's own libraries break in forked processes."""
 
 LAUNCHED = ("train", "qat", "evaluate")
 """Stages in which several processes share the work."""
@@ -88,6 +97,18 @@ def run(
         sys.exit(1)
 
 
+def _run_stage(module: str, arguments: list[str], position: str) -> None:
+    """Does, in a process of its own, what `python -m MODULE ARGUMENTS` does."""
+    os.environ[STAGE] = position
+    restart_clock()
+    import_module(module).main(arguments)
+
+
+def _exit_code(process: BaseProcess) -> int:
+    process.join()
+    return process.exitcode
+
+
 def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
     """Names the three commands that make use of a finished run."""
     repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
@@ -131,16 +152,17 @@ def _start(stage: str, position: str, arguments: list[str], launcher: list[str])
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
-    command = [sys.executable, "-m", *launcher]
-    if stage in MODULES:
-        command += [MODULES[stage], *arguments]
+    module = MODULES.get(stage, "finequant.quantize.export")
+    arguments += [] if stage in MODULES else ["--to", stage]
+    if launcher:
+        command = [sys.executable, "-m", *launcher, module, *arguments]
+        started = subprocess.Popen(command, env=os.environ | {STAGE: position})
+        code = wait_and_forward_signals(started.pid, started.wait)
     else:
-        command += ["finequant.quantize.export", *arguments, "--to", stage]
-    try:
-        process = subprocess.Popen(command, env=os.environ | {STAGE: position})
-        code = wait_and_forward_signals(process)
-    except FileNotFoundError as error:
-        raise UserError(f"{stage}: cannot start {error.filename}") from None
+        PROCESSES.set_forkserver_preload([LIBRARIES])
+        process = PROCESSES.Process(target=_run_stage, args=(module, arguments, position))
+        process.start()
+        code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
     if code == -signal.SIGKILL:
         erase_line()
         say(f"{stage} was killed, perhaps out of memory: {RESUME_HINT}")

@@ -37,7 +37,7 @@ LAUNCHES = (
     COMMON
     + """
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
-sys.exit(wait_and_forward_signals(child))
+sys.exit(wait_and_forward_signals(child.pid, child.wait))
 """
 )
 
