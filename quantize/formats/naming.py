@@ -8,6 +8,7 @@ takes names apart and puts them together.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,8 @@ def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]
     from huggingface_hub import ModelCard
 
     if folder is None:
-        return {"license": _gguf_license(model)}
+        base, file = locate_base(model)
+        return {"license": _gguf_license(base / file)}
     card = folder / "README.md"
     if not card.exists():
         return {}
@@ -95,9 +97,9 @@ def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]
     return {key: data.get(key) for key in ("license", "license_name", "license_link")}
 
 
-def _gguf_license(model: Model) -> str | None:
+@cache  # the reader looks at every token of the vocabulary: seconds
+def _gguf_license(file: Path) -> str | None:
     from gguf import GGUFReader
 
-    folder, file = locate_base(model)
-    field = GGUFReader(folder / file).get_field("general.license")
+    field = GGUFReader(file).get_field("general.license")
     return field.contents() if field else None
