@@ -237,12 +237,12 @@ def test_resumed_is_uninterrupted(stage, training):
     assert codes.read_bytes() == expected
 
 
-def test_other_processes_wait_a_day_for_the_starting_codes(stage):
-    """The first process calibrates alone: hours for a large base."""
+def test_other_processes_wait_a_day_for_the_first(stage):
+    """It hashes a base and writes the starting codes: hours for a large one."""
     from finequant.quantize.training.train import _arguments
 
     recipe = load_recipe(stage.recipe, stage.arguments(TAUGHT))
-    waits = _arguments(recipe, RunDir.of(recipe), True).ddp_timeout_delta
+    waits = _arguments(recipe, RunDir.of(recipe)).ddp_timeout_delta
     assert waits.total_seconds() >= 24 * 3600
 
 
