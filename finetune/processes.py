@@ -10,18 +10,21 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import torch
 from torch import distributed
 
 from finequant.recipes.errors import UserError
 
 Item, Value = TypeVar("Item"), TypeVar("Value")
+Items = TypeVar("Items", bound="Sequence | torch.Tensor")
 
 TIMEOUT = 24 * 3600
-"""Seconds that processes wait for each other: the first may hash or calibrate a large base for
+"""Seconds that processes wait for each other: the first may hash or write a large base for
 hours. A process that dies is noticed by the launcher, which ends the others."""
 
 APPEARS_WITHIN = 60
@@ -75,6 +78,25 @@ def decided_by_first(decide: Callable[[], Value]) -> Value:
     return outcome[0]
 
 
+def first_before_others(work: Callable[[], Value]) -> Value:
+    """Returns what `work` returns in each process; the others wait for the first, which may leave
+    for them what is made once.
+
+    Raises:
+        UserError: if the first one's raises it; all processes end.
+    """
+    results = []
+    decided_by_first(lambda: results.append(work()))
+    return results[0] if results else work()
+
+
+@contextmanager
+def entered_by_first(context: AbstractContextManager[Value]) -> Iterator[Value]:
+    """Enters the context in the first process only, and gives its value to all."""
+    with context if is_first() else nullcontext() as value:
+        yield decided_by_first(lambda: value)
+
+
 def join_processes() -> None:
     """Joins the processes of the launcher, each of which holds a whole model to share work with."""
     from datetime import timedelta
@@ -102,11 +124,39 @@ def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Valu
 
     Items that follow each other go to different processes, so that each gets long and short ones.
     """
+    shares = gathered(work(share(items)))
+    return [shares[index % len(shares)][index // len(shares)] for index in range(len(items))]
+
+
+def share(items: Items) -> Items:
+    """Returns this process's items: the first, if it is the first process, and every n-th after."""
     if not distributed.is_initialized():
-        return work(items)
+        return items
+    return items[distributed.get_rank() :: distributed.get_world_size()]
+
+
+def rows_of_share(rows: int) -> slice:
+    """Returns which of some rows, that lie together, are this process's."""
+    if not distributed.is_initialized():
+        return slice(0, rows)
     rank, processes = distributed.get_rank(), distributed.get_world_size()
-    shares = gathered(work(items[rank::processes]))
-    return [shares[index % processes][index // processes] for index in range(len(items))]
+    return slice(rows * rank // processes, rows * (rank + 1) // processes)
+
+
+def add_up(tensors: Iterable[torch.Tensor]) -> None:
+    """Replaces each tensor by the sum of all processes', the same bits in each of them."""
+    if distributed.is_initialized():
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def add_up_gradients(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) -> None:
+    """Sums gradients over all processes; those of a process that had no items are zero."""
+    if distributed.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
 
 
 def gathered(value: Value) -> list[Value]:

@@ -2,6 +2,7 @@
 
 python quantize/convert.py recipes/quickstart.yaml
 python quantize/convert.py recipes/chat.yaml quantize.group_size=64
+torchrun --nproc_per_node 2 quantize/convert.py recipes/chat.yaml
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.quantize.prompts import check_prompts
 from finequant.recipes.artifact import remove
@@ -23,12 +24,14 @@ from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.reading import TensorFile, Weights
     from finequant.quantize.checkpoint.writing import Checkpoint
-    from finequant.quantize.merge.adapter import Base
+    from finequant.quantize.merge.adapter import Adapter, Base
     from finequant.quantize.scheme import Plan
+    from finequant.recipes.freshness import Inputs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,21 +42,108 @@ def main(argv: Sequence[str] | None = None) -> None:
         quantize(recipe, run)
 
 
+class Tuned(NamedTuple):
+    """The float model to quantize, whose weights are read when they are asked for."""
+
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    adapter: Adapter
+    trained: TensorFile | None
+    """Codes of quantization-aware training, if the recipe has it."""
+
+
+class Checked(NamedTuple):
+    """What is known before the first layer is quantized."""
+
+    inputs: Inputs
+    prompts: list[list[int]]
+    logits: torch.Tensor
+    """float32 [prompts, vocabulary], of base + adapter."""
+    difference: float
+    """How far those of the merged weights are from them, relative to the largest."""
+    settings: Quantize
+    """The recipe's, with layers in the place of a budget."""
+    sequences: torch.Tensor | None
+    """Token ids [rows, length] to calibrate on."""
+
+
 def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
     Weights are read, merged, rounded and written in pieces. Memory holds a decoder block.
-    Interrupted, what is written is kept.
+    Interrupted, what is written is kept. Several processes share the calibration; all else is the
+    first one's, and without calibration the others have nothing to do.
 
     Raises:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
             checkpoint that does not give the same logits once reloaded.
     """
-    from finequant.finetune.architecture import check_window, parameter_count
-    from finequant.finetune.data.turns import as_configured, end_tokens, save_tokenizer
+    from finequant.finetune.processes import (
+        decided_by_first,
+        entered_by_first,
+        first_before_others,
+        is_first,
+        join_processes,
+        require_shared,
+    )
+    from finequant.quantize.merge.adapter import merged_weights
+    from finequant.quantize.methods.sequences import calibrates
+    from finequant.quantize.methods.transforms import transformed
+    from finequant.quantize.scheme import shipped_dtype
+
+    watch = Stopwatch()
+    if calibrates(recipe):
+        join_processes()
+        require_shared(run.root)
+    elif not is_first():
+        return
+    tuned = first_before_others(lambda: open_tuned(recipe, run))
+    checked = decided_by_first(lambda: check_tuned(recipe, run, tuned))
+    base, settings = tuned.base, checked.settings
+    dtype, sequences = shipped_dtype(settings, base.config), checked.sequences
+    weights = transformed(merged_weights(base, tuned.adapter), base.config, settings)
+    with entered_by_first(run.writing(run.quantized, recipe, checked.inputs)) as folder:
+        checkpoint = write_quantized(
+            folder, base, weights, settings, dtype, sequences, tuned.trained
+        )
+        figures = decided_by_first(lambda: check_and_describe(recipe, checkpoint, tuned, checked))
+    if is_first():
+        run.record(recipe, "quantize", checked.inputs, seconds=watch.seconds, **figures)
+        say(f"quantize: {run.quantized} written in {watch.seconds} s")
+
+
+def open_tuned(recipe: Recipe, run: RunDir) -> Tuned:
+    """Opens base and adapter, and makes safetensors of a GGUF base.
+
+    Raises:
+        UserError: for a layer plan that does not fit the base, or an adapter that cannot be used.
+    """
+    from finequant.finetune.architecture import check_window
+    from finequant.finetune.data.turns import as_configured, end_tokens
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.quantize.checkpoint.writing import weight_bytes
-    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.merge.adapter import Adapter, open_base
+    from finequant.quantize.scheme import layer_plan
+
+    config = load_config(recipe.model)
+    check_window(recipe, config)
+    layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
+    run.require_for("quantize", recipe)
+    trained, tokenizer = trained_codes(recipe, run), load_tokenizer(recipe.model)
+    base = open_base(recipe.model)
+    ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
+    base.config.eos_token_id = base.generation_config.eos_token_id = ends
+    return Tuned(tokenizer, base, Adapter(run.adapter, base, recipe.model.base), trained)
+
+
+def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
+    """Checks the merged model, keeps it if asked for, and decides how and on what to quantize.
+
+    Raises:
+        UserError: for a merged model that is not base + adapter, numbers that the shipped dtype
+            does not hold, or nothing to calibrate on.
+    """
+    from finequant.finetune.data.turns import save_tokenizer
+    from finequant.quantize.merge.adapter import merged_weights
     from finequant.quantize.merge.check import check_merge
     from finequant.quantize.merge.overflow import check_range
     from finequant.quantize.methods.budget import within_budget
@@ -61,22 +151,11 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, shipped_dtype
 
-    watch = Stopwatch()
-    config = load_config(recipe.model)
-    check_window(recipe, config)
-    layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
-    run.require_for("quantize", recipe)
-    inputs = run.inputs(recipe, "quantize")
-    trained = trained_codes(recipe, run)
-    tokenizer = load_tokenizer(recipe.model)
-    prompts = check_prompts(recipe, tokenizer)
-    dtype = shipped_dtype(recipe.quantize, config)
-    base = open_base(recipe.model)
-    ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
-    base.config.eos_token_id = base.generation_config.eos_token_id = ends
-    adapter = Adapter(run.adapter, base, recipe.model.base)
+    tokenizer, base, adapter, trained = tuned
+    config, inputs = base.config, run.inputs(recipe, "quantize")
+    prompts, dtype = check_prompts(recipe, tokenizer), shipped_dtype(recipe.quantize, config)
     say("quantize: merging")
-    difference, tuned = check_merge(base, adapter, run.adapter, prompts)
+    difference, logits = check_merge(base, adapter, run.adapter, prompts)
     say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
     weights = merged_weights(base, adapter)
     check_range(config, weights, prompts, dtype)
@@ -85,35 +164,45 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
             write_float(folder, base, weights, dtype)
             save_tokenizer(tokenizer, recipe.data, folder)
     weights = transformed(weights, config, recipe.quantize)
-    planned = within_budget(recipe, weights, config, tokenizer, dtype)
-    plan = layer_plan(planned.quantize, config)
+    settings = within_budget(recipe, weights, config, tokenizer, dtype).quantize
     sequences = None if trained else sequences_of(recipe, tokenizer)
-    record = describe(planned.quantize, plan, config, bool(trained))
+    record = describe(settings, layer_plan(settings, config), config, bool(trained))
     say(f"quantize: {record['summary']}; {record['method']}")
-    with run.writing(run.quantized, recipe, inputs) as folder:
-        chosen = planned.quantize
-        checkpoint = write_quantized(folder, base, weights, chosen, dtype, sequences, trained)
-        record["layers"] = layer_table(checkpoint, base, plan)
-        save_tokenizer(tokenizer, recipe.data, folder)
-        text = json.dumps(record, indent=1)
-        (folder / "quantization.json").write_text(text, encoding="utf-8")
-        doing("quantize: reloading the checkpoint in a fresh process, to compare logits")
-        blocks, shipped = check_quantized(checkpoint, base, plan, prompts)
-        size = weight_bytes(folder)
+    return Checked(inputs, prompts, logits, difference, settings, sequences)
+
+
+def check_and_describe(
+    recipe: Recipe, checkpoint: Checkpoint, tuned: Tuned, checked: Checked
+) -> dict[str, float]:
+    """Completes the folder of a checkpoint, and returns what the manifest says of it.
+
+    Raises:
+        UserError: if it does not give the same logits once reloaded.
+    """
+    from finequant.finetune.architecture import parameter_count
+    from finequant.finetune.data.turns import save_tokenizer
+    from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.quantize.scheme import layer_plan
+
+    folder, base, config = checkpoint.folder, tuned.base, tuned.base.config
+    plan = layer_plan(checked.settings, config)
+    record = describe(checked.settings, plan, config, bool(tuned.trained))
+    record["layers"] = layer_table(checkpoint, base, plan)
+    save_tokenizer(tuned.tokenizer, recipe.data, folder)
+    text = json.dumps(record, indent=1)
+    (folder / "quantization.json").write_text(text, encoding="utf-8")
+    doing("quantize: reloading the checkpoint in a fresh process, to compare logits")
+    blocks, shipped = check_quantized(checkpoint, base, plan, checked.prompts)
+    size = weight_bytes(folder)
     bits = 8 * size / parameter_count(config)
     say(f"quantize: {size / 1e6:.1f} MB on disk, {bits:.2f} bits for each weight of the base")
-    run.record(
-        recipe,
-        "quantize",
-        inputs,
-        seconds=watch.seconds,
-        merge_difference=difference,
-        size_bytes=size,
-        bits_per_weight=bits,
-        blocks_checked=blocks,
-        **logit_error(tuned, shipped if blocks == config.num_hidden_layers else None),
-    )
-    say(f"quantize: {run.quantized} written in {watch.seconds} s")
+    return {
+        "merge_difference": checked.difference,
+        "size_bytes": size,
+        "bits_per_weight": bits,
+        "blocks_checked": blocks,
+        **logit_error(checked.logits, shipped if blocks == config.num_hidden_layers else None),
+    }
 
 
 def check_base_range(recipe: Recipe) -> None:
@@ -158,11 +247,15 @@ def write_quantized(
     dtype: torch.dtype,
     sequences: torch.Tensor | None = None,
     trained: TensorFile | None = None,
-) -> Checkpoint:
+) -> Checkpoint | None:
     """Writes a checkpoint, quantized by the recipe's method or with codes from training.
+
+    Several processes share the calibration. The first one writes; the others get None.
 
     sequences: token ids [rows, length] for a calibrated method, and for training scales.
     """
+    from finequant.finetune.processes import decided_by_first, is_first
+    from finequant.quantize.checkpoint.reading import TensorFile
     from finequant.quantize.checkpoint.streaming import write_data_free
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
     from finequant.quantize.methods.apply import quantize_layers
@@ -171,20 +264,25 @@ def write_quantized(
 
     plan, config = layer_plan(quantize, base.config), base.config
     shapes = stored_shapes(base.shapes, config, plan)
-    checkpoint = Checkpoint(folder, shapes, plan, dtype)
-    steps, start = quantize.calibration.scale_steps, folder / "start"
-    if steps and not trained:
-        trained = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
-    if trained:
+    checkpoint = Checkpoint(folder, shapes, plan, dtype) if is_first() else None
+    start, file = folder / "start", None
+    if quantize.calibration.scale_steps and not trained:
+        file = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
+
+    def write_codes() -> None:
+        codes = trained or TensorFile(file)
 
         def read_codes(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
-            return Rounded(*(trained.read(f"{layer}.{part}", rows) for part in Rounded._fields))
+            return Rounded(*(codes.read(f"{layer}.{part}", rows) for part in Rounded._fields))
 
         write_data_free(checkpoint, weights, shapes, read_codes)
         remove(start)
+
+    if trained or file:
+        decided_by_first(write_codes)
     else:
         quantize_layers(checkpoint, weights, config, plan, quantize, dtype, sequences)
-    write_config(base, plan, dtype, folder)
+    decided_by_first(lambda: write_config(base, plan, dtype, folder))
     return checkpoint
 
 
@@ -195,29 +293,41 @@ def codes_with_trained_scales(
     quantize: Quantize,
     dtype: torch.dtype,
     sequences: torch.Tensor,
-) -> TensorFile:
-    """Writes the codes of the recipe's method, with scales that are then trained, to `folder`.
+) -> Path:
+    """Writes the codes of the recipe's method, with scales that are then trained, to a file in
+    `folder`, and returns its path.
 
     Interrupted, codes that are written are kept; the training of the scales starts anew.
     """
-    from finequant.quantize.checkpoint.reading import WHOLE, TensorFile
-    from finequant.quantize.rounding import CODES, save_rounded
+    from finequant.finetune.processes import decided_by_first
+    from finequant.quantize.checkpoint.reading import WHOLE
+    from finequant.quantize.rounding import CODES, Rounded, save_rounded
     from finequant.quantize.scheme import layer_plan
     from finequant.quantize.training.scales import train_scales
 
-    if not (folder / CODES).exists():
-        folder.mkdir(exist_ok=True)
-        plan, steps = layer_plan(quantize, base.config), quantize.calibration.scale_steps
-        before = quantize.calibration.model_copy(update={"scale_steps": 0})
-        before = quantize.model_copy(update={"calibration": before})
-        start = write_quantized(folder, base, weights, before, dtype, sequences)
-        rounded = {name: start.rounded(f"{name}.weight", WHOLE) for name in plan if plan[name]}
-        say(f"quantize: training the scales, {steps} steps")
-        rounded = train_scales(weights, base.config, sequences, rounded, plan, dtype, steps)
-        partial = folder / f"{CODES}.partial"
-        save_rounded(rounded, partial)
-        partial.replace(folder / CODES)
-    return TensorFile(folder / CODES)
+    codes = folder / CODES
+    if decided_by_first(codes.exists):
+        return codes
+    decided_by_first(lambda: folder.mkdir(exist_ok=True))
+    plan, steps = layer_plan(quantize, base.config), quantize.calibration.scale_steps
+    before = quantize.calibration.model_copy(update={"scale_steps": 0})
+    before = quantize.model_copy(update={"calibration": before})
+    start = write_quantized(folder, base, weights, before, dtype, sequences)
+
+    def rounded(layer: str) -> Rounded:
+        return decided_by_first(lambda: start.rounded(f"{layer}.weight", WHOLE))
+
+    layers = {layer: rounded(layer) for layer in plan if plan[layer]}
+    say(f"quantize: training the scales, {steps} steps")
+    layers = train_scales(weights, base.config, sequences, layers, plan, dtype, steps)
+
+    def save() -> None:
+        partial = codes.with_name(f"{CODES}.partial")
+        save_rounded(layers, partial)
+        partial.replace(codes)
+
+    decided_by_first(save)
+    return codes
 
 
 def check_quantized(

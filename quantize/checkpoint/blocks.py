@@ -44,10 +44,12 @@ def decoder_block(
 
 
 def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the embedding [*ids.shape, hidden]; no others are read."""
+    """Rows of the embedding [*ids.shape, hidden]; no others are read, but the first for no ids."""
     known, rows = ids.unique(return_inverse=True)
     name = f"{EMBEDDING}.weight"
-    table = torch.cat([weights(name, slice(number, number + 1)) for number in known.tolist()])
+    table = torch.cat(
+        [weights(name, slice(number, number + 1)) for number in known.tolist() or [0]]
+    )
     return table[rows]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from finequant.finetune.processes import decided_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import LayerScheme
@@ -94,8 +95,11 @@ def _pieces(target: Target, names: Iterable[str], whole: bool) -> Iterator[tuple
             yield name, rows
 
 
-def write_pieces(target: Target, weights: Weights, pieces: Iterable[Piece]) -> None:
-    """Writes quantized layers as they arrive, each while the next one is being computed."""
+def write_pieces(target: Target | None, weights: Weights, pieces: Iterable[Piece]) -> None:
+    """Writes quantized layers as they arrive, each while the next one is being computed.
+
+    target: None in all processes but the first, which hear of its errors.
+    """
 
     def write(piece: Piece) -> None:
         name, weight = f"{piece.layer}.weight", piece.weight
@@ -105,10 +109,11 @@ def write_pieces(target: Target, weights: Weights, pieces: Iterable[Piece]) -> N
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(lambda: None)
         for piece in pieces:
-            before.result()
-            before = pool.submit(write, piece)
+            decided_by_first(before.result)
+            if target is not None:
+                before = pool.submit(write, piece)
             del piece
-        before.result()
+        decided_by_first(before.result)
 
 
 @contextmanager

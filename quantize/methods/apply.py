@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.finetune.device import device
+from finequant.finetune.processes import decided_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, weights_of
 from finequant.quantize.checkpoint.streaming import Target, write_data_free, write_pieces
 from finequant.quantize.methods import rtn
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def quantize_layers(
-    target: Target,
+    target: Target | None,
     weights: Weights,
     config: DecoderConfig,
     plan: Plan,
@@ -39,6 +40,7 @@ def quantize_layers(
 ) -> None:
     """Quantizes what the plan says, and gives all parameters of the target to it.
 
+    target: None in all processes but the first; they share the calibration.
     weights: of the float model, by name.
     dtype: of the shipped model's arithmetic.
     sequences: token ids [rows, length] for a calibrated method.
@@ -49,8 +51,6 @@ def quantize_layers(
             f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, plan[name])
         ]
     data_free = rtn.METHOD if isinstance(method, Calibrated) else method
-    first = [name for name in target.shapes if name not in set(later)]
-
     where, accelerator = device(), Lock()
 
     def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
@@ -59,11 +59,18 @@ def quantize_layers(
         with accelerator:  # threads would take its memory for a layer each
             return data_free.quantize(weight.to(where), plan[layer]).cpu()
 
-    write_data_free(target, weights, first, rounding, whole=not data_free.by_rows)
+    def write_others() -> None:
+        names = [name for name in target.shapes if name not in set(later)]
+        write_data_free(target, weights, names, rounding, whole=not data_free.by_rows)
+
+    def known(layer: str, rows: slice) -> Rounded | None:
+        return target.known(layer, rows)
+
+    decided_by_first(write_others)
     if isinstance(method, Calibrated) and later:
         calibration = quantize.calibration
         text, steps = for_the_method(sequences, calibration), calibration.steps
-        pieces = calibrate(method, weights, config, text, plan, dtype, target.known, steps)
+        pieces = calibrate(method, weights, config, text, plan, dtype, known, steps)
         write_pieces(target, weights, pieces)
 
 

@@ -3,6 +3,11 @@
 Each layer is quantized by the recipe's method, with the inputs that the already quantized layers
 before it produce, those of its own block included. Then a block's layers are trained together for
 some steps if the recipe says so. Memory holds the activations, one block, and its quantized copy.
+
+Several processes share the sequences, whose sums are added up, and the rows of each layer. In this
+order the sums have other last bits than in one process, as they have on another number of threads:
+in the first layers one code in a thousand is rounded the other way, and those that make up for it
+are others, too (docs/running.md has figures).
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 
 from finequant.finetune.architecture import anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
+from finequant.finetune.processes import add_up, decided_by_first, rows_of_share, share
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.checkpoint.streaming import Piece
@@ -54,7 +60,8 @@ def calibrate(
     sequences: token ids [rows, length].
     dtype: of the shipped model; activations are computed in it, or in float32 where the
         processor only emulates it.
-    known: what an earlier call found; a block that is known is only run.
+    known: what an earlier call found; a block that is known is only run. Only the first process
+        asks.
     steps: of training each block after its layers are quantized.
     """
     computes = arithmetic_dtype(dtype)
@@ -86,7 +93,7 @@ class _Calibration:
         self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
         self._method, self._known, self._steps = method, known, steps
         self._device = device()
-        batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
+        batches = share(sequences).split(max(1, TOKENS // sequences.shape[1]))
         shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
         self._exact = [embed(weights, ids).to(self._device, dtype) for ids in batches]
         self._quantized = [embed(shipped, ids).to(self._device, dtype) for ids in batches]
@@ -97,18 +104,28 @@ class _Calibration:
         block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
         prefix = f"model.layers.{number}."
         names = [name for name in block_layers(self._config) if self._plan[prefix + name]]
-        results = {name: self._known(prefix + name, WHOLE) for name in names}
+        results = {name: self._known_to_first(prefix + name, WHOLE) for name in names}
         if all(results.values()):
-            self._exact = [self._run(block, hidden) for hidden in self._exact]
+            self._advance(self._exact, block)
         else:
             for piece in self._quantize(block, prefix, names):
                 results[piece.layer.removeprefix(prefix)] = piece.rounded
                 yield piece._replace(rounded=piece.rounded.cpu())
         for name, rounded in results.items():
             _install(block.get_submodule(name), rounded, self._dtype)
-        self._quantized = [self._run(block, hidden) for hidden in self._quantized]
+        self._advance(self._quantized, block)
+
+    def _known_to_first(self, layer: str, rows: slice) -> Rounded | None:
+        return decided_by_first(lambda: self._known(layer, rows))
+
+    def _advance(self, states: list[torch.Tensor], block: torch.nn.Module) -> None:
+        """Replaces hidden states by the block's outputs, a batch at a time."""
+        for index, hidden in enumerate(states):
+            states[index] = self._run(block, hidden)
 
     def _run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if not len(hidden):  # more processes than sequences; transformers cannot reshape nothing
+            return hidden
         return block(hidden, position_embeddings=self._rotary)
 
     def _quantize(self, block: torch.nn.Module, prefix: str, names: list[str]) -> Iterator[Piece]:
@@ -125,7 +142,7 @@ class _Calibration:
                 parts = [self._float_weight(block, prefix, name) for name in together]
                 weight = parts[0] if len(parts) == 1 else torch.cat(parts)
                 scheme = self._plan[prefix + together[0]]
-                rounded = self._method.quantize(weight, statistics, scheme)
+                rounded = self._rounded(weight, statistics, scheme)
                 rows = [len(part) for part in parts]
                 codes, scales = (tensor.split(rows) for tensor in rounded)
                 for name, part, *of_part in zip(together, parts, codes, scales, strict=True):
@@ -134,7 +151,7 @@ class _Calibration:
                         start[name] = TrainedLayer(part, Rounded(*of_part), scheme)
                     else:
                         yield Piece(prefix + name, WHOLE, Rounded(*of_part), part.cpu())
-        self._exact = [self._run(block, hidden) for hidden in self._exact]
+        self._advance(self._exact, block)
         if start:
             trained = reconstruct(
                 block, start, self._quantized, self._exact, self._rotary, self._steps
@@ -150,10 +167,26 @@ class _Calibration:
         for quantized, exact in zip(self._quantized, self._exact, strict=True):
             rounded = quantize_activations(self._input(quantized_block, layer, quantized))
             statistics.add(rounded, self._input(block, layer, exact))
+        add_up(statistics.sums)
         return statistics
+
+    def _rounded(
+        self, weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme
+    ) -> Rounded:
+        """Quantizes a float32 weight [out, in]: each process its rows, which the others add to
+        zeros."""
+        groups = weight.shape[1] // scheme.group_size
+        codes = weight.new_zeros(weight.shape, dtype=torch.int8)
+        scale = weight.new_zeros(len(weight), groups, dtype=scheme.scale_dtype)
+        rows = rows_of_share(len(weight))
+        codes[rows], scale[rows] = self._method.quantize(weight[rows], statistics, scheme)
+        add_up((codes, scale))
+        return Rounded(codes, scale)
 
     def _input(self, block: torch.nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
         """Returns a layer's input; what comes after it in the block is not computed."""
+        if not len(hidden):
+            return hidden.new_empty(0, block.get_submodule(layer).in_features)
         inputs: list[torch.Tensor] = []
 
         def stop(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
@@ -196,16 +229,15 @@ class _Calibration:
                 for hidden in (self._quantized, self._exact)
             )
             statistics.add(quantize_activations(quantized), exact)
+        add_up(statistics.sums)
         pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
         rows = rows_at_once(self._config.hidden_size, self._device)
         step = max(1, rows // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
             rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
-            if self._known(HEAD, rows) is None:
+            if self._known_to_first(HEAD, rows) is None:
                 weight = self._weights(f"{HEAD}.weight", rows)
-                rounded = self._method.quantize(
-                    weight.to(self._device), statistics, self._plan[HEAD]
-                )
+                rounded = self._rounded(weight.to(self._device), statistics, self._plan[HEAD])
                 yield Piece(HEAD, rows, rounded.cpu(), weight)
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from finequant.finetune.processes import refuse
 from finequant.quantize.methods.method import Calibrated, rows_at_once
 from finequant.quantize.rounding import Rounded, choose_scale, code_range, stored_scale
 from finequant.quantize.scheme import LayerScheme
-from finequant.recipes.errors import UserError
 
 COLUMNS = 128
 """Columns whose errors are spread at once to those behind them."""
@@ -37,6 +37,10 @@ class Statistics:
     drift: torch.Tensor | None = None
     """sum of (y - x) x^T, [in, in]"""
     solved: Solved | None = None
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        return [self.hessian, self.drift]
 
     def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
         """Inputs of the same tokens, [..., in]."""
@@ -168,7 +172,7 @@ class _Replayed:
 def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Cholesky factor of the Hessian, damped in place: ten times more until float32 can do it."""
     if not hessian.diagonal().isfinite().all():
-        raise UserError(
+        refuse(
             "quantize: the activations of the calibration text are not finite: the merged weights "
             "are damaged, or overflow in quantize.dtype; train again, or use float32"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +34,11 @@ class DataFree:
 class Statistics(Protocol):
     """What a calibrated method keeps of the inputs that some layers share."""
 
+    @property
+    def sums(self) -> Sequence[torch.Tensor]:
+        """What `add` has added to. Several processes, which share the tokens, add theirs up."""
+        ...
+
     def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
         """Adds inputs of the same tokens, [..., in].
 
@@ -53,7 +58,8 @@ class Calibrated:
 
     quantize: Callable[[torch.Tensor, Any, LayerScheme], Rounded]
     """Codes and scales of a float32 weight [out, in], by the statistics of its input. The rows do
-    not depend on each other: the head, which may be larger than a block, comes in pieces."""
+    not depend on each other: the head, which may be larger than a block, comes in pieces, and
+    several processes share the rows."""
 
 
 def load_method(name: str) -> DataFree | Calibrated:

@@ -7,13 +7,14 @@ first phase). Memory holds one block, its gradients and Adam's moments.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import partial
-from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.processes import add_up, add_up_gradients, gathered, share
 from finequant.quantize.rounding import (
     Rounded,
     code_range,
@@ -23,6 +24,8 @@ from finequant.quantize.rounding import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from finequant.quantize.checkpoint.blocks import Rotary
     from finequant.quantize.scheme import LayerScheme
 
@@ -97,38 +100,56 @@ def reconstruct(
 
     block: in the dtype of the shipped arithmetic.
     inputs, targets: hidden states [rows, tokens, hidden], what the quantized blocks before this
-    one give and what the float block gives.
+    one give and what the float block gives; of this process's share of all rows.
     """
     modules = {name: block.get_submodule(name) for name in layers}
     for name, module in modules.items():
         module.forward = partial(_product, layer=layers[name], bias=module.bias)
-    rows = max(1, TOKENS // inputs[0].shape[1])
-    batches = [
-        pair
-        for ours, exact in zip(inputs, targets, strict=True)
-        for pair in zip(ours.split(rows), exact.split(rows), strict=True)
-    ]
+    latent_weights = [layer.latent_weights for layer in layers.values()]
+    factors = [layer.factor for layer in layers.values()]
     optimizer = torch.optim.Adam(
         [
-            {"params": [layer.latent_weights for layer in layers.values()], "lr": LEARNING_RATE},
-            {"params": [layer.factor for layer in layers.values()], "lr": SCALE_LEARNING_RATE},
+            {"params": latent_weights, "lr": LEARNING_RATE},
+            {"params": factors, "lr": SCALE_LEARNING_RATE},
         ]
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with torch.enable_grad():
-        for hidden, exact in islice(cycle(batches), steps):
-            error = (block(hidden, position_embeddings=rotary).float() - exact.float()).square()
+        for hidden, exact, tokens in _batches(inputs, targets, steps):
             # Relative to each token, as the norms that follow see it: some are very large, and
             # that of a padding token is zero.
             power = exact.float().square().sum(-1)
-            loss = (error.sum(-1) / (power + 1e-6 * power.mean())).mean()
-            loss.backward()
+            total = power.sum()
+            add_up([total])
+            if len(hidden):
+                output = block(hidden, position_embeddings=rotary)
+                error = (output.float() - exact.float()).square().sum(-1)
+                (error / (power + 1e-6 * total / tokens)).sum().div(tokens).backward()
+            add_up_gradients(latent_weights + factors)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     for module in modules.values():
         del module.forward
     return {name: layer.rounded() for name, layer in layers.items()}
+
+
+def _batches(
+    inputs: list[torch.Tensor], targets: list[torch.Tensor], steps: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Yields for each step this process's rows of inputs and targets, perhaps none, and how many
+    tokens the step has in all processes."""
+    hidden, exact = ([row for batch in states for row in batch] for states in (inputs, targets))
+    none, length = inputs[0][:0], inputs[0].shape[1]
+    count = sum(gathered(len(hidden)))
+    numbers, rows = share(range(count)), max(1, TOKENS // length)
+    starts = range(0, count, rows)
+    for step in range(steps):
+        first = starts[step % len(starts)]
+        last = min(first + rows, count)
+        mine = slice(bisect_left(numbers, first), bisect_left(numbers, last))
+        pair = (torch.cat([none, *(row[None] for row in part[mine])]) for part in (hidden, exact))
+        yield *pair, (last - first) * length
 
 
 def _product(x: torch.Tensor, layer: TrainedLayer, bias: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.methods import METHODS
-from finequant.recipes.schema import Calibration, Recipe
+from finequant.recipes.schema import Calibration, Quantize, Recipe
 from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
@@ -19,6 +19,15 @@ SCALE_TOKENS = 1024
 """Tokens of an optimizer step that trains scales."""
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Says whether the stage `quantize` reads calibration text, which several processes share."""
+    return _reads_text(recipe.quantize) and not recipe.quantize.training
+
+
+def _reads_text(quantize: Quantize) -> bool:
+    return METHODS[quantize.method].is_calibrated or bool(quantize.calibration.scale_steps)
+
+
 def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
     """Returns the text that quantization reads, the part for the method first; None if it reads
     none.
@@ -27,7 +36,7 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
         UserError: if there is nothing to calibrate on.
     """
     calibration = recipe.quantize.calibration
-    if not (METHODS[recipe.quantize.method].is_calibrated or calibration.scale_steps):
+    if not _reads_text(recipe.quantize):
         return None
     tokens = max(calibration.tokens, calibration.scale_steps * SCALE_TOKENS)
     return calibration_sequences(recipe, tokenizer, tokens)

@@ -253,7 +253,8 @@ def _arithmetic(shipped: torch.dtype, machine: Machine) -> int:
 
 
 def _calibration(recipe: Recipe, config: DecoderConfig, dtype: int, block: int) -> Memory:
-    """While the inputs of a block's widest layer are summed up, or the layer is solved."""
+    """While the inputs of a block's widest layer are summed up, or the layer is solved; of several
+    processes, each holds only its share of the activations."""
     shapes, calibration = layer_shapes(config), recipe.quantize.calibration
     widths = [shapes[f"model.layers.0.{names[0]}"][1] for names, _ in anatomy(config).inputs]
     tokens = max(calibration.tokens, calibration.length)

@@ -16,6 +16,7 @@ import torch
 
 from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import arithmetic_dtype, device
+from finequant.finetune.processes import add_up_gradients, share
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.methods.sequences import SCALE_TOKENS
 from finequant.quantize.rounding import Rounded
@@ -53,7 +54,8 @@ def train_scales(
 ) -> dict[str, Rounded]:
     """Returns the layers of `rounded` with the same codes and trained scales.
 
-    The whole model is in memory: codes, and float weights for the teacher.
+    The whole model is in memory: codes, and float weights for the teacher. Several processes share
+    the rows of each step.
 
     weights: of the float model.
     sequences: token ids [rows, length].
@@ -68,8 +70,10 @@ def train_scales(
     )
     batches = cycle(sequences.split(max(1, SCALE_TOKENS // sequences.shape[1])))
     for ids in tracked(islice(batches, steps), "quantize: scales, step", steps):
-        with torch.enable_grad():
-            _backward(model, list(modules.values()), ids.to(device()))
+        if len(mine := share(ids)):
+            with torch.enable_grad():
+                _backward(model, list(modules.values()), mine.to(device()), ids.numel())
+        add_up_gradients(learned)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -80,8 +84,9 @@ def _learns(module: torch.nn.Module) -> bool:
     return isinstance(module, FakeQuantScales)
 
 
-def _backward(model: Decoder, layers: list[FakeQuantized], ids: torch.Tensor) -> None:
-    """Adds the gradient of the mean divergence; logits exist for some tokens at a time."""
+def _backward(model: Decoder, layers: list[FakeQuantized], ids: torch.Tensor, tokens: int) -> None:
+    """Adds the gradient of the divergence, the mean over `tokens` in all processes; logits exist
+    for some of them at a time."""
     hidden = model.model(ids, use_cache=False).last_hidden_state
     with torch.no_grad(), disabled(layers):
         teacher = model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -90,7 +95,7 @@ def _backward(model: Decoder, layers: list[FakeQuantized], ids: torch.Tensor) ->
     for part, exact in parts:
         with torch.no_grad(), disabled(layers):
             expected = model.lm_head(exact).float()
-        loss = divergence(expected, model.lm_head(part).float()) / ids.numel()
+        loss = divergence(expected, model.lm_head(part).float()) / tokens
         loss.backward()
     hidden.backward(states.grad.view_as(hidden))
 

@@ -82,7 +82,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     arguments = _arguments(recipe, run)
     require_shared(run.root)
     tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
-    start = decided_by_first(lambda: starting_codes(recipe, run, base, weights, tokenizer, dtype))
+    start = starting_codes(recipe, run, base, weights, tokenizer, dtype)
     steps = Path(arguments.output_dir)
     decided_by_first(lambda: run.continuing(steps, "qat", inputs))
     model = fake_quantized_model(recipe, weights, read_checkpoint(start).rounded, plan, dtype)
@@ -119,22 +119,26 @@ def starting_codes(
 ) -> Path:
     """Returns the folder that `quantize` would ship without this stage, and makes it if stale.
 
-    It is written as `quantized/` is: interrupted, the same command goes on from there. It serves
-    other training settings, too.
+    It is written as `quantized/` is, the calibration shared by all processes: interrupted, the
+    same command goes on from there. It serves other training settings, too.
     """
+    from finequant.finetune.processes import decided_by_first, entered_by_first
     from finequant.quantize.convert import write_quantized
     from finequant.quantize.methods.sequences import sequences_of
 
     (folder,) = run.outputs(STARTING_CODES)
-    if run.what_changed(recipe, STARTING_CODES) == []:
+    if decided_by_first(lambda: run.what_changed(recipe, STARTING_CODES)) == []:
         return folder
     quantize = recipe.quantize
     say(f"qat: quantizing by {quantize.method}, to train from there")
-    sequences, inputs = sequences_of(recipe, tokenizer), run.inputs(recipe, STARTING_CODES)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with run.writing(folder, recipe, inputs) as partial:
-        write_quantized(partial, base, weights, quantize, dtype, sequences).finish()
-    run.record(recipe, STARTING_CODES, inputs)
+    sequences, inputs = decided_by_first(
+        lambda: (sequences_of(recipe, tokenizer), run.inputs(recipe, STARTING_CODES))
+    )
+    decided_by_first(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
+    with entered_by_first(run.writing(folder, recipe, inputs)) as partial:
+        checkpoint = write_quantized(partial, base, weights, quantize, dtype, sequences)
+        decided_by_first(lambda: checkpoint.finish())
+    decided_by_first(lambda: run.record(recipe, STARTING_CODES, inputs))
     return folder
 
 

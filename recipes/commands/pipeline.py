@@ -40,8 +40,8 @@ PROCESSES = get_context("forkserver" if sys.platform == "linux" else "spawn")
 """Where stages start. A fork server imports the libraries once for all of them, which takes ten
 seconds a stage; macOS's own libraries break in forked processes."""
 
-LAUNCHED = ("train", "qat", "evaluate")
-"""Stages in which several processes share the work."""
+LAUNCHED = ("train", "qat", "quantize", "evaluate")
+"""Stages in which several processes share the work: quantization where it calibrates."""
 
 
 def run(
@@ -50,8 +50,8 @@ def run(
     launch: Annotated[
         Path | None,
         typer.Option(
-            help="a configuration of accelerate for training and evaluation, or the name of one "
-            "that comes with finequant, such as several_gpus"
+            help="a configuration of accelerate for training, calibration and evaluation, or the "
+            "name of one that comes with finequant, such as several_gpus"
         ),
     ] = None,
     force: Annotated[
@@ -122,9 +122,10 @@ def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
 def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str], list[str]]:
     """Returns what starts the stage's processes, and overrides of the recipe that go with it.
 
-    That is accelerate with `launch`, and torchrun on all GPUs that can share a step's rows.
+    That is accelerate with `launch`, and torchrun on all GPUs, in training on as many as can share
+    a step's rows.
     """
-    if stage not in LAUNCHED:
+    if stage not in LAUNCHED or (stage == "quantize" and not _calibrates(recipe)):
         return [], []
     if launch:
         return ["accelerate.commands.launch", "--config_file", str(launch), "--module"], []
@@ -134,7 +135,7 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
 
     gpus, overrides = 0 if trains_on_cpu() else torch.cuda.device_count(), []
     processes, rows = gpus, recipe.train.batch_size
-    if stage != "evaluate" and gpus > 1:
+    if stage in ("train", "qat") and gpus > 1:
         processes = max(number for number in range(1, gpus + 1) if rows % number == 0)
         micro = gcd(recipe.train.micro_batch_size, rows // processes)
         overrides = [f"train.micro_batch_size={micro}"]
@@ -143,6 +144,25 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
     say(f"{stage}: on {processes} of {gpus} GPUs")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return torchrun, overrides
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    from finequant.quantize.methods.sequences import calibrates  # only now: it imports torch
+
+    return calibrates(recipe)
+
+
+def _threads_of_each() -> dict[str, str]:
+    """Gives the process of each GPU its share of the cores: launchers give it one, but the first
+    process also merges, writes and reloads on the CPU."""
+    import torch
+
+    from finequant.finetune.device import trains_on_cpu
+
+    if trains_on_cpu():
+        return {}
+    cores = (os.cpu_count() or 1) // torch.accelerator.device_count()
+    return {"OMP_NUM_THREADS": str(max(1, cores))}
 
 
 def _start(stage: str, position: str, arguments: list[str], launcher: list[str]) -> None:
@@ -156,7 +176,8 @@ def _start(stage: str, position: str, arguments: list[str], launcher: list[str])
     arguments += [] if stage in MODULES else ["--to", stage]
     if launcher:
         command = [sys.executable, "-m", *launcher, module, *arguments]
-        started = subprocess.Popen(command, env=os.environ | {STAGE: position})
+        environment = _threads_of_each() | os.environ | {STAGE: position}
+        started = subprocess.Popen(command, env=environment)
         code = wait_and_forward_signals(started.pid, started.wait)
     else:
         PROCESSES.set_forkserver_preload([LIBRARIES])

@@ -26,7 +26,14 @@ from finequant.finetune import processes, trainer
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
+from finequant.quantize.methods import reconstruct
+from finequant.quantize.methods.calibrate import _Calibration
+from finequant.quantize.training import scales
 from finequant.quantize.training.train import main as train_codes
+from finequant.recipes.interrupt import Interrupted
+
+sys.path.append(str(Path(__file__).parents[1]))
+from double_sums import sums_in_double  # noqa: E402
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 FSDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp.yaml"
@@ -86,6 +93,31 @@ def fsdp() -> Iterator[None]:
         del os.environ[name]
 
 
+@contextmanager
+def stopped_in_block(number: int | None) -> Iterator[None]:
+    """Ends both processes when they come to the block; says which ones they quantize."""
+    whole = _Calibration._quantize
+
+    def _quantize(self, block, prefix, names):
+        if prefix == f"model.layers.{number}.":
+            raise Interrupted(signal.SIGTERM)
+        print(f"quantizing {prefix}", file=sys.stderr)
+        return whole(self, block, prefix, names)
+
+    _Calibration._quantize = _quantize
+    yield
+    _Calibration._quantize = whole
+
+
+@contextmanager
+def few_tokens_a_step() -> Iterator[None]:
+    """Two rows of 32 tokens in each step that trains a block or scales."""
+    before = reconstruct.TOKENS, scales.SCALE_TOKENS
+    reconstruct.TOKENS = scales.SCALE_TOKENS = 64
+    yield
+    reconstruct.TOKENS, scales.SCALE_TOKENS = before
+
+
 def stop(loss):
     os.kill(os.getpid(), signal.SIGTERM)
     return loss
@@ -99,6 +131,12 @@ AWARE = [
     "quantize.calibration={tokens: 256, length: 32}",
     "quantize.training={steps: 3, distillation: 0.5}",
 ]
+CALIBRATED = [
+    "quantize.method=gptq",
+    "quantize.head=float",
+    "quantize.layers={'*.1.*': float}",
+    "quantize.calibration={tokens: 288, length: 32, steps: 6, scale_steps: 6}",
+]
 
 MEASURED = [
     "evaluate.batch_size=3",
@@ -107,7 +145,10 @@ MEASURED = [
 ]
 ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
 train("uneven", *ROWS)
-train("quantized", *ROWS, run="uneven", entry=lambda line: RANK or quantize(line))
+UNFIT = ["quantize.method=gptq", "quantize.group_size=80"]
+train("groups that do not fit", *ROWS, *UNFIT, run="uneven", entry=quantize)
+with sums_in_double(), few_tokens_a_step():
+    train("quantized", *ROWS, *CALIBRATED, run="uneven", entry=quantize)
 train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
 with at_step(2, 1, lambda loss: loss * float("nan")):
     train("nan", "train.save_steps=1")
@@ -117,7 +158,10 @@ with at_step(3, 1, stop):
 with fsdp():
     train("whole weights opened by FSDP", *STEPS, run="stopped")
 train("gone on", *STEPS, run="stopped")
-train("codes", *AWARE, run="undisturbed", entry=train_codes)
+with sums_in_double(), stopped_in_block(1):
+    train("calibration stopped", *AWARE, run="undisturbed", entry=train_codes)
+with sums_in_double(), stopped_in_block(None):
+    train("codes", *AWARE, run="undisturbed", entry=train_codes)
 processes.APPEARS_WITHIN = 0.2
 train("shared", run="apart" if RANK else "shared")
 with fsdp(), at_step(2, 0, stop):

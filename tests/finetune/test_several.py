@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_recipe, make_rows, write_jsonl
+from double_sums import sums_in_double
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -31,6 +33,12 @@ AWARE = [
 ]
 
 
+CALIBRATED = [
+    "quantize.method=gptq",
+    "quantize.head=float",
+    "quantize.layers={'*.1.*': float}",
+    "quantize.calibration={tokens: 288, length: 32, steps: 6, scale_steps: 6}",
+]
 MEASURED = [
     "evaluate.batch_size=3",
     "evaluate.metrics=[exact_match, multiple_choice]",
@@ -200,23 +208,72 @@ def test_zero3_saves_the_adapter_of_one_process(folder, by_one):
     assert relative_difference(by_one("zero3 alone", steps), folder / "zero3") < 1e-5
 
 
+def differ(one: Path, other: Path) -> tuple[float, float]:
+    """How far two checkpoints are apart: the share of other codes, the largest ratio of scales."""
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys()
+    scales = [name for name in one if name.endswith("_weight_scale")]
+    ratios = torch.cat([(one[name] / other[name]).flatten() for name in scales])
+    codes = [name.replace("_scale", "_qdata") for name in scales]
+    others = torch.cat([(one[name] != other[name]).flatten() for name in codes])
+    return others.float().mean().item(), (ratios - 1).abs().max().item()
+
+
 def test_two_processes_train_the_codes_of_one(folder):
+    """They start from the same codes, bit for bit, although they were stopped in their making."""
     from finequant.quantize.training.train import main
 
+    codes, said = results(folder, "calibration stopped")
+    assert codes == [143, 143], said
     codes, said = results(folder, "codes")
     assert codes == [0, 0], said
+    assert said[1] == "quantizing model.layers.1.\n"  # the block before was known
     trained = folder / "undisturbed" / "trained_codes" / "codes.safetensors"
     alone = folder / "codes of one"
     shutil.copytree(
         folder / "undisturbed", alone, ignore=shutil.ignore_patterns("trained_*", "qat")
     )
-    main([str(folder / "recipe.yaml"), f"output_dir={alone}", *AWARE])
+    with sums_in_double():
+        main([str(folder / "recipe.yaml"), f"output_dir={alone}", *AWARE])
+    start = "checkpoints/qat/start"
+    other_codes, ratio = differ(alone / start, folder / "undisturbed" / start)
+    assert other_codes == 0
+    assert ratio < 1e-6
     one, two = load_file(alone / "trained_codes" / trained.name), load_file(trained)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert (tensor != two[name]).float().mean() < 0.01, name
     manifest = json.loads((folder / "undisturbed" / "manifest.json").read_text())
     assert manifest["qat"]["processes"] == 2
+
+
+def test_what_cannot_be_quantized_ends_both_processes(folder):
+    codes, (said, other) = results(folder, "groups that do not fit")
+    assert codes == [2, 2]
+    assert "error: quantize.group_size: 80 does not divide the input features" in said
+    assert not other
+
+
+def test_two_processes_train_a_block_and_scales_as_one(folder, monkeypatch):
+    """Nine sequences, two a step: the last one is one process's."""
+    from finequant.quantize.convert import main
+    from finequant.quantize.methods import reconstruct
+    from finequant.quantize.training import scales
+
+    codes, said = results(folder, "quantized")
+    assert codes == [0, 0], said
+    assert "written in" in said[0] and not said[1]
+    monkeypatch.setattr(reconstruct, "TOKENS", 64)
+    monkeypatch.setattr(scales, "SCALE_TOKENS", 64)
+    alone = folder / "quantized by one"
+    made = shutil.ignore_patterns("quantized*", "measurements", "report*", "predictions*", "plots")
+    shutil.copytree(folder / "uneven", alone, ignore=made)
+    rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
+    with sums_in_double():
+        main([str(folder / "recipe.yaml"), f"output_dir={alone}", *rows, *CALIBRATED])
+    other_codes, ratio = differ(alone / "quantized", folder / "uneven" / "quantized")
+    assert other_codes < 0.001
+    assert ratio < 1e-4
 
 
 def test_two_processes_measure_what_one_does(folder):

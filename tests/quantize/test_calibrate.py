@@ -159,6 +159,8 @@ def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
     inputs = []
 
     class Kept:
+        sums = ()
+
         def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
             inputs.append((quantized, exact))
 
@@ -266,6 +268,23 @@ def test_known_codes_go_where_the_block_is(llama, monkeypatch):
     )
     assert not list(pieces)  # nothing is sought again
     assert sorted(asked) == sorted(name for name in plan if plan[name])
+
+
+def test_a_process_without_sequences_takes_part(tiny_base, monkeypatch):
+    """There may be fewer sequences than processes."""
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.methods import calibrate
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.schema import Model, Quantize
+
+    monkeypatch.setattr(calibrate, "share", lambda sequences: sequences[1::2])
+    base = open_base(Model(base=str(tiny_base)))
+    plan = layer_plan(Quantize(), base.config)
+    sequences = torch.randint(300, (1, 16))
+    pieces = list(
+        calibrate.calibrate(METHOD, base.weights, base.config, sequences, plan, torch.float32)
+    )
+    assert {piece.layer for piece in pieces} == {name for name in plan if plan[name]}
 
 
 def textbook_gptq(

@@ -271,3 +271,12 @@ def test_without_an_adapter_it_says_what_to_run(recipe_file, capsys):
         convert([str(recipe_file)])
     assert exit_.value.code == 2
     assert "run `finequant train RECIPE` first" in capsys.readouterr().err
+
+
+def test_without_calibration_a_second_process_has_nothing_to_do(recipe_file, monkeypatch):
+    from finequant.quantize.convert import main
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main([str(recipe_file), "quantize.method=hqq"])  # before it looks for an adapter
+    assert not (recipe_file.parent / "run").exists()

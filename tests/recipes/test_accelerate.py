@@ -142,7 +142,7 @@ def test_training_starts_through_accelerate_launch(recipe_file):
         (4, "train", 16, 4, 4),
         (4, "qat", 6, 3, 2),
         (4, "evaluate", 6, 4, None),
-        (4, "quantize", 6, None, None),
+        (4, "quantize", 6, 4, None),
         (4, "train", 1, None, None),
     ],
 )
@@ -155,11 +155,21 @@ def test_a_run_takes_all_gpus_that_can_share_a_step(
     monkeypatch.setattr("finequant.finetune.device.trains_on_cpu", lambda: False)
     most = {16: 8, 6: 6, 1: 1}[batch]
     recipe = load_recipe(
-        recipe_file, [f"train.batch_size={batch}", f"train.micro_batch_size={most}"]
+        recipe_file,
+        [f"train.batch_size={batch}", f"train.micro_batch_size={most}", "quantize.method=gptq"],
     )
     launcher, overrides = _launched(stage, recipe, None)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     assert launcher == (torchrun if processes else [])
     assert overrides == ([f"train.micro_batch_size={micro}"] if micro else [])
     mine, _ = _launched(stage, recipe, FOLDER / "several_gpus.yaml")
-    assert ("accelerate.commands.launch" in mine) is (stage != "quantize")
+    assert "accelerate.commands.launch" in mine
+
+
+def test_quantization_is_launched_only_where_it_calibrates(recipe_file):
+    from finequant.recipes.commands.pipeline import _launched
+
+    trained = ["quantize.method=gptq", "quantize.training={steps: 1}"]
+    for overrides in (["quantize.method=rtn"], ["quantize.method=hqq"], trained):
+        recipe = load_recipe(recipe_file, overrides)
+        assert _launched("quantize", recipe, FOLDER / "several_gpus.yaml") == ([], [])
