@@ -57,6 +57,10 @@ def quiet_libraries() -> None:
     # torchao warns of CUDA kernels that a CPU build of torch cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # trl advises against padding-free batches of one row; on a CPU every batch is padding-free.
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(
+        lambda record: "padding-free training" not in record.getMessage()
+    )
     # check_merge lets accelerate leave on the disk what does not fit into memory.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 

@@ -136,7 +136,7 @@ def measure(
     Raises:
         UserError: if nothing is scored.
     """
-    losses = negative_log_likelihoods(model, sequences, batch_size, f"perplexity: {name}")
+    losses = negative_log_likelihoods(model, sequences, batch_size, name)
     return perplexities(math.fsum(losses), sequences, documents, name)
 
 
