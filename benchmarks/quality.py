@@ -212,7 +212,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from peft import get_peft_model
 
     from finequant.finetune.lora import fuse
-    from finequant.finetune.model import load_base, load_tokenizer, lora_config
+    from finequant.finetune.model import load_base, load_config, load_tokenizer, lora_config
     from finequant.quantize.checkpoint.reading import WHOLE
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.methods.rtn import rtn
@@ -225,7 +225,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     recipe = wikitext("quantize.method=rtn")
     base = open_base(recipe.model)
     plan = layer_plan(recipe.quantize, base.config)
-    dtype = shipped_dtype(recipe.quantize, base.config)
+    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
     ids = calibration_sequences(recipe, load_tokenizer(recipe.model), tokens)
     plain = load_base(recipe.model, dtype)
     plain = get_peft_model(plain, lora_config(recipe.lora, plain))

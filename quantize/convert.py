@@ -46,6 +46,8 @@ class Tuned(NamedTuple):
     """The float model to quantize, whose weights are read when they are asked for."""
 
     tokenizer: PreTrainedTokenizerBase
+    config: DecoderConfig
+    """The base's, with the dtype of its files; that of `base` has the dtype it is opened in."""
     base: Base
     adapter: Adapter
     trained: TensorFile | None
@@ -99,9 +101,9 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         return
     tuned = first_before_others(lambda: open_tuned(recipe, run))
     checked = decided_by_first(lambda: check_tuned(recipe, run, tuned))
-    base, settings = tuned.base, checked.settings
-    dtype, sequences = shipped_dtype(settings, base.config), checked.sequences
-    weights = transformed(merged_weights(base, tuned.adapter), base.config, settings)
+    base, config, settings = tuned.base, tuned.config, checked.settings
+    dtype, sequences = shipped_dtype(settings, config), checked.sequences
+    weights = transformed(merged_weights(base, tuned.adapter), config, settings)
     with entered_by_first(run.writing(run.quantized, recipe, checked.inputs)) as folder:
         checkpoint = write_quantized(
             folder, base, weights, settings, dtype, sequences, tuned.trained
@@ -132,7 +134,7 @@ def open_tuned(recipe: Recipe, run: RunDir) -> Tuned:
     base = open_base(recipe.model)
     ends = as_configured(end_tokens(recipe.model, recipe.data, tokenizer))
     base.config.eos_token_id = base.generation_config.eos_token_id = ends
-    return Tuned(tokenizer, base, Adapter(run.adapter, base, recipe.model.base), trained)
+    return Tuned(tokenizer, config, base, Adapter(run.adapter, base, recipe.model.base), trained)
 
 
 def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
@@ -151,8 +153,8 @@ def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, shipped_dtype
 
-    tokenizer, base, adapter, trained = tuned
-    config, inputs = base.config, run.inputs(recipe, "quantize")
+    tokenizer, config, base, adapter, trained = tuned
+    inputs = run.inputs(recipe, "quantize")
     prompts, dtype = check_prompts(recipe, tokenizer), shipped_dtype(recipe.quantize, config)
     say("quantize: merging")
     difference, logits = check_merge(base, adapter, run.adapter, prompts)
@@ -184,7 +186,7 @@ def check_and_describe(
     from finequant.quantize.checkpoint.writing import weight_bytes
     from finequant.quantize.scheme import layer_plan
 
-    folder, base, config = checkpoint.folder, tuned.base, tuned.base.config
+    folder, base, config = checkpoint.folder, tuned.base, tuned.config
     plan = layer_plan(checked.settings, config)
     record = describe(checked.settings, plan, config, bool(tuned.trained))
     record["layers"] = layer_table(checkpoint, base, plan)

@@ -78,6 +78,16 @@ def test_codes_scales_and_floats_are_what_the_recipe_says(
     assert config["tie_word_embeddings"] == (tied and head == "float")
 
 
+def test_a_base_whose_files_are_bfloat16_ships_in_bfloat16(quantize, llama):
+    base = llama("narrow")
+    file = base / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    folder = quantize(f"model.base={base}")
+    assert stored(folder)["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_dequantized_weights_are_the_merged_ones_within_half_a_step(quantize, recipe_file):
     from transformers import AutoModelForCausalLM
 
