@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -84,12 +85,12 @@ def peak_memory() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-class SteppedClient:
+class SteppedClient(ABC):
     """A program that computes logits and leaves sampling to its user."""
 
+    @abstractmethod
     def step(self, ids: list[int], start: int) -> np.ndarray:
         """float32 [vocabulary] after `ids`, the first of which has the position `start`."""
-        raise NotImplementedError
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int] | None:
         return None  # it has no chat template

@@ -19,6 +19,7 @@ import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
+from finequant.recipes.errors import OutsideError
 from finequant.recipes.locate import locate_launch
 from finequant.recipes.terminal import STAGE, duration, restart_clock, say
 
@@ -182,7 +183,12 @@ def _start(stage: str, position: str, arguments: list[str], launcher: list[str])
     else:
         PROCESSES.set_forkserver_preload([LIBRARIES])
         process = PROCESSES.Process(target=_run_stage, args=(module, arguments, position))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, OSError) as error:  # the fork server was killed
+            raise OutsideError(
+                f"{stage}: its process did not start ({error}): {RESUME_HINT}"
+            ) from None
         code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
     if code == -signal.SIGKILL:
         erase_line()

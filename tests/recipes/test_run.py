@@ -48,6 +48,18 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
+    from finequant.recipes.commands import pipeline
+    from finequant.recipes.errors import OutsideError
+
+    def killed(_):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(pipeline.PROCESSES.Process, "start", killed)
+    with pytest.raises(OutsideError, match=r"train: its process did not start \(unexpected EOF\)"):
+        pipeline._start("train", '["1/1", []]', [], [])
+
+
 @pytest.mark.slow
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     recipe_file, tmp_path, here, script, monkeypatch
