@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from finequant.finetune.architecture import check_architecture
 from finequant.finetune.gguf_base import dequantized, described
-from finequant.finetune.stored import as_stored
+from finequant.finetune.stored import as_stored, stored_weights
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Lora, Model
@@ -347,10 +347,12 @@ def _check_weights(model: Model, loading_info: dict[str, set]) -> None:
 
 
 def _check_finite(model: Model, base: Decoder) -> None:
+    """Refuses numbers that are not finite: in the files, where bitsandbytes has packed weights."""
     import torch
     from peft.utils.integrations import gather_params_ctx
 
-    for name, weight in base.named_parameters():
+    is_packed = any(not weight.is_floating_point() for weight in base.parameters())
+    for name, weight in stored_weights(model) if is_packed else base.named_parameters():
         with gather_params_ctx(weight, modifier_rank=None):  # ZeRO-3 has split it by now
             extremes = torch.zeros(1) if weight.is_meta else torch.stack(weight.detach().aminmax())
         if not extremes.isfinite().all():

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ROWS = 4096
-"""Rows of head and embedding to compare at a time."""
+"""Rows of a tensor to look at at a time."""
 
 
 def weight_files(model: Model) -> list[Path]:
@@ -53,6 +54,14 @@ def _cached(model: Model, name: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def stored_weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the float tensors of a base's files by name, in their dtype, some rows at a time."""
+    for name, tensor in _tensors(_stamps(weight_files(model))).items():
+        if tensor.get_dtype() in DTYPES:
+            for start in range(0, tensor.get_shape()[0], ROWS):
+                yield name, tensor[start : start + ROWS]
+
+
 def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
     """The configuration with `dtype` and `tie_word_embeddings` as the files have them, in place.
 
@@ -61,8 +70,7 @@ def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
     from safetensors import SafetensorError
 
     try:
-        files = weight_files(model)
-        stamps = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        stamps = _stamps(weight_files(model))
         config.dtype = _dtype(stamps) or config.dtype
         config.tie_word_embeddings = config.tie_word_embeddings and not _has_own_head(stamps)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
@@ -72,6 +80,10 @@ def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
 
 Stamps = tuple[tuple[Path, int, int], ...]
 """Files with what tells whether they have changed."""
+
+
+def _stamps(files: list[Path]) -> Stamps:
+    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 @functools.cache

@@ -64,6 +64,23 @@ def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
     assert torch.equal(held.lm_head.weight, stored.lm_head.weight)
 
 
+@pytest.mark.parametrize("load", ["float", "nf4"])
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_numbers_that_are_none_are_refused_however_the_base_is_held(
+    recipe_file, llama, load, number
+):
+    """Packed weights are integers, which are always finite."""
+    from safetensors.torch import load_file, save_file
+
+    base, name = llama("damaged"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(base / "model.safetensors")
+    tensors[name][7, 3] = number
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    recipe = load_recipe(recipe_file, [f"model.base={base}", f"model.load={load}"])
+    with pytest.raises(UserError, match=f"model.base: {name} of .* infinite or none"):
+        load_trained_base(recipe, torch.float32)
+
+
 def _held(recipe):
     return load_trained_base(recipe, torch.float32)
 
