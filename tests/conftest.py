@@ -357,12 +357,9 @@ def stages_here(monkeypatch) -> list[str]:
 
     called = []
 
-    def start(stage: str, position: str, arguments: list[str], launcher: list[str]) -> None:
-        called.append(stage)
-        if stage in pipeline.MODULES:
-            import_module(pipeline.MODULES[stage]).main(arguments)
-        else:
-            import_module("finequant.quantize.export").main([*arguments, "--to", stage])
+    def start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> None:
+        called.extend(step)
+        import_module(pipeline.module_of(step[0])).main([*arguments, *pipeline.formats(step)])
 
     monkeypatch.setattr(pipeline, "_start", start)
     monkeypatch.setenv(COMMITS, "{}")  # the command leaves it for its stages

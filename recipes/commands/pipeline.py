@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from importlib import import_module
+from itertools import chain, groupby
 from math import gcd
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +35,7 @@ MODULES = {
     "qat": "finequant.quantize.training.train",
     "quantize": "finequant.quantize.convert",
     "evaluate": "finequant.evaluate.compare",
-}  # and each export: finequant.quantize.export
+}
 
 LIBRARIES = "finequant.recipes.commands.libraries"
 PROCESSES = get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -70,23 +71,25 @@ def run(
     os.environ[COMMITS] = json.dumps(commits)  # for the stages
     directory, stages = RunDir.of(loaded), stages_of(loaded)
     say(f"{loaded.name}: {', '.join(stages)}, in {directory.root}")
-    started, ran = time.monotonic(), False
-    for number, stage in enumerate(stages, start=1):
-        changes = directory.what_changed(loaded, stage)
-        if changes == []:
-            say(f"[{number}/{len(stages)}] {stage}: up to date")
+    started, ran, steps = time.monotonic(), False, _steps(stages)
+    for number, step in enumerate(steps, start=1):
+        changes = {stage: directory.what_changed(loaded, stage) for stage in step}
+        stale = [stage for stage in step if changes[stage] != []]
+        if current := [stage for stage in step if changes[stage] == []]:
+            say(f"[{number}/{len(steps)}] {', '.join(current)}: up to date")
+        if not stale:
             continue
-        remaining = stages[number - 1 :]
+        remaining = [stale, *steps[number:]]
         seconds = _seconds(directory, remaining)
         if not ran:
-            refuse_early(loaded, directory, remaining, launch, force)
+            refuse_early(loaded, directory, [*chain(*remaining)], launch, force)
         left = f", {duration(sum(seconds))} left by the last run" if seconds else ""
-        say(f"[{number}/{len(stages)}] {stage}{left}")
-        for change in changes or []:
+        say(f"[{number}/{len(steps)}] {', '.join(stale)}{left}")
+        for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
             say(f"  because {change}")
-        position = json.dumps([f"{number}/{len(stages)}", seconds])
-        launcher, changed = _launched(stage, loaded, launch)
-        _start(stage, position, [str(recipe), *(overrides or []), *changed], launcher)
+        position = json.dumps([f"{number}/{len(steps)}", seconds])
+        launcher, changed = _launched(stale[0], loaded, launch)
+        _start(stale, position, [str(recipe), *(overrides or []), *changed], launcher)
         ran = True
     if ran:
         say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
@@ -96,6 +99,22 @@ def run(
     say(f"nothing to do: {directory.root} is up to date")
     if not passed:
         sys.exit(1)
+
+
+def _steps(stages: list[str]) -> list[list[str]]:
+    """Returns the stages that each process does: all exports are one's, which opens the checkpoint
+    and computes its logits once for all of them."""
+    return [list(step) for _, step in groupby(stages, module_of)]
+
+
+def module_of(stage: str) -> str:
+    """Returns the module whose `main` does a stage; all exports have the same."""
+    return MODULES.get(stage, "finequant.quantize.export")
+
+
+def formats(step: list[str]) -> list[str]:
+    """Returns the arguments that name the exports of a step."""
+    return [word for stage in step if stage not in MODULES for word in ("--to", stage)]
 
 
 def _run_stage(module: str, arguments: list[str], position: str) -> None:
@@ -166,15 +185,14 @@ def _threads_of_each() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores))}
 
 
-def _start(stage: str, position: str, arguments: list[str], launcher: list[str]) -> None:
-    """Runs a stage in its own process, which returns its memory and contains its crashes.
+def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> None:
+    """Runs a stage, or all exports, in a process, which returns its memory and contains crashes.
 
     position: as `terminal.STAGE` describes it.
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
-    module = MODULES.get(stage, "finequant.quantize.export")
-    arguments += [] if stage in MODULES else ["--to", stage]
+    name, module, arguments = ", ".join(step), module_of(step[0]), [*arguments, *formats(step)]
     if launcher:
         command = [sys.executable, "-m", *launcher, module, *arguments]
         environment = _threads_of_each() | os.environ | {STAGE: position}
@@ -187,21 +205,22 @@ def _start(stage: str, position: str, arguments: list[str], launcher: list[str])
             process.start()
         except (EOFError, OSError) as error:  # the fork server was killed
             raise OutsideError(
-                f"{stage}: its process did not start ({error}): {RESUME_HINT}"
+                f"{name}: its process did not start ({error}): {RESUME_HINT}"
             ) from None
         code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
     if code == -signal.SIGKILL:
         erase_line()
-        say(f"{stage} was killed, perhaps out of memory: {RESUME_HINT}")
+        say(f"{name} was killed, perhaps out of memory: {RESUME_HINT}")
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def _seconds(directory: RunDir, stages: list[str]) -> list[float]:
-    """Returns what each stage took last time in this run directory; [] if one never ran."""
+def _seconds(directory: RunDir, steps: list[list[str]]) -> list[float]:
+    """Returns what each step took last time in this run directory; [] if one never ran."""
     manifest = directory.manifest()
-    known = [manifest[stage]["seconds"] for stage in stages if stage in manifest]
-    return known if len(known) == len(stages) else []
+    if not all(stage in manifest for stage in chain(*steps)):
+        return []
+    return [sum(manifest[stage]["seconds"] for stage in step) for step in steps]
 
 
 def _show_report(directory: RunDir) -> bool:

@@ -63,15 +63,18 @@ def test_the_shell_completes_recipes_and_runs(tmp_path, monkeypatch):
 def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     from finequant.recipes.commands import pipeline
 
-    stages = []
-    monkeypatch.setattr(pipeline, "_start", lambda *arguments: stages.append(arguments[:2]))
+    steps = []
+    monkeypatch.setattr(pipeline, "_start", lambda *arguments: steps.append(arguments[:2]))
     monkeypatch.setattr(pipeline, "refuse_early", lambda *_: None)
     with pytest.raises(SystemExit, match="0"):
-        main(["run", str(recipe_file)])
+        main(["run", str(recipe_file), "quantize.exports=[gguf, onnx]"])
     *_, opened, chatted, taken = capsys.readouterr().err.splitlines()
     run = RunDir.of(load_recipe(recipe_file)).root
-    names = ("train", "quantize", "evaluate")
-    assert stages == [(name, f'["{number}/3", []]') for number, name in enumerate(names, 1)]
+    names = (["train"], ["quantize"], ["gguf", "onnx"], ["evaluate"])  # exports share a process
+    assert steps == [(step, f'["{number}/4", []]') for number, step in enumerate(names, 1)]
     assert opened == f"  finequant report {run} --open"
     assert chatted == f"  finequant chat {run}"
-    assert taken == f"  finequant export {run} --to gguf"
+    assert taken.startswith(f"  finequant publish {run} --dry-run publish.repo_id=")
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", str(recipe_file)])
+    assert capsys.readouterr().err.endswith(f"  finequant export {run} --to gguf\n")

@@ -21,8 +21,8 @@ from finequant.recipes.rundir import RunDir
 def refused(recipe_file, monkeypatch, capsys):
     """What `finequant run` says of a recipe that it refuses before it starts a stage."""
 
-    def start(stage: str, *_) -> None:
-        raise AssertionError(f"{stage} was started")
+    def start(step: list[str], *_) -> None:
+        raise AssertionError(f"{step} was started")
 
     monkeypatch.setattr(pipeline, "_start", start)
 
@@ -115,7 +115,7 @@ def test_short_rows_run_where_the_longest_that_are_allowed_would_not_fit(recipe_
     needed = sum(memory_of("train", recipe, load_config(recipe.model), small).values())
     small = small._replace(memory=needed - 1)
     monkeypatch.setattr(machines, "this_machine", lambda: small)
-    monkeypatch.setattr(pipeline, "_start", lambda stage, *_: started.append(stage))
+    monkeypatch.setattr(pipeline, "_start", lambda step, *_: started.extend(step))
     monkeypatch.setattr(pipeline, "_show_report", lambda _: True)
     with pytest.raises(SystemExit) as exit_:
         run.main(["run", str(recipe_file), *overrides])

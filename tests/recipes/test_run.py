@@ -57,7 +57,7 @@ def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
 
     monkeypatch.setattr(pipeline.PROCESSES.Process, "start", killed)
     with pytest.raises(OutsideError, match=r"train: its process did not start \(unexpected EOF\)"):
-        pipeline._start("train", '["1/1", []]', [], [])
+        pipeline._start(["train"], '["1/1", []]', [], [])
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     assert "does not divide the input features of mlp.down_proj (160)" in changed.stderr
     started = []
     monkeypatch.setattr(
-        "finequant.recipes.commands.pipeline._start", lambda stage, *_: started.append(stage)
+        "finequant.recipes.commands.pipeline._start", lambda step, *_: started.extend(step)
     )
     changed = here("run", str(recipe_file), "quantize.bits=8")
     assert changed.returncode == 0, changed.stderr
