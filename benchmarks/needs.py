@@ -104,7 +104,7 @@ def machine_of(kind: str) -> Machine:
     """Returns a machine whose processor computes in float32, or whose GPU does in bfloat16."""
     from finequant.quantize.size.machine import Machine, named_gpu
 
-    return named_gpu("H100") if kind == "gpu" else Machine("a CPU", 0, "cpu")
+    return named_gpu("H100") if kind == "gpu" else Machine("a CPU", 10**15, "cpu")
 
 
 if __name__ == "__main__":

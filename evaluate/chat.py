@@ -141,13 +141,15 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     from finequant.evaluate.models import load_model
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
+    from finequant.quantize.size.estimate import Lengths
 
     if name not in MODELS:
         return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
-    return transformers_chat_model(load_model(name, recipe, run, prompt, ends), tokenizer, recipe)
+    model = load_model(name, recipe, run, prompt, ends, Lengths([], scored=0, prompt=0))
+    return transformers_chat_model(model, tokenizer, recipe)
 
 
 def load_export(name: str, recipe: Recipe, run: RunDir) -> ChatModel:

@@ -108,7 +108,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             say(f"evaluate: {name}: measured before, unchanged")
             measured[name] = before[name]
             continue
-        model = load_model(name, recipe, run, material.probes[0], material.ends)
+        model = load_model(name, recipe, run, material.probes[0], material.ends, material.lengths())
         if needs_reference and is_first():
             reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
         size = size_bytes(name, model, recipe, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,19 +25,27 @@ def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
     ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         expected = model(ids).logits
-    quantize_inputs = _quantizing_hook()
+    quantizing = []
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if hasattr(weight, "qdata"):
             module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
             if weight.activation_quantization:  # an embedding has none
-                module.register_forward_pre_hook(quantize_inputs)
+                quantizing.append(module)
+    quantize_inputs(quantizing)
     with torch.inference_mode():
         actual = model(ids).logits
     # At two bits, logits can be NaN: NaNs in the same positions count as equal.
     if not torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True):
         raise UserError("evaluate: the dequantized model differs from the quantized one: torchao?")
     return model
+
+
+def quantize_inputs(modules: Iterable[torch.nn.Module]) -> None:
+    """Lets layers quantize their inputs to int8, per token."""
+    hook = _quantizing_hook()
+    for module in modules:
+        module.register_forward_pre_hook(hook)
 
 
 def _quantizing_hook() -> Callable[..., tuple[torch.Tensor, ...]]:

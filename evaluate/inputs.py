@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finequant.evaluate.metrics.perplexity import ScoredSequence
     from finequant.finetune.data.rows import Row
     from finequant.finetune.data.splits import Splits
+    from finequant.quantize.size.estimate import Lengths
 
 HELD_OUT = "held_out"
 """Name of the test rows among corpora and tasks."""
@@ -36,6 +37,16 @@ class Material:
     choices: list[str]
     probes: list[list[int]]
     """Token ids on which a loaded model is checked: prompts, or training rows if there are none."""
+
+    def lengths(self, training: list[int] | None = None) -> Lengths:
+        """Returns the lengths that decide the memory of activations.
+
+        training: tokens of each training row.
+        """
+        from finequant.quantize.size.estimate import Lengths
+
+        longest_prompt = max(map(len, self.prompts), default=0)
+        return Lengths(training or [], longest_scored(self.corpora), longest_prompt)
 
 
 def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Material:

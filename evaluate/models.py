@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from finequant.recipes.rundir import RunDir
@@ -10,20 +11,29 @@ from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
+    from finequant.quantize.size.estimate import Lengths
+    from finequant.quantize.size.placement import Places
 
 MODELS = ("base", "tuned", "quantized")
 
 
 def load_model(
-    name: str, recipe: Recipe, run: RunDir, probe: list[int], ends: list[int]
+    name: str,
+    recipe: Recipe,
+    run: RunDir,
+    probe: list[int],
+    ends: list[int],
+    lengths: Lengths | None = None,
 ) -> Decoder:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
     It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
-    model's logits are compared with peft's by the stage quantize, not again here.
+    model's logits are compared with peft's by the stage quantize, not again here. What has no room
+    is read at each use.
 
     probe: token ids on which the dequantized model is compared with quantized/.
     ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
+    lengths: of what it will read, which takes memory, too; default: what the recipe allows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -33,9 +43,13 @@ def load_model(
     from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge.model import merged_model
     from finequant.quantize.scheme import cast_weights, shipped_dtype
+    from finequant.quantize.size.placement import places_of
 
     say(f"evaluate: {name}: loading")
-    dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
+    config = load_config(recipe.model)
+    dtype = shipped_dtype(recipe.quantize, config)
+    if places := places_of(recipe, config, lengths):
+        return _spread(name, recipe, run, ends, places)
     if name == "base":
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
@@ -48,6 +62,46 @@ def load_model(
     # The weights are rounded to the shipped dtype, whatever dtype the model computes in.
     model = cast_weights(model, arithmetic_dtype(dtype))
     return model.to(device()).eval()
+
+
+def _spread(name: str, recipe: Recipe, run: RunDir, ends: list[int], places: Places) -> Decoder:
+    """Builds a model that one device does not hold from its files.
+
+    That of quantized/ is codes times scales, which the stage quantize has compared with torchao's.
+    """
+    from transformers import GenerationConfig
+
+    from finequant.evaluate.dequantized import quantize_inputs
+    from finequant.finetune.data.turns import stop_at
+    from finequant.finetune.device import arithmetic_dtype
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.merge.model import spread_model
+    from finequant.quantize.scheme import EMBEDDING, shipped_dtype
+
+    base = open_base(recipe.model)
+    dtype = shipped_dtype(recipe.quantize, base.config)
+    arithmetic, layers = arithmetic_dtype(dtype), []
+    for place, count in Counter(places.values()).items():
+        say(f"evaluate: {name}: {count} of {len(places)} parts on {place}")
+    if name == "quantized":
+        stored = read_checkpoint(run.quantized)
+        generation = GenerationConfig.from_pretrained(run.quantized)
+        base = base._replace(config=stored.config, generation_config=generation)
+        weights, layers = (
+            stored.float_weight,
+            [name for name in stored.rounded if name != EMBEDDING],
+        )
+    elif name == "tuned":
+        weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
+    else:
+        weights = base.weights
+    model = spread_model(base, weights, dtype, arithmetic, places)
+    if name == "quantized":
+        quantize_inputs(model.get_submodule(layer) for layer in layers)
+    else:
+        stop_at(model, ends)
+    return model
 
 
 def size_bytes(name: str, model: Decoder, recipe: Recipe, run: RunDir) -> int:

@@ -61,7 +61,7 @@ def quiet_libraries() -> None:
     logging.getLogger("trl.trainer.sft_trainer").addFilter(
         lambda record: "padding-free training" not in record.getMessage()
     )
-    # check_merge lets accelerate leave on the disk what does not fit into memory.
+    # check_merge and evaluation let accelerate leave on the disk what does not fit into memory.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
     import datasets

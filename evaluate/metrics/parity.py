@@ -40,7 +40,9 @@ def quantized_reference(recipe: Recipe, run: RunDir, material: Material) -> Refe
     from finequant.evaluate.models import load_model
 
     sequences = reference_sequences(material.corpora, TOKENS)
-    model = load_model("quantized", recipe, run, material.probes[0], material.ends)
+    model = load_model(
+        "quantized", recipe, run, material.probes[0], material.ends, material.lengths()
+    )
     logs, rounding = log_probabilities(model, sequences, recipe.evaluate.batch_size)
     return Reference(sequences, logs, rounding)
 

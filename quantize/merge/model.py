@@ -1,16 +1,18 @@
-"""base + adapter -> one float model in memory, where it is run: evaluation, sweeps and chat."""
+"""base + adapter -> one float model, where it is run: evaluation, sweeps and chat."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 
 from finequant.finetune.architecture import skeleton
-from finequant.quantize.checkpoint.reading import Weights, read_into
+from finequant.quantize.checkpoint.reading import Weights, filled, read_into
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
+from finequant.quantize.size.placement import DISK, Places
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
@@ -50,3 +52,59 @@ def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> Decoder:
     model.model.rotary_emb = type(rotary)(config)
     model.generation_config = base.generation_config
     return model.requires_grad_(False).eval()
+
+
+class Offloaded(Mapping[str, torch.Tensor]):
+    """Parameters by name: some are in memory, the others are read when they are asked for."""
+
+    def __init__(self, names: list[str], read: Callable[[str], torch.Tensor]) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.kept[name] if name in self.kept else self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def spread_model(
+    base: Base, weights: Weights, dtype: torch.dtype, arithmetic: torch.dtype, places: Places
+) -> Decoder:
+    """Builds a model that is larger than the memory of a device, to be run as any other.
+
+    accelerate's hooks bring each layer of a block that is on no accelerator to the first one, and
+    forget it afterwards.
+
+    dtype: that the weights are rounded to.
+    arithmetic: dtype that they are kept in.
+    """
+    from accelerate import dispatch_model
+    from accelerate.utils import set_module_tensor_to_device
+
+    config = deepcopy(base.config)
+    config.dtype = arithmetic
+    model = skeleton(config).to(arithmetic)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    offloaded = Offloaded(
+        list(shapes), lambda name: filled(weights, name, shapes[name], dtype).to(arithmetic)
+    )
+    main = next(iter(places.values()))
+    for name in shapes:
+        place = next(places[module] for module in places if name.startswith(f"{module}."))
+        if place == "cpu" != main:
+            offloaded.kept[name] = offloaded[name]
+        elif place != DISK:
+            set_module_tensor_to_device(model, name, place, offloaded[name])
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its frequencies are in no file
+    model.model.rotary_emb = type(rotary)(config)
+    model.generation_config = base.generation_config
+    dispatch_model(model, places, main, offloaded, offload_index={})
+    return model

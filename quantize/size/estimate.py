@@ -170,7 +170,7 @@ def aware_memory(
     step = _step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
-    block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
+    block = sum(_block_sizes(config))
     calibration = _calibration(recipe, config, _arithmetic(shipped, machine), block)
     return max(step, _memory("qat", machine, calibration, {}), key=lambda m: sum(m.values()))
 
@@ -225,7 +225,7 @@ def quantize_memory(
     """Estimates quantization's largest phase: checking the merge, quantizing, or the last check."""
     dtype = shipped_dtype(recipe.quantize, config).itemsize
     shapes = layer_shapes(config)
-    block = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
+    block = sum(_block_sizes(config))
     fixed = {}
     if recipe.quantize.rotate:  # the matrix; two layers in float32
         down = config.hidden_size * config.intermediate_size
@@ -287,27 +287,56 @@ def _sensitivity(recipe: Recipe, config: DecoderConfig, dtype: int) -> Memory:
 def evaluation_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates evaluation: of the largest of the three models, or the comparison of two."""
-    evaluate, shipped = recipe.evaluate, shipped_dtype(recipe.quantize, config)
-    dtype = _arithmetic(shipped, machine)
-    weights = dtype * parameter_count(config)
-    if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
-        weights += dtype * components(config)["embedding"]  # the quantized model's head
+    """Estimates evaluation: of the largest of the three models, or the comparison of two.
+
+    Where no GPU holds a whole model, all GPUs share one; where they cannot either, what has no room
+    is read at each use.
+    """
+    evaluate, dtype = recipe.evaluate, _evaluated_in(recipe, config, machine)
     tokens = evaluate.batch_size * lengths.scored
     kept = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers * dtype
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
-    return _memory(
-        "evaluate",
-        machine,
-        {"weights": weights},
-        {
-            "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
-            # A step's keys and values lie beside those of the step before.
-            "key-value cache": 2 * rows * kept,
-            # Two models' log-probabilities, and what their divergence is computed with.
-            "logits": 5 * evaluate.divergence_tokens * config.vocab_size * 4,
-        },
-    )
+    passing = {
+        "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
+        # A step's keys and values lie beside those of the step before.
+        "key-value cache": 2 * rows * kept,
+        # Two models' log-probabilities, and what their divergence is computed with.
+        "logits": 5 * evaluate.divergence_tokens * config.vocab_size * 4,
+    }
+    tables, block = evaluation_weights(recipe, config, machine)
+    blocks, layer = config.num_hidden_layers, dtype * max(_block_sizes(config))
+    ways = {"weights": tables + blocks * block}
+    if machine.gpus > 1:
+        ways["weights, a share"] = tables + math.ceil(blocks / machine.gpus) * block
+    ways["weights in use, the others are read each time"] = tables + 2 * layer
+    for name, size in ways.items():
+        memory = _memory("evaluate", machine, {name: size}, passing)
+        if sum(memory.values()) <= machine.memory:
+            break
+    return memory
+
+
+def evaluation_weights(recipe: Recipe, config: DecoderConfig, machine: Machine) -> tuple[int, int]:
+    """Computes the bytes of embedding, head and last norm, and of a block, as they are evaluated.
+
+    They are those of the quantized model: its head is its own.
+    """
+    dtype, parts = _evaluated_in(recipe, config, machine), components(config)
+    tables = parts["embedding"] + parts["head"]
+    if config.tie_word_embeddings and unties_head(layer_plan(recipe.quantize, config)):
+        tables += parts["embedding"]
+    rest = parameter_count(config) - parts["embedding"] - parts["head"]
+    return dtype * tables, dtype * math.ceil(rest / config.num_hidden_layers)
+
+
+def _evaluated_in(recipe: Recipe, config: DecoderConfig, machine: Machine) -> int:
+    return _arithmetic(shipped_dtype(recipe.quantize, config), machine)
+
+
+def _block_sizes(config: DecoderConfig) -> list[int]:
+    """Lists the numbers of weights of a block's layers."""
+    shapes = layer_shapes(config)
+    return [math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name]
 
 
 def _memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:

@@ -38,8 +38,9 @@ class Machine(NamedTuple):
 
     name: str
     memory: int
-    """bytes"""
+    """Bytes: of one GPU, or what the processor has."""
     kind: Literal["cpu", "gpu"]
+    gpus: int = 1
 
     def training_dtype(self, precision: str) -> str:
         """`bfloat16` or `float32`, as `training_precision` chooses here."""
@@ -59,7 +60,8 @@ def this_machine() -> Machine:
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Machine(properties.name, properties.total_memory, "gpu")
+        gpus = torch.cuda.device_count()
+        return Machine(properties.name, properties.total_memory, "gpu", gpus)
     total = psutil.virtual_memory().total + psutil.swap_memory().total
     limit = CONTAINER_LIMIT
     if limit.exists() and (text := limit.read_text().strip()).isdigit():

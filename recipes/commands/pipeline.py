@@ -159,7 +159,7 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
         processes = max(number for number in range(1, gpus + 1) if rows % number == 0)
         micro = gcd(recipe.train.micro_batch_size, rows // processes)
         overrides = [f"train.micro_batch_size={micro}"]
-    if processes < 2:
+    if processes < 2 or (stage == "evaluate" and _spreads(recipe)):
         return [], []
     say(f"{stage}: on {processes} of {gpus} GPUs")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
@@ -170,6 +170,15 @@ def _calibrates(recipe: Recipe) -> bool:
     from finequant.quantize.methods.sequences import calibrates  # only now: it imports torch
 
     return calibrates(recipe)
+
+
+def _spreads(recipe: Recipe) -> bool:
+    """Says whether a model is too large for one GPU, so that one process spreads it over all."""
+    from finequant.finetune.model import load_config
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.placement import fits_one_device
+
+    return not fits_one_device(recipe, load_config(recipe.model), this_machine())
 
 
 def _threads_of_each() -> dict[str, str]:

@@ -83,12 +83,11 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 
 def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
-    from finequant.evaluate.inputs import longest_scored, prepare
+    from finequant.evaluate.inputs import prepare
     from finequant.finetune.architecture import check_window
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
-    from finequant.quantize.size.estimate import Lengths
     from finequant.recipes.command_line import quiet_libraries
 
     quiet_libraries()
@@ -101,8 +100,7 @@ def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
             partial(prepare, recipe, splits, tokenizer),
         ]
     )
-    longest_prompt = max(map(len, material.prompts), default=0)
-    return Lengths(training, longest_scored(material.corpora), longest_prompt)
+    return material.lengths(training)
 
 
 def _check_tasks(recipe: Recipe) -> None:

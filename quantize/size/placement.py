@@ -1,0 +1,78 @@
+"""Where the weights of a model lie that is evaluated: on one device, on several, or on disk."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from finequant.finetune.architecture import EMBEDDING, HEAD, NORM
+from finequant.finetune.device import device
+from finequant.finetune.processes import number_of_processes
+from finequant.quantize.size.estimate import Lengths, evaluation_memory, evaluation_weights, longest
+from finequant.quantize.size.machine import Machine, this_machine
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import DecoderConfig
+
+DISK = "disk"
+
+Places = dict[str, str]
+"""Devices by module, as accelerate takes them: `cuda:0`, `cpu`, DISK."""
+
+
+def fits_one_device(
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None = None
+) -> bool:
+    """Says whether one of the machine's devices holds a whole model while it is evaluated."""
+    memory = evaluation_memory(recipe, config, machine._replace(gpus=1), lengths or longest(recipe))
+    return "weights" in memory and sum(memory.values()) <= machine.memory
+
+
+def places_of(
+    recipe: Recipe, config: DecoderConfig, lengths: Lengths | None = None
+) -> Places | None:
+    """Shares a model out over this process's devices; None if the first has room for all of it."""
+    machine = this_machine()
+    if number_of_processes() > 1:
+        machine = machine._replace(gpus=1)
+    if fits_one_device(recipe, config, machine, lengths):
+        return None
+    whole = evaluation_memory(
+        recipe, config, machine._replace(memory=1 << 60), lengths or longest(recipe)
+    )
+    tables, block = evaluation_weights(recipe, config, machine)
+    room = machine.memory - (sum(whole.values()) - whole["weights"])
+    return filled_in_turn(config.num_hidden_layers, tables, block, _rooms(machine, room))
+
+
+def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) -> Places:
+    """Fills devices in turn with decoder blocks, and leaves the others on disk.
+
+    Embedding, last norm and head, in which each use begins and ends, stay on the first device.
+
+    tables: bytes of embedding and head.
+    block: bytes of a block.
+    rooms: bytes that weights may take, by device.
+    """
+    main = next(iter(rooms))
+    parts = (EMBEDDING, NORM, "model.rotary_emb", HEAD)
+    places, left = dict.fromkeys(parts, main), rooms | {main: rooms[main] - tables}
+    for number in range(blocks):
+        place = next((name for name, room in left.items() if room >= block), DISK)
+        left[place] = left.get(place, 0) - block
+        places[f"model.layers.{number}"] = place
+    return places
+
+
+def _rooms(machine: Machine, room: int) -> dict[str, int]:
+    """Half of the free host memory is for weights, where a GPU computes: from the other half, the
+    system's file cache, those on disk are read again."""
+    import psutil
+
+    main = device()
+    if machine.kind == "cpu":
+        return {str(main): room}
+    names = [str(main)] if machine.gpus == 1 else [f"{main.type}:{n}" for n in range(machine.gpus)]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return dict.fromkeys(names, room) | {"cpu": psutil.virtual_memory().available // (2 * here)}

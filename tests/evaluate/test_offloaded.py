@@ -1,0 +1,83 @@
+"""Models that no device holds: their weights are read from disk at each use."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from transformers import LlamaConfig
+
+from finequant.quantize.size import placement
+from finequant.quantize.size.estimate import memory_of
+from finequant.quantize.size.machine import Machine
+from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Model
+
+
+def test_the_report_is_the_same_to_the_last_digit(recipe_file, train_once, monkeypatch, capsys):
+    """Base, tuned and quantized: perplexities, answers, likelihoods of choices, divergence."""
+    from finequant.evaluate.compare import main as compare
+    from finequant.quantize.convert import main as convert
+
+    run = recipe_file.parent / "run"
+    arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2"]
+    arguments += ["quantize.embedding=8", "quantize.method=rtn", "evaluate.limit=4"]
+    arguments += ["evaluate.metrics=[multiple_choice, f1]", "evaluate.choices=completions"]
+    train_once(arguments)
+    convert(arguments)
+    reports = []
+    for memory in (10**12, 10**6):
+        machine = Machine("a machine", memory, "cpu")
+        monkeypatch.setattr(placement, "this_machine", lambda machine=machine: machine)
+        compare(arguments)
+        reports.append(json.loads((run / "report.json").read_text()))
+        said = capsys.readouterr().err
+        assert ("2 of 6 parts on disk" in said) == (memory == 10**6)
+        for measurement in (run / "measurements").iterdir():
+            measurement.unlink()
+    assert reports[0] == reports[1]
+
+
+def test_blocks_fill_devices_in_turn_and_the_rest_stays_on_disk():
+    rooms = {"cuda:0": 45, "cuda:1": 25, "cpu": 12}
+    places = placement.filled_in_turn(7, tables=20, block=10, rooms=rooms)
+    blocks = [places[f"model.layers.{number}"] for number in range(7)]
+    assert blocks == ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cpu"] + ["disk"] * 2
+    assert {places[name] for name in places if ".layers." not in name} == {"cuda:0"}
+
+
+def test_nothing_mixes_where_another_device_computes(tiny_base):
+    """`meta` computes nothing, and refuses tensors of a CPU beside its own."""
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.merge.model import spread_model
+
+    base = open_base(Model(base=str(tiny_base)))
+    places = placement.filled_in_turn(2, 1, 1, {"meta": 1, "cpu": 1})
+    assert list(places.values())[-2:] == ["cpu", "disk"]
+    model = spread_model(base, base.weights, torch.bfloat16, torch.float32, places)
+    logits = model(torch.tensor([[5, 6, 7]], device=model.device)).logits
+    assert (logits.device.type, logits.dtype) == ("meta", torch.float32)
+
+
+def test_what_no_gpu_holds_is_spread_or_read_and_not_refused(recipe_file, monkeypatch):
+    from finequant.recipes.commands import pipeline
+
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    config = LlamaConfig(**shape, **heads, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    recipe = load_recipe(recipe_file)
+    for memory, gpus, weights in (
+        (200, 1, "weights"),
+        (80, 4, "weights, a share"),
+        (24, 2, "weights in use, the others are read each time"),
+    ):
+        machine = Machine("H100", memory * 10**9, "gpu", gpus)
+        needed = memory_of("evaluate", recipe, config, machine)
+        assert weights in needed
+        assert sum(needed.values()) < machine.memory
+        assert placement.fits_one_device(recipe, config, machine) == (memory == 200)
+        monkeypatch.setattr("finequant.quantize.size.machine.this_machine", lambda m=machine: m)
+        monkeypatch.setattr("finequant.finetune.model.load_config", lambda _: config)
+        monkeypatch.setattr("finequant.finetune.device.trains_on_cpu", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert pipeline._launched("evaluate", recipe, None) == ([], [])
