@@ -12,7 +12,7 @@ from finequant.recipes.terminal import say
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
     from finequant.quantize.size.estimate import Lengths
-    from finequant.quantize.size.placement import Places
+    from finequant.quantize.size.placement import DeviceMap
 
 MODELS = ("base", "tuned", "quantized")
 
@@ -43,13 +43,13 @@ def load_model(
     from finequant.finetune.model import load_base, load_config
     from finequant.quantize.merge.model import merged_model
     from finequant.quantize.scheme import cast_weights, shipped_dtype
-    from finequant.quantize.size.placement import places_of
+    from finequant.quantize.size.placement import device_map_of
 
     say(f"evaluate: {name}: loading")
     config = load_config(recipe.model)
     dtype = shipped_dtype(recipe.quantize, config)
-    if places := places_of(recipe, config, lengths):
-        return _spread(name, recipe, run, ends, places)
+    if device_map := device_map_of(recipe, config, lengths):
+        return _spread(name, recipe, run, ends, device_map)
     if name == "base":
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
@@ -64,7 +64,9 @@ def load_model(
     return model.to(device()).eval()
 
 
-def _spread(name: str, recipe: Recipe, run: RunDir, ends: list[int], places: Places) -> Decoder:
+def _spread(
+    name: str, recipe: Recipe, run: RunDir, ends: list[int], device_map: DeviceMap
+) -> Decoder:
     """Builds a model that one device does not hold from its files.
 
     That of quantized/ is codes times scales, which the stage quantize has compared with torchao's.
@@ -82,8 +84,8 @@ def _spread(name: str, recipe: Recipe, run: RunDir, ends: list[int], places: Pla
     base = open_base(recipe.model)
     dtype = shipped_dtype(recipe.quantize, base.config)
     arithmetic, layers = arithmetic_dtype(dtype), []
-    for place, count in Counter(places.values()).items():
-        say(f"evaluate: {name}: {count} of {len(places)} parts on {place}")
+    for where, count in Counter(device_map.values()).items():
+        say(f"evaluate: {name}: {count} of {len(device_map)} parts on {where}")
     if name == "quantized":
         stored = read_checkpoint(run.quantized)
         generation = GenerationConfig.from_pretrained(run.quantized)
@@ -96,7 +98,7 @@ def _spread(name: str, recipe: Recipe, run: RunDir, ends: list[int], places: Pla
         weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     else:
         weights = base.weights
-    model = spread_model(base, weights, dtype, arithmetic, places)
+    model = spread_model(base, weights, dtype, arithmetic, device_map)
     if name == "quantized":
         quantize_inputs(model.get_submodule(layer) for layer in layers)
     else:

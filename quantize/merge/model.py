@@ -12,7 +12,7 @@ from finequant.finetune.architecture import skeleton
 from finequant.quantize.checkpoint.reading import Weights, filled, read_into
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
-from finequant.quantize.size.placement import DISK, Places
+from finequant.quantize.size.placement import DISK, DeviceMap
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
@@ -75,7 +75,7 @@ class Offloaded(Mapping[str, torch.Tensor]):
 
 
 def spread_model(
-    base: Base, weights: Weights, dtype: torch.dtype, arithmetic: torch.dtype, places: Places
+    base: Base, weights: Weights, dtype: torch.dtype, arithmetic: torch.dtype, device_map: DeviceMap
 ) -> Decoder:
     """Builds a model that is larger than the memory of a device, to be run as any other.
 
@@ -95,16 +95,16 @@ def spread_model(
     offloaded = Offloaded(
         list(shapes), lambda name: filled(weights, name, shapes[name], dtype).to(arithmetic)
     )
-    main = next(iter(places.values()))
+    main = next(iter(device_map.values()))
     for name in shapes:
-        place = next(places[module] for module in places if name.startswith(f"{module}."))
-        if place == "cpu" != main:
+        where = next(device_map[module] for module in device_map if name.startswith(f"{module}."))
+        if where == "cpu" != main:
             offloaded.kept[name] = offloaded[name]
-        elif place != DISK:
-            set_module_tensor_to_device(model, name, place, offloaded[name])
+        elif where != DISK:
+            set_module_tensor_to_device(model, name, where, offloaded[name])
     model.tie_weights()
     rotary = model.model.rotary_emb  # its frequencies are in no file
     model.model.rotary_emb = type(rotary)(config)
     model.generation_config = base.generation_config
-    dispatch_model(model, places, main, offloaded, offload_index={})
+    dispatch_model(model, device_map, main, offloaded, offload_index={})
     return model

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DISK = "disk"
 
-Places = dict[str, str]
+DeviceMap = dict[str, str]
 """Devices by module, as accelerate takes them: `cuda:0`, `cpu`, DISK."""
 
 
@@ -29,9 +29,9 @@ def fits_one_device(
     return "weights" in memory and sum(memory.values()) <= machine.memory
 
 
-def places_of(
+def device_map_of(
     recipe: Recipe, config: DecoderConfig, lengths: Lengths | None = None
-) -> Places | None:
+) -> DeviceMap | None:
     """Shares a model out over this process's devices; None if the first has room for all of it."""
     machine = this_machine()
     if number_of_processes() > 1:
@@ -46,7 +46,7 @@ def places_of(
     return filled_in_turn(config.num_hidden_layers, tables, block, _rooms(machine, room))
 
 
-def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) -> Places:
+def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) -> DeviceMap:
     """Fills devices in turn with decoder blocks, and leaves the others on disk.
 
     Embedding, last norm and head, in which each use begins and ends, stay on the first device.
@@ -57,12 +57,12 @@ def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) 
     """
     main = next(iter(rooms))
     parts = (EMBEDDING, NORM, "model.rotary_emb", HEAD)
-    places, left = dict.fromkeys(parts, main), rooms | {main: rooms[main] - tables}
+    device_map, left = dict.fromkeys(parts, main), rooms | {main: rooms[main] - tables}
     for number in range(blocks):
-        place = next((name for name, room in left.items() if room >= block), DISK)
-        left[place] = left.get(place, 0) - block
-        places[f"model.layers.{number}"] = place
-    return places
+        where = next((name for name, room in left.items() if room >= block), DISK)
+        left[where] = left.get(where, 0) - block
+        device_map[f"model.layers.{number}"] = where
+    return device_map
 
 
 def _rooms(machine: Machine, room: int) -> dict[str, int]:

@@ -40,10 +40,10 @@ def test_the_report_is_the_same_to_the_last_digit(recipe_file, train_once, monke
 
 def test_blocks_fill_devices_in_turn_and_the_rest_stays_on_disk():
     rooms = {"cuda:0": 45, "cuda:1": 25, "cpu": 12}
-    places = placement.filled_in_turn(7, tables=20, block=10, rooms=rooms)
-    blocks = [places[f"model.layers.{number}"] for number in range(7)]
+    device_map = placement.filled_in_turn(7, tables=20, block=10, rooms=rooms)
+    blocks = [device_map[f"model.layers.{number}"] for number in range(7)]
     assert blocks == ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cpu"] + ["disk"] * 2
-    assert {places[name] for name in places if ".layers." not in name} == {"cuda:0"}
+    assert {device_map[name] for name in device_map if ".layers." not in name} == {"cuda:0"}
 
 
 def test_nothing_mixes_where_another_device_computes(tiny_base):
@@ -52,9 +52,9 @@ def test_nothing_mixes_where_another_device_computes(tiny_base):
     from finequant.quantize.merge.model import spread_model
 
     base = open_base(Model(base=str(tiny_base)))
-    places = placement.filled_in_turn(2, 1, 1, {"meta": 1, "cpu": 1})
-    assert list(places.values())[-2:] == ["cpu", "disk"]
-    model = spread_model(base, base.weights, torch.bfloat16, torch.float32, places)
+    device_map = placement.filled_in_turn(2, 1, 1, {"meta": 1, "cpu": 1})
+    assert list(device_map.values())[-2:] == ["cpu", "disk"]
+    model = spread_model(base, base.weights, torch.bfloat16, torch.float32, device_map)
     logits = model(torch.tensor([[5, 6, 7]], device=model.device)).logits
     assert (logits.device.type, logits.dtype) == ("meta", torch.float32)
 
