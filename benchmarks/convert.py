@@ -202,8 +202,8 @@ def make(at: Path, shape: str, blocks: int | None) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    from finequant.quantize.convert import write_float
     from finequant.quantize.merge.adapter import PREFIX, Base
+    from finequant.quantize.write import write_float
 
     config = LlamaConfig(**SHAPES[shape] | ({"num_hidden_layers": blocks} if blocks else {}))
     with torch.device("meta"):
@@ -232,9 +232,10 @@ def make(at: Path, shape: str, blocks: int | None) -> None:
 
 
 def ours(at: Path, method: str, checked: bool) -> None:
-    from finequant.quantize.convert import check_quantized, write_quantized
+    from finequant.quantize.checkpoint.reload import check_quantized
     from finequant.quantize.merge.adapter import Adapter, merged_weights
     from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.write import write_quantized
 
     base, quantize = _opened(at, method)
     adapter = Adapter(at / "adapter", base, "base")

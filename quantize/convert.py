@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.quantize.prompts import check_prompts
-from finequant.recipes.artifact import remove
 from finequant.recipes.command_line import quiet_libraries, read_command_line
-from finequant.recipes.errors import UserError, report_user_errors
-from finequant.recipes.methods import METHODS
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.terminal import doing, say
@@ -27,10 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finequant.finetune.architecture import DecoderConfig
-    from finequant.quantize.checkpoint.reading import TensorFile, Weights
+    from finequant.quantize.checkpoint.reading import TensorFile
     from finequant.quantize.checkpoint.writing import Checkpoint
     from finequant.quantize.merge.adapter import Adapter, Base
-    from finequant.quantize.scheme import Plan
     from finequant.recipes.freshness import Inputs
 
 
@@ -92,6 +88,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.methods.sequences import calibrates
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import shipped_dtype
+    from finequant.quantize.write import write_quantized
 
     watch = Stopwatch()
     if calibrates(recipe):
@@ -145,6 +142,7 @@ def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
             does not hold, or nothing to calibrate on.
     """
     from finequant.finetune.data.turns import save_tokenizer
+    from finequant.quantize.describe import describe
     from finequant.quantize.merge.adapter import merged_weights
     from finequant.quantize.merge.check import check_merge
     from finequant.quantize.merge.overflow import check_range
@@ -152,6 +150,7 @@ def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
     from finequant.quantize.methods.sequences import sequences_of
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, shipped_dtype
+    from finequant.quantize.write import write_float
 
     tokenizer, config, base, adapter, trained = tuned
     inputs = run.inputs(recipe, "quantize")
@@ -183,7 +182,9 @@ def check_and_describe(
     """
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.data.turns import save_tokenizer
+    from finequant.quantize.checkpoint.reload import check_quantized
     from finequant.quantize.checkpoint.writing import weight_bytes
+    from finequant.quantize.describe import describe, layer_table
     from finequant.quantize.scheme import layer_plan
 
     folder, base, config = checkpoint.folder, tuned.base, tuned.config
@@ -227,141 +228,6 @@ def check_base_range(recipe: Recipe) -> None:
         check_range(base.config, base.weights, prompts, dtype)
 
 
-def write_float(folder: Path, base: Base, weights: Weights, dtype: torch.dtype) -> None:
-    """Writes a checkpoint of the float weights."""
-    from finequant.quantize.checkpoint.streaming import write_data_free
-    from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
-    from finequant.quantize.scheme import EMBEDDING, HEAD
-
-    plan = dict.fromkeys((HEAD, EMBEDDING))
-    shapes = stored_shapes(base.shapes, base.config, plan)
-    checkpoint = Checkpoint(folder, shapes, plan, dtype)
-    write_data_free(checkpoint, weights, shapes)
-    write_config(base, plan, dtype, folder)
-    checkpoint.finish()
-
-
-def write_quantized(
-    folder: Path,
-    base: Base,
-    weights: Weights,
-    quantize: Quantize,
-    dtype: torch.dtype,
-    sequences: torch.Tensor | None = None,
-    trained: TensorFile | None = None,
-) -> Checkpoint | None:
-    """Writes a checkpoint, quantized by the recipe's method or with codes from training.
-
-    Several processes share the calibration. The first one writes; the others get None.
-
-    sequences: token ids [rows, length] for a calibrated method, and for training scales.
-    """
-    from finequant.finetune.processes import decided_by_first, is_first
-    from finequant.quantize.checkpoint.reading import TensorFile
-    from finequant.quantize.checkpoint.streaming import write_data_free
-    from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
-    from finequant.quantize.methods.apply import quantize_layers
-    from finequant.quantize.rounding import Rounded
-    from finequant.quantize.scheme import layer_plan
-
-    plan, config = layer_plan(quantize, base.config), base.config
-    shapes = stored_shapes(base.shapes, config, plan)
-    checkpoint = Checkpoint(folder, shapes, plan, dtype) if is_first() else None
-    start, file = folder / "start", None
-    if quantize.calibration.scale_steps and not trained:
-        file = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
-
-    def write_codes() -> None:
-        codes = trained or TensorFile(file)
-
-        def read_codes(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
-            return Rounded(*(codes.read(f"{layer}.{part}", rows) for part in Rounded._fields))
-
-        write_data_free(checkpoint, weights, shapes, read_codes)
-        remove(start)
-
-    if trained or file:
-        decided_by_first(write_codes)
-    else:
-        quantize_layers(checkpoint, weights, config, plan, quantize, dtype, sequences)
-    decided_by_first(lambda: write_config(base, plan, dtype, folder))
-    return checkpoint
-
-
-def codes_with_trained_scales(
-    folder: Path,
-    base: Base,
-    weights: Weights,
-    quantize: Quantize,
-    dtype: torch.dtype,
-    sequences: torch.Tensor,
-) -> Path:
-    """Writes the codes of the recipe's method, with scales that are then trained, to a file in
-    `folder`, and returns its path.
-
-    Interrupted, codes that are written are kept; the training of the scales starts anew.
-    """
-    from finequant.finetune.processes import decided_by_first
-    from finequant.quantize.checkpoint.reading import WHOLE
-    from finequant.quantize.rounding import CODES, Rounded, save_rounded
-    from finequant.quantize.scheme import layer_plan
-    from finequant.quantize.training.scales import train_scales
-
-    codes = folder / CODES
-    if decided_by_first(codes.exists):
-        return codes
-    decided_by_first(lambda: folder.mkdir(exist_ok=True))
-    plan, steps = layer_plan(quantize, base.config), quantize.calibration.scale_steps
-    before = quantize.calibration.model_copy(update={"scale_steps": 0})
-    before = quantize.model_copy(update={"calibration": before})
-    start = write_quantized(folder, base, weights, before, dtype, sequences)
-
-    def rounded(layer: str) -> Rounded:
-        return decided_by_first(lambda: start.rounded(f"{layer}.weight", WHOLE))
-
-    layers = {layer: rounded(layer) for layer in plan if plan[layer]}
-    say(f"quantize: training the scales, {steps} steps")
-    layers = train_scales(weights, base.config, sequences, layers, plan, dtype, steps)
-
-    def save() -> None:
-        partial = codes.with_name(f"{CODES}.partial")
-        save_rounded(layers, partial)
-        partial.replace(codes)
-
-    decided_by_first(save)
-    return codes
-
-
-def check_quantized(
-    checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]
-) -> tuple[int, torch.Tensor]:
-    """Checks that every byte is in its file, and that `from_pretrained` loads the same model.
-
-    Returns:
-        How many blocks were run, the first ones, and the logits [prompts, vocabulary] after them.
-
-    Raises:
-        UserError: if not.
-    """
-    from finequant.quantize.checkpoint.reload import blocks_that_fit, check_reload, shipped_logits
-
-    for name in checkpoint.shapes:
-        if not checkpoint.has(name, slice(None)):
-            raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
-    every, config = base.config.num_hidden_layers, base.config
-    blocks = blocks_that_fit(checkpoint, config)
-    expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
-    checkpoint.finish()
-    check_reload(expected, checkpoint.folder, prompts, blocks)
-    what = (
-        "the logits are"
-        if blocks == every
-        else (f"the logits of the first {blocks} of {every} blocks, for which there is memory, are")
-    )
-    say(f"quantize: reloaded in a fresh process, {what} the same, bit for bit")
-    return blocks, expected
-
-
 def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, float]:
     """Measures what quantization changes: RMS of the logits' difference, relative to peft's.
 
@@ -380,62 +246,6 @@ def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
     from finequant.quantize.rounding import CODES
 
     return TensorFile(run.trained_codes / CODES) if recipe.quantize.training else None
-
-
-def describe(
-    quantize: Quantize, plan: Plan, config: DecoderConfig, trained: bool
-) -> dict[str, Any]:
-    """Describes what was done to the model, for the record that ships with it."""
-    from finequant.quantize.methods.transforms import chosen
-    from finequant.quantize.scheme import (
-        EMBEDDING,
-        HEAD,
-        as_layers,
-        bits_per_weight,
-        shares_table,
-        unties_head,
-    )
-
-    linear = [scheme for name, scheme in plan.items() if scheme and name != EMBEDDING]
-    bits = sorted({scheme.bits for scheme in linear})
-    sizes = sorted({scheme.group_size for scheme in linear})
-    head = f"int{plan[HEAD].bits}" if plan[HEAD] else "float"
-    if shares_table(quantize, plan, config):
-        head += ", the codes of the embedding"
-    elif config.tie_word_embeddings:
-        head += f", {'untied from' if unties_head(plan) else 'tied to'} the embedding"
-    embedding = f"int{plan[EMBEDDING].bits}, weight-only" if plan[EMBEDDING] else "float"
-    method = "".join(f"{transform.description}, then " for transform in chosen(quantize))
-    method += METHODS[quantize.method].description
-    method += ", then its scales trained" if quantize.calibration.scale_steps else ""
-    method += ", then trained" if trained else ""
-    return {
-        "summary": f"{', '.join(f'int{number}' for number in bits)} symmetric weights in groups of "
-        f"{', '.join(map(str, sizes))}, int8 asymmetric activations per token; head: {head}; "
-        f"embedding: {embedding}",
-        "bits": bits[0] if len(bits) == 1 else None,
-        "group_size": sizes[0] if len(sizes) == 1 else None,
-        "scale_dtype": quantize.scale_dtype,
-        "head": head,
-        "embedding": embedding,
-        "bits_per_rounded_weight": round(bits_per_weight(plan, config), 4),
-        "method": method,
-        "plan": as_layers(plan),
-    }
-
-
-def layer_table(checkpoint: Checkpoint, base: Base, plan: Plan) -> list[dict[str, Any]]:
-    """Bits, group size and signal-to-noise ratio in dB of each layer's weights; None in float."""
-    return [
-        {
-            "name": name,
-            "shape": list(base.shapes[f"{name}.weight"]),
-            "bits": scheme and scheme.bits,
-            "group_size": scheme and scheme.group_size,
-            "snr_db": checkpoint.snr_db(f"{name}.weight"),
-        }
-        for name, scheme in plan.items()
-    ]
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from finequant.quantize.checkpoint.reading import Weights, filled
 from finequant.quantize.rounding import quantize_activations
 from finequant.quantize.scheme import HEAD, Plan
 from finequant.recipes.errors import UserError
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.writing import Checkpoint
+    from finequant.quantize.merge.adapter import Base
 
 PROCESS_BYTES = 10**9
 """Bytes that Python, torch, transformers, and torchao take before a model is loaded, at most."""
@@ -91,6 +93,34 @@ def shipped_logits(
     shape = (config.vocab_size, config.hidden_size)
     head = filled(weights, f"{HEAD}.weight", shape, dtype)
     return torch.stack([linear(states, head)[0, -1].float() for states in hidden])
+
+
+def check_quantized(
+    checkpoint: Checkpoint, base: Base, plan: Plan, prompts: list[list[int]]
+) -> tuple[int, torch.Tensor]:
+    """Checks that every byte is in its file, and that `from_pretrained` loads the same model.
+
+    Returns:
+        How many blocks were run, the first ones, and the logits [prompts, vocabulary] after them.
+
+    Raises:
+        UserError: if not.
+    """
+    for name in checkpoint.shapes:
+        if not checkpoint.has(name, slice(None)):
+            raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
+    every, config = base.config.num_hidden_layers, base.config
+    blocks = blocks_that_fit(checkpoint, config)
+    expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
+    checkpoint.finish()
+    check_reload(expected, checkpoint.folder, prompts, blocks)
+    what = (
+        "the logits are"
+        if blocks == every
+        else (f"the logits of the first {blocks} of {every} blocks, for which there is memory, are")
+    )
+    say(f"quantize: reloaded in a fresh process, {what} the same, bit for bit")
+    return blocks, expected
 
 
 def check_reload(

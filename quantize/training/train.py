@@ -123,8 +123,8 @@ def starting_codes(
     same command goes on from there. It serves other training settings, too.
     """
     from finequant.finetune.processes import decided_by_first, entered_by_first
-    from finequant.quantize.convert import write_quantized
     from finequant.quantize.methods.sequences import sequences_of
+    from finequant.quantize.write import write_quantized
 
     (folder,) = run.outputs(STARTING_CODES)
     if decided_by_first(lambda: run.what_changed(recipe, STARTING_CODES)) == []:

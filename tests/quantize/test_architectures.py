@@ -20,7 +20,6 @@ from finequant.finetune.architecture import ARCHITECTURES, anatomy, layer_shapes
 from finequant.finetune.model import load_config, load_tokenizer
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_checkpoint
-from finequant.quantize.convert import write_quantized
 from finequant.quantize.merge.adapter import Adapter, last_logits, merged_weights, open_base
 from finequant.quantize.merge.model import float_model
 from finequant.quantize.methods.apply import round_model
@@ -28,6 +27,7 @@ from finequant.quantize.methods.budget import within_budget
 from finequant.quantize.methods.sequences import calibration_sequences
 from finequant.quantize.methods.transforms import transform_model
 from finequant.quantize.scheme import layer_plan, untie_head
+from finequant.quantize.write import write_quantized
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model, Quantize

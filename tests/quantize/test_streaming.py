@@ -23,13 +23,13 @@ from finequant.quantize.checkpoint.writing import (
     quantized_model,
     stored_shapes,
 )
-from finequant.quantize.convert import write_float, write_quantized
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
 from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.sequences import sequences_of
 from finequant.quantize.methods.transforms import transform_model, transformed
 from finequant.quantize.scheme import layer_plan, untie_head, unties_head
+from finequant.quantize.write import write_float, write_quantized
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Calibration, Model, Quantize
@@ -383,7 +383,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 import sys, torch
 from pathlib import Path
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from finequant.quantize.convert import write_float, write_quantized
+from finequant.quantize.write import write_float, write_quantized
 from finequant.quantize.merge.adapter import Base, open_base
 from finequant.recipes.usage import peak_memory
 from finequant.recipes.schema import Calibration, Model, Quantize

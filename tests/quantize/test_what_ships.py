@@ -20,13 +20,14 @@ from finequant.finetune.model import load_base, load_config
 from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_checkpoint
-from finequant.quantize.convert import check_base_range, write_float, write_quantized
+from finequant.quantize.convert import check_base_range
 from finequant.quantize.export import check_codes, check_floats
 from finequant.quantize.formats import compressed_tensors, gguf
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
 from finequant.quantize.merge.overflow import check_range
 from finequant.quantize.scheme import layer_plan, shipped_dtype
+from finequant.quantize.write import write_float, write_quantized
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model, Quantize
