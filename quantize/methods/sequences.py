@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SCALE_TOKENS = 1024
 """Tokens of an optimizer step that trains scales."""
 
+LOGITS_TOKENS = 256
+"""Tokens of it whose logits are in memory at a time."""
+
 
 def calibrates(recipe: Recipe) -> bool:
     """Says whether the stage `quantize` reads calibration text, which several processes share."""

@@ -21,10 +21,12 @@ from finequant.finetune.architecture import (
     parameter_count,
 )
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.finetune.device import IN_ONE_LAUNCH
 from finequant.finetune.gguf_base import is_dequantized
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import TOKENS
 from finequant.quantize.methods.method import ROWS
+from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
 from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype, unties_head
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.base import locate_base
@@ -152,17 +154,10 @@ def aware_memory(
 ) -> Memory:
     """Estimates quantization-aware training's larger phase: calibration, or a training step."""
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
-    shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
-    quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
-    scales = sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
-    in_float = parameter_count(config) - quantized
-    if unties_head(plan) and config.tie_word_embeddings:
-        in_float += math.prod(shapes[HEAD])
-    # The fake-quantized weight, latent weights or codes, and the teacher's weight.
-    each = shipped.itemsize + (1 if training.learns == "scales" else 2)
-    each += shipped.itemsize if training.distillation else 0
-    weights = shipped.itemsize * in_float + each * quantized + 4 * scales
-    learned = scales if training.learns == "scales" else trainable(recipe.lora, config)
+    learns_scales, teacher = training.learns == "scales", bool(training.distillation)
+    size = shipped.itemsize
+    weights, scales = _fake_quantized(recipe, config, size, 1 if learns_scales else 2, teacher)
+    learned = scales if learns_scales else trainable(recipe.lora, config)
     tokens = _step_tokens(recipe, lengths, machine)
     targets = min(tokens, TARGETS_AT_ONCE)
     logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
@@ -170,9 +165,27 @@ def aware_memory(
     step = _step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
-    block = sum(_block_sizes(config))
-    calibration = _calibration(recipe, config, _arithmetic(shipped, machine), block)
-    return max(step, _memory("qat", machine, calibration, {}), key=lambda m: sum(m.values()))
+    calibration = _memory("qat", machine, _calibration(recipe, config, machine), {})
+    return max(step, calibration, key=lambda m: sum(m.values()))
+
+
+def _fake_quantized(
+    recipe: Recipe, config: DecoderConfig, size: int, start: int, teacher: bool
+) -> tuple[int, int]:
+    """Computes the bytes of a model with fake-quantized layers, and the number of its scales.
+
+    size: bytes of a number in its arithmetic.
+    start: bytes of a code, or of a latent weight.
+    """
+    shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
+    quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
+    scales = sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
+    in_float = parameter_count(config) - quantized
+    if unties_head(plan) and config.tie_word_embeddings:
+        in_float += math.prod(shapes[HEAD])
+    # The weight that is formed and kept for the backward, what it is formed from, the teacher's.
+    each = size + start + (size if teacher else 0)
+    return size * in_float + each * quantized + 4 * scales, scales
 
 
 def _step_memory(
@@ -222,28 +235,53 @@ def _optimizer_bytes(name: str) -> int:
 def quantize_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates quantization's largest phase: checking the merge, quantizing, or the last check."""
-    dtype = shipped_dtype(recipe.quantize, config).itemsize
-    shapes = layer_shapes(config)
-    block = sum(_block_sizes(config))
+    """Estimates quantization's largest phase: checking the merge, quantizing, or the last check.
+
+    On a GPU: what the first of its processes, one on each GPU, has there.
+    """
+    quantize, shapes = recipe.quantize, layer_shapes(config)
+    dtype, on_gpu = shipped_dtype(quantize, config).itemsize, machine.kind == "gpu"
+    block, head = sum(_block_sizes(config)), math.prod(shapes[HEAD])
     fixed = {}
-    if recipe.quantize.rotate:  # the matrix; two layers in float32
+    if quantize.rotate and not on_gpu:  # the matrix; two layers in float32
         down = config.hidden_size * config.intermediate_size
         fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
-    phases = [
-        {"block, read and in float32": 6 * block, "head in float32": 4 * math.prod(shapes[HEAD])},
-        {"block": dtype * block, "head": dtype * math.prod(shapes[HEAD]), "pieces": 16 * 2**20},
-    ]
-    if METHODS[recipe.quantize.method].is_calibrated and not recipe.quantize.training:
-        arithmetic = _arithmetic(shipped_dtype(recipe.quantize, config), machine)
-        phases.append(_calibration(recipe, config, arithmetic, block))
-    if recipe.quantize.budget:
+    phases = [{"block in float32": 4 * block, "head in float32": 4 * head}]
+    if not on_gpu:
+        phases = [
+            {"block, read and in float32": 6 * block, "head in float32": 4 * head},
+            {"block": dtype * block, "head": dtype * head, "pieces": 16 * 2**20},
+        ]
+    if METHODS[quantize.method].is_calibrated and not quantize.training:
+        phases.append(_calibration(recipe, config, machine))
+    if quantize.budget:
         phases.append(_sensitivity(recipe, config, dtype))
-    if recipe.quantize.method == "hqq":
+    if quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
     largest = max(phases, key=lambda phase: sum(phase.values()))
-    here = machine._replace(kind="cpu")  # a GPU helps with gptq only
-    return _memory("quantize", here, {**fixed, **largest}, {})
+    memory = _memory("quantize", machine, {**fixed, **largest}, {})
+    if not quantize.calibration.scale_steps or quantize.training:
+        return memory
+    return max(memory, _scale_training(recipe, config, machine), key=lambda m: sum(m.values()))
+
+
+def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
+    """While all scales are trained together, with the float model as their teacher."""
+    arithmetic = _evaluated_in(recipe, config, machine)
+    weights, scales = _fake_quantized(recipe, config, arithmetic, 1, teacher=True)
+    dtype = {2: "bfloat16", 4: "float32"}[arithmetic]
+    tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
+    return _memory(
+        "quantize",
+        machine,
+        {"weights": weights, "what learns": (4 + 4 + 8) * scales},
+        {
+            "activations": int(
+                tokens * _saved_per_token(recipe, config, dtype) * config.num_hidden_layers
+            ),
+            "logits": int(LOGITS_TOKENS * config.vocab_size * TAUGHT_LOGITS),
+        },
+    )
 
 
 def _arithmetic(shipped: torch.dtype, machine: Machine) -> int:
@@ -252,17 +290,32 @@ def _arithmetic(shipped: torch.dtype, machine: Machine) -> int:
     return 4 if emulated else shipped.itemsize
 
 
-def _calibration(recipe: Recipe, config: DecoderConfig, dtype: int, block: int) -> Memory:
-    """While the inputs of a block's widest layer are summed up, or the layer is solved; of several
-    processes, each holds only its share of the activations."""
+def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
+    """While the inputs of a block's widest layer are summed up, or layers are solved or rounded; of
+    the processes of several GPUs, each holds only its share of the activations."""
     shapes, calibration = layer_shapes(config), recipe.quantize.calibration
-    widths = [shapes[f"model.layers.0.{names[0]}"][1] for names, _ in anatomy(config).inputs]
-    tokens = max(calibration.tokens, calibration.length)
+    dtype, block = _evaluated_in(recipe, config, machine), sum(_block_sizes(config))
+    shared = [
+        [shapes[f"model.layers.0.{name}"] for name in names] for names, _ in anatomy(config).inputs
+    ]
+    widths = [layers[0][1] for layers in shared]
+    tokens = max(calibration.tokens // machine.gpus, calibration.length)
     forward = min(TOKENS, tokens)
     # Its Hessian and drift; two models, with three float32 copies of its input.
     summed = 8 * max(widths) ** 2 + forward * (2 * dtype * sum(widths) + 12 * max(widths))
-    solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
-    rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
+    if machine.kind == "gpu":
+        # 1.7 and 5.1 GB were measured for blocks of the 1B and 8B shapes (docs/speed.md).
+        solved = 20 * max(widths) ** 2  # the drift, a Hessian, its factor, what cuSOLVER takes
+        rounded = max(
+            8 * columns**2
+            + sum(rows for rows, _ in layers) * columns * 9
+            # The correction, what it is made of, and the corrected weights.
+            + 12 * min(sum(rows for rows, _ in layers) * columns, IN_ONE_LAUNCH)
+            for columns, layers in zip(widths, shared, strict=True)
+        )
+    else:
+        solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
+        rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
     memory = {
         "block, in float and quantized": 2 * dtype * block,
         "activations": 2 * tokens * config.hidden_size * dtype,

@@ -101,8 +101,7 @@ def refuse_what_cannot_finish(
     config, problems = load_config(recipe.model), []
     for stage in stages:
         memory = memory_of(stage, recipe, config, machine, lengths)
-        # What runs on the CPU of a machine with a GPU is not held against the GPU's memory.
-        if (stage != "quantize" or machine.kind == "cpu") and sum(memory.values()) > machine.memory:
+        if sum(memory.values()) > machine.memory:
             hint = _what_fits(stage, recipe, config, machine, lengths)
             problems.append(_too_much(stage, memory, machine, hint))
     for folder, needed in _disk(recipe, run, config, stages).items():

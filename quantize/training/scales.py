@@ -18,7 +18,7 @@ from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
-from finequant.quantize.methods.sequences import SCALE_TOKENS
+from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, Plan, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
@@ -32,9 +32,6 @@ from finequant.recipes.terminal import tracked
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder, DecoderConfig
-
-LOGITS_TOKENS = 256
-"""Tokens whose logits are in memory at a time."""
 
 LEARNING_RATE = 1e-3
 """Relative to a scale; three times as much lowers perplexity further, but raises divergence."""

@@ -351,19 +351,45 @@ def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, c
     assert "nowhere.jsonl" in said
 
 
+def test_gptq_on_a_gpu_takes_what_was_measured_there(recipe_file):
+    """On an H200, without CUDA's context: `benchmarks/gpu.py`, 16,384 tokens."""
+    overrides = ["quantize.method=gptq", "quantize.calibration={tokens: 16384}"]
+    recipe = load_recipe(recipe_file, [*overrides, "quantize.dtype=bfloat16"])
+    for shape, measured in (((2048, 8192, 32), 1.7e9), ((4096, 14336, 32), 5.1e9)):
+        keys = ("hidden_size", "intermediate_size", "num_attention_heads")
+        settings = dict(zip(keys, shape, strict=True)) | {"num_key_value_heads": 8}
+        config = LlamaConfig(
+            **settings, vocab_size=128256, num_hidden_layers=2, architectures=["LlamaForCausalLM"]
+        )
+        memory = memory_of("quantize", recipe, config, named_gpu("H200"))
+        assert sum(memory.values()) - memory["process"] == pytest.approx(measured, rel=0.1)
+        shared = memory_of("quantize", recipe, config, named_gpu("H200")._replace(gpus=4))
+        assert shared["activations"] == memory["activations"] // 4
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_predicted_memory_is_what_a_merge_takes(recipe_file, llama, train_once, method):
+@pytest.mark.parametrize(
+    ("method", "calibration", "blocks"),
+    [
+        ("rtn", "{tokens: 1024, length: 64}", 2),
+        ("gptq", "{tokens: 1024, length: 64}", 2),
+        ("gptq", "{tokens: 1024, length: 64, scale_steps: 2}", 6),
+    ],
+)
+def test_predicted_memory_is_what_a_merge_takes(
+    recipe_file, llama, train_once, method, calibration, blocks
+):
     """On a model that is large beside the process."""
     from finequant.finetune.model import load_config
     from finequant.quantize.size.machine import this_machine
 
-    base = llama("wide", hidden_size=1024, intermediate_size=2048, num_attention_heads=16)
+    width = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16}
+    base = llama("wide", num_hidden_layers=blocks, **width)
     overrides = [
         f"model.base={base}",
         "train.max_steps=1",
         f"quantize.method={method}",
-        "quantize.calibration={tokens: 1024, length: 64}",
+        f"quantize.calibration={calibration}",
     ]
     train_once([str(recipe_file), *overrides])
     command = [sys.executable, "-m", "finequant.quantize.convert", str(recipe_file), *overrides]
