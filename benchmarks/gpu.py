@@ -95,9 +95,9 @@ def training(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     """LoRA of rank 16 on rows of LENGTH tokens, bf16, no checkpointing, beside plain trl."""
     from trl import SFTConfig, SFTTrainer
 
+    from finequant.finetune.adapter import lora_config
     from finequant.finetune.kernels import use_liger
     from finequant.finetune.lora import fuse
-    from finequant.finetune.model import lora_config
     from finequant.finetune.trainer import LoraTrainer
 
     recipe = a_recipe()
@@ -259,7 +259,7 @@ def a_recipe() -> Recipe:
 
 
 def our_arguments(recipe: Recipe, folder: str, steps: int, autocast: bool = True) -> Any:
-    from finequant.finetune.trainer import training_arguments
+    from finequant.finetune.arguments import training_arguments
 
     train = recipe.train.model_copy(update={"max_steps": steps + WARM_UP})
     dtype = arithmetic_dtype(torch.bfloat16) if autocast else torch.float32

@@ -17,7 +17,7 @@ from finequant.evaluate.inputs import prepare
 from finequant.evaluate.metrics.tasks import answer
 from finequant.evaluate.metrics.text_metrics import METRICS
 from finequant.evaluate.models import load_model
-from finequant.evaluate.report.report import markdown_table
+from finequant.evaluate.report.table import markdown_table
 from finequant.finetune.architecture import parameter_count
 from finequant.finetune.data.rows import Row
 from finequant.finetune.data.splits import load_splits

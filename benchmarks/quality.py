@@ -211,8 +211,9 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     """Seconds of a training step, plain and quantization-aware in turn."""
     from peft import get_peft_model
 
+    from finequant.finetune.adapter import lora_config
     from finequant.finetune.lora import fuse
-    from finequant.finetune.model import load_base, load_config, load_tokenizer, lora_config
+    from finequant.finetune.model import load_base, load_config, load_tokenizer
     from finequant.quantize.checkpoint.reading import WHOLE
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.methods.rtn import rtn

@@ -151,7 +151,7 @@ def report_of(
 
     measured: the measurement of each model and export by its key in the report.
     """
-    from finequant.evaluate.report.report import gate
+    from finequant.evaluate.report.gate import gate
     from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import shipped_dtype

@@ -26,9 +26,9 @@ def check_training(
     Raises:
         UserError: for rows that cannot be trained on, and targets that the base does not have.
     """
+    from finequant.finetune.adapter import lora_config
     from finequant.finetune.architecture import skeleton
     from finequant.finetune.data.dataset import lengths, to_dataset
-    from finequant.finetune.model import lora_config
     from finequant.finetune.nf4 import check_nf4
 
     checks = [

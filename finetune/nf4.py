@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from finequant.finetune.model import changes_the_base, load_base
+from finequant.finetune.adapter import changes_the_base
+from finequant.finetune.model import load_base
 from finequant.finetune.processes import sharding
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe

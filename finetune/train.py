@@ -48,12 +48,12 @@ def train(recipe: Recipe, run: RunDir) -> None:
         UserError: for data or a base that cannot be used.
     """
     from finequant.finetune.architecture import check_window
+    from finequant.finetune.arguments import training_arguments
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
     from finequant.finetune.device import training_precision
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
-    from finequant.finetune.trainer import training_arguments
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
@@ -90,12 +90,8 @@ def fine_tune(
     dtype: torch.dtype,
 ) -> Path:
     """Trains plain LoRA, unless an earlier call did; returns the folder of its adapter and log."""
+    from finequant.finetune.adapter import changes_the_base, save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
-    from finequant.finetune.model import (
-        changes_the_base,
-        save_adapter,
-        save_initial_adapter,
-    )
     from finequant.finetune.nf4 import load_trained_base
     from finequant.finetune.processes import decided_by_first, sharding
     from finequant.finetune.stopping import last_checkpoint, run_trainer

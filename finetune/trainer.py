@@ -1,8 +1,7 @@
-"""trl's SFTTrainer: its arguments, and a loss for CPUs."""
+"""trl's SFTTrainer, with a loss for CPUs."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,24 +16,19 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, rotate_
 from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
+from finequant.finetune.adapter import lora_config
 from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
-from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.kernels import use_liger
-from finequant.finetune.model import lora_config
 from finequant.finetune.processes import (
-    TIMEOUT,
     decided_by_first,
     gathered,
-    number_of_processes,
     refuse,
-    sharding,
 )
 from finequant.finetune.stopping import last_checkpoint, record_launcher
 from finequant.finetune.training_status import ShowsTraining
 from finequant.recipes.artifact import differences, seal
-from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.schema import Data, Recipe
 
@@ -284,95 +278,6 @@ def build_trainer(
     trainer.add_callback(ShowsTraining("qat" if trainer_class else "train"))
     trainer.rows, trainer.data = splits.train, recipe.data
     return trainer
-
-
-def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTConfig:
-    """Translates the recipe's section into trl's arguments; checkpoints go to `folder`.
-
-    Raises:
-        UserError: for a tracker or optimizer that is not there, or rows that cannot be shared
-            equally by the processes, or GPUs and processes that do not go together.
-    """
-    train = recipe.train
-    on_cpu, packing = trains_on_cpu(), recipe.data.packing
-    _refuse_launch(on_cpu)
-    absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
-    if absent:
-        names = " ".join(absent)
-        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
-    processes = number_of_processes()
-    per_step = train.micro_batch_size * processes
-    if train.batch_size % per_step:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} rows cannot be shared by {processes} "
-            f"processes in micro-batches of {train.micro_batch_size}: "
-            f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
-        )
-    # transformers' "constant" ignores the warm-up.
-    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    try:
-        return SFTConfig(
-            output_dir=str(folder),
-            seed=recipe.seed,
-            num_train_epochs=train.epochs,
-            max_steps=train.max_steps or -1,
-            per_device_train_batch_size=train.micro_batch_size,
-            per_device_eval_batch_size=train.micro_batch_size,
-            gradient_accumulation_steps=train.batch_size // per_step,
-            learning_rate=train.learning_rate,
-            lr_scheduler_type=schedule,
-            # A share of all steps; transformers reads a number below one so.
-            warmup_steps=train.warmup,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            optim=train.optimizer,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=on_cpu,
-            ddp_timeout=TIMEOUT,
-            gradient_checkpointing=train.gradient_checkpointing,
-            # Rows are cut before they get here; without padding trl wants to be told nothing.
-            max_length=recipe.data.max_length if packing or not on_cpu else None,
-            packing=packing,
-            eval_packing=False,
-            padding_free=on_cpu,
-            eval_strategy=_when(train.eval_steps),
-            eval_steps=train.eval_steps,
-            save_strategy=_when(train.save_steps),
-            save_steps=train.save_steps or 500,
-            save_total_limit=train.save_total_limit,
-            restore_callback_states_from_checkpoint=True,  # the patience that is left
-            load_best_model_at_end=train.early_stopping_patience is not None,
-            metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
-            logging_steps=train.logging_steps,
-            logging_first_step=True,
-            report_to=train.report_to or "none",
-            run_name=recipe.name,
-            disable_tqdm=True,
-            # Without padding there is no mask to count in, and the pad token may be a real one.
-            include_num_input_tokens_seen="all" if on_cpu else "non_padding",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-    except ValueError as error:  # such as an optimizer that transformers does not know
-        raise UserError(f"train: {' '.join(str(error).split())[:300]}") from None
-
-
-def _when(steps: int | None) -> str:
-    return "steps" if steps else "epoch"
-
-
-def _refuse_launch(on_cpu: bool) -> None:
-    """Refuses what transformers and trl would ignore, or refuse only after loading the base."""
-    if on_cpu and sharding():
-        raise UserError(
-            f"train: {sharding()} splits weights over GPUs, and training runs on the CPU here: "
-            "start it without, or with torchrun --nproc_per_node N"
-        )
-    if not on_cpu and number_of_processes() == 1 and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"train: {torch.cuda.device_count()} GPUs are visible to one process: use all of them "
-            "with --launch recipes/accelerate/several_gpus.yaml (or accelerate launch "
-            "--config_file), or one with CUDA_VISIBLE_DEVICES=0"
-        )
 
 
 def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:

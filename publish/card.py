@@ -6,12 +6,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.advice import advice
-from finequant.evaluate.report.report import (
-    comparison_rows,
-    divergence_lines,
-    markdown_table,
-    verdict_lines,
-)
+from finequant.evaluate.report.gate import verdict_lines
+from finequant.evaluate.report.report import divergence_lines
+from finequant.evaluate.report.table import comparison_rows, markdown_table
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub

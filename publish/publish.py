@@ -231,7 +231,7 @@ def visibility(recipe: Recipe) -> str:
 
 def show(files: dict[str, Path], where: str) -> None:
     """Prints what would be uploaded."""
-    from finequant.evaluate.report.report import print_rows
+    from finequant.evaluate.report.table import print_rows
 
     sizes = {name: path.stat().st_size for name, path in files.items()}
     rows = [[name, f"{size / 1e3:,.1f}"] for name, size in sizes.items()]

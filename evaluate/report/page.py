@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.report.advice import advice, cost_too_much
+from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, svg
-from finequant.evaluate.report.report import comparison_rows, divergence_lines, verdict_lines
+from finequant.evaluate.report.report import divergence_lines
+from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError

@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.plots import COLORS, MARKERS, draw_plot, new_figure
-from finequant.evaluate.report.report import (
+from finequant.evaluate.report.report import image_link
+from finequant.evaluate.report.table import (
     MISSING,
-    image_link,
     markdown_table,
     print_rows,
     shown_number,

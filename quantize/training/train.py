@@ -145,7 +145,7 @@ def starting_codes(
 def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
     import torch
 
-    from finequant.finetune.trainer import training_arguments
+    from finequant.finetune.arguments import training_arguments
 
     training = recipe.quantize.training
     train = recipe.train.model_copy(

@@ -6,13 +6,9 @@ import re
 
 import pytest
 
-from finequant.evaluate.report.report import (
-    comparison_rows,
-    gate,
-    print_table,
-    verdict_lines,
-    write_report,
-)
+from finequant.evaluate.report.gate import gate, verdict_lines
+from finequant.evaluate.report.report import print_table, write_report
+from finequant.evaluate.report.table import comparison_rows
 from finequant.recipes.schema import Gate
 
 PLOTS = {"comparison.png", "layers.png", "loss.png"}

@@ -22,7 +22,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from finequant.evaluate.compare import main as evaluate
-from finequant.finetune import processes, trainer
+from finequant.finetune import arguments as train_arguments
+from finequant.finetune import processes
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
@@ -77,18 +78,18 @@ def fsdp() -> Iterator[None]:
     arguments = ["--config_file", str(FSDP), "--main_process_port", "0", "train.py"]
     launched = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
     names = {name for name in launched if name.startswith("FSDP_")} | {"ACCELERATE_USE_FSDP"}
-    before, build = dict(os.environ), trainer.training_arguments
+    before, build = dict(os.environ), train_arguments.training_arguments
 
     def training_arguments(*arguments):
         made = build(*arguments)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
         return made
 
-    refuse, trainer._refuse_launch = trainer._refuse_launch, lambda on_cpu: None
-    trainer.training_arguments = training_arguments
+    refuse, train_arguments._refuse_launch = train_arguments._refuse_launch, lambda on_cpu: None
+    train_arguments.training_arguments = training_arguments
     os.environ.update({name: launched[name] for name in names})
     yield
-    trainer.training_arguments, trainer._refuse_launch = build, refuse
+    train_arguments.training_arguments, train_arguments._refuse_launch = build, refuse
     for name in names - before.keys():
         del os.environ[name]
 

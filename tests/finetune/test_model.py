@@ -13,13 +13,12 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+from finequant.finetune.adapter import lora_config, save_adapter
 from finequant.finetune.model import (
     _check_finite,
     load_base,
     load_config,
     load_tokenizer,
-    lora_config,
-    save_adapter,
     stored_dtype,
 )
 from finequant.recipes.base import locate_base

@@ -315,8 +315,9 @@ def test_a_base_without_a_chat_template(tokenizer):
 @pytest.fixture
 def trainer_of(recipe_file, tmp_path):
     """Builds the trainer of finetune/train.py; adapter and base are the same every time."""
+    from finequant.finetune.arguments import training_arguments
     from finequant.finetune.model import load_base, load_tokenizer
-    from finequant.finetune.trainer import build_trainer, training_arguments
+    from finequant.finetune.trainer import build_trainer
     from finequant.recipes.load import load_recipe
 
     def build(*overrides: str):

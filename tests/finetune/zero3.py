@@ -5,8 +5,8 @@ DeepSpeed runs there too, with gloo; `finequant train` refuses it, as it only co
 
 from __future__ import annotations
 
-from finequant.finetune import trainer
+from finequant.finetune import arguments
 from finequant.finetune.train import main
 
-trainer._refuse_launch = lambda on_cpu: None
+arguments._refuse_launch = lambda on_cpu: None
 main()

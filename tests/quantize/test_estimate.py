@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from finequant.finetune.adapter import lora_config
 from finequant.finetune.architecture import parameter_count
-from finequant.finetune.model import load_base, lora_config
+from finequant.finetune.model import load_base
 from finequant.quantize.checkpoint.writing import layout, stored_shapes
 from finequant.quantize.scheme import layer_plan
 from finequant.quantize.size import machine as machines

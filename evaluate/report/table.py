@@ -1,0 +1,185 @@
+"""The comparison as rows of text, and rows as tables: in a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from finequant.evaluate.report.values import (
+    Report,
+    corpora_of,
+    finite,
+    float_at,
+    metrics_of,
+    to_percent,
+    value_at,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MISSING = "–"
+
+
+def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Makes the header and rows of the comparison.
+
+    There is a column for each model, and one for the cost of quantization.
+    """
+
+    def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
+        tuned, quantized = (value_at(models, name, *keys) for name in ("tuned", "quantized"))
+        return [
+            label,
+            *(shown(value_at(m, *keys)) for m in models.values()),
+            change(tuned, quantized),
+        ]
+
+    models = {name: _with_sizes(model) for name, model in report["models"].items()}
+    rows = [
+        row("size in MB, packed (lower is better)", _megabytes, _ratio, "size"),
+        row("bits per weight, packed (lower is smaller)", shown_number, _ratio, "bits"),
+    ]
+    if any("file" in model for model in models.values()):
+        rows.append(row(FILE_LABEL, _megabytes, lambda *_: MISSING, "file"))
+    if any("activations" in model for model in models.values()):
+        rows.append(row("inputs of linear layers", _text, lambda *_: MISSING, "activations"))
+    for corpus in corpora_of(models):
+        label = f"perplexity per token, {corpus} (lower is better)"
+        rows.append(row(label, shown_number, _ratio, "perplexity", corpus, "token"))
+    for task, metric in metrics_of(models):
+        scale = to_percent(metric)
+        n = next(
+            filter(None, (value_at(m, "tasks", task, metric, "n") for m in models.values())), None
+        )
+        label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
+        label += f", n={n})" if n else ")"
+        error = value_at(report, "changes", task, metric, "stderr")
+        rows.append(row(label, shown_score(scale), _points(scale, error), "tasks", task, metric))
+    if any("parity" in model for model in models.values()):
+        label = "same answers as quantized in % (higher is better)"
+        rows.append(row(label, _percent, lambda *_: MISSING, "parity", "same_answers"))
+    for label, shown, key in PARITIES:
+        if any(value_at(model, "parity", key) is not None for model in models.values()):
+            rows.append(row(label, shown, lambda *_: MISSING, "parity", key))
+    for label, shown, key in SPEEDS:
+        if any(value_at(model, "speed", key) for model in models.values()):
+            rows.append(row(label, shown, _ratio, "speed", key))
+    return ["", *models, "quantized vs tuned"], rows
+
+
+FILE_LABEL = "file in MB (torchao's keeps each code in a byte)"
+
+
+def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:
+    """Adds size and bits of the packed weights, and the size of a file that is not packed."""
+    file, bits = model.get("size_bytes"), model.get("bits_per_weight")
+    size = model.get("packed_bytes", file)
+    shown = model | {"size": size, "bits": model.get("packed_bits_per_weight", bits)}
+    # Headers of files are no difference.
+    differs = file and size and abs(file / size - 1) > 0.01
+    return shown | ({"file": file} if differs else {})
+
+
+def _megabytes(size: int | None) -> str:
+    return MISSING if size is None else f"{size / 1e6:,.1f}"
+
+
+def _text(value: str | None) -> str:
+    return value or MISSING
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f}"
+
+
+def _nats(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2g}"
+
+
+def _rate(tokens: float | None) -> str:
+    return MISSING if tokens is None else f"{tokens:,.0f}"
+
+
+PARITIES = (
+    ("same prompt ids in % (higher is better)", _percent, "same_prompts"),
+    ("KL from quantized, nats a token (lower is better)", _nats, "kl"),
+)
+"""Label, formatter, and key under `parity`, of an export that ran."""
+
+SPEEDS = (
+    ("prompt, tokens/s (higher is better)", _rate, "prompt"),
+    ("decoding, tokens/s (higher is better)", _rate, "decoding"),
+    ("peak memory in MB (lower is better)", _megabytes, "peak_memory_bytes"),
+)
+"""Label, formatter, and key under `speed`, which only exports have."""
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> Console:
+    """Prints a table to stdout, on a console wide enough for its numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    table = Table()
+    table.add_column(header[0], min_width=16)
+    for name, *cells in list(zip(header, *rows, strict=True))[1:]:
+        width = max(map(len, [*cells, *name.split()]))
+        table.add_column(textwrap.fill(name, width), justify="right", min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    # With many columns, the table is wider than the terminal rather than truncated.
+    needed = console.measure(table, options=console.options.update(width=1000)).minimum
+    console.width = max(console.width, needed)
+    console.print(table)
+    return console
+
+
+def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    rule = [":---", *[align] * (len(header) - 1)]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+        for row in (header, rule, *rows)
+    )
+
+
+def shown_number(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
+    """Returns a function that formats {"value", "stderr"} as `71.2 ± 1.8`."""
+
+    def shown(score: dict | None) -> str:
+        value, error = value_at(score, "value"), value_at(score, "stderr")
+        text = MISSING if value is None else f"{value * scale:.{digits}f}"
+        return f"{text} ± {error * scale:.{digits}f}" if finite(error) else text
+
+    return shown
+
+
+def _ratio(tuned: float | None, quantized: float | None) -> str:
+    if not finite(tuned) or not finite(quantized) or not tuned:
+        return MISSING
+    ratio = quantized / tuned
+    return f"{ratio - 1:+z.1%}" if ratio < 100 else f"×{ratio:.3g}"
+
+
+def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | None], str]:
+    """Returns a function that formats the change between two scores in points.
+
+    error: the standard error of the change, if it is known.
+    """
+
+    def shown(tuned: dict | None, quantized: dict | None) -> str:
+        change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
+        if not math.isfinite(change):
+            return MISSING
+        spread = f" ± {error * scale:.1f}" if finite(error) else ""
+        return f"{change:+z.1f}{spread} points"
+
+    return shown

@@ -1,0 +1,105 @@
+"""LoRA on a base: peft's configuration, and the adapter's files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Lora
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import Decoder
+
+
+def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
+    """Translates the recipe's section into peft's configuration.
+
+    Raises:
+        UserError: if a target module does not exist in the model.
+    """
+    if lora.target_modules != "all-linear":
+        if "lm_head" in lora.target_modules:
+            raise UserError(
+                "lora.target_modules: lm_head, the head, takes no LoRA here: the loss multiplies "
+                "with its stored weight, which a tied embedding shares: leave it out"
+            )
+        linear = [
+            name
+            for name, module in base.model.named_modules(prefix="model")
+            if isinstance(module, torch.nn.Linear)
+        ]
+        unknown = [
+            target
+            for target in lora.target_modules  # peft matches them with the end of a name
+            if not any(f".{name}".endswith(f".{target}") for name in linear)
+        ]
+        if unknown:
+            raise UserError(
+                f"lora.target_modules: the model has no linear layer {', '.join(unknown)}; it has "
+                + ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            )
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
+        task_type="CAUSAL_LM",
+    )
+
+
+def changes_the_base(lora: Lora) -> bool:
+    """PiSSA and OLoRA move part of the base into the adapter before training."""
+    return lora.init_lora_weights.startswith(("pissa", "olora"))
+
+
+def save_initial_adapter(model: PeftModel, folder: Path) -> None:
+    """Keeps the starting point of PiSSA or OLoRA, from which `save_adapter` converts."""
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    config.init_lora_weights = init
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    initial: Path | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, an adapter of the unchanged base.
+
+    `weights`: the model's state, gathered from the processes that share it (FSDP, ZeRO-3).
+    With `initial`, the difference to that starting point is written (rank doubles), as peft
+    does for PiSSA (https://arxiv.org/abs/2404.02948), but not for weights that were gathered.
+    """
+    # A set, which would be written in another order by each process.
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)
+    if initial:
+        weights = _minus_initial(weights or model.state_dict(), initial)
+        config.init_lora_weights, config.r = True, 2 * config.r
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the scaling stays
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def _minus_initial(weights: dict[str, torch.Tensor], initial: Path) -> dict[str, torch.Tensor]:
+    """B A - B0 A0 as one product: [B, -B0] [A; A0]."""
+    difference = {}
+    for name, first in load_file(initial / "adapter_model.safetensors").items():
+        trained_name = name.removesuffix("weight") + "default.weight"
+        trained = weights[trained_name].cpu()
+        is_a = "lora_A" in name
+        parts = [trained, first if is_a else -first]
+        difference[trained_name] = torch.cat(parts, dim=0 if is_a else 1)
+    return difference
