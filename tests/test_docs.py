@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from finequant.recipes.reference import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -47,13 +49,14 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
     assert (tmp_path / "keys" / "index.html").exists()
 
 
-def test_the_table_of_what_is_needed_is_computed(monkeypatch):
+@pytest.mark.parametrize("file", ["README.md", "docs/running.md"])
+def test_the_table_of_what_is_needed_is_computed(monkeypatch, file):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from needs import CELLS, README, table
+    from needs import CELLS, TABLES
 
     # As on a processor that only emulates bfloat16, whatever this one does.
     monkeypatch.setattr("finequant.finetune.device._bf16", lambda: (False, "this CPU"))
-    assert CELLS.search(README.read_text(encoding="utf-8"))[0] == table()
+    assert CELLS.search((ROOT / file).read_text(encoding="utf-8"))[0] == TABLES[file]()
 
 
 def test_what_the_dockerfile_copies_and_starts_is_there():

@@ -6,6 +6,7 @@ beside it; `finequant plan` shows the terms, `finequant run` stops at what canno
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,8 +66,14 @@ and those of the next do not fit into it: 1.9 after the 250 steps of the assista
 # times hidden size, query width, intermediate size, rank. Exact, counted with saved_tensors_hooks.
 SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
 
+LIGER = 0.65
+"""What Liger's kernels keep of it: 0.60 and 0.64 for the 8B and 1B shapes (docs/speed.md)."""
+
 LOGITS = 18
-"""Bytes for each logit of a learned token: bf16, float32, its log-softmax, and their gradients."""
+"""Bytes for each logit that is in memory: bf16, float32, its log-softmax, and their gradients."""
+
+TILE = (4096, 32768)
+"""Tokens and words whose logits trl's loss on a GPU has at a time; their gradients replace them."""
 
 TAUGHT_LOGITS = 32.5
 """The same, where a teacher's logits lie beside them."""
@@ -120,21 +127,27 @@ def _step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
 def training_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates the memory of a training step on the micro-batch with the most tokens."""
+    """Estimates the memory of a training step on the micro-batch with the most tokens, in each of
+    several processes."""
     dtype = machine.training_dtype(recipe.train.precision)
     tokens = _step_tokens(recipe, lengths, machine)
-    # trl's loss, on a GPU, takes all tokens.
-    takes_all = machine.kind == "gpu" or recipe.data.loss_on == "all"
-    targets = tokens if takes_all else int(tokens * LEARNED)
-    if machine.kind == "cpu":
-        targets = min(targets, TARGETS_AT_ONCE)
-    weights = parameter_count(config) * _size(dtype)
+    if machine.kind == "gpu":
+        loss = 4 * tokens * config.hidden_size + 2 * math.prod(
+            map(min, TILE, (tokens, config.vocab_size))
+        )
+    else:
+        targets = tokens if recipe.data.loss_on == "all" else int(tokens * LEARNED)
+        loss = min(targets, TARGETS_AT_ONCE) * config.vocab_size * LOGITS
+    weights, parts = parameter_count(config) * _size(dtype), components(config)
     if recipe.model.load == "nf4":
-        parts = components(config)
         weights -= int((parts["attention"] + parts["mlp"]) * (_size(dtype) - nf4.BITS / 8))
     learned = trainable(recipe.lora, config)
-    logits = targets * config.vocab_size * LOGITS
-    step = _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    if machine.sharded:  # gathered: embedding, head, for the loss once more, and two blocks
+        block = (parts["attention"] + parts["mlp"]) // config.num_hidden_layers
+        gathered = 3 * parts["embedding"] + 2 * block
+        weights = weights // machine.gpus + gathered * _size(dtype)
+        learned //= machine.gpus
+    step = _step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, loss)
     if machine.kind == "gpu" or not recipe.model.base.endswith(".gguf"):
         return step
     return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
@@ -201,6 +214,8 @@ def _step_memory(
 ) -> Memory:
     train, blocks = recipe.train, config.num_hidden_layers
     saved = _saved_per_token(recipe, config, dtype)
+    if stage == "train" and _takes_liger(recipe, machine):
+        saved *= LIGER
     activations = tokens * saved * blocks
     if train.gradient_checkpointing:
         activations = tokens * (saved + blocks * config.hidden_size * _size(dtype))
@@ -215,6 +230,12 @@ def _step_memory(
         },
         {"activations": int(activations), "logits": logits},
     )
+
+
+def _takes_liger(recipe: Recipe, machine: Machine) -> bool:
+    kernels = recipe.train.kernels
+    is_there = importlib.util.find_spec("liger_kernel") is not None
+    return machine.kind == "gpu" and (kernels == "liger" or (kernels == "auto" and is_there))
 
 
 def _saved_per_token(recipe: Recipe, config: DecoderConfig, dtype: str) -> float:

@@ -41,14 +41,19 @@ class Machine(NamedTuple):
     """Bytes: of one GPU, or what the processor has."""
     kind: Literal["cpu", "gpu"]
     gpus: int = 1
+    sharded: bool = False
+    """Whether FSDP splits the weights that are trained on over the GPUs."""
 
     def training_dtype(self, precision: str) -> str:
-        """`bfloat16` or `float32`, as `training_precision` chooses here."""
+        """`bfloat16` or `float32`, as `training_precision` chooses here, or would on a GPU that is
+        not here."""
+        import torch
+
         from finequant.finetune.device import training_precision
 
         if precision != "auto" and self.kind == "gpu":
             return {"bf16": "bfloat16", "fp32": "float32"}[precision]
-        if self.name in GPUS:
+        if self.name in GPUS or (self.kind == "gpu" and not torch.cuda.is_available()):
             return "float32" if self.name in WITHOUT_BF16 else "bfloat16"
         return str(training_precision(precision)[0]).removeprefix("torch.")
 

@@ -50,11 +50,14 @@ def show_resources(
     show(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
     stages = [stage for stage in stages_of(recipe) if stage in STAGES]
     for machine in filter(None, (this_machine(), gpu)):
-        show(f"\npeak memory on {machine.name}, which has {_gb(machine.memory)}:")
+        each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
+        show(f"\npeak memory on {each}{machine.name}, which has {_gb(machine.memory)}:")
         for stage in stages:
             memory = memory_of(stage, recipe, config, machine)
-            total = sum(memory.values())
-            fits = "" if total <= machine.memory else " does not fit:"
+            total, fits = sum(memory.values()), ""
+            if total > machine.memory:
+                hint = _what_fits(stage, recipe, config, machine, None)
+                fits = f" does not fit: {hint}:"
             named = {name: _gb(size) for name, size in memory.items()}
             show(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
@@ -130,12 +133,14 @@ def _what_fits(
 ) -> str:
     """Suggests the cheapest overrides with which the stage fits."""
     for changes in _smaller(stage, recipe):
-        name = "train" if stage == "qat" else stage
-        section = getattr(recipe, name).model_copy(update=changes)
-        changed = recipe.model_copy(update={name: section})
+        changed = recipe
+        for key, value in changes.items():
+            section, _, name = key.partition(".")
+            part = getattr(changed, section).model_copy(update={name: value})
+            changed = changed.model_copy(update={section: part})
         if sum(memory_of(stage, changed, config, machine, lengths).values()) <= machine.memory:
             return "it fits with " + " ".join(
-                f"{name}.{key}={str(value).lower()}" for key, value in changes.items()
+                f"{key}={str(value).lower()}" for key, value in changes.items()
             )
     shorter = {
         "train": ", or a smaller data.max_length",
@@ -148,17 +153,18 @@ def _what_fits(
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Settings of a stage that take less and less memory."""
     if stage == "quantize":
-        yield {"method": "rtn"}
+        yield {"quantize.method": "rtn"}
         return
     if stage == "evaluate":
-        yield from ({"batch_size": rows} for rows in _divisors(recipe.evaluate.batch_size))
+        rows = _divisors(recipe.evaluate.batch_size)
+        yield from ({"evaluate.batch_size": number} for number in rows)
         return
-    whole = recipe.train.micro_batch_size
-    yield from ({"micro_batch_size": rows} for rows in _divisors(whole))
-    yield from (
-        {"micro_batch_size": rows, "gradient_checkpointing": True}
-        for rows in [whole, *_divisors(whole)]
-    )
+    rows = "train.micro_batch_size"
+    whole, checkpointing = recipe.train.micro_batch_size, {"train.gradient_checkpointing": True}
+    yield from ({rows: number} for number in _divisors(whole))
+    yield from ({rows: number} | checkpointing for number in [whole, *_divisors(whole)])
+    if stage == "train" and recipe.model.load == "float":
+        yield from ({rows: number} | checkpointing | {"model.load": "nf4"} for number in (whole, 1))
 
 
 def _divisors(number: int) -> list[int]:

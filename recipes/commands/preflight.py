@@ -32,7 +32,8 @@ def refuse_early(
         from finequant.recipes.stages import STAGES
 
         large = [stage for stage in stages if stage in STAGES]
-        refuse_what_cannot_finish(recipe, directory, large, this_machine(), lengths)
+        machine = this_machine()._replace(sharded=_shards(launch))
+        refuse_what_cannot_finish(recipe, directory, large, machine, lengths)
 
 
 def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
@@ -116,13 +117,18 @@ def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
     Raises:
         UserError: for FSDP or DeepSpeed.
     """
-    if not (launch and recipe.quantize.training):
-        return
+    if recipe.quantize.training and _shards(launch):
+        raise UserError(
+            f"--launch: {launch} uses FSDP or DeepSpeed, which shard weights that "
+            "quantize.training needs whole: use recipes/accelerate/several_gpus.yaml, or set "
+            "quantize.training=null"
+        )
+
+
+def _shards(launch: Path | None) -> bool:
+    """Says whether a configuration of accelerate splits the weights over processes."""
+    if not launch:
+        return False
     from accelerate.commands.config.config_args import load_config_from_file  # imports torch
 
-    kind = load_config_from_file(str(launch)).distributed_type
-    if kind in ("FSDP", "DEEPSPEED"):
-        raise UserError(
-            f"--launch: {launch} uses {kind}, which shards weights that quantize.training needs "
-            "whole: use recipes/accelerate/several_gpus.yaml, or set quantize.training=null"
-        )
+    return load_config_from_file(str(launch)).distributed_type in ("FSDP", "DEEPSPEED")

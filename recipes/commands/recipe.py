@@ -73,6 +73,8 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    sharded: Annotated[bool, typer.Option(help="FSDP splits what is trained on over them")] = False,
     device_memory: Annotated[
         str | None, typer.Option(help="memory of the target device, such as 6GB")
     ] = None,
@@ -91,7 +93,7 @@ def plan(
     from finequant.recipes.terminal import doing
 
     loaded = load_recipe(recipe, overrides or [])
-    machine = named_gpu(gpu) if gpu else None
+    machine = named_gpu(gpu)._replace(gpus=gpus, sharded=sharded) if gpu else None
     memory = bytes_of(device_memory) if device_memory else None
     doing("plan: loading torch and transformers")
     quiet_libraries()

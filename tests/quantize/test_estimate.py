@@ -184,6 +184,17 @@ def test_a_base_in_nf4_fits_where_one_in_bf16_does_not(plan):
         assert ("does not fit" not in train) is fits
 
 
+def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
+    """70B in bf16: 141 GB, an eighth of which lies beside two blocks, embedding and head."""
+    step = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.precision=bf16"]
+    for how, fits in ((["--gpus", "8"], False), (["--gpus", "8", "--sharded"], True)):
+        out = plan(LLAMA_3_70B, "--gpu", "H100", *how, *step)
+        train, _, evaluate = out.split("peak memory on each of 8 x H100")[1].splitlines()[1:4]
+        assert ("does not fit" not in train) is fits
+        assert "weights, a share" in evaluate
+    assert "it fits with" in plan(LLAMA_3_70B, "--gpu", "H100", *step)
+
+
 def test_less_is_predicted_for_less(recipe_file):
     recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
     cpu = Machine("this machine", 10**12, "cpu")
@@ -352,16 +363,45 @@ def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, c
     assert "nowhere.jsonl" in said
 
 
+def shape_of(size: str) -> LlamaConfig:
+    """Llama-3.2-1B or Llama-3.1-8B."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
+    shape = {"1B": (2048, 8192, 16, True), "8B": (4096, 14336, 32, False)}[size]
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    return LlamaConfig(
+        **dict(zip(keys, shape, strict=True)),
+        **heads,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "measured"),
+    [
+        ("train.gradient_checkpointing=true", {"1B": 4.7e9, "8B": 21.6e9}),
+        ("train.kernels=plain", {"1B": 18.6e9, "8B": 74.8e9}),
+        ("train.kernels=liger", {"1B": 13.1e9, "8B": 53.9e9}),
+    ],
+)
+def test_training_on_a_gpu_takes_what_was_measured_there(recipe_file, override, measured):
+    """On an H200, without CUDA's context: docs/speed.md; the first two are plain trl."""
+    step = ["train.micro_batch_size=2", "data.max_length=4096", "lora.rank=16"]
+    recipe = load_recipe(
+        recipe_file, ["train.kernels=plain", "train.precision=bf16", *step, override]
+    )
+    for size, memory in measured.items():
+        predicted = memory_of("train", recipe, shape_of(size), named_gpu("H200"))
+        total = sum(predicted.values()) - predicted["process"] - predicted["allocator"]
+        assert total == pytest.approx(memory, rel=0.1)
+
+
 def test_gptq_on_a_gpu_takes_what_was_measured_there(recipe_file):
-    """On an H200, without CUDA's context: `benchmarks/gpu.py`, 16,384 tokens."""
+    """On an H200, without CUDA's context: docs/speed.md, 16,384 tokens."""
     overrides = ["quantize.method=gptq", "quantize.calibration={tokens: 16384}"]
     recipe = load_recipe(recipe_file, [*overrides, "quantize.dtype=bfloat16"])
-    for shape, measured in (((2048, 8192, 32), 1.7e9), ((4096, 14336, 32), 5.1e9)):
-        keys = ("hidden_size", "intermediate_size", "num_attention_heads")
-        settings = dict(zip(keys, shape, strict=True)) | {"num_key_value_heads": 8}
-        config = LlamaConfig(
-            **settings, vocab_size=128256, num_hidden_layers=2, architectures=["LlamaForCausalLM"]
-        )
+    for size, measured in (("1B", 1.7e9), ("8B", 5.1e9)):
+        config = shape_of(size)
         memory = memory_of("quantize", recipe, config, named_gpu("H200"))
         assert sum(memory.values()) - memory["process"] == pytest.approx(measured, rel=0.1)
         shared = memory_of("quantize", recipe, config, named_gpu("H200")._replace(gpus=4))
