@@ -58,10 +58,13 @@ class Reference(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--to", action="append", choices=get_args(Export), metavar="FORMAT")
+    parser.add_argument("--to", action="append", metavar="FORMAT", default=[])
     chosen, rest = parser.parse_known_args(argv)
     with report_user_errors():
+        for name in set(chosen.to) - set(get_args(Export)):
+            raise UserError(f"--to {name}: expected one of {', '.join(get_args(Export))}")
         recipe, run = read_command_line(__doc__, rest)
+        run.require_there("quantize")
         doing("export: loading torch and transformers")
         quiet_libraries()
         export(recipe, run, chosen.to or recipe.quantize.exports)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import doing
 
 COMMITS = "FINEQUANT_COMMITS"
 """The environment variable by which `finequant run` tells its stages what it resolved."""
@@ -50,8 +51,10 @@ def _on_the_hub(content: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]
 @cache
 def _resolved(kind: str, repository: str, revision: str) -> str | None:
     """Returns the commit that the Hub has now; offline, the one in the cache."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when it is imported
     from huggingface_hub import snapshot_download
 
+    doing(f"asking the Hub for {repository}")
     try:
         folder = snapshot_download(
             repository,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.locate import is_run, locate_recipe
-from finequant.recipes.schema import Recipe, Section
+from finequant.recipes.schema import NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
 LOCAL_SUFFIXES = (*TABLES, *COMPRESSIONS, ".txt", ".raw", ".jinja")
@@ -211,7 +212,7 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
         else:
             message = _expectation(item["msg"])
             if item["type"] != "value_error" or not isinstance(item["input"], dict):
-                message += f" (value {_shown(item['input'])})"
+                message += f" (value {_shown(item['input'])}){_quotes(item)}"
         problems.setdefault(at, []).append(message)
     return [
         f"{_origin(origins, at)}: {_dotted(at) or 'recipe'}: {'; or '.join(messages)}"
@@ -222,6 +223,7 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
 def _expectation(message: str) -> str:
     """Rephrases pydantic's message in terms of a recipe."""
     for theirs, ours in (
+        (re.escape(f"String should match pattern '{NAME}'"), "expected letters, digits, - _ and ."),
         ("^Value error, ", ""),
         ("^Input should be", "expected"),
         ("^(String|List) should", "expected to"),
@@ -229,6 +231,15 @@ def _expectation(message: str) -> str:
     ):
         message = re.sub(theirs, ours, message)
     return message
+
+
+def _quotes(item: ErrorDetails) -> str:
+    """Says that a number stands in quotes, where that is what is wrong with it."""
+    try:
+        float(item["input"] if isinstance(item["input"], str) else "")
+    except ValueError:
+        return ""
+    return "; write it without quotes" if item["type"] in ("int_type", "float_type") else ""
 
 
 def _shown(value: Any) -> str:
@@ -327,7 +338,7 @@ def _with_absolute_paths(
             key = _in_document(at, document)
             problems.append(
                 f"{_origin(origins, key)}: {_dotted(key)}: no such file or folder: {value} "
-                f"(paths start at the recipe's folder, {file.parent})"
+                f"(paths start at the recipe's folder, {file.parent.resolve()})"
             )
     if problems:
         raise UserError(_summary(file, problems))

@@ -191,14 +191,24 @@ class RunDir:
 
     def require_intact(self, stage: str) -> None:
         """Reads what the stage wrote, and refuses it if it is missing or not as it was written."""
+        self.require_there(stage)
+        for path in self.outputs(stage):
+            if path.is_dir():
+                verify(path, again=command_of(stage))
+
+    def require_there_for(self, stage: str, recipe: Recipe) -> None:
+        """Refuses to start a stage before those whose artifacts it reads; reads nothing."""
+        for artifact in stage_of(stage, recipe).reads:
+            self.require_there(writer_of(artifact))
+
+    def require_there(self, stage: str) -> None:
+        """Refuses what the stage has not written yet; reads nothing."""
         for path in self.outputs(stage):
             if not path.exists():
                 raise UserError(
-                    f"{path} does not exist: run `{command_of(stage)}` first, "
-                    "or copy the folder here from the machine that made it"
+                    f"{path} does not exist: run `finequant run RECIPE`, or only "
+                    f"`{command_of(stage)}`, first, or copy it here from the machine that made it"
                 )
-            if path.is_dir():
-                verify(path, again=command_of(stage))
 
     def _decides(self, key: str, stage: str) -> bool:
         """Says whether a change of this input makes a result unusable: another artifact, or base.

@@ -25,6 +25,7 @@ from pydantic import (
 
 from finequant.recipes.methods import METHODS, known_method
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx", "mlx"]
@@ -631,9 +632,7 @@ class Publish(Section):
 class Recipe(Section):
     """One recipe drives fine-tuning, quantization, evaluation, and publishing."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
-        description="name of the run"
-    )
+    name: Annotated[str, Field(pattern=NAME)] = Field(description="name of the run")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of splits, row order, adapter initialization, and dropout"
     )

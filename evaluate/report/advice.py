@@ -52,11 +52,12 @@ def _steps(quantize: dict[str, Any]) -> list[str | None]:
         None
         if calibrated and quantize.get("rotate")
         else "quantize.effort=balanced: calibrates the codes on your rows, and rotates the hidden "
-        "states, which spreads outliers (perplexity 49.2 -> 31.4, where float has 29.4)",
+        "states, which spreads outliers (SmolLM2-135M on WikiText-2: perplexity 49.2 -> 31.4; "
+        "float: 29.4)",
         None
         if calibrated and calibration.get("steps") and calibration.get("scale_steps")
         else "quantize.effort=best: also trains each block, and then all scales, to reproduce the "
-        "float model (31.4 -> 30.4)",
+        "float model (there: 31.4 -> 30.4)",
         None
         if quantize.get("training")
         else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '

@@ -220,7 +220,7 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
         )
     if count:
         say(
-            f"data: {count} bad rows dropped: within data.max_length={data.max_length} tokens "
+            f"data: bad rows dropped: {count}: within data.max_length={data.max_length} tokens "
             f"there is no answer\n  {empty}"
         )
     return kept

@@ -153,7 +153,7 @@ def check_messages(messages: list[Message], where: str) -> None:
             one, or characters that are no text.
     """
     roles = [message["role"] for message in messages]
-    problem = f"{where}: the turns are {', '.join(roles) or 'none'}"
+    problem = f"{where}: the turns are {', '.join(roles)}" if roles else f"{where}: no turns"
     if "assistant" not in roles[1:]:
         raise BadRowError(f"{problem}; expected an answer (assistant) to what stands before it")
     if roles[-1] != "assistant":

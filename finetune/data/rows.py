@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -334,7 +335,9 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
     """
     if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
         if path not in row:
-            raise BadRowError(f"{where}: no column {path}; the columns are {_columns(row)}")
+            near = get_close_matches(path, map(str, row), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadRowError(f"{where}: no column {path}; the columns are {_columns(row)}{hint}")
         return row[path]
     value, name = row[match[1]], match[1]
     if isinstance(value, str) and value[:1] in ("{", "["):  # a cell of a CSV file

@@ -106,19 +106,33 @@ class _Reading:
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
         if findings.unread:
             self.notes.append(f"{name}: not read: {', '.join(findings.unread)}")
-        for what, rows in (("repaired", findings.repaired), ("bad rows dropped", bad)):
+        for what, rows in (("repairs", findings.repaired), ("bad rows dropped", bad)):
             if rows and not (what.startswith("bad") and self.data.bad_rows == "error"):
-                self.notes.append(f"{name}: {len(rows)} {what}\n  {listed(rows, most=SHOWN)}")
+                self.notes.append(f"{name}: {what}: {len(rows)}\n  {listed(rows, most=SHOWN)}")
 
     def refuse_bad_rows(self) -> None:
         if not self.bad or self.data.bad_rows != "error":
             return
-        if len(self.bad) == 1:
-            raise UserError(f"{self.bad[0]}; or leave such rows out with data.bad_rows=drop")
+        problems = _by_reason(self.bad)
+        if len(problems) == 1:
+            others = "; or leave such rows out with data.bad_rows=drop" if self.size else ""
+            raise UserError(problems[0] + others)
         raise UserError(
             f"data: {len(self.bad)} rows cannot be used; correct them, or set data.bad_rows to "
-            f"drop, or to repair what can be repaired\n  {listed(self.bad)}"
+            f"drop, or to repair what can be repaired\n  {listed(problems)}"
         )
+
+
+def _by_reason(bad: list[str]) -> list[str]:
+    """Makes one line of all rows that have the same wrong with them."""
+    rows: dict[str, list[str]] = {}
+    for problem in bad:
+        where, _, reason = problem.partition(": ")
+        rows.setdefault(reason, []).append(where)
+    return [
+        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+        for reason, (first, *others) in rows.items()
+    ]
 
 
 class _Batch(NamedTuple):

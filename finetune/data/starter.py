@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,9 +57,16 @@ class Look:
 
 
 def write_recipe(
-    data: Path, test: Path | None, base: str | None, task: Task | None, target: Path
+    data: Path,
+    test: Path | None,
+    base: str | None,
+    task: Task | None,
+    target: Path,
+    columns: dict[str, str] | None = None,
 ) -> None:
     """Looks at the rows and writes a commented recipe, and the schema for editors beside it.
+
+    columns: those of `prompt` and `completion`; what is missing is guessed.
 
     Raises:
         UserError: for rows whose question and answer cannot be told apart, or a file that exists.
@@ -68,7 +77,7 @@ def write_recipe(
     if test and not test.exists():
         raise UserError(f"--test: {test} does not exist")
     rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
-    look = look_at([row for row in rows if isinstance(row, dict)], data, task)
+    look = look_at([row for row in rows if isinstance(row, dict)], data, task, columns or {})
     text = recipe_text(look, data, test, base, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not schema.exists():
@@ -76,7 +85,9 @@ def write_recipe(
     target.write_text(text, encoding="utf-8")
 
 
-def look_at(rows: Sequence[dict[str, Any]], data: Path, task: Task | None) -> Look:
+def look_at(
+    rows: Sequence[dict[str, Any]], data: Path, task: Task | None, columns: dict[str, str]
+) -> Look:
     """Guesses the columns of question and answer, and the task.
 
     Raises:
@@ -85,7 +96,9 @@ def look_at(rows: Sequence[dict[str, Any]], data: Path, task: Task | None) -> Lo
     if not rows:
         raise UserError(f"{data}: no row that can be read")
     first = rows[0]
-    known = [form for form, columns, _ in FORMATS if columns <= first.keys() and form != "text"]
+    known = [form for form, names, _ in FORMATS if names <= first.keys() and form != "text"]
+    if columns:
+        known = []
     if known and known[0] == "messages":
         has_tools = any(row.get("tools") or "tool_calls" in json.dumps(row) for row in rows[:100])
         return Look(task or ("tools" if has_tools else "chat"), {}, [])
@@ -93,25 +106,52 @@ def look_at(rows: Sequence[dict[str, Any]], data: Path, task: Task | None) -> Lo
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
         return Look(task or _task_of(answers, name), {}, answers)
-    texts = [name for name, value in first.items() if isinstance(value, str)]
-    question, answer = (_named(texts, words) for words in (QUESTIONS, ANSWERS))
+    flat = [dict(_texts(row)) for row in rows]
+    if list(flat[0]) == ["text"] and not columns:
+        return Look(task or "chat", {}, [])  # plain text
+    question, answer = _columns(flat, data, columns)
+    answers = [str(row.get(answer)) for row in flat]
+    return Look(
+        task or _task_of(answers, answer), {"prompt": question, "completion": answer}, answers
+    )
+
+
+def _columns(rows: Sequence[dict[str, str]], data: Path, given: dict[str, str]) -> tuple[str, str]:
+    """Returns the columns of question and answer: as given, by their names, or by their values."""
+    texts = list(rows[0])
+    question = given.get("prompt") or _named(texts, QUESTIONS)
+    answer = given.get("completion") or _named(texts, ANSWERS)
+    if question is None and answer is None:
+        question, answer = _text_and_label(rows)
     if answer is None and question is not None:
         rest = [name for name in texts if name != question]
         answer = min(rest, key=lambda name: _distinct(rows, name), default=None)
     if question is None and answer is not None:
         rest = [name for name in texts if name != answer]
         question = max(rest, key=lambda name: _distinct(rows, name), default=None)
-    if texts == ["text"]:
-        return Look(task or "chat", {}, [])  # plain text
     if question is None or answer is None:
         raise UserError(
-            f"{data}: which column is the question and which the answer? It has "
-            f"{', '.join(map(str, first))}. Write them into a recipe: "
-            "data.train: [{source: FILE, columns: {prompt: QUESTION, completion: ANSWER}}]"
+            f"{data}: which column is the question and which the answer? The columns with text "
+            f"are {', '.join(texts) or 'none'}: add --prompt COLUMN --completion COLUMN"
         )
-    answers = [str(row.get(answer)) for row in rows]
-    columns = {"prompt": question, "completion": answer}
-    return Look(task or _task_of(answers, answer), columns, answers)
+    for field, name in given.items():
+        if name not in texts and "{" not in name:
+            raise UserError(
+                f"--{field}: {data} has no column {name!r} with text; expected one of "
+                f"{', '.join(texts)}"
+            )
+    return question, answer
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the texts of a row, nested ones too, by the paths that `columns` takes."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list) and value and path:
+        yield from _texts(value[0], f"{path}[0]")
 
 
 def _named(columns: list[str], words: Sequence[str]) -> str | None:
@@ -123,7 +163,15 @@ def _named(columns: list[str], words: Sequence[str]) -> str | None:
     return next((lower[name] for word in words for name in lower if word in name), None)
 
 
-def _distinct(rows: Sequence[dict[str, Any]], name: str) -> int:
+def _text_and_label(rows: Sequence[dict[str, str]]) -> tuple[str, str] | tuple[None, None]:
+    """Finds the longest texts and the only other column of which each value occurs often."""
+    length = {name: fmean(len(row.get(name, "")) for row in rows) for name in rows[0]}
+    question = max(length, key=length.__getitem__, default="")
+    labels = [name for name in length if 1 < _distinct(rows, name) <= len(rows) // 4]
+    return (question, labels[0]) if len(labels) == 1 and labels != [question] else (None, None)
+
+
+def _distinct(rows: Sequence[dict[str, str]], name: str) -> int:
     return len({str(row.get(name)) for row in rows})
 
 
@@ -155,13 +203,13 @@ def recipe_text(look: Look, data: Path, test: Path | None, base: str | None, tar
     )
     return (
         "# yaml-language-server: $schema=recipe.schema.json\n"
-        f"# finequant data {target.name}      shows rows as the model will see them\n"
-        f"# finequant run {target.name}       trains, quantizes, and compares\n"
-        f"name: {target.stem}\n\n"
+        f"# finequant data {shlex.quote(target.name)}      shows rows as the model will see them\n"
+        f"# finequant run {shlex.quote(target.name)}       trains, quantizes, and compares\n"
+        f"name: {_quoted(_name(target.stem))}\n\n"
         "model:\n"
-        f"  base: {base or default_base()}\n\n"
+        f"  base: {_quoted(_base(base, folder))}\n\n"
         f"data:\n  train:\n{_source(data, look, folder)}{held_out}"
-        + (f"  system: {system}\n" if system else "")
+        + (f"  system: {_quoted(system)}\n" if system else "")
         + "  max_length: 1024                # tokens of a row; `finequant data` shows lengths\n"
         "  overlap: drop                   # rows that are also held out are not trained on\n\n"
         "train:\n"
@@ -186,12 +234,32 @@ def default_base() -> str:
     return EMBEDDED if installed else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def _source(file: Path, look: Look, folder: Path) -> str:
+def _name(stem: str) -> str:
+    """Makes a name for the run directory out of a file's."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-_.") or "rows"
+
+
+def _base(base: str | None, folder: Path) -> str:
+    """Returns the base, a folder or file as seen from the recipe's folder."""
+    if base and Path(base).expanduser().exists():
+        return _seen_from(folder, Path(base).expanduser())
+    return base or default_base()
+
+
+def _seen_from(folder: Path, file: Path) -> str:
     path = file.resolve()
-    shown = path.relative_to(folder) if path.is_relative_to(folder) else path
-    lines = [f"- source: {json.dumps(str(shown), ensure_ascii=False)}"]
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _quoted(text: str) -> str:
+    """Writes a text in quotes as YAML and JSON both read it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _source(file: Path, look: Look, folder: Path) -> str:
+    lines = [f"- source: {_quoted(_seen_from(folder, file))}"]
     if look.columns:
-        pairs = ", ".join(f"{field}: {json.dumps(name)}" for field, name in look.columns.items())
+        pairs = ", ".join(f"{field}: {_quoted(name)}" for field, name in look.columns.items())
         lines.append(f"  columns: {{{pairs}}}")
     return textwrap.indent("\n".join(lines) + "\n", "    ")
 

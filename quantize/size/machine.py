@@ -30,7 +30,7 @@ GPUS = {
 
 WITHOUT_BF16 = ("T4", "V100")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 class Machine(NamedTuple):
@@ -104,7 +104,9 @@ def bytes_of(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in UNITS:
-        raise UserError(f"{text!r} is no size: expected a number with MB, GB, MiB or GiB")
+        raise UserError(
+            f"{text!r} is no size: expected a number with MB, GB, MiB or GiB, such as 6GB"
+        )
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

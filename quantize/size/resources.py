@@ -51,7 +51,11 @@ def show_resources(
     stages = [stage for stage in stages_of(recipe) if stage in STAGES]
     for machine in filter(None, (this_machine(), gpu)):
         each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
-        show(f"\npeak memory on {each}{machine.name}, which has {_gb(machine.memory)}:")
+        show(
+            f"
+peak memory on {each}{machine.name}, which has {_gb(machine.memory)}, for rows of "
+            f"{recipe.data.max_length:,} tokens (data.max_length):"
+        )
         for stage in stages:
             memory = memory_of(stage, recipe, config, machine)
             total, fits = sum(memory.values()), ""

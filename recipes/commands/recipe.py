@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import preflight
+from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
     from finequant.recipes.schema import Recipe
@@ -20,10 +22,18 @@ def init(
         Path, typer.Option(prompt="File with your rows", help="rows: JSON, CSV, Parquet, ...")
     ],
     test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
-    base: Annotated[str | None, typer.Option(help="Hub id or folder of a Llama")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id, folder, or package:MODULE/FILE.gguf")
+    ] = None,
     task: Annotated[
         Literal["classify", "chat", "tools", "summarize", "translate", "extract"] | None,
         typer.Option(help="what the model shall do; default: what the rows look like"),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="column of the question")
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="column of the answer")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
 ) -> None:
@@ -34,11 +44,14 @@ def init(
     doing(f"init: reading {data}")
     from finequant.finetune.data.starter import write_recipe
 
-    target = to or Path(data.name.partition(".")[0]).with_suffix(".yaml")
-    write_recipe(data, test, base, task, target)
+    target = to or Path(f"{data.resolve().name.partition('.')[0]}.yaml")
+    columns = {"prompt": prompt, "completion": completion}
+    given = {field: name for field, name in columns.items() if name}
+    write_recipe(data, test, base, task, target, given)
     say(f"init: {target} written: a recipe to change as you like")
     _preview(load_recipe(target, []), 3)
-    say(f"init: next: `finequant plan {target}`, then `finequant run {target}`")
+    file = shlex.quote(str(target))
+    say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
 
 
 def data(
@@ -52,6 +65,8 @@ def data(
     """Show rows as the model will see them, with target tokens in color."""
     from finequant.recipes.load import load_recipe
 
+    if html and not html.parent.is_dir():
+        raise UserError(f"--html {html}: there is no folder {html.parent}: make it first")
     _preview(load_recipe(recipe, overrides or []), rows, html)
 
 

@@ -238,7 +238,7 @@ def test_repair(tmp_path, name):
         load(tmp_path, rows)
     dropped = load(tmp_path, rows, bad_rows="drop")
     assert [row.where for row in dropped.train] == ["rows.jsonl:1"]
-    assert "rows.jsonl: 1 bad rows dropped\n  " in dropped.notes[1]
+    assert "rows.jsonl: bad rows dropped: 1\n  " in dropped.notes[1]
     repaired = load(tmp_path, rows, bad_rows="repair")
     assert said(repaired) == ["user: ask", "assistant: say"]
     assert said(repaired, 1) == expected
@@ -249,7 +249,7 @@ def test_repair(tmp_path, name):
 def test_what_cannot_be_repaired_is_dropped_and_named(tmp_path, name):
     splits = load(tmp_path, [GOOD, BEYOND_REPAIR[name]], bad_rows="repair")
     assert [row.where for row in splits.train] == ["rows.jsonl:1"]
-    assert any("1 bad rows dropped" in note and "rows.jsonl:2" in note for note in splits.notes)
+    assert any("bad rows dropped: 1" in note and "rows.jsonl:2" in note for note in splits.notes)
 
 
 def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokenizer, capsys):
@@ -260,7 +260,7 @@ def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokeni
         to_dataset(rows, tokenizer, Data(train="rows.jsonl", max_length=40))
     data = Data(train="rows.jsonl", max_length=40, bad_rows="drop")
     assert len(to_dataset(rows, tokenizer, data)) == 1
-    assert "data: 1 bad rows dropped" in "".join(capsys.readouterr())
+    assert "data: bad rows dropped: 1" in "".join(capsys.readouterr())
     with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
         to_dataset(rows[1:], tokenizer, data)
 
@@ -276,8 +276,18 @@ def test_all_bad_rows_are_listed_at_once(tmp_path):
     ]
 
 
+def test_rows_with_the_same_mistake_are_one_line(tmp_path):
+    rows = [{"question": "a", "answer": "b"}] * 3
+    with pytest.raises(UserError) as error:
+        load(tmp_path, rows, columns={"prompt": "qestion", "completion": "answer"})
+    assert str(error.value) == (
+        "rows.jsonl:1 and 2 more: no column qestion; the columns are question, answer; "
+        "did you mean question?"
+    )
+
+
 def test_a_source_without_a_single_good_row(tmp_path):
-    with pytest.raises(UserError, match="(?s)no rows are left to train on.*: 2 bad rows dropped"):
+    with pytest.raises(UserError, match="(?s)no rows are left to train on.*: bad rows dropped: 2"):
         load(tmp_path, [chat("u 1"), chat("u 2")], bad_rows="drop")
 
 

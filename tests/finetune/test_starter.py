@@ -17,6 +17,19 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
 KINDS = {
+    "labels under names that say nothing": (
+        [{"Nr": f"{n}", "Nachricht": f"wo ist {n}?", "K": "ab"[n % 2]} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("wo ist 0?", "a"),
+    ),
+    "nested": (
+        [
+            {"id": n, "qa": {"question": f"what is {n}?", "answers": [f"{n} " * 9]}}
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("what is 0?", "0 " * 9),
+    ),
     # rows -> metrics, and the first row's question and answer
     "labels": (
         [{"text": f"where is {n}?", "category": ("lost", "found")[n % 2]} for n in range(40)],
@@ -85,10 +98,29 @@ def test_a_table_with_test_rows_of_its_own(tmp_path):
     assert (target.parent / "recipe.schema.json").exists()
 
 
+def test_columns_can_be_said_and_odd_names_make_a_valid_recipe(tmp_path):
+    rows = [{"translation": {"en": f"house {n}", "de": f"Haus {n}"}} for n in range(20)]
+    file = tmp_path / "2024-05-01 pairs: new.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "my base").mkdir()
+    target = tmp_path / "2024-05-01.yaml"
+    columns = {"prompt": "translation.en", "completion": "translation.de"}
+    with pytest.raises(UserError, match=r"columns with text are translation.en, translation.de"):
+        write_recipe(file, None, None, None, target)
+    with pytest.raises(UserError, match=r"--prompt: .* no column 'en'.*one of translation.en"):
+        write_recipe(file, None, None, None, target, columns | {"prompt": "en"})
+    write_recipe(file, None, str(tmp_path / "my base"), "translate", target, columns)
+    recipe = load_recipe(target, [])
+    assert (recipe.name, recipe.model.base) == ("2024-05-01", str(tmp_path / "my base"))
+    assert load_splits(recipe.data, 0).train[0].messages[1]["content"] == "house 0"
+
+
 def test_what_cannot_be_told_is_asked_for_and_nothing_is_overwritten(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": "1", "b": "2"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"which column is the question.*It has a, b"):
+    with pytest.raises(
+        UserError, match=r"which column is the question.*text are a, b: add --prompt"
+    ):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="exists already"):

@@ -88,7 +88,7 @@ def plan(recipe_file, tmp_path, capsys):
 def test_parameters_are_exact_from_the_configuration_alone(plan, config, parts):
     out = plan(config, "--gpu", "h100", "--device-memory", "6GB", "--context", "2048")
     assert f"parameters: {parts}\n" in out
-    assert "peak memory on H100, which has 80.00 GB:" in out
+    assert "peak memory on H100, which has 80.00 GB, for rows of" in out
     assert "does not fit into 6.00 GB" in out
     assert all(f"  {bits} bits: " in out for bits in (8, 4, 3))
 
@@ -236,13 +236,13 @@ def test_a_cache_of_keys_and_values():
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("6GB", 6 * 10**9), ("1.5 GiB", 1610612736), ("512mb", 512 * 10**6), ("80", 80)],
+    [("6GB", 6 * 10**9), ("1.5 GiB", 1610612736), ("512mb", 512 * 10**6)],
 )
 def test_sizes(text, size):
     assert bytes_of(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "six", "6XB", "GB", "-1GB"])
+@pytest.mark.parametrize("text", ["", "six", "6", "6XB", "GB", "-1GB"])
 def test_what_is_no_size(text):
     with pytest.raises(UserError, match="is no size: expected a number with MB, GB"):
         bytes_of(text)

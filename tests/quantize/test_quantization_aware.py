@@ -351,4 +351,7 @@ def test_the_folder_is_needed_before_it_is_quantized(stage, capsys):
     from finequant.quantize.convert import main as convert
 
     said = refused(capsys, convert, [str(stage.recipe), *stage.arguments(ADAPTER)])
-    assert "trained_codes does not exist: run `finequant qat RECIPE` first" in said
+    assert (
+        "trained_codes does not exist: run `finequant run RECIPE`, or only `finequant qat RECIPE`"
+        in said
+    )
