@@ -52,8 +52,7 @@ def show_resources(
     for machine in filter(None, (this_machine(), gpu)):
         each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
         show(
-            f"
-peak memory on {each}{machine.name}, which has {_gb(machine.memory)}, for rows of "
+            f"\npeak memory on {each}{machine.name}, which has {_gb(machine.memory)}, for rows of "
             f"{recipe.data.max_length:,} tokens (data.max_length):"
         )
         for stage in stages:

@@ -237,7 +237,10 @@ WHOLE_FILES = {
     "UTF-16": (RECIPE.encode("utf-16"), "recipe.yaml:1: not UTF-8 text"),
     "no data": ("name: a\nmodel: {base: base}\n", "recipe.yaml: data: this key is required"),
     "no base": (RECIPE.replace("base: base", "revision: v1"), "model.base: this key is required"),
-    "slash in name": (RECIPE.replace("tiny", "a/b"), "recipe.yaml:1: name: expected letters, digits"),
+    "slash in name": (
+        RECIPE.replace("tiny", "a/b"),
+        "recipe.yaml:1: name: expected letters, digits",
+    ),
     "name upwards": (RECIPE.replace("tiny", ".."), "(value '..')"),
     "name with a newline": (RECIPE.replace("tiny", '"a\\n"'), "(value 'a\\n')"),
     "no sources": (RECIPE.replace("rows.jsonl", "[]"), "recipe.yaml:5: data.train: expected to"),
