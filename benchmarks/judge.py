@@ -19,7 +19,7 @@ from finequant.evaluate.metrics.text_metrics import METRICS
 from finequant.evaluate.models import load_model
 from finequant.evaluate.report.table import markdown_table
 from finequant.finetune.architecture import parameter_count
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import encode_prompt
 from finequant.finetune.model import load_config, load_tokenizer

@@ -264,7 +264,7 @@ def system_message(recipe: Recipe) -> Messages:
 
 
 def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.row import Row
     from finequant.finetune.data.tokens import encode_prompt
 
     asked = Row("chat", messages=(*messages, {"role": "assistant", "content": ""}))

@@ -17,7 +17,7 @@ from finequant.recipes.schema import Evaluate, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
 
 SPEED_PROMPT, SPEED_ANSWER = 256, 64

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from finequant.evaluate.metrics.corpora import Document
     from finequant.evaluate.metrics.perplexity import ScoredSequence
-    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
     from finequant.quantize.size.estimate import Lengths
 

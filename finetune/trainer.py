@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finequant.finetune.architecture import Decoder
-    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
 
 

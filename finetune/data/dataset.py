@@ -14,7 +14,7 @@ import numpy as np
 
 from finequant.finetune.data.pool import computed
 from finequant.finetune.data.rendering import TemplateCheck
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TOKEN_KEYS, Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
 from finequant.recipes.errors import UserError, listed

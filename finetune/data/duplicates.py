@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.table import Rows
 
 MOST_ROWS = 200_000

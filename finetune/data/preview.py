@@ -18,7 +18,7 @@ from finequant.finetune.data.duplicates import (
 from finequant.finetune.data.page import Run, html_page
 from finequant.finetune.data.prepared import prepared_splits
 from finequant.finetune.data.rendering import Rendering
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import Splits
 from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode

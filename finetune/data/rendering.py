@@ -10,7 +10,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.data.messages import Message
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.turns import AnswerEnd, answer_end
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError, parse_json, shown
 from finequant.finetune.data.messages import (
     Message,
@@ -19,6 +18,7 @@ from finequant.finetune.data.messages import (
     read_tools,
     repair_messages,
 )
+from finequant.finetune.data.row import Row
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data, Source
 
@@ -39,88 +39,6 @@ PREFERENCES = (
     "last message of its conversation, or map it: columns: {prompt: ..., completion: chosen}"
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
-NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
-
-
-def _listed(value: Any) -> list[Any]:
-    """Writes a set as a list."""
-    if not isinstance(value, frozenset):
-        raise TypeError(f"{type(value).__name__} {shown(value)} cannot be written as JSON")
-    return sorted(value)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training or evaluation row: a conversation, or raw text."""
-
-    where: str
-    """File and line, or dataset and index: what an error names."""
-    messages: tuple[Message, ...] = ()
-    text: str = ""
-    weight: float = 1.0
-    """Number of times the row is seen in an epoch."""
-    tools: tuple[dict[str, Any], ...] = ()
-    """Function definitions that the chat template is given."""
-    excluded: frozenset[int] = frozenset()
-    """Answers that are read but not learned, by their index in messages."""
-
-    @property
-    def targets(self) -> list[int]:
-        """Returns the indices of target messages; an assistant's opening greeting is none."""
-        return [
-            index
-            for index, message in enumerate(self.messages)
-            if index and message["role"] == "assistant" and index not in self.excluded
-        ]
-
-    @property
-    def prompt_key(self) -> str:
-        """Returns a key of the prompt, which ignores white space."""
-        return self._key(self.messages[:-1])
-
-    @property
-    def key(self) -> str:
-        """Prompt and answer, white space aside."""
-        return self._key(self.messages)
-
-    def _key(self, messages: tuple[Message, ...]) -> str:
-        parts = [part for turn in messages for part in (turn["content"], turn.get("tool_calls"))]
-        texts = [
-            part if isinstance(part, str) else json.dumps(part)
-            for part in (*parts, self.tools, self.text)
-            if part
-        ]
-        return " ".join(" ".join(texts).split())
-
-    def to_json(self) -> bytes:
-        """Returns the row as JSON, from which `from_json` makes an equal one.
-
-        Raises:
-            BadRowError: for what JSON cannot write, such as a date in the arguments of a call.
-        """
-        kept = {
-            name: value
-            for name, usual in DEFAULTS.items()
-            if (value := getattr(self, name)) != usual
-        }
-        try:
-            text = ENCODE(kept)
-        except TypeError as error:
-            raise BadRowError(f"{self.where}: {error}: write it as text") from None
-        return text.encode("utf-8", "surrogatepass")
-
-    @classmethod
-    def from_json(cls, content: bytes) -> Row:
-        values = json.loads(content.decode("utf-8", "surrogatepass"))
-        for name in ("messages", "tools"):
-            values[name] = tuple(values.get(name, ()))
-        values["excluded"] = frozenset(values.get("excluded", ()))
-        return cls(**values)
-
-
-ENCODE = json.JSONEncoder(ensure_ascii=False, default=_listed).encode
-DEFAULTS = {item.name: item.default for item in fields(Row)}
 
 
 @dataclass
@@ -261,7 +179,7 @@ class RowReader:
         if not count:
             raise UserError(
                 f"{where}: columns.{name}: {template!r} names no column; write {{COLUMN}} "
-                f"with one of {_columns(row)}"
+                f"with one of {columns_of(row)}"
             )
         return text
 
@@ -321,73 +239,14 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
     if {"chosen", "rejected"} <= row.keys():
         raise UserError(f"{source.source}: {PREFERENCES}")
     raise UserError(
-        f"{source.source}: cannot tell the format from the columns {_columns(row)}; "
+        f"{source.source}: cannot tell the format from the columns {columns_of(row)}; "
         "expected messages, prompt and completion, instruction and output, or text. "
         "Map your own: columns: {prompt: QUESTION_COLUMN, completion: ANSWER_COLUMN}"
     )
 
 
-def value_of(row: dict[str, Any], path: str, where: str) -> Any:
-    """Returns a column, or a field inside it, such as `answers.text[0]`.
-
-    Raises:
-        BadRowError: naming what is missing, and what there is.
-    """
-    if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
-        if path not in row:
-            near = get_close_matches(path, map(str, row), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadRowError(f"{where}: no column {path}; the columns are {_columns(row)}{hint}")
-        return row[path]
-    value, name = row[match[1]], match[1]
-    if isinstance(value, str) and value[:1] in ("{", "["):  # a cell of a CSV file
-        value = parse_json(value, f"{where}: {name}", "JSON")
-    for key, index in STEP.findall(match[2]):
-        if key:
-            if not isinstance(value, dict) or key not in value:
-                has = f"only {_columns(value)}" if isinstance(value, dict) else shown(value)
-                raise BadRowError(f"{where}: {path}: no {key} in {name}: {has}")
-            value, name = value[key], f"{name}.{key}"
-        else:
-            if not isinstance(value, list) or int(index) >= len(value):
-                has = f"{len(value)} entries" if isinstance(value, list) else shown(value)
-                raise BadRowError(f"{where}: {path}: no entry {index} in {name}: {has}")
-            value, name = value[int(index)], f"{name}[{index}]"
-    return value
-
-
-def text_of(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
-    """Returns a value as text; anything but text is written as JSON.
-
-    Raises:
-        BadRowError: a missing column or value without a default, or what JSON cannot write.
-    """
-    value = default if default is not None and row.get(column) is None else None
-    if value is None:
-        value = value_of(row, column, where)
-    if value is None:
-        raise BadRowError(f"{where}: {column} is null; the columns are {_columns(row)}")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        raise BadRowError(
-            f"{where}: {column} is a list of messages, expected text; put the whole "
-            "conversation into one column `messages`"
-        )
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):  # a date, bytes; NaN, which stands for a missing value
-        raise BadRowError(
-            f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
-        ) from None
-
-
 def _is_pair(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
-
-
-def _columns(row: dict[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "none"
 
 
 def _message(role: str, content: str) -> Message:

@@ -13,7 +13,8 @@ import numpy as np
 from finequant.finetune.data.files import BadRowError, Unparsed, parsed
 from finequant.finetune.data.pool import computed, in_batches
 from finequant.finetune.data.readers import read_unparsed
-from finequant.finetune.data.rows import Findings, Row, RowReader
+from finequant.finetune.data.row import Row
+from finequant.finetune.data.rows import Findings, RowReader
 from finequant.finetune.data.table import (
     ROWS_AT_ONCE,
     TABLE,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import numpy as np
 
 from finequant.finetune.data.pool import in_batches
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray

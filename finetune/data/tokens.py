@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.finetune.data.rendering import Rendering, Span, render_rows
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.turns import answer_end
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data

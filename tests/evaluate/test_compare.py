@@ -249,7 +249,7 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
 
 def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
     from finequant.evaluate.inputs import _answers_as_corpus
-    from finequant.finetune.data.rows import Row
+    from finequant.finetune.data.row import Row
     from finequant.recipes.load import load_recipe
 
     def corpus(length: int, row: Row):

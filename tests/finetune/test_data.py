@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finequant.finetune.data.readers import read_rows
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import Splits, load_splits
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data

@@ -14,7 +14,7 @@ from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.duplicates import near_duplicates, prompts_with_several_answers
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.prepared import prepared_splits
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import encode, encode_rows

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from finequant.finetune.data.preview import _colored, preview
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.tokens import encode
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from tokenizers.pre_tokenizers import Metaspace, Split
 
 from finequant.finetune.data.dataset import to_dataset
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
 from finequant.recipes.schema import Data
 

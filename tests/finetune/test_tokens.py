@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finequant.finetune.data.dataset import to_dataset
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode, encode_prompt
 from finequant.recipes.errors import UserError

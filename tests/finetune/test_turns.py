@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from finequant.finetune.data.rows import Row
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
 from finequant.finetune.data.turns import (
     answer_end,

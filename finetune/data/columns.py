@@ -1,0 +1,73 @@
+"""Values in a row, by the name of a column or a path into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from finequant.finetune.data.files import BadRowError, parse_json, shown
+
+STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
+
+
+def value_of(row: dict[str, Any], path: str, where: str) -> Any:
+    """Returns a column, or a field inside it, such as `answers.text[0]`.
+
+    Raises:
+        BadRowError: naming what is missing, and what there is.
+    """
+    if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
+        if path not in row:
+            near = get_close_matches(path, map(str, row), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadRowError(f"{where}: no column {path}; the columns are {columns_of(row)}{hint}")
+        return row[path]
+    value, name = row[match[1]], match[1]
+    if isinstance(value, str) and value[:1] in ("{", "["):  # a cell of a CSV file
+        value = parse_json(value, f"{where}: {name}", "JSON")
+    for key, index in STEP.findall(match[2]):
+        if key:
+            if not isinstance(value, dict) or key not in value:
+                has = f"only {columns_of(value)}" if isinstance(value, dict) else shown(value)
+                raise BadRowError(f"{where}: {path}: no {key} in {name}: {has}")
+            value, name = value[key], f"{name}.{key}"
+        else:
+            if not isinstance(value, list) or int(index) >= len(value):
+                has = f"{len(value)} entries" if isinstance(value, list) else shown(value)
+                raise BadRowError(f"{where}: {path}: no entry {index} in {name}: {has}")
+            value, name = value[int(index)], f"{name}[{index}]"
+    return value
+
+
+def text_of(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
+    """Returns a value as text; anything but text is written as JSON.
+
+    Raises:
+        BadRowError: a missing column or value without a default, or what JSON cannot write.
+    """
+    value = default if default is not None and row.get(column) is None else None
+    if value is None:
+        value = value_of(row, column, where)
+    if value is None:
+        raise BadRowError(f"{where}: {column} is null; the columns are {columns_of(row)}")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+        raise BadRowError(
+            f"{where}: {column} is a list of messages, expected text; put the whole "
+            "conversation into one column `messages`"
+        )
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):  # a date, bytes; NaN, which stands for a missing value
+        raise BadRowError(
+            f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
+        ) from None
+
+
+def columns_of(row: dict[str, Any]) -> str:
+    """Lists the names of the columns, for a message."""
+    return ", ".join(map(str, row)) or "none"
