@@ -25,6 +25,7 @@ function marked(text, other) {
   const shortest = Math.min(text.length, other.length);
   while (start < shortest && text[start] === other[start]) start++;
   while (end < shortest - start && text.at(-1 - end) === other.at(-1 - end)) end++;
+  if (!text) node.append(element("span", "(empty)", "soft"));
   node.append(text.slice(0, start));
   if (start + end < text.length) node.append(element("mark", text.slice(start, text.length - end)));
   node.append(text.slice(text.length - end));

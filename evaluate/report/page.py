@@ -8,7 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from math import comb, prod
+from math import comb, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,25 @@ def _verdict(report: Report) -> dict[str, Any]:
     else:
         headline, state = "Quantization cost no more than its error bars", "good"
     lines = [figures] if figures else []
+    if _gained_nothing(report):
+        lines.append(
+            "Tuned is no better than base: train longer, or look at what it learns with "
+            "`finequant data`."
+        )
     lines += [*verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
         lines.append("The recipe sets no gate: no limit for what quantization may cost.")
     return {"state": state, "headline": headline, "lines": lines}
+
+
+def _gained_nothing(report: Report) -> bool:
+    """Says whether the first accuracy is the same, or lower, after fine-tuning."""
+    pairs = metrics_of(report["models"])
+    base, tuned = (
+        float_at(report, "models", name, "tasks", *pairs[0], "value") if pairs else nan
+        for name in ("base", "tuned")
+    )
+    return tuned <= base
 
 
 def _figures(report: Report) -> str | None:
@@ -211,19 +226,18 @@ def _passages(report: Report) -> list[list[dict[str, Any]]]:
 def _sizes(report: Report) -> list[dict[str, Any]]:
     """Splits the packed quantized model into codes, scales, and what stays in float."""
     layers = [layer for layer in report.get("layers") or [] if layer.get("group_size")]
-    size = float_at(report, "models", "quantized", "size_bytes")
+    size = float_at(report, "models", "quantized", "packed_bytes")
     if not layers or size != size:
         return []
     scale_bytes = SCALE_BYTES[value_at(report, "recipe", "quantize", "scale_dtype") or "float32"]
     weights = [prod(layer["shape"]) for layer in layers]
     groups = [n // layer["group_size"] for n, layer in zip(weights, layers, strict=True)]
-    # torchao keeps a code, and a group's zero point, in a byte each.
-    floats = size - sum(weights) - sum(groups) * (scale_bytes + 1)
-    parts = {"scales": sum(groups) * scale_bytes, "embedding and norms, in float": max(0, floats)}
+    parts = {"scales": sum(groups) * scale_bytes}
     for layer, n in zip(layers, weights, strict=True):
         kind = layer["name"].rpartition(".")[2]
         label = f"codes of {kind}, {layer['bits']} bits"
         parts[label] = parts.get(label, 0) + n * layer["bits"] / 8
+    parts["embedding and norms, in float"] = max(0, size - sum(parts.values()))
     largest = max(parts.values())
     total = {"label": "together, packed", "megabytes": f"{sum(parts.values()) / 1e6:,.1f}"}
     return [

@@ -78,7 +78,8 @@ def _loss(report: Report) -> Figure | None:
 
 
 def _comparison(report: Report) -> Figure | None:
-    models = report["models"]
+    every = report["models"].items()
+    models = {name: m for name, m in every if m.get("perplexity") or m.get("tasks")}
     panels = {
         "perplexity per token\n(lower is better)": {
             corpus: [_bar(m, 1, "perplexity", corpus) for m in models.values()]

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from itertools import chain, groupby
 from math import gcd
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,9 @@ LIBRARIES = "finequant.recipes.commands.libraries"
 PROCESSES = get_context("forkserver" if sys.platform == "linux" else "spawn")
 """Where stages start. A fork server imports the libraries once for all of them, which takes ten
 seconds a stage; macOS's own libraries break in forked processes."""
+
+FORK_SERVER_LOST = 255
+"""What multiprocessing returns as the exit code of a process if its fork server is gone."""
 
 LAUNCHED = ("train", "qat", "quantize", "evaluate")
 """Stages in which several processes share the work: quantization where it calibrates."""
@@ -119,6 +123,9 @@ def formats(step: list[str]) -> list[str]:
 
 def _run_stage(module: str, arguments: list[str], position: str) -> None:
     """Does, in a process of its own, what `python -m MODULE ARGUMENTS` does."""
+    parent = parent_process()
+    if parent and not parent.is_alive():  # Ctrl-C while the fork server imported the libraries
+        return
     os.environ[STAGE] = position
     restart_clock()
     import_module(module).main(arguments)
@@ -217,11 +224,23 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
                 f"{name}: its process did not start ({error}): {RESUME_HINT}"
             ) from None
         code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
-    if code == -signal.SIGKILL:
+    if not launcher and code == FORK_SERVER_LOST:
+        _end_orphan(process.pid)
+    if code == -signal.SIGKILL or (not launcher and code == FORK_SERVER_LOST):
         erase_line()
         say(f"{name} was killed, perhaps out of memory: {RESUME_HINT}")
     if code:
         sys.exit(code if code > 0 else 128 - code)
+
+
+def _end_orphan(pid: int) -> None:
+    """Stops a stage whose fork server was killed; it saves what it can."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        orphan = psutil.Process(pid)
+        orphan.terminate()
+        orphan.wait()
 
 
 def _seconds(directory: RunDir, steps: list[list[str]]) -> list[float]:

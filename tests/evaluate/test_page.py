@@ -109,6 +109,20 @@ def test_the_verdict_is_a_sentence_with_the_figures_below(quantized, passed, hea
     assert f"base 0.0 ± 2.0, tuned 90.0 ± 2.0, quantized {100 * quantized:.1f} ± 2.0" in text
 
 
+def test_what_the_page_says_of_sizes_bars_and_a_tuned_model_that_learned_nothing():
+    judged = report()
+    judged["models"]["quantized"]["packed_bytes"] = 5_000_000
+    judged["models"]["gguf"] = {"packed_bytes": 1}  # nothing but its size was measured
+    text = page(judged, rows())
+    assert re.search(r"together, packed\s*</td>\s*<td>5.0</td>", text)
+    figure = re.search(r"<svg.*?</svg>", text, re.S)[0]
+    assert "quantized" in figure
+    assert "gguf" not in figure
+    assert "no better than base" not in text
+    judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
+    assert "Tuned is no better than base" in page(judged, rows())
+
+
 def test_advice_is_seen_in_terminal_and_report(tmp_path, capsys):
     costly = report(0.8)
     print_table(costly)

@@ -42,6 +42,22 @@ sys.exit(wait_and_forward_signals(child.pid, child.wait))
 )
 
 
+IMPORTS = """
+from finequant.recipes.commands import pipeline
+from finequant.recipes.errors import report_user_errors
+pipeline.LIBRARIES = "slow_libraries"
+with report_user_errors():
+    pipeline._start(["train"], '["1/1", []]', [], [])
+"""
+SLOW_LIBRARIES = """
+import sys, time, types
+for name in ("recipes.command_line", "finetune.trainer", "quantize.checkpoint.reload"):
+    sys.modules[f"finequant.{name}"] = library = types.ModuleType(name)
+    library.quiet_libraries = lambda: (print("ready", flush=True), time.sleep(1))
+import finequant.recipes.commands.libraries
+"""
+
+
 def start(*arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-c", *arguments]
     process = subprocess.Popen(
@@ -90,6 +106,16 @@ def test_a_launched_process_saves_before_its_launcher_ends(whom):
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "stopped by SIGINT: step 7 is saved"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is a fork server")
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
+    (tmp_path / "slow_libraries.py").write_text(SLOW_LIBRARIES)
+    process = start(IMPORTS, start_new_session=True, cwd=tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "stopped by SIGINT: run the same command again to continue from here\n"
 
 
 def test_an_ignored_signal_stays_ignored():

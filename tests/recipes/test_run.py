@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finequant.recipes.freshness import content_hash
@@ -58,6 +59,26 @@ def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
     monkeypatch.setattr(pipeline.PROCESSES.Process, "start", killed)
     with pytest.raises(OutsideError, match=r"train: its process did not start \(unexpected EOF\)"):
         pipeline._start(["train"], '["1/1", []]', [], [])
+
+
+def test_a_fork_server_that_is_killed_ends_the_stage_with_a_line(tmp_path, monkeypatch, capsys):
+    from finequant.recipes.commands import pipeline
+
+    (tmp_path / "stage.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "def main(arguments):\n"
+        "    pathlib.Path(arguments[0]).write_text(str(os.getpid()))\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pipeline, "LIBRARIES", "json")
+    monkeypatch.setattr(pipeline, "module_of", lambda stage: "stage")
+    with pytest.raises(SystemExit) as end:
+        pipeline._start(["train"], '["1/1", []]', [str(tmp_path / "pid")], [])
+    assert end.value.code == 255
+    assert capsys.readouterr().err.startswith("train was killed")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.slow
