@@ -421,7 +421,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         chat(("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")),
         ["rows.jsonl:2: the turns are system, system, user", "no two of system in a row"],
     ),
-    "no turns": ("rows.jsonl", chat(), ["rows.jsonl:2: the turns are none"]),
+    "no turns": ("rows.jsonl", chat(), ["rows.jsonl:2: no turns; expected an answer"]),
     "empty assistant turn": (
         "rows.jsonl",
         chat(("user", "a"), ("assistant", " \n")),
