@@ -76,7 +76,7 @@ def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
     assert "gguf: not exported: run `finequant export RECIPE --to gguf` first" in missing.stderr
     early = ask(recipe_file, "--prompt", "hello", "--model", "quantized")
     assert early.returncode == 2
-    assert "run `finequant train RECIPE` first" in early.stderr
+    assert "only `finequant train RECIPE`, first" in early.stderr
     (tmp_path / "empty").mkdir()
     nowhere = ask(tmp_path / "empty")
     assert nowhere.returncode == 2

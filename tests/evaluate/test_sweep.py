@@ -114,7 +114,7 @@ def test_refused_before_anything_is_loaded(recipe_file, override, message):
 
 
 def test_the_tuned_model_needs_an_adapter(recipe_file):
-    with pytest.raises(UserError, match="run `finequant train RECIPE` first"):
+    with pytest.raises(UserError, match="only `finequant train RECIPE`, first"):
         sweep(recipe_file, ["quantize.bits=8,4"], "tuned")
 
 

@@ -280,7 +280,7 @@ def test_without_an_adapter_it_says_what_to_run(recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         convert([str(recipe_file)])
     assert exit_.value.code == 2
-    assert "run `finequant train RECIPE` first" in capsys.readouterr().err
+    assert "only `finequant train RECIPE`, first" in capsys.readouterr().err
 
 
 def test_without_calibration_a_second_process_has_nothing_to_do(recipe_file, monkeypatch):
