@@ -112,10 +112,12 @@ def export_one(
     say(f"export: {name}: writing")
     with run.writing(run.exports / name, recipe) as folder:
         figures = entry.write(stored, folder, recipe)
+        doing(f"export: {name}: reading its codes again")
         rounded, floats = entry.read_back(folder, stored)
         scales = check_codes(name, stored, rounded)
         if floats is not None:
             check_floats(name, stored, floats)
+        doing(f"export: {name}: computing logits from the file")
         difference = check_logits(entry, entry.last_logits(folder, prompts), reference)
         size = entry.size(folder)
     scales_note = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"

@@ -22,6 +22,7 @@ from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import doing
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
@@ -155,6 +156,7 @@ def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramM
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+    doing("export: executorch: tracing and lowering the model, which takes minutes")
     count = torch.export.Dim("count", min=1, max=length)
     example = (torch.ones(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
