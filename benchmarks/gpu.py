@@ -265,7 +265,7 @@ def our_arguments(recipe: Recipe, folder: str, steps: int, autocast: bool = True
     dtype = arithmetic_dtype(torch.bfloat16) if autocast else torch.float32
     recipe = recipe.model_copy(update={"train": train})
     arguments = training_arguments(recipe, Path(folder), dtype)
-    arguments.save_strategy = "no"
+    arguments.save_strategy = arguments.eval_strategy = "no"
     return arguments
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.quantize.rounding import quantize_activations
+from finequant.quantize.rounding import SharedInputs
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,19 +43,6 @@ def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
 
 def quantize_inputs(modules: Iterable[torch.nn.Module]) -> None:
     """Lets layers quantize their inputs to int8, per token."""
-    hook = _quantizing_hook()
+    shared = SharedInputs()
     for module in modules:
-        module.register_forward_pre_hook(hook)
-
-
-def _quantizing_hook() -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Returns a hook that quantizes an input once for consecutive layers that share it: q, k, v."""
-    last = quantized = None
-
-    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        nonlocal last, quantized
-        if inputs[0] is not last:
-            last, quantized = inputs[0], quantize_activations(inputs[0])
-        return (quantized, *inputs[1:])
-
-    return hook
+        module.register_forward_pre_hook(lambda _, inputs: (shared(inputs[0]), *inputs[1:]))

@@ -6,7 +6,8 @@ quantization-aware training. That is why the model that was trained is the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -194,6 +195,19 @@ def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
     zero = INT8_LOWEST.sub(low.div_(scale).round_()).clamp_max_(127)
     codes = (activations * scale.reciprocal()).round_().add_(zero).clamp_(-128, 127)
     return codes.sub_(zero).mul_(scale)
+
+
+class SharedInputs:
+    """Quantizes an input once for consecutive layers that share it: q, k and v, gate and up."""
+
+    def __init__(self) -> None:
+        self._last: Callable[[], torch.Tensor | None] = lambda: None
+
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        if self._last() is not activations:
+            self._quantized = quantize_activations(activations)
+            self._last = weakref.ref(activations)  # it may hold a graph
+        return self._quantized
 
 
 def row_chunks(weight: torch.Tensor, copies: int = 1) -> Iterator[slice]:

@@ -30,12 +30,14 @@ from torch.nn.functional import embedding, linear
 
 from finequant.quantize.rounding import (
     Rounded,
+    SharedInputs,
     code_range,
     latent_weights,
-    quantize_activations,
     row_chunks,
     stored_scale,
 )
+
+_shared_inputs = SharedInputs()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -43,7 +45,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, b, weight, bias, scaling):
-        x = quantize_activations(x.to(weight.dtype))
+        x = _shared_inputs(x.to(weight.dtype))
         ctx.save_for_backward(x, a, b, weight)
         ctx.scaling = scaling
         return linear(x, weight, bias)
@@ -65,7 +67,7 @@ class _LearnedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale_delta, weight, layer):
-        x = quantize_activations(x.to(weight.dtype))
+        x = _shared_inputs(x.to(weight.dtype))
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
         return linear(x, weight, layer.bias)
