@@ -141,7 +141,7 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     from finequant.evaluate.models import load_model
     from finequant.finetune.data.turns import end_tokens
     from finequant.finetune.model import load_tokenizer
-    from finequant.quantize.size.estimate import Lengths
+    from finequant.quantize.size.terms import Lengths
 
     if name not in MODELS:
         return load_export(name, recipe, run)

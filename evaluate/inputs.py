@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finequant.evaluate.metrics.perplexity import ScoredSequence
     from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
-    from finequant.quantize.size.estimate import Lengths
+    from finequant.quantize.size.terms import Lengths
 
 HELD_OUT = "held_out"
 """Name of the test rows among corpora and tasks."""
@@ -43,7 +43,7 @@ class Material:
 
         training: tokens of each training row.
         """
-        from finequant.quantize.size.estimate import Lengths
+        from finequant.quantize.size.terms import Lengths
 
         longest_prompt = max(map(len, self.prompts), default=0)
         return Lengths(training or [], longest_scored(self.corpora), longest_prompt)

@@ -11,8 +11,8 @@ from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
-    from finequant.quantize.size.estimate import Lengths
     from finequant.quantize.size.placement import DeviceMap
+    from finequant.quantize.size.terms import Lengths
 
 MODELS = ("base", "tuned", "quantized")
 

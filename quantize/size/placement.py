@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from finequant.finetune.architecture import EMBEDDING, HEAD, NORM
 from finequant.finetune.device import device
 from finequant.finetune.processes import number_of_processes
-from finequant.quantize.size.estimate import Lengths, evaluation_memory, evaluation_weights, longest
+from finequant.quantize.size.evaluating import evaluation_memory, evaluation_weights
 from finequant.quantize.size.machine import Machine, this_machine
+from finequant.quantize.size.terms import Lengths, longest
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:

@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 from finequant.finetune.architecture import parameter_count
 from finequant.finetune.model import load_config
 from finequant.quantize.scheme import layer_plan, shipped_dtype
-from finequant.quantize.size.estimate import (
-    Lengths,
-    Memory,
-    cache_bytes,
-    components,
-    dequantized_bytes,
-    disk_of,
-    memory_of,
-    trainable,
-)
+from finequant.quantize.size.estimate import cache_bytes, dequantized_bytes, disk_of, memory_of
 from finequant.quantize.size.machine import Machine, free_disk, on_one_disk, this_machine
 from finequant.quantize.size.plan import model_size
+from finequant.quantize.size.terms import Lengths, Memory, components, trainable
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import cache_folder
 from finequant.recipes.rundir import RunDir

@@ -11,7 +11,7 @@ from finequant.recipes.terminal import close, doing
 
 if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
-    from finequant.quantize.size.estimate import Lengths
+    from finequant.quantize.size.terms import Lengths
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.schema import Recipe
 

@@ -18,16 +18,10 @@ from finequant.finetune.model import load_base
 from finequant.quantize.checkpoint.writing import layout, stored_shapes
 from finequant.quantize.scheme import layer_plan
 from finequant.quantize.size import machine as machines
-from finequant.quantize.size.estimate import (
-    Lengths,
-    cache_bytes,
-    components,
-    disk_of,
-    memory_of,
-    trainable,
-)
+from finequant.quantize.size.estimate import cache_bytes, disk_of, memory_of
 from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
 from finequant.quantize.size.resources import refuse_what_cannot_finish
+from finequant.quantize.size.terms import Lengths, components, trainable
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.run import main

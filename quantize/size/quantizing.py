@@ -1,0 +1,174 @@
+"""The memory of quantization, and of training that takes it into account."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from finequant.finetune.architecture import anatomy, layer_shapes, parameter_count
+from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.finetune.device import IN_ONE_LAUNCH
+from finequant.quantize.methods import budget
+from finequant.quantize.methods.calibrate import TOKENS
+from finequant.quantize.methods.method import ROWS
+from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
+from finequant.quantize.scheme import HEAD, layer_plan, shipped_dtype, unties_head
+from finequant.quantize.size.machine import Machine
+from finequant.quantize.size.terms import (
+    Lengths,
+    Memory,
+    arithmetic_bytes,
+    block_sizes,
+    peak_memory,
+    trainable,
+)
+from finequant.quantize.size.training import (
+    LOGITS,
+    TAUGHT_LOGITS,
+    saved_per_token,
+    step_memory,
+    step_tokens,
+)
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import DecoderConfig
+
+
+def aware_memory(
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
+) -> Memory:
+    """Estimates quantization-aware training's larger phase: calibration, or a training step."""
+    training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
+    learns_scales, teacher = training.learns == "scales", bool(training.distillation)
+    size = shipped.itemsize
+    weights, scales = _fake_quantized(recipe, config, size, 1 if learns_scales else 2, teacher)
+    learned = scales if learns_scales else trainable(recipe.lora, config)
+    tokens = step_tokens(recipe, lengths, machine)
+    targets = min(tokens, TARGETS_AT_ONCE)
+    logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
+    dtype = str(shipped).removeprefix("torch.")
+    step = step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    if not METHODS[recipe.quantize.method].is_calibrated:
+        return step
+    calibration = peak_memory("qat", machine, _calibration(recipe, config, machine), {})
+    return max(step, calibration, key=lambda m: sum(m.values()))
+
+
+def _fake_quantized(
+    recipe: Recipe, config: DecoderConfig, size: int, start: int, teacher: bool
+) -> tuple[int, int]:
+    """Computes the bytes of a model with fake-quantized layers, and the number of its scales.
+
+    size: bytes of a number in its arithmetic.
+    start: bytes of a code, or of a latent weight.
+    """
+    shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
+    quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
+    scales = sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
+    in_float = parameter_count(config) - quantized
+    if unties_head(plan) and config.tie_word_embeddings:
+        in_float += math.prod(shapes[HEAD])
+    # The weight that is formed and kept for the backward, what it is formed from, the teacher's.
+    each = size + start + (size if teacher else 0)
+    return size * in_float + each * quantized + 4 * scales, scales
+
+
+def quantize_memory(
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
+) -> Memory:
+    """Estimates quantization's largest phase: checking the merge, quantizing, or the last check.
+
+    On a GPU: what the first of its processes, one on each GPU, has there.
+    """
+    quantize, shapes = recipe.quantize, layer_shapes(config)
+    dtype, on_gpu = shipped_dtype(quantize, config).itemsize, machine.kind == "gpu"
+    block, head = sum(block_sizes(config)), math.prod(shapes[HEAD])
+    fixed = {}
+    if quantize.rotate and not on_gpu:  # the matrix; two layers in float32
+        down = config.hidden_size * config.intermediate_size
+        fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
+    phases = [{"block in float32": 4 * block, "head in float32": 4 * head}]
+    if not on_gpu:
+        phases = [
+            {"block, read and in float32": 6 * block, "head in float32": 4 * head},
+            {"block": dtype * block, "head": dtype * head, "pieces": 16 * 2**20},
+        ]
+    if METHODS[quantize.method].is_calibrated and not quantize.training:
+        phases.append(_calibration(recipe, config, machine))
+    if quantize.budget:
+        phases.append(_sensitivity(recipe, config, dtype))
+    if quantize.method == "hqq":
+        phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    memory = peak_memory("quantize", machine, {**fixed, **largest}, {})
+    if not quantize.calibration.scale_steps or quantize.training:
+        return memory
+    return max(memory, _scale_training(recipe, config, machine), key=lambda m: sum(m.values()))
+
+
+def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
+    """While all scales are trained together, with the float model as their teacher."""
+    arithmetic = arithmetic_bytes(recipe, config, machine)
+    weights, scales = _fake_quantized(recipe, config, arithmetic, 1, teacher=True)
+    dtype = {2: "bfloat16", 4: "float32"}[arithmetic]
+    tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
+    return peak_memory(
+        "quantize",
+        machine,
+        {"weights": weights, "what learns": (4 + 4 + 8) * scales},
+        {
+            "activations": int(
+                tokens * saved_per_token(recipe, config, dtype) * config.num_hidden_layers
+            ),
+            "logits": int(LOGITS_TOKENS * config.vocab_size * TAUGHT_LOGITS),
+        },
+    )
+
+
+def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
+    """While the inputs of a block's widest layer are summed up, or layers are solved or rounded; of
+    the processes of several GPUs, each holds only its share of the activations."""
+    shapes, calibration = layer_shapes(config), recipe.quantize.calibration
+    dtype, block = arithmetic_bytes(recipe, config, machine), sum(block_sizes(config))
+    shared = [
+        [shapes[f"model.layers.0.{name}"] for name in names] for names, _ in anatomy(config).inputs
+    ]
+    widths = [layers[0][1] for layers in shared]
+    tokens = max(calibration.tokens // machine.gpus, calibration.length)
+    forward = min(TOKENS, tokens)
+    # Its Hessian and drift; two models, with three float32 copies of its input.
+    summed = 8 * max(widths) ** 2 + forward * (2 * dtype * sum(widths) + 12 * max(widths))
+    if machine.kind == "gpu":
+        # 1.7 and 5.1 GB were measured for blocks of the 1B and 8B shapes (docs/speed.md).
+        solved = 20 * max(widths) ** 2  # the drift, a Hessian, its factor, what cuSOLVER takes
+        rounded = max(
+            8 * columns**2
+            + sum(rows for rows, _ in layers) * columns * 9
+            # The correction, what it is made of, and the corrected weights.
+            + 12 * min(sum(rows for rows, _ in layers) * columns, IN_ONE_LAUNCH)
+            for columns, layers in zip(widths, shared, strict=True)
+        )
+    else:
+        solved = 12 * max(widths) ** 2  # the drift, a Hessian, its factor
+        rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
+    memory = {
+        "block, in float and quantized": 2 * dtype * block,
+        "activations": 2 * tokens * config.hidden_size * dtype,
+        "Hessians": max(summed, solved, rounded),
+    }
+    if calibration.steps:  # latent weights, gradients, Adam's two moments; codes for the backward
+        memory["training"] = (16 + 4 + dtype) * block
+    return memory
+
+
+def _sensitivity(recipe: Recipe, config: DecoderConfig, dtype: int) -> Memory:
+    """While a budget measures the head, with the inputs of every block kept for the way back."""
+    calibration, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
+    tokens = max(calibration.length, min(calibration.tokens, budget.TOKENS))
+    return {
+        "inputs of blocks": (config.num_hidden_layers + 1) * tokens * config.hidden_size * dtype,
+        "head and its errors": (dtype + 20) * head,
+        "logits": tokens * config.vocab_size * (8 + 2 * dtype),
+    }

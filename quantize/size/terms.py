@@ -1,0 +1,101 @@
+"""What the estimates of all stages are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from finequant.finetune.architecture import bias_count, layer_shapes, norm_count
+from finequant.quantize.scheme import EMBEDDING, HEAD, shipped_dtype
+from finequant.quantize.size.machine import Machine
+from finequant.recipes.schema import Lora, Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import DecoderConfig
+
+Memory = dict[str, int]
+"""Bytes at the peak of a stage, by what they are for."""
+
+
+class Lengths(NamedTuple):
+    """Tokens of what a recipe reads, which decide the memory of activations."""
+
+    training: list[int]
+    """Tokens of each training row."""
+    scored: int
+    """Tokens of the longest sequence whose likelihood is measured."""
+    prompt: int
+    """Tokens of the longest held-out prompt."""
+
+
+MB = 10**6
+PROCESS = {"train": 560 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
+"""Python with the libraries of a stage: torch, transformers, and trl, torchao or lm-eval."""
+
+CUDA_CONTEXT = 500 * MB
+
+ALLOCATED = {"cpu": 1.9, "gpu": 1.1}
+"""Resident over live bytes of what comes and goes. glibc keeps what batches of one length leave,
+and those of the next do not fit into it: 1.9 after the 250 steps of the assistant."""
+
+
+def longest(recipe: Recipe) -> Lengths:
+    """Returns the lengths that the recipe allows, if its rows have not been read."""
+    limit = recipe.data.max_length
+    windows = [corpus.max_length for corpus in recipe.evaluate.perplexity]
+    return Lengths([limit] * recipe.train.micro_batch_size, max([*windows, limit]), limit)
+
+
+def components(config: DecoderConfig) -> dict[str, int]:
+    """Weights by part of the model; they add up to `parameter_count`."""
+    shapes = layer_shapes(config)
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    return {
+        "embedding": counts[EMBEDDING],
+        "attention": sum(count for name, count in counts.items() if ".self_attn." in name),
+        "mlp": sum(count for name, count in counts.items() if ".mlp." in name),
+        "norms": norm_count(config),
+        "biases": bias_count(config),
+        "head": 0 if config.tie_word_embeddings else counts[HEAD],
+    }
+
+
+def trainable(lora: Lora, config: DecoderConfig) -> int:
+    """Weights of the adapter."""
+    total = 0
+    for name, (rows, columns) in layer_shapes(config).items():
+        aimed = lora.target_modules == "all-linear" or any(
+            f".{name}".endswith(f".{target}") for target in lora.target_modules
+        )
+        if aimed and name not in (HEAD, EMBEDDING):
+            total += lora.rank * (rows + columns) + (rows if lora.use_dora else 0)
+    return total
+
+
+def block_sizes(config: DecoderConfig) -> list[int]:
+    """Lists the numbers of weights of a block's layers."""
+    shapes = layer_shapes(config)
+    return [math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name]
+
+
+def arithmetic_bytes(recipe: Recipe, config: DecoderConfig, machine: Machine) -> int:
+    """Returns the bytes of a number where the shipped model is computed: float32 where bfloat16 is
+    emulated."""
+    shipped = shipped_dtype(recipe.quantize, config)
+    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
+    return 4 if emulated else shipped.itemsize
+
+
+def number_bytes(dtype: str) -> int:
+    """Returns the bytes of a number."""
+    return {"bfloat16": 2, "float32": 4}[dtype]
+
+
+def peak_memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:
+    """Adds the process itself, and what the allocator holds beyond the bytes in use."""
+    process = CUDA_CONTEXT if machine.kind == "gpu" else PROCESS[stage]
+    kept = int(sum(passing.values()) * (ALLOCATED[machine.kind] - 1))
+    memory = {"process": process, **lasting, **passing, "allocator": kept}
+    return {name: size for name, size in memory.items() if size}

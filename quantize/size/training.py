@@ -1,0 +1,143 @@
+"""The memory of a training step."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import TYPE_CHECKING
+
+from finequant.finetune import nf4
+from finequant.finetune.architecture import head_dim, parameter_count
+from finequant.finetune.data.tokens import TARGETS_AT_ONCE
+from finequant.quantize.size.machine import Machine
+from finequant.quantize.size.terms import (
+    Lengths,
+    Memory,
+    components,
+    number_bytes,
+    peak_memory,
+    trainable,
+)
+from finequant.recipes.base import locate_base
+from finequant.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from finequant.finetune.architecture import DecoderConfig
+
+# Bytes that a decoder block keeps for the backward pass of LoRA on all linear layers, per token:
+# times hidden size, query width, intermediate size, rank. Exact, counted with saved_tensors_hooks.
+SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
+
+LIGER = 0.65
+"""What Liger's kernels keep of it: 0.60 and 0.64 for the 8B and 1B shapes (docs/speed.md)."""
+
+LOGITS = 18
+"""Bytes for each logit that is in memory: bf16, float32, its log-softmax, and their gradients."""
+
+TILE = (4096, 32768)
+"""Tokens and words whose logits trl's loss on a GPU has at a time; their gradients replace them."""
+
+TAUGHT_LOGITS = 32.5
+"""The same, where a teacher's logits lie beside them."""
+
+LEARNED = 0.5
+"""Share of the tokens that are learned, where prompts are not."""
+
+
+def training_memory(
+    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
+) -> Memory:
+    """Estimates the memory of a training step on the micro-batch with the most tokens, in each of
+    several processes."""
+    dtype = machine.training_dtype(recipe.train.precision)
+    tokens = step_tokens(recipe, lengths, machine)
+    if machine.kind == "gpu":
+        loss = 4 * tokens * config.hidden_size + 2 * math.prod(
+            map(min, TILE, (tokens, config.vocab_size))
+        )
+    else:
+        targets = tokens if recipe.data.loss_on == "all" else int(tokens * LEARNED)
+        loss = min(targets, TARGETS_AT_ONCE) * config.vocab_size * LOGITS
+    weights, parts = parameter_count(config) * number_bytes(dtype), components(config)
+    if recipe.model.load == "nf4":
+        weights -= int((parts["attention"] + parts["mlp"]) * (number_bytes(dtype) - nf4.BITS / 8))
+    learned = trainable(recipe.lora, config)
+    if machine.sharded:  # gathered: embedding, head, for the loss once more, and two blocks
+        block = (parts["attention"] + parts["mlp"]) // config.num_hidden_layers
+        gathered = 3 * parts["embedding"] + 2 * block
+        weights = weights // machine.gpus + gathered * number_bytes(dtype)
+        learned //= machine.gpus
+    step = step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, loss)
+    if machine.kind == "gpu" or not recipe.model.base.endswith(".gguf"):
+        return step
+    return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
+
+
+def _dequantizing(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
+    """Estimates what the first stage takes to make float32 safetensors of a mapped GGUF file."""
+    folder, file = locate_base(recipe.model)
+    # A tensor that is being dequantized is there twice.
+    base = 4 * parameter_count(config) + 8 * components(config)["embedding"]
+    fixed = {"base, dequantized": base, "GGUF file": (folder / file).stat().st_size}
+    return peak_memory("train", machine, fixed, {})
+
+
+def step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
+    """Counts the tokens of the largest micro-batch: padded on a GPU, end to end on a CPU."""
+    count = recipe.train.micro_batch_size
+    if recipe.data.packing:
+        return count * recipe.data.max_length
+    rows = sorted(lengths.training, reverse=True)[:count]
+    return sum(rows) if machine.kind == "cpu" else count * max(rows)
+
+
+def step_memory(
+    stage: str,
+    recipe: Recipe,
+    config: DecoderConfig,
+    machine: Machine,
+    dtype: str,
+    tokens: int,
+    weights: int,
+    learned: int,
+    logits: int,
+) -> Memory:
+    train, blocks = recipe.train, config.num_hidden_layers
+    saved = saved_per_token(recipe, config, dtype)
+    if stage == "train" and _takes_liger(recipe, machine):
+        saved *= LIGER
+    activations = tokens * saved * blocks
+    if train.gradient_checkpointing:
+        activations = tokens * (saved + blocks * config.hidden_size * number_bytes(dtype))
+    return peak_memory(
+        stage,
+        machine,
+        {
+            "weights": weights,
+            "adapter" if stage == "train" else "what learns": 4 * learned,
+            "gradients": 4 * learned,
+            "optimizer": optimizer_bytes(train.optimizer) * learned,
+        },
+        {"activations": int(activations), "logits": logits},
+    )
+
+
+def _takes_liger(recipe: Recipe, machine: Machine) -> bool:
+    kernels = recipe.train.kernels
+    is_there = importlib.util.find_spec("liger_kernel") is not None
+    return machine.kind == "gpu" and (kernels == "liger" or (kernels == "auto" and is_there))
+
+
+def saved_per_token(recipe: Recipe, config: DecoderConfig, dtype: str) -> float:
+    hidden, query, inner, rank = SAVED[dtype]
+    return (
+        hidden * config.hidden_size
+        + query * config.num_attention_heads * head_dim(config)
+        + inner * config.intermediate_size
+        + rank * recipe.lora.rank
+    )
+
+
+def optimizer_bytes(name: str) -> int:
+    """For each trained weight: Adam's two moments in float32, or in eight bits."""
+    return 2 if "8bit" in name else 0 if name == "sgd" else 8
