@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -201,12 +200,14 @@ def _totals(
 
 
 def _print(table: Table) -> None:
-    """In full width where there is no terminal to fit."""
+    """In full width where there is no terminal to fit; in one, names are broken, never figures."""
     console = Console()
     close()
     if console.is_terminal:
-        table.box = SIMPLE
-        table.columns[0].overflow, table.columns[0].min_width = "fold", len("model.layers.0-31.")
+        table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
+        table.columns[0].overflow = "fold"
+        for column in table.columns[1:]:
+            column.width = max(map(len, [*str(column.header).split(), *map(str, column.cells)]))
     else:
         needed = console.measure(table, options=console.options.update(width=1000)).maximum
         console.width = max(console.width, needed)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finequant.finetune.model import load_base, load_config, load_tokenizer
@@ -297,6 +300,19 @@ def test_the_plan_is_shown_joined_and_layer_by_layer(recipe_file, capsys):
     assert names[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert names[-2:] == [HEAD, EMBEDDING]
     assert len(names) == 2 * 7 + 2
+
+
+def test_in_a_terminal_names_are_broken_and_figures_are_not(monkeypatch, capsys):
+    from finequant.quantize.size import plan
+
+    monkeypatch.setattr(plan, "Console", partial(Console, force_terminal=True, width=80))
+    table = Table("layer", "shape", "bits", "group size", "bytes packed", "on disk", "noise in dB")
+    figures = ("28672 x 8192", "4", "32", "1,234,567,890", "2,345,678,901", "18.7 to 19.2")
+    table.add_row("model.layers.0-79.self_attn.q_proj", *figures)
+    plan._print(table)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(figure in out for figure in figures)
 
 
 def test_sizes_on_disk_are_those_of_the_tensors(tuned):
