@@ -126,14 +126,23 @@ def _disk(recipe: Recipe, run: RunDir, config: DecoderConfig, stages: list[str])
 def _what_fits(
     stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
 ) -> str:
-    """Suggests the cheapest overrides with which the stage fits."""
+    """Suggests the cheapest overrides, or launcher, with which the stage fits."""
+
+    def fits(recipe: Recipe, machine: Machine) -> bool:
+        memory = memory_of(stage, recipe, config, machine, lengths)
+        return sum(memory.values()) <= machine.memory
+
     for changes in _smaller(stage, recipe):
+        sharded = machine._replace(sharded=True)
+        # In nf4 the adapter is another one.
+        if "model.load" in changes and machine.gpus > 1 and fits(recipe, sharded):
+            return "it fits with --launch fsdp"
         changed = recipe
         for key, value in changes.items():
             section, _, name = key.partition(".")
             part = getattr(changed, section).model_copy(update={name: value})
             changed = changed.model_copy(update={section: part})
-        if sum(memory_of(stage, changed, config, machine, lengths).values()) <= machine.memory:
+        if fits(changed, machine):
             return "it fits with " + " ".join(
                 f"{key}={str(value).lower()}" for key, value in changes.items()
             )

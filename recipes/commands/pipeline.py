@@ -150,9 +150,11 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
     """Returns what starts the stage's processes, and overrides of the recipe that go with it.
 
     That is accelerate with `launch`, and torchrun on all GPUs, in training on as many as can share
-    a step's rows.
+    a step's rows. One process alone evaluates a model that is spread over all GPUs.
     """
     if stage not in LAUNCHED or (stage == "quantize" and not _calibrates(recipe)):
+        return [], []
+    if stage == "evaluate" and _spreads(recipe):
         return [], []
     if launch:
         return ["accelerate.commands.launch", "--config_file", str(launch), "--module"], []
@@ -166,7 +168,7 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
         processes = max(number for number in range(1, gpus + 1) if rows % number == 0)
         micro = gcd(recipe.train.micro_batch_size, rows // processes)
         overrides = [f"train.micro_batch_size={micro}"]
-    if processes < 2 or (stage == "evaluate" and _spreads(recipe)):
+    if processes < 2:
         return [], []
     say(f"{stage}: on {processes} of {gpus} GPUs")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
@@ -180,7 +182,7 @@ def _calibrates(recipe: Recipe) -> bool:
 
 
 def _spreads(recipe: Recipe) -> bool:
-    """Says whether a model is too large for one GPU, so that one process spreads it over all."""
+    """Says whether a model is too large for one GPU, or for the memory of a machine without."""
     from finequant.finetune.model import load_config
     from finequant.quantize.size.machine import this_machine
     from finequant.quantize.size.placement import fits_one_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
@@ -80,4 +81,6 @@ def test_what_no_gpu_holds_is_spread_or_read_and_not_refused(recipe_file, monkey
         monkeypatch.setattr("finequant.finetune.model.load_config", lambda _: config)
         monkeypatch.setattr("finequant.finetune.device.trains_on_cpu", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        several = pipeline._launched("evaluate", recipe, Path("several_gpus.yaml"))
+        assert bool(several[0]) == (memory == 200)
         assert pipeline._launched("evaluate", recipe, None) == ([], [])

@@ -185,8 +185,10 @@ def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
         out = plan(LLAMA_3_70B, "--gpu", "H100", *how, *step)
         train, _, evaluate = out.split("peak memory on each of 8 x H100")[1].splitlines()[1:4]
         assert ("does not fit" not in train) is fits
+        assert ("it fits with --launch fsdp" in train) is not fits
         assert "weights, a share" in evaluate
-    assert "it fits with" in plan(LLAMA_3_70B, "--gpu", "H100", *step)
+    out = plan(LLAMA_3_70B, "--gpu", "H100", *step)
+    assert "model.load=nf4" in out.split("peak memory on H100")[1].splitlines()[1]
 
 
 def test_less_is_predicted_for_less(recipe_file):
