@@ -80,8 +80,8 @@ CLIENTS = {
         "mlx",
         ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
         "mlx_client.py",
-        rows=10,  # its kernels for a CPU take seconds for a prompt
-        probes=5,
+        rows=30,  # its kernels for a CPU take a second for a prompt
+        probes=20,
     ),
     "ExecuTorch": Client("executorch", ("executorch",), "executorch_client.py", shared=True),
 }

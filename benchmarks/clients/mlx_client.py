@@ -12,6 +12,8 @@ from mlx_lm.generate import generate_step
 class MlxLm:
     def __init__(self, folder: Path) -> None:
         self._model, self._tokenizer = load(str(folder))
+        if not mx.metal.is_available():  # bfloat16 is slow there, and far off
+            self._model.set_dtype(mx.float32)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -125,13 +125,20 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 
 
 class MlxLm:
-    """A model in mlx-lm, with a cache of one sequence."""
+    """A model in mlx-lm, with a cache of one sequence.
+
+    Without a Mac's GPU it computes in float32: MLX's kernels for a CPU also sum in bfloat16, which
+    is 8 times as slow, and moved the logits of SmolLM2-135M by 4 to 13 %.
+    """
 
     def __init__(self, folder: Path) -> None:
+        import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import load_model
 
         self._model, _ = load_model(folder)
+        if not mx.metal.is_available():
+            self._model.set_dtype(mx.float32)
         self._cache = make_prompt_cache(self._model)
 
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
