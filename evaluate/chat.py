@@ -12,6 +12,7 @@ from finequant.evaluate.models import MODELS
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import pinned
+from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -68,7 +69,12 @@ def chat(
         check_made(name, recipe, run)
     quiet_libraries()
     if prompt is None:
-        converse(load_chat_model(names[0], recipe, run), names[0], recipe, max_new_tokens)
+        chat_model = load_chat_model(names[0], recipe, run)
+        try:
+            converse(chat_model, names[0], recipe, max_new_tokens)
+        except Interrupted as end:  # a usual way to leave a conversation
+            print(file=sys.stderr)
+            sys.exit(end.code)
         return
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers = {}

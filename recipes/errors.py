@@ -31,7 +31,7 @@ def report_user_errors() -> Iterator[None]:
     memory is full. Any other exception passes through with its traceback.
     """
     from finequant.recipes import lock
-    from finequant.recipes.interrupt import RESUME_HINT, Interrupted, interruptible
+    from finequant.recipes.interrupt import RESUME_HINT, Interrupted, erase_line, interruptible
 
     try:
         with interruptible():
@@ -40,6 +40,7 @@ def report_user_errors() -> Iterator[None]:
         _print(f"error: {error}")
         sys.exit(error.code)
     except Interrupted as stop:
+        erase_line()  # the terminal has echoed ^C there
         _print(str(stop))
         sys.exit(stop.code)
     except Exception as error:

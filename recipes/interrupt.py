@@ -18,8 +18,11 @@ DEBOUNCE_SECONDS = 1.0
 RESUME_HINT = "run the same command again to continue from here"
 
 
-class Interrupted(KeyboardInterrupt):
-    """Raised when a signal stops the command; the message says what happened to the work."""
+class Interrupted(BaseException):
+    """Raised when a signal stops the command; the message says what happened to the work.
+
+    No KeyboardInterrupt: typer would exit with 130 for any signal, and print nothing.
+    """
 
     def __init__(self, number: int, message: str = RESUME_HINT) -> None:
         super().__init__(message)

@@ -22,6 +22,15 @@ def wait():
         time.sleep(0.05)
 """
 AT_ONCE = COMMON + "with report_user_errors():\n    print('ready', flush=True)\n    wait()"
+COMMAND = """
+import time
+from finequant.recipes import run
+@run.app.command()
+def wait():
+    print('ready', flush=True)
+    time.sleep(30)
+run.main(['wait'])
+"""
 SAVES = (
     COMMON
     + """
@@ -67,9 +76,10 @@ def start(*arguments: str, **options) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.parametrize("code", [AT_ONCE, COMMAND], ids=["script", "finequant"])
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_a_command_with_its_code_and_one_line(number):
-    process = start(AT_ONCE)
+def test_a_signal_ends_a_command_with_its_code_and_one_line(number, code):
+    process = start(code)
     process.send_signal(number)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 128 + number
