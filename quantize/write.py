@@ -14,7 +14,6 @@ from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, wri
 from finequant.quantize.methods.apply import quantize_layers
 from finequant.quantize.rounding import CODES, Rounded, save_rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan
-from finequant.quantize.training.scales import train_scales
 from finequant.recipes.artifact import remove
 from finequant.recipes.schema import Quantize
 from finequant.recipes.terminal import say
@@ -85,6 +84,8 @@ def codes_with_trained_scales(
 
     Interrupted, codes that are written are kept; the training of the scales starts anew.
     """
+    from finequant.quantize.training.scales import train_scales  # only now: it imports trl
+
     codes = folder / CODES
     if decided_by_first(codes.exists):
         return codes

@@ -56,9 +56,9 @@ def test_scales_learn_and_codes_stay(tiny_base, settings):
 def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
     recipe_file, train_once, monkeypatch
 ):
-    from finequant.quantize import write
     from finequant.quantize.convert import main as convert
     from finequant.quantize.methods import calibrate
+    from finequant.quantize.training import scales
 
     calibration = "quantize.calibration={tokens: 256, length: 32, scale_steps: 2}"
     arguments = [str(recipe_file), "train.max_steps=2", "quantize.method=gptq", calibration]
@@ -68,7 +68,7 @@ def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patched.setattr(write, "train_scales", interrupted)
+        patched.setattr(scales, "train_scales", interrupted)
         convert(arguments)
     with monkeypatch.context() as patched:
         patched.setattr(calibrate._Calibration, "_quantize", interrupted)
