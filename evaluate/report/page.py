@@ -8,7 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from math import comb, nan, prod
+from math import comb, prod
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,13 @@ def _verdict(report: Report) -> dict[str, Any]:
 
 
 def _gained_nothing(report: Report) -> bool:
-    """Says whether the first accuracy is the same, or lower, after fine-tuning."""
+    """Says whether every accuracy is the same, or lower, after fine-tuning."""
     pairs = metrics_of(report["models"])
-    base, tuned = (
-        float_at(report, "models", name, "tasks", *pairs[0], "value") if pairs else nan
-        for name in ("base", "tuned")
-    )
-    return tuned <= base
+    values = [
+        [float_at(report, "models", name, "tasks", *pair, "value") for name in ("base", "tuned")]
+        for pair in pairs
+    ]
+    return bool(values) and all(tuned <= base for base, tuned in values)
 
 
 def _figures(report: Report) -> str | None:
