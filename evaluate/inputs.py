@@ -153,6 +153,17 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
 
 
 def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
-    if recipe.evaluate.choices == "completions":
-        return sorted({row.messages[-1]["content"] for row in rows if row.messages})
-    return list(recipe.evaluate.choices or [])
+    """Lists what `multiple_choice` chooses from.
+
+    Raises:
+        UserError: if that is one answer, which every model would get right.
+    """
+    if recipe.evaluate.choices != "completions":
+        return list(recipe.evaluate.choices or [])
+    choices = sorted({row.messages[-1]["content"] for row in rows if row.messages})
+    if "multiple_choice" in recipe.evaluate.metrics and len(choices) == 1:
+        raise UserError(
+            f"evaluate.choices: completions: all rows have the answer {choices[0]!r}: add rows "
+            "with others (is the file sorted?), or leave out the metric multiple_choice"
+        )
+    return choices

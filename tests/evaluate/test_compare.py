@@ -284,3 +284,18 @@ def test_dequantizing_once_changes_nothing_and_is_checked(finished, recipe_file)
     ids = torch.randint(0, 300, (3, 40))
     with torch.inference_mode():
         assert torch.equal(shipped(ids).logits, measured(ids).logits)
+
+
+def test_multiple_choice_of_one_answer_is_refused(recipe_file):
+    from finequant.evaluate.inputs import _choices
+    from finequant.finetune.data.row import Row
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
+
+    arguments = ["evaluate.metrics=[multiple_choice]", "evaluate.choices=completions"]
+    recipe = load_recipe(recipe_file, arguments)
+    asked = {"role": "user", "content": "where?"}
+    rows = [Row("rows:1", (asked, {"role": "assistant", "content": word})) for word in ("a", "b")]
+    assert _choices(recipe, rows) == ["a", "b"]
+    with pytest.raises(UserError, match="all rows have the answer 'a'.*is the file sorted"):
+        _choices(recipe, rows[:1])
