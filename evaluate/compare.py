@@ -33,6 +33,7 @@ from finequant.recipes.usage import Stopwatch
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         recipe, run = read_command_line(__doc__, argv)
+        run.require_there_for("evaluate", recipe)
         doing("evaluate: loading torch and transformers")
         quiet_libraries()
         if not compare(recipe, run):

@@ -33,10 +33,7 @@ def quantize(recipe: RecipePath, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure base, tuned and quantized -> report.html"""
     from finequant.evaluate.compare import main as stage
-    from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
 
-    RunDir.of(loaded := load_recipe(recipe, overrides or [])).require_there_for("evaluate", loaded)
     stage([str(recipe), *(overrides or [])])
 
 

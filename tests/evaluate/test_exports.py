@@ -55,7 +55,7 @@ def arguments(recipe_file, executorch_run, train_once, capsys, name) -> list[str
     convert(arguments)
     with pytest.raises(SystemExit):
         compare(arguments)
-    assert f"run `finequant export RECIPE --to {name}` first" in capsys.readouterr().err
+    assert f"only `finequant export RECIPE --to {name}`, first" in capsys.readouterr().err
     export(arguments)
     return arguments
 

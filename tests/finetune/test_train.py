@@ -287,7 +287,7 @@ def test_a_launch_that_would_do_something_else_is_refused(recipe_file, monkeypat
         "error: train: FSDP splits weights over GPUs, and training runs on the CPU here: "
     )
     monkeypatch.undo()
-    monkeypatch.setattr("finequant.finetune.trainer.trains_on_cpu", lambda: False)
+    monkeypatch.setattr("finequant.finetune.arguments.trains_on_cpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     said = refused(recipe_file, capsys)
     assert said.startswith("error: train: 2 GPUs are visible to one process: ")
