@@ -58,7 +58,7 @@ for (const [row, ids] of job.probes.entries()) {
 }
 writeFileSync("logits", Buffer.from(logits.buffer));
 
-console.log(JSON.stringify({
+const results = JSON.stringify({
   texts: job.texts.map((text) => model.tokenize(text, true)),
   prompts: job.messages.map(chat),
   answers,
@@ -66,5 +66,5 @@ console.log(JSON.stringify({
   decoding_seconds: decodingSeconds,
   peak_memory_bytes: memory,
   note: `\`${name}\``,
-}));
-process.exit(0);
+});
+process.stdout.write(`${results}\n`, () => process.exit(0)); // once a pipe has taken it all

@@ -39,12 +39,12 @@ for (const [index, ids] of job.probes.entries()) {
 writeFileSync("logits", Buffer.from(logits.buffer));
 
 const template = { add_generation_prompt: true, return_tensor: false, return_dict: false };
-console.log(JSON.stringify({
+const results = JSON.stringify({
   texts: job.texts.map((text) => tokenizer.encode(text, { add_special_tokens: false })),
   prompts: job.messages.map((messages) => tokenizer.apply_chat_template(messages, template)),
   answers,
   prompt_seconds: promptSeconds,
   decoding_seconds: decodingSeconds,
   peak_memory_bytes: memory,
-}));
-process.exit(0);
+});
+process.stdout.write(`${results}\n`, () => process.exit(0)); // once a pipe has taken it all
