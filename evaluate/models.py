@@ -90,10 +90,8 @@ def _spread(
         stored = read_checkpoint(run.quantized)
         generation = GenerationConfig.from_pretrained(run.quantized)
         base = base._replace(config=stored.config, generation_config=generation)
-        weights, layers = (
-            stored.float_weight,
-            [name for name in stored.rounded if name != EMBEDDING],
-        )
+        weights = stored.float_weight
+        layers = [layer for layer in stored.rounded if layer != EMBEDDING]
     elif name == "tuned":
         weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     else:
