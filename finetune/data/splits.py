@@ -28,6 +28,10 @@ from finequant.recipes.schema import Data, Source
 
 FEW_PROMPTS = 10
 """Fewer distinct prompts than this can't be split by prompt: data.same_rows is then `row`."""
+
+NAMED = 20
+"""Rows that a refusal names for each reason."""
+
 SHOWN = 5
 
 
@@ -125,14 +129,16 @@ class _Reading:
 
 
 def _by_reason(bad: list[str]) -> list[str]:
-    """Makes one line of all rows that have the same wrong with them."""
+    """Makes one line of all rows that have the same wrong with them, and names the first NAMED."""
     rows: dict[str, list[str]] = {}
     for problem in bad:
         where, _, reason = problem.partition(": ")
         rows.setdefault(reason, []).append(where)
     return [
-        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
-        for reason, (first, *others) in rows.items()
+        ", ".join(lines[:NAMED])
+        + (f" and {rest} more" if (rest := len(lines) - NAMED) > 0 else "")
+        + f": {reason}"
+        for reason, lines in rows.items()
     ]
 
 

@@ -281,9 +281,11 @@ def test_rows_with_the_same_mistake_are_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         load(tmp_path, rows, columns={"prompt": "qestion", "completion": "answer"})
     assert str(error.value) == (
-        "rows.jsonl:1 and 2 more: no column qestion; the columns are question, answer; "
-        "did you mean question?"
+        "rows.jsonl:1, rows.jsonl:2, rows.jsonl:3: no column qestion; "
+        "the columns are question, answer; did you mean question?"
     )
+    with pytest.raises(UserError, match=r"rows.jsonl:20 and 5 more: no column qestion"):
+        load(tmp_path, rows[:1] * 25, columns={"prompt": "qestion", "completion": "answer"})
 
 
 def test_a_source_without_a_single_good_row(tmp_path):
