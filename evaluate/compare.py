@@ -12,12 +12,13 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.answers import changes, parities, predictions, right_by, samples
 from finequant.evaluate.inputs import Material, prepare
-from finequant.evaluate.measure import measure_model
+from finequant.evaluate.measure import measure_model, predicted
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
@@ -93,14 +94,12 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
     """Measures each model, one in memory at a time; reuses earlier measurements."""
     from finequant.evaluate.metrics.divergence import (
         divergence,
-        log_probabilities,
         passages,
         reference_sequences,
     )
     from finequant.finetune.processes import decided_by_first, is_first
 
-    measured, reference = {}, None
-    sequences = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
+    measured, predictions = {}, None
     memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS if is_first()}
     before = decided_by_first(lambda: {name: memo.value() for name, memo in memos.items()})
     for name in MODELS:
@@ -110,16 +109,18 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             measured[name] = before[name]
             continue
         model = load_model(name, recipe, run, material.probes[0], material.ends, material.lengths())
-        if needs_reference and is_first():
-            reference = log_probabilities(model, sequences, recipe.evaluate.batch_size)
-        size = size_bytes(name, model, recipe, run)
-        measured[name] = before[name] or measure_model(name, model, recipe, material, size)
+        tuned = predictions
+        if before[name] is not None:
+            measured[name], predictions = before[name], predicted(name, model, recipe, material)
+        else:
+            size = size_bytes(name, model, recipe, run)
+            measured[name], predictions = measure_model(name, model, recipe, material, size)
         if name == "quantized" and is_first():
-            logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
-            tuned, rounding = reference
-            measured[name]["divergence"] = divergence(tuned, logs, rounding)
-            decode = material.tokenizer.decode
-            measured[name]["passages"] = passages(tuned, logs, sequences, decode)
+            logs, decode = predictions.logs, material.tokenizer.decode
+            compared = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
+            sequences = list(chain(*compared.values()))
+            measured[name]["divergence"] = divergence(tuned.logs, logs, tuned.rounding)
+            measured[name]["passages"] = passages(tuned.logs, logs, sequences, decode)
         if is_first():
             memos[name].keep(measured[name])
         del model

@@ -169,7 +169,7 @@ def _measure_float(
     model = cast_weights(cast_weights(_copy_sharing_weights(model), dtype), arithmetic_dtype(dtype))
     model = model.to(device()).eval()
     size = size_bytes(swept, model, recipe, run)
-    return measure_model(swept, model, recipe, material, size)
+    return measure_model(swept, model, recipe, material, size)[0]
 
 
 def measure_point(point: Point, model: Decoder, material: Material, run: RunDir) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def measure_point(point: Point, model: Decoder, material: Material, run: RunDir)
     packed = model_size(plan, config, dtype, recipe.quantize).packed
     model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
-    measurement = measure_model(point.name, model, recipe, material, size)
+    measurement, _ = measure_model(point.name, model, recipe, material, size)
     measurement["scores"]["activations"] = "int8"
     measurement["scores"]["packed_bytes"] = packed
     measurement["scores"]["packed_bits_per_weight"] = 8 * packed / parameter_count(config)

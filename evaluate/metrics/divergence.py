@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain, islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import log_softmax
 
 from finequant.evaluate.metrics.corpora import Document
-from finequant.evaluate.metrics.perplexity import ScoredSequence, predicting_states
+from finequant.evaluate.metrics.perplexity import (
+    LOGITS_CHUNK,
+    ScoredSequence,
+    batches_by_length,
+    predicting_states,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,45 +25,64 @@ PASSAGES, AROUND = 5, 40
 """Passages that the report shows, and their tokens on each side of the worst one."""
 
 
+class Predictions(NamedTuple):
+    """What a model predicts in position of each scored token of some sequences; all on the CPU."""
+
+    logs: torch.Tensor
+    """float32 log-probabilities [scored tokens, vocabulary], of logits in float32."""
+    rounding: torch.Tensor
+    """Their KL divergence [scored tokens] from those of logits in the shipped dtype: rounding
+    logits to bfloat16 alone makes two nearly equal models differ."""
+    losses: dict[str, list[float]]
+    """Negative log-likelihoods of the sequences of each corpus, in nats, of logits in the shipped
+    dtype."""
+
+
 def reference_sequences(
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]], tokens: int
-) -> list[ScoredSequence]:
-    """Takes sequences from the corpora in turn until at least `tokens` tokens are scored."""
-    chosen: list[ScoredSequence] = []
-    queues = [list(sequences) for sequences, _ in corpora.values()]
-    scored = 0
-    while scored < tokens and any(queues):
-        for queue in filter(None, queues):
-            chosen.append(queue.pop(0))
-            scored += sum(chosen[-1].scored)
+) -> dict[str, list[ScoredSequence]]:
+    """Takes the first sequences of each corpus, in turn, until at least `tokens` are scored."""
+    chosen: dict[str, list[ScoredSequence]] = {name: [] for name in corpora}
+    scored, number, longest = 0, 0, max((len(items) for items, _ in corpora.values()), default=0)
+    while scored < tokens and number < longest:
+        for name, (sequences, _) in corpora.items():
+            chosen[name] += sequences[number : number + 1]
+            scored += sum(sum(sequence.scored) for sequence in sequences[number : number + 1])
+        number += 1
     return chosen
 
 
-def log_probabilities(
-    model: PreTrainedModel, sequences: list[ScoredSequence], batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes float32 log-probabilities [scored tokens, vocabulary] with a float32 head.
-
-    The second result is their KL divergence [scored tokens] from the log-probabilities of the head
-    in its own dtype: rounding logits to bfloat16 alone makes two nearly equal models differ. Both
-    results are on the CPU.
-    """
-    head = _in_float32(model.lm_head)
-    rows, rounding = [], []
-    with torch.inference_mode():
-        for start in range(0, len(sequences), batch_size):
-            hidden, _, _ = predicting_states(model, sequences[start : start + batch_size])
-            exact = log_softmax(head(hidden), dim=-1)
-            shipped = log_softmax(model.lm_head(hidden).float(), dim=-1)
-            rows.append(exact.cpu())
-            rounding.append(_kl(exact, shipped))
-    if not rows:
-        return torch.empty(0, 1), torch.empty(0)
-    return torch.cat(rows), torch.cat(rounding)
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel, corpora: dict[str, list[ScoredSequence]], batch_size: int
+) -> Predictions:
+    """Computes the log-probabilities of all tokens of the vocabulary at each scored token."""
+    head, sequences = _in_float32(model.lm_head), list(chain(*corpora.values()))
+    counts = [sum(sequence.scored) for sequence in sequences]
+    ends = list(accumulate(counts))
+    logs = torch.empty(sum(counts), model.config.vocab_size)
+    rounding, losses = torch.zeros(2, len(logs), dtype=torch.float64)
+    for batch in batches_by_length(sequences, batch_size):
+        hidden, targets, _ = predicting_states(model, [sequences[index] for index in batch])
+        positions = torch.cat([torch.arange(ends[i] - counts[i], ends[i]) for i in batch])
+        chunks = (part.split(LOGITS_CHUNK) for part in (positions, hidden, targets))
+        for position, states, target in zip(*chunks, strict=True):
+            exact = shipped = log_softmax(head(states), dim=-1)
+            if head is not model.lm_head:
+                shipped = log_softmax(model.lm_head(states).float(), dim=-1)
+                rounding[position] = kl(exact, shipped)
+            logs[position] = exact.cpu()
+            losses[position] = -shipped.gather(1, target[:, None])[:, 0].cpu().double()
+    sums = (part.sum().item() for part in losses.split(counts))
+    by_corpus = {name: list(islice(sums, len(part))) for name, part in corpora.items()}
+    return Predictions(logs, rounding, by_corpus)
 
 
 def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
-    """Copies the head in float32; if it quantizes its input, it still does so in the old dtype."""
+    """Copies a head that is not in float32; if it quantizes its input, it still does so in the old
+    dtype."""
+    if all(weight.dtype == torch.float32 for weight in head.parameters()):
+        return head
     head = deepcopy(head).float()
     # This hook runs after those that were copied.
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
@@ -75,7 +100,7 @@ def divergence(
     """
     same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
     return {
-        "kl": _mean(_kl(tuned, quantized)),
+        "kl": _mean(kl(tuned, quantized)),
         "floor": _mean(rounding),
         "top1_agreement": _mean(same),
         "tokens": len(tuned),
@@ -95,7 +120,7 @@ def passages(
     Returns:
         Passages of {"text", "kl"}, in nats; 0 for tokens that are not scored.
     """
-    values, done, candidates = _kl(tuned, quantized).tolist(), 0, []
+    values, done, candidates = kl(tuned, quantized).tolist(), 0, []
     for sequence in sequences:
         scored = [index for index, is_scored in enumerate(sequence.scored) if is_scored]
         by_token = dict(zip(scored, values[done : done + len(scored)], strict=True))
@@ -113,9 +138,11 @@ def passages(
     ]
 
 
-def _kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:
+def kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:
     """Computes the KL divergence [tokens], in nats, of log-probabilities [tokens, vocabulary]."""
-    return (exact.exp() * (exact - approximate)).sum(dim=-1).cpu().double()
+    parts = zip(exact.split(LOGITS_CHUNK), approximate.split(LOGITS_CHUNK), strict=True)
+    sums = [(left.exp() * (left - right)).sum(dim=-1).cpu().double() for left, right in parts]
+    return torch.cat(sums)
 
 
 def _mean(values: torch.Tensor) -> dict[str, float | None]:

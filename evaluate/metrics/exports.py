@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
-from finequant.evaluate.metrics.divergence import log_probabilities
+from finequant.evaluate.metrics.divergence import predict
 from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Runtime
@@ -68,9 +69,8 @@ def measure_export(
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
-        measurement = measure_model(name, model, recipe, material, size)
-        sequences = reference().sequences
-        logs, _ = log_probabilities(model, sequences, recipe.evaluate.batch_size)
+        measurement, _ = measure_model(name, model, recipe, material, size)
+        logs = predict(model, reference().corpora, recipe.evaluate.batch_size).logs
         parity = compared(entry, folder, recipe, material, reference(), logs)
         del model
         measurement["scores"]["speed"] = speed(name, folder)
@@ -83,7 +83,7 @@ def measure_export(
     scores["tasks"], answers = _answers(name, runtime, recipe, material)
     logs = [
         log_softmax(logits, dim=-1)
-        for sequence in reference().sequences
+        for sequence in chain(*reference().corpora.values())
         for logits, _ in scored_logits(runtime, sequence)
     ]
     parity = compared(entry, folder, recipe, material, reference(), torch.stack(logs))

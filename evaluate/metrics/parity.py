@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.evaluate.metrics.divergence import (
-    divergence,
-    log_probabilities,
+    Predictions,
+    kl,
+    predict,
     reference_sequences,
 )
 from finequant.finetune.data.tokens import prompt_text
@@ -28,23 +29,19 @@ TOKENS = 256
 class Reference(NamedTuple):
     """What quantized/ says on some sequences: the side that exports are compared with."""
 
-    sequences: list[ScoredSequence]
-    logs: torch.Tensor
-    """Log-probabilities [scored tokens, vocabulary]."""
-    rounding: torch.Tensor
-    """Their divergence [scored tokens] from those with logits in the shipped dtype."""
+    corpora: dict[str, list[ScoredSequence]]
+    predictions: Predictions
 
 
 def quantized_reference(recipe: Recipe, run: RunDir, material: Material) -> Reference:
-    """Computes the log-probabilities of quantized/."""
+    """Computes what quantized/ predicts."""
     from finequant.evaluate.models import load_model
 
-    sequences = reference_sequences(material.corpora, TOKENS)
+    corpora = reference_sequences(material.corpora, TOKENS)
     model = load_model(
         "quantized", recipe, run, material.probes[0], material.ends, material.lengths()
     )
-    logs, rounding = log_probabilities(model, sequences, recipe.evaluate.batch_size)
-    return Reference(sequences, logs, rounding)
+    return Reference(corpora, predict(model, corpora, recipe.evaluate.batch_size))
 
 
 def compared(
@@ -63,7 +60,7 @@ def compared(
         {"kl": mean divergence from quantized/, in nats a token, "same_prompts": share of the
         held-out prompts that the export's tokenizer cuts into the same ids}
     """
-    parity = {"kl": divergence(reference.logs, logs, reference.rounding)["kl"]["value"]}
+    parity = {"kl": kl(reference.predictions.logs, logs).mean().item()}
     if not material.prompts:
         return parity
     texts = [prompt_text(row, material.tokenizer, recipe.data) for row in material.rows]

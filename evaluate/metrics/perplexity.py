@@ -51,10 +51,7 @@ def negative_log_likelihoods(
     `model` is a decoder in evaluation mode (for a PeftModel, its `get_base_model()`).
     Memory: the hidden states of a batch, and LOGITS_CHUNK rows of logits.
     """
-    order = [index for index, sequence in enumerate(sequences) if any(sequence.scored)]
-    # Longest first: if a batch does not fit into memory, it fails right away.
-    order.sort(key=lambda index: len(sequences[index].ids), reverse=True)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_by_length(sequences, batch_size)
 
     def work(share: Sequence[list[int]]) -> list[list[float]]:
         tracked = tracked_batches(share, f"evaluate: {description}")
@@ -62,6 +59,16 @@ def negative_log_likelihoods(
 
     totals = dict(zip(chain(*batches), chain(*shared_out(batches, work)), strict=True))
     return [totals.get(index, 0.0) for index in range(len(sequences))]
+
+
+def batches_by_length(sequences: list[ScoredSequence], batch_size: int) -> list[list[int]]:
+    """Puts the indices of the sequences with scored tokens into batches of about equal lengths.
+
+    Longest first: if a batch does not fit into memory, it fails right away.
+    """
+    order = [index for index, sequence in enumerate(sequences) if any(sequence.scored)]
+    order.sort(key=lambda index: len(sequences[index].ids), reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.inference_mode()
@@ -126,8 +133,11 @@ def measure(
     documents: list[Document],
     batch_size: int,
     name: str,
+    measured: Sequence[float] = (),
 ) -> dict[str, float | int]:
     """Measures the perplexity of `documents`, whose tokens are in `sequences`.
+
+    measured: the negative log-likelihoods of the first sequences, if they are known already.
 
     Returns:
         {"token", "word", "byte": perplexity per that unit (inf if it overflows),
@@ -136,8 +146,8 @@ def measure(
     Raises:
         UserError: if nothing is scored.
     """
-    losses = negative_log_likelihoods(model, sequences, batch_size, name)
-    return perplexities(math.fsum(losses), sequences, documents, name)
+    rest = negative_log_likelihoods(model, sequences[len(measured) :], batch_size, name)
+    return perplexities(math.fsum([*measured, *rest]), sequences, documents, name)
 
 
 def perplexities(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter, TensorNameMap
+    from gguf import GGUFReader, GGUFWriter, TensorNameMap
 
     from finequant.finetune.architecture import DecoderConfig
 
@@ -211,14 +212,13 @@ def read_back(
 
     The values come from the gguf package, so its reading of the layout counts, not ours.
     """
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
     names = _tensor_names(stored.config)
     ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
     theirs = {_gguf_name(names, name): name for name in ours}
     rounded, floats = {}, {}
-    for tensor in GGUFReader(file_in(folder)).tensors:
+    for tensor in _reader(file_in(folder)).tensors:
         if tensor.name == ROPE_FACTORS:
             continue
         name = theirs.get(tensor.name, tensor.name)
@@ -247,9 +247,19 @@ def file_in(folder: Path) -> Path:
     return file
 
 
+def _reader(file: Path) -> GGUFReader:
+    return _read_once(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # it looks at every token of the vocabulary: seconds
+def _read_once(file: Path, written: int) -> GGUFReader:
+    from gguf import GGUFReader
+
+    return GGUFReader(file)
+
+
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] in llama.cpp if installed, or in transformers."""
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from finequant.quantize.merge.adapter import last_logits
@@ -260,7 +270,7 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
         return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
     # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config. And
     # of a Qwen3, transformers 5.23 does not read the size of heads.
-    config, reader = AutoConfig.from_pretrained(folder, gguf_file=file.name), GGUFReader(file)
+    config, reader = AutoConfig.from_pretrained(folder, gguf_file=file.name), _reader(file)
     layers = {tensor.name for tensor in reader.tensors}
     kind = reader.fields["general.architecture"].contents()
     config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()

@@ -38,8 +38,8 @@ def evaluation_memory(
         "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
         # A step's keys and values lie beside those of the step before.
         "key-value cache": 2 * rows * kept,
-        # Two models' log-probabilities, and what their divergence is computed with.
-        "logits": 5 * evaluate.divergence_tokens * config.vocab_size * 4,
+        # Two models' log-probabilities, and four of 256 tokens to compute their divergence with.
+        "logits": (2 * evaluate.divergence_tokens + 4 * 256) * config.vocab_size * 4,
     }
     tables, block = evaluation_weights(recipe, config, machine)
     blocks, layer = config.num_hidden_layers, dtype * max(block_sizes(config))

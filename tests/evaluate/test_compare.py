@@ -227,13 +227,13 @@ def test_divergence_on_distributions_worked_out_by_hand():
 def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_ones(tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.metrics.divergence import log_probabilities
+    from finequant.evaluate.metrics.divergence import predict
     from finequant.evaluate.metrics.perplexity import ScoredSequence
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
     ids = list(range(40, 70))
     sequences = [ScoredSequence(ids, [False] + [True] * 29)]
-    logs, rounding = log_probabilities(model, sequences, 1)
+    logs, rounding, losses = predict(model, {"text": sequences}, 1)
     with torch.inference_mode():
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1].float()
         exact = torch.log_softmax(hidden @ model.lm_head.weight.float().T, dim=-1)
@@ -243,8 +243,46 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
     torch.testing.assert_close(rounding.float(), expected.sum(dim=-1), rtol=1e-3, atol=1e-7)
     assert rounding.mean() > 1e-8
     assert model.lm_head.weight.dtype == torch.bfloat16
-    _, none = log_probabilities(model.float(), sequences, 1)
+    own_loss = -shipped.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    assert losses == {"text": [pytest.approx(own_loss, rel=1e-5)]}
+    none = predict(model.float(), {"text": sequences}, 1).rounding
     assert none.abs().max() < 1e-9
+
+
+def test_sequences_are_compared_in_their_order_whatever_their_lengths(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.metrics.divergence import predict
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    lengths = (5, 30, 1, 12)
+    sequences = [ScoredSequence([*range(40, 41 + n)], [False] + [True] * n) for n in lengths]
+    sequences.append(ScoredSequence([40, 41], [False, False]))
+    together = predict(model, {"a": sequences[:1], "b": sequences[1:]}, 2)
+    with torch.inference_mode():
+        alone = [
+            model(torch.tensor([ids[:-1]])).logits[0].log_softmax(dim=-1)
+            for ids, scored in sequences
+            if any(scored)
+        ]
+    torch.testing.assert_close(together.logs, torch.cat(alone), rtol=0, atol=1e-5)
+    by_hand = [
+        -logs.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+        for logs, (ids, _) in zip(alone, sequences, strict=False)
+    ]
+    assert together.losses["a"] == pytest.approx(by_hand[:1], abs=1e-4)
+    assert together.losses["b"] == pytest.approx([*by_hand[1:], 0.0], abs=1e-4)
+
+
+def test_sequences_for_the_comparison_are_the_first_of_each_corpus():
+    from finequant.evaluate.metrics.divergence import reference_sequences
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+
+    short, long = (ScoredSequence([0] * (n + 1), [False] + [True] * n) for n in (2, 9))
+    corpora = {"few": ([short], []), "many": ([long] * 5, []), "empty": ([], [])}
+    assert reference_sequences(corpora, 20) == {"few": [short], "many": [long] * 2, "empty": []}
+    assert reference_sequences(corpora, 10**6) == {"few": [short], "many": [long] * 5, "empty": []}
 
 
 def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
