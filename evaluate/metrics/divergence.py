@@ -26,7 +26,7 @@ PASSAGES, AROUND = 5, 40
 
 
 class Predictions(NamedTuple):
-    """What a model predicts in position of each scored token of some sequences; all on the CPU."""
+    """What a model predicts at the position of each scored token; all on the CPU."""
 
     logs: torch.Tensor
     """float32 log-probabilities [scored tokens, vocabulary], of logits in float32."""
