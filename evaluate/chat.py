@@ -79,8 +79,8 @@ def chat(
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers = {}
     for name in names:  # one at a time in memory
-        doing(f"chat: {name}: answering")
         chat_model = load_chat_model(name, recipe, run)
+        doing(f"chat: {name}: answering")
         answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
         del chat_model
     close()
@@ -149,6 +149,7 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     from finequant.finetune.model import load_tokenizer
     from finequant.quantize.size.terms import Lengths
 
+    doing(f"chat: {name}: loading")
     if name not in MODELS:
         return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)

@@ -108,6 +108,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             say(f"evaluate: {name}: measured before, unchanged")
             measured[name] = before[name]
             continue
+        say(f"evaluate: {name}: loading")
         model = load_model(name, recipe, run, material.probes[0], material.ends, material.lengths())
         tuned = predictions
         if before[name] is not None:

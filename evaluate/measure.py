@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.inputs import HELD_OUT, Material
 from finequant.recipes.schema import Recipe
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from finequant.evaluate.metrics.divergence import Predictions
@@ -89,7 +89,7 @@ def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> 
     corpora = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
     predictions = Predictions(empty(0), empty(0), {})
     if is_first():
-        doing(f"evaluate: {name}: perplexity, first texts")
-        predictions = predict(model, corpora, recipe.evaluate.batch_size)
+        work = f"{name}: perplexity and divergence"
+        predictions = predict(model, corpora, recipe.evaluate.batch_size, work)
     losses = decided_by_first(lambda: predictions.losses)
     return predictions._replace(losses=losses)

@@ -45,7 +45,6 @@ def load_model(
     from finequant.quantize.scheme import cast_weights, shipped_dtype
     from finequant.quantize.size.placement import device_map_of
 
-    say(f"evaluate: {name}: loading")
     config = load_config(recipe.model)
     dtype = shipped_dtype(recipe.quantize, config)
     if device_map := device_map_of(recipe, config, lengths):

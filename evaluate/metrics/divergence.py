@@ -17,6 +17,7 @@ from finequant.evaluate.metrics.perplexity import (
     batches_by_length,
     predicting_states,
 )
+from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,10 @@ def reference_sequences(
 
 @torch.inference_mode()
 def predict(
-    model: PreTrainedModel, corpora: dict[str, list[ScoredSequence]], batch_size: int
+    model: PreTrainedModel,
+    corpora: dict[str, list[ScoredSequence]],
+    batch_size: int,
+    description: str,
 ) -> Predictions:
     """Computes the log-probabilities of all tokens of the vocabulary at each scored token."""
     head, sequences = _in_float32(model.lm_head), list(chain(*corpora.values()))
@@ -62,7 +66,8 @@ def predict(
     ends = list(accumulate(counts))
     logs = torch.empty(sum(counts), model.config.vocab_size)
     rounding, losses = torch.zeros(2, len(logs), dtype=torch.float64)
-    for batch in batches_by_length(sequences, batch_size):
+    batches = batches_by_length(sequences, batch_size)
+    for batch in tracked_batches(batches, f"evaluate: {description}"):
         hidden, targets, _ = predicting_states(model, [sequences[index] for index in batch])
         positions = torch.cat([torch.arange(ends[i] - counts[i], ends[i]) for i in batch])
         chunks = (part.split(LOGITS_CHUNK) for part in (positions, hidden, targets))

@@ -70,7 +70,8 @@ def measure_export(
         with torch.no_grad():
             model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
         measurement, _ = measure_model(name, model, recipe, material, size)
-        logs = predict(model, reference().corpora, recipe.evaluate.batch_size).logs
+        work, batch_size = f"{name}: comparing with quantized", recipe.evaluate.batch_size
+        logs = predict(model, reference().corpora, batch_size, work).logs
         parity = compared(entry, folder, recipe, material, reference(), logs)
         del model
         measurement["scores"]["speed"] = speed(name, folder)

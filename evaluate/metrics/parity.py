@@ -41,7 +41,8 @@ def quantized_reference(recipe: Recipe, run: RunDir, material: Material) -> Refe
     model = load_model(
         "quantized", recipe, run, material.probes[0], material.ends, material.lengths()
     )
-    return Reference(corpora, predict(model, corpora, recipe.evaluate.batch_size))
+    work = "quantized: predicting what exports are compared with"
+    return Reference(corpora, predict(model, corpora, recipe.evaluate.batch_size, work))
 
 
 def compared(

@@ -74,6 +74,10 @@ def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.terminal import doing
 
+    doing("data: reading the rows")
+    from finequant.finetune.data.prepared import prepared_splits
+
+    prepared_splits(recipe)  # refuses bad rows before the libraries are loaded, which takes seconds
     doing("data: loading datasets and transformers")
     quiet_libraries()
     from finequant.finetune.data.preview import preview

@@ -233,7 +233,7 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
     ids = list(range(40, 70))
     sequences = [ScoredSequence(ids, [False] + [True] * 29)]
-    logs, rounding, losses = predict(model, {"text": sequences}, 1)
+    logs, rounding, losses = predict(model, {"text": sequences}, 1, "test")
     with torch.inference_mode():
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1].float()
         exact = torch.log_softmax(hidden @ model.lm_head.weight.float().T, dim=-1)
@@ -245,7 +245,7 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
     assert model.lm_head.weight.dtype == torch.bfloat16
     own_loss = -shipped.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
     assert losses == {"text": [pytest.approx(own_loss, rel=1e-5)]}
-    none = predict(model.float(), {"text": sequences}, 1).rounding
+    none = predict(model.float(), {"text": sequences}, 1, "test").rounding
     assert none.abs().max() < 1e-9
 
 
@@ -259,7 +259,7 @@ def test_sequences_are_compared_in_their_order_whatever_their_lengths(tiny_base)
     lengths = (5, 30, 1, 12)
     sequences = [ScoredSequence([*range(40, 41 + n)], [False] + [True] * n) for n in lengths]
     sequences.append(ScoredSequence([40, 41], [False, False]))
-    together = predict(model, {"a": sequences[:1], "b": sequences[1:]}, 2)
+    together = predict(model, {"a": sequences[:1], "b": sequences[1:]}, 2, "test")
     with torch.inference_mode():
         alone = [
             model(torch.tensor([ids[:-1]])).logits[0].log_softmax(dim=-1)

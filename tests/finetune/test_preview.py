@@ -152,3 +152,13 @@ def test_what_training_would_refuse_is_refused(recipe_file, capsys, split):
     write(recipe_file.parent / f"{split}.jsonl", [{"prompt": "ask " * 200, "completion": "say"}])
     with pytest.raises(UserError, match=rf"nothing is left to learn.*\n  {split}.jsonl:1"):
         shown(recipe_file, capsys)
+
+
+def test_a_bad_row_is_refused_before_the_libraries_are_loaded(recipe_file, monkeypatch):
+    from finequant.recipes import command_line
+    from finequant.recipes.commands.recipe import data
+
+    monkeypatch.setattr(command_line, "quiet_libraries", lambda: pytest.fail("loads libraries"))
+    write(recipe_file.parent / "train.jsonl", [{"messages": [{"role": "usr", "content": "hi"}]}])
+    with pytest.raises(UserError, match=r"train\.jsonl:1: "):
+        data(recipe_file)
