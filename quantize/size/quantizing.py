@@ -114,10 +114,15 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
     weights, scales = _fake_quantized(recipe, config, arithmetic, 1, teacher=True)
     dtype = {2: "bfloat16", 4: "float32"}[arithmetic]
     tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
+    taught = recipe.quantize.calibration.tokens // machine.gpus
     return peak_memory(
         "quantize",
         machine,
-        {"weights": weights, "what learns": (4 + 4 + 8) * scales},
+        {
+            "weights": weights,
+            "what learns": (4 + 4 + 8) * scales,
+            "teacher's states": taught * config.hidden_size * arithmetic,
+        },
         {
             "activations": int(
                 tokens * saved_per_token(recipe, config, dtype) * config.num_hidden_layers

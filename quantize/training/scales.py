@@ -8,8 +8,8 @@ the divergence of the predictions on calibration text: the second phase of Effic
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
-from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,11 +65,15 @@ def train_scales(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
     )
-    batches = cycle(sequences.split(max(1, SCALE_TOKENS // sequences.shape[1])))
-    for ids in tracked(islice(batches, steps), "quantize: scales, step", steps):
-        if len(mine := share(ids)):
-            with torch.enable_grad():
-                _backward(model, list(modules.values()), mine.to(device()), ids.numel())
+    batches = sequences.split(max(1, SCALE_TOKENS // sequences.shape[1]))
+    exact: dict[int, torch.Tensor] = {}  # the teacher's states do not change from turn to turn
+    for step in tracked(range(steps), "quantize: scales, step", steps):
+        at = step % len(batches)
+        if len(mine := share(batches[at])):
+            mine = mine.to(device())
+            if at not in exact:
+                exact[at] = _float_states(model, modules.values(), mine)
+            _backward(model, modules.values(), mine, exact[at], batches[at].numel())
         add_up_gradients(learned)
         optimizer.step()
         optimizer.zero_grad()
@@ -81,12 +85,29 @@ def _learns(module: torch.nn.Module) -> bool:
     return isinstance(module, FakeQuantScales)
 
 
-def _backward(model: Decoder, layers: list[FakeQuantized], ids: torch.Tensor, tokens: int) -> None:
+@torch.no_grad()
+def _float_states(
+    model: Decoder, layers: Iterable[FakeQuantized], ids: torch.Tensor
+) -> torch.Tensor:
+    """Computes the last hidden states [tokens, hidden] of the float model."""
+    with disabled(layers):
+        return model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+@torch.enable_grad()
+def _backward(
+    model: Decoder,
+    layers: Iterable[FakeQuantized],
+    ids: torch.Tensor,
+    teacher: torch.Tensor,
+    tokens: int,
+) -> None:
     """Adds the gradient of the divergence, the mean over `tokens` in all processes; logits exist
-    for some of them at a time."""
+    for some of them at a time.
+
+    teacher: last hidden states of the float model [tokens, hidden].
+    """
     hidden = model.model(ids, use_cache=False).last_hidden_state
-    with torch.no_grad(), disabled(layers):
-        teacher = model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
     states = hidden.detach().flatten(0, 1).requires_grad_()
     parts = zip(states.split(LOGITS_TOKENS), teacher.split(LOGITS_TOKENS), strict=True)
     for part, exact in parts:
