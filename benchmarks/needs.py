@@ -106,7 +106,7 @@ def _cell(name: str, work: str, gpus: str) -> str:
     recipe, config, (memory, count) = recipe_with(overrides), config_of(name), GPUS[gpus]
     machine = named_gpu(memory)._replace(gpus=count)
     ways = {"": machine}
-    if count > 1 and stage == "train" and recipe.model.load == "float":
+    if count > 1 and stage in ("train", "qat") and recipe.model.load == "float":
         ways["FSDP "] = machine._replace(sharded=True)
     for how, where in ways.items():
         needed = memory_of(stage, recipe, config, where)

@@ -159,6 +159,29 @@ def add_up_gradients(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) ->
             distributed.all_reduce(parameter.grad)
 
 
+def is_fsdp2() -> bool:
+    """Says whether the launcher asks for FSDP 2, which shards each tensor by itself, by rows."""
+    return sharding() == "FSDP" and os.environ.get("FSDP_VERSION") == "2"
+
+
+def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the tensor, or all rows of one that FSDP has sharded."""
+    from torch.distributed.tensor import DTensor  # takes long to import
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def filled_by_first() -> bool:
+    """Says whether this process gets its share of the weights from the first, so that its own may
+    be empty: as accelerate shards a model with `fsdp_cpu_ram_efficient_loading`."""
+    from accelerate.utils import parse_flag_from_env
+
+    is_efficient = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return sharding() == "FSDP" and is_efficient and not is_first()
+
+
 def gathered(value: Value) -> list[Value]:
     """Returns the values of all processes, in order."""
     if not distributed.is_initialized():

@@ -132,7 +132,10 @@ class LoraTrainer(SFTTrainer):
 
     def logits(self, model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Computes float32 logits [tokens, vocabulary]."""
-        return self.accelerator.unwrap_model(model).get_output_embeddings()(hidden).float()
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        # FSDP keeps the head whole from the model's forward until the norm's backward. A call would
+        # gather it again in each part of the tokens, of which processes have different numbers.
+        return (head.forward if self.accelerator.is_fsdp2 else head)(hidden).float()
 
     def in_parts(self, loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         """Sums a loss over a few tokens at a time, because their logits take much memory.

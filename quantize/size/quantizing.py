@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from finequant.finetune.architecture import anatomy, layer_shapes, parameter_count
+from finequant.finetune.architecture import anatomy, layer_shapes
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.finetune.device import IN_ONE_LAUNCH
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import TOKENS
 from finequant.quantize.methods.method import ROWS
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
-from finequant.quantize.scheme import HEAD, layer_plan, shipped_dtype, unties_head
+from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype, unties_head
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.terms import (
     Lengths,
     Memory,
     arithmetic_bytes,
     block_sizes,
+    components,
     peak_memory,
     trainable,
 )
@@ -43,8 +44,15 @@ def aware_memory(
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
     learns_scales, teacher = training.learns == "scales", bool(training.distillation)
     size = shipped.itemsize
-    weights, scales = _fake_quantized(recipe, config, size, 1 if learns_scales else 2, teacher)
-    learned = scales if learns_scales else trainable(recipe.lora, config)
+    stored = _stored(recipe, config, size, 1 if learns_scales else 2, teacher)
+    formed = _formed(recipe, config, size)
+    learned = _scales(recipe, config) if learns_scales else trainable(recipe.lora, config)
+    weights = sum(stored.values())
+    if machine.sharded:
+        weights = weights // machine.gpus + _in_use(stored, blocks=2)
+        learned //= machine.gpus
+    checkpointed = recipe.train.gradient_checkpointing
+    weights += _in_use(formed, blocks=1) if checkpointed else sum(formed.values())
     tokens = step_tokens(recipe, lengths, machine)
     targets = min(tokens, TARGETS_AT_ONCE)
     logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
@@ -56,23 +64,41 @@ def aware_memory(
     return max(step, calibration, key=lambda m: sum(m.values()))
 
 
-def _fake_quantized(
+def _stored(
     recipe: Recipe, config: DecoderConfig, size: int, start: int, teacher: bool
-) -> tuple[int, int]:
-    """Computes the bytes of a model with fake-quantized layers, and the number of its scales.
+) -> dict[str, int]:
+    """Computes the bytes of each layer of a fake-quantized model; norms and biases are the last.
 
     size: bytes of a number in its arithmetic.
     start: bytes of a code, or of a latent weight.
     """
-    shapes, plan = layer_shapes(config), layer_plan(recipe.quantize, config)
-    quantized = sum(math.prod(shapes[name]) for name in plan if plan[name])
-    scales = sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
-    in_float = parameter_count(config) - quantized
-    if unties_head(plan) and config.tie_word_embeddings:
-        in_float += math.prod(shapes[HEAD])
-    # The weight that is formed and kept for the backward, what it is formed from, the teacher's.
-    each = size + start + (size if teacher else 0)
-    return size * in_float + each * quantized + 4 * scales, scales
+    plan, parts = layer_plan(recipe.quantize, config), components(config)
+    stored = {}
+    for name, shape in layer_shapes(config).items():
+        if scheme := plan[name]:
+            each = start + (size if teacher else 0) + 4 / scheme.group_size
+            stored[name] = int(math.prod(shape) * each)
+        elif name != HEAD or unties_head(plan) or not config.tie_word_embeddings:
+            stored[name] = math.prod(shape) * size
+    return stored | {"": (parts["norms"] + parts["biases"]) * size}
+
+
+def _formed(recipe: Recipe, config: DecoderConfig, size: int) -> dict[str, int]:
+    """Computes the bytes of each weight that a forward forms, and keeps for the backward."""
+    plan = layer_plan(recipe.quantize, config)
+    shapes = layer_shapes(config).items()
+    return {name: math.prod(shape) * size for name, shape in shapes if plan[name]}
+
+
+def _scales(recipe: Recipe, config: DecoderConfig) -> int:
+    plan, shapes = layer_plan(recipe.quantize, config), layer_shapes(config)
+    return sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
+
+
+def _in_use(layers: dict[str, int], blocks: int) -> int:
+    """Adds up embedding, head, and some blocks."""
+    block = sum(size for name, size in layers.items() if ".layers.0." in name)
+    return blocks * block + layers.get(EMBEDDING, 0) + layers.get(HEAD, 0)
 
 
 def quantize_memory(
@@ -111,7 +137,8 @@ def quantize_memory(
 def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
     """While all scales are trained together, with the float model as their teacher."""
     arithmetic = arithmetic_bytes(recipe, config, machine)
-    weights, scales = _fake_quantized(recipe, config, arithmetic, 1, teacher=True)
+    stored = _stored(recipe, config, arithmetic, 1, teacher=True)
+    weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
     dtype = {2: "bfloat16", 4: "float32"}[arithmetic]
     tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
     taught = recipe.quantize.calibration.tokens // machine.gpus
@@ -120,7 +147,7 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
         machine,
         {
             "weights": weights,
-            "what learns": (4 + 4 + 8) * scales,
+            "what learns": (4 + 4 + 8) * _scales(recipe, config),
             "teacher's states": taught * config.hidden_size * arithmetic,
         },
         {

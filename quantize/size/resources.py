@@ -132,10 +132,9 @@ def _what_fits(
         memory = memory_of(stage, recipe, config, machine, lengths)
         return sum(memory.values()) <= machine.memory
 
+    fits_sharded = machine.gpus > 1 and fits(recipe, machine._replace(sharded=True))
     for changes in _smaller(stage, recipe):
-        sharded = machine._replace(sharded=True)
-        # In nf4 the adapter is another one.
-        if "model.load" in changes and machine.gpus > 1 and fits(recipe, sharded):
+        if "model.load" in changes and fits_sharded:  # in nf4 the adapter is another one
             return "it fits with --launch fsdp"
         changed = recipe
         for key, value in changes.items():
@@ -146,6 +145,8 @@ def _what_fits(
             return "it fits with " + " ".join(
                 f"{key}={str(value).lower()}" for key, value in changes.items()
             )
+    if stage == "qat" and fits_sharded:
+        return "it fits with --launch fsdp"
     shorter = {
         "train": ", or a smaller data.max_length",
         "qat": ", or a smaller data.max_length",

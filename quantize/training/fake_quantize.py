@@ -28,6 +28,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import embedding, linear
 
+from finequant.finetune.processes import whole
 from finequant.quantize.rounding import (
     Rounded,
     SharedInputs,
@@ -88,6 +89,8 @@ class FakeQuantized(torch.nn.Module):
     float_weight: [out, in], which is computed with where fake quantization is disabled, for a
         teacher.
 
+    All its tensors are parameters, most of them frozen: FSDP shards parameters alone, each by rows.
+
     The weight is formed anew by every forward. It is not kept from one to the next: not every
     optimizer tells that it has changed a parameter (torch's fused AdamW leaves `Tensor._version`
     as it is).
@@ -102,9 +105,8 @@ class FakeQuantized(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.bits, self.dtype, self.enabled = bits, dtype, True
-        self.register_buffer("latent", start.codes)
-        self.register_buffer("scale", start.scale)
-        self.register_buffer("float_weight", float_weight)
+        self.latent, self.scale = _frozen(start.codes), _frozen(start.scale)
+        self.register_parameter("float_weight", _frozen(float_weight))
 
     @torch.no_grad()
     def weight(self) -> torch.Tensor:
@@ -117,12 +119,14 @@ class FakeQuantized(torch.nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
-        """Codes and scales as they ship, on the CPU."""
-        codes = torch.empty_like(self.latent, dtype=torch.int8)
-        for rows, part in self.codes():
-            codes[rows] = part.to(torch.int8)
-        scale = self.scales(slice(None)).to(self.scale.dtype)
-        return Rounded(codes.cpu(), scale.cpu())
+        """Codes and scales as they ship, on the CPU; to be called by all processes, each of which
+        may hold a part of the layer."""
+        with _gathered(self):
+            codes = torch.empty_like(self.latent, dtype=torch.int8)
+            for rows, part in self.codes():
+                codes[rows] = part.to(torch.int8)
+            scale = self.scales(slice(None)).to(self.scale.dtype)
+            return Rounded(codes.cpu(), scale.cpu())
 
     @torch.no_grad()
     def codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -152,7 +156,7 @@ class FakeQuantLinear(FakeQuantized):
 
     def __init__(self, *args, bias: torch.Tensor | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("bias", bias)
+        self.register_parameter("bias", _frozen(bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -186,7 +190,8 @@ class FakeQuantLora(FakeQuantLinear):
     ) -> None:
         super().__init__(start, bits, dtype, **kwargs)
         # From 7 bits on float16 cannot tell apart the values beside the largest codes.
-        self.latent = latent_weights(exact, start, torch.float16 if bits <= 6 else torch.float32)
+        dtype_of_latent = torch.float16 if bits <= 6 else torch.float32
+        self.latent = _frozen(latent_weights(exact, start, dtype_of_latent))
         self.scaling = scaling
         bound = 1 / math.sqrt(exact.shape[1])  # as peft has it
         a = torch.empty(rank, exact.shape[1]).uniform_(-bound, bound, generator=generator)
@@ -247,3 +252,18 @@ def disabled(layers: Iterable[FakeQuantized]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def _frozen(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
+    return None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def _gathered(layer: FakeQuantized) -> Iterator[None]:
+    """Gives the layer its whole tensors in the block, as FSDP does for a forward."""
+    sharded = dict(layer._parameters)
+    layer._parameters.update({name: whole(tensor) for name, tensor in sharded.items()})
+    try:
+        yield
+    finally:
+        layer._parameters.update(sharded)

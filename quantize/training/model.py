@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.finetune.model import load_base
+from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD, Plan, untie_head, unties_head
@@ -44,8 +45,17 @@ def fake_quantized_model(
     # and what is drawn for each layer depends on it.
     for name in filter(plan.get, plan):
         layer = _fake_quantized(name, model, weights, start[name], plan, dtype, recipe, generator)
+        if filled_by_first():
+            _empty(layer)
         model.set_submodule(name, layer)
     return model
+
+
+def _empty(layer: FakeQuantized) -> None:
+    """Drops what is frozen, which the first process will send; the optimizer holds the rest."""
+    for name, tensor in layer.named_parameters():
+        if not tensor.requires_grad:
+            setattr(layer, name, torch.nn.Parameter(tensor.to("meta"), requires_grad=False))
 
 
 def fake_quantized_layers(model: torch.nn.Module) -> dict[str, FakeQuantized]:

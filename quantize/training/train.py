@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from finequant.quantize.checkpoint.reading import Weights
     from finequant.quantize.merge.adapter import Base
+    from finequant.quantize.rounding import Rounded
     from finequant.quantize.training.trainer import QuantizationAwareTrainer
 
 
@@ -89,23 +90,24 @@ def train(recipe: Recipe, run: RunDir) -> None:
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
     run_trainer(trainer, last_checkpoint(arguments))
+    rounded = _trained_codes(trainer)
     if is_first():
-        figures = _write(recipe, run, trainer)
+        figures = _write(recipe, run, trainer, rounded)
         run.record(recipe, "qat", inputs, seconds=watch.seconds, **figures)
         say(f"qat: {figures['steps']} steps, {run.trained_codes} written in {watch.seconds} s")
     trainer.accelerator.wait_for_everyone()
 
 
 def _refuse_what_it_is_not_for(recipe: Recipe) -> None:
-    from finequant.finetune.processes import sharding
+    from finequant.finetune.processes import is_fsdp2, sharding
 
     if recipe.quantize.training is None:
         raise UserError("quantize.training: absent from the recipe: give it its steps")
-    if sharding():
+    if sharding() and not is_fsdp2():
         raise UserError(
-            "quantize.training: not with FSDP or DeepSpeed, which split the weights that have to "
-            "be rounded whole: use recipes/accelerate/several_gpus.yaml for `finequant qat`, or "
-            "quantize.training=null"
+            "quantize.training: not with DeepSpeed or FSDP 1, which cannot shard codes: use "
+            "recipes/accelerate/fsdp.yaml (fsdp_version: 2) or several_gpus.yaml for "
+            "`finequant qat`, or quantize.training=null"
         )
 
 
@@ -159,21 +161,33 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
     folder = run.checkpoints / "qat" / "steps"
     arguments = training_arguments(changed, folder, torch.float32)
     arguments.mixed_precision = "no"  # also where accelerate's configuration asks for it
-    arguments.ddp_broadcast_buffers = False  # latent weights, which never change
     arguments.ddp_find_unused_parameters = False
     return arguments
 
 
-def _write(recipe: Recipe, run: RunDir, trainer: QuantizationAwareTrainer) -> dict:
+def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
+    """Rounds each layer in every process, which may hold a part of it; the first keeps them."""
+    from finequant.finetune.processes import is_first
+    from finequant.quantize.training.model import fake_quantized_layers
+
+    rounded, model = {}, trainer.accelerator.unwrap_model(trainer.model)
+    for name, layer in fake_quantized_layers(model).items():
+        codes = layer.rounded()
+        if is_first():
+            rounded[name] = codes
+    return rounded
+
+
+def _write(
+    recipe: Recipe, run: RunDir, trainer: QuantizationAwareTrainer, rounded: dict[str, Rounded]
+) -> dict:
     """trained_codes/; what the manifest says of it."""
     from finequant.finetune.train import LOG, training_figures
     from finequant.quantize.rounding import CODES, save_rounded
-    from finequant.quantize.training.model import fake_quantized_layers
 
-    layers = fake_quantized_layers(trainer.accelerator.unwrap_model(trainer.model))
     log = trainer.state.log_history
     with run.writing(run.trained_codes, recipe) as folder:
-        save_rounded({name: layer.rounded() for name, layer in layers.items()}, folder / CODES)
+        save_rounded(rounded, folder / CODES)
         (folder / LOG).write_text(json.dumps(log, indent=1), encoding="utf-8")
     return training_figures(log) | {"processes": trainer.args.world_size}
 

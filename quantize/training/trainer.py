@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, kl_div
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
+from finequant.finetune.processes import whole
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.training.fake_quantize import disabled
 from finequant.quantize.training.model import fake_quantized_layers
@@ -44,24 +50,42 @@ class QuantizationAwareTrainer(LoraTrainer):
 
         return self.in_parts(loss, hidden, teacher, inputs["labels"][:, 1:][targets])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        learned = {name: weight.detach().cpu() for name, weight in self._learned().items()}
-        save_file(learned, folder / PARAMETERS)
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """Shards the head again, which FSDP leaves whole if no backward follows: what saves and
+        loads weights and the optimizer's state would not see its parameters."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what learns: gathered from all processes, written by the first."""
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        learned = {name: whole(p.detach()).cpu() for name, p in parameters if p.requires_grad}
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(learned, folder / PARAMETERS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP transformers would save all codes, too, in each checkpoint."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, folder: str, model: torch.nn.Module | None = None) -> None:
         saved = load_file(Path(folder) / PARAMETERS)
-        with torch.no_grad():
-            for name, parameter in self._learned().items():
-                parameter.copy_(saved[name])
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model or self.model, saved, options=options)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _learned(self) -> dict[str, torch.nn.Parameter]:
-        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
-        return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

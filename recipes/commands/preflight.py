@@ -32,7 +32,7 @@ def refuse_early(
         from finequant.recipes.stages import STAGES
 
         large = [stage for stage in stages if stage in STAGES]
-        machine = this_machine()._replace(sharded=_shards(launch))
+        machine = this_machine()._replace(sharded=_sharding(launch) is not None)
         refuse_what_cannot_finish(recipe, directory, large, machine, lengths)
 
 
@@ -115,20 +115,24 @@ def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
     """Refuses, before `train`, a launch configuration with which the stage `qat` cannot start.
 
     Raises:
-        UserError: for FSDP or DeepSpeed.
+        UserError: for DeepSpeed, or FSDP 1.
     """
-    if recipe.quantize.training and _shards(launch):
+    how = _sharding(launch)
+    if recipe.quantize.training and how not in (None, "FSDP 2"):
         raise UserError(
-            f"--launch: {launch} uses FSDP or DeepSpeed, which shard weights that "
-            "quantize.training needs whole: use recipes/accelerate/several_gpus.yaml, or set "
+            f"--launch: {launch} uses {how}, which cannot shard the codes of quantize.training: "
+            "use recipes/accelerate/fsdp.yaml (fsdp_version: 2) or several_gpus.yaml, or set "
             "quantize.training=null"
         )
 
 
-def _shards(launch: Path | None) -> bool:
-    """Says whether a configuration of accelerate splits the weights over processes."""
+def _sharding(launch: Path | None) -> str | None:
+    """`FSDP 1`, `FSDP 2` or `DeepSpeed`, if a configuration of accelerate asks for it."""
     if not launch:
-        return False
+        return None
     from accelerate.commands.config.config_args import load_config_from_file  # imports torch
 
-    return load_config_from_file(str(launch)).distributed_type in ("FSDP", "DEEPSPEED")
+    config = load_config_from_file(str(launch))
+    if config.distributed_type == "FSDP":
+        return f"FSDP {config.fsdp_config.get('fsdp_version', 1)}"
+    return "DeepSpeed" if config.distributed_type == "DEEPSPEED" else None

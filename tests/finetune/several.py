@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,12 +25,15 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from finequant.evaluate.compare import main as evaluate
 from finequant.finetune import arguments as train_arguments
 from finequant.finetune import processes
+from finequant.finetune import trainer as trainers
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
 from finequant.quantize.methods import reconstruct
 from finequant.quantize.methods.calibrate import _Calibration
+from finequant.quantize.training import model as aware_model
 from finequant.quantize.training import scales
+from finequant.quantize.training import train as aware_stage
 from finequant.quantize.training.train import main as train_codes
 from finequant.recipes.interrupt import Interrupted
 
@@ -119,9 +123,45 @@ def few_tokens_a_step() -> Iterator[None]:
     reconstruct.TOKENS, scales.SCALE_TOKENS = before
 
 
+@contextmanager
+def few_tokens_at_once() -> Iterator[None]:
+    """Logits of five tokens at a time: of two processes, some have more such parts than others."""
+    before, trainers.TARGETS_AT_ONCE = trainers.TARGETS_AT_ONCE, 5
+    yield
+    trainers.TARGETS_AT_ONCE = before
+
+
+@contextmanager
+def weighed(name: str) -> Iterator[None]:
+    """Writes to FOLDER/NAME-RANK-bytes.json what this process holds of the model's tensors."""
+    build, end = aware_model.fake_quantized_model, aware_stage._trained_codes
+    held = {}
+
+    def fake_quantized_model(*arguments):
+        model = build(*arguments)
+        held["loaded"] = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        return model
+
+    def _trained_codes(trainer):
+        tensors = list(trainer.model.parameters())
+        held["whole"] = sum(tensor.nbytes for tensor in tensors)
+        held["share"] = sum(tensor.to_local().nbytes for tensor in tensors)
+        (FOLDER / f"{name}-{RANK}-bytes.json").write_text(json.dumps(held), encoding="utf-8")
+        return end(trainer)
+
+    aware_model.fake_quantized_model = fake_quantized_model
+    aware_stage._trained_codes = _trained_codes
+    yield
+    aware_model.fake_quantized_model, aware_stage._trained_codes = build, end
+
+
 def stop(loss):
     os.kill(os.getpid(), signal.SIGTERM)
     return loss
+
+
+def fail(loss):
+    raise Interrupted(signal.SIGTERM)
 
 
 STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
@@ -132,6 +172,27 @@ AWARE = [
     "quantize.calibration={tokens: 256, length: 32}",
     "quantize.training={steps: 3, distillation: 0.5}",
 ]
+SGD = ["quantize.embedding=8", "train.optimizer=sgd", "train.learning_rate=0.3"]
+CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
+BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
+FAST = ["train.learning_rate=300"]  # the third step is too long
+SHARDED = {
+    "adapter learns": [*SGD, "quantize.training={steps: 3}"],
+    "adapter learns, taught": [
+        *SGD,
+        *CHECKPOINTED,
+        "quantize.training={steps: 3, distillation: 0.5}",
+    ],
+    "scales learn": [*SGD, *FAST, *BEST, "quantize.training={steps: 3, learns: scales}"],
+    "scales learn, taught": [
+        "quantize.embedding=8",
+        "train.save_steps=1",
+        "train.eval_steps=1",
+        "quantize.training={steps: 3, learns: scales, distillation: 0.5}",
+    ],
+}
+"""Gradients of plain SGD show in the result as they are; Adam divides small ones by their size."""
+
 CALIBRATED = [
     "quantize.method=gptq",
     "quantize.head=float",
@@ -163,6 +224,17 @@ with sums_in_double(), stopped_in_block(1):
     train("calibration stopped", *AWARE, run="undisturbed", entry=train_codes)
 with sums_in_double(), stopped_in_block(None):
     train("codes", *AWARE, run="undisturbed", entry=train_codes)
+for name, overrides in SHARDED.items():
+    processes.decided_by_first(
+        lambda name=name: shutil.copytree(
+            FOLDER / "undisturbed", FOLDER / name, ignore=shutil.ignore_patterns("trained_*", "qat")
+        )
+    )
+    with fsdp(), few_tokens_at_once(), weighed(name):
+        if name == "scales learn, taught":
+            with at_step(3, RANK, fail):
+                train(f"{name}, ended", *overrides, run=name, entry=train_codes)
+        train(name, *overrides, entry=train_codes)
 processes.APPEARS_WITHIN = 0.2
 train("shared", run="apart" if RANK else "shared")
 with fsdp(), at_step(2, 0, stop):

@@ -31,8 +31,25 @@ AWARE = [
     "quantize.calibration={tokens: 256, length: 32}",
     "quantize.training={steps: 3, distillation: 0.5}",
 ]
-
-
+SGD = ["quantize.embedding=8", "train.optimizer=sgd", "train.learning_rate=0.3"]
+CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
+BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
+FAST = ["train.learning_rate=300"]  # the third step is too long
+SHARDED = {
+    "adapter learns": [*SGD, "quantize.training={steps: 3}"],
+    "adapter learns, taught": [
+        *SGD,
+        *CHECKPOINTED,
+        "quantize.training={steps: 3, distillation: 0.5}",
+    ],
+    "scales learn": [*SGD, *FAST, *BEST, "quantize.training={steps: 3, learns: scales}"],
+    "scales learn, taught": [
+        "quantize.embedding=8",
+        "train.save_steps=1",
+        "train.eval_steps=1",
+        "quantize.training={steps: 3, learns: scales, distillation: 0.5}",
+    ],
+}
 CALIBRATED = [
     "quantize.method=gptq",
     "quantize.head=float",
@@ -245,6 +262,93 @@ def test_two_processes_train_the_codes_of_one(folder):
         assert (tensor != two[name]).float().mean() < 0.01, name
     manifest = json.loads((folder / "undisturbed" / "manifest.json").read_text())
     assert manifest["qat"]["processes"] == 2
+
+
+@pytest.fixture(scope="module")
+def sharded(folder):
+    """Trains codes as two processes have done under FSDP, in this one; both run directories."""
+    from finequant.quantize.training.train import main
+
+    def train(name: str) -> tuple[Path, Path]:
+        alone, two = folder / f"{name} alone", folder / name
+        codes, said = results(folder, name)
+        assert codes == [0, 0], said
+        shutil.copytree(two, alone, ignore=shutil.ignore_patterns("trained_*", "steps"))
+        main([str(folder / "recipe.yaml"), f"output_dir={alone}", *SHARDED[name]])
+        return alone, two
+
+    return train
+
+
+def far(tensor: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((tensor - expected).norm() / expected.norm()).item()
+
+
+def learned(run: Path) -> torch.Tensor:
+    steps = run / "checkpoints" / "qat" / "steps"
+    tensors = load_file(steps / "checkpoint-3" / "parameters.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def ends(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All codes that training ended with, and all scales."""
+    tensors = load_file(run / "trained_codes" / "codes.safetensors")
+    codes, scales = (
+        [tensor.flatten() for name, tensor in sorted(tensors.items()) if name.endswith(part)]
+        for part in ("codes", "scale")
+    )
+    return torch.cat(codes), torch.cat(scales)
+
+
+def starts(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+
+    start = read_checkpoint(run / "checkpoints" / "qat" / "start").rounded
+    codes, scales = zip(*(start[name] for name in sorted(start)), strict=True)
+    return torch.cat([part.flatten() for part in codes]), torch.cat(
+        [part.flatten() for part in scales]
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter learns", "adapter learns, taught"])
+def test_fsdp_trains_the_codes_of_one_process(sharded, name):
+    """Whatever the number of parts of the tokens whose logits are made in turn."""
+    alone, two = sharded(name)
+    assert far(learned(two), learned(alone)) < 1e-6
+    (codes, scales), (expected, same), (before, _) = ends(two), ends(alone), starts(two)
+    assert torch.equal(scales, same)
+    assert (codes != before).float().mean() > 0.01
+    assert (codes != expected).float().mean() < 1e-4  # the last bit may decide at an edge
+
+
+def test_fsdp_keeps_the_best_scales_of_one_process(sharded):
+    alone, two = sharded("scales learn")
+    last = two / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
+    assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
+    assert far(learned(two), learned(alone)) < 1e-5
+    (codes, scales), (expected, same), (before, _) = ends(two), ends(alone), starts(two)
+    assert torch.equal(codes, expected) and torch.equal(codes, before)
+    assert far(scales, same) < 1e-6
+
+
+def test_fsdp_resumes_with_its_optimizer(sharded, folder):
+    """Adam divides small gradients by their size, and so their last bits show."""
+    assert results(folder, "scales learn, taught, ended")[0] == [143, 143]
+    alone, two = sharded("scales learn, taught")
+    _, (said, _) = results(folder, "scales learn, taught")
+    assert f"going on from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
+    assert far(learned(two), learned(alone)) < 1e-4
+
+
+def test_fsdp_shards_codes_that_only_the_first_process_loads(folder):
+    for name in SHARDED:
+        first, second = (
+            json.loads((folder / f"{name}-{rank}-bytes.json").read_text()) for rank in (0, 1)
+        )
+        assert first["whole"] == second["whole"] == pytest.approx(first["loaded"], rel=1e-3)
+        assert first["share"] + second["share"] == first["whole"]
+        assert first["share"] == pytest.approx(second["share"], rel=0.01)
+        assert second["loaded"] < 0.2 * second["whole"]  # what learns, and the norms
 
 
 def test_what_cannot_be_quantized_ends_both_processes(folder):

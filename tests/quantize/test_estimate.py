@@ -191,6 +191,27 @@ def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
     assert "model.load=nf4" in out.split("peak memory on H100")[1].splitlines()[1]
 
 
+def test_sharded_codes_are_divided(recipe_file, monkeypatch):
+    """Of 70B, 2 bytes a weight lie on eight GPUs; two blocks, embedding and head are gathered."""
+    from finequant.quantize.size import resources
+
+    overrides = ["quantize.training={steps: 2}", "train.gradient_checkpointing=true"]
+    recipe = load_recipe(recipe_file, [*overrides, "quantize.dtype=bfloat16"])
+    one, eight = named_gpu("H100"), named_gpu("H100")._replace(gpus=8, sharded=True)
+    block = components(LLAMA_3_70B)["mlp"] + components(LLAMA_3_70B)["attention"]
+    table, block = components(LLAMA_3_70B)["embedding"], block // 80
+    formed = 2 * (block + table)  # in bfloat16, for the backward
+    whole, share = (memory_of("qat", recipe, LLAMA_3_70B, on) for on in (one, eight))
+    stored = whole["weights"] - formed
+    gathered = 2 * (2 * block + 2 * table)
+    assert share["weights"] == pytest.approx(stored / 8 + gathered + formed, rel=0.03)
+    assert share["optimizer"] == whole["optimizer"] // 8
+    assert whole["activations"] == share["activations"]
+    monkeypatch.setattr(resources, "load_config", lambda _: LLAMA_3_70B)
+    with pytest.raises(UserError, match="H100 has 80.00 GB: it fits with --launch fsdp"):
+        refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["qat"], eight._replace(sharded=False))
+
+
 def test_less_is_predicted_for_less(recipe_file):
     recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
     cpu = Machine("this machine", 10**12, "cpu")
@@ -209,6 +230,8 @@ def test_less_is_predicted_for_less(recipe_file):
     aware = [[f"quantize.training={{steps: 2, distillation: {x}}}"] for x in (0, 1)]
     aware = [[*overrides, "quantize.dtype=bfloat16"] for overrides in aware]
     assert total("qat", *aware[0]) < total("qat", *aware[1])
+    checkpointed = [*aware[0], "train.gradient_checkpointing=true"]
+    assert total("qat", *checkpointed) < total("qat", *aware[0]) - 2 * 12e9  # formed weights
     assert total("quantize", *aware[0], "quantize.method=gptq") == total("quantize")
     assert total("quantize") < total("quantize", "quantize.budget=4.5")
     assert total("quantize") < total("quantize", "quantize.method=gptq")

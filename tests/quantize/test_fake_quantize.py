@@ -35,7 +35,7 @@ def make_layer(
     layer = kind(start, SCHEME.bits, dtype, **arguments)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            if name != "lora_A":
+            if parameter.requires_grad and name != "lora_A":
                 parameter.normal_(std=0.1)
     return layer
 

@@ -296,25 +296,39 @@ def test_codes_of_another_scheme_or_adapter_are_not_shipped(stage, capsys):
 
 
 @pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
-def test_split_weights_are_refused_first(stage, monkeypatch, capsys, launcher):
+def test_weights_that_are_not_split_by_rows_are_refused_first(stage, monkeypatch, capsys, launcher):
     from finequant.quantize.training.train import main
 
     monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     said = refused(capsys, main, [str(stage.recipe), *stage.arguments(ADAPTER)])
-    assert "quantize.training: not with FSDP or DeepSpeed" in said
+    assert "quantize.training: not with DeepSpeed or FSDP 1" in said
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed_zero3"])
+ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+@pytest.mark.parametrize("how", ["FSDP 1", "DeepSpeed"])
 def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
-    recipe_file, monkeypatch, capsys, name
+    recipe_file, monkeypatch, capsys, how
 ):
     from finequant.recipes.commands import pipeline
     from finequant.recipes.run import main
 
     monkeypatch.setattr(pipeline, "_start", lambda *_: pytest.fail("a stage was started"))
-    file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
+    file = ACCELERATE / "deepspeed_zero3.yaml"
+    if how == "FSDP 1":
+        text = (ACCELERATE / "fsdp.yaml").read_text(encoding="utf-8")
+        file = recipe_file.with_name("fsdp1.yaml")
+        file.write_text(text.replace("fsdp_version: 2", "fsdp_version: 1"), encoding="utf-8")
     arguments = ["run", str(recipe_file), ADAPTER, "--force", "--launch", str(file)]
-    assert f"--launch: {file} uses" in refused(capsys, main, arguments)
+    assert f"--launch: {file} uses {how}" in refused(capsys, main, arguments)
+
+
+def test_fsdp_of_the_second_version_is_not_refused(recipe_file):
+    from finequant.recipes.commands.preflight import refuse_split_weights
+
+    refuse_split_weights(load_recipe(recipe_file, [ADAPTER]), ACCELERATE / "fsdp.yaml")
 
 
 def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():
