@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from environments import FAILURES, answer, install, reason, virtual_environment
 from judge import Judge, page
 
 from finequant.recipes.command_line import quiet_libraries
@@ -125,41 +124,25 @@ def run_client(client: Client, folder: Path, where: Path, job: dict[str, Any]) -
         (where / name).write_text((SCRIPTS / name).read_text(encoding="utf-8"), encoding="utf-8")
     try:
         command = [prepare(client, where), client.script, str(folder.absolute()), "job.json"]
-        # Without the paths of this environment.
-        clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        with (where / "log").open("w", encoding="utf-8") as log:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=clean, cwd=where
-            )
-        results = json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.CalledProcessError, OSError, IndexError, ValueError) as error:
-        text = getattr(error, "stderr", None) or (where / "log").read_text(encoding="utf-8")
-        reason = text.strip().splitlines() or [str(error)]
-        results = {"note": f"failed: {reason[-1][:300]}"}
+        results = answer(command, where)
+    except FAILURES as error:
+        results = {"note": f"failed: {reason(error, where)}"}
         say(f"clients: {where.name}: {results['note']}")
     (where / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def prepare(client: Client, where: Path) -> str:
     """Installs a client's packages unless they are there; returns the program that runs it."""
-    python = where / "env" / "bin" / "python"
     if client.shared:
         return sys.executable
     if client.script.endswith(".mjs"):
-        steps = [[*NPM.split(), *client.packages]]
-    else:
-        pip = [str(python), "-m", "pip"]
-        steps = [
-            [sys.executable, "-m", "venv", str(where / "env")],
-            [*pip, "install", "--quiet", *client.packages],
-            *([*pip, "uninstall", "--quiet", "--yes", name] for name in client.removed),
-        ]
-    if not (where / "installed").exists():
         (where / "package.json").write_text('{"type": "module"}', encoding="utf-8")
-        for step in steps:
-            subprocess.run(step, check=True, capture_output=True, text=True, cwd=where)
-        (where / "installed").touch()
-    return "node" if client.script.endswith(".mjs") else str(python)
+        install(where, [*NPM.split(), *client.packages])
+        return "node"
+    removal = ["uninstall", "--yes", *client.removed]
+    return virtual_environment(
+        where, ["install", *client.packages], *([removal] if client.removed else [])
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Environments of other people's programs, each its own, and the answers that programs print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def install(where: Path, *steps: list[str]) -> None:
+    """Runs the commands that fill an environment, unless they have been run before.
+
+    Raises:
+        subprocess.CalledProcessError: if one fails.
+    """
+    if not (where / "installed").exists():
+        for step in steps:
+            subprocess.run(step, check=True, capture_output=True, text=True, cwd=where)
+        (where / "installed").touch()
+
+
+def virtual_environment(where: Path, *commands: list[str]) -> str:
+    """Makes a virtual environment, runs pip's `commands` in it, and returns its Python.
+
+    Raises:
+        subprocess.CalledProcessError: if pip fails.
+    """
+    python = str(where / "env" / "bin" / "python")
+    steps = [[python, "-m", "pip", *command[:1], "--quiet", *command[1:]] for command in commands]
+    install(where, [sys.executable, "-m", "venv", str(where / "env")], *steps)
+    return python
+
+
+def answer(command: list[str], where: Path) -> dict[str, Any]:
+    """Runs a program in a folder, without the paths of this environment; its errors go to `log`.
+
+    Returns what the last line that it prints says, as JSON.
+
+    Raises:
+        OSError, IndexError, ValueError: if it does not start, or prints no JSON.
+    """
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with (where / "log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=clean, cwd=where
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+FAILURES = (subprocess.CalledProcessError, OSError, IndexError, ValueError)
+"""What installing and running raise if a program does not do its work."""
+
+
+def reason(error: Exception, where: Path) -> str:
+    """Says why a program failed, by the last line of what it wrote to stderr."""
+    log = where / "log"
+    text = getattr(error, "stderr", None) or (
+        log.read_text(encoding="utf-8") if log.exists() else ""
+    )
+    return (text.strip().splitlines() or [str(error)])[-1][:300]

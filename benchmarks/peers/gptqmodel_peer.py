@@ -1,0 +1,37 @@
+"""GPTQ by GPTQModel; its weights, dequantized, go back into the base."""
+
+from gptqmodel import BACKEND, GPTQConfig, GPTQModel
+from peer import Peer
+from transformers import AutoTokenizer
+
+
+def main() -> None:
+    peer = Peer()
+    model = peer.load()
+    untied = peer.folder.with_name("untied")  # it reads a folder
+    model.save_pretrained(untied)
+    AutoTokenizer.from_pretrained(peer.job["base"]).save_pretrained(untied)
+    config = GPTQConfig(
+        bits=4,
+        group_size=peer.job["group_size"],
+        sym=True,
+        lm_head=True,
+        offload_to_disk=False,
+        **peer.settings["options"],
+    )
+    quantizer = GPTQModel.load(str(untied), config, device="cpu", backend=BACKEND.GPTQ_TORCH)
+    batches = [
+        {"input_ids": ids[None], "attention_mask": ids[None] * 0 + 1} for ids in peer.sequences
+    ]
+    with peer.timed():
+        quantizer.quantize(batches, batch_size=1, backend=BACKEND.GPTQ_TORCH)
+    layers = dict(quantizer.model.named_modules())
+    for name, layer in model.named_modules():
+        if hasattr(layers.get(name), "dequantize_weight"):
+            layer.weight.data.copy_(layers[name].dequantize_weight().T)
+    model.save_pretrained(peer.folder)
+    peer.answer(linear=4.5, head=4.5)
+
+
+if __name__ == "__main__":
+    main()
