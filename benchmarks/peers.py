@@ -1,7 +1,7 @@
 """Quantizes one base by other people's tools, and measures each result by plain transformers.
 
 python benchmarks/peers.py
-python benchmarks/peers.py --only nncf --only torchao --folder /big/disk
+python benchmarks/peers.py --only nncf-gptq --only torchao --folder /big/disk
 
 Base, calibration text and test windows are those of benchmarks/wikitext2.yaml. A tool gets an
 environment of its own in the folder, from PyPI, pinned; finequant runs in this one. Its script
@@ -109,7 +109,7 @@ ROWS = {
         {"options": {"gptq": True, "scale_estimation": True}},
     ),
     "autoround": Row(
-        "autoround", "50 iterations a block", "float", {"iterations": 50, "batch_size": 2}
+        "autoround", "32 iterations a block", "float", {"iterations": 32, "batch_size": 2}
     ),
     "gptqmodel": Row("gptqmodel", "GPTQ", "float", {"options": {}}),
     "torchao": Row("torchao", "round to nearest", "int8", {}),
@@ -170,7 +170,8 @@ def quantize_and_measure(row: Row, folder: Path, where: Path, job: dict[str, Any
         results = {}
         for script in (tool.script, "measure.py"):
             results |= answer([python, str(SCRIPTS / script), "job.json", str(model)], where)
-        shutil.rmtree(model)
+        for written in (model, where / "untied"):
+            shutil.rmtree(written, ignore_errors=True)
     except FAILURES as error:
         results = {"note": f"failed: {reason(error, where)}"}
         say(f"peers: {where.name}: {results['note']}")
@@ -187,7 +188,7 @@ def interpreter(tool: Tool, where: Path) -> str:
     return virtual_environment(where, *steps)
 
 
-HEADER = (
+HEADER = [
     "tool",
     "method",
     "activations",
@@ -195,7 +196,11 @@ HEADER = (
     "times float",
     "per word",
     "KL",
-) + ("same first choice, %", "bits per weight", "seconds", "GB")
+    "top-1 agreement in %",
+    "bits per weight",
+    "seconds",
+    "GB",
+]
 
 
 def page(folder: Path) -> str:
@@ -206,7 +211,7 @@ def page(folder: Path) -> str:
         if path.exists():
             figures = json.loads(path.read_text(encoding="utf-8"))
             rows.append([row.tool, row.method, row.activations, *cells(figures, counts)])
-    return markdown_table(list(HEADER), rows)
+    return markdown_table(HEADER, rows)
 
 
 def cells(figures: dict[str, Any], counts: dict[str, int]) -> list[str]:

@@ -1,16 +1,17 @@
 """GPTQ by GPTQModel; its weights, dequantized, go back into the base."""
 
-from gptqmodel import BACKEND, GPTQConfig, GPTQModel
-from peer import Peer
-from transformers import AutoTokenizer
+import os
+
+# On two cores it makes one worker for the processor, and then asks for two.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+from gptqmodel import BACKEND, GPTQConfig, GPTQModel  # noqa: E402
+from peer import Peer  # noqa: E402
 
 
 def main() -> None:
     peer = Peer()
     model = peer.load()
-    untied = peer.folder.with_name("untied")  # it reads a folder
-    model.save_pretrained(untied)
-    AutoTokenizer.from_pretrained(peer.job["base"]).save_pretrained(untied)
     config = GPTQConfig(
         bits=4,
         group_size=peer.job["group_size"],
@@ -19,7 +20,7 @@ def main() -> None:
         offload_to_disk=False,
         **peer.settings["options"],
     )
-    quantizer = GPTQModel.load(str(untied), config, device="cpu", backend=BACKEND.GPTQ_TORCH)
+    quantizer = GPTQModel.load(str(peer.untied()), config, device="cpu", backend=BACKEND.GPTQ_TORCH)
     batches = [
         {"input_ids": ids[None], "attention_mask": ids[None] * 0 + 1} for ids in peer.sequences
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 class Peer:
@@ -31,6 +31,13 @@ class Peer:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         return model
+
+    def untied(self) -> Path:
+        """Writes the base with a head of its own, for tools that read a folder."""
+        folder = self.folder.with_name("untied")
+        self.load().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.job["base"]).save_pretrained(folder)
+        return folder
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -2,21 +2,23 @@
 
 import torch
 from peer import Peer
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig
 from torchao.quantization.granularity import PerGroup
-from transformers import TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 
 def main() -> None:
     peer = Peer()
-    model = peer.load()
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int4, weight_granularity=PerGroup(peer.job["group_size"])
     )
+    # Without this list, transformers would leave the head in float.
+    settings = TorchAoConfig(config, modules_to_not_convert=[])
+    untied = peer.untied()
     with peer.timed():
-        quantize_(model, config)
-    settings = TorchAoConfig(config, include_input_output_embeddings=True)
-    model.config.quantization_config = settings
+        model = AutoModelForCausalLM.from_pretrained(
+            untied, quantization_config=settings, dtype=torch.float32
+        )
     model.save_pretrained(peer.folder)
     peer.answer(linear=4.5, head=4.5)
 
