@@ -194,8 +194,8 @@ def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
         runtime.last_logits(prompt)
 
     def decode(runtime: Runtime) -> None:
-        for hardware in range(new_tokens):
-            runtime.last_logits([100 + hardware], len(prompt) + hardware)
+        for step in range(new_tokens):
+            runtime.last_logits([100 + step], len(prompt) + step)
 
     calls = {name: lambda runtime=runtime: decode(runtime) for name, runtime in runtimes.items()}
     title = f"Decoding of {new_tokens} tokens, {hardware()}, median of {rounds} in turn"
