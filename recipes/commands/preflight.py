@@ -127,7 +127,7 @@ def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
 
 
 def _sharding(launch: Path | None) -> str | None:
-    """`FSDP 1`, `FSDP 2` or `DeepSpeed`, if a configuration of accelerate asks for it."""
+    """Names what a configuration of accelerate shards with: FSDP 1, FSDP 2 or DeepSpeed."""
     if not launch:
         return None
     from accelerate.commands.config.config_args import load_config_from_file  # imports torch

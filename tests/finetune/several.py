@@ -39,6 +39,7 @@ from finequant.recipes.interrupt import Interrupted
 
 sys.path.append(str(Path(__file__).parents[1]))
 from double_sums import sums_in_double  # noqa: E402
+from scenarios import AWARE, CALIBRATED, LORA, MEASURED, SHARDED, STEPS  # noqa: E402
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 FSDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp.yaml"
@@ -164,47 +165,6 @@ def fail(loss):
     raise Interrupted(signal.SIGTERM)
 
 
-STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
-LORA = ["train.save_steps=2", "train.max_steps=3"]
-AWARE = [
-    *STEPS,
-    "quantize.method=gptq",
-    "quantize.calibration={tokens: 256, length: 32}",
-    "quantize.training={steps: 3, distillation: 0.5}",
-]
-SGD = ["quantize.embedding=8", "train.optimizer=sgd", "train.learning_rate=0.3"]
-CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
-BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
-FAST = ["train.learning_rate=300"]  # the third step is too long
-SHARDED = {
-    "adapter learns": [*SGD, "quantize.training={steps: 3}"],
-    "adapter learns, taught": [
-        *SGD,
-        *CHECKPOINTED,
-        "quantize.training={steps: 3, distillation: 0.5}",
-    ],
-    "scales learn": [*SGD, *FAST, *BEST, "quantize.training={steps: 3, learns: scales}"],
-    "scales learn, taught": [
-        "quantize.embedding=8",
-        "train.save_steps=1",
-        "train.eval_steps=1",
-        "quantize.training={steps: 3, learns: scales, distillation: 0.5}",
-    ],
-}
-"""Gradients of plain SGD show in the result as they are; Adam divides small ones by their size."""
-
-CALIBRATED = [
-    "quantize.method=gptq",
-    "quantize.head=float",
-    "quantize.layers={'*.1.*': float}",
-    "quantize.calibration={tokens: 288, length: 32, steps: 6, scale_steps: 6}",
-]
-
-MEASURED = [
-    "evaluate.batch_size=3",
-    "evaluate.metrics=[exact_match, multiple_choice]",
-    "evaluate.choices=completions",
-]
 ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
 train("uneven", *ROWS)
 UNFIT = ["quantize.method=gptq", "quantize.group_size=80"]

@@ -16,6 +16,7 @@ from conftest import make_recipe, make_rows, write_jsonl
 from double_sums import sums_in_double
 from filelock import FileLock
 from safetensors.torch import load_file
+from scenarios import AWARE, CALIBRATED, LORA, MEASURED, SHARDED
 
 from finequant.finetune.train import LOG
 
@@ -23,44 +24,6 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ZERO3 = HERE.parents[1] / "recipes" / "accelerate" / "deepspeed_zero3.yaml"
 WEIGHTS = "adapter/adapter_model.safetensors"
-LORA = ["train.save_steps=2", "train.max_steps=3"]
-AWARE = [
-    "train.save_steps=2",
-    "lora.dropout=0.1",
-    "quantize.method=gptq",
-    "quantize.calibration={tokens: 256, length: 32}",
-    "quantize.training={steps: 3, distillation: 0.5}",
-]
-SGD = ["quantize.embedding=8", "train.optimizer=sgd", "train.learning_rate=0.3"]
-CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
-BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
-FAST = ["train.learning_rate=300"]  # the third step is too long
-SHARDED = {
-    "adapter learns": [*SGD, "quantize.training={steps: 3}"],
-    "adapter learns, taught": [
-        *SGD,
-        *CHECKPOINTED,
-        "quantize.training={steps: 3, distillation: 0.5}",
-    ],
-    "scales learn": [*SGD, *FAST, *BEST, "quantize.training={steps: 3, learns: scales}"],
-    "scales learn, taught": [
-        "quantize.embedding=8",
-        "train.save_steps=1",
-        "train.eval_steps=1",
-        "quantize.training={steps: 3, learns: scales, distillation: 0.5}",
-    ],
-}
-CALIBRATED = [
-    "quantize.method=gptq",
-    "quantize.head=float",
-    "quantize.layers={'*.1.*': float}",
-    "quantize.calibration={tokens: 288, length: 32, steps: 6, scale_steps: 6}",
-]
-MEASURED = [
-    "evaluate.batch_size=3",
-    "evaluate.metrics=[exact_match, multiple_choice]",
-    "evaluate.choices=completions",
-]
 
 
 @pytest.fixture(scope="module")

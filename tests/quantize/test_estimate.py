@@ -192,7 +192,7 @@ def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
 
 
 def test_sharded_codes_are_divided(recipe_file, monkeypatch):
-    """Of 70B, 2 bytes a weight lie on eight GPUs; two blocks, embedding and head are gathered."""
+    """Eight GPUs share the 2 bytes a weight of 70B, and gather two blocks, embedding and head."""
     from finequant.quantize.size import resources
 
     overrides = ["quantize.training={steps: 2}", "train.gradient_checkpointing=true"]
