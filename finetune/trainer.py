@@ -52,6 +52,9 @@ class LoraTrainer(SFTTrainer):
     own_loss_everywhere = False
     """Whether this loss is also used on a GPU."""
 
+    step_loss = math.nan
+    """The loss of the newest step, in this process; the log averages over train.logging_steps."""
+
     rows: list[Row]
     data: Data
     """The section that made the tokens, to name the rows of a failed step."""
@@ -162,6 +165,7 @@ class LoraTrainer(SFTTrainer):
         flag = torch.tensor([is_finite], device=self.accelerator.device)
         if not self.accelerator.gather(flag).all():
             self._refuse_step(norm)
+        self.step_loss = sum(loss.item() for _, loss in self._read)
         self._read.clear()
         return norm
 
@@ -278,7 +282,7 @@ def build_trainer(
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ShowsTraining("qat" if trainer_class else "train"))
+    trainer.add_callback(ShowsTraining("qat" if trainer_class else "train", trainer))
     trainer.rows, trainer.data = splits.train, recipe.data
     return trainer
 

@@ -16,7 +16,6 @@ from finequant.finetune.data.duplicates import (
     repeated_rows,
 )
 from finequant.finetune.data.page import Run, html_page
-from finequant.finetune.data.prepared import prepared_splits
 from finequant.finetune.data.rendering import Rendering
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import Splits
@@ -39,7 +38,7 @@ PAGE_ROWS = 50
 QUESTION, ANSWER = "QUESTION", "ANSWER"
 
 
-def preview(recipe: Recipe, count: int, page: Path | None = None) -> None:
+def preview(recipe: Recipe, splits: Splits, count: int, page: Path | None = None) -> None:
     """Prints the first `count` training rows and statistics of every split.
 
     page: an HTML file to write with fifty rows in color.
@@ -52,7 +51,6 @@ def preview(recipe: Recipe, count: int, page: Path | None = None) -> None:
 
     console = Console()
     tokenizer = load_tokenizer(recipe.model)
-    splits = prepared_splits(recipe)
     figures = _Figures(recipe, tokenizer, splits)
     close()
     for note in splits.notes:

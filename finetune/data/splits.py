@@ -70,6 +70,7 @@ class _Reading:
     table: TableWriter
     notes: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
     prompts: list[np.ndarray] = field(default_factory=list)
     """Hashes of the prompts, batch by batch."""
     answers: list[np.ndarray] = field(default_factory=list)
@@ -105,7 +106,9 @@ class _Reading:
 
     def _note(self, source: Source, form: str, findings: Findings, count: int) -> None:
         name, bad = Path(source.source).name, findings.bad
-        self.bad += bad
+        if _content(source) not in self.read:  # of a file for training and test, rows are bad once
+            self.bad += bad
+        self.read.add(_content(source))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         self.notes.append(f"{name}: {count} rows, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
@@ -126,6 +129,11 @@ class _Reading:
             f"data: {len(self.bad)} rows cannot be used; correct them, or set data.bad_rows to "
             f"drop, or to repair what can be repaired\n  {listed(problems)}"
         )
+
+
+def _content(source: Source) -> str:
+    """Returns what two sources with the same rows have in common, whichever of them are taken."""
+    return source.model_dump_json(exclude={"weight", "limit"})
 
 
 def _by_reason(bad: list[str]) -> list[str]:
@@ -257,21 +265,23 @@ class _Splitting:
         return rows[~is_chosen], rows[is_chosen]
 
     def _without_overlap(self, train: np.ndarray, others: np.ndarray) -> np.ndarray:
-        keys = self.keys
+        keys, data = self.keys, self.data
         is_shared = np.isin(keys[train], keys[others])
         shared = train[is_shared]
         if not len(shared):
             return train
-        if self.data.overlap == "error":
+        if data.overlap == "error":
             held_out = {keys[row]: row for row in others}
             pairs = [(row, held_out[keys[row]]) for row in shared]
             names = Rows(self.column, np.array(pairs).ravel())
             listing = [f"{row.where} = {same.where}" for row, same in _in_pairs(names[:20])]
             listing += [""] * (len(pairs) - len(listing))  # counted only
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
+            advice = "remove them, or leave them out of training with data.overlap=drop"
+            if {*map(_content, data.train)} & {*map(_content, [*data.validation, *data.test])}:
+                advice = "name other rows there, or none, and data.test_fraction splits some off"
             raise UserError(
-                f"data: {len(shared)} training rows also occur in validation or test; remove them, "
-                "or leave them out of training with data.overlap=drop"
+                f"data: {len(shared)} training rows also occur in validation or test; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
                 + f"\n  {listed(listing, most=10)}"
             )

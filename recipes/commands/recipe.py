@@ -77,12 +77,14 @@ def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
     doing("data: reading the rows")
     from finequant.finetune.data.prepared import prepared_splits
 
-    prepared_splits(recipe)  # refuses bad rows before the libraries are loaded, which takes seconds
+    splits = prepared_splits(
+        recipe
+    )  # refuses bad rows before the libraries are loaded, which takes seconds
     doing("data: loading datasets and transformers")
     quiet_libraries()
     from finequant.finetune.data.preview import preview
 
-    preview(recipe, rows, html)
+    preview(recipe, splits, rows, html)
 
 
 def plan(

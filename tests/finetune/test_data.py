@@ -280,6 +280,20 @@ def test_shared_rows_are_an_error_that_names_both_places(tmp_path, held_out):
     assert str(error.value).endswith("\n  train.jsonl:8 = held.csv:7")
 
 
+def test_bad_rows_of_a_file_for_training_and_test_are_named_once(tmp_path):
+    file = write(tmp_path / "rows.jsonl", numbered(0, 2))
+    with pytest.raises(UserError) as error:
+        load(file, test=file)
+    assert str(error.value) == (
+        "data: 2 training rows also occur in validation or test; name other rows there, or none, "
+        "and data.test_fraction splits some off\n  rows.jsonl:1 = rows.jsonl:1\n"
+        "  rows.jsonl:2 = rows.jsonl:2"
+    )
+    write(file, [*numbered(0, 2), {"prompt": "ask", "completion": ""}])
+    with pytest.raises(UserError, match="^rows.jsonl:3: empty assistant message"):
+        load(file, test=file)
+
+
 def test_shared_rows_can_be_left_out_of_training(tmp_path):
     train = write(tmp_path / "train.jsonl", numbered(0, 20))
     held = write(tmp_path / "held.jsonl", numbered(15, 30))

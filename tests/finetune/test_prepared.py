@@ -206,7 +206,8 @@ def test_the_page_holds_text_only(recipe_file, capsys):
     row = {"prompt": "<script>alert(1)</script>", "completion": "a & b"}
     (recipe_file.parent / "train.jsonl").write_text(json.dumps(row) + "\n")
     page = recipe_file.parent / "rows.html"
-    preview(load_recipe(recipe_file, []), 0, page)
+    recipe = load_recipe(recipe_file, [])
+    preview(recipe, prepared_splits(recipe), 0, page)
     text = page.read_text()
     assert "&lt;script&gt;alert(1)" in text
     assert "<b>a &amp; b&lt;|im_end|&gt;</b>" in text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from finequant.finetune.data.prepared import prepared_splits
 from finequant.finetune.data.preview import _colored, preview
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.tokens import encode
@@ -37,7 +38,8 @@ def cells(printed: str, name: str) -> list[str]:
 
 
 def shown(recipe_file: Path, capsys, *overrides: str, rows: int = 0) -> str:
-    preview(load_recipe(recipe_file, overrides), rows)
+    recipe = load_recipe(recipe_file, overrides)
+    preview(recipe, prepared_splits(recipe), rows)
     return capsys.readouterr().out
 
 

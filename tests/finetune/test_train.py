@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,22 @@ def test_another_micro_batch_goes_on_from_the_last_checkpoint(recipe_file, tmp_p
     train(recipe_file, *steps, *smaller, "train.logging_steps=1")
     assert "going on from" in capsys.readouterr().err
     assert relative_difference(undisturbed, weights(adapter)) < 1e-6
+
+
+def test_the_status_line_shows_the_loss_of_the_newest_step(recipe_file, monkeypatch):
+    """Also where the log has only the first, as in nine steps with train.logging_steps=10."""
+    from finequant.recipes.terminal import Progress
+
+    shown = []
+    monkeypatch.setattr(Progress, "show", lambda _self, _done, figures="": shown.append(figures))
+    adapter = train(recipe_file, "train.max_steps=4", "train.learning_rate=1e-2")
+    losses = [re.match(r", loss (\d\.\d{3}), ", figures) for figures in shown]
+    first, *others = [float(match[1]) for match in losses if match]
+    log = json.loads((adapter / "training_log.json").read_text(encoding="utf-8"))
+    logged = [entry["loss"] for entry in log if "loss" in entry]
+    assert first == pytest.approx(logged[0], abs=1e-3)
+    assert others == sorted(set(others), reverse=True)
+    assert len(others) == 3
 
 
 def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
