@@ -77,6 +77,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     if not is_first():
         return True
     measured |= measure_exports(recipe, run, material)
+    doing("evaluate: writing the report")
     report = report_of(recipe, run, material, measured)
     rows = predictions(recipe, material, measured)
     run.keep_edited("evaluate")

@@ -187,6 +187,7 @@ def check_and_describe(
     from finequant.quantize.describe import describe, layer_table
     from finequant.quantize.scheme import layer_plan
 
+    doing("quantize: measuring the rounding error of each layer")
     folder, base, config = checkpoint.folder, tuned.base, tuned.config
     plan = layer_plan(checked.settings, config)
     record = describe(checked.settings, plan, config, bool(tuned.trained))

@@ -93,6 +93,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     prompts, reference = [], None
     for entry in fitting_formats(formats, stored.contents):
         if reference is None:
+            doing(f"export: computing logits of {run.quantized}, which files have to equal")
             prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
             reference = _reference(stored, prompts)
         export_one(recipe, run, entry, stored, prompts, reference)

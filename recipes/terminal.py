@@ -9,13 +9,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-if not sys.stderr.isatty():  # a log file would be full of the libraries' progress bars
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+# The libraries' progress bars would break the status line, and fill a log file; those of downloads,
+# which nothing of ours describes, are shown all the same. Read when tqdm is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 STAGE = "FINEQUANT_STAGE"
 """The environment variable by which `finequant run` tells a stage its number, such as "2/4", and
@@ -90,6 +92,22 @@ def close() -> None:
     if _line is not None:
         _line.close()
     _line = None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silences libraries that draw progress bars in spite of TQDM_DISABLE."""
+    from unittest.mock import patch
+
+    from tqdm import tqdm
+
+    shown = tqdm.__init__
+
+    def hidden(self: tqdm, *args, **kwargs) -> None:
+        shown(self, *args, **kwargs | {"disable": True})
+
+    with patch.object(tqdm, "__init__", hidden):
+        yield
 
 
 class Progress:

@@ -50,9 +50,16 @@ function card(row) {
 function draw() {
   const kept = rows.filter(matches);
   document.getElementById("answers").replaceChildren(...kept.slice(0, limit).map(card));
-  document.getElementById("count").textContent = `${kept.length} of ${rows.length} rows`;
+  const words = document.getElementById("search").value;
+  const which = { all: "", wrong: ": quantized is wrong", differ: ": tuned and quantized differ" }[show];
+  document.getElementById("count").textContent =
+    `${kept.length} of ${rows.length} rows${which}${words && `, with "${words}"`}`;
   document.getElementById("more").hidden = kept.length <= limit;
 }
+
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+});
 
 if (rows.length) {
   const buttons = document.querySelectorAll("button[data-show]");

@@ -16,6 +16,7 @@ from finequant.evaluate.report.values import (
     to_percent,
     value_at,
 )
+from finequant.recipes.terminal import close
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,10 +119,15 @@ SPEEDS = (
 
 
 def print_rows(header: list[str], rows: list[list[str]]) -> Console:
-    """Prints a table to stdout, on a console wide enough for its numbers."""
+    """Prints a table to stdout; in a terminal that is too narrow for it, each row as a list.
+
+    Returns:
+        The console; where it is no terminal, it is as wide as the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    close()
     console = Console(markup=False, highlight=False, emoji=False)
     table = Table()
     table.add_column(header[0], min_width=16)
@@ -130,11 +136,27 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
         table.add_column(textwrap.fill(name, width), justify="right", min_width=width)
     for row in rows:
         table.add_row(*row)
-    # With many columns, the table is wider than the terminal rather than truncated.
     needed = console.measure(table, options=console.options.update(width=1000)).minimum
+    if console.is_terminal and needed > console.width:
+        console.print("\n".join(_as_list(header, row, console.width) for row in rows))
+        return console
     console.width = max(console.width, needed)
     console.print(table)
     return console
+
+
+def _as_list(header: list[str], row: list[str], width: int) -> str:
+    """Formats a row as its label and below it each cell after its heading, never broken inside."""
+    cells = zip(header[1:], row[1:], strict=True)
+    shown = [
+        f"{name} {cell}".replace(" ", "\N{NO-BREAK SPACE}")
+        for name, cell in cells
+        if cell != MISSING
+    ]
+    wrapped = textwrap.fill(
+        ", ".join(shown), width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+    return f"{header[0]} {row[0]}\n{wrapped}".strip().replace("\N{NO-BREAK SPACE}", " ")
 
 
 def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:

@@ -18,6 +18,7 @@ from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import without_bars
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -181,6 +182,7 @@ def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
+@without_bars()
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] of the model as plain transformers loads it."""
     from transformers import AutoModelForCausalLM
@@ -193,12 +195,14 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 class Transformers:
     """A checkpoint that plain from_pretrained loads, with a cache of one sequence."""
 
+    @without_bars()
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, DynamicCache
 
         self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self._cache = DynamicCache(config=self._model.config)
 
+    @without_bars()  # the first call unpacks the codes
     @torch.inference_mode()
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
         if beyond := self._cache.get_seq_length() - start:

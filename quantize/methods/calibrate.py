@@ -29,7 +29,7 @@ from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_on
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan, is_calibrated
-from finequant.recipes.terminal import tracked
+from finequant.recipes.terminal import doing, tracked
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -70,6 +70,7 @@ def calibrate(
     for number in tracked(range(blocks), "quantize: calibrating, block", blocks):
         yield from calibration.block(number)
     if plan[HEAD] and is_calibrated(HEAD, plan[HEAD]):
+        doing("quantize: calibrating, head")
         yield from calibration.head()
 
 

@@ -23,7 +23,7 @@ from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
 from finequant.recipes.errors import OutsideError
 from finequant.recipes.locate import locate_launch
-from finequant.recipes.terminal import STAGE, duration, restart_clock, say
+from finequant.recipes.terminal import STAGE, close, doing, duration, restart_clock, say
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -219,12 +219,14 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
     else:
         PROCESSES.set_forkserver_preload([LIBRARIES])
         process = PROCESSES.Process(target=_run_stage, args=(module, arguments, position))
+        doing(f"{name}: loading torch and transformers")
         try:
             process.start()
         except (EOFError, OSError) as error:  # the fork server was killed
             raise OutsideError(
                 f"{name}: its process did not start ({error}): {RESUME_HINT}"
             ) from None
+        close()
         code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
     if not launcher and code == FORK_SERVER_LOST:
         _end_orphan(process.pid)

@@ -149,13 +149,10 @@ def test_a_browser_filters_and_nothing_sticks_out(tmp_path, width):
     clicked.requests = performance.getEntriesByType("resource").length;
     document.body.dataset.probe = JSON.stringify([document.title, clicked]);
     """
-    # The policy of the page lets no other script run, so it is opened for the probe.
-    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", page(report(), rows()))
-    shown = rendered(text.replace("</body>", f"<script>{probe}</script></body>"), tmp_path, width)
-    title, clicked = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', shown, re.S)[1]))
+    title, clicked = probed(page(report(), rows()), probe, tmp_path, width)
     assert title == f"{HOSTILE}: base, tuned, quantized"
-    assert clicked["wrong"] == "5 of 60 rows"
-    assert clicked["differ"] == "5 of 60 rows"
+    assert clicked["wrong"] == "5 of 60 rows: quantized is wrong"
+    assert clicked["differ"] == "5 of 60 rows: tuned and quantized differ"
     assert clicked["all"] == "60 of 60 rows"
     assert (clicked["wide"], clicked["requests"]) == (False, 0)
 
@@ -166,6 +163,47 @@ def test_the_policy_lets_the_page_run_and_nothing_else(tmp_path):
     shown = rendered(page(report(), rows()).replace("</body>", added), tmp_path, 800)
     assert "5 of 60 rows" in shown
     assert "<title>run</title>" not in shown
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
+def test_paper_has_all_rows_and_columns_in_ink_on_white(tmp_path):
+    """Printed in a dark theme; 700 pixels are the text's width on A4."""
+    probe = """
+    document.querySelector("button[data-show=all]").click();
+    dispatchEvent(new Event("beforeprint"));
+    const style = getComputedStyle(document.body);
+    document.body.dataset.probe = JSON.stringify({
+      rows: document.getElementById("answers").children.length,
+      recipe: document.querySelector("details").open,
+      cut: [...document.querySelectorAll(".scroll")].some((part) =>
+        getComputedStyle(part).overflowX !== "visible"
+        || part.firstElementChild.offsetWidth > part.offsetWidth),
+      buttons: document.querySelector(".controls").offsetHeight,
+      colors: [style.color, style.backgroundColor],
+    });
+    """
+    judged = report()
+    exported = model(0.8, 2) | {"activations": "int8 in blocks of 32"}
+    judged["models"] |= {"compressed-tensors": exported, "gguf": exported}
+    text = page(judged, rows()).replace("@media print", "@media all")
+    for other in ("@media screen", "@media (max-width: 40rem)"):
+        assert other in text
+        text = text.replace(other, "@media speech")
+    assert probed(text, probe, tmp_path, 700) == {
+        "rows": 60,
+        "recipe": True,
+        "cut": False,
+        "buttons": 0,
+        "colors": ["rgb(28, 30, 33)", "rgb(255, 255, 255)"],
+    }
+
+
+def probed(text: str, script: str, folder: Path, width: int):
+    """What a script that runs in the page writes as JSON to `data-probe` of its body."""
+    # The policy of the page lets no other script run, so it is opened for this one.
+    text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
+    shown = rendered(text.replace("</body>", f"<script>{script}</script></body>"), folder, width)
+    return json.loads(html.unescape(re.search(r'data-probe="(.*?)"', shown, re.S)[1]))
 
 
 def rendered(text: str, folder: Path, width: int) -> str:

@@ -298,6 +298,20 @@ def test_samples_cannot_break_the_table(report, tmp_path):
     assert len(lines[-1]) < 5000
 
 
+def test_a_table_too_wide_for_the_terminal_is_a_list(report, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table(report)
+    out = capsys.readouterr().out
+    header, rows = comparison_rows(report)
+    assert max(map(len, out.splitlines())) <= 60
+    assert not set("│┃") & set(out)
+    for label, *cells in rows:
+        assert f"{label}\n  " in out
+        for name, cell in zip(header[1:], cells, strict=True):
+            assert f"{name} {cell}" in out
+
+
 @pytest.mark.parametrize("further", [(), ("pte", "gguf")])
 def test_terminal_table_has_all_numbers(report, capsys, monkeypatch, further):
     monkeypatch.setenv("COLUMNS", "80")

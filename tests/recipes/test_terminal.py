@@ -70,6 +70,20 @@ def test_a_terminal_has_one_status_line_which_goes():
     assert "a line that stays" in lines[0] + lines[1]
 
 
+LIBRARIES = """
+from finequant.recipes.terminal import say, without_bars
+from tqdm import tqdm
+list(tqdm(range(2), "a bar"))
+with without_bars():
+    list(tqdm(range(2), "a bar in any case", disable=False))
+say("done")
+"""
+
+
+def test_bars_of_libraries_are_not_shown():
+    assert in_a_terminal(LIBRARIES) == "done\r\n"
+
+
 def test_a_terminal_that_does_not_know_its_width_has_80_columns():
     lines = screen(in_a_terminal(LOOP, columns=0))
     assert max(map(len, lines)) in range(60, 81)
