@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import lzma
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -149,9 +150,20 @@ def _tracked(name: str, dataset: Sequence[dict[str, Any]]) -> Iterable[dict[str,
 def _read_file(path: Path, split: str) -> Iterator[Unparsed]:
     kind = kind_of(path)[0]
     if kind not in (*TABLES, ".txt"):
-        excel = "; from Excel: save the sheet as CSV UTF-8" if kind in (".xlsx", ".xls") else ""
-        raise UserError(f"{path}: {EXPECTED}{excel}")
+        raise UserError(f"{path}: {EXPECTED}{_hint(path, kind)}")
     yield from _checked(path, _rows_of(path, kind, split))
+
+
+def _hint(path: Path, kind: str) -> str:
+    """Says what else a file of an unknown kind may be."""
+    if kind in (".xlsx", ".xls"):
+        return "; from Excel: save the sheet as CSV UTF-8"
+    before, _, after = path.name.rpartition(kind) if kind else (path.name, "", "")
+    alike = [file.name for file in sorted(path.parent.glob(f"{glob.escape(before)}.*{after}"))]
+    names = [name.removeprefix(f"{before}.").removesuffix(after) for name in alike]
+    if kind[1:] not in names or len(names) != 2:
+        return ""
+    return f"; two languages, line by line: {before}.{{{','.join(names)}}}{after}"
 
 
 def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:

@@ -18,6 +18,7 @@ from finequant.finetune.data.readers import read_source
 from finequant.finetune.data.rows import FORMATS
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe, Source
+from finequant.recipes.sources import matching_files
 
 Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract"]
 
@@ -74,15 +75,32 @@ def write_recipe(
     schema = target.with_name("recipe.schema.json")
     if target.exists():
         raise UserError(f"{target}: exists already; choose another name: --to FILE.yaml")
-    if test and not test.exists():
-        raise UserError(f"--test: {test} does not exist")
-    rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
-    look = look_at([row for row in rows if isinstance(row, dict)], data, task, columns or {})
-    text = recipe_text(look, data, test, base, target)
+    for option, file in (("--data", data), ("--test", test)):
+        if file and not any(match.exists() for match in matching_files(file.resolve())):
+            raise UserError(f"{option}: {file} does not exist")
+    look = look_at(_rows_of(data), data, task, columns or {})
+    held_out = _columns_of_test(test, look) if test else {}
+    text = recipe_text(look, data, test, base, target, held_out)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not schema.exists():
         schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
     target.write_text(text, encoding="utf-8")
+
+
+def _rows_of(data: Path) -> list[dict[str, Any]]:
+    """Reads the first rows, except broken ones."""
+    rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _columns_of_test(test: Path, look: Look) -> dict[str, str]:
+    """Returns the columns of held-out rows, which may have other names: summary1 for summary."""
+    rows = [dict(_texts(row)) for row in _rows_of(test)]
+    if not look.columns or not rows:
+        return look.columns
+    there = {field: name for field, name in look.columns.items() if name in rows[0] or "{" in name}
+    question, answer = _columns(rows, test, there)
+    return {"prompt": question, "completion": answer}
 
 
 def look_at(
@@ -184,15 +202,23 @@ def _task_of(answers: list[str], name: str) -> Task:
     return "classify" if few and fmean(map(len, answers)) <= SHORT else "chat"
 
 
-def recipe_text(look: Look, data: Path, test: Path | None, base: str | None, target: Path) -> str:
+def recipe_text(
+    look: Look,
+    data: Path,
+    test: Path | None,
+    base: str | None,
+    target: Path,
+    columns_of_test: dict[str, str],
+) -> str:
     """Writes the recipe as YAML."""
     folder = target.parent.resolve()
     longest = int(quantiles(map(len, look.answers), n=100)[-1]) if len(look.answers) > 1 else 512
     tokens = min(512, max(8, longest // 2))
-    system = SYSTEM.get(look.task, "").format_map({"completion": "label"} | look.columns)
+    answer = look.columns.get("completion", "label").replace("_", " ")
+    system = SYSTEM.get(look.task, "").format(completion=answer)
     metrics = METRICS[look.task]
     held_out = (
-        f"  test:\n{_source(test, look, folder)}"
+        f"  test:\n{_source(test, columns_of_test, folder)}"
         if test
         else "  test_fraction: 0.1              # rows that the models answer, never trained on\n"
     )
@@ -208,7 +234,7 @@ def recipe_text(look: Look, data: Path, test: Path | None, base: str | None, tar
         f"name: {_quoted(_name(target.stem))}\n\n"
         "model:\n"
         f"  base: {_quoted(_base(base, folder))}\n\n"
-        f"data:\n  train:\n{_source(data, look, folder)}{held_out}"
+        f"data:\n  train:\n{_source(data, look.columns, folder)}{held_out}"
         + (f"  system: {_quoted(system)}\n" if system else "")
         + "  max_length: 1024                # tokens of a row; `finequant data` shows lengths\n"
         "  overlap: drop                   # rows that are also held out are not trained on\n\n"
@@ -256,10 +282,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _source(file: Path, look: Look, folder: Path) -> str:
+def _source(file: Path, columns: dict[str, str], folder: Path) -> str:
     lines = [f"- source: {_quoted(_seen_from(folder, file))}"]
-    if look.columns:
-        pairs = ", ".join(f"{field}: {_quoted(name)}" for field, name in look.columns.items())
+    if columns:
+        pairs = ", ".join(f"{field}: {_quoted(name)}" for field, name in columns.items())
         lines.append(f"  columns: {{{pairs}}}")
     return textwrap.indent("\n".join(lines) + "\n", "    ")
 

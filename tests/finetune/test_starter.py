@@ -125,3 +125,23 @@ def test_what_cannot_be_told_is_asked_for_and_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine.yaml").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="exists already"):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_held_out_rows_may_have_other_columns(tmp_path):
+    rows, test = tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
+    rows.write_text(json.dumps({"dialogue": "A: yes", "summary": "yes"}) + "\n")
+    test.write_text(json.dumps({"dialogue": "A: no", "summary1": "no", "summary2": "nay"}) + "\n")
+    write_recipe(rows, test, None, None, tmp_path / "mine.yaml")
+    recipe = load_recipe(tmp_path / "mine.yaml", [])
+    assert recipe.data.test[0].columns == {"prompt": "dialogue", "completion": "summary1"}
+
+
+def test_two_languages_line_by_line_are_two_files(tmp_path):
+    for name, text in (("train.en", "a dog"), ("train.de", "ein Hund")):
+        (tmp_path / name).write_text(text + "\n")
+    with pytest.raises(UserError, match=r"line by line: train\.\{de,en\}$"):
+        write_recipe(tmp_path / "train.de", None, None, None, tmp_path / "mine.yaml")
+    pair = tmp_path / "train.{de,en}"
+    columns = {"prompt": "de", "completion": "en"}
+    write_recipe(pair, pair, None, "translate", tmp_path / "mine.yaml", columns)
+    assert load_recipe(tmp_path / "mine.yaml", []).data.test[0].columns == columns
