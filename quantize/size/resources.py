@@ -58,7 +58,7 @@ def show_resources(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
             )
     for folder, size in _disk(recipe, run, config, stages).items():
-        show(f"\ndisk: {_gb(size)} in {folder}, free are {_gb(free_disk(folder))}")
+        show(f"\ndisk: {_gb(size)} in {folder}; {_gb(free_disk(folder))} are free")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
 
@@ -104,7 +104,7 @@ def refuse_what_cannot_finish(
             problems.append(_too_much(stage, memory, machine, hint))
     for folder, needed in _disk(recipe, run, config, stages).items():
         if needed > (free := free_disk(folder)):
-            problems.append(f"disk: {_gb(needed)} are needed for {folder}, free are {_gb(free)}")
+            problems.append(f"disk: {_gb(needed)} are needed for {folder}; {_gb(free)} are free")
     if problems:
         raise UserError(
             "this run cannot finish here:\n  "

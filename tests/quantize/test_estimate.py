@@ -330,7 +330,7 @@ def test_the_refusal_names_what_fits(recipe_file, stage, megabytes, hint):
 def test_too_little_disk_is_refused(recipe_file, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     recipe = load_recipe(recipe_file)
-    with pytest.raises(UserError, match="disk: .* are needed for .*, free are 0.0 MB"):
+    with pytest.raises(UserError, match="disk: .* are needed for .*; 0.0 MB are free"):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
 
 
