@@ -41,8 +41,12 @@ class ShowsTraining(TrainerCallback):
         if self._progress is None:  # an evaluation by itself
             return
         self._evaluated += 1
+        if self._evaluated == 1:
+            self._first_batch = time.monotonic()
+        seconds = (time.monotonic() - self._first_batch) / max(1, self._evaluated - 1)
+        left = len(eval_dataloader) - self._evaluated
         batches = f", validating {self._evaluated}/{len(eval_dataloader)}"
-        self._progress.show(state.global_step, batches)
+        self._progress.show(state.global_step, batches, further=seconds * left)
 
     def on_train_end(self, args, state, control, **_) -> None:
         self._progress.close()

@@ -124,14 +124,17 @@ class Progress:
         self._is_drawn = not self._line.disable
         self._pause = SECONDS_BETWEEN_FRAMES if self._is_drawn else SECONDS_BETWEEN_LINES
 
-    def show(self, done: int, figures: str = "") -> None:
-        """figures: for example ", loss 0.41"."""
+    def show(self, done: int, figures: str = "", further: float = 0.0) -> None:
+        """
+        figures: for example ", loss 0.41".
+        further: the seconds that something else will take before this goes on.
+        """
         now = time.monotonic()
         if now - self._shown < self._pause:
             return
         self._shown = now
         if new := done - self._before:
-            rest = (now - self._started) / new * (self._total - done)
+            rest = (now - self._started) / new * (self._total - done) + further
             figures += f", {duration(rest)} left{_left_of_run(rest)}"
         text = f"{self._what} {done}/{self._total}{figures}"
         if self._is_drawn:

@@ -130,7 +130,11 @@ def test_the_status_line_shows_the_loss_of_the_newest_step(recipe_file, monkeypa
     from finequant.recipes.terminal import Progress
 
     shown = []
-    monkeypatch.setattr(Progress, "show", lambda _self, _done, figures="": shown.append(figures))
+
+    def show(_self, _done, figures="", further=0.0):
+        shown.append(figures)
+
+    monkeypatch.setattr(Progress, "show", show)
     adapter = train(recipe_file, "train.max_steps=4", "train.learning_rate=1e-2")
     losses = [re.match(r", loss (\d\.\d{3}), ", figures) for figures in shown]
     first, *others = [float(match[1]) for match in losses if match]
