@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -270,7 +271,7 @@ def _outcome(case: ElementTree.Element) -> str:
 
 
 def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: float) -> str:
-    """What was killed when, and what came of it."""
+    """In which stages runs were killed, what came of it, and each kill that changed a result."""
     same = sum(kill.same for kill in kills)
     made, good = (
         Counter(kill.stage for kill in kills),
@@ -281,26 +282,31 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
     lines = [
         f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
         "",
-        f"`finequant run` with {', '.join(f'`{change}`' for change in changes)}: all stages, "
-        f"{seconds:.0f} s undisturbed. SIGKILL to the whole process group, then the same command "
-        "again. Compared: every file of adapter/ and quantized/, and report.json without the "
-        f"seconds of training. Seed {arguments.seed}.{base if arguments.assistant else ''}",
+        f"All stages of `finequant run` with {', '.join(f'`{change}`' for change in changes)} took "
+        f"{seconds:.0f} s undisturbed. Each run was killed at a random moment, by SIGKILL to its "
+        "whole process group, and started again by the same command. Compared was every file of "
+        "adapter/ and quantized/, and report.json without the seconds of training. "
+        f"Seed {arguments.seed}, on {date.today():%B %d, %Y}."
+        f"{base if arguments.assistant else ''}",
         "",
         "| killed in | runs | same hashes |",
         "|---|---:|---:|",
     ]
     stages = [stage for stage in (*STAGES, "done") if made[stage]]
     lines += [f"| {stage} | {made[stage]} | {good[stage]} |" for stage in stages]
-    lines += ["", "| moment | stage | result |", "|---|---|---|"]
-    lines += [f"| {kill.moment} | {kill.stage} | {kill.problem or 'same'} |" for kill in kills]
+    if same < len(kills):
+        lines += ["", "| moment | stage | result |", "|---|---|---|"]
+    lines += [
+        f"| {kill.moment} | {kill.stage} | {kill.problem} |" for kill in kills if not kill.same
+    ]
     return "\n".join(lines)
 
 
 def tests_section(examples: int, tests: list[tuple[str, str, float]]) -> str:
     lines = [
-        f"{examples} examples of each kind of input. Exit code 0 or 2, no traceback, and no file "
-        "touched; on a disk that is full or can only be read: one message, its exit code, and the "
-        "same command once there is room.",
+        f"{examples} examples of each kind of input. Each had to end with exit code 0 or 2, "
+        "without a traceback, and without touching a file. On a disk that is full or read-only, "
+        "the command had to end with one message, and to succeed once there was room.",
         "",
         "| test | outcome |",
         "|---|---|",

@@ -194,12 +194,13 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
         UserError: if nothing can, or for rows that the recipe does not allow.
     """
     length, targets, index = (column(encoded, name) for name in ("length", "targets", COLUMN))
+    which = f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"
     is_long = length > data.max_length
     if is_long.any() and data.long_rows == "error":
         long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
         raise UserError(
-            f"data: {is_long.sum()} rows are longer than data.max_length={data.max_length}; raise "
-            "it, or set data.long_rows to truncate or drop\n  "
+            f"{which}: {is_long.sum()} rows are longer than data.max_length={data.max_length}; "
+            "raise it, or set data.long_rows to truncate or drop\n  "
             f"{_listed(long, is_long.sum())}"
         )
     left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
@@ -210,17 +211,17 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
     if count and (data.bad_rows == "error" or not len(kept)):
         drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
         raise UserError(
-            f"data: nothing is left to learn in {count} rows: within data.max_length="
+            f"{which}: nothing is left to learn in {count} rows: within data.max_length="
             f"{data.max_length} tokens there is no answer; raise data.max_length{drop}\n  {empty}"
         )
     if not len(kept):
         raise UserError(
-            f"data: all {len(rows)} rows are longer than data.max_length={data.max_length}, and "
+            f"{which}: all {len(rows)} rows are longer than data.max_length={data.max_length}, and "
             "data.long_rows=drop leaves none; raise data.max_length"
         )
     if count:
         say(
-            f"data: bad rows dropped: {count}: within data.max_length={data.max_length} tokens "
+            f"{which}: bad rows dropped: {count}: within data.max_length={data.max_length} tokens "
             f"there is no answer\n  {empty}"
         )
     return kept

@@ -260,7 +260,7 @@ def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokeni
         to_dataset(rows, tokenizer, Data(train="rows.jsonl", max_length=40))
     data = Data(train="rows.jsonl", max_length=40, bad_rows="drop")
     assert len(to_dataset(rows, tokenizer, data)) == 1
-    assert "data: bad rows dropped: 1" in "".join(capsys.readouterr())
+    assert "data.train: bad rows dropped: 1" in "".join(capsys.readouterr())
     with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
         to_dataset(rows[1:], tokenizer, data)
 

@@ -152,7 +152,8 @@ def test_shared_rows_are_refused(recipe_file, capsys):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_what_training_would_refuse_is_refused(recipe_file, capsys, split):
     write(recipe_file.parent / f"{split}.jsonl", [{"prompt": "ask " * 200, "completion": "say"}])
-    with pytest.raises(UserError, match=rf"nothing is left to learn.*\n  {split}.jsonl:1"):
+    refusal = rf"data.{split}: nothing is left to learn.*\n  {split}.jsonl:1"
+    with pytest.raises(UserError, match=refusal):
         shown(recipe_file, capsys)
 
 
