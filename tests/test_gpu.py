@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -60,6 +62,13 @@ def test_all_stages_run_there_and_quantized_is_near_tuned(recipe_file, precision
     assert all(
         manifest[stage]["peak_gpu_memory_bytes"] for stage in ("train", "quantize", "evaluate")
     )
+
+
+@pytest.mark.fresh_process
+def test_the_command_runs_all_stages(recipe_file):
+    arguments = ["run", str(recipe_file), "train.max_steps=2"]
+    subprocess.run([sys.executable, "-m", "finequant", *arguments], check=True)
+    assert (recipe_file.parent / "run" / "report.json").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

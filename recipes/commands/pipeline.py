@@ -26,6 +26,7 @@ from finequant.recipes.locate import locate_launch
 from finequant.recipes.terminal import STAGE, close, doing, duration, restart_clock, say
 
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
 
     from finequant.recipes.rundir import RunDir
@@ -39,10 +40,6 @@ MODULES = {
 }
 
 LIBRARIES = "finequant.recipes.commands.libraries"
-PROCESSES = get_context("forkserver" if sys.platform == "linux" else "spawn")
-"""Where stages start. A fork server imports the libraries once for all of them, which takes ten
-seconds a stage; macOS's own libraries break in forked processes."""
-
 FORK_SERVER_LOST = 255
 """What multiprocessing returns as the exit code of a process if its fork server is gone."""
 
@@ -203,6 +200,22 @@ def _threads_of_each() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores))}
 
 
+def processes() -> BaseContext:
+    """Returns where stages start.
+
+    A fork server imports the libraries once for all of them, which takes ten seconds a stage. It
+    cannot serve an accelerator: libraries look for one when they are imported, and CUDA refuses to
+    work in processes that are forked after that. macOS's own libraries break in forked processes.
+    """
+    from finequant.finetune.device import trains_on_cpu
+
+    if sys.platform != "linux" or not trains_on_cpu():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([LIBRARIES])
+    return context
+
+
 def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> None:
     """Runs a stage, or all exports, in a process, which returns its memory and contains crashes.
 
@@ -217,9 +230,9 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         started = subprocess.Popen(command, env=environment)
         code = wait_and_forward_signals(started.pid, started.wait)
     else:
-        PROCESSES.set_forkserver_preload([LIBRARIES])
-        process = PROCESSES.Process(target=_run_stage, args=(module, arguments, position))
         doing(f"{name}: loading torch and transformers")
+        work = (module, arguments, position)
+        process = processes().Process(target=_run_stage, args=work)
         try:
             process.start()
         except (EOFError, OSError) as error:  # the fork server was killed

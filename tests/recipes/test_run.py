@@ -56,7 +56,7 @@ def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
     def killed(_):
         raise EOFError("unexpected EOF")
 
-    monkeypatch.setattr(pipeline.PROCESSES.Process, "start", killed)
+    monkeypatch.setattr(pipeline.processes().Process, "start", killed)
     with pytest.raises(OutsideError, match=r"train: its process did not start \(unexpected EOF\)"):
         pipeline._start(["train"], '["1/1", []]', [], [])
 
@@ -82,6 +82,24 @@ def test_a_fork_server_that_is_killed_ends_the_stage_with_a_line(tmp_path, monke
 
 
 @pytest.mark.slow
+def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(tmp_path, monkeypatch):
+    """Libraries look for CUDA when they are imported, and it refuses to work in forks of that."""
+    from finequant.finetune import device
+    from finequant.recipes.commands import pipeline
+
+    assert pipeline.processes().get_start_method() == "forkserver"
+    (tmp_path / "stage.py").write_text(
+        "import pathlib, sys\n"
+        "def main(arguments):\n"
+        "    pathlib.Path(arguments[0]).write_text(str('torch' in sys.modules))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(device, "trains_on_cpu", lambda: False)
+    monkeypatch.setattr(pipeline, "module_of", lambda stage: "stage")
+    pipeline._start(["train"], '["1/1", []]', [str(tmp_path / "imported")], [])
+    assert (tmp_path / "imported").read_text() == "False"
+
+
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     recipe_file, tmp_path, here, script, monkeypatch
 ):
