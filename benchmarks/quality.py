@@ -39,6 +39,8 @@ WIKITEXT = HERE / "wikitext2.yaml"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
+ROTATED = ["quantize.rotate=true", "quantize.scale_dtype=bfloat16"]
+BEST = ["quantize.effort=best", *ROTATED]
 WITHOUT_LABELS = {
     "rtn, scale: max": ["quantize.method=rtn", "quantize.scale=max"],
     "rtn": ["quantize.method=rtn"],
@@ -46,16 +48,21 @@ WITHOUT_LABELS = {
     "gptq": [],
     "gptq, rotated": ["quantize.rotate=true"],
     "gptq, rotated, 32 steps a block": ["quantize.rotate=true", "quantize.calibration.steps=32"],
-    "effort: best": [
-        "quantize.effort=best",
-        "quantize.rotate=true",
-        "quantize.scale_dtype=bfloat16",
-    ],
-    "effort: best, head at 8 bits": [
-        "quantize.effort=best",
-        "quantize.rotate=true",
-        "quantize.scale_dtype=bfloat16",
+    "effort: best": BEST,
+    "effort: best, head at 8 bits": [*BEST, "quantize.head=8"],
+    "effort: best, 3 bits, head at 8": [*BEST, "quantize.bits=3", "quantize.head=8"],
+    "effort: best, 3 bits, two 8-bit tables": [
+        *BEST,
+        "quantize.bits=3",
         "quantize.head=8",
+        "quantize.embedding=8",
+    ],
+    "effort: best, 3 bits, one 8-bit table": [
+        *BEST,
+        "quantize.bits=3",
+        "quantize.head=8",
+        "quantize.embedding=8",
+        "quantize.rotate=false",
     ],
 }
 """What each row of the table changes in the recipe."""
@@ -66,17 +73,18 @@ def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> No
     """Perplexity without labels: float, and each method at four bits, head included.
 
     only: rows of the table, separated by semicolons; all if empty.
+    whole: also perplexity per word of the whole wiki.test.raw, as lm-eval's `wikitext` has it.
     """
-    from finequant.finetune.device import arithmetic_dtype
-    from finequant.finetune.model import load_base, load_tokenizer
+    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.model import load_base, load_config, load_tokenizer
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.apply import round_model
     from finequant.quantize.methods.transforms import transform_model
     from finequant.quantize.scheme import layer_plan, untie_head
 
     recipe, dtype = wikitext(f"quantize.group_size={group_size}"), arithmetic_dtype(torch.bfloat16)
-    tokenizer = load_tokenizer(recipe.model)
-    rows = [("float", 0.0, perplexity(load_base(recipe.model, dtype), recipe, whole))]
+    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
+    figures = {"float": (0.0, perplexities(load_base(recipe.model, dtype), recipe, whole))}
     for name in only.split(";") if only else WITHOUT_LABELS:
         chosen = wikitext(f"quantize.group_size={group_size}", *WITHOUT_LABELS[name])
         model = load_base(chosen.model, torch.float32)
@@ -85,19 +93,22 @@ def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> No
         started = time.monotonic()
         rounded = round_model(model, chosen, tokenizer, dtype)
         seconds = time.monotonic() - started
-        plan = layer_plan(chosen.quantize, model.config)
-        model = quantized_model(model, rounded, plan, dtype)
-        rows.append((name, seconds, perplexity(model, chosen, whole)))
-        say(f"{name}: {rows[-1][2]:.2f}")
+        model = quantized_model(model, rounded, layer_plan(chosen.quantize, config), dtype)
+        figures[name] = seconds, perplexities(model, chosen, whole)
+        say(f"{name}: {figures[name][1]}")
         del model, rounded
         gc.collect()
+    columns, rows = figures["float"][1], []
+    for name, (seconds, values) in figures.items():
+        cells = [f"{seconds:.0f}"]
+        for column, exact in columns.items():
+            cells += [f"{values[column]:.2f}", f"{values[column] / exact:.3f}"]
+        rows.append((name, *cells))
+    header = [part for column in columns for part in (column, f"{column}, times float")]
     show(
-        f"WikiText-2, 4 bits in groups of {group_size}, no training, {dtype} arithmetic",
-        ("method", "seconds", "perplexity per token", "times float"),
-        [
-            (name, f"{seconds:.0f}", f"{value:.2f}", f"{value / rows[0][2]:.3f}")
-            for name, seconds, value in rows
-        ],
+        f"WikiText-2, groups of {group_size}, no training, {dtype} arithmetic, {device().type}",
+        ("method", "seconds", *header),
+        rows,
     )
 
 
@@ -111,7 +122,7 @@ TABLES = {
 
 
 @app.command()
-def tables(tokens: int = 8192, method: str = "gptq", whole: bool = False) -> None:
+def tables(tokens: int = 8192, method: str = "gptq") -> None:
     """Perplexity and packed size of each way to keep embedding and head, 4-bit layers."""
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.device import arithmetic_dtype
@@ -135,7 +146,7 @@ def tables(tokens: int = 8192, method: str = "gptq", whole: bool = False) -> Non
         plan = layer_plan(recipe.quantize, config)
         size = model_size(plan, config, shipped, recipe.quantize).packed
         model = quantized_model(cast_weights(model, shipped), rounded, plan, dtype)
-        value = perplexity(model, recipe, whole)
+        value = perplexity(model, recipe)
         rows.append((name, f"{8 * size / parameter_count(config):.2f}", f"{value:.2f}"))
         say(" ".join(rows[-1]))
         del model, rounded
@@ -147,36 +158,52 @@ def tables(tokens: int = 8192, method: str = "gptq", whole: bool = False) -> Non
     )
 
 
-@app.command()
-def training(steps: int = 120, learning_rate: float = 5e-4) -> None:
-    """Perplexity of plain LoRA in float, of its rounding, and of quantization-aware training.
+AFTER_TRAINING = {
+    "all steps, then gptq": [],
+    "all steps, then effort: balanced": ROTATED,
+    "all steps, then effort: best": BEST,
+    "half, then scales learn from effort: best": [
+        *BEST,
+        "quantize.training={learns: scales, learning_rate: 1e-4, distillation: 0.9}",
+    ],
+    "half, then an adapter learns from effort: best": [
+        *BEST,
+        "quantize.training={learns: adapter, learning_rate: 2e-5, distillation: 0.5}",
+    ],
+}
+"""What follows plain LoRA; what has `quantize.training` spends half of the steps on it."""
 
-    `steps` are the budget of each run; the second run spends half of it on quantization-aware
-    training. The best checkpoint of plain LoRA counts.
+
+@app.command()
+def training(steps: int = 120, learning_rate: float = 5e-4, only: str = "") -> None:
+    """Perplexity of plain LoRA in float, and of what ships after as many steps in all.
+
+    The best checkpoint of plain LoRA counts.
+
+    only: rows of the table, separated by semicolons; all if empty.
     """
-    aware = wikitext(
-        f"train.max_steps={steps // 2}",
-        f"train.learning_rate={learning_rate}",
-        f"quantize.training={{steps: {steps - steps // 2}}}",
-        "output_dir=runs/wikitext2-aware",
-    )
-    plain = wikitext(
-        f"train.max_steps={steps}",
-        f"train.learning_rate={learning_rate}",
-        "output_dir=runs/wikitext2-plain",
-    )
-    run_stages(plain, "train", "quantize")
-    run_stages(aware, "train", "qat", "quantize")
-    float_best = min(float_perplexities(plain))
-    rows = [
-        ("plain LoRA, float, best checkpoint", float_best),
-        ("plain LoRA, then gptq", shipped_perplexity(plain)),
-        ("plain LoRA, then quantization-aware training, as shipped", shipped_perplexity(aware)),
-    ]
+    half = steps // 2
+    common = f"train.learning_rate={learning_rate}"
+    plain = wikitext(common, f"train.max_steps={steps}", "output_dir=runs/wikitext2-plain")
+    run_stages(plain, "train")
+    best = min(float_perplexities(plain))
+    rows = [("plain LoRA, float, best checkpoint", best)]
+    for name in only.split(";") if only else AFTER_TRAINING:
+        keys, aware = AFTER_TRAINING[name], "half" in name
+        recipe = wikitext(
+            common,
+            f"train.max_steps={half if aware else steps}",
+            f"output_dir=runs/wikitext2-{'half' if aware else 'plain'}",
+            *keys,
+            *([f"quantize.training.steps={steps - half}"] if aware else []),
+        )
+        run_stages(recipe, "train", *(["qat"] if aware else []), "quantize")
+        rows.append((name, shipped_perplexity(recipe)))
+        say(f"{name}: {rows[-1][1]:.3f}")
     show(
         f"WikiText-2, rank {plain.lora.rank}, {steps} steps of 1,024 tokens, groups of 32",
         ("model", "perplexity per token", "times plain float"),
-        [(name, f"{value:.2f}", f"{value / float_best:.3f}") for name, value in rows],
+        [(name, f"{value:.2f}", f"{value / best:.3f}") for name, value in rows],
     )
 
 
@@ -292,21 +319,31 @@ def wikitext(*overrides: str) -> Recipe:
     return load_recipe(WIKITEXT, overrides)
 
 
-def perplexity(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> float:
-    """Measures perplexity per token on the recipe's windows, or on the `whole` wiki.test.raw."""
+def perplexity(model: LlamaForCausalLM, recipe: Recipe) -> float:
+    """Measures perplexity per token on the recipe's windows."""
+    return next(iter(perplexities(model, recipe).values()))
+
+
+def perplexities(model: LlamaForCausalLM, recipe: Recipe, whole: bool = False) -> dict[str, float]:
+    """Measures perplexity per token on the recipe's windows, and per word of wiki.test.raw."""
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows, measure
+    from finequant.finetune.device import device
     from finequant.finetune.model import load_tokenizer
 
-    corpus = recipe.evaluate.perplexity[0]
+    (corpus,) = recipe.evaluate.perplexity
+    measured = {"per token": (corpus, "token")}
     if whole:
         raw = str(Path(corpus.source).with_name("wiki.test.raw"))
         changes = {"source": raw, "documents": "wikitext", "max_length": 2048, "windows": None}
-        corpus = corpus.model_copy(update=changes)
-    tokenizer = load_tokenizer(recipe.model)
-    texts = corpus_windows(read_corpus(corpus), tokenizer, corpus, 8192)
-    return measure(dequantize_once(model.eval(), [0]), *texts, 4, corpus.name)["token"]
+        measured["per word, whole test"] = (corpus.model_copy(update=changes), "word")
+    model = dequantize_once(model.to(device()).eval(), [0])
+    tokenizer, values = load_tokenizer(recipe.model), {}
+    for column, (corpus, unit) in measured.items():
+        texts = corpus_windows(read_corpus(corpus), tokenizer, corpus, 8192)
+        values[column] = measure(model, *texts, 4, corpus.name)[unit]
+    return values
 
 
 def float_perplexities(recipe: Recipe) -> list[float]:
