@@ -243,7 +243,7 @@ def recipe_text(
         "  batch_size: 16\n"
         "  learning_rate: 5e-4             # lower it for a base of several billion parameters\n\n"
         "quantize:\n"
-        "  effort: balanced                # fast: in seconds; best: several times as long\n"
+        "  effort: balanced                # fast: in seconds; best: loses less, for a GPU\n"
         "  exports: [gguf]\n\n"
         "evaluate:\n"
         f"  metrics: [{', '.join(metrics)}]\n{choices}"
