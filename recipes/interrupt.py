@@ -71,16 +71,21 @@ def deferred_signals() -> Iterator[StopRequest]:
         yield request
 
 
-def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> int:
-    """Waits for a process and its children, forwards signals to them, and returns its exit code.
+def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> tuple[int, int | None]:
+    """Waits for a process and its children, and forwards signals to them.
 
-    wait: returns the code when the process has ended.
+    wait: returns the exit code when the process has ended.
+
+    Returns:
+        The exit code, and the number of the last signal that was forwarded.
     """
     import psutil
 
     family: list[psutil.Process] = []
+    forwarded: list[int] = []
 
     def send(number: int) -> None:
+        forwarded.append(number)
         with suppress(psutil.NoSuchProcess):
             leader = psutil.Process(pid)
             family[:] = [leader, *leader.children(recursive=True)]
@@ -92,7 +97,7 @@ def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> int:
         code = wait()
         # A launcher may end before what it launched has saved its work.
         psutil.wait_procs(family)
-    return code
+    return code, forwarded[-1] if forwarded else None
 
 
 @contextmanager

@@ -395,8 +395,8 @@ class Quantize(Section):
         "balanced",
         exclude=True,  # the keys whose defaults it decides say all that matters
         description="defaults of other keys; fast: rounds to nearest, in seconds; balanced: "
-        "calibrates a rotated model; best: also trains blocks and scales, loses about half as much, "
-        "and takes twice as long on a GPU, twenty times on a CPU",
+        "calibrates a rotated model; best: also trains blocks and scales, loses about half as "
+        "much, and takes twice as long on a GPU, twenty times on a CPU",
     )
 
     bits: Bits = Field(

@@ -357,9 +357,13 @@ def stages_here(monkeypatch) -> list[str]:
 
     called = []
 
-    def start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> None:
+    def start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> int:
         called.extend(step)
-        import_module(pipeline.module_of(step[0])).main([*arguments, *pipeline.formats(step)])
+        try:
+            import_module(pipeline.module_of(step[0])).main([*arguments, *pipeline.formats(step)])
+        except SystemExit as end:
+            return end.code
+        return 0
 
     monkeypatch.setattr(pipeline, "_start", start)
     monkeypatch.setenv(COMMITS, "{}")  # the command leaves it for its stages

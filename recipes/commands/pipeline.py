@@ -90,12 +90,15 @@ def run(
             say(f"  because {change}")
         position = json.dumps([f"{number}/{len(steps)}", seconds])
         launcher, changed = _launched(stale[0], loaded, launch)
-        _start(stale, position, [str(recipe), *(overrides or []), *changed], launcher)
+        code = _start(stale, position, [str(recipe), *(overrides or []), *changed], launcher)
+        gate_failed = code == 1 and directory.what_changed(loaded, step[-1]) == []
+        if code and not gate_failed:
+            sys.exit(code)
         ran = True
     if ran:
         say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
-        _say_what_next(loaded, directory)
-        return
+        _say_what_next(loaded, directory, code == 0)
+        sys.exit(code)
     passed = _show_report(directory)
     say(f"nothing to do: {directory.root} is up to date")
     if not passed:
@@ -133,13 +136,13 @@ def _exit_code(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def _say_what_next(recipe: Recipe, directory: RunDir) -> None:
-    """Names the three commands that make use of a finished run."""
+def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
+    """Names the commands that make use of a finished run; what fails its gate is not shipped."""
     repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
     take = f"publish {directory.root} --dry-run {repo}"
     if not recipe.quantize.exports:
         take = f"export {directory.root} --to gguf"
-    lines = [f"report {directory.root} --open", f"chat {directory.root}", take]
+    lines = [f"report {directory.root} --open", f"chat {directory.root}", *([take] * passed)]
     say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))
 
 
@@ -216,10 +219,13 @@ def processes() -> BaseContext:
     return context
 
 
-def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> None:
+def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> int:
     """Runs a stage, or all exports, in a process, which returns its memory and contains crashes.
 
     position: as `terminal.STAGE` describes it.
+
+    Returns:
+        The exit code of a shell: 0, or 1 if the gate failed, or what to exit with.
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
@@ -228,7 +234,7 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         command = [sys.executable, "-m", *launcher, module, *arguments]
         environment = _threads_of_each() | os.environ | {STAGE: position}
         started = subprocess.Popen(command, env=environment)
-        code = wait_and_forward_signals(started.pid, started.wait)
+        code, signaled = wait_and_forward_signals(started.pid, started.wait)
     else:
         doing(f"{name}: loading torch and transformers")
         work = (module, arguments, position)
@@ -240,14 +246,16 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
                 f"{name}: its process did not start ({error}): {RESUME_HINT}"
             ) from None
         close()
-        code = wait_and_forward_signals(process.pid, partial(_exit_code, process))
-    if not launcher and code == FORK_SERVER_LOST:
-        _end_orphan(process.pid)
-    if code == -signal.SIGKILL or (not launcher and code == FORK_SERVER_LOST):
+        code, signaled = wait_and_forward_signals(process.pid, partial(_exit_code, process))
+        if code == FORK_SERVER_LOST:
+            _end_orphan(process.pid)
+            code = -signal.SIGKILL
+    if code == -signal.SIGKILL and signaled:  # it reached the fork server, too
+        return 128 + signaled
+    if code == -signal.SIGKILL:
         erase_line()
         say(f"{name} was killed, perhaps out of memory: {RESUME_HINT}")
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
+    return code if code >= 0 else 128 - code
 
 
 def _end_orphan(pid: int) -> None:

@@ -46,17 +46,18 @@ LAUNCHES = (
     COMMON
     + """
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
-sys.exit(wait_and_forward_signals(child.pid, child.wait))
+sys.exit(wait_and_forward_signals(child.pid, child.wait)[0])
 """
 )
 
 
 IMPORTS = """
+import sys
 from finequant.recipes.commands import pipeline
 from finequant.recipes.errors import report_user_errors
 pipeline.LIBRARIES = "slow_libraries"
 with report_user_errors():
-    pipeline._start(["train"], '["1/1", []]', [], [])
+    sys.exit(pipeline._start(["train"], '["1/1", []]', [], []))
 """
 SLOW_LIBRARIES = """
 import sys, time, types
