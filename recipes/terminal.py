@@ -97,8 +97,6 @@ def close() -> None:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Silences libraries that draw progress bars in spite of TQDM_DISABLE."""
-    from unittest.mock import patch
-
     from tqdm import tqdm
 
     shown = tqdm.__init__
@@ -106,8 +104,11 @@ def without_bars() -> Iterator[None]:
     def hidden(self: tqdm, *args, **kwargs) -> None:
         shown(self, *args, **kwargs | {"disable": True})
 
-    with patch.object(tqdm, "__init__", hidden):
+    tqdm.__init__ = hidden
+    try:
         yield
+    finally:
+        tqdm.__init__ = shown
 
 
 class Progress:

@@ -77,9 +77,8 @@ def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
     doing("data: reading the rows")
     from finequant.finetune.data.prepared import prepared_splits
 
-    splits = prepared_splits(
-        recipe
-    )  # refuses bad rows before the libraries are loaded, which takes seconds
+    # Refuses bad rows before the libraries are loaded, which takes seconds.
+    splits = prepared_splits(recipe)
     doing("data: loading datasets and transformers")
     quiet_libraries()
     from finequant.finetune.data.preview import preview
