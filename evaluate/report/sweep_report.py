@@ -68,20 +68,32 @@ def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     keys = list(dict.fromkeys(key for m in models.values() for key in m["settings"]))
     header = [key.replace("_", " ") for key in keys]
     header += ["bits per weight on disk", "bits per weight, packed"]
-    header += [f"perplexity, {corpus}" for corpus in corpora_of(models)]
+    units = _units(report)
+    header += [f"perplexity per {unit}, {corpus}" for corpus, unit in units.items()]
     for task, metric in metrics_of(models):
         header.append(f"{task}, {metric} {'out of 100' if to_percent(metric) == 1 else 'in %'}")
     accuracy = ["mean task accuracy in %"] if metrics_of(models) else []
-    return header + accuracy, [_row(model, keys, models) for model in models.values()]
+    return header + accuracy, [_row(model, keys, units, models) for model in models.values()]
 
 
-def _row(model: Model, keys: list[str], models: dict[str, Model]) -> list[str]:
+def _units(report: Report) -> dict[str, str]:
+    """Returns what perplexity is per, by corpus: words for those that lm-eval has by words."""
+    corpora = report["recipe"]["evaluate"]["perplexity"]
+    by_words = {corpus["name"] for corpus in corpora if corpus["documents"] == "wikitext"}
+    return {
+        corpus: "word" if corpus in by_words else "token" for corpus in corpora_of(report["models"])
+    }
+
+
+def _row(
+    model: Model, keys: list[str], units: dict[str, str], models: dict[str, Model]
+) -> list[str]:
     cells = [str(model["settings"].get(key, MISSING)) for key in keys]
     if not model["settings"]:
         cells[0] = f"float ({model['dtype']})"
     cells += [shown_number(model[key]) for key in ("bits_per_weight", "packed_bits_per_weight")]
-    for corpus in corpora_of(models):
-        cells.append(shown_number(value_at(model, "perplexity", corpus, "token")))
+    for corpus, unit in units.items():
+        cells.append(shown_number(value_at(model, "perplexity", corpus, unit)))
     for task, metric in metrics_of(models):
         cells.append(shown_score(to_percent(metric))(value_at(model, "tasks", task, metric)))
     if metrics_of(models):
@@ -112,18 +124,18 @@ def groupwise_tables(report: Report) -> list[str]:
     if len(sizes) < 2:
         return []
     tables = []
-    for corpus in corpora_of(report["models"]):
+    for corpus, unit in _units(report).items():
         by_method: dict[str, dict[int, str]] = {}
         for point in four:
-            shown = shown_number(value_at(point, "perplexity", corpus, "token"))
+            shown = shown_number(value_at(point, "perplexity", corpus, unit))
             by_method.setdefault(_method(point), {})[point["settings"]["group_size"]] = shown
-        baseline = shown_number(value_at(floating, "perplexity", corpus, "token"))
+        baseline = shown_number(value_at(floating, "perplexity", corpus, unit))
         rows = [
             [f"{_model_name(report)}, {method}", baseline]
             + [cells.get(size, MISSING) for size in sizes]
             for method, cells in by_method.items()
         ]
-        header = [f"perplexity, {corpus}", f"baseline ({floating['dtype']})"]
+        header = [f"perplexity per {unit}, {corpus}", f"baseline ({floating['dtype']})"]
         header += [f"groupwise 4-bit ({size})" for size in sizes]
         tables.append(markdown_table(header, rows))
     return tables
@@ -162,10 +174,10 @@ def _method(model: Model) -> str:
 def draw_sweep(report: Report) -> Figure | None:
     models = report["models"]
     panels = {
-        f"perplexity per token, {corpus}\n(lower is better)": [
-            float_at(model, "perplexity", corpus, "token") for model in models.values()
+        f"perplexity per {unit}, {corpus}\n(lower is better)": [
+            float_at(model, "perplexity", corpus, unit) for model in models.values()
         ]
-        for corpus in corpora_of(models)
+        for corpus, unit in _units(report).items()
     }
     accuracies = [mean_accuracy(model) for model in models.values()]
     panels["mean task accuracy in %\n(higher is better)"] = accuracies

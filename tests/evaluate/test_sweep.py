@@ -217,14 +217,20 @@ def scored(perplexity: float, accuracy: float | None = None, **settings) -> dict
         "dtype": "bfloat16",
         "bits_per_weight": 12.63,
         "packed_bits_per_weight": settings.get("bits", 16) + 1.0,
-        "perplexity": {"text": {"token": perplexity}},
+        "perplexity": {"text": {"token": perplexity, "word": perplexity**2}},
         "tasks": tasks,
     }
 
 
-def report_of(*points: dict) -> dict:
+def report_of(*points: dict, documents: str = "file") -> dict:
+    corpus = {"name": "text", "documents": documents}
     return {
-        "recipe": {"name": "tiny", "seed": 7, "model": {"base": "org/Tiny-1B"}},
+        "recipe": {
+            "name": "tiny",
+            "seed": 7,
+            "model": {"base": "org/Tiny-1B"},
+            "evaluate": {"perplexity": [corpus]},
+        },
         "versions": {"torch": "2.13.0"},
         "swept": "base",
         "models": {str(index): point for index, point in enumerate(points)},
@@ -270,13 +276,17 @@ def test_table_of_the_executorch_documentation():
         for size in (64, 32)
     ]
     (table,) = groupwise_tables(report_of(scored(29.6), *points[:-1]))
+    sizes = "groupwise 4-bit (32) | groupwise 4-bit (64)"
     assert table.splitlines() == [
-        "| perplexity, text | baseline (bfloat16) | groupwise 4-bit (32) | groupwise 4-bit (64) |",
+        f"| perplexity per token, text | baseline (bfloat16) | {sizes} |",
         "| :--- | ---: | ---: | ---: |",
         "| Tiny-1B, rtn | 29.60 | 80.00 | 160.00 |",
         "| Tiny-1B, gptq | 29.60 | – | 160.00 |",
     ]
     assert groupwise_tables(report_of(scored(29.6), points[0], points[2])) == []
+    by_words = report_of(scored(29.6), *points, documents="wikitext")
+    assert "| perplexity per word, text | base" in groupwise_tables(by_words)[0]
+    assert "| Tiny-1B, rtn | 876.16 | 6,400.00 | 25,600.00 |" in groupwise_tables(by_words)[0]
 
 
 def test_mean_accuracy_takes_one_metric_a_task():

@@ -64,7 +64,7 @@ def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     from finequant.recipes.commands import pipeline
 
     steps = []
-    monkeypatch.setattr(pipeline, "_start", lambda *arguments: steps.append(arguments[:2]))
+    monkeypatch.setattr(pipeline, "_start", lambda *arguments: steps.append(arguments[:2]) or 0)
     monkeypatch.setattr(pipeline, "refuse_early", lambda *_: None)
     with pytest.raises(SystemExit, match="0"):
         main(["run", str(recipe_file), "quantize.exports=[gguf, onnx]"])
