@@ -142,7 +142,9 @@ def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     take = f"publish {directory.root} --dry-run {repo}"
     if not recipe.quantize.exports:
         take = f"export {directory.root} --to gguf"
-    lines = [f"report {directory.root} --open", f"chat {directory.root}", *([take] * passed)]
+    lines = [f"report {directory.root} --open", f"chat {directory.root}"]
+    if passed:
+        lines.append(take)
     say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))
 
 
