@@ -189,7 +189,8 @@ def training(steps: int = 120, learning_rate: float = 5e-4, only: str = "") -> N
     best = min(float_perplexities(plain))
     rows = [("plain LoRA, float, best checkpoint", best)]
     for name in only.split(";") if only else AFTER_TRAINING:
-        keys, aware = AFTER_TRAINING[name], "half" in name
+        keys = AFTER_TRAINING[name]
+        aware = any(key.startswith("quantize.training=") for key in keys)
         recipe = wikitext(
             common,
             f"train.max_steps={half if aware else steps}",

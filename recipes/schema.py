@@ -396,7 +396,7 @@ class Quantize(Section):
         exclude=True,  # the keys whose defaults it decides say all that matters
         description="defaults of other keys; fast: rounds to nearest, in seconds; balanced: "
         "calibrates a rotated model; best: also trains blocks and scales, loses about half as "
-        "much, and takes twice as long on a GPU, twenty times on a CPU",
+        "much, and takes twice as long on a GPU, many times on a CPU",
     )
 
     bits: Bits = Field(

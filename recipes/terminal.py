@@ -126,7 +126,8 @@ class Progress:
         self._pause = SECONDS_BETWEEN_FRAMES if self._is_drawn else SECONDS_BETWEEN_LINES
 
     def show(self, done: int, figures: str = "", further: float = 0.0) -> None:
-        """
+        """Draws the line again, unless it was drawn a moment ago.
+
         figures: for example ", loss 0.41".
         further: the seconds that something else will take before this goes on.
         """

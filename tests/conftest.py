@@ -362,7 +362,7 @@ def stages_here(monkeypatch) -> list[str]:
         try:
             import_module(pipeline.module_of(step[0])).main([*arguments, *pipeline.formats(step)])
         except SystemExit as end:
-            return end.code
+            return end.code or 0
         return 0
 
     monkeypatch.setattr(pipeline, "_start", start)

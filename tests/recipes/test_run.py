@@ -61,59 +61,58 @@ def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
         pipeline._start(["train"], '["1/1", []]', [], [])
 
 
-def test_a_fork_server_that_is_killed_ends_the_stage_with_a_line(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Lets a stage of the command, in its process, do these lines of Python with its arguments."""
     from finequant.recipes.commands import pipeline
 
-    (tmp_path / "stage.py").write_text(
-        "import os, pathlib, signal, time\n"
-        "def main(arguments):\n"
-        "    pathlib.Path(arguments[0]).write_text(str(os.getpid()))\n"
-        "    os.kill(os.getppid(), signal.SIGKILL)\n"
-        "    time.sleep(60)\n"
-    )
+    def run(*lines: str, arguments: list[str]) -> int:
+        body = "".join(f"    {line}\n" for line in lines)
+        imports = "import os, pathlib, signal, sys, time\n"
+        (tmp_path / "stage.py").write_text(f"{imports}def main(arguments):\n{body}")
+        return pipeline._start(["train"], '["1/1", []]', arguments, [])
+
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(pipeline, "LIBRARIES", "json")
     monkeypatch.setattr(pipeline, "module_of", lambda stage: "stage")
-    assert pipeline._start(["train"], '["1/1", []]', [str(tmp_path / "pid")], []) == 137
+    return run
+
+
+def test_a_fork_server_that_is_killed_ends_the_stage_with_a_line(tmp_path, stage, capsys):
+    code = stage(
+        "pathlib.Path(arguments[0]).write_text(str(os.getpid()))",
+        "os.kill(os.getppid(), signal.SIGKILL)",
+        "time.sleep(60)",
+        arguments=[str(tmp_path / "pid")],
+    )
+    assert code == 137
     assert capsys.readouterr().err.startswith("train was killed")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(tmp_path, monkeypatch):
+def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(
+    tmp_path, stage, monkeypatch
+):
     """Libraries look for CUDA when they are imported, and it refuses to work in forks of that."""
     from finequant.finetune import device
     from finequant.recipes.commands import pipeline
 
     assert pipeline.processes().get_start_method() == "forkserver"
-    (tmp_path / "stage.py").write_text(
-        "import pathlib, sys\n"
-        "def main(arguments):\n"
-        "    pathlib.Path(arguments[0]).write_text(str('torch' in sys.modules))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(device, "trains_on_cpu", lambda: False)
-    monkeypatch.setattr(pipeline, "module_of", lambda stage: "stage")
-    pipeline._start(["train"], '["1/1", []]', [str(tmp_path / "imported")], [])
+    write = "pathlib.Path(arguments[0]).write_text(str('torch' in sys.modules))"
+    assert stage(write, arguments=[str(tmp_path / "imported")]) == 0
     assert (tmp_path / "imported").read_text() == "False"
 
 
-def test_a_signal_that_reaches_the_fork_server_too_is_no_lack_of_memory(
-    tmp_path, monkeypatch, capsys
-):
-    from finequant.recipes.commands import pipeline
-
-    (tmp_path / "stage.py").write_text(
-        "import os, signal, time\n"
-        "def main(arguments):\n"
-        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    os.kill(int(arguments[0]), signal.SIGTERM)\n"
-        "    time.sleep(0.5)\n"
-        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+def test_a_signal_that_reaches_the_fork_server_too_is_no_lack_of_memory(stage, capsys):
+    code = stage(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "os.kill(int(arguments[0]), signal.SIGTERM)",
+        "time.sleep(0.5)",
+        "os.kill(os.getppid(), signal.SIGKILL)",
+        arguments=[str(os.getpid())],
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(pipeline, "LIBRARIES", "json")
-    monkeypatch.setattr(pipeline, "module_of", lambda stage: "stage")
-    assert pipeline._start(["train"], '["1/1", []]', [str(os.getpid())], []) == 143
+    assert code == 143
     assert "killed" not in capsys.readouterr().err
 
 
