@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -32,6 +33,7 @@ Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx", 
 Method = Annotated[
     str, AfterValidator(known_method), WithJsonSchema({"enum": [*METHODS], "type": "string"})
 ]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Metric = Literal[
     "exact_match",
     "json_match",
@@ -50,6 +52,20 @@ UNSUPPORTED_INITS = {
     "corda": "it needs a calibration pass over the base",
     "eva": "it needs a calibration pass over the base",
 }
+
+
+def one_or_more(kind: Any, key: str | None = None) -> BeforeValidator:
+    """Accepts a list's only entry without the list, and a text for an entry with only this key.
+
+    kind: the type of an entry, for the JSON schema.
+    """
+    written = kind | str if key else kind
+
+    def listed(value: Any) -> list[Any]:
+        entries = value if isinstance(value, list) else [value]
+        return [{key: entry} if key and isinstance(entry, str) else entry for entry in entries]
+
+    return BeforeValidator(listed, json_schema_input_type=written | list[written])
 
 
 class Section(BaseModel):
@@ -113,20 +129,15 @@ class Source(Section):
         return self
 
 
-Sources = list[Source]
-SourcesInput = Source | str | list[Source | str]
-
-
-def one_source_is_a_list(value: Any) -> Any:
-    """Accepts `rows.jsonl` for `source: rows.jsonl`, and a single source for a list of one."""
-    entries = value if isinstance(value, list) else [value]
-    return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
+Sources = Annotated[list[Source], one_or_more(Source, "source")]
 
 
 class Data(Section):
     """Rows to train and to evaluate on, and how they become tokens."""
 
-    train: Annotated[Sources, Field(min_length=1)] = Field(description="sources of training rows")
+    train: Annotated[list[Source], Field(min_length=1), one_or_more(Source, "source")] = Field(
+        description="sources of training rows"
+    )
     validation: Sources = Field(
         default_factory=list, description="sources of the rows for the loss during training"
     )
@@ -177,10 +188,6 @@ class Data(Section):
         "error",
         description="what to do with training rows that also occur in validation or test",
     )
-
-    _sources = field_validator(
-        "train", "validation", "test", mode="before", json_schema_input_type=SourcesInput
-    )(one_source_is_a_list)
 
 
 class Lora(Section):
@@ -283,7 +290,7 @@ class Train(Section):
     )
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
     logging_steps: Positive = Field(10, description="steps between log entries")
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+    report_to: Annotated[list[Tracker], one_or_more(Tracker)] = Field(
         default_factory=list, description="experiment trackers to log to"
     )
 
@@ -346,10 +353,6 @@ class Calibration(Section):
         0,
         description="optimizer steps that finally train all scales together to reproduce the "
         "float model's predictions, 1,024 tokens each; the whole model is in memory; 0: none",
-    )
-
-    _sources = field_validator("data", mode="before", json_schema_input_type=SourcesInput)(
-        one_source_is_a_list
     )
 
 
@@ -455,7 +458,7 @@ class Quantize(Section):
         "a GGUF file",
     )
     keep_merged: bool = Field(False, description="also write the merged float checkpoint")
-    exports: list[Export] = Field(
+    exports: Annotated[list[Export], one_or_more(Export)] = Field(
         default_factory=list,
         description="further formats for the same codes, in exports/; torchao is quantized/ itself",
     )
@@ -542,12 +545,14 @@ class Gate(Section):
 class Evaluate(Section):
     """How to compare base, tuned, and quantized on the same inputs."""
 
-    perplexity: list[Corpus] = Field(
+    perplexity: Annotated[list[Corpus], one_or_more(Corpus)] = Field(
         default_factory=list, description="corpora to measure perplexity on"
     )
-    tasks: list[Task] = Field(default_factory=list, description="lm-eval tasks to run")
+    tasks: Annotated[list[Task], one_or_more(Task, "task")] = Field(
+        default_factory=list, description="lm-eval tasks to run"
+    )
     task_folder: str | None = Field(None, description="folder with your own lm-eval task files")
-    metrics: list[Metric] = Field(
+    metrics: Annotated[list[Metric], one_or_more(Metric)] = Field(
         default_factory=lambda: ["exact_match"], description="of answers to the held-out rows"
     )
     choices: list[str] | Literal["completions"] | None = Field(
@@ -566,12 +571,6 @@ class Evaluate(Section):
         5, description="rows whose answers the report shows side by side"
     )
     gate: Gate = Field(Gate(), description="limits on what quantization may cost")
-
-    @field_validator("tasks", mode="before", json_schema_input_type=Task | str | list[Task | str])
-    @classmethod
-    def _a_name_is_a_task(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
-        return [{"task": entry} if isinstance(entry, str) else entry for entry in entries]
 
     @model_validator(mode="after")
     def _combinations(self) -> Evaluate:
@@ -608,19 +607,16 @@ class Publish(Section):
     base_model: HubId | None = Field(
         None, description="Hub id of the base, if model.base is a folder or a package"
     )
-    language: list[Language] = Field(
+    language: Annotated[list[Language], one_or_more(Language)] = Field(
         default_factory=list, description="languages of the model, such as en"
     )
-    tags: list[str] = Field(default_factory=list, description="further tags for the model's page")
+    tags: Annotated[list[str], one_or_more(str)] = Field(
+        default_factory=list, description="further tags for the model's page"
+    )
     description: str | None = Field(None, description="what the model is for, in your own words")
     rows: bool = Field(
         False, description="also publish report.html, which shows held-out rows and answers"
     )
-
-    @field_validator("language", "tags", mode="before", json_schema_input_type=str | list[str])
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _other_licenses_have_a_name(self) -> Publish:

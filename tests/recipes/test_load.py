@@ -69,6 +69,24 @@ WRONG = {
         "data.test.splt",
         "(value 'x'); did you mean data.test.split?",
     ),
+    "unknown key in a single corpus": (
+        "evaluate:\n  perplexity:\n    name: a\n    source: rows.jsonl\n    colum: x",
+        10,
+        "evaluate.perplexity.colum",
+        "(value 'x'); did you mean evaluate.perplexity.column?",
+    ),
+    "missing single corpus": (
+        "evaluate:\n  perplexity:\n    name: a\n    source: no.txt",
+        9,
+        "evaluate.perplexity.source",
+        "no such file or folder: no.txt",
+    ),
+    "wrong single choice": (
+        "evaluate: {metrics: bleurt}",
+        6,
+        "evaluate.metrics",
+        "'rouge', 'bleu' or 'chrf' (value 'bleurt')",
+    ),
     "number as a key": ("1: 2", 6, "1", "unknown key (value 2)"),
     "text for a number": (
         'lora: {rank: "8"}',
@@ -149,7 +167,7 @@ WRONG = {
         "evaluate: {perplexity: text.txt}",
         6,
         "evaluate.perplexity",
-        "a valid list (value 'text.txt')",
+        "a mapping of keys to values (value 'text.txt')",
     ),
     "same corpus twice": (
         "evaluate:\n  perplexity:\n    - {name: a, source: text.txt}\n"
@@ -439,6 +457,21 @@ def test_schema_is_json_with_descriptions(write):
     assert "rank" in schema["$defs"]["Lora"]["properties"]
     kinds = schema["$defs"]["Data"]["properties"]["train"]["anyOf"]
     assert {"type": "string"} in kinds  # `train: rows.jsonl` is no error in an editor
+
+
+def test_a_list_of_one_needs_no_brackets(write):
+    sections = Recipe.model_json_schema()["$defs"].values()
+    keys = [item for section in sections for item in section["properties"].items()]
+    assert [name for name, key in keys if key.get("type") == "array"] == []
+    corpus = "{name: a, source: rows.jsonl}"
+    values = (
+        ("evaluate.perplexity", corpus),
+        ("evaluate.metrics", "f1"),
+        ("quantize.exports", "gguf"),
+    )
+    path = write()
+    single = load_recipe(path, [f"{key}={value}" for key, value in values])
+    assert single == load_recipe(path, [f"{key}=[{value}]" for key, value in values])
 
 
 def test_damaged_recipes_give_a_recipe_or_a_user_error(recipe_file):
