@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from finequant.finetune.data.readers import read_source
 from finequant.finetune.data.rows import FORMATS
+from finequant.finetune.device import device
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe, Source
 from finequant.recipes.sources import matching_files
@@ -217,6 +218,7 @@ def recipe_text(
     answer = look.columns.get("completion", "label").replace("_", " ")
     system = SYSTEM.get(look.task, "").format(completion=answer)
     metrics = METRICS[look.task]
+    effort = "best" if device().type == "cuda" else "balanced"
     held_out = (
         f"  test:\n{_source(test, columns_of_test, folder)}"
         if test
@@ -243,7 +245,7 @@ def recipe_text(
         "  batch_size: 16\n"
         "  learning_rate: 5e-4             # lower it for a base of several billion parameters\n\n"
         "quantize:\n"
-        "  effort: balanced                # fast: in seconds; best: loses less, for a GPU\n"
+        f"  effort: {effort:<24}# fast: in seconds; best: loses less, for a GPU\n"
         "  exports: [gguf]\n\n"
         "evaluate:\n"
         f"  metrics: [{', '.join(metrics)}]\n{choices}"

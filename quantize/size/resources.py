@@ -15,6 +15,7 @@ from finequant.quantize.size.plan import model_size
 from finequant.quantize.size.terms import Lengths, Memory, components, trainable
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import cache_folder
+from finequant.recipes.load import SectionType
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import STAGES, stages_of
@@ -138,9 +139,7 @@ def _what_fits(
             return "it fits with --launch fsdp"
         changed = recipe
         for key, value in changes.items():
-            section, _, name = key.partition(".")
-            part = getattr(changed, section).model_copy(update={name: value})
-            changed = changed.model_copy(update={section: part})
+            changed = _changed(changed, key, value)
         if fits(changed, machine):
             return "it fits with " + " ".join(
                 f"{key}={str(value).lower()}" for key, value in changes.items()
@@ -158,7 +157,9 @@ def _what_fits(
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Settings of a stage that take less and less memory."""
     if stage == "quantize":
-        yield {"quantize.method": "rtn"}
+        trained = recipe.quantize.calibration.scale_steps
+        whole = {"quantize.calibration.scale_steps": 0} if trained else {}
+        yield from (whole, whole | {"quantize.method": "rtn"})
         return
     if stage == "evaluate":
         rows = _divisors(recipe.evaluate.batch_size)
@@ -170,6 +171,13 @@ def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     yield from ({rows: number} | checkpointing for number in [whole, *_divisors(whole)])
     if stage == "train" and recipe.model.load == "float":
         yield from ({rows: number} | checkpointing | {"model.load": "nf4"} for number in (whole, 1))
+
+
+def _changed(section: SectionType, key: str, value: Any) -> SectionType:
+    """Returns a recipe, or a section of it, with another value of a key such as `lora.rank`."""
+    name, _, inner = key.partition(".")
+    value = _changed(getattr(section, name), inner, value) if inner else value
+    return section.model_copy(update={name: value})
 
 
 def _divisors(number: int) -> list[int]:

@@ -6,11 +6,14 @@ import csv
 import json
 
 import pytest
+import torch
 
+from finequant.finetune.data import starter
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.starter import write_recipe
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
+from finequant.recipes.schema import Quantize
 
 CALL = {
     "role": "assistant",
@@ -96,6 +99,15 @@ def test_a_table_with_test_rows_of_its_own(tmp_path):
     assert recipe.model.base == "org/base"
     assert [len(part) for part in load_splits(recipe.data, 0)[::2]] == [28, 30]
     assert (target.parent / "recipe.schema.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "effort"), [("cuda", "best"), ("cpu", "balanced")])
+def test_a_gpu_has_time_for_the_best(tmp_path, monkeypatch, kind, effort):
+    monkeypatch.setattr(starter, "device", lambda: torch.device(kind))
+    (tmp_path / "rows.txt").write_text("a text")
+    write_recipe(tmp_path / "rows.txt", None, None, None, tmp_path / "mine.yaml")
+    calibration = load_recipe(tmp_path / "mine.yaml").quantize.calibration
+    assert calibration == Quantize(effort=effort).calibration
 
 
 def test_columns_can_be_said_and_odd_names_make_a_valid_recipe(tmp_path):

@@ -178,6 +178,12 @@ def test_a_base_in_nf4_fits_where_one_in_bf16_does_not(plan):
         assert ("does not fit" not in train) is fits
 
 
+def test_scales_of_a_model_that_does_not_fit_are_left_out(plan):
+    out = plan(LLAMA_2_13B, "--gpu", "4090", "quantize.effort=best")
+    quantize = out.split("peak memory on RTX 4090")[1].splitlines()[2]
+    assert "does not fit: it fits with quantize.calibration.scale_steps=0:" in quantize
+
+
 def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
     """70B in bf16: 141 GB, an eighth of which lies beside two blocks, embedding and head."""
     step = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.precision=bf16"]
