@@ -68,8 +68,10 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+    from finequant.quantize.formats.executorch_lowering import lower
 
+    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+    doing("export: executorch: tracing and lowering the model, which takes minutes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about future torch releases and the cache
         edge = lower(Decoder(stored, length).eval(), length, metadata(stored, length))
@@ -149,25 +151,6 @@ def count_delegated(edge: EdgeProgramManager, stored: QuantizedCheckpoint) -> in
 def _operators(graph: torch.fx.Graph) -> list[str]:
     """Names such as aten.linear.default."""
     return [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
-
-
-def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramManager:
-    """Exports with a dynamic number of tokens and delegates what XNNPACK takes."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-    doing("export: executorch: tracing and lowering the model, which takes minutes")
-    count = torch.export.Dim("count", min=1, max=length)
-    example = (torch.ones(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    with torch.no_grad():
-        exported = torch.export.export(model, example, dynamic_shapes=({1: count}, {}), strict=True)
-        exported = exported.run_decompositions({})
-    return to_edge_transform_and_lower(
-        exported,
-        partitioner=[XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=metadata,
-    )
 
 
 def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Rounded], None]:

@@ -119,6 +119,42 @@ class Rotation(nn.Module):
         return heads * cos + nn.functional.linear(heads, self.exchange) * sin
 
 
+class IntegerLinear(nn.Module):
+    """A linear layer on codes, with inputs rounded to int8; XNNPACK holds scales in bfloat16."""
+
+    def __init__(self, stored: QuantizedCheckpoint, name: str) -> None:
+        super().__init__()
+        codes, scale = stored.rounded[name]
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale.to(torch.bfloat16).float())
+        self.register_buffer("zero", torch.zeros_like(scale, dtype=torch.int8))
+        bias = stored.floats.get(f"{name}.bias")
+        self.register_buffer("bias", None if bias is None else bias.float())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.finequant.integer_linear(
+            inputs, self.codes, self.scale, self.zero, self.bias
+        )
+
+
+torch.library.define(
+    "finequant::integer_linear",
+    "(Tensor inputs, Tensor codes, Tensor scale, Tensor zero, Tensor? bias=None) -> Tensor",
+)
+
+
+@torch.library.register_fake("finequant::integer_linear")
+def _output_of(
+    inputs: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gives tracing the output's shape; lowering puts torchao's operations in its place."""
+    return inputs.new_empty(*inputs.shape[:-1], codes.shape[0])
+
+
 class Embedding(nn.Module):
     """Rows of the table as it is stored: the model's dtype, or 8-bit codes with their scales."""
 
@@ -150,32 +186,17 @@ def _norm(stored: QuantizedCheckpoint, name: str) -> Norm:
     return Norm(stored.floats[f"{name}.weight"].float(), stored.config.rms_norm_eps)
 
 
-def _linear(stored: QuantizedCheckpoint, name: str) -> nn.Linear:
+def _linear(stored: QuantizedCheckpoint, name: str) -> nn.Module:
     """Makes a linear layer from the stored codes, or from weights that stayed in float."""
-    weight = _integer_weight(stored, name) if name in stored.rounded else _float(stored, name)
-    bias = stored.floats.get(f"{name}.bias")
+    if name in stored.rounded:
+        return IntegerLinear(stored, name)
+    weight, bias = _float(stored, name), stored.floats.get(f"{name}.bias")
     with torch.device("meta"):
         linear = nn.Linear(*reversed(weight.shape), bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.float(), requires_grad=False)
     return linear
-
-
-def _integer_weight(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
-    """torchao's tensor, whose operations XNNPACK knows; it holds scales in bfloat16."""
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
-    codes, scale = stored.rounded[name]
-    return IntxUnpackedToInt8Tensor(
-        qdata=codes.contiguous(),
-        scale=scale.to(torch.bfloat16).float(),
-        zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype=torch.int4,
-        block_size=(1, stored.group_size(name)),
-        dtype=torch.float32,
-        activation_quantization="int8_asym_per_token",
-    )
 
 
 def _float(stored: QuantizedCheckpoint, name: str) -> torch.Tensor:
