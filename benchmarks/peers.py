@@ -111,7 +111,13 @@ ROWS = {
     "autoround": Row(
         "autoround", "32 iterations a block", "float", {"iterations": 32, "batch_size": 2}
     ),
-    "gptqmodel": Row("gptqmodel", "GPTQ", "float", {"options": {}}),
+    "gptqmodel": Row(
+        "gptqmodel",
+        "GPTQ",
+        "float",
+        # It gives a head 8 bits unless a rule of its own says otherwise.
+        {"options": {"dynamic": {"lm_head": {"bits": 4}}}},
+    ),
     "torchao": Row("torchao", "round to nearest", "int8", {}),
 }
 

@@ -5,6 +5,7 @@ import os
 # On two cores it makes one worker for the processor, and then asks for two.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
+import torch  # noqa: E402
 from gptqmodel import BACKEND, GPTQConfig, GPTQModel  # noqa: E402
 from peer import Peer  # noqa: E402
 
@@ -20,15 +21,22 @@ def main() -> None:
         offload_to_disk=False,
         **peer.settings["options"],
     )
-    quantizer = GPTQModel.load(str(peer.untied()), config, device="cpu", backend=BACKEND.GPTQ_TORCH)
+    folder = peer.untied()
+    # It would take bfloat16, which this processor only emulates.
+    quantizer = GPTQModel.load(
+        str(folder), config, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32
+    )
     batches = [
         {"input_ids": ids[None], "attention_mask": ids[None] * 0 + 1} for ids in peer.sequences
     ]
     with peer.timed():
         quantizer.quantize(batches, batch_size=1, backend=BACKEND.GPTQ_TORCH)
-    layers = dict(quantizer.model.named_modules())
+    # In memory the zero points are off by one, as files of its format have them; loading adds it.
+    quantizer.save(str(folder / "packed"))
+    packed = GPTQModel.load(str(folder / "packed"), device="cpu", backend=BACKEND.GPTQ_TORCH)
+    layers = dict(packed.model.named_modules())
     for name, layer in model.named_modules():
-        if hasattr(layers.get(name), "dequantize_weight"):
+        if isinstance(layer, torch.nn.Linear):
             layer.weight.data.copy_(layers[name].dequantize_weight().T)
     model.save_pretrained(peer.folder)
     peer.answer(linear=4.5, head=4.5)
