@@ -76,27 +76,18 @@ def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> No
     whole: also perplexity per word of the whole wiki.test.raw, as lm-eval's `wikitext` has it.
     """
     from finequant.finetune.device import arithmetic_dtype, device
-    from finequant.finetune.model import load_base, load_config, load_tokenizer
-    from finequant.quantize.checkpoint.writing import quantized_model
-    from finequant.quantize.methods.apply import round_model
-    from finequant.quantize.methods.transforms import transform_model
-    from finequant.quantize.scheme import layer_plan, untie_head
+    from finequant.finetune.model import load_base
 
     recipe, dtype = wikitext(f"quantize.group_size={group_size}"), arithmetic_dtype(torch.bfloat16)
-    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
     figures = {"float": (0.0, perplexities(load_base(recipe.model, dtype), recipe, whole))}
     for name in only.split(";") if only else WITHOUT_LABELS:
         chosen = wikitext(f"quantize.group_size={group_size}", *WITHOUT_LABELS[name])
-        model = load_base(chosen.model, torch.float32)
-        untie_head(model)
-        transform_model(model, chosen.quantize)
         started = time.monotonic()
-        rounded = round_model(model, chosen, tokenizer, dtype)
+        model = quantized_base(chosen, dtype)
         seconds = time.monotonic() - started
-        model = quantized_model(model, rounded, layer_plan(chosen.quantize, config), dtype)
         figures[name] = seconds, perplexities(model, chosen, whole)
         say(f"{name}: {figures[name][1]}")
-        del model, rounded
+        del model
         gc.collect()
     columns, rows = figures["float"][1], []
     for name, (seconds, values) in figures.items():
@@ -318,6 +309,26 @@ def run_stages(recipe: Recipe, *stages: str) -> None:
 
 def wikitext(*overrides: str) -> Recipe:
     return load_recipe(WIKITEXT, overrides)
+
+
+def quantized_base(recipe: Recipe, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Quantizes the base of a recipe, without training, and puts it on the device, if there is one.
+
+    dtype: of the arithmetic.
+    """
+    from finequant.finetune.device import device
+    from finequant.finetune.model import load_base, load_config, load_tokenizer
+    from finequant.quantize.checkpoint.writing import quantized_model
+    from finequant.quantize.methods.apply import round_model
+    from finequant.quantize.methods.transforms import transform_model
+    from finequant.quantize.scheme import layer_plan, untie_head
+
+    model = load_base(recipe.model, torch.float32)
+    untie_head(model)
+    transform_model(model, recipe.quantize)
+    rounded = round_model(model, recipe, load_tokenizer(recipe.model), dtype)
+    plan = layer_plan(recipe.quantize, load_config(recipe.model))
+    return quantized_model(model, rounded, plan, dtype).to(device()).eval()
 
 
 def perplexity(model: LlamaForCausalLM, recipe: Recipe) -> float:

@@ -94,7 +94,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         },
         answers=bool(rows),
         metric=report.get("right_by"),
-        flips=_flips(rows),
+        flips=flips(rows),
         labels=_labels(rows),
         passages=_passages(report),
         sizes=_sizes(report),
@@ -161,7 +161,7 @@ def _figures(report: Report) -> str | None:
     return f"{chosen[0].partition(' (')[0]}: {', '.join(models)} ({chosen[-1]})."
 
 
-def _flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Counts rows by whether tuned and quantized are right, with McNemar's exact p-value
     (https://en.wikipedia.org/wiki/McNemar%27s_test)."""
     pairs = Counter(
