@@ -28,7 +28,8 @@ def report_user_errors() -> Iterator[None]:
     """Wraps every entry point: turns errors into a message and an exit code, and releases locks.
 
     The exit code is that of a UserError, 128 plus the number of a signal, or 1 when the disk or the
-    memory is full. Any other exception passes through with its traceback.
+    memory is full, or another process is lost. Any other exception passes through with its
+    traceback.
     """
     from finequant.recipes import lock
     from finequant.recipes.interrupt import RESUME_HINT, Interrupted, erase_line, interruptible
@@ -44,7 +45,7 @@ def report_user_errors() -> Iterator[None]:
         _print(str(stop))
         sys.exit(stop.code)
     except Exception as error:
-        if (reason := _machine_limit(error)) is None:
+        if (reason := _outside_cause(error)) is None:
             raise
         original = " ".join(str(error).split())[:200]
         _print(f"error: {reason}; {RESUME_HINT} ({original})")
@@ -66,7 +67,10 @@ MEMORY = (
     "smaller data.max_length"
 )
 
-# What libraries say when a resource runs out -> what to do. torch.save hides the reason.
+LOST = "another process of this run has ended, or cannot be reached; its last line says why"
+
+# What libraries say when a resource runs out, or when a process that computes with this one is
+# gone (gloo, NCCL, torch's store) -> what to do. torch.save hides the reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some",
     "Disk quota exceeded": "no space left on the disk: free some",
@@ -77,18 +81,22 @@ LIMITS = {
     "out of memory": MEMORY,
     "not enough memory": MEMORY,
     "allocate memory": MEMORY,
+    "gloo/transport": LOST,
+    "ncclRemoteError": LOST,
+    "Connection was likely closed": LOST,
 }
 
 
-def _machine_limit(error: BaseException | None) -> str | None:
-    """Says what to do when the error, or one of its causes, means that the machine hit a limit."""
+def _outside_cause(error: BaseException | None) -> str | None:
+    """Says what to do when the error, or one of its causes, comes from outside: the machine
+    hit a limit, or another process has ended."""
     if error is None:
         return None
     message = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
     for pattern, advice in LIMITS.items():
         if pattern.lower() in message.lower():
             return advice
-    return _machine_limit(error.__cause__ or error.__context__)
+    return _outside_cause(error.__cause__ or error.__context__)
 
 
 def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:

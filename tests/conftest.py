@@ -202,23 +202,28 @@ def draw_where_the_test_wants_it(request, monkeypatch) -> None:
     the time of an evaluation."""
     if request.node.get_closest_marker("plots"):
         return
+    stub_figures(monkeypatch.setattr)
+
+
+def stub_figures(replace: Callable[[object, str, object], None]) -> None:
+    """Replaces what makes figures by what makes stubs of their files."""
     from finequant.evaluate.report import plots, sweep_report
 
-    new_figure = plots.new_figure
+    make = plots.new_figure
 
-    def undrawn(width: float):
+    def new_figure(width: float):
         def savefig(target, format: str, **options: object) -> None:
             if format == "svg":
                 target.write("<svg></svg>")
             else:
                 Path(target).write_bytes(b"\x89PNG")
 
-        figure = new_figure(width)
+        figure = make(width)
         figure.savefig = savefig
         return figure
 
     for module in (plots, sweep_report):
-        monkeypatch.setattr(module, "new_figure", undrawn)
+        replace(module, "new_figure", new_figure)
 
 
 class Reloads:

@@ -1,6 +1,8 @@
-"""Overrides that two processes run with, and one process, for comparison."""
+"""Overrides that several processes run with, and one process, for comparison."""
 
 STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
+TRAINED = ["train.epochs=1", "train.save_steps=2", "train.micro_batch_size=2"]
+PACKED = ["data.packing=true", "data.max_length=64", "train.epochs=1", "train.micro_batch_size=2"]
 LORA = ["train.save_steps=2", "train.max_steps=3"]
 AWARE = [
     *STEPS,
@@ -13,7 +15,7 @@ CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
 BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
 FAST = ["train.learning_rate=300"]  # the third step is too long
 SHARDED = {
-    "adapter learns": [*SGD, "quantize.training={steps: 3}"],
+    "adapter learns": [*SGD, "train.save_steps=2", "quantize.training={steps: 3}"],
     "adapter learns, taught": [
         *SGD,
         *CHECKPOINTED,
@@ -29,6 +31,12 @@ SHARDED = {
 }
 """Gradients of plain SGD show in the result as they are; Adam divides small ones by their size."""
 
+DATA_FREE = ["rtn", "hqq"]
+GPTQ = [
+    "quantize.method=gptq",
+    "quantize.head=float",  # its rows are not a multiple of 16
+    "quantize.calibration={tokens: 256, length: 32}",
+]
 CALIBRATED = [
     "quantize.method=gptq",
     "quantize.head=float",

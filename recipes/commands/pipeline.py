@@ -40,6 +40,7 @@ MODULES = {
 }
 
 LIBRARIES = "finequant.recipes.commands.libraries"
+LAUNCHER = "finequant.recipes.commands.launcher"
 FORK_SERVER_LOST = 255
 """What multiprocessing returns as the exit code of a process if its fork server is gone."""
 
@@ -233,10 +234,12 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
 
     name, module, arguments = ", ".join(step), module_of(step[0]), [*arguments, *formats(step)]
     if launcher:
-        command = [sys.executable, "-m", *launcher, module, *arguments]
+        command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
         environment = _threads_of_each() | os.environ | {STAGE: position}
         started = subprocess.Popen(command, env=environment)
         code, signaled = wait_and_forward_signals(started.pid, started.wait)
+        if code == 128 + signal.SIGKILL:  # one of its processes was killed
+            code = -signal.SIGKILL
     else:
         doing(f"{name}: loading torch and transformers")
         work = (module, arguments, position)

@@ -1,18 +1,20 @@
-"""torchrun --nproc_per_node 2 several.py FOLDER: what two processes do, scenario after scenario.
+"""several.py FOLDER: what two and four processes do, scenario after scenario.
 
-One launch for all, as a start takes longer than a training. Each scenario is a call of the real
-entry; `FOLDER/NAME-RANK.json` keeps its exit code and what it said.
+Each scenario is a call of the real entry; `FOLDER/NAME-RANK.txt` keeps what it said, and `.code`
+its exit code. This process imports the libraries, which takes longer than a training, and forks
+those that torchrun would start.
 """
 
 from __future__ import annotations
 
-import io
+import gc
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
@@ -21,15 +23,21 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers.models.llama import modeling_llama  # noqa: F401
 
+from finequant.evaluate import compare
 from finequant.evaluate.compare import main as evaluate
+from finequant.evaluate.metrics import exports, shared_context, tasks  # noqa: F401
+from finequant.evaluate.report import page  # noqa: F401
 from finequant.finetune import arguments as train_arguments
 from finequant.finetune import processes
 from finequant.finetune import trainer as trainers
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
-from finequant.quantize.methods import reconstruct
+from finequant.quantize.methods import calibrate, reconstruct
 from finequant.quantize.methods.calibrate import _Calibration
 from finequant.quantize.training import model as aware_model
 from finequant.quantize.training import scales
@@ -38,34 +46,73 @@ from finequant.quantize.training.train import main as train_codes
 from finequant.recipes.interrupt import Interrupted
 
 sys.path.append(str(Path(__file__).parents[1]))
+from conftest import Reloads, stub_figures  # noqa: E402
 from double_sums import sums_in_double  # noqa: E402
-from scenarios import AWARE, CALIBRATED, LORA, MEASURED, SHARDED, STEPS  # noqa: E402
+from scenarios import (  # noqa: E402
+    AWARE,
+    CALIBRATED,
+    DATA_FREE,
+    GPTQ,
+    LORA,
+    MEASURED,
+    PACKED,
+    SHARDED,
+    STEPS,
+    TRAINED,
+)
 
-FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+FOLDER = Path(sys.argv[1])
 FSDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp.yaml"
+ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
 
 
-def train(name: str, *overrides: str, run: str | None = None, entry=main) -> None:
-    """Trains in FOLDER/RUN, which is called as the scenario if nothing is said."""
-    said, code = io.StringIO(), 0
-    with redirect_stderr(said):
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def launch(processes: int, work: Callable[..., None], *arguments: object) -> bool:
+    """Does the work in several processes, as torchrun, in forks; whether all came to its end."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="several",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, work)(*arguments)
+    except ChildFailedError:
+        return False
+    return True
+
+
+def train(name: str, *overrides: str, run: str | None = None, entry=main) -> int:
+    """Trains in FOLDER/RUN, which is called as the scenario if nothing is said; the exit code."""
+    code = 0
+    with (
+        (FOLDER / f"{name}-{rank()}.txt").open("w", buffering=1, encoding="utf-8") as said,
+        redirect_stderr(said),
+    ):
         try:
             entry([str(FOLDER / "recipe.yaml"), f"output_dir={FOLDER / (run or name)}", *overrides])
         except SystemExit as stop:
             code = stop.code
-    result = {"code": code, "said": said.getvalue()}
-    (FOLDER / f"{name}-{RANK}.json").write_text(json.dumps(result), encoding="utf-8")
+    (FOLDER / f"{name}-{rank()}.code").write_text(str(code), encoding="utf-8")
     AcceleratorState._reset_state(reset_partial_state=True)
+    return code
 
 
 @contextmanager
-def at_step(step: int, rank: int, do) -> Iterator[None]:
+def at_step(step: int, process: int, do) -> Iterator[None]:
     """In one process, `do` gets the loss of that step; what it returns takes its place."""
     whole = LoraTrainer.compute_loss
 
     def compute_loss(self, *arguments, **options):
         loss = whole(self, *arguments, **options)
-        chosen = rank == RANK and self.model.training and self.state.global_step == step - 1
+        chosen = process == rank() and self.model.training and self.state.global_step == step - 1
         return do(loss) if chosen else loss
 
     LoraTrainer.compute_loss = compute_loss
@@ -100,19 +147,49 @@ def fsdp() -> Iterator[None]:
 
 
 @contextmanager
-def stopped_in_block(number: int | None) -> Iterator[None]:
-    """Ends both processes when they come to the block; says which ones they quantize."""
+def at_block(number: int | None, do: Callable[[], None] | None = None) -> Iterator[None]:
+    """Does something when a process comes to the block; says which ones are quantized."""
     whole = _Calibration._quantize
 
     def _quantize(self, block, prefix, names):
         if prefix == f"model.layers.{number}.":
-            raise Interrupted(signal.SIGTERM)
+            do()
         print(f"quantizing {prefix}", file=sys.stderr)
         return whole(self, block, prefix, names)
 
     _Calibration._quantize = _quantize
     yield
     _Calibration._quantize = whole
+
+
+@contextmanager
+def at_model(loaded: str, do: Callable[[], None]) -> Iterator[None]:
+    """Does something when evaluation loads the model."""
+    whole = compare.load_model
+
+    def load_model(name, *arguments):
+        if name == loaded:
+            do()
+        return whole(name, *arguments)
+
+    compare.load_model = load_model
+    yield
+    compare.load_model = whole
+
+
+@contextmanager
+def sixteen_rows() -> Iterator[None]:
+    """Shares a layer's rows in pieces of 16: operators take 16 numbers at a time, and what is left
+    one by one, which are rounded otherwise."""
+    whole = calibrate.rows_of_share
+
+    def rows_of_share(rows: int) -> slice:
+        pieces = whole(rows // 16)
+        return slice(16 * pieces.start, 16 * pieces.stop)
+
+    calibrate.rows_of_share = rows_of_share
+    yield
+    calibrate.rows_of_share = whole
 
 
 @contextmanager
@@ -147,7 +224,7 @@ def weighed(name: str) -> Iterator[None]:
         tensors = list(trainer.model.parameters())
         held["whole"] = sum(tensor.nbytes for tensor in tensors)
         held["share"] = sum(tensor.to_local().nbytes for tensor in tensors)
-        (FOLDER / f"{name}-{RANK}-bytes.json").write_text(json.dumps(held), encoding="utf-8")
+        (FOLDER / f"{name}-{rank()}-bytes.json").write_text(json.dumps(held), encoding="utf-8")
         return end(trainer)
 
     aware_model.fake_quantized_model = fake_quantized_model
@@ -161,51 +238,129 @@ def stop(loss):
     return loss
 
 
-def fail(loss):
+def fail(loss=None):
     raise Interrupted(signal.SIGTERM)
 
 
-ROWS = [f"data.train={FOLDER / 'uneven.jsonl'}", f"data.validation={FOLDER / 'five.jsonl'}"]
-train("uneven", *ROWS)
-UNFIT = ["quantize.method=gptq", "quantize.group_size=80"]
-train("groups that do not fit", *ROWS, *UNFIT, run="uneven", entry=quantize)
-with sums_in_double(), few_tokens_a_step():
-    train("quantized", *ROWS, *CALIBRATED, run="uneven", entry=quantize)
-train("packed", "data.packing=true", "data.max_length=64", "train.micro_batch_size=2")
-with at_step(2, 1, lambda loss: loss * float("nan")):
-    train("nan", "train.save_steps=1")
-train("undisturbed", *STEPS)
-with at_step(3, 1, stop):
-    train("stopped", *STEPS)
-with fsdp():
-    train("whole weights opened by FSDP", *STEPS, run="stopped")
-train("gone on", *STEPS, run="stopped")
-with sums_in_double(), stopped_in_block(1):
-    train("calibration stopped", *AWARE, run="undisturbed", entry=train_codes)
-with sums_in_double(), stopped_in_block(None):
-    train("codes", *AWARE, run="undisturbed", entry=train_codes)
-for name, overrides in SHARDED.items():
-    processes.decided_by_first(
-        lambda name=name: shutil.copytree(
-            FOLDER / "undisturbed", FOLDER / name, ignore=shutil.ignore_patterns("trained_*", "qat")
-        )
-    )
-    with fsdp(), few_tokens_at_once(), weighed(name):
-        if name == "scales learn, taught":
-            with at_step(3, RANK, fail):
-                train(f"{name}, ended", *overrides, run=name, entry=train_codes)
-        train(name, *overrides, entry=train_codes)
-processes.APPEARS_WITHIN = 0.2
-train("shared", run="apart" if RANK else "shared")
-with fsdp(), at_step(2, 0, stop):
-    train("lora, stopped", *LORA, run="lora")
-train("split weights opened by DDP", *LORA, run="lora")
-with fsdp():
-    train("lora", *LORA)
-    train("dora", "lora.use_dora=true", "train.max_steps=2")
-    train("pissa", "lora.init_lora_weights=pissa", "train.max_steps=2")
-    train("olora", "lora.init_lora_weights=olora", "train.max_steps=2")
+def kill(process: int) -> None:
+    if rank() == process:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-# Evaluation leaves the process group, and torch's store keeps the addresses of a group that is
-# gone: one process could ask for the other's former address, so nothing may follow.
-train("evaluated", *ROWS, *MEASURED, run="uneven", entry=evaluate)
+
+def trained() -> None:
+    """Trainings of two processes, and quantization-aware ones that go on from there."""
+    train("packed", *PACKED)
+    with at_step(2, 1, lambda loss: loss * float("nan")):
+        train("nan", "train.save_steps=1")
+    train("undisturbed", *STEPS)
+    with at_step(3, 1, stop):
+        train("stopped", *STEPS)
+    with fsdp():
+        train("whole weights opened by FSDP", *STEPS, run="stopped")
+    train("gone on", *STEPS, run="stopped")
+    with sums_in_double(), at_block(1, fail):
+        train("calibration stopped", *AWARE, run="undisturbed", entry=train_codes)
+    with sums_in_double(), at_block(None):
+        train("codes", *AWARE, run="undisturbed", entry=train_codes)
+    unfit = ["quantize.method=gptq", "quantize.group_size=80"]
+    train("groups that do not fit", *unfit, run="undisturbed", entry=quantize)
+    with sums_in_double(), few_tokens_a_step():
+        train("quantized", *CALIBRATED, run="undisturbed", entry=quantize)
+
+
+def split() -> None:
+    """What two processes train with FSDP."""
+    for name, overrides in SHARDED.items():
+        with fsdp(), few_tokens_at_once(), weighed(name):
+            if name == "scales learn, taught":
+                with at_step(3, rank(), fail):
+                    train(f"{name}, ended", *overrides, run=name, entry=train_codes)
+            train(name, *overrides, entry=train_codes)
+    processes.APPEARS_WITHIN = 0.2
+    train("shared", run="apart" if rank() else "shared")
+    with fsdp(), at_step(2, 0, stop):
+        train("lora, stopped", *LORA, run="lora")
+    train("split weights opened by DDP", *LORA, run="lora")
+    with fsdp():
+        train("lora", *LORA)
+        train("dora", "lora.use_dora=true", "train.max_steps=2")
+        train("pissa", "lora.init_lora_weights=pissa", "train.max_steps=2")
+        train("olora", "lora.init_lora_weights=olora", "train.max_steps=2")
+
+
+def stage(name: str, number: int) -> None:
+    """Does a stage in `NAME by NUMBER`."""
+    entry, overrides, _ = STAGES[name]
+    with sums_in_double(), sixteen_rows(), at_block(None):
+        train(f"{name} by {number}", *overrides, entry=entry)
+
+
+def killed_in(name: str, number: int, process: int) -> None:
+    """Does a stage to whose end that process does not come. The others leave, as they would: one
+    that stayed would let those wait that wait for its answer."""
+    entry, overrides, killing = STAGES[name]
+    run = f"{name} by {number}"
+    with sums_in_double(), sixteen_rows(), killing(process):
+        os._exit(train(f"{run}, killed", *overrides, run=run, entry=entry))
+
+
+def without_end(number: int) -> None:
+    """What several processes do without being killed."""
+    for name in DATA_FREE:
+        train(f"{name} by {number}", f"quantize.method={name}", entry=quantize)
+    name, few = "scales learn", "train.micro_batch_size=2"
+    train(f"{name} by {number}", *SHARDED[name], few, entry=train_codes)
+    if number > 2:
+        with fsdp():
+            for name in ("adapter learns", "scales learn"):
+                train(f"{name}, split by {number}", *SHARDED[name], few, entry=train_codes)
+
+
+def at_third_step(killed: int):
+    return at_step(3, killed, lambda loss: kill(killed))
+
+
+STAGES = {
+    "uneven": (main, [*ROWS, *TRAINED], at_third_step),
+    "adapter learns": (
+        train_codes,
+        [*SHARDED["adapter learns"], "train.micro_batch_size=2"],
+        at_third_step,
+    ),
+    "gptq": (quantize, GPTQ, lambda killed: at_block(1, lambda: kill(killed))),
+    "evaluated": (
+        evaluate,
+        [*GPTQ, *MEASURED],
+        lambda killed: at_model("quantized", lambda: kill(killed)),
+    ),
+}
+"""Entry, overrides, and the context in which a process is killed."""
+
+
+def copy(run: str, *targets: str) -> None:
+    """Copies a run, but not its trained codes and what it quantized."""
+    for target in targets:
+        made = shutil.ignore_patterns("trained_*", "qat", "quantized")
+        shutil.copytree(FOLDER / run, FOLDER / target, ignore=made)
+
+
+subprocess.run = Reloads()
+stub_figures(setattr)
+gc.collect()
+gc.freeze()  # as conftest.freeze_libraries does, and says why
+assert launch(2, trained)
+copy("undisturbed", *SHARDED)
+assert launch(2, split)
+for number in (2, 4):
+    names = [name for name in STAGES if name not in ("uneven", "evaluated")]
+    names += [*DATA_FREE, "scales learn"]
+    copy("undisturbed", *(f"{name} by {number}" for name in names))
+    if number > 2:
+        names = ["adapter learns", "scales learn"]
+        copy("undisturbed", *(f"{name}, split by {number}" for name in names))
+    for killed, name in enumerate(STAGES):
+        if name == "evaluated":
+            shutil.copytree(FOLDER / "gptq by 2", FOLDER / f"{name} by {number}")
+        assert not launch(number, killed_in, name, number, killed % number)
+        assert launch(number, stage, name, number)
+    assert launch(number, without_end, number)

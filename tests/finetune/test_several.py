@@ -1,4 +1,4 @@
-"""Two processes with gloo: the adapter of one, and no one waits for a process that has stopped."""
+"""Two and four processes with gloo: the files of one, and no one waits for one that has stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from conftest import make_recipe, make_rows, write_jsonl
 from double_sums import sums_in_double
 from filelock import FileLock
 from safetensors.torch import load_file
-from scenarios import AWARE, CALIBRATED, LORA, MEASURED, SHARDED
+from scenarios import (
+    AWARE,
+    CALIBRATED,
+    DATA_FREE,
+    GPTQ,
+    LORA,
+    MEASURED,
+    PACKED,
+    SHARDED,
+    TRAINED,
+)
 
 from finequant.finetune.train import LOG
 
@@ -38,10 +48,8 @@ def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
         make_recipe(folder, tiny_base)
         write_jsonl(folder / "uneven.jsonl", make_rows(range(0, 45)))
         write_jsonl(folder / "five.jsonl", make_rows(range(60, 65)))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        run = subprocess.run(
-            [*launch, str(HERE / "several.py"), str(folder)], capture_output=True, text=True
-        )
+        command = [sys.executable, str(HERE / "several.py"), str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return folder
 
@@ -58,10 +66,11 @@ def by_one(folder):
     return train
 
 
-def results(folder: Path, name: str) -> tuple[list[int], list[str]]:
-    """Exit codes of both processes, and what each said."""
-    read = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-    return [result["code"] for result in read], [result["said"] for result in read]
+def results(folder: Path, name: str, processes: int = 2) -> tuple[list[int], list[str]]:
+    """Exit codes of all processes, and what each said."""
+    files = [folder / f"{name}-{rank}" for rank in range(processes)]
+    codes = [int(Path(f"{file}.code").read_text()) for file in files]
+    return codes, [Path(f"{file}.txt").read_text() for file in files]
 
 
 def read_log(run: Path) -> list[dict]:
@@ -74,22 +83,49 @@ def relative_difference(one: Path, other: Path) -> float:
     return max(((one[name] - other[name]).norm() / one[name].norm()).item() for name in one)
 
 
+ENDS = (
+    "error: another process of this run has ended, or cannot be reached",
+    "stopped by SIGTERM: ",  # where the launcher was faster than the connection
+)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("stage", "resumed"),
+    [
+        ("uneven", "train: going on from {}/checkpoints/checkpoint-2"),
+        ("adapter learns", "train: going on from {}/checkpoints/qat/steps/checkpoint-2"),
+        ("gptq", "quantizing model.layers.1."),
+        ("evaluated", "evaluate: base: measured before, unchanged"),
+    ],
+)
+def test_a_process_that_is_killed_ends_the_others_with_a_line(folder, processes, stage, resumed):
+    """The same command goes on, and ends with what the other tests expect."""
+    name = f"{stage} by {processes}"
+    texts = [(folder / f"{name}, killed-{rank}.txt").read_text() for rank in range(processes)]
+    ends = [line for text in texts for line in text.splitlines() if line.startswith(ENDS)]
+    assert len(ends) == processes - 1, texts
+    codes, (first, *others) = results(folder, name, processes)
+    assert codes == [0] * processes
+    assert resumed.format(folder / name) in first.splitlines()
+    assert "quantizing model.layers.0." not in first
+
+
 def test_rows_that_cannot_be_shared_equally_give_the_adapter_of_one_process(folder, by_one):
-    """45 rows in steps of 8: the last five are four and one. So are those of the validation."""
+    """45 rows in steps of 8: the last five are two, one, one and one of four processes. So are
+    those of the validation."""
     rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
-    alone = by_one("uneven alone", *rows)
-    assert results(folder, "uneven")[0] == [0, 0]
-    assert relative_difference(alone, folder / "uneven") < 1e-6
-    one, two = (
-        [step["eval_loss"] for step in read_log(run) if "eval_loss" in step]
-        for run in (alone, folder / "uneven")
-    )
+    alone = by_one("uneven alone", *rows, *TRAINED)
+    one = [step["eval_loss"] for step in read_log(alone) if "eval_loss" in step]
     assert len(one) > 0
-    assert two == pytest.approx(one, rel=1e-5)
-    manifest = json.loads((folder / "uneven" / "manifest.json").read_text())
-    assert manifest["train"]["processes"] == 2
-    packs = ["data.packing=true", "data.max_length=64", "train.micro_batch_size=2"]
-    assert relative_difference(by_one("packed alone", *packs), folder / "packed") < 1e-6
+    for processes in (2, 4):
+        run = folder / f"uneven by {processes}"
+        assert relative_difference(alone, run) < 1e-6
+        several = [step["eval_loss"] for step in read_log(run) if "eval_loss" in step]
+        assert several == pytest.approx(one, rel=1e-5)
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert manifest["train"]["processes"] == processes
+    assert relative_difference(by_one("packed alone", *PACKED), folder / "packed") < 1e-6
 
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_all(folder):
@@ -229,16 +265,20 @@ def test_two_processes_train_the_codes_of_one(folder):
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """Trains codes as two processes have done under FSDP, in this one; both run directories."""
+    """Trains codes in this process as others have done; its run directory, and theirs: of two
+    under FSDP first, then of two and four without, and of four with it."""
     from finequant.quantize.training.train import main
 
-    def train(name: str) -> tuple[Path, Path]:
-        alone, two = folder / f"{name} alone", folder / name
-        codes, said = results(folder, name)
-        assert codes == [0, 0], said
-        shutil.copytree(two, alone, ignore=shutil.ignore_patterns("trained_*", "steps"))
+    def train(name: str) -> tuple[Path, list[Path]]:
+        numbers = {name: 2, f"{name} by 2": 2, f"{name} by 4": 4, f"{name}, split by 4": 4}
+        runs = [run for run in numbers if (folder / run).exists()]
+        for run in runs:
+            codes, said = results(folder, run, numbers[run])
+            assert codes == [0] * numbers[run], said
+        alone = folder / f"{name} alone"
+        shutil.copytree(folder / name, alone, ignore=shutil.ignore_patterns("trained_*", "steps"))
         main([str(folder / "recipe.yaml"), f"output_dir={alone}", *SHARDED[name]])
-        return alone, two
+        return alone, [folder / run for run in runs]
 
     return train
 
@@ -273,31 +313,38 @@ def starts(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("name", ["adapter learns", "adapter learns, taught"])
-def test_fsdp_trains_the_codes_of_one_process(sharded, name):
+@pytest.mark.parametrize(("name", "number"), [("adapter learns", 4), ("adapter learns, taught", 1)])
+def test_several_processes_train_the_codes_of_one(sharded, name, number):
     """Whatever the number of parts of the tokens whose logits are made in turn."""
-    alone, two = sharded(name)
-    assert far(learned(two), learned(alone)) < 1e-6
-    (codes, scales), (expected, same), (before, _) = ends(two), ends(alone), starts(two)
-    assert torch.equal(scales, same)
-    assert (codes != before).float().mean() > 0.01
-    assert (codes != expected).float().mean() < 1e-4  # the last bit may decide at an edge
+    alone, runs = sharded(name)
+    (expected, same), (before, _) = ends(alone), starts(alone)
+    assert (expected != before).float().mean() > 0.01
+    assert len(runs) == number
+    for run in runs:
+        assert far(learned(run), learned(alone)) < 1e-6, run
+        codes, scales = ends(run)
+        assert torch.equal(scales, same)
+        assert (codes != expected).float().mean() < 1e-4  # the last bit may decide at an edge
 
 
-def test_fsdp_keeps_the_best_scales_of_one_process(sharded):
-    alone, two = sharded("scales learn")
-    last = two / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
-    assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
-    assert far(learned(two), learned(alone)) < 1e-5
-    (codes, scales), (expected, same), (before, _) = ends(two), ends(alone), starts(two)
-    assert torch.equal(codes, expected) and torch.equal(codes, before)
-    assert far(scales, same) < 1e-6
+def test_several_processes_keep_the_best_scales_of_one(sharded):
+    alone, runs = sharded("scales learn")
+    (expected, same), (before, _) = ends(alone), starts(alone)
+    assert torch.equal(expected, before)
+    assert len(runs) == 4
+    for run in runs:
+        last = run / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
+        assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
+        assert far(learned(run), learned(alone)) < 1e-5, run
+        codes, scales = ends(run)
+        assert torch.equal(codes, expected)
+        assert far(scales, same) < 1e-6
 
 
 def test_fsdp_resumes_with_its_optimizer(sharded, folder):
     """Adam divides small gradients by their size, and so their last bits show."""
     assert results(folder, "scales learn, taught, ended")[0] == [143, 143]
-    alone, two = sharded("scales learn, taught")
+    alone, (two,) = sharded("scales learn, taught")
     _, (said, _) = results(folder, "scales learn, taught")
     assert f"going on from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
     assert far(learned(two), learned(alone)) < 1e-4
@@ -321,7 +368,22 @@ def test_what_cannot_be_quantized_ends_both_processes(folder):
     assert not other
 
 
-def test_two_processes_train_a_block_and_scales_as_one(folder, monkeypatch):
+@pytest.fixture(scope="module")
+def from_undisturbed(folder):
+    """Calls a stage's entry in this process; the run directory, a copy of what two trained."""
+
+    def run(entry, name: str, *overrides: str, source: str = "undisturbed") -> Path:
+        made = ("trained_*", "qat", "measurements", "report*", "predictions*", "plots")
+        ignored = made if source != "undisturbed" else (*made, "quantized*")
+        shutil.copytree(folder / source, folder / name, ignore=shutil.ignore_patterns(*ignored))
+        with sums_in_double():
+            entry([str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides])
+        return folder / name
+
+    return run
+
+
+def test_two_processes_train_a_block_and_scales_as_one(folder, from_undisturbed, monkeypatch):
     """Nine sequences, two a step: the last one is one process's."""
     from finequant.quantize.convert import main
     from finequant.quantize.methods import reconstruct
@@ -332,33 +394,43 @@ def test_two_processes_train_a_block_and_scales_as_one(folder, monkeypatch):
     assert "written in" in said[0] and not said[1]
     monkeypatch.setattr(reconstruct, "TOKENS", 64)
     monkeypatch.setattr(scales, "SCALE_TOKENS", 64)
-    alone = folder / "quantized by one"
-    made = shutil.ignore_patterns("quantized*", "measurements", "report*", "predictions*", "plots")
-    shutil.copytree(folder / "uneven", alone, ignore=made)
-    rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
-    with sums_in_double():
-        main([str(folder / "recipe.yaml"), f"output_dir={alone}", *rows, *CALIBRATED])
-    other_codes, ratio = differ(alone / "quantized", folder / "uneven" / "quantized")
+    alone = from_undisturbed(main, "quantized alone", *CALIBRATED)
+    other_codes, ratio = differ(alone / "quantized", folder / "undisturbed" / "quantized")
     assert other_codes < 0.001
     assert ratio < 1e-4
 
 
-def test_two_processes_measure_what_one_does(folder):
+@pytest.mark.parametrize("method", [*DATA_FREE, "gptq"])
+def test_several_processes_quantize_as_one(folder, from_undisturbed, method):
+    """GPTQ, too, where its sums are in float64, and no process has less than 16 rows."""
+    from finequant.quantize.convert import main
+
+    overrides = GPTQ if method == "gptq" else [f"quantize.method={method}"]
+    alone = from_undisturbed(main, f"{method} alone", *overrides)
+    for processes in (2, 4):
+        name = f"{method} by {processes}"
+        codes, (first, *others) = results(folder, name, processes)
+        assert codes == [0] * processes
+        assert "written in" in first
+        assert not any("written in" in said for said in others)
+        other_codes, ratio = differ(alone / "quantized", folder / name / "quantized")
+        assert other_codes == 0
+        assert ratio < 1e-6 if method == "gptq" else ratio == 0
+
+
+def test_several_processes_measure_what_one_does(folder, from_undisturbed):
+    """Three batches: of four processes, one has none."""
     from finequant.evaluate.compare import main
 
-    codes, said = results(folder, "evaluated")
-    assert codes == [0, 0], said
-    assert "held-out" in said[0] and not said[1]
-    alone = folder / "measured by one"
-    made = shutil.ignore_patterns("measurements", "report*", "predictions*", "plots")
-    shutil.copytree(folder / "uneven", alone, ignore=made)
-    rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
-    main([str(folder / "recipe.yaml"), f"output_dir={alone}", *rows, *MEASURED])
-    one, two = (
-        json.loads((run / "report.json").read_text(encoding="utf-8"))
-        for run in (alone, folder / "uneven")
-    )
-    assert one["models"]["tuned"]["tasks"]["held_out"]["multiple_choice"]["n"] == 8
-    assert one["models"] == two["models"]  # to the last digit
-    rows = [(run / "predictions.jsonl").read_bytes() for run in (alone, folder / "uneven")]
-    assert rows[0] == rows[1]
+    alone = from_undisturbed(main, "measured alone", *GPTQ, *MEASURED, source="gptq by 2")
+    expected = json.loads((alone / "report.json").read_text(encoding="utf-8"))["models"]
+    assert expected["tuned"]["tasks"]["held_out"]["multiple_choice"]["n"] == 8
+    for processes in (2, 4):
+        run = folder / f"evaluated by {processes}"
+        codes, (first, *others) = results(folder, run.name, processes)
+        assert codes == [0] * processes
+        assert "held-out" in first and not any(others)
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        assert report["models"] == expected  # to the last digit
+        rows = [(made / "predictions.jsonl").read_bytes() for made in (alone, run)]
+        assert rows[0] == rows[1]

@@ -20,3 +20,23 @@ def test_no_memory_left_says_what_to_make_smaller(capsys):
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), report_user_errors():
         1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:24971: "
+        "Connection reset by peer",
+        "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error\n"
+        "ncclRemoteError: A call failed possibly due to a network error",
+    ],
+    ids=["gloo", "NCCL"],
+)
+def test_another_process_that_ended_is_told_in_a_line(capsys, original):
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
+        raise RuntimeError(original)
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: another process of this run has ended, or cannot be reached")
+    assert "run the same command again to continue from here" in said
+    assert said.count("\n") == 1

@@ -1,0 +1,81 @@
+"""What starts several processes ends as the first of them did, and adds nothing to what it said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from multiprocessing import get_context
+from subprocess import CalledProcessError
+from types import SimpleNamespace
+
+import pytest
+
+from finequant.recipes.commands import launcher, pipeline
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+WORKER = """
+import os, signal, sys, time
+if os.environ["RANK"] != "1":
+    time.sleep(60)  # until the launcher ends it
+print("error: as it is", file=sys.stderr)
+{}
+"""
+
+
+@pytest.fixture
+def launched(tmp_path, capfd):
+    """Runs a launcher whose second process does the line while the others wait; what it ends with,
+    and what is printed. It is forked, as importing torch would take most of the time."""
+
+    def run(line: str) -> tuple[int, str]:
+        script = tmp_path / "worker.py"
+        script.write_text(WORKER.format(line))
+        arguments = [*TORCHRUN, str(script)]
+        process = get_context("fork").Process(target=launcher.main, args=(arguments,))
+        process.start()
+        process.join()
+        return process.exitcode, capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("sys.exit(2)", 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", 143),
+    ],
+    ids=["refusal", "killed", "launcher stopped"],
+)
+def test_the_first_process_that_fails_decides_the_exit_code(launched, line, code):
+    assert launched(line) == (code, "error: as it is\n")
+
+
+def test_a_process_that_was_killed_comes_before_those_that_lost_it():
+    lost, killed, later = (
+        SimpleNamespace(exitcode=code, timestamp=second)
+        for code, second in ((1, 10), (-signal.SIGKILL, 10), (-signal.SIGKILL, 40))
+    )
+    assert launcher._first_exit_code([lost, killed, later]) == -signal.SIGKILL
+    assert launcher._first_exit_code([lost, later]) == 1  # its launcher waited for it in vain
+
+
+def test_accelerate_with_one_process_ends_with_its_code(monkeypatch):
+    def run_module(*_, **__):
+        raise CalledProcessError(2, "train.py")
+
+    monkeypatch.setattr(launcher, "run_module", run_module)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as end:
+        launcher.main(["accelerate.commands.launch"])
+    assert end.value.code == 2
+
+
+def test_a_launched_stage_that_was_killed_is_a_line(tmp_path, monkeypatch, capfd):
+    (tmp_path / "ends.py").write_text("import sys; sys.exit(137)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(pipeline, "LAUNCHER", "ends")
+    assert pipeline._start(["train"], '["1/1", []]', [], ["torch.distributed.run"]) == 137
+    assert capfd.readouterr().err.startswith("train was killed, perhaps out of memory: run the")
