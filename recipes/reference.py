@@ -16,7 +16,7 @@ HEAD = """# Every key
 
 Written by `finequant schema --markdown` from `recipes/schema.py`. A key is given in the recipe,
 or on the command line as `section.key=value`, which wins. Paths start at the recipe's folder.
-Where a key takes a list of them, a single value needs no brackets.
+A list of one needs no brackets, except in `lora.target_modules` and `evaluate.choices`.
 """
 
 
