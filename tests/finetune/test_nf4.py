@@ -19,6 +19,7 @@ def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_
 
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as quantize
+    from finequant.quantize.export import main as export
 
     overrides = [str(recipe_file), "model.load=nf4", "train.learning_rate=1e-2", "train.epochs=4"]
     overrides += ["quantize.method=rtn", "quantize.rotate=false", "quantize.keep_merged=true"]
@@ -41,6 +42,8 @@ def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_
     torch.testing.assert_close(
         merged[f"{name}.weight"].float(), expected, atol=1e-2 * expected.std(), rtol=0.01
     )
+    export([*overrides, "--to", "gguf"])  # reads the codes again, which must be those of quantized/
+    assert list((run / "exports" / "gguf").glob("*.gguf"))
 
 
 def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
