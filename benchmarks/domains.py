@@ -12,7 +12,6 @@ from __future__ import annotations
 import bz2
 import csv
 import json
-import math
 import random
 import re
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import typer
 from quality import HERE, ROTATED, quantized_base, run_stages, show, wikitext
 
 from finequant.recipes.command_line import quiet_libraries
-from finequant.recipes.errors import report_user_errors
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.terminal import say
@@ -114,6 +113,9 @@ def answers(
     """
     from finequant.evaluate.report.page import flips
 
+    if unknown := set(only or ()) - DOMAINS.keys():
+        raise UserError(f"--only {', '.join(sorted(unknown))}: expected {', '.join(DOMAINS)}")
+    _require(data)
     table, pooled = [], []
     for name in only or DOMAINS:
         domain, folder = DOMAINS[name], FOLDER / name
@@ -158,15 +160,21 @@ def answers(
     )
 
 
+def _require(data: Path) -> None:
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder; it holds banking77/, wikisql/, tasks/ ...")
+
+
 def _paired(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """Counts rows, right answers in %, and the difference in points with its paired error."""
-    tuned, quantized = ([row["right"][name] for row in rows] for name in ("tuned", "quantized"))
-    count = len(rows)
-    changes = [after - before for before, after in zip(tuned, quantized, strict=True)]
-    mean = sum(changes) / count
-    error = math.sqrt(sum((change - mean) ** 2 for change in changes)) / count
-    shares = (f"{100 * sum(right) / count:.1f}" for right in (tuned, quantized))
-    return str(count), *shares, f"{100 * mean:+.2f} ± {100 * error:.2f}"
+    from finequant.evaluate.metrics.text_metrics import exact_match, paired_changes
+
+    references = [row["reference"] for row in rows]
+    tuned, quantized = ([row["answers"][name] for row in rows] for name in ("tuned", "quantized"))
+    shares = [exact_match(answers, references)["value"] for answers in (tuned, quantized)]
+    change = paired_changes(tuned, quantized, references, ["exact_match"])["exact_match"]
+    points = f"{100 * change['value']:+.2f} ± {100 * change['stderr']:.2f}"
+    return str(len(rows)), *(f"{100 * share:.1f}" for share in shares), points
 
 
 ENDINGS = {
@@ -208,6 +216,7 @@ def tasks(overrides: Overrides = None, limit: int | None = None, data: Path = DA
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_base, load_tokenizer
 
+    _require(data)
     folder = FOLDER / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     names = [*ENDINGS, "lambada_openai"]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -135,12 +136,18 @@ def share(items: Items) -> Items:
     return items[distributed.get_rank() :: distributed.get_world_size()]
 
 
+ROWS_TOGETHER = 16
+"""Operators take so many numbers at a time, and what is left one by one, which rounds otherwise."""
+
+
 def rows_of_share(rows: int) -> slice:
-    """Returns which of some rows, that lie together, are this process's."""
+    """Returns which of some rows, that lie together, are this process's: rounded as in one's."""
     if not distributed.is_initialized():
         return slice(0, rows)
     rank, processes = distributed.get_rank(), distributed.get_world_size()
-    return slice(rows * rank // processes, rows * (rank + 1) // processes)
+    pieces = ceil(rows / ROWS_TOGETHER)
+    first, last = (ROWS_TOGETHER * (pieces * r // processes) for r in (rank, rank + 1))
+    return slice(first, min(last, rows))
 
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:

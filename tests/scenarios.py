@@ -34,7 +34,7 @@ SHARDED = {
 DATA_FREE = ["rtn", "hqq"]
 GPTQ = [
     "quantize.method=gptq",
-    "quantize.head=float",  # its rows are not a multiple of 16
+    "quantize.head=float",
     "quantize.calibration={tokens: 256, length: 32}",
 ]
 CALIBRATED = [

@@ -37,7 +37,7 @@ from finequant.finetune import trainer as trainers
 from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
-from finequant.quantize.methods import calibrate, reconstruct
+from finequant.quantize.methods import reconstruct
 from finequant.quantize.methods.calibrate import _Calibration
 from finequant.quantize.training import model as aware_model
 from finequant.quantize.training import scales
@@ -178,21 +178,6 @@ def at_model(loaded: str, do: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def sixteen_rows() -> Iterator[None]:
-    """Shares a layer's rows in pieces of 16: operators take 16 numbers at a time, and what is left
-    one by one, which are rounded otherwise."""
-    whole = calibrate.rows_of_share
-
-    def rows_of_share(rows: int) -> slice:
-        pieces = whole(rows // 16)
-        return slice(16 * pieces.start, 16 * pieces.stop)
-
-    calibrate.rows_of_share = rows_of_share
-    yield
-    calibrate.rows_of_share = whole
-
-
-@contextmanager
 def few_tokens_a_step() -> Iterator[None]:
     """Two rows of 32 tokens in each step that trains a block or scales."""
     before = reconstruct.TOKENS, scales.SCALE_TOKENS
@@ -291,7 +276,7 @@ def split() -> None:
 def stage(name: str, number: int) -> None:
     """Does a stage in `NAME by NUMBER`."""
     entry, overrides, _ = STAGES[name]
-    with sums_in_double(), sixteen_rows(), at_block(None):
+    with sums_in_double(), at_block(None):
         train(f"{name} by {number}", *overrides, entry=entry)
 
 
@@ -300,7 +285,7 @@ def killed_in(name: str, number: int, process: int) -> None:
     that stayed would let those wait that wait for its answer."""
     entry, overrides, killing = STAGES[name]
     run = f"{name} by {number}"
-    with sums_in_double(), sixteen_rows(), killing(process):
+    with sums_in_double(), killing(process):
         os._exit(train(f"{run}, killed", *overrides, run=run, entry=entry))
 
 

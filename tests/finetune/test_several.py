@@ -104,7 +104,10 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line(folder, processes,
     name = f"{stage} by {processes}"
     texts = [(folder / f"{name}, killed-{rank}.txt").read_text() for rank in range(processes)]
     ends = [line for text in texts for line in text.splitlines() if line.startswith(ENDS)]
-    assert len(ends) == processes - 1, texts
+    left = [(folder / f"{name}, killed-{rank}.code").exists() for rank in range(processes)]
+    # The launcher's signal may end a process before it can speak, seen in one of about eighty.
+    assert len(ends) == sum(left) < processes, texts
+    assert ends or processes == 2, texts
     codes, (first, *others) = results(folder, name, processes)
     assert codes == [0] * processes
     assert resumed.format(folder / name) in first.splitlines()
@@ -402,7 +405,7 @@ def test_two_processes_train_a_block_and_scales_as_one(folder, from_undisturbed,
 
 @pytest.mark.parametrize("method", [*DATA_FREE, "gptq"])
 def test_several_processes_quantize_as_one(folder, from_undisturbed, method):
-    """GPTQ, too, where its sums are in float64, and no process has less than 16 rows."""
+    """GPTQ, too, where its sums are in float64."""
     from finequant.quantize.convert import main
 
     overrides = GPTQ if method == "gptq" else [f"quantize.method={method}"]
