@@ -31,19 +31,30 @@ def report_user_errors() -> Iterator[None]:
     memory is full, or another process is lost. Any other exception passes through with its
     traceback.
     """
+    from finequant.recipes.interrupt import Interrupted, erase_line, interruptible
+
+    # Signals stay handled until the last line is written: by default they would end it in silence.
+    with interruptible():
+        try:
+            with _lines_for_errors():
+                yield
+        except Interrupted as stop:
+            erase_line()  # the terminal has echoed ^C there
+            _print(stop)
+            sys.exit(stop.code)
+
+
+@contextmanager
+def _lines_for_errors() -> Iterator[None]:
+    """Prints the line of an error that the user can act on, and exits; releases locks."""
     from finequant.recipes import lock
-    from finequant.recipes.interrupt import RESUME_HINT, Interrupted, erase_line, interruptible
+    from finequant.recipes.interrupt import RESUME_HINT
 
     try:
-        with interruptible():
-            yield
+        yield
     except UserError as error:
         _print(f"error: {error}")
         sys.exit(error.code)
-    except Interrupted as stop:
-        erase_line()  # the terminal has echoed ^C there
-        _print(str(stop))
-        sys.exit(stop.code)
     except Exception as error:
         if (reason := _outside_cause(error)) is None:
             raise
@@ -54,12 +65,14 @@ def report_user_errors() -> Iterator[None]:
         lock.release()
 
 
-def _print(message: str) -> None:
+def _print(message: object) -> None:
     """Prints the last line of a command, from whichever process it comes."""
     from finequant.recipes import terminal
+    from finequant.recipes.interrupt import ignored_signals
 
-    terminal.close()
-    print(terminal.wrapped(message), file=sys.stderr)
+    with ignored_signals():
+        terminal.close()
+        print(terminal.wrapped(str(message)), file=sys.stderr)
 
 
 MEMORY = (

@@ -71,6 +71,13 @@ def deferred_signals() -> Iterator[StopRequest]:
         yield request
 
 
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Ignores a signal in the block, in which the command is ending anyway."""
+    with _handled(lambda number: None):
+        yield
+
+
 def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> tuple[int, int | None]:
     """Waits for a process and its children, and forwards signals to them.
 

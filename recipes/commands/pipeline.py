@@ -44,6 +44,16 @@ LAUNCHER = "finequant.recipes.commands.launcher"
 FORK_SERVER_LOST = 255
 """What multiprocessing returns as the exit code of a process if its fork server is gone."""
 
+CRASHES = {
+    signal.SIGKILL: "was killed, perhaps out of memory",
+    signal.SIGSEGV: "crashed in a library (SIGSEGV)",
+    signal.SIGABRT: "was aborted by a library (SIGABRT)",
+    signal.SIGBUS: "lost the memory or the file that it was reading (SIGBUS)",
+    signal.SIGILL: "met an instruction that this processor does not have (SIGILL)",
+    signal.SIGFPE: "crashed in a library (SIGFPE)",
+}
+"""Signals that end a process before it can say so -> what happened to it."""
+
 LAUNCHED = ("train", "qat", "quantize", "evaluate")
 """Stages in which several processes share the work: quantization where it calibrates."""
 
@@ -238,8 +248,8 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         environment = _threads_of_each() | os.environ | {STAGE: position}
         started = subprocess.Popen(command, env=environment)
         code, signaled = wait_and_forward_signals(started.pid, started.wait)
-        if code == 128 + signal.SIGKILL:  # one of its processes was killed
-            code = -signal.SIGKILL
+        if code - 128 in CRASHES:  # one of its processes did
+            code = 128 - code
     else:
         doing(f"{name}: loading torch and transformers")
         work = (module, arguments, position)
@@ -257,9 +267,9 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
             code = -signal.SIGKILL
     if code == -signal.SIGKILL and signaled:  # it reached the fork server, too
         return 128 + signaled
-    if code == -signal.SIGKILL:
+    if -code in CRASHES:
         erase_line()
-        say(f"{name} was killed, perhaps out of memory: {RESUME_HINT}")
+        say(f"{name} {CRASHES[-code]}: {RESUME_HINT}")
     return code if code >= 0 else 128 - code
 
 

@@ -103,11 +103,8 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line(folder, processes,
     """The same command goes on, and ends with what the other tests expect."""
     name = f"{stage} by {processes}"
     texts = [(folder / f"{name}, killed-{rank}.txt").read_text() for rank in range(processes)]
-    ends = [line for text in texts for line in text.splitlines() if line.startswith(ENDS)]
-    left = [(folder / f"{name}, killed-{rank}.code").exists() for rank in range(processes)]
-    # The launcher's signal may end a process before it can speak, seen in one of about eighty.
-    assert len(ends) == sum(left) < processes, texts
-    assert ends or processes == 2, texts
+    ended = [any(line.startswith(ENDS) for line in text.splitlines()) for text in texts]
+    assert sum(ended) == processes - 1, texts
     codes, (first, *others) = results(folder, name, processes)
     assert codes == [0] * processes
     assert resumed.format(folder / name) in first.splitlines()

@@ -87,6 +87,37 @@ def test_a_signal_ends_a_command_with_its_code_and_one_line(number, code):
     assert said == f"stopped by {number.name}: run the same command again to continue from here\n"
 
 
+LAST_LINES = """
+import os, signal
+from finequant.recipes import interrupt
+from finequant.recipes.errors import UserError, report_user_errors
+def signaled():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "the reason"
+class Refused(UserError):
+    def __str__(self):
+        return signaled()
+class NoRoom(OSError):
+    def __str__(self):
+        return "No space left on device " + signaled()
+class Twice(interrupt.Interrupted):
+    def __str__(self):
+        return f"stopped, as another process was: {signaled()}"
+print('ready', flush=True)
+with report_user_errors():
+    raise """
+
+
+@pytest.mark.parametrize("error", ["Refused", "NoRoom", "Twice(signal.SIGTERM)"])
+def test_a_signal_while_the_last_line_is_made_does_not_end_in_silence(error):
+    """As by a launcher that stops the others when one has failed."""
+    process = start(LAST_LINES + error)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert stderr.startswith("stopped")
+    assert stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_what_is_under_way_is_saved_first(number):
     process = start(SAVES, "0")

@@ -73,9 +73,16 @@ def test_accelerate_with_one_process_ends_with_its_code(monkeypatch):
     assert end.value.code == 2
 
 
-def test_a_launched_stage_that_was_killed_is_a_line(tmp_path, monkeypatch, capfd):
-    (tmp_path / "ends.py").write_text("import sys; sys.exit(137)")
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (137, "train was killed, perhaps out of memory: run the same command again"),
+        (139, "train crashed in a library (SIGSEGV): run the same command again"),
+    ],
+)
+def test_a_launched_stage_that_crashed_is_a_line(tmp_path, monkeypatch, capfd, code, line):
+    (tmp_path / "ends.py").write_text(f"import sys; sys.exit({code})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(pipeline, "LAUNCHER", "ends")
-    assert pipeline._start(["train"], '["1/1", []]', [], ["torch.distributed.run"]) == 137
-    assert capfd.readouterr().err.startswith("train was killed, perhaps out of memory: run the")
+    assert pipeline._start(["train"], '["1/1", []]', [], ["torch.distributed.run"]) == code
+    assert capfd.readouterr().err.startswith(line)

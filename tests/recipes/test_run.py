@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import re
 import runpy
 import shlex
@@ -88,6 +89,15 @@ def test_a_fork_server_that_is_killed_ends_the_stage_with_a_line(tmp_path, stage
     assert code == 137
     assert capsys.readouterr().err.startswith("train was killed")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGILL"])
+def test_a_stage_that_crashes_in_a_library_is_named_in_a_line(stage, capsys, name):
+    code = stage(f"os.kill(os.getpid(), signal.{name})", arguments=[])
+    assert code == 128 + signal.Signals[name]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train ")
+    assert line.endswith(f"({name}): run the same command again to continue from here")
 
 
 def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(
