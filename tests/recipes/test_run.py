@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
