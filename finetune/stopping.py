@@ -65,10 +65,10 @@ class SavesWhenStopped(TrainerCallback):
 
     def _asked(self) -> int:
         """Returns the signal that any process received: all have to save the same step."""
-        number = torch.tensor(self.request.number or 0, device=self.trainer.accelerator.device)
-        if self.trainer.accelerator.num_processes == 1:
-            return int(number)
-        return int(self.trainer.accelerator.gather(number.reshape(1)).max())
+        number, accelerator = self.request.number or 0, self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return number
+        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:

@@ -122,7 +122,7 @@ class LoraTrainer(SFTTrainer):
         """Computes the states [tokens, hidden] from which the head predicts the target tokens."""
         others = {key: value for key, value in inputs.items() if key != "labels"}
         # The forward cannot leave the head out; with an index it multiplies one position only.
-        first = torch.tensor([0], device=targets.device)
+        first = torch.zeros(1, dtype=torch.long, device=targets.device)
         states: list[torch.Tensor] = []
         # By a hook: accelerate casts all states that a bf16 forward returns to float32.
         norm = self.accelerator.unwrap_model(model).get_decoder().norm
@@ -160,12 +160,15 @@ class LoraTrainer(SFTTrainer):
     def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float:
         """Called with all gradients of a step, just before the optimizer makes use of them."""
         norm = super()._get_grad_norm(*args, **kwargs)
+        losses = torch.stack([loss for _, loss in self._read]).tolist()  # waits for the GPU once
         is_finite = norm is None or math.isfinite(norm)  # None: DeepSpeed before its first step
-        is_finite = is_finite and all(loss.isfinite() for _, loss in self._read)
-        flag = torch.tensor([is_finite], device=self.accelerator.device)
-        if not self.accelerator.gather(flag).all():
+        is_finite = is_finite and all(map(math.isfinite, losses))
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([is_finite], device=self.accelerator.device)
+            is_finite = bool(self.accelerator.gather(flag).all())
+        if not is_finite:
             self._refuse_step(norm)
-        self.step_loss = sum(loss.item() for _, loss in self._read)
+        self.step_loss = sum(losses)
         self._read.clear()
         return norm
 
