@@ -239,6 +239,7 @@ def test_its_figures_are_those_of_the_cpu(recipe, run_on, quantized, monkeypatch
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
+    from finequant.evaluate import models
     from finequant.evaluate.metrics import tasks
 
     run, folder, reports = quantized("device", "rtn"), recipe.parent, []
@@ -249,6 +250,14 @@ def test_its_figures_are_those_of_the_cpu(recipe, run_on, quantized, monkeypatch
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(tasks, "_task_manager", lambda *_: manager)
     monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
+    load, devices = models.load_model, []
+
+    def load_model(*arguments, **named):
+        model = load(*arguments, **named)
+        devices.append(model.device.type)
+        return model
+
+    monkeypatch.setattr("finequant.evaluate.compare.load_model", load_model)
     rooms = {str(DEVICE): 0, "cpu": 1}
     spread = placement.filled_in_turn(2, tables=0, block=1, rooms=rooms)
     for place, device_map in (("device", None), ("device", spread), ("cpu", None)):
@@ -256,6 +265,7 @@ def test_its_figures_are_those_of_the_cpu(recipe, run_on, quantized, monkeypatch
         shutil.rmtree(run / "measurements", ignore_errors=True)
         run_on(place, compare, run, *METHODS["rtn"], *overrides)
         reports.append(report(run))
+    assert devices == [DEVICE.type] * 6 + ["cpu"] * 3
     for other in reports[:2]:
         for name, model in reports[-1]["models"].items():
             figures = other["models"][name]
