@@ -81,6 +81,24 @@ def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
     return torch.float32 if shipped == torch.bfloat16 and not _bf16()[0] else shipped
 
 
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiplies [..., out] by [out, in].
+
+    Where a processor emulates bf16, torch is slow unless the weight lies transposed: it takes 9 s
+    of an AVX2 core for 64 rows and [8192, 2048] (torch 2.13), and float32 in pieces takes 0.2.
+    """
+    import torch
+
+    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or _bf16()[0]:
+        return rows @ weight
+    flat, step = rows.flatten(0, -2), max(1, IN_CACHE // weight.shape[1])
+    total = torch.zeros(len(flat), weight.shape[1])
+    for first in range(0, len(weight), step):
+        part = slice(first, first + step)
+        total.addmm_(flat[:, part].float(), weight[part].float())
+    return total.to(rows.dtype).unflatten(0, rows.shape[:-1])
+
+
 def _bf16() -> tuple[bool, str]:
     """Says whether bf16 is multiplied natively, and by what."""
     import torch

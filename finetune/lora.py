@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.functional import linear
 
+from finequant.finetune.device import product
+
 ADAPTER = "default"
 """peft's name for the one adapter of a model."""
 
@@ -36,7 +38,7 @@ class _Product(torch.autograd.Function):
         of_a, of_b = of_inner.T @ rows, (gradient.T @ inner).mul_(ctx.scaling)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ weight
+            of_x = product(gradient, weight)
             of_x = of_x.addmm_(of_inner, a).unflatten(0, shape[:-1])
         return of_x, of_a.float(), of_b.float(), None, None
 

@@ -58,7 +58,12 @@ def load_trained_base(recipe: Recipe, dtype: torch.dtype) -> Decoder:
         UserError: as `load_base` and `check_nf4` do.
     """
     check_nf4(recipe)
-    return load_base(recipe.model, dtype, **_options(recipe, dtype))
+    base = load_base(recipe.model, dtype, **_options(recipe, dtype))
+    if recipe.model.load == "nf4":
+        for weight in base.parameters():  # a view of the file would keep all of it mapped
+            if weight.device.type == "cpu" and weight.is_floating_point():
+                weight.data = weight.data.clone()
+    return base
 
 
 def _options(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:

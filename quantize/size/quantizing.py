@@ -52,7 +52,7 @@ def aware_memory(
         weights = weights // machine.gpus + _in_use(stored, blocks=2)
         learned //= machine.gpus
     checkpointed = recipe.train.gradient_checkpointing
-    weights += _in_use(formed, blocks=1) if checkpointed else sum(formed.values())
+    weights += _formed_at_once(formed) if checkpointed else sum(formed.values())
     tokens = step_tokens(recipe, lengths, machine)
     targets = min(tokens, TARGETS_AT_ONCE)
     logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
@@ -70,14 +70,15 @@ def _stored(
     """Computes the bytes of each layer of a fake-quantized model; norms and biases are the last.
 
     size: bytes of a number in its arithmetic.
-    start: bytes of a code, or of a latent weight.
+    start: bytes of a code, or of a latent weight where an adapter learns.
     """
     plan, parts = layer_plan(recipe.quantize, config), components(config)
     stored = {}
     for name, shape in layer_shapes(config).items():
         if scheme := plan[name]:
-            each = start + (size if teacher else 0) + 4 / scheme.group_size
-            stored[name] = int(math.prod(shape) * each)
+            code = 1 if name in (HEAD, EMBEDDING) else start  # which no adapter moves
+            scale = scheme.scale_dtype.itemsize / scheme.group_size
+            stored[name] = int(math.prod(shape) * (code + scale + (size if teacher else 0)))
         elif name != HEAD or unties_head(plan) or not config.tie_word_embeddings:
             stored[name] = math.prod(shape) * size
     return stored | {"": (parts["norms"] + parts["biases"]) * size}
@@ -99,6 +100,12 @@ def _in_use(layers: dict[str, int], blocks: int) -> int:
     """Adds up embedding, head, and some blocks."""
     block = sum(size for name, size in layers.items() if ".layers.0." in name)
     return blocks * block + layers.get(EMBEDDING, 0) + layers.get(HEAD, 0)
+
+
+def _formed_at_once(formed: dict[str, int]) -> int:
+    """Bytes of a block's weights, or of the head's, which is done when the blocks begin."""
+    block = sum(size for name, size in formed.items() if ".layers.0." in name)
+    return max(block, formed.get(EMBEDDING, 0), formed.get(HEAD, 0))
 
 
 def quantize_memory(

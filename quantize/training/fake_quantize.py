@@ -28,6 +28,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import embedding, linear
 
+from finequant.finetune.device import product
 from finequant.finetune.processes import whole
 from finequant.quantize.rounding import (
     Rounded,
@@ -54,7 +55,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, a, b, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
         if a is None:
             return of_x, None, None, None, None, None
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
@@ -76,7 +77,7 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2).T.contiguous()
         return of_x, ctx.layer.gradient_of_delta(gradient, x), None, None
 
@@ -236,7 +237,7 @@ class FakeQuantScales(FakeQuantLinear):
         """
         of_delta = torch.empty_like(self.scale_delta)
         for rows, codes in self.codes():
-            of_weight = (gradient[rows] @ x).float()
+            of_weight = product(gradient[rows], x).float()
             of_scale = (of_weight * codes).unflatten(1, (of_delta.shape[1], -1)).sum(-1)
             of_delta[rows] = of_scale * self.scale[rows].float()
         return of_delta

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.model import load_base
+from finequant.finetune.architecture import skeleton
+from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.rounding import Rounded
@@ -21,7 +24,7 @@ from finequant.quantize.training.fake_quantize import (
 )
 
 if TYPE_CHECKING:
-    from finequant.finetune.architecture import Decoder
+    from finequant.finetune.architecture import Decoder, DecoderConfig
     from finequant.recipes.schema import Lora, Recipe
 
 
@@ -33,21 +36,50 @@ def fake_quantized_model(
     weights: float32 rows of the tuned model, merged, and transformed as the recipe says.
     Only what learns requires a gradient: nothing that the plan leaves in float does.
     """
-    model = load_base(recipe.model, dtype)
-    if unties_head(plan):
-        untie_head(model)
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in start:
-            parameter.data = filled(weights, name, parameter.shape, dtype)
-    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(recipe.seed)
-    # In the plan's order: that of `start`, read from a file's metadata, is another in each process,
-    # and what is drawn for each layer depends on it.
-    for name in filter(plan.get, plan):
-        layer = _fake_quantized(name, model, weights, start[name], plan, dtype, recipe, generator)
+
+    def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
+        layer = _fake_quantized(name, bias, weights, start[name], plan, dtype, recipe, generator)
         if filled_by_first():
             _empty(layer)
-        model.set_submodule(name, layer)
+        return layer
+
+    return assembled(load_config(recipe.model), weights, plan, dtype, make)
+
+
+def assembled(
+    config: DecoderConfig,
+    weights: Weights,
+    plan: Plan,
+    dtype: torch.dtype,
+    make: Callable[[str, torch.Tensor | None], FakeQuantized],
+) -> Decoder:
+    """Builds a model of the plan's layers and, in `dtype`, of what the plan leaves in float; no
+    float weight of the former is in memory.
+
+    weights: of the float model.
+    make: makes the layer of a name, with this bias.
+    """
+    config = deepcopy(config)
+    config.dtype = dtype
+    model = skeleton(config)
+    if unties_head(plan):
+        untie_head(model)
+    for name, parameter in list(model.named_parameters()):
+        if not plan.get(name.removesuffix(".weight")):
+            owner, _, attribute = name.rpartition(".")
+            tensor = filled(weights, name, parameter.shape, dtype)
+            tensor = torch.nn.Parameter(tensor, requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, tensor)
+    # In the plan's order: that of codes, read from a file's metadata, is another in each process,
+    # and what is drawn for each layer depends on it.
+    for name in filter(plan.get, plan):
+        bias = getattr(model.get_submodule(name), "bias", None)
+        model.set_submodule(name, make(name, None if bias is None else bias.detach()))
+    if config.tie_word_embeddings and not unties_head(plan):
+        model.tie_weights()
+    rotary = model.model.rotary_emb  # its frequencies are in no file
+    model.model.rotary_emb = type(rotary)(config)
     return model
 
 
@@ -65,7 +97,7 @@ def fake_quantized_layers(model: torch.nn.Module) -> dict[str, FakeQuantized]:
 
 def _fake_quantized(
     name: str,
-    model: Decoder,
+    bias: torch.Tensor | None,
     weights: Weights,
     start: Rounded,
     plan: Plan,
@@ -74,13 +106,12 @@ def _fake_quantized(
     generator: torch.Generator,
 ) -> FakeQuantized:
     training, lora, bits = recipe.quantize.training, recipe.lora, plan[name].bits
-    exact = weights(f"{name}.weight", WHOLE).float()
-    float_weight = exact.to(dtype) if training.distillation else None
+    float_weight = None
+    if training.distillation:
+        float_weight = filled(weights, f"{name}.weight", start.codes.shape, dtype)
     if name == EMBEDDING:
         return FakeQuantEmbedding(start, bits, dtype, float_weight)
-    shared = {"float_weight": float_weight, "bias": model.get_submodule(name).bias}
-    if shared["bias"] is not None:
-        shared["bias"] = shared["bias"].detach()
+    shared = {"float_weight": float_weight, "bias": bias}
     if training.learns == "scales":
         return FakeQuantScales(start, bits, dtype, **shared)
     if not _has_lora(name, lora):
@@ -89,7 +120,7 @@ def _fake_quantized(
         start,
         bits,
         dtype,
-        exact=exact,
+        exact=weights(f"{name}.weight", WHOLE).float(),
         rank=lora.rank,
         scaling=lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank),
         generator=generator,

@@ -9,24 +9,23 @@ the divergence of the predictions on calibration text: the second phase of Effic
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
-from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
+from finequant.quantize.checkpoint.reading import Weights, filled
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, Plan, untie_head, unties_head
+from finequant.quantize.scheme import EMBEDDING, Plan
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,
     FakeQuantScales,
     disabled,
 )
+from finequant.quantize.training.model import assembled
 from finequant.quantize.training.trainer import divergence
 from finequant.recipes.terminal import tracked
 
@@ -126,28 +125,12 @@ def _model(
     dtype: torch.dtype,
 ) -> Decoder:
     """Builds the model with fake-quantized layers, whose float weights are its teacher's."""
-    config = deepcopy(config)
-    config.dtype = dtype
-    model = skeleton(config)
-    if unties_head(plan):
-        untie_head(model)
-    for name, start in rounded.items():
-        layer = model.get_submodule(name)
-        float_weight = filled(weights, f"{name}.weight", layer.weight.shape, dtype)
+
+    def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
+        start, bits = rounded[name], plan[name].bits
+        float_weight = filled(weights, f"{name}.weight", start.codes.shape, dtype)
         if name == EMBEDDING:
-            fake = FakeQuantEmbedding(start, plan[name].bits, dtype, float_weight)
-        else:
-            bias = weights(f"{name}.bias", WHOLE).to(dtype) if layer.bias is not None else None
-            fake = FakeQuantScales(start, plan[name].bits, dtype, float_weight, bias=bias)
-        model.set_submodule(name, fake)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            owner, _, attribute = name.rpartition(".")
-            tensor = filled(weights, name, parameter.shape, dtype)
-            tensor = torch.nn.Parameter(tensor, requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, tensor)
-    if config.tie_word_embeddings and not unties_head(plan):
-        model.tie_weights()
-    rotary = model.model.rotary_emb  # its frequencies are in no file
-    model.model.rotary_emb = type(rotary)(config)
-    return model.eval()
+            return FakeQuantEmbedding(start, bits, dtype, float_weight)
+        return FakeQuantScales(start, bits, dtype, float_weight, bias=bias)
+
+    return assembled(config, weights, plan, dtype, make)

@@ -8,6 +8,7 @@ import torch
 from finequant.finetune.device import (
     arithmetic_dtype,
     device,
+    product,
     training_precision,
     trains_on_cpu,
     weights_at_once,
@@ -94,3 +95,11 @@ def test_models_compute_in_float32_where_bf16_is_emulated(hardware):
     assert arithmetic_dtype(torch.float16) == torch.float16
     hardware(gpu=True)
     assert arithmetic_dtype(torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("cpu", [(), ("amx_bf16",)], ids=["emulated", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_is_torchs(hardware, cpu, dtype):
+    hardware(gpu=None, cpu=cpu)
+    rows, weight = torch.randn(2, 5, 64, dtype=dtype), torch.randn(64, 32, dtype=dtype)
+    torch.testing.assert_close(product(rows, weight), rows @ weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
         error = dequantize_4bit(layer.weight, layer.weight.quant_state) - weight
         assert 0.02 < error.norm() / weight.norm() < 0.15  # about 0.09 for a normal distribution
     assert torch.equal(held.lm_head.weight, stored.lm_head.weight)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_a_base_in_nf4_does_not_keep_its_files_mapped(recipe_file, llama):
+    folder = llama("mapped")
+    held = _held(load_recipe(recipe_file, [f"model.base={folder}", "model.load=nf4"]))
+    assert held.lm_head.weight.device.type == "cpu"
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("load", ["float", "nf4"])

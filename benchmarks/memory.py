@@ -1,0 +1,257 @@
+"""Peak memory of each stage on this processor beside its estimate: random weights, no network.
+
+python benchmarks/memory.py
+python benchmarks/memory.py --only nf4,scales
+python benchmarks/memory.py --shape tiny --tokens 32
+
+Each line is a stage's own command in a process of its own, on rows of one length, for two steps.
+Its peak is what the kernel says of the process (VmHWM), and has to be what the manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from convert import make
+
+from finequant.recipes.errors import report_user_errors
+from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finequant.finetune.architecture import DecoderConfig
+    from finequant.quantize.size.terms import Memory
+
+MODULES = {
+    "train": "finequant.finetune.train",
+    "qat": "finequant.quantize.training.train",
+    "quantize": "finequant.quantize.convert",
+    "evaluate": "finequant.evaluate.compare",
+}
+CHECKPOINTING = "train.gradient_checkpointing=true"
+SCALES = "quantize.training={steps: 2, learns: scales}"
+ADAPTER = "quantize.training={steps: 2, learns: adapter}"
+TEACHER = "quantize.training.distillation=0.5"
+CASES = {
+    "train bf16": ("train", ["train.precision=bf16"]),
+    "train nf4": ("train", ["train.precision=bf16", "model.load=nf4"]),
+    "train fp32": ("train", ["train.precision=fp32"]),
+    "qat scales": ("qat", [SCALES, CHECKPOINTING]),
+    "qat scales teacher": ("qat", [SCALES, TEACHER, CHECKPOINTING]),
+    "qat scales kept": ("qat", [SCALES]),
+    "qat adapter": ("qat", [ADAPTER, CHECKPOINTING]),
+    "qat adapter teacher": ("qat", [ADAPTER, TEACHER, CHECKPOINTING]),
+    "qat adapter kept": ("qat", [ADAPTER]),
+    "quantize gptq": ("quantize", ["quantize.method=gptq", "quantize.rotate=true"]),
+    "quantize rtn": ("quantize", []),
+    "evaluate": ("evaluate", []),
+}
+"""Stage and overrides, by name; kept: what the backward pass needs is not computed again."""
+
+READS = {"qat": "train bf16", "quantize": "train bf16", "evaluate": "quantize rtn"}
+"""The case that makes what a stage reads."""
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} "
+    "{% if message.role == 'assistant' %}t2 {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+CALIBRATION_TOKENS, ROWS, POLL = 4096, 32, 0.05
+"""The last in seconds."""
+
+
+class Measured(NamedTuple):
+    """What a process took."""
+
+    peak: int
+    """Bytes, as the kernel says."""
+    reported: int
+    """Bytes, as the manifest says."""
+    anonymous: int
+    """Bytes that are no pages of a mapped file, which the kernel may take back; as seen."""
+    models: dict[str, int]
+    """Bytes while each model was evaluated, the most that was seen."""
+    seconds: float
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="1b, 8b, or tiny")] = "1b",
+    only: Annotated[str, typer.Option(help="cases whose names have one of these in them")] = "",
+    tokens: Annotated[int, typer.Option(help="of a row, and a step")] = 256,
+    blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
+    folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
+) -> None:
+    """Prints the table as Markdown."""
+    chosen = [name for name in CASES if any(part in name for part in only.split(","))]
+    lines = []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        at = Path(scratch)
+        say(f"making a base of the shape {shape}")
+        recipe = prepare(at, shape, blocks, tokens)
+        for name in with_what_they_read(chosen):
+            say(name)
+            those = compared(name, recipe, tokens, measure(at, recipe, name))
+            lines += those if name in chosen else []
+    of_blocks = f", {blocks} of its blocks" if blocks else ""
+    print(f"\nLlama {shape}{of_blocks}, rows of {tokens} tokens, one a step\n")
+    print("| | GB | without mapped files | estimated | ratio | |")
+    print("| :--- | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(lines))
+
+
+def with_what_they_read(names: list[str]) -> list[str]:
+    """Adds the cases without which these have nothing to read, in an order that works."""
+    needed = list(names)
+    for name in needed:  # grows
+        before = READS.get(CASES[name][0])
+        needed += [before] if before and before not in needed else []
+    return sorted(needed, key=list(CASES).index)
+
+
+def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
+    """Makes a base with a tokenizer, rows of one length, and the recipe that names them."""
+    make(at, shape, blocks)
+    a_tokenizer().save_pretrained(at / "base")
+    # Of the row's tokens three are the template's; one half of the others is learned.
+    question = " ".join(f"t{3 + number % 900}" for number in range(tokens // 2 - 2))
+    answer = " ".join(f"t{7 + number % 900}" for number in range(tokens - tokens // 2 - 1))
+    rows = [
+        {"prompt": f"t{number + 3} {question[3:]}", "completion": answer} for number in range(ROWS)
+    ]
+    (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (at / "held_out.jsonl").write_text(json.dumps({"prompt": answer, "completion": "t9"}))
+    path = at / "recipe.json"
+    content = {
+        "name": "memory",
+        "output_dir": str(at / "run"),
+        "model": {"base": str(at / "base")},
+        "data": {
+            "train": "rows.jsonl",
+            "test": "held_out.jsonl",
+            "validation_fraction": 0,
+            "max_length": tokens,
+        },
+        "train": {"batch_size": 1, "max_steps": 2},
+        "quantize": {
+            "effort": "fast",
+            "scale": "max",
+            "calibration": {"tokens": min(CALIBRATION_TOKENS, ROWS * tokens), "length": tokens},
+        },
+        "evaluate": {"batch_size": 1, "max_new_tokens": 4, "divergence_tokens": tokens},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def a_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes one whose words are t0, t1, t2, ...; t2 ends an answer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*(f"t{number}" for number in range(1000)), "user", "assistant"]
+    model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="t0")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="t1", eos_token="t2", chat_template=TEMPLATE
+    )
+
+
+def measure(at: Path, recipe: Path, name: str) -> Measured:
+    """Runs a case's command; what the process says is kept in a file beside the recipe."""
+    stage, overrides = CASES[name]
+    started = time.monotonic()
+    log = at / f"{name}.log"
+    command = [sys.executable, "-m", MODULES[stage], str(recipe), *overrides]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    peak, anonymous, models = 0, 0, {}
+    while process.poll() is None:
+        with suppress(OSError, TypeError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            now, peak = kilobytes("VmRSS", status), max(peak, kilobytes("VmHWM", status))
+            anonymous = max(anonymous, kilobytes("RssAnon", status))
+            if model := re.findall(r"evaluate: (\w+): loading", log.read_text()):
+                models[model[-1]] = max(models.get(model[-1], 0), now)
+        time.sleep(POLL)
+    if process.returncode:
+        sys.exit(f"{name} failed:\n{log.read_text()}")
+    manifest = json.loads((at / "run" / "manifest.json").read_text())
+    seconds = time.monotonic() - started
+    reported = manifest[stage]["peak_memory_bytes"]
+    return Measured(peak, reported, anonymous, models, seconds)
+
+
+def kilobytes(key: str, status: str) -> int:
+    """Reads a line of the kernel's status of a process, in bytes."""
+    return 1024 * int(re.search(rf"^{key}:\s*(\d+)", status, re.M)[1])
+
+
+def compared(name: str, path: Path, tokens: int, measured: Measured) -> list[str]:
+    """Makes the lines of a case in the table: of its stage, and of each model that it evaluates."""
+    from finequant.finetune.model import load_config
+    from finequant.quantize.size.estimate import memory_of
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.terms import Lengths
+    from finequant.recipes.load import load_recipe
+
+    stage, overrides = CASES[name]
+    recipe = load_recipe(path, overrides)
+    config, lengths = load_config(recipe.model), Lengths([tokens] * ROWS, tokens, tokens // 2)
+    estimated = memory_of(stage, recipe, config, this_machine(), lengths)
+    say(f"{name}: {measured}; estimated: {estimated}")
+    total, remark = sum(estimated.values()), ""
+    if stage == "qat":
+        remark = f"{bytes_of_rounded(recipe, config, estimated, measured.peak):.2f} bytes a weight"
+    lines = [
+        f"{name} | {measured.peak / 1e9:.2f} | {measured.anonymous / 1e9:.2f} | "
+        f"{total / 1e9:.2f} | {measured.peak / total:.2f} | {remark}"
+    ]
+    for model, peak in measured.models.items():
+        above = (peak - estimated["process"]) / float_bytes(recipe, config)
+        remark = "" if model == "quantized" else f"{above:.2f} times its weights"
+        lines.append(f"{name} {model} | {peak / 1e9:.2f} | | | | {remark}")
+    return [f"| {line} |" for line in lines]
+
+
+def bytes_of_rounded(
+    recipe: Recipe, config: DecoderConfig, estimated: Memory, measured: int
+) -> float:
+    """Computes what each rounded weight took, with its part of what learns: all but the process,
+    what comes and goes with the tokens, and the weights that stay in float."""
+    from finequant.finetune.architecture import layer_shapes
+    from finequant.quantize.scheme import EMBEDDING, layer_plan, shipped_dtype
+
+    plan, shapes = layer_plan(recipe.quantize, config), layer_shapes(config)
+    rounded = sum(math.prod(shapes[name]) for name in plan if plan[name])
+    others = ("process", "activations", "logits", "allocator")
+    rest = sum(estimated.get(name, 0) for name in others)
+    if not plan[EMBEDDING]:
+        rest += math.prod(shapes[EMBEDDING]) * shipped_dtype(recipe.quantize, config).itemsize
+    return (measured - rest) / rounded
+
+
+def float_bytes(recipe: Recipe, config: DecoderConfig) -> int:
+    """Bytes of the tuned model as it is evaluated."""
+    from finequant.finetune.architecture import parameter_count
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.terms import arithmetic_bytes
+
+    return parameter_count(config) * arithmetic_bytes(recipe, config, this_machine())
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        typer.run(main)
