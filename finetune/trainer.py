@@ -120,7 +120,10 @@ class LoraTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
     ) -> torch.Tensor:
         """Computes the states [tokens, hidden] from which the head predicts the target tokens."""
-        others = {key: value for key, value in inputs.items() if key != "labels"}
+        if self.args.use_cpu:
+            inputs, predicting = attention.condensed(inputs, targets)
+        else:
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
         # The forward cannot leave the head out; with an index it multiplies one position only.
         first = torch.zeros(1, dtype=torch.long, device=targets.device)
         states: list[torch.Tensor] = []
@@ -128,10 +131,10 @@ class LoraTrainer(SFTTrainer):
         norm = self.accelerator.unwrap_model(model).get_decoder().norm
         hook = norm.register_forward_hook(lambda _module, _inputs, output: states.append(output))
         try:
-            model(**others, use_cache=False, logits_to_keep=first)
+            model(**inputs, use_cache=False, logits_to_keep=first)
         finally:
             hook.remove()
-        return states[0][:, :-1][targets]
+        return states[0][0, predicting] if self.args.use_cpu else states[0][:, :-1][targets]
 
     def logits(self, model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Computes float32 logits [tokens, vocabulary]."""

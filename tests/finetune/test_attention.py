@@ -35,6 +35,44 @@ def test_rows_are_as_if_each_were_alone(tiny_base, rows, longest, monkeypatch):
         torch.testing.assert_close(other.grad, one.grad, **near)
 
 
+@pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
+def test_what_changes_no_prediction_is_left_out(tiny_base, rows, longest, monkeypatch):
+    """Three of the rows begin alike; another, of another process's share, has no target."""
+    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
+    usual = AutoModelForCausalLM.from_pretrained(tiny_base)
+    ours = copy.deepcopy(usual)
+    ours.set_attn_implementation(attention.NAME)
+    rows = [[7, 8, 9, 7, row[0] + at, *row] for at, row in enumerate(rows)]
+    rows.insert(1, [3, 3, 3])
+    labels = [[-100] * 6 + row[6:-1] + [-100] for row in rows]
+    labels[1] = [-100] * 3
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    pairs = zip(rows, labels, strict=True)
+    batch = collate([{"input_ids": row, "labels": targets} for row, targets in pairs])
+    inputs, predicting = attention.condensed(batch, batch["labels"][:, 1:] != -100)
+    assert inputs["shared_beginning"] == 4
+    assert inputs["input_ids"].numel() == sum(len(row) - 2 for row in rows) - 2 * 4 - 1
+    actual = ours(**inputs, use_cache=False).logits[0, predicting]
+    alone = (usual(torch.tensor([row])).logits[0, 5:-2] for row in rows if len(row) > 3)
+    expected = torch.cat(list(alone))
+    torch.testing.assert_close(actual, expected)
+    for logits in (expected, actual):
+        logits.square().sum().backward()
+    for one, other in zip(usual.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [[-100] * 5, [-100, 1, 2, 3, -100]])
+def test_a_row_alone_shares_nothing(labels):
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batch = collate([{"input_ids": [5, 1, 2, 3, 9], "labels": labels}])
+    inputs, predicting = attention.condensed(batch, batch["labels"][:, 1:] != -100)
+    assert inputs["shared_beginning"] == 0
+    learns = set(labels) != {-100}
+    assert inputs["input_ids"].tolist() == [[5, 1, 2] if learns else [5]]
+    assert predicting.tolist() == ([0, 1, 2] if learns else [])
+
+
 def test_no_token_sees_another_row(tiny_base, rows):
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     model.set_attn_implementation(attention.NAME)
