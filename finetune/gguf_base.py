@@ -8,7 +8,9 @@ are kept in the user's cache: `finequant/gguf` among the assets of the Hugging F
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from finequant.recipes.base import base_hash, locate_base
@@ -40,6 +42,21 @@ def is_dequantized(model: Model) -> bool:
     return _folder(model, "weights").exists()
 
 
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Lets transformers parse GGUF files once in the block, and make the table of their tensors'
+    names once. It does the latter for every module of a model, which takes longer than reading and
+    dequantizing 135M weights (transformers 5.23). To be removed once it does not."""
+    import gguf
+
+    read, named = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(read), cache(named)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = read, named
+
+
 def _kept(model: Model, what: str, make: Callable[[Model, Path], None]) -> Path:
     inputs = {"model.base": base_hash(model)}
     return made_once(_folder(model, what), inputs, lambda partial: make(model, partial))
@@ -59,8 +76,9 @@ def _describe(model: Model, folder: Path) -> None:
 
     package, file = locate_base(model)
     say(f"base: reading {file}")
-    config = from_pretrained(AutoConfig, model, package, gguf_file=file)
-    tokenizer = from_pretrained(AutoTokenizer, model, package, gguf_file=file)
+    with parsed_once():
+        config = from_pretrained(AutoConfig, model, package, gguf_file=file)
+        tokenizer = from_pretrained(AutoTokenizer, model, package, gguf_file=file)
     restore(tokenizer, package / file)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -74,13 +92,14 @@ def _dequantize(model: Model, folder: Path) -> None:
 
     package, file = locate_base(model)
     say(f"base: dequantizing {file} to {folder.parent}")
-    base = load_weights(
-        model,
-        package,
-        gguf_file=file,
-        config=load_config(model),
-        dtype=torch.float32,
-        # Left packed, GGUF weights can be neither trained on nor saved.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with parsed_once():
+        base = load_weights(
+            model,
+            package,
+            gguf_file=file,
+            config=load_config(model),
+            dtype=torch.float32,
+            # Left packed, GGUF weights can be neither trained on nor saved.
+            quantization_config=GgufConfig(dequantize=True),
+        )
     base.save_pretrained(folder)

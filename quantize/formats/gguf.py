@@ -260,26 +260,38 @@ def _read_once(file: Path, written: int) -> GGUFReader:
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     """Computes logits [prompts, vocabulary] in llama.cpp if installed, or in transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from finequant.finetune.gguf_base import parsed_once
     from finequant.quantize.merge.adapter import last_logits
 
     file = file_in(folder)
     if find_spec("llama_cpp"):
         runtime = LlamaCpp(file)
         return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-    # GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config. And
-    # of a Qwen3, transformers 5.23 does not read the size of heads.
-    config, reader = AutoConfig.from_pretrained(folder, gguf_file=file.name), _reader(file)
+    with parsed_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, config=_config_of(file), dtype=torch.float32
+        )
+    return last_logits(model.eval(), prompts)
+
+
+def _config_of(file: Path) -> DecoderConfig:
+    """Reads transformers' configuration from the file.
+
+    GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config. And of
+    a Qwen3, transformers 5.23 does not read the size of heads.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    reader = _reader(file)
     layers = {tensor.name for tensor in reader.tensors}
     kind = reader.fields["general.architecture"].contents()
     config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()
     config.attention_bias = "blk.0.attn_q.bias" in layers
     config.mlp_bias = "blk.0.ffn_up.bias" in layers
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, config=config, dtype=torch.float32
-    )
-    return last_logits(model.eval(), prompts)
+    return config
 
 
 def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
