@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.metrics.corpora import Document, count
+from finequant.finetune import attention
 from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 LOGITS_CHUNK = 256
 """Tokens whose logits are computed at a time; enough to keep a GPU or matrix unit busy."""
+
+SHORT = 128
+"""Maximum tokens of rows that lie end to end on a CPU; attention takes more memory there."""
 
 LOGITS_IN_CACHE = 1 << 19
 """Logits per log-softmax call on a CPU: few enough to stay in a core's cache."""
@@ -88,6 +92,9 @@ def predicting_states(
         The last hidden states [n, hidden] from which the scored tokens are predicted, these tokens
         [n], and the number of them in each sequence.
     """
+    longest = max(len(sequence.ids) for sequence in sequences)
+    if model.device.type == "cpu" and model.dtype == torch.float32 and longest <= SHORT:
+        return _states_end_to_end(model, sequences)
 
     def padded(rows: list[list[int]]) -> torch.Tensor:
         rows = [torch.tensor(row) for row in rows]
@@ -100,6 +107,24 @@ def predicting_states(
     # No mask is needed: padding comes after the scored tokens, and attention is causal.
     states = model.model(input_ids=inputs, use_cache=False)
     return states.last_hidden_state[scored], targets[scored], scored.sum(dim=1).tolist()
+
+
+def _states_end_to_end(
+    model: PreTrainedModel, sequences: list[ScoredSequence]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Does what `predicting_states` does, without padding, and with what all sequences begin with,
+    such as a system message, once: for short rows that is half of the tokens."""
+    ids = torch.tensor([token for sequence in sequences for token in sequence.ids])
+    scored = torch.tensor([token for sequence in sequences for token in sequence.scored])
+    bounds = torch.tensor([0, *accumulate(len(sequence.ids) for sequence in sequences)])
+    inputs, predicting = attention.condensed(
+        {"input_ids": ids[None], "cu_seq_lens_q": bounds}, scored[None, 1:]
+    )
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(attention.NAME)
+    states = model.model(**inputs, use_cache=False).last_hidden_state[0, predicting]
+    model.set_attn_implementation(usual)
+    return states, ids[scored], [sum(sequence.scored) for sequence in sequences]
 
 
 def _losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
