@@ -94,7 +94,8 @@ def run(
         remaining = [stale, *steps[number:]]
         seconds = _seconds(directory, remaining)
         if not ran:
-            refuse_early(loaded, directory, [*chain(*remaining)], launch, force)
+            stages_left = [*chain(*remaining)]
+            refuse_early(loaded, directory, stages_left, launch, force, _start_importing)
         left = f", {duration(sum(seconds))} left by the last run" if seconds else ""
         say(f"[{number}/{len(steps)}] {', '.join(stale)}{left}")
         for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
@@ -230,6 +231,14 @@ def processes() -> BaseContext:
     context = get_context("forkserver")
     context.set_forkserver_preload([LIBRARIES])
     return context
+
+
+def _start_importing() -> None:
+    """Lets the fork server, if there is one, import libraries while this process goes on."""
+    from multiprocessing.forkserver import ensure_running
+
+    if processes().get_start_method() == "forkserver":
+        ensure_running()
 
 
 def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,22 @@ if TYPE_CHECKING:
 
 
 def refuse_early(
-    recipe: Recipe, directory: RunDir, stages: list[str], launch: Path | None, force: bool
+    recipe: Recipe,
+    directory: RunDir,
+    stages: list[str],
+    launch: Path | None,
+    force: bool,
+    meanwhile: Callable[[], None],
 ) -> None:
     """Refuses, before the first of the stages, what one of them would, or what cannot finish here.
+
+    meanwhile: called after the checks that take no time, to start what goes on beside the others.
 
     Raises:
         UserError: unless forced, also where memory or disk seem too small.
     """
     refuse_split_weights(recipe, launch)
-    lengths = preflight(recipe, directory)
+    lengths = preflight(recipe, directory, meanwhile)
     if not force:
         from finequant.quantize.size.machine import this_machine
         from finequant.quantize.size.resources import refuse_what_cannot_finish
@@ -36,7 +44,9 @@ def refuse_early(
         refuse_what_cannot_finish(recipe, directory, large, machine, lengths)
 
 
-def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
+def preflight(
+    recipe: Recipe, directory: RunDir, meanwhile: Callable[[], None] = lambda: None
+) -> Lengths:
     """Refuses, before the first stage, whatever a later stage would refuse; cheap checks first.
 
     Returns:
@@ -48,6 +58,7 @@ def preflight(recipe: Recipe, directory: RunDir) -> Lengths:
     doing("checks: rows, texts and license")
     splits = _check_files(recipe, directory)
     doing("checks: loading torch and transformers")
+    meanwhile()
     lengths = _check_tokens(recipe, splits)
     if recipe.evaluate.tasks:
         doing("checks: loading lm-eval and its tasks")
