@@ -9,7 +9,7 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS = 8
+PROMPTS = 4
 
 
 def check_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
