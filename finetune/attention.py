@@ -7,7 +7,7 @@ of a few hundred tokens that fine-tuning has (torch 2.13, CPU). To be removed on
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +21,7 @@ MAX_PRODUCT_LENGTH = 1024
 """Maximum tokens of a row for which the plain products are faster."""
 
 
-def condensed(
-    inputs: dict[str, Any], targets: torch.Tensor
-) -> tuple[dict[str, Any], torch.Tensor]:
+def condensed(inputs: dict[str, Any], targets: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
     """Leaves out the tokens of a micro-batch that change no prediction of a target: those after a
     row's last one, and what the rows begin with in all rows but the first.
 
@@ -42,21 +40,24 @@ def condensed(
     rows = rows or [(ids[:1], ids[:0])]  # a process may have nothing to learn in a step
     shared = 0
     if len(rows) > 1:
-        beginnings = torch.stack([row[: min(int(p[0]) for _, p in rows)] for row, _ in rows])
+        free = min(int(predicting[0]) for _, predicting in rows)
+        beginnings = torch.stack([row[:free] for row, _ in rows])
         shared = int((beginnings == beginnings[0]).all(0).long().cumprod(0).sum())
-    skipped = [0] + [shared] * (len(rows) - 1)
-    tokens = [row[skip:] for (row, _), skip in zip(rows, skipped, strict=True)]
-    starts = [0, *accumulate(len(part) for part in tokens)]
-    positions = [torch.arange(len(row))[skip:] for (row, _), skip in zip(rows, skipped, strict=True)]
-    predicting = [p - skip + at for (_, p), skip, at in zip(rows, skipped, starts, strict=False)]
-    condensed = {
+    tokens, positions, states, starts = [], [], [], [0]
+    for row, predicting in rows:
+        skipped = shared if tokens else 0
+        tokens.append(row[skipped:])
+        positions.append(torch.arange(skipped, len(row)))
+        states.append(predicting - skipped + starts[-1])
+        starts.append(starts[-1] + len(tokens[-1]))
+    inputs = {
         "input_ids": torch.cat(tokens)[None],
         "position_ids": torch.cat(positions)[None],
         "cu_seq_lens_q": torch.tensor(starts),
         "max_length_q": max(len(row) for row, _ in rows),
         "shared_beginning": shared,
     }
-    return condensed, torch.cat(predicting)
+    return inputs, torch.cat(states)
 
 
 def attend_within_rows(
