@@ -123,9 +123,11 @@ class FakeQuantized(torch.nn.Module):
         """Codes and scales as they ship, on the CPU; to be called by all processes, each of which
         may hold a part of the layer."""
         with _gathered(self):
-            codes = torch.empty_like(self.latent, dtype=torch.int8)
-            for rows, part in self.codes():
-                codes[rows] = part.to(torch.int8)
+            codes = self.latent.detach()
+            if codes.dtype != torch.int8:  # an adapter moves them
+                codes = torch.empty_like(codes, dtype=torch.int8)
+                for rows, part in self.codes():
+                    codes[rows] = part.to(torch.int8)
             scale = self.scales(slice(None)).to(self.scale.dtype)
             return Rounded(codes.cpu(), scale.cpu())
 
