@@ -39,7 +39,10 @@ def fake_quantized_model(
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
-        layer = _fake_quantized(name, bias, weights, start[name], plan, dtype, recipe, generator)
+        codes = start[name]
+        if recipe.quantize.training.learns == "adapter":  # a view would keep the file mapped
+            codes = Rounded(*map(torch.clone, codes))
+        layer = _fake_quantized(name, bias, weights, codes, plan, dtype, recipe, generator)
         if filled_by_first():
             _empty(layer)
         return layer
