@@ -5,7 +5,8 @@ python benchmarks/memory.py --only nf4,scales
 python benchmarks/memory.py --shape tiny --tokens 32
 
 Each line is a stage's own command in a process of its own, on rows of one length, for two steps.
-Its peak is what the kernel says of the process (VmHWM), and has to be what the manifest says.
+Its peak is what the kernel says of the process (VmHWM, on Linux alone); it is refused if the
+manifest says another.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from convert import make
 
-from finequant.recipes.errors import report_user_errors
+from finequant.recipes.commands.pipeline import module_of
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -34,12 +36,6 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.size.terms import Memory
 
-MODULES = {
-    "train": "finequant.finetune.train",
-    "qat": "finequant.quantize.training.train",
-    "quantize": "finequant.quantize.convert",
-    "evaluate": "finequant.evaluate.compare",
-}
 CHECKPOINTING = "train.gradient_checkpointing=true"
 SCALES = "quantize.training={steps: 2, learns: scales}"
 ADAPTER = "quantize.training={steps: 2, learns: adapter}"
@@ -95,6 +91,8 @@ def main(
 ) -> None:
     """Prints the table as Markdown."""
     chosen = [name for name in CASES if any(part in name for part in only.split(","))]
+    if not chosen:
+        raise UserError(f"--only {only}: expected parts of {', '.join(CASES)}")
     lines = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         at = Path(scratch)
@@ -174,7 +172,7 @@ def measure(at: Path, recipe: Path, name: str) -> Measured:
     stage, overrides = CASES[name]
     started = time.monotonic()
     log = at / f"{name}.log"
-    command = [sys.executable, "-m", MODULES[stage], str(recipe), *overrides]
+    command = [sys.executable, "-m", module_of(stage), str(recipe), *overrides]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     peak, anonymous, models = 0, 0, {}
@@ -191,6 +189,8 @@ def measure(at: Path, recipe: Path, name: str) -> Measured:
     manifest = json.loads((at / "run" / "manifest.json").read_text())
     seconds = time.monotonic() - started
     reported = manifest[stage]["peak_memory_bytes"]
+    if not math.isclose(peak, reported, rel_tol=0.01):
+        sys.exit(f"{name}: the kernel says {peak} bytes, and the manifest {reported}")
     return Measured(peak, reported, anonymous, models, seconds)
 
 

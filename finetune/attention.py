@@ -1,5 +1,5 @@
-"""Attention for training on a CPU: rows lie end to end without padding, products stay in bf16, and
-what all rows begin with, such as a system message, is there once.
+"""Attention on a CPU: rows lie end to end without padding, products stay in bf16, and what all rows
+begin with, such as a system message, is there once.
 
 torch's fused attention takes 5 to 30 times longer backward than these plain products for the rows
 of a few hundred tokens that fine-tuning has (torch 2.13, CPU). To be removed once it does not.

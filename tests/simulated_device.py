@@ -88,16 +88,17 @@ class _Module(_DummyBackendModule):
     """What the libraries ask of `torch.musa`."""
 
     def set_device(self, device: torch.device | int) -> None:
-        pass
+        """Does nothing: there is one."""
 
     def empty_cache(self) -> None:
-        pass
+        """Does nothing: nothing is cached."""
 
     def get_rng_state(self, device: int = 0) -> torch.Tensor:
+        """Returns the CPU's, whose kernels draw the numbers."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: int = 0) -> None:
-        pass  # the CPU's is saved and restored, too
+        torch.set_rng_state(state)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]

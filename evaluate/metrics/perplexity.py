@@ -122,8 +122,10 @@ def _states_end_to_end(
     )
     usual = model.config._attn_implementation
     model.set_attn_implementation(attention.NAME)
-    states = model.model(**inputs, use_cache=False).last_hidden_state[0, predicting]
-    model.set_attn_implementation(usual)
+    try:
+        states = model.model(**inputs, use_cache=False).last_hidden_state[0, predicting]
+    finally:
+        model.set_attn_implementation(usual)
     return states, ids[scored], [sum(sequence.scored) for sequence in sequences]
 
 
