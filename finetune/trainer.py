@@ -52,6 +52,9 @@ class LoraTrainer(SFTTrainer):
     own_loss_everywhere = False
     """Whether this loss is also used on a GPU."""
 
+    condenses = True
+    """Whether a forward on a CPU leaves out the tokens that change no prediction."""
+
     step_loss = math.nan
     """The loss of the newest step, in this process; the log averages over train.logging_steps."""
 
@@ -120,7 +123,8 @@ class LoraTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor
     ) -> torch.Tensor:
         """Computes the states [tokens, hidden] from which the head predicts the target tokens."""
-        if self.args.use_cpu:
+        condenses = self.condenses and self.args.use_cpu
+        if condenses:
             inputs, predicting = attention.condensed(inputs, targets)
         else:
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
@@ -134,7 +138,7 @@ class LoraTrainer(SFTTrainer):
             model(**inputs, use_cache=False, logits_to_keep=first)
         finally:
             hook.remove()
-        return states[0][0, predicting] if self.args.use_cpu else states[0][:, :-1][targets]
+        return states[0][0, predicting] if condenses else states[0][:, :-1][targets]
 
     def logits(self, model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Computes float32 logits [tokens, vocabulary]."""

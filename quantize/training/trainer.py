@@ -27,6 +27,8 @@ class QuantizationAwareTrainer(LoraTrainer):
     """Trains a model of fake-quantized layers, on the answers and on the tuned model's logits."""
 
     own_loss_everywhere = True  # trl takes the head's weight, not its forward
+    # The last bits, which decide on an input's int8 code, depend on how many tokens are left.
+    condenses = False
     distillation = 0.0
     """Weight of the divergence from the tuned model in the loss."""
 

@@ -335,7 +335,7 @@ def test_several_processes_keep_the_best_scales_of_one(sharded):
     for run in runs:
         last = run / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
         assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
-        assert far(learned(run), learned(alone)) < 1e-4, run  # Adam shows their last bits
+        assert far(learned(run), learned(alone)) < 1e-5, run
         codes, scales = ends(run)
         assert torch.equal(codes, expected)
         assert far(scales, same) < 1e-6
