@@ -48,7 +48,7 @@ GPUS = {"24 GB": ("24GB", 1), "80 GB": ("80GB", 1), "8 x 80 GB": ("80GB", 8)}
 STEP = ["train.micro_batch_size=2", "data.max_length=2048", "train.gradient_checkpointing=true"]
 WORK = {
     "LoRA": ("train", []),
-    "LoRA, nothing computed again": ("train", ["train.gradient_checkpointing=false"]),
+    "LoRA, no checkpointing": ("train", ["train.gradient_checkpointing=false"]),
     "LoRA, base in nf4": ("train", ["model.load=nf4"]),
     "quantization-aware, adapter": ("qat", ["quantize.training={steps: 1}"]),
     "gptq": ("quantize", ["quantize.method=gptq", "quantize.effort=fast"]),
