@@ -10,10 +10,10 @@ from finequant.recipes.schema import Recipe
 
 
 def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Adds to what was compared with quantized how many rows an export answers as that does.
+    """Collects how each export compares with quantized, and counts the rows they answer alike.
 
     Returns:
-        {NAME: {"same_answers": share of rows, to the letter, "n": rows, "same_prompts", "kl"}}
+        {NAME: {"same_answers": share of identical answers, "n": rows, "same_prompts", "kl"}}
     """
     reference = measured["quantized"]["answers"]
     parities = {}
@@ -41,7 +41,7 @@ def changes(
 
 
 def right_by(metrics: list[str]) -> str | None:
-    """Returns the first of the metrics by which an answer is right or wrong, if there is one."""
+    """Returns the first metric that calls an answer either right or wrong; None without one."""
     decides = ("json_match", "tool_call_match", "exact_match")
     return next((metric for metric in metrics if metric in decides), None)
 
@@ -70,7 +70,7 @@ def predictions(
 def samples(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Collects the models' answers to rows spread evenly over the held-out ones."""
+    """Samples held-out rows at even intervals, with the models' answers."""
     total = len(material.rows)
     count = min(recipe.evaluate.samples, total)
     return [

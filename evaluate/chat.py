@@ -1,4 +1,4 @@
-"""Chat with a model of a run, or ask all models the same question: text and tokens per second."""
+"""Chat with a model of a run, or ask all models one question; shows text and tokens per second."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
-HELP = "/new starts over, /quit or an empty line ends, /help says this again"
+HELP = "/new starts over, /quit or an empty line ends, /help shows this again"
 
 
 class Answer(NamedTuple):
@@ -119,10 +119,10 @@ def exports_with_a_runtime() -> dict[str, Format]:
 
 
 def check_made(name: str, recipe: Recipe, run: RunDir) -> None:
-    """Checks that a model exists, made from what else is there.
+    """Checks that a model exists and was made from the run's present artifacts.
 
     Raises:
-        UserError: for an unknown name, or a model that this run has not made yet.
+        UserError: for an unknown name, or a model that is missing or out of date.
     """
     for stage in NEEDS.get(name, ()):
         run.require(stage, recipe)

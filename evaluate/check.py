@@ -1,4 +1,4 @@
-"""Checks what `evaluate` refuses, before anything is trained.
+"""Refuses, before anything is trained, what `evaluate` would refuse.
 
 `check_texts` and `check_rows` do not import torch: they report a misspelled column in seconds.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
 
 SPEED_PROMPT, SPEED_ANSWER = 256, 64
-"""Tokens for timing an export: of the prompt, in one call, and of the answer, one by one."""
+"""Tokens for timing an export: a prompt, read in one call, and an answer, decoded one by one."""
 
 
 def check_texts(evaluate: Evaluate) -> None:
@@ -93,8 +93,8 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
     ]
     if broken:
         raise UserError(
-            f"evaluate.metrics: json_match needs JSON, and the answers of {len(broken)} held-out "
-            "rows are not: correct them, or remove json_match\n  " + listed(broken, most=10)
+            f"evaluate.metrics: json_match needs JSON, but the answers of {len(broken)} held-out "
+            "rows are not JSON: correct them, or remove json_match\n  " + listed(broken, most=10)
         )
 
 
@@ -102,7 +102,7 @@ def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
     has_calls = any(message.get("tool_calls") for row in test for message in row.messages)
     if "tool_call_recall" in evaluate.metrics and not has_calls:
         raise UserError(
-            "evaluate.metrics: tool_call_recall needs calls, and the held-out rows have none"
+            "evaluate.metrics: tool_call_recall needs tool calls, but the held-out rows have none"
         )
 
 

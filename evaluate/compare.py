@@ -1,4 +1,4 @@
-"""Compare base, tuned, quantized, exports on the same tokens: -> report.json, report.md, plots/
+"""Compare base, tuned, quantized and exports on the same tokens: -> report.json, report.md, plots/
 
 python evaluate/compare.py recipes/quickstart.yaml
 python evaluate/compare.py recipes/chat.yaml evaluate.limit=100
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(recipe: Recipe, run: RunDir) -> bool:
     """Measures the three models and their exports, writes the report, and prints its table.
 
-    Several processes share the batches; only the first has the report to write.
+    Several processes share the batches; only the first writes the report.
 
     Returns:
-        Whether the gate passed; True if the recipe sets none.
+        Whether the gate passed; True without a gate, and in all processes but the first.
 
     Raises:
         UserError: for unknown tasks, unreadable texts, or missing artifacts.
@@ -151,7 +151,7 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
 def report_of(
     recipe: Recipe, run: RunDir, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Collects what report.json holds.
+    """Collects the content of report.json.
 
     measured: the measurement of each model and export by its key in the report.
     """

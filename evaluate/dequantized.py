@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 CHECKED_TOKENS = 32
-"""Tokens of the prompt that are enough: each goes through every layer. Where the processor emulates
-bfloat16, a window of a corpus would take longer than its perplexity."""
+"""Tokens of the prompt to check: few are enough, as each goes through every layer. Where the
+processor emulates bfloat16, a whole window would take longer than the perplexity itself."""
 
 
 def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
-    """Replaces integer weights, in place, by the floats that torchao computes at each forward.
+    """Replaces integer weights, in place, with the floats that torchao computes at each forward.
 
-    The arithmetic stays the same, so the logits of the prompt must be identical: its first tokens
-    are checked.
+    The arithmetic stays the same, so the logits must be identical; this is checked on the first
+    tokens of the prompt.
 
     Raises:
         UserError: if the logits differ, because then another model would be measured.
@@ -43,12 +43,15 @@ def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
         actual = model(ids).logits
     # At two bits, logits can be NaN: NaNs in the same positions count as equal.
     if not torch.allclose(actual, expected, rtol=0, atol=0, equal_nan=True):
-        raise UserError("evaluate: the dequantized model differs from the quantized one: torchao?")
+        raise UserError(
+            "evaluate: the dequantized model's logits differ from the quantized model's: install "
+            "the versions in constraints.txt, as another torchao may compute differently"
+        )
     return model
 
 
 def quantize_inputs(modules: Iterable[torch.nn.Module]) -> None:
-    """Lets layers quantize their inputs to int8, per token."""
+    """Makes layers quantize their inputs to int8, per token; a shared input is quantized once."""
     shared = SharedInputs()
     for module in modules:
         module.register_forward_pre_hook(lambda _, inputs: (shared(inputs[0]), *inputs[1:]))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finequant.quantize.size.terms import Lengths
 
 HELD_OUT = "held_out"
-"""Name of the test rows among corpora and tasks."""
+"""The name of the held-out rows among corpora and tasks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Material:
     """Token ids on which a loaded model is checked: prompts, or training rows if there are none."""
 
     def lengths(self, training: list[int] | None = None) -> Lengths:
-        """Returns the lengths that decide the memory of activations.
+        """Returns the lengths that the memory of activations depends on.
 
         training: tokens of each training row.
         """
@@ -129,7 +129,7 @@ def _answers_as_corpus(
 
 
 def _asked_rows(row: Row) -> list[Row]:
-    """Returns the row for its last answer; if it has calls, one row for each of its answers."""
+    """Returns one row for each answer to generate: the last or, in a row with calls, all."""
     if any(message.get("tool_calls") for message in row.messages):
         return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
     return [row] if row.messages else []
@@ -139,7 +139,7 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
     """Checks that calls can be parsed from the text that the chat template renders.
 
     Raises:
-        UserError: for a template that writes calls in another form, so that none would match.
+        UserError: if the template writes calls in another form, so that none would match.
     """
     from finequant.evaluate.metrics.text_metrics import calls_in, canonical_call
 
@@ -153,10 +153,10 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
 
 
 def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
-    """Lists what `multiple_choice` chooses from.
+    """Lists the answers that `multiple_choice` chooses from.
 
     Raises:
-        UserError: if that is one answer, which every model would get right.
+        UserError: if there is only one, which every model would get right.
     """
     if recipe.evaluate.choices != "completions":
         return list(recipe.evaluate.choices or [])
@@ -164,6 +164,6 @@ def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
     if "multiple_choice" in recipe.evaluate.metrics and len(choices) == 1:
         raise UserError(
             f"evaluate.choices: completions: all rows have the answer {choices[0]!r}: add rows "
-            "with others (is the file sorted?), or leave out the metric multiple_choice"
+            "with other answers (is the file sorted?), or leave out the metric multiple_choice"
         )
     return choices

@@ -22,7 +22,7 @@ def measure_model(
 
     Returns:
         {"scores": size, perplexity, and tasks as in report.json, "answers": to the held-out rows},
-        and what `predicted` does.
+        and the result of `predicted`.
     """
     from finequant.evaluate.metrics.perplexity import measure
     from finequant.evaluate.metrics.tasks import answer, lm_eval_tasks, multiple_choice
@@ -79,7 +79,7 @@ def measure_model(
 def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> Predictions:
     """Predicts the tokens on which the quantized model is compared with the tuned one.
 
-    Of several processes, the first does it; the others are told the losses.
+    Of several processes, the first computes them and sends the others the losses only.
     """
     from torch import empty
 

@@ -1,4 +1,4 @@
-"""Loads the models of a run as they ship, and says what they take on disk."""
+"""Loads the models of a run as they ship, and computes their sizes on disk."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def load_model(
 ) -> Decoder:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
-    It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The tuned
-    model's logits are compared with peft's by the stage quantize, not again here. What has no room
-    is read at each use.
+    It computes in the shipped dtype, or in float32 if the processor only emulates bf16. The stage
+    quantize has compared the tuned model's logits with peft's already. Parts that do not fit into
+    memory are read from their files at each use.
 
     probe: token ids on which the dequantized model is compared with quantized/.
     ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
-    lengths: of what it will read, which takes memory, too; default: what the recipe allows.
+    lengths: of the sequences it will read, as activations take memory, too; default: the longest
+        that the recipe allows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -66,9 +67,10 @@ def load_model(
 def _spread(
     name: str, recipe: Recipe, run: RunDir, ends: list[int], device_map: DeviceMap
 ) -> Decoder:
-    """Builds a model that one device does not hold from its files.
+    """Builds a model that is too large for one device, from its files.
 
-    That of quantized/ is codes times scales, which the stage quantize has compared with torchao's.
+    The weights of quantized/ are codes times scales, which the stage quantize has compared with
+    torchao's.
     """
     from transformers import GenerationConfig
 
@@ -104,7 +106,7 @@ def _spread(
 
 
 def size_bytes(name: str, model: Decoder, recipe: Recipe, run: RunDir) -> int:
-    """Returns the bytes of the weights on disk, or what a float model would take there."""
+    """Returns the bytes that the weights take on disk or, for a float model, would take there."""
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.writing import weight_bytes
     from finequant.quantize.scheme import shipped_dtype
@@ -120,9 +122,9 @@ def size_bytes(name: str, model: Decoder, recipe: Recipe, run: RunDir) -> int:
 
 
 def packed_sizes(recipe: Recipe, run: RunDir) -> dict[str, dict[str, float]]:
-    """Computes what base, tuned and quantized take in the dtype they are measured in.
+    """Computes the sizes of base, tuned and quantized in the dtypes they are measured in.
 
-    Their files may differ: a base may be quantized already, and torchao keeps a code in a byte.
+    Their files may differ: a base may be quantized already, and torchao stores a code in a byte.
 
     Returns:
         {NAME: {"packed_bytes", "packed_bits_per_weight"}}

@@ -33,7 +33,7 @@ FLOAT = "float"
 
 
 class Job(NamedTuple):
-    """A measurement to make or to reuse; without a point, that of the float model."""
+    """A measurement to make or to reuse; the float model's has no point."""
 
     point: Point | None
     memo: Memo
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
-    """Measures each point like `evaluate`, writes the run's sweep/, and prints a table.
+    """Measures each point as `evaluate` does, writes the run's sweep/, and prints a table.
 
     A sweep varies post-training quantization and ignores `quantize.training`.
 
@@ -141,7 +141,7 @@ def _remaining(jobs: list[Job], measured: dict[str, dict[str, Any]]) -> str:
 def _float_model(recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]]) -> Decoder:
     """Loads the model to quantize, merged once for all points.
 
-    In float32, from which the stage quantize rounds: codes of bfloat16 weights would be others.
+    It is in float32, as in the stage quantize: bfloat16 weights would round to other codes.
     """
     import torch
 
@@ -152,7 +152,7 @@ def _float_model(recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]
     if swept == "base":
         return load_base(recipe.model, torch.float32)
     if recipe.quantize.training:
-        say("sweep: quantize.training takes no part; base + adapter is rounded")
+        say("sweep: quantize.training is ignored; base + adapter is rounded")
     return merged_model(recipe, run, torch.float32, probes)
 
 
@@ -207,7 +207,7 @@ def measure_point(point: Point, model: Decoder, material: Material, run: RunDir)
     size = _bytes_on_disk(model, plan, dtype)
     rounded = round_model(model, recipe, material.tokenizer, dtype)
     model = quantized_model(model, rounded, plan, dtype)
-    # With codes packed to their own bits; torchao's files spend eight bits on each.
+    # Counts each code at its own bits; torchao's files spend eight on each.
     packed = model_size(plan, config, dtype, recipe.quantize).packed
     model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
@@ -239,7 +239,7 @@ def _bytes_on_disk(model: Decoder, plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Makes the float model's entry; its size is that of floats, even for a packed GGUF base."""
+    """Makes the float model's entry; its size counts floats, even for a packed GGUF base."""
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import shipped_dtype

@@ -28,7 +28,8 @@ def count(text: str, original: str | None = None) -> Document:
 
 
 def read_corpus(corpus: Corpus) -> list[Document]:
-    """Reads the documents of a corpus; local sources must be absolute paths (load_recipe does it).
+    """Reads the documents of a corpus; local sources must be absolute paths, as load_recipe makes
+    them.
 
     `wikitext` gives the documents of lm-eval's task of that name, from the raw file, from
     Salesforce/wikitext (one row per line), or EleutherAI/wikitext_document_level (column `page`).
@@ -119,14 +120,15 @@ def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
 
 
 def _wikitext_file(rows: list[str]) -> str:
-    """Restores the raw file: page rows lack the last line end, line rows the space of blanks."""
+    """Restores the raw file: rows of pages lack the last line end; rows of lines, the space that
+    stands on a blank line."""
     return "".join(row if row.endswith("\n") else f"{row or ' '}\n" for row in rows)
 
 
 def _articles(text: str) -> Iterator[Document]:
     """Splits before each title, by the rule that produced EleutherAI/wikitext_document_level.
 
-    The rule takes every line ` = ... = ` for a title; 2 of the test split's 62 are formulas.
+    The rule takes every line ` = ... = ` for a title; 2 of the 62 in the test split are formulas.
     """
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASSAGES, AROUND = 5, 40
-"""Passages that the report shows, and their tokens on each side of the worst one."""
+"""Passages that the report shows, and their tokens on each side of the worst token."""
 
 
 class Predictions(NamedTuple):
-    """What a model predicts at the position of each scored token; all on the CPU."""
+    """A model's predictions of the scored tokens; all tensors are on the CPU."""
 
     logs: torch.Tensor
     """float32 log-probabilities [scored tokens, vocabulary], of logits in float32."""
     rounding: torch.Tensor
-    """Their KL divergence [scored tokens] from those of logits in the shipped dtype: rounding
-    logits to bfloat16 alone makes two nearly equal models differ."""
+    """KL divergence [scored tokens] of `logs` from the same with logits in the shipped dtype:
+    rounding logits to bfloat16 alone makes two nearly equal models differ."""
     losses: dict[str, list[float]]
-    """Negative log-likelihoods of the sequences of each corpus, in nats, of logits in the shipped
+    """Negative log-likelihoods in nats of each corpus's sequences, from logits in the shipped
     dtype."""
 
 
@@ -84,8 +84,8 @@ def predict(
 
 
 def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
-    """Copies a head that is not in float32; if it quantizes its input, it still does so in the old
-    dtype."""
+    """Converts a head to float32, copying it if needed; if it quantizes its input, it still does so
+    in the old dtype."""
     if all(weight.dtype == torch.float32 for weight in head.parameters()):
         return head
     head = deepcopy(head).float()
@@ -99,9 +99,9 @@ def divergence(
 ) -> dict[str, object]:
     """Computes the mean KL(tuned || quantized) in nats, and how often their top tokens agree.
 
-    tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens. rounding: the
-    KL divergence [tokens] of the tuned model from itself with logits in the shipped dtype; its
-    mean is the floor below which a KL divergence is meaningless.
+    tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens.
+    rounding: the KL divergence [tokens] of the tuned model from itself with logits in the shipped
+        dtype; its mean is the floor below which a KL divergence is meaningless.
     """
     same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
     return {
@@ -118,7 +118,7 @@ def passages(
     sequences: list[ScoredSequence],
     decode: Callable[[list[int]], str],
 ) -> list[list[dict[str, object]]]:
-    """Cuts out the surroundings of the tokens whose prediction changed most, one per sequence.
+    """Cuts out the passages around the tokens whose prediction changed most, one per sequence.
 
     tuned, quantized: log-probabilities [scored tokens of the sequences, vocabulary].
 

@@ -1,4 +1,4 @@
-"""Measures exports like the other models, each format in its own runtime."""
+"""Measures exports as the other models are measured, each format in its own runtime."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def measure_export(
     material: Material,
     reference: Callable[[], Reference],
 ) -> dict[str, Any]:
-    """Measures an export like `measure_model`, and its speed, peak memory and parity.
+    """Measures an export as `measure_model` does, and its speed, peak memory and parity.
 
     Only the size is measured if its runtime is missing or the recipe says so. lm-eval tasks need a
     transformers model, so they run for checkpoints only.
 
-    reference: computes what quantized/ says; called only if the export runs.
+    reference: computes the predictions of quantized/; called only if the export runs.
 
     Returns:
-        As `measure_model`, and "parity" with what `compared` returns.
+        The measurement of `measure_model` and, as "parity", the result of `compared`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +135,8 @@ def nll(runtime: Runtime, sequence: ScoredSequence) -> float:
 def scored_logits(runtime: Runtime, sequence: ScoredSequence) -> Iterator[tuple[torch.Tensor, int]]:
     """Yields the logits that predict each scored token, and its id.
 
-    The tokens before the first scored one are read in one call, the rest one by one, as decoding.
+    The tokens before the first scored one are read in one call, the rest one by one, as in
+    decoding.
     """
     done = 0
     for position, scored in enumerate(sequence.scored):
@@ -151,8 +152,8 @@ def greedy_answer(
     ends: list[int],
     limit: int,
 ) -> str:
-    """Generates at most `limit` tokens, up to one of `ends`; returns stripped text without special
-    tokens."""
+    """Generates at most `limit` tokens, and stops before any of `ends`; returns stripped text
+    without special tokens."""
     answer = list(greedy_tokens(runtime, prompt, ends, limit))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()

@@ -1,4 +1,4 @@
-"""lm-eval's model class, but each shared context is computed once: same answers, less time."""
+"""Makes lm-eval's model class compute each shared context once: same answers, less time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class SharedContextLM(HFLM):
     """HFLM for a decoder, with HFLM's own tokens, truncation, and cache.
 
-    Log-likelihoods are summed in float32 or better. HFLM stays in the model's dtype, where near
-    ties can come out differently in bfloat16.
+    Log-likelihoods are summed in float32 or better. HFLM sums in the model's dtype: in bfloat16,
+    near ties can come out differently.
     """
 
     def _loglikelihood_tokens(

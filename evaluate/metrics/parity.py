@@ -1,4 +1,4 @@
-"""Compares an export with quantized/: the ids of prompts, and next-token distributions."""
+"""Compares an export with quantized/: token ids of prompts, and next-token distributions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from finequant.evaluate.metrics.perplexity import ScoredSequence
 
 TOKENS = 256
-"""Scored tokens, at least, on which exports are compared with quantized/."""
+"""Minimum number of scored tokens on which exports are compared with quantized/."""
 
 
 class Reference(NamedTuple):
-    """What quantized/ says on some sequences: the side that exports are compared with."""
+    """The predictions of quantized/ on some sequences, with which exports are compared."""
 
     corpora: dict[str, list[ScoredSequence]]
     predictions: Predictions
 
 
 def quantized_reference(recipe: Recipe, run: RunDir, material: Material) -> Reference:
-    """Computes what quantized/ predicts."""
+    """Loads quantized/ and computes the predictions with which exports are compared."""
     from finequant.evaluate.models import load_model
 
     corpora = reference_sequences(material.corpora, TOKENS)
@@ -58,8 +58,8 @@ def compared(
     logs: the export's log-probabilities [scored tokens, vocabulary] on the reference's sequences.
 
     Returns:
-        {"kl": mean divergence from quantized/, in nats a token, "same_prompts": share of the
-        held-out prompts that the export's tokenizer cuts into the same ids}
+        {"kl": mean divergence from quantized/, in nats per token, "same_prompts": share of the
+        held-out prompts that the export's tokenizer encodes as the same ids}
     """
     parity = {"kl": kl(reference.predictions.logs, logs).mean().item()}
     if not material.prompts:

@@ -31,7 +31,8 @@ LOGITS_CHUNK = 256
 """Tokens whose logits are computed at a time; enough to keep a GPU or matrix unit busy."""
 
 SHORT = 128
-"""Maximum tokens of rows that lie end to end on a CPU; attention takes more memory there."""
+"""On a CPU, sequences of at most this many tokens lie end to end; attention over longer ones takes
+more memory that way."""
 
 LOGITS_IN_CACHE = 1 << 19
 """Logits per log-softmax call on a CPU: few enough to stay in a core's cache."""
@@ -50,7 +51,7 @@ def negative_log_likelihoods(
 ) -> list[float]:
     """Sums the nats of the scored tokens of each sequence, in the order of `sequences`.
 
-    Each of several processes computes some of the batches.
+    Several processes share the batches.
 
     `model` is a decoder in evaluation mode (for a PeftModel, its `get_base_model()`).
     Memory: the hidden states of a batch, and LOGITS_CHUNK rows of logits.
@@ -112,8 +113,8 @@ def predicting_states(
 def _states_end_to_end(
     model: PreTrainedModel, sequences: list[ScoredSequence]
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Does what `predicting_states` does, without padding, and with what all sequences begin with,
-    such as a system message, once: for short rows that is half of the tokens."""
+    """Does what `predicting_states` does, without padding, and computes a beginning that all
+    sequences share, such as a system message, once: in short rows, that is half of the tokens."""
     ids = torch.tensor([token for sequence in sequences for token in sequence.ids])
     scored = torch.tensor([token for sequence in sequences for token in sequence.scored])
     bounds = torch.tensor([0, *accumulate(len(sequence.ids) for sequence in sequences)])

@@ -71,7 +71,8 @@ def log_likelihoods(
     """Scores the requested continuations, and returns their likelihoods in the same order.
 
     `model` is a decoder in evaluation mode, with sdpa or eager attention.
-    batch_size: number of contexts if each had a single continuation; limits a batch's tokens.
+    batch_size: contexts in a batch if each had a single continuation; with more continuations, a
+        batch has fewer contexts.
     """
     batches = _batches(_rows(asked), batch_size)
 

@@ -164,8 +164,9 @@ def continuations(
 ) -> list[Continuation]:
     """Tokenizes each choice together with its prompt, as lm-eval and the training data do.
 
-    Llama 2's tokenizer, for example, puts a space in front of a choice by itself. Where that would
-    change the prompt's last token, as after a space, the model is asked with the prompt as it is.
+    Alone, a choice can get other tokens: Llama 2's tokenizer, for example, puts a space in front of
+    it. Where the choice would change the prompt's own tokens, as after a final space, it is
+    tokenized alone nevertheless.
     """
     text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
     apart = tokenizer(choices, add_special_tokens=False)["input_ids"]
@@ -272,7 +273,7 @@ def _run(
     """Runs one entry of `evaluate.tasks`: {task: {metric: score}}."""
     from lm_eval import evaluator
 
-    # It asks git for its own commit, and git prints "fatal" outside of a repository.
+    # lm-eval asks git for a commit, and git prints "fatal" outside of a repository.
     evaluator.get_git_commit_hash = lambda: None
     output = evaluator.simple_evaluate(
         wrapped,

@@ -93,7 +93,7 @@ def tool_call_recall(answers: list[str], references: list[str]) -> Score:
             unmatched[call] -= 1
     if not made:
         raise UserError(
-            "evaluate.metrics: tool_call_recall needs calls, and the held-out rows have none"
+            "evaluate.metrics: tool_call_recall needs tool calls, but the held-out rows have none"
         )
     return mean(made)
 

@@ -1,4 +1,4 @@
-"""The gate of a recipe: what quantization may cost, and whether it did."""
+"""Checks the gate of a recipe: whether quantization cost more than it may."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finequant.evaluate.report.values import (
 from finequant.recipes.schema import Gate
 
 DIFFERING = "answers that differ, "
-"""What the names of the gate's checks of exports begin with."""
+"""The prefix of the names of checks of exports."""
 
 ROUNDING = 1e-9  # 1.05 / 1.0 - 1 is slightly more than 0.05
 
@@ -26,9 +26,8 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
     """Compares the cost of quantization with the limits of the recipe.
 
     For perplexity (per token) the value is quantized / tuned - 1; for accuracy it is tuned -
-    quantized, as a fraction of 1. A value that is missing, infinite, or NaN does not pass.
-
-    For exports it is the share of held-out rows that they answer otherwise than quantized.
+    quantized, as a fraction of 1; for an export it is the share of held-out rows to which it and
+    quantized give different answers. A value that is missing, infinite, or NaN does not pass.
 
     Returns:
         {"passed": bool, "checks": [{"name", "limit", "value", "passed"}]}
@@ -64,13 +63,13 @@ def verdict_lines(report: Report) -> list[str]:
     lines = []
     for check in checks:
         perplexity = check["name"].startswith("perplexity ")
-        what, unit = ("increase", "%") if perplexity else ("drop", "points")
+        quantity, unit = ("increase", "%") if perplexity else ("drop", "points")
         if check["name"].startswith(DIFFERING):
-            what, unit = "share", "%"
+            quantity, unit = "share", "%"
         value, limit = (
             MISSING if check[key] is None else f"{100 * check[key]:.2f} {unit}"
             for key in ("value", "limit")
         )
         outcome = "passed" if check["passed"] else "FAILED"
-        lines.append(f"Gate {outcome}: {check['name']}, {what} {value}, limit {limit}")
+        lines.append(f"Gate {outcome}: {check['name']}, {quantity} {value}, limit {limit}")
     return lines

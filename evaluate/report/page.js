@@ -18,7 +18,7 @@ function element(name, text, className) {
   return node;
 }
 
-// Marks what stands between the beginning and the end that both texts share.
+// Marks the part of a text between the beginning and the end that it shares with the other text.
 function marked(text, other) {
   const node = document.createElement("dd");
   let start = 0, end = 0;

@@ -1,4 +1,4 @@
-"""Writes report.html: the whole report as one page that opens from disk and asks no network."""
+"""Writes report.html: the whole report as one page that opens from disk and needs no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finequant.recipes.errors import UserError
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200
-"""With more distinct references than this, they are texts and not labels."""
+"""Maximum number of distinct references that count as labels; with more, they are texts."""
 
 SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -47,7 +47,7 @@ def _lines(text: str) -> list[dict[str, Any]]:
 
 
 def _read(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
-    """Reads what a stage wrote.
+    """Reads and parses a file that a stage wrote.
 
     Raises:
         UserError: for a file that is damaged.
@@ -61,7 +61,7 @@ def _read(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
 
 
 def page(report: Report, rows: list[dict[str, Any]]) -> str:
-    """Renders the page; texts of the data are escaped, and cannot run.
+    """Renders the page; texts from the data are escaped, so that they cannot run.
 
     report: as in report.json, with the manifest as "stages", and sweep.json as "sweep".
     rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
@@ -101,7 +101,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         stages=_stages(report),
         versions=", ".join(f"{key} {value}" for key, value in report.get("versions", {}).items()),
         recipe=_yaml(report.get("recipe") or {}),
-        # "<" could end the element.
+        # An unescaped "<" could end the script element.
         data=Markup(data.replace("<", "\\u003c")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
@@ -129,8 +129,8 @@ def _verdict(report: Report) -> dict[str, Any]:
     lines = [figures] if figures else []
     if _gained_nothing(report):
         lines.append(
-            "Tuned is no better than base: train longer, or look at what it learns with "
-            "`finequant data`."
+            "Tuned is no better than base: train longer, or look at the training rows and their "
+            "target tokens with `finequant data`."
         )
     lines += [*verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
@@ -239,7 +239,7 @@ def _sizes(report: Report) -> list[dict[str, Any]]:
         parts[label] = parts.get(label, 0) + n * layer["bits"] / 8
     parts["embedding and norms, in float"] = max(0, size - sum(parts.values()))
     largest = max(parts.values())
-    total = {"label": "together, packed", "megabytes": f"{sum(parts.values()) / 1e6:,.1f}"}
+    total = {"label": "total, packed", "megabytes": f"{sum(parts.values()) / 1e6:,.1f}"}
     return [
         {
             "label": label,

@@ -42,7 +42,7 @@ def draw_plot(draw: Callable, report: Report, folder: Path, name: str) -> bool:
 
 
 def svg(figure: Figure) -> str:
-    """Renders a figure as an SVG element whose lines and texts take the color of the page."""
+    """Renders a figure as an SVG element whose black lines and texts take the page's text color."""
     import io
 
     import matplotlib
@@ -181,4 +181,4 @@ DRAWINGS: dict[str, Callable[[Report], Figure | None]] = {
     "layers": _layers,
     "loss": _loss,
 }
-"""The plots of a run; each is None where there is nothing to draw."""
+"""The functions that draw a run's plots; each returns None if there is nothing to draw."""

@@ -1,15 +1,15 @@
 """The report of a run: report.json, report.md, plots/, and the table in the terminal.
 
-A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "layers",
-"samples", "training", "gate", "arithmetic"}`; all but `models` may be missing. `models` maps base,
-tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight", "activations", "perplexity":
-{CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr",
-"n"}}}}`. The sizes are of files; `packed_bytes` and `packed_bits_per_weight` are of the weights in
-the dtype they are measured in, codes in their own bits. Exports also have `"speed": {"prompt",
-"decoding": tokens per second, "peak_memory_bytes"}` and, compared with quantized, `"parity":
-{"same_answers", "n", "same_prompts", "kl"}`. `changes` holds `{TASK: {METRIC: {"value", "stderr",
-"n"}}}`, from tuned to quantized, paired row by row. `arithmetic` is the dtype that the models
-computed in.
+A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "passages",
+"right_by", "arithmetic", "layers", "samples", "training", "gate"}`; all but `models` may be
+missing. `models` maps base, tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight",
+"activations", "perplexity": {CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC:
+{"value", "stderr", "n"}}}}`. These sizes are of files; `packed_bytes` and `packed_bits_per_weight`
+count the weights in the dtype they are measured in, and each code at its own bits. Exports also
+have `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}` and, compared with
+quantized, `"parity": {"same_answers", "n", "same_prompts", "kl"}`. `changes` holds `{TASK: {METRIC:
+{"value", "stderr", "n"}}}`, from tuned to quantized, paired row by row. `right_by` is the metric
+that calls an answer right or wrong, `arithmetic` the dtype that the models computed in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
@@ -39,9 +39,6 @@ from finequant.evaluate.report.values import (
     value_at,
 )
 from finequant.recipes.artifact import replace_text
-
-if TYPE_CHECKING:
-    pass
 
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
 
@@ -72,9 +69,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in (report.get("versions") or {}).items())
     sections = [
         f"# {name}: fine-tuned, quantized, compared",
-        f"Base model {_code(str(base))}, seed {seed}, linear layers quantized "
-        f"{_widths(quantize)}. "
-        "To repeat it: `finequant run recipe.yaml`",
+        f"Base model {_code(str(base))}, seed {seed}; linear layers are quantized "
+        f"{_widths(quantize)}. `finequant run recipe.yaml` repeats the run.",
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
         f"All models are measured on the same inputs{_arithmetic(report)}. "
@@ -109,7 +105,7 @@ def _widths(quantize: dict[str, Any]) -> str:
 
 
 def divergence_lines(report: Report) -> list[str]:
-    """Says how far quantized is from tuned in a sentence; [] if it was not measured."""
+    """Says in one line how far quantized is from tuned; [] if this was not measured."""
     divergence = report.get("divergence")
     if not divergence or divergence.get("tokens") == 0:  # lm-eval's tasks alone
         return []

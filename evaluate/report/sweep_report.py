@@ -77,7 +77,7 @@ def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _units(report: Report) -> dict[str, str]:
-    """Returns what perplexity is per, by corpus: words for those that lm-eval has by words."""
+    """Returns the unit of each corpus's perplexity: the word for WikiText, as in lm-eval."""
     corpora = report["recipe"]["evaluate"]["perplexity"]
     by_words = {corpus["name"] for corpus in corpora if corpus["documents"] == "wikitext"}
     return {
@@ -166,7 +166,7 @@ def _model_name(report: Report) -> str:
 
 
 def _method(model: Model) -> str:
-    """Names what the points of one line or row have in common, apart from the group size."""
+    """Names the settings that the points of a line or row share, apart from the group size."""
     method, _, _, *further = model["settings"].items()
     return ", ".join([method[1], *(f"{key} {value}" for key, value in further)])
 

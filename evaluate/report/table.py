@@ -1,4 +1,4 @@
-"""The comparison as rows of text, and rows as tables: in a terminal and in Markdown."""
+"""Turns a report into rows of text, and rows into tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ FILE_LABEL = "file in MB (torchao's keeps each code in a byte)"
 
 
 def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:
-    """Adds size and bits of the packed weights, and the size of a file that is not packed."""
+    """Adds size and bits of the packed weights, and the size of the file where it differs."""
     file, bits = model.get("size_bytes"), model.get("bits_per_weight")
     size = model.get("packed_bytes", file)
     shown = model | {"size": size, "bits": model.get("packed_bits_per_weight", bits)}
-    # Headers of files are no difference.
+    # Up to 1 % is the header of the file.
     differs = file and size and abs(file / size - 1) > 0.01
     return shown | ({"file": file} if differs else {})
 
@@ -122,7 +122,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
     """Prints a table to stdout; in a terminal that is too narrow for it, each row as a list.
 
     Returns:
-        The console; where it is no terminal, it is as wide as the table.
+        The console, made wide enough for the table where it is not a terminal.
     """
     from rich.console import Console
     from rich.table import Table
@@ -146,7 +146,8 @@ def print_rows(header: list[str], rows: list[list[str]]) -> Console:
 
 
 def _as_list(header: list[str], row: list[str], width: int) -> str:
-    """Formats a row as its label and below it each cell after its heading, never broken inside."""
+    """Formats a row as its label and, below it, each cell after its heading; lines break only
+    between cells."""
     cells = zip(header[1:], row[1:], strict=True)
     shown = [
         f"{name} {cell}".replace(" ", "\N{NO-BREAK SPACE}")

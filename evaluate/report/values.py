@@ -1,4 +1,4 @@
-"""Looks up values in a report, which is a plain dict with parts that may be missing."""
+"""Looks up values in a report, a plain dict, parts of which may be missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def float_at(node: Any, *keys: str) -> float:
 
 
 def finite(value: float | None) -> bool:
-    """Says whether a number is there, and neither infinite nor NaN."""
+    """Says whether a number is known, and neither infinite nor NaN."""
     return value is not None and math.isfinite(value)
 
 

@@ -41,7 +41,7 @@ def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, reci
     talk = ask(quantized_run, typed="open the door\n/new\n/nwe\nclose it\n/quit\nnot read\n")
     assert talk.returncode == 0, talk.stderr
     assert talk.stderr.count("chat: a new conversation") == 1
-    assert talk.stderr.count("/help says this again") == 2  # at first, and for /nwe
+    assert talk.stderr.count("/help shows this again") == 2  # at the start, and for /nwe
     assert talk.stderr.count("tokens/s") == 2
 
 

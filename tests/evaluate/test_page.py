@@ -75,7 +75,7 @@ def test_flips_labels_and_sizes_are_counted():
     assert "both right in 55 rows and both wrong in 1" in text
     assert "4 went from right to wrong and 0 from wrong to right" in text
     assert "p = 0.12" in text  # 2 / 2^4
-    assert "5 answers of quantized are no label" in text
+    assert "5 answers by quantized are none of these labels" in text
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_the_page_says_of_sizes_bars_and_a_tuned_model_that_learned_nothing
     judged["models"]["quantized"]["packed_bytes"] = 5_000_000
     judged["models"]["gguf"] = {"packed_bytes": 1}  # nothing but its size was measured
     text = page(judged, rows())
-    assert re.search(r"together, packed\s*</td>\s*<td>5.0</td>", text)
+    assert re.search(r"total, packed\s*</td>\s*<td>5.0</td>", text)
     figure = re.search(r"<svg.*?</svg>", text, re.S)[0]
     assert "quantized" in figure
     assert "gguf" not in figure

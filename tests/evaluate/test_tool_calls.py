@@ -56,7 +56,7 @@ def test_several_calls_by_answer_and_by_call():
     changes = paired_changes(answers, references, references, list(scores))
     assert changes["tool_call_match"]["value"] == 0.75
     assert list(changes) == ["tool_call_match"]
-    with pytest.raises(UserError, match="tool_call_recall needs calls, and the held-out rows"):
+    with pytest.raises(UserError, match="tool_call_recall needs tool calls, but the held-out rows"):
         score_answers(["a"], ["no call"], ["tool_call_recall"])
 
 
