@@ -25,7 +25,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py perplexity
 	$(BIN)/python benchmarks/evaluation.py decoding
 
-# Each export in the programs that people start, fetched into .clients/ (4 GB) -> docs/clients.md
+# Each export in the programs that people use, fetched into .clients/ (4 GB) -> docs/clients.md
 clients: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml "quantize.exports=[compressed-tensors,gguf,executorch,onnx,mlx]"
 	$(BIN)/python benchmarks/clients.py recipes/quickstart.yaml \

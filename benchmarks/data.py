@@ -1,9 +1,9 @@
-"""Seconds and memory from the command to the first training step, beside plain `trl sft`.
+"""Measures seconds and memory until the first training step, beside plain `trl sft`.
 
 python benchmarks/data.py 200000 --processes 2
 
-Short synthetic rows and a tiny random Llama with the tokenizer of a real one, so that little but
-the data is measured. Seconds of CPU include those of child processes.
+Rows are short and synthetic, and the model is a tiny random Llama with the tokenizer of a real one,
+so that little but the data is measured. Seconds of CPU include those of child processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ output_dir: {run}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=int, nargs="+")
-    parser.add_argument("--processes", type=int, default=1, help="also train with so many")
+    parser.add_argument("--processes", type=int, default=1, help="also train with this many")
     parser.add_argument("--trl", action="store_true", help="also run plain `trl sft`")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/finequant-data"))
     options = parser.parse_args()
@@ -122,8 +122,9 @@ def trl(base: Path, rows: Path, output: Path) -> list[str]:
     return [str(Path(sys.executable).with_name("trl")), "sft", "--config", str(data), *words]
 
 
-def measure(what: str, command: list[str]) -> None:
-    """Runs a command that trains one step, and prints its seconds and memory until it ends."""
+def measure(name: str, command: list[str]) -> None:
+    """Runs a command that trains one step, and prints the seconds to this step, and the CPU seconds
+    and peak memory of the whole command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start, peak = time.monotonic(), [0]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -135,18 +136,18 @@ def measure(what: str, command: list[str]) -> None:
         if first is None and re.search(r"'loss'|\"loss\"|train_runtime", line):
             first = time.monotonic() - start
     if process.wait():
-        sys.exit(f"{what}: failed\n{output[-3000:]}")
+        sys.exit(f"{name}: failed\n{output[-3000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(
-        f"{what}: {first or time.monotonic() - start:.0f} s to the first step, {cpu:.0f} s of CPU, "
+        f"{name}: {first or time.monotonic() - start:.0f} s to the first step, {cpu:.0f} s of CPU, "
         f"{peak[0] / 1e9:.2f} GB",
         flush=True,
     )
 
 
 def _watch(pid: int, peak: list[int]) -> None:
-    """Notes the most memory of the process and its children; shared pages count once."""
+    """Records the peak memory of the process and its children; shared pages count once."""
     while True:
         try:
             parent = psutil.Process(pid)

@@ -1,10 +1,10 @@
-"""What four bits cost on three domains, and what they cost the base, on published rows.
+"""Measures what four bits cost on three domains, and what they cost the base, on published rows.
 
 python benchmarks/domains.py answers --seeds 0,1,2
 python benchmarks/domains.py answers --only pubmedqa --only wikisql quantize.effort=best
 python benchmarks/domains.py tasks quantize.effort=best
 
-The files of banking77, WikiSQL, PubMedQA and of six tasks lie outside the repository: --data.
+The files of banking77, WikiSQL, PubMedQA and six tasks are outside the repository: see --data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Rows = list[dict[str, str]]
 
 
 def banking77(data: Path) -> tuple[Rows, Rows]:
-    """Customers' questions, and which of 77 intents they have."""
+    """Reads customers' questions, and which of 77 intents each has."""
 
     def rows(split: str) -> Rows:
         with (data / "banking77" / f"{split}.csv").open(encoding="utf-8", newline="") as file:
@@ -55,7 +55,7 @@ def banking77(data: Path) -> tuple[Rows, Rows]:
 
 
 def wikisql(data: Path) -> tuple[Rows, Rows]:
-    """Questions and their SQL, with values filled in, without tables: 8,000 and 2,000 of them."""
+    """Reads questions and their SQL, with values filled in, without tables: 8,000 and 2,000."""
     with bz2.open(data / "wikisql" / "wikisql.json.bz2", "rt", encoding="utf-8") as file:
         queries = json.load(file)
     rows: dict[str, Rows] = {"train": [], "dev": [], "test": []}
@@ -71,7 +71,7 @@ def wikisql(data: Path) -> tuple[Rows, Rows]:
 
 
 def pubmedqa(data: Path) -> tuple[Rows, Rows]:
-    """Abstracts and a question about each, answered by yes, no or maybe."""
+    """Reads abstracts and a question about each, answered by yes, no or maybe."""
     questions = json.loads((data / "pubmedqa" / "ori_pqal.json").read_text(encoding="utf-8"))
     truth = json.loads((data / "pubmedqa" / "test_ground_truth.json").read_text(encoding="utf-8"))
 
@@ -89,7 +89,7 @@ def _row(prompt: str, completion: str) -> dict[str, str]:
 
 
 class Domain(NamedTuple):
-    """Rows, and the keys of the recipe that depend on them."""
+    """A function that reads rows, and the keys of the recipe that depend on them."""
 
     rows: Any
     epochs: int
@@ -107,9 +107,9 @@ DOMAINS = {
 def answers(
     overrides: Overrides = None, seeds: str = "0", only: list[str] | None = None, data: Path = DATA
 ) -> None:
-    """Right answers of the tuned and of the quantized model, row by row, and all rows pooled.
+    """Counts right answers of the tuned and the quantized model, paired by row, and pools all rows.
 
-    An adapter is trained once for each seed, and serves whatever the section `quantize` says.
+    An adapter is trained once for each seed, and reused when only the section `quantize` changes.
     """
     from finequant.evaluate.report.page import flips
 
@@ -166,7 +166,8 @@ def _require(data: Path) -> None:
 
 
 def _paired(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Counts rows, right answers in %, and the difference in points with its paired error."""
+    """Formats the number of rows, right answers in %, and their difference in points, with its
+    paired error."""
     from finequant.evaluate.metrics.text_metrics import exact_match, paired_changes
 
     references = [row["reference"] for row in rows]
@@ -184,7 +185,7 @@ ENDINGS = {
     "boolq": "",
     "openbook_qa": "",
 }
-"""Tasks with choices, and what follows the question."""
+"""Tasks with choices, and the text that follows the question."""
 
 TASK = """\
 task: {name}_file
@@ -208,7 +209,7 @@ doc_to_target: " {{continuation}}"
 
 @app.command()
 def tasks(overrides: Overrides = None, limit: int | None = None, data: Path = DATA) -> None:
-    """Six tasks of lm-eval by the base, in float and quantized without training, no examples."""
+    """Runs six lm-eval tasks, zero-shot, on the base in float and quantized without training."""
     import torch
 
     from finequant.evaluate.dequantized import dequantize_once

@@ -1,4 +1,4 @@
-"""Environments of other people's programs, each its own, and the answers that programs print."""
+"""Makes an environment for each of other people's programs, and reads what the programs print."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def virtual_environment(where: Path, *commands: list[str]) -> str:
 
 
 def answer(command: list[str], where: Path) -> dict[str, Any]:
-    """Runs a program in a folder, without the paths of this environment; its errors go to `log`.
+    """Runs a program in a folder, without this environment's PYTHONPATH; stderr goes to `log`.
 
-    Returns what the last line that it prints says, as JSON.
+    Returns the last line that it prints, parsed as JSON.
 
     Raises:
         OSError, IndexError, ValueError: if it does not start, or prints no JSON.
@@ -51,11 +51,11 @@ def answer(command: list[str], where: Path) -> dict[str, Any]:
 
 
 FAILURES = (subprocess.CalledProcessError, OSError, IndexError, ValueError)
-"""What installing and running raise if a program does not do its work."""
+"""The exceptions of installing and running, if a program does not do its work."""
 
 
 def reason(error: Exception, where: Path) -> str:
-    """Says why a program failed, by the last line of what it wrote to stderr."""
+    """Says why a program failed: the last line that it wrote to stderr."""
     log = where / "log"
     text = getattr(error, "stderr", None) or (
         log.read_text(encoding="utf-8") if log.exists() else ""

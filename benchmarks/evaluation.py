@@ -1,4 +1,4 @@
-"""Speed of evaluation: multiple choice beside lm-eval's own, perplexity and decoding beside float.
+"""Measures the speed of evaluation, beside lm-eval, bare forward passes, and float models.
 
 python benchmarks/evaluation.py tasks
 python benchmarks/evaluation.py tasks --limit 100 --dtype bfloat16
@@ -59,7 +59,7 @@ def tasks(
     batch_size: int = 16,
     dtype: str = "float32",
 ) -> None:
-    """Multiple choice: lm-eval's HFLM and ours in turn on the same task, and their predictions.
+    """Times multiple choice by lm-eval's HFLM and by ours, in turn, and compares their predictions.
 
     `data` is a .jsonl file with query, choices and gold.
     """
@@ -104,7 +104,7 @@ def tasks(
 def perplexity(
     windows: int = 16, rounds: int = 5, batch_size: int = 4, dtype: str = "bfloat16"
 ) -> None:
-    """Tokens per second of WikiText-2's perplexity, and of forward passes over the same windows."""
+    """Times WikiText-2's perplexity, and bare forward passes over the same windows."""
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows, negative_log_likelihoods
     from finequant.finetune.model import load_tokenizer
@@ -135,9 +135,9 @@ def perplexity(
 
 @app.command()
 def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> None:
-    """Greedy tokens per second: float, quantized and dequantized once, quantized as it is loaded.
+    """Times greedy decoding: float, quantized and dequantized once, quantized as it is loaded.
 
-    Four bits in groups of 32, head included.
+    Weights have four bits in groups of 32, head included.
     """
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.finetune.model import load_tokenizer
@@ -173,9 +173,9 @@ def decoding(new_tokens: int = 48, rounds: int = 3, dtype: str = "bfloat16") -> 
 
 @app.command()
 def exports(run: Path, new_tokens: int = 64, rounds: int = 3) -> None:
-    """Greedy tokens per second of a run's exports in their runtimes, and of float32 transformers.
+    """Times greedy decoding by a run's exports in their runtimes, and by float32 transformers.
 
-    A prompt of 32 tokens is read first, which is not timed.
+    Each reads a prompt of 32 tokens first; this is not timed.
     """
     from finequant.quantize.formats.compressed_tensors import Transformers
     from finequant.quantize.formats.formats import FORMATS
@@ -209,7 +209,7 @@ def embedded(dtype: str) -> LlamaForCausalLM:
 
 
 def quantized(dtype: str) -> LlamaForCausalLM:
-    """Rounded to nearest, in torchao's tensors."""
+    """Returns the embedded model, rounded to nearest, in torchao's tensors."""
     from finequant.finetune.model import load_base, load_tokenizer
     from finequant.quantize.checkpoint.writing import quantized_model
     from finequant.quantize.methods.apply import round_model
@@ -224,7 +224,7 @@ def quantized(dtype: str) -> LlamaForCausalLM:
 
 
 def load_task(data: Path) -> dict[str, Any]:
-    """What `simple_evaluate` is to run: a task file as evaluate.task_folder takes it, loaded."""
+    """Writes a task file as for evaluate.task_folder, and loads it for `simple_evaluate`."""
     from lm_eval.tasks import TaskManager
 
     if not data.is_file():
@@ -243,14 +243,14 @@ class Item(NamedTuple):
     """Log-likelihoods of the choices."""
 
     def pick(self, by_length: bool) -> int:
-        """The choice that counts for acc; `by_length`: for acc_norm, per character."""
+        """Returns the index of the choice for acc or, `by_length`, for acc_norm: per character."""
         lengths = [len(choice) if by_length else 1 for choice in self.choices]
         scores = [log / length for log, length in zip(self.logs, lengths, strict=True)]
         return scores.index(max(scores))
 
 
 def evaluate_task(lm: HFLM, task: dict[str, Any], limit: int | None) -> list[Item]:
-    """In the order of the file."""
+    """Runs a task, and returns its items in the order of the file."""
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(lm, **task, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -262,19 +262,19 @@ def evaluate_task(lm: HFLM, task: dict[str, Any], limit: int | None) -> list[Ite
 
 
 def differing(theirs: list[Item], ours: list[Item], by_length: bool = False) -> int:
-    """Items for which another choice is picked."""
+    """Counts the items for which another choice is picked."""
     pairs = zip(theirs, ours, strict=True)
     return sum(a.pick(by_length) != b.pick(by_length) for a, b in pairs)
 
 
 def difference(theirs: list[Item], ours: list[Item]) -> float:
-    """The largest of two log-likelihoods of the same choice."""
+    """Returns the largest difference between two log-likelihoods of the same choice."""
     pairs = [zip(a.logs, b.logs, strict=True) for a, b in zip(theirs, ours, strict=True)]
     return max(abs(first - second) for pair in pairs for first, second in pair)
 
 
 def in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call."""
+    """Runs the calls in turn, and returns the median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
@@ -298,7 +298,7 @@ def hardware() -> str:
 
 
 def show_speeds(title: str, seconds: dict[str, float], tokens: int) -> None:
-    """Tokens per second, and as a share of the first one's."""
+    """Shows tokens per second, in all and relative to the first row's."""
     first = next(iter(seconds.values()))
     show(
         title,

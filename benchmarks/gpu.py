@@ -1,11 +1,12 @@
-"""Speed and memory of each stage on a GPU: random weights in Llama 3's shapes, no network.
+"""Measures speed and memory of each stage on a GPU, with random weights in Llama 3's shapes.
 
 python benchmarks/gpu.py
 python benchmarks/gpu.py --shape 1b --only training,gptq
 python benchmarks/gpu.py --shape tiny --steps 2
 
-Training is measured beside plain trl, in turn. MFU counts four operations for each weight and
-token, those of LoRA (two forward, two backward), against a matrix product of 8,192 measured here.
+It needs no network. Training is measured beside plain trl, in turn. MFU counts four operations for
+each weight and token, those of LoRA (two forward, two backward), relative to the rate of a matrix
+product of size 8,192 that is measured first.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WARM_UP = 2
 class Row(NamedTuple):
     """A line of the table."""
 
-    what: str
+    label: str
     figure: str
     mfu: str
     peak_bytes: int
@@ -88,11 +89,11 @@ def show(shape: str, rate: float, rows: list[Row]) -> None:
     )
     print("| | | MFU | peak memory, GB |\n| :--- | ---: | ---: | ---: |")
     for row in rows:
-        print(f"| {row.what} | {row.figure} | {row.mfu} | {row.peak_bytes / 1e9:.1f} |")
+        print(f"| {row.label} | {row.figure} | {row.mfu} | {row.peak_bytes / 1e9:.1f} |")
 
 
 def training(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """LoRA of rank 16 on rows of LENGTH tokens, bf16, no checkpointing, beside plain trl."""
+    """Measures LoRA of rank 16 on rows of LENGTH tokens, bf16, no checkpointing, beside trl."""
     from trl import SFTConfig, SFTTrainer
 
     from finequant.finetune.adapter import lora_config
@@ -144,7 +145,7 @@ def training(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 
 def aware(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Quantization-aware training, from codes that are rounded to nearest."""
+    """Measures quantization-aware training that starts from codes rounded to nearest."""
     from finequant.quantize.training.trainer import QuantizationAwareTrainer
 
     for learns in ("adapter", "scales"):
@@ -161,7 +162,7 @@ def aware(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 
 def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
-    """A model in which all linear layers of the blocks are fake-quantized."""
+    """Makes a model in which all linear layers of the blocks are fake-quantized."""
     from finequant.quantize.rounding import round_to_nearest
     from finequant.quantize.training.fake_quantize import FakeQuantLora, FakeQuantScales
 
@@ -182,7 +183,7 @@ def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
 
 
 def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Seconds of a block, the recipe's defaults for calibration; reading is from memory."""
+    """Times a block with the recipe's default calibration; weights are read from memory."""
     from finequant.quantize.methods.calibrate import calibrate
     from finequant.quantize.methods.method import load_method
     from finequant.quantize.scheme import layer_plan
@@ -212,7 +213,7 @@ def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 @torch.inference_mode()
 def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Perplexity of windows of 2,048 tokens, beside nothing but the model's forward."""
+    """Times the perplexity of windows of 2,048 tokens, beside bare forward passes."""
     from finequant.evaluate.metrics.perplexity import ScoredSequence, negative_log_likelihoods
 
     model, length, rows = a_model(config).eval(), min(2048, LENGTH), 8
@@ -234,7 +235,7 @@ def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 @torch.inference_mode()
 def decoding(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Greedy answers to prompts of up to PROMPT tokens, as evaluation makes them."""
+    """Times greedy answers to prompts of up to PROMPT tokens, as evaluation generates them."""
     from finequant.evaluate.metrics.tasks import answer
 
     model, tokenizer = a_model(config).eval(), a_tokenizer()
@@ -270,7 +271,7 @@ def our_arguments(recipe: Recipe, folder: str, steps: int, autocast: bool = True
 
 
 def a_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """Random weights on the device, in the dtype that it multiplies."""
+    """Makes a model with random weights on the device, in the dtype of its matrix products."""
     torch.manual_seed(0)
     config.dtype = dtype = arithmetic_dtype(torch.bfloat16)
     torch.set_default_dtype(dtype)
@@ -294,7 +295,7 @@ def some_rows(config: LlamaConfig, steps: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def step_row(what: str, make: Callable[[str], Any], config: LlamaConfig, rate: float) -> Row:
+def step_row(label: str, make: Callable[[str], Any], config: LlamaConfig, rate: float) -> Row:
     """Trains some steps; the median of their times counts."""
     reset()
     clock = _Clock()
@@ -304,11 +305,11 @@ def step_row(what: str, make: Callable[[str], Any], config: LlamaConfig, rate: f
         trainer.train()
     speed = ROWS * LENGTH / statistics.median(clock.seconds[WARM_UP:])
     mfu = f"{4 * product_weights(config) * speed / rate:.0%}"
-    return Row(what, f"{speed:,.0f} tokens/s", mfu, peak())
+    return Row(label, f"{speed:,.0f} tokens/s", mfu, peak())
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step, until the device is done with it."""
+    """Records the seconds of each step, until the device is done with it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -321,7 +322,7 @@ class _Clock(TrainerCallback):
 
 
 def product_weights(config: LlamaConfig) -> int:
-    """Weights that each token is multiplied with: all but the embedding."""
+    """Counts the weights that each token is multiplied with: all but the embedding."""
     from finequant.finetune.architecture import layer_shapes
     from finequant.quantize.scheme import EMBEDDING
 
@@ -329,14 +330,14 @@ def product_weights(config: LlamaConfig) -> int:
 
 
 def matrix_product_rate(size: int = 8192) -> float:
-    """Operations per second of a bf16 product, the mean of ten."""
+    """Measures the operations per second of a bf16 product, the mean of ten."""
     size = size if device().type != "cpu" else 512
     a, b = torch.randn(2, size, size, device=device()).to(arithmetic_dtype(torch.bfloat16))
     return 10 * 2 * size**3 / timed(lambda: [a @ b for _ in range(10)])
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of the second of two calls."""
+    """Calls twice, and returns the seconds of the second call."""
     call()
     reset()
     started = done()
@@ -345,7 +346,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def done() -> float:
-    """The time at which the device has nothing left to do."""
+    """Waits until the device has nothing left to do, and returns the time."""
     if device().type != "cpu":
         torch.accelerator.synchronize()
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""What clients.py asks of a program, and how the results compare with quantized/."""
+"""Makes the jobs that clients.py gives to programs, and compares the results with quantized/."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ AWKWARD = (
     "\u00a0\u200b\u2003",
     "<|im_start|>user\nhi<|im_end|>",
 )
-"""Pieces of texts that tokenizers cut differently when they are described differently."""
+"""Pieces of text on which two implementations of one tokenizer may disagree."""
 
 
 class Result(NamedTuple):
-    """One client's row of the page."""
+    """One client's rows in the tables of the page."""
 
     name: str
     packages: str
@@ -63,7 +63,8 @@ class Result(NamedTuple):
 
 
 class Judge:
-    """A run's rows, and what quantized/ says to them in transformers: the other side."""
+    """A run's rows, and the answers of quantized/ in transformers, with which clients' are
+    compared."""
 
     def __init__(self, recipe: Recipe, run: RunDir) -> None:
         tokenizer = load_tokenizer(recipe.model)
@@ -78,7 +79,7 @@ class Judge:
         self.answers, self.logits = self._quantized()
 
     def job(self, limit: int, probes: int) -> dict[str, Any]:
-        """What a client is asked for, as JSON: so many answers, and logits of so many probes."""
+        """Makes a client's job: `limit` prompts to answer, and `probes` sequences for logits."""
         material = self.material
         return {
             "texts": self.texts,
@@ -91,7 +92,7 @@ class Judge:
         }
 
     def _probes(self) -> list[list[int]]:
-        """Prompts with the first half of their answers: where the next token is in question."""
+        """Returns prompts with half of their answers: the next token is least certain there."""
         pairs = list(zip(self.material.prompts, self.material.references, strict=True))[:PROBES]
         halves = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
         return [
@@ -100,8 +101,8 @@ class Judge:
 
     @torch.inference_mode()
     def _quantized(self) -> tuple[list[str], torch.Tensor]:
-        """Answers of quantized/ in transformers, with int8 activations, and float32 logits [probes,
-        vocabulary]."""
+        """Computes the answers of quantized/ in transformers, with int8 activations, and float32
+        logits [probes, vocabulary]."""
         evaluate, material = self.recipe.evaluate, self.material
         model = load_model("quantized", self.recipe, self.run, self.probes[0], material.ends)
         logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
@@ -111,7 +112,7 @@ class Judge:
         return answer(model, self.tokenizer, material.prompts, *limits), torch.stack(logits)
 
     def result(self, name: str, packages: tuple[str, ...], folder: Path, where: Path) -> Result:
-        """Compares what a client wrote into its folder `where`."""
+        """Compares the results in a client's folder `where` with quantized/."""
         results = json.loads((where / "results.json").read_text(encoding="utf-8"))
         pinned = " ".join(
             text if {"=", "@"} & set(text) else f"{text}=={version(text)}" for text in packages
@@ -138,7 +139,7 @@ class Judge:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _answers(self, answers: list[list[int]] | None) -> list[str]:
-        """The share of equal answers, and how many are right."""
+        """Formats how many answers are equal, and the percentages of right answers."""
         if not answers:
             return [MISSING, MISSING]
         decode = self.tokenizer.decode
@@ -151,7 +152,7 @@ class Judge:
         return [share(texts, expected), f"{right:.1f} ({before:.1f})"]
 
     def _divergence(self, file: Path) -> str:
-        """Mean KL from quantized/, in nats a token."""
+        """Formats the mean KL divergence from quantized/, in nats per token."""
         if not file.exists():
             return MISSING
         theirs = torch.from_numpy(np.fromfile(file, "<f4")).view(-1, self.logits.shape[1])
@@ -160,7 +161,7 @@ class Judge:
         return f"{(ours.exp() * (ours - theirs)).sum(-1).mean().item():.1e}"
 
     def _speed(self, results: dict[str, Any]) -> list[str]:
-        """Tokens a second of prompts and of decoding, and peak memory in MB."""
+        """Formats tokens per second of prompts and of decoding, and peak memory in MB."""
         answers = results.get("answers", ())
         tokens = {
             "prompt": sum(map(len, self.material.prompts[: len(answers)])),
@@ -176,7 +177,7 @@ class Judge:
         return [*speeds, f"{memory / 1e6:,.0f}" if memory else MISSING]
 
     def _size(self, folder: Path) -> list[str]:
-        """MB of the model's files, and bits for each weight of the base."""
+        """Formats the MB of the model's files, and the bits per weight of the base."""
         if folder.name in FORMATS:
             size = FORMATS[folder.name].size(folder)
         else:
@@ -186,7 +187,7 @@ class Judge:
 
 
 def awkward_texts(contents: list[str]) -> list[str]:
-    """Texts that hold what users wrote and what tokenizers cut differently."""
+    """Makes texts by joining awkward pieces and users' texts at random."""
     chosen = random.Random(0)
     pieces = [*AWKWARD, *contents[: len(AWKWARD)]]
     joined = ["".join(chosen.choices(pieces, k=chosen.randint(1, 4))) for _ in range(TEXTS)]
@@ -194,7 +195,7 @@ def awkward_texts(contents: list[str]) -> list[str]:
 
 
 def share(values: list | None, expected: list) -> str:
-    """How many are equal; a program may give none."""
+    """Formats how many values are as expected; MISSING if the program gives none."""
     if not values or values[0] is None:
         return MISSING
     return f"{sum(map(operator.eq, values, expected))} of {len(expected)}"
@@ -204,20 +205,20 @@ def page(recipe: str, results: list[Result]) -> str:
     """Writes the page of results."""
     parity = ["program", "reads", "texts", "prompts", "answers", "right, %", "KL"]
     cost = ["program", "prompt, tokens/s", "decoding, tokens/s", "peak memory, MB", "size, MB"]
-    cost += ["bits a weight of the base"]
+    cost += ["bits per weight of the base"]
     tables = [
         (parity, [[r.name, r.export, *r.parity] for r in results]),
         (cost, [[r.name, *r.cost] for r in results]),
         (["program", "packages", ""], [[r.name, f"`{r.packages}`", r.note] for r in results]),
     ]
-    equal, costs, what = (markdown_table(header, rows, align=":---") for header, rows in tables)
-    return PAGE.format(recipe=recipe, equal=equal, costs=costs, what=what)
+    equal, costs, programs = (markdown_table(header, rows, align=":---") for header, rows in tables)
+    return PAGE.format(recipe=recipe, equal=equal, costs=costs, programs=programs)
 
 
-PAGE = """# The programs that people start
+PAGE = """# The programs that people use
 
-Written by `make clients`: the exports of `{recipe}`, each in a program that is not ours, without
-finequant. What it is compared with is `quantized/` in transformers: its figures are in parentheses.
+Written by `make clients`: each export of `{recipe}` ran in somebody else's program, without
+finequant, and is compared with `quantized/` in transformers, whose figures are in parentheses.
 
 {equal}
 
@@ -227,14 +228,14 @@ finequant. What it is compared with is `quantized/` in transformers: its figures
   template.
 - **answers**: held-out rows answered as `quantized/` does, to the letter, greedy. **right**: by the
   recipe's metric.
-- **KL**: divergence from `quantized/` after unfinished answers, in nats a token.
+- **KL**: divergence from `quantized/` after unfinished answers, in nats per token.
 
-A program that rounds activations in another way than `quantized/`, or not at all, is the same model
-with other rounding: codes are equal to the last one, which `finequant export` proves of every file.
+Programs differ in how they round activations, if they do. The weights are the same in all of them:
+`finequant export` checks that every code in every file is equal.
 
 {costs}
 
 Prompts are read one at a time; the first token of an answer counts as reading.
 
-{what}
+{programs}
 """

@@ -1,9 +1,9 @@
-"""How many operators a GPU is asked to start, counted on a CPU that takes an accelerator's pieces.
+"""Counts the operators that a GPU is asked to start, on a CPU that takes an accelerator's pieces.
 
 python benchmarks/launches.py
 
-The model has the blocks and layers of Llama-3-8B, but 64 columns: an accelerator takes all rows of
-a layer in a block at once, so their number decides nothing, and gptq's operators are for a column.
+The model has the blocks and layers of Llama-3-8B, but a hidden size of 64. That changes no count:
+an accelerator takes all rows of a layer at once, and gptq's operators are counted per column.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from finequant.finetune import device
 from finequant.quantize.methods import method
 
 BEFORE = {"max": 9.3, "search": 17.1}
-"""Operators for a column and 2,048 rows, when these were rounded at a time."""
+"""Operators per column and 2,048 rows, when that many rows were rounded at a time."""
 
 PIECES = 14
-"""of 2,048 rows: gate_proj and up_proj of 8B, which share their inputs."""
+"""Pieces of 2,048 rows in gate_proj and up_proj of 8B, which share their inputs."""
 
 STEP_BEFORE = {"adapter learns": 100_000, "scales learn": 130_000}
-"""Operators of a step, when weights were formed in pieces for the caches of a CPU."""
+"""Operators of a step, when weights were computed in pieces that fit a CPU's caches."""
 
 BLOCKS = 32
 
 NO_KERNEL = ("empty", "_unsafe_view", "_local_scalar_dense", "profiler")
-"""In the names of operators that only allocate, look differently, or read what is on the host."""
+"""Parts of the names of operators that only allocate, reshape, or read a scalar."""
 
 LISTED = 30
-"""Tensors of a kernel for lists of tensors, at least."""
+"""Minimum number of tensors that a kernel for lists of tensors handles."""
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators of which, on a GPU, each starts a kernel or more; of those for lists of
-    tensors, every LISTED tensors do."""
+    """Counts the operators that would start a kernel or more on a GPU; one for lists of tensors
+    counts once for every LISTED tensors."""
 
     count = 0
 
@@ -58,7 +58,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def accelerator() -> Iterator[None]:
-    """Lets a CPU take the pieces of an accelerator in the block, and its lists of tensors."""
+    """Makes a CPU work, inside the block, in an accelerator's pieces and lists of tensors."""
     at_once, devices = device.IN_ONE_LAUNCH, "_get_foreach_kernels_supported_devices"
     with (
         patch.object(device, "IN_CACHE", at_once),
@@ -70,7 +70,7 @@ def accelerator() -> Iterator[None]:
 
 
 def main() -> None:
-    """Prints the counts, as Markdown."""
+    """Prints the counts as Markdown."""
     print("| operators started | now | before |\n| :--- | ---: | ---: |")
     for rule, before in BEFORE.items():
         now = f"{gptq_operators(rule):.1f}"

@@ -1,4 +1,4 @@
-"""What a recipe needs, by the size of its base: two tables, computed from shapes alone.
+"""Computes what a recipe needs, by the size of its base: two tables, from shapes alone.
 
 python benchmarks/needs.py           prints them
 python benchmarks/needs.py --write   writes them into README.md and docs/running.md
@@ -61,7 +61,7 @@ READ = "weights in use, the others are read each time"
 
 
 def main(write: bool = False) -> None:
-    """Prints the tables, or writes each between its marks."""
+    """Prints the tables, or writes each between its marks in its file."""
     for name, make in TABLES.items():
         text = make()
         if write:
@@ -98,7 +98,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(name: str, work: str, gpus: str) -> str:
-    """Says how much memory the cheapest way takes that fits; in brackets what does not fit."""
+    """Formats the memory, in GB, of the first way that fits; in parentheses if none does."""
     from finequant.quantize.size.estimate import memory_of
     from finequant.quantize.size.machine import named_gpu
 

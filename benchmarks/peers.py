@@ -1,12 +1,13 @@
-"""Quantizes one base by other people's tools, and measures each result by plain transformers.
+"""Quantizes one base with other people's tools, and measures each result with plain transformers.
 
 python benchmarks/peers.py
 python benchmarks/peers.py --only nncf-gptq --only torchao --folder /big/disk
 
-Base, calibration text and test windows are those of benchmarks/wikitext2.yaml. A tool gets an
-environment of its own in the folder, from PyPI, pinned; finequant runs in this one. Its script
-quantizes the base and writes what `from_pretrained` loads, there, with that tool's package and
-without finequant. With --only, the others' earlier results stand. -> table.md in the folder
+Base, calibration text and test windows are those of benchmarks/wikitext2.yaml. Each tool gets a
+separate environment in the folder, with pinned packages from PyPI; finequant runs in this one. The
+tool's script quantizes the base and writes a folder that `from_pretrained` loads in that
+environment, without finequant. With --only, the earlier results of the others are kept.
+-> table.md in the folder
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Tool(NamedTuple):
     """A package that quantizes."""
 
     script: str
-    """In benchmarks/peers/."""
+    """File in benchmarks/peers/."""
     packages: tuple[str, ...] = ()
-    """None: it runs in this environment."""
+    """If empty, the script runs in this environment."""
     without_dependencies: tuple[str, ...] = ()
     """Packages whose own dependencies are not installed."""
 
@@ -57,10 +58,10 @@ TOOLS = {
     "finequant": Tool("finequant_peer.py"),
     "llm-compressor": Tool(
         "llmcompressor_peer.py",
-        # It takes transformers up to 5.17.
+        # It supports transformers up to 5.17.
         (TORCH, "transformers==5.17.0", "accelerate==1.15.0", "datasets==5.2.0", "loguru==0.7.3")
         + ("pillow==13.0.0", "py-cpuinfo==9.0.0"),
-        # It names nvidia-ml-py, and imports none of it.
+        # It requires nvidia-ml-py, but does not import it.
         ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "auto-round==0.15.1"),
     ),
     "nncf": Tool("nncf_peer.py", (*TRANSFORMERS, "nncf==3.4.0", "openvino==2026.4.1")),
@@ -70,7 +71,7 @@ TOOLS = {
         (*TRANSFORMERS, "datasets==5.2.0", "torchao==0.18.0", "threadpoolctl==3.8.0")
         + ("device-smi==0.5.7", "protobuf==7.36.2", "pillow==13.0.0", "requests==2.34.2")
         + ("pypcre==0.6.4", "ninja==1.13.2", "setuptools==84.2.1"),
-        # It asks for torch 2.14.1 and compiles kernels that quantizing does not use.
+        # It requires torch 2.14.1, and compiles kernels that quantizing does not use.
         ("tokenicer==0.0.14", "logbar==0.4.15", "defuser==0.0.28", "gptqmodel==7.7.0"),
     ),
     "torchao": Tool("torchao_peer.py", (*TRANSFORMERS, "torchao==0.18.0")),
@@ -115,7 +116,7 @@ ROWS = {
         "gptqmodel",
         "GPTQ",
         "float",
-        # It gives a head 8 bits unless a rule of its own says otherwise.
+        # It gives the head 8 bits unless a rule for the head says otherwise.
         {"options": {"dynamic": {"lm_head": {"bits": 4}}}},
     ),
     "torchao": Row("torchao", "round to nearest", "int8", {}),
@@ -140,7 +141,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> dict[str, Any]:
-    """Writes the base in bfloat16 unless it is there, and collects what each script works on."""
+    """Writes the base in bfloat16 unless it exists, and collects the input of all scripts."""
     import torch
 
     from finequant.evaluate.metrics.corpora import read_corpus
@@ -165,7 +166,7 @@ def prepare(folder: Path) -> dict[str, Any]:
 
 
 def quantize_and_measure(row: Row, folder: Path, where: Path, job: dict[str, Any]) -> None:
-    """Runs a tool's script, then measures its folder -> results.json; a failure is its note."""
+    """Runs a tool's script and measures its folder -> results.json; on failure, a note says why."""
     tool, model = TOOLS[row.tool], where / "model"
     where.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(model, ignore_errors=True)
@@ -185,7 +186,7 @@ def quantize_and_measure(row: Row, folder: Path, where: Path, job: dict[str, Any
 
 
 def interpreter(tool: Tool, where: Path) -> str:
-    """Makes a tool's environment unless it is there, and returns its Python."""
+    """Makes a tool's environment unless it exists, and returns its Python."""
     if not tool.packages:
         return sys.executable
     where.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ HEADER = [
 
 
 def page(folder: Path) -> str:
-    """Makes the table of all rows that were measured."""
+    """Makes the table of all rows that have been measured."""
     counts, rows = weights_of(folder / "base"), []
     for name, row in ROWS.items():
         path = folder / name / "results.json"
@@ -221,10 +222,10 @@ def page(folder: Path) -> str:
 
 
 def cells(figures: dict[str, Any], counts: dict[str, int]) -> list[str]:
-    """Formats what was measured of a model; a failure leaves all but its note out."""
+    """Formats the figures of a model; after a failure, there is only its note."""
     if "note" in figures:
         return [figures["note"], *[MISSING] * 7]
-    # As tools write a model of bfloat16: floats and scales of 16 bits.
+    # Floats and scales count 16 bits, as tools write a model of bfloat16.
     bits = sum(figures.get(kind, 16) * count for kind, count in counts.items())
     weights = sum(count for kind, count in counts.items() if kind != "head")
     return [
@@ -240,7 +241,7 @@ def cells(figures: dict[str, Any], counts: dict[str, int]) -> list[str]:
 
 
 def weights_of(base: Path) -> dict[str, int]:
-    """Counts the weights of a base by kind; its head is tied, and counted as what untying adds."""
+    """Counts the weights of a base by kind; `head` are the weights that untying adds."""
     from safetensors.torch import load_file
 
     counts = {"linear": 0, "embedding": 0, "norm": 0}

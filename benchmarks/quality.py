@@ -1,4 +1,4 @@
-"""What four bits cost SmolLM2-135M: without training, with it, per training step, on a domain.
+"""Measures what four bits cost SmolLM2-135M: without and with training, per step, on a domain.
 
 python benchmarks/quality.py calibration
 python benchmarks/quality.py tables
@@ -65,15 +65,15 @@ WITHOUT_LABELS = {
         "quantize.rotate=false",
     ],
 }
-"""What each row of the table changes in the recipe."""
+"""Changes to the recipe, by row of the table."""
 
 
 @app.command()
 def calibration(group_size: int = 32, only: str = "", whole: bool = False) -> None:
-    """Perplexity without labels: float, and each method at four bits, head included.
+    """Measures perplexity without training: float, and each method at four bits, head included.
 
     only: rows of the table, separated by semicolons; all if empty.
-    whole: also perplexity per word of the whole wiki.test.raw, as lm-eval's `wikitext` has it.
+    whole: also perplexity per word of the whole wiki.test.raw, as in lm-eval's `wikitext`.
     """
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_base
@@ -114,7 +114,7 @@ TABLES = {
 
 @app.command()
 def tables(tokens: int = 8192, method: str = "gptq") -> None:
-    """Perplexity and packed size of each way to keep embedding and head, 4-bit layers."""
+    """Measures perplexity and packed size of each way to keep embedding and head, 4-bit layers."""
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_base, load_config, load_tokenizer
@@ -162,14 +162,15 @@ AFTER_TRAINING = {
         "quantize.training={learns: adapter, learning_rate: 2e-5, distillation: 0.5}",
     ],
 }
-"""What follows plain LoRA; what has `quantize.training` spends half of the steps on it."""
+"""Changes to the recipe after plain LoRA; rows with `quantize.training` spend half of the steps on
+it."""
 
 
 @app.command()
 def training(steps: int = 120, learning_rate: float = 5e-4, only: str = "") -> None:
-    """Perplexity of plain LoRA in float, and of what ships after as many steps in all.
+    """Measures perplexity of plain LoRA in float, and of what ships after as many steps in total.
 
-    The best checkpoint of plain LoRA counts.
+    For plain LoRA, the best checkpoint counts.
 
     only: rows of the table, separated by semicolons; all if empty.
     """
@@ -201,7 +202,7 @@ def training(steps: int = 120, learning_rate: float = 5e-4, only: str = "") -> N
 
 @app.command()
 def domain(recipe: Path, seeds: str = "0", metric: str = "exact_match") -> None:
-    """Accuracy on held-out rows of a recipe, tuned and quantized, for each seed."""
+    """Measures accuracy on a recipe's held-out rows, tuned and quantized, for each seed."""
     rows, drops = [], []
     for seed in map(int, seeds.split(",")):
         loaded = load_recipe(recipe, [f"seed={seed}"])
@@ -227,7 +228,7 @@ def domain(recipe: Path, seeds: str = "0", metric: str = "exact_match") -> None:
 
 @app.command()
 def step(tokens: int = 4096, rounds: int = 5) -> None:
-    """Seconds of a training step, plain and quantization-aware in turn."""
+    """Times a training step, plain and quantization-aware in turn."""
     from peft import get_peft_model
 
     from finequant.finetune.adapter import lora_config
@@ -282,7 +283,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
-            if number:  # the first one allocates
+            if number:  # the first round allocates memory
                 seconds[name].append(time.monotonic() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     show(
@@ -312,9 +313,9 @@ def wikitext(*overrides: str) -> Recipe:
 
 
 def quantized_base(recipe: Recipe, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Quantizes the base of a recipe, without training, and puts it on the device, if there is one.
+    """Quantizes the base of a recipe, without training, and moves it to the device.
 
-    dtype: of the arithmetic.
+    dtype: that of the arithmetic.
     """
     from finequant.finetune.device import device
     from finequant.finetune.model import load_base, load_config, load_tokenizer

@@ -1,9 +1,9 @@
-"""Kill real runs at random moments, and see whether the same command ends as if nothing happened.
+"""Kill real runs at random moments, and check that the same command ends as if nothing happened.
 
 python benchmarks/torture.py                    # 50 kills, 1,000 damaged inputs of each kind, disks
 python benchmarks/torture.py --kills 5 --seed 3 --only kills
 python benchmarks/torture.py --assistant --only kills    # the embedded model; an hour or two
-Writes what it measured into docs/reliability.md; with --only, its part of that page.
+Writes the results into docs/reliability.md; with --only, just that part of the page.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHORT = (
     "lora.dropout=0.0",
     "quantize.training={steps: 4}",
 )
-# Of the assistant: all stages, a few rows, and nothing that only takes time.
+# The assistant with all stages, a few rows, and nothing that only takes time.
 SHORTENED = (
     "train.max_steps=4",
     "train.save_steps=2",
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.only != "tests":
         with report_user_errors(), tempfile.TemporaryDirectory() as folder:
             kills, seconds = kill_runs(arguments, Path(folder))
-        what = EMBEDDED if arguments.assistant else TINY
-        write_section(f"Killed runs: {what}", kills_section(arguments, kills, seconds))
+        model = EMBEDDED if arguments.assistant else TINY
+        write_section(f"Killed runs: {model}", kills_section(arguments, kills, seconds))
     if arguments.only != "kills":
         tests = torture_tests(arguments.examples)
         write_section(TESTS, tests_section(arguments.examples, tests))
@@ -105,7 +105,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def kill_runs(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], float]:
-    """An undisturbed run, then one after the other that is killed; and the seconds of the first."""
+    """Runs once undisturbed, then kills one run after the other.
+
+    Returns:
+        The kills, and the seconds of the undisturbed run.
+    """
     command = run_command(arguments, folder)
     log = folder / "log"
     first = folder / "undisturbed"
@@ -136,7 +140,7 @@ def run_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def embedded_base(recipe: Path, folder: Path) -> Path:
-    """The assistant's base as safetensors: half of a short run would go into reading its GGUF."""
+    """Saves the assistant's base as safetensors: half of a short run would be reading its GGUF."""
     import torch
 
     model = load_recipe(recipe).model
@@ -146,7 +150,7 @@ def embedded_base(recipe: Path, folder: Path) -> Path:
 
 
 def tiny_recipe(folder: Path) -> Path:
-    """Over the random two-layer Llama that the tests use."""
+    """Writes a recipe for the random two-layer Llama that the tests use."""
     sys.path.append(str(ROOT / "tests"))
     import conftest as fixtures
 
@@ -161,9 +165,13 @@ def kill_once(
     seconds: float,
     events: list[str],
 ) -> tuple[str, str]:
-    """Kills a run and all it started, and starts it again; when that was, and in which stage.
+    """Kills a run with all its processes, starts it again, and waits for its end.
 
-    Every other time it is soon after a change on the disk, where most is at stake.
+    Half of the kills, chosen at random, follow soon after a change on the disk, when most is at
+    stake.
+
+    Returns:
+        The moment of the kill, and the stage that was killed.
     """
     process = start(command, run, log)
     if pick.random() < 0.5:
@@ -184,7 +192,7 @@ def kill_once(
 
 
 def start(command: list[str], run: Path, log: Path) -> subprocess.Popen:
-    """In a process group of its own."""
+    """Starts the command in a new process group."""
     with log.open("a", encoding="utf-8") as file:
         return subprocess.Popen(
             [*command, f"output_dir={run}"],
@@ -199,15 +207,16 @@ def start(command: list[str], run: Path, log: Path) -> subprocess.Popen:
 def watch(
     process: subprocess.Popen, run: Path, change: int | None, seconds: float = LONGEST
 ) -> list[str]:
-    """Waits for the end, for the change of that number or for so many seconds.
+    """Waits until the process ends, the run directory has changed more than `change` times, or
+    `seconds` have passed.
 
-    Returns the names that came up in the run directory, in their order.
+    Returns the names that appeared in the run directory, in order.
     """
     seen: dict[str, None] = {}
     end = time.monotonic() + seconds
     try:
         while process.poll() is None and time.monotonic() < end:
-            with suppress(OSError):  # a folder went while it was being listed
+            with suppress(OSError):  # a folder vanished while it was being listed
                 paths = sorted(run.rglob("*"))
                 seen |= dict.fromkeys(path.relative_to(run).as_posix() for path in paths)
             if change is not None and len(seen) > change:
@@ -227,7 +236,7 @@ def finished(run: Path) -> dict:
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """Hashes of the artifacts, and of the report but for the seconds that training took."""
+    """Returns hashes of the artifacts, and the report without the seconds that training took."""
     hashes = {
         path.relative_to(run).as_posix(): content_hash(path)
         for artifact in ("adapter", "quantized")
@@ -251,7 +260,7 @@ def half_made(run: Path) -> list[str]:
 
 
 def torture_tests(examples: int) -> list[tuple[str, str, float]]:
-    """Name, outcome and seconds of each test in tests/torture."""
+    """Runs tests/torture, and returns the name, outcome and seconds of each test."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
@@ -271,7 +280,7 @@ def _outcome(case: ElementTree.Element) -> str:
 
 
 def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: float) -> str:
-    """In which stages runs were killed, what came of it, and each kill that changed a result."""
+    """Says in which stages runs were killed, how they ended, and which kills changed a result."""
     same = sum(kill.same for kill in kills)
     made, good = (
         Counter(kill.stage for kill in kills),
@@ -284,8 +293,8 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
         "",
         f"All stages of `finequant run` with {', '.join(f'`{change}`' for change in changes)} took "
         f"{seconds:.0f} s undisturbed. Each run was killed at a random moment, by SIGKILL to its "
-        "whole process group, and started again by the same command. Compared was every file of "
-        "adapter/ and quantized/, and report.json without the seconds of training. "
+        "whole process group, and started again by the same command. Every file of adapter/ and "
+        "quantized/ was compared, and report.json without the seconds of training. "
         f"Seed {arguments.seed}, on {date.today():%B %d, %Y}."
         f"{base if arguments.assistant else ''}",
         "",
@@ -317,7 +326,7 @@ def tests_section(examples: int, tests: list[tuple[str, str, float]]) -> str:
 
 
 def write_section(heading: str, text: str) -> None:
-    """Into the page, in place of what it had under this heading."""
+    """Writes a section into the page, in place of an earlier one under this heading."""
     sections = {}
     if PAGE.exists():
         _, *parts = re.split(r"^## (.+)\n", PAGE.read_text(encoding="utf-8"), flags=re.M)

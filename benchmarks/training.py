@@ -1,11 +1,10 @@
-"""Real tokens per second of LoRA training, beside `trl sft`: its defaults, its best settings here.
+"""Measures tokens per second of LoRA training, beside `trl sft` with default and best settings.
 
 python benchmarks/training.py
 python benchmarks/training.py --steps 60 --rounds 1
 
-The same base, tokens, adapter and rows per optimizer step; each contender is its own command in a
-process of its own, in turn. Padding is not counted as tokens, nor are loading and evaluation as
-time.
+All contenders have the same base, tokens, adapter and rows per optimizer step; each runs as a
+separate process, in turn. Padding does not count as tokens, nor loading and evaluation as time.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "assistant.yaml"
 BEST = ("--dtype", "bfloat16", "--gradient_checkpointing", "false")
-"""The fastest options that leave rows and steps alone; eager attention and padding_free are not."""
+"""The fastest options that change neither rows nor steps; eager attention and padding_free are not
+among them."""
 
 
 class Measured(NamedTuple):
@@ -95,8 +95,8 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
 
 
 def local_copy(folder: Path, validation: int) -> Recipe:
-    """The assistant with its base as a folder; beside it the rows' tokens for trl, which would
-    learn the line break after an answer, too."""
+    """Writes the assistant's base as a folder and, for trl, the rows' tokens beside it: from the
+    rows' text, trl would also train on the line break after an answer."""
     from finequant.finetune.data.dataset import to_dataset
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_base, load_tokenizer
@@ -171,7 +171,7 @@ def measure(command: list[str], output: Path) -> Measured:
 
 
 def block_weights(config: LlamaConfig) -> int:
-    """Weights of the decoder blocks' products; each costs two operations forward, two back."""
+    """Counts the weights of the decoder blocks; each costs two operations forward, two back."""
     from finequant.finetune.architecture import layer_shapes
     from finequant.quantize.scheme import EMBEDDING, HEAD
 
@@ -184,7 +184,7 @@ def head_weights(config: LlamaConfig) -> int:
 
 
 def matrix_product_rate(seconds: float = 3.0) -> float:
-    """Operations per second of bf16 products of this model's shape and nothing else."""
+    """Measures the operations per second of bf16 matrix products of this model's shape."""
     x, weight = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:

@@ -1,4 +1,4 @@
-"""What the clients in Python share; it lies beside them when they run."""
+"""The code that the clients in Python share; clients.py copies it beside each of them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import numpy as np
 
 
 class Client(Protocol):
-    """An export in a program that is not ours."""
+    """An export in somebody else's program."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens among them."""
+        """Returns token ids; special tokens in the text get their own ids."""
         ...
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int] | None:
-        """Token ids of the program's own chat template; None if it has none."""
+        """Returns token ids by the program's own chat template; None if it has none."""
         ...
 
     def answer(self, prompt: list[int], limit: int) -> Iterator[int]:
-        """Greedy tokens after the prompt; the first one costs the prompt."""
+        """Yields greedy tokens after the prompt; the time of the first includes the prompt."""
         ...
 
     def last_logits(self, ids: list[int]) -> np.ndarray:
-        """float32 [vocabulary] after the last of `ids`."""
+        """Returns float32 logits [vocabulary] after the last of `ids`."""
         ...
 
 
@@ -44,7 +44,7 @@ class WithoutFinequant(MetaPathFinder):
 
 
 def run(open_client: Callable[[Path], Client]) -> None:
-    """Does the job of the command line, and prints the results as JSON."""
+    """Does the job named on the command line, and prints the results as JSON."""
     sys.meta_path.insert(0, WithoutFinequant())
     folder, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     client = open_client(folder)
@@ -66,7 +66,7 @@ def run(open_client: Callable[[Path], Client]) -> None:
 def timed_answer(
     client: Client, prompt: list[int], job: dict[str, Any]
 ) -> tuple[list[int], float, float]:
-    """The answer without the token that ends it, and the seconds before and after its first."""
+    """Returns the answer without its end token, and the seconds until its first token and after."""
     started, first, tokens = perf_counter(), 0.0, []
     for token in client.answer(prompt, job["max_new_tokens"]):
         first = first or perf_counter()
@@ -79,7 +79,10 @@ def timed_answer(
 
 
 def peak_memory() -> int | None:
-    """Bytes; of this program alone, which rusage's figure is not after a fork."""
+    """Returns the peak memory of this program in bytes; None without /proc.
+
+    After a fork, rusage's figure includes the parent's peak.
+    """
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     return int(match[1]) * 1024 if match else None
@@ -90,7 +93,7 @@ class SteppedClient(ABC):
 
     @abstractmethod
     def step(self, ids: list[int], start: int) -> np.ndarray:
-        """float32 [vocabulary] after `ids`, the first of which has the position `start`."""
+        """Returns float32 logits [vocabulary] after `ids`, the first of which is at `start`."""
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int] | None:
         return None  # it has no chat template

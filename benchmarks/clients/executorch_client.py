@@ -1,9 +1,9 @@
-"""A .pte in ExecuTorch's runtime, with the tokenizer of its runner: FOLDER JOB"""
+"""Runs a .pte in ExecuTorch's runtime, with the tokenizer of its runner: FOLDER JOB"""
 
 from pathlib import Path
 
 import client
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # its operators
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # registers operators
 import numpy as np
 import torch
 from executorch.runtime import Runtime

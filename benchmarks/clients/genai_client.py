@@ -1,4 +1,4 @@
-"""An ONNX export in onnxruntime-genai: FOLDER JOB"""
+"""Runs an ONNX export in onnxruntime-genai: FOLDER JOB"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-// A GGUF export in llama.cpp, by node-llama-cpp's prebuilt binary: FOLDER JOB
+// Runs a GGUF export in llama.cpp, by node-llama-cpp's prebuilt binary: FOLDER JOB
 import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { JinjaTemplateChatWrapper, getLlama } from "node-llama-cpp";
@@ -6,7 +6,7 @@ import { JinjaTemplateChatWrapper, getLlama } from "node-llama-cpp";
 const [folder, file] = process.argv.slice(2);
 const job = JSON.parse(readFileSync(file, "utf8"));
 const name = readdirSync(folder).find((name) => name.endsWith(".gguf"));
-const maxThreads = Number(process.env.OMP_NUM_THREADS ?? 0); // 0: as many as it likes
+const maxThreads = Number(process.env.OMP_NUM_THREADS ?? 0); // 0: llama.cpp decides
 const llama = await getLlama({ gpu: false, build: "never", maxThreads });
 const model = await llama.loadModel({ modelPath: join(folder, name) });
 const context = await model.createContext({ contextSize: 2048 });
@@ -43,7 +43,7 @@ for (const prompt of job.prompts) {
 }
 const memory = Number(readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s+(\d+)/)[1]) * 1024;
 
-// Without sampling, probabilities are those of all tokens; their logarithms serve as logits.
+// Without top-k, top-p and min-p, all tokens have probabilities; their logarithms serve as logits.
 const all = { temperature: 1, topK: 0, topP: 1, minP: 0 };
 const logits = new Float32Array(job.probes.length * job.vocabulary);
 for (const [row, ids] of job.probes.entries()) {
@@ -67,4 +67,4 @@ const results = JSON.stringify({
   peak_memory_bytes: memory,
   note: `\`${name}\``,
 });
-process.stdout.write(`${results}\n`, () => process.exit(0)); // once a pipe has taken it all
+process.stdout.write(`${results}\n`, () => process.exit(0)); // exits when all is written

@@ -1,4 +1,4 @@
-"""An MLX export in mlx-lm: FOLDER JOB"""
+"""Runs an MLX export in mlx-lm: FOLDER JOB"""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mlx_lm.generate import generate_step
 class MlxLm:
     def __init__(self, folder: Path) -> None:
         self._model, self._tokenizer = load(str(folder))
-        if not mx.metal.is_available():  # bfloat16 is slow there, and far off
+        if not mx.metal.is_available():  # on a CPU, bfloat16 is slow and inaccurate
             self._model.set_dtype(mx.float32)
 
     def encode(self, text: str) -> list[int]:

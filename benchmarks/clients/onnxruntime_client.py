@@ -1,4 +1,4 @@
-"""An ONNX export in plain onnxruntime: FOLDER JOB"""
+"""Runs an ONNX export in plain onnxruntime: FOLDER JOB"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-// An ONNX export in transformers.js, on onnxruntime-node: FOLDER JOB
+// Runs an ONNX export in transformers.js, on onnxruntime-node: FOLDER JOB
 import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import { AutoModelForCausalLM, AutoTokenizer, Tensor, env } from "@huggingface/transformers";
@@ -24,7 +24,7 @@ for (const prompt of job.prompts) {
     do_sample: false,
     streamer: { put: () => times.push(performance.now()), end: () => {} },
   });
-  // The first time is that of the prompt, given back before anything is computed.
+  // The streamer gets the prompt first, before anything is computed.
   promptSeconds += (times[1] - times[0]) / 1000;
   decodingSeconds += (times.at(-1) - times[1]) / 1000;
   answers.push(output.tolist()[0].slice(prompt.length).map(Number));
@@ -47,4 +47,4 @@ const results = JSON.stringify({
   decoding_seconds: decodingSeconds,
   peak_memory_bytes: memory,
 });
-process.stdout.write(`${results}\n`, () => process.exit(0)); // once a pipe has taken it all
+process.stdout.write(`${results}\n`, () => process.exit(0)); // exits when all is written

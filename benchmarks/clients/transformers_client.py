@@ -1,4 +1,4 @@
-"""A checkpoint, torchao's or compressed-tensors', in plain transformers: FOLDER JOB"""
+"""Runs a checkpoint, torchao's or compressed-tensors', in plain transformers: FOLDER JOB"""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
-"""A compressed-tensors export in vLLM: the scheme it picks for every layer, answers if it has the
-kernels for this processor: FOLDER JOB
+"""Runs a compressed-tensors export in vLLM: FOLDER JOB
+
+Names the schemes that vLLM picks for the layers and, if it has kernels for this processor, answers.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ KINDS = {
 
 
 def schemes(folder: Path) -> Counter[str]:
-    """What vLLM's own configuration code picks for each layer, from the real config.json."""
+    """Counts the schemes that vLLM's own code picks for the layers, from the real config.json."""
     config = json.loads((folder / "config.json").read_text())
     quantization = compressed_tensors.CompressedTensorsConfig.from_config(
         config["quantization_config"]
@@ -42,7 +43,7 @@ def schemes(folder: Path) -> Counter[str]:
     } | {"lm_head": ParallelLMHead}
     counts = Counter()
     for name, kind in layers.items():
-        layer = kind.__new__(kind)  # without weights: only its kind and name count
+        layer = kind.__new__(kind)  # without weights: only its kind and name matter
         quantization.get_quant_method(layer, name)
         scheme = getattr(layer, "scheme", None)
         counts[f"{type(scheme).__name__}, {getattr(scheme, 'num_bits', '-')} bits"] += 1
@@ -50,7 +51,7 @@ def schemes(folder: Path) -> Counter[str]:
 
 
 def answers(folder: Path, job: dict) -> dict:
-    """Token ids and greedy answers."""
+    """Returns token ids and greedy answers, with their time and memory."""
     longest = max(map(len, job["prompts"])) + job["max_new_tokens"]
     model = LLM(str(folder), max_model_len=longest, max_num_seqs=1, enforce_eager=True)
     tokenizer = model.get_tokenizer()
@@ -75,7 +76,7 @@ def answers(folder: Path, job: dict) -> dict:
 folder, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 counts = schemes(folder)
 listed = "; ".join(f"{scheme}: {count} layers" for scheme, count in counts.items())
-results = {"note": f"picks {listed}, the head among them"}
+results = {"note": f"picks {listed}, including the head"}
 with contextlib.redirect_stdout(sys.stderr):
     try:
         results |= answers(folder, job)

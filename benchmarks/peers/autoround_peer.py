@@ -1,4 +1,4 @@
-"""AutoRound: rounding and ranges of each block learn to reproduce its float outputs."""
+"""Quantizes with AutoRound, which trains each block's rounding to reproduce its float outputs."""
 
 from auto_round import AutoRound
 from peer import Peer

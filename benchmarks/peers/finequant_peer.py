@@ -1,4 +1,4 @@
-"""finequant's stage quantize on the base itself, through the functions that the stage calls."""
+"""Quantizes with finequant, by the functions that its stage quantize calls, without an adapter."""
 
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def main() -> None:
 def round_floats(file: Path) -> None:
     """Rounds embedding and norms to bfloat16, in which they ship.
 
-    The stage would write them so, and its codes for arithmetic in bfloat16, which this processor
-    only emulates: what others wrote is measured in float32.
+    With `dtype=bfloat16` the stage would do so itself, but also calibrate for arithmetic in
+    bfloat16, which this processor only emulates: all tools' results are measured in float32.
     """
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

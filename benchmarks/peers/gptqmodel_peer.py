@@ -1,8 +1,8 @@
-"""GPTQ by GPTQModel; its weights, dequantized, go back into the base."""
+"""Quantizes with GPTQModel's GPTQ; the dequantized weights go back into the base."""
 
 import os
 
-# On two cores it makes one worker for the processor, and then asks for two.
+# On two cores, GPTQModel starts one worker for the CPU, and then requires two.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch  # noqa: E402
@@ -22,7 +22,7 @@ def main() -> None:
         **peer.settings["options"],
     )
     folder = peer.untied()
-    # It would take bfloat16, which this processor only emulates.
+    # Its default is bfloat16, which this processor only emulates.
     quantizer = GPTQModel.load(
         str(folder), config, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32
     )
@@ -31,7 +31,7 @@ def main() -> None:
     ]
     with peer.timed():
         quantizer.quantize(batches, batch_size=1, backend=BACKEND.GPTQ_TORCH)
-    # In memory the zero points are off by one, as files of its format have them; loading adds it.
+    # In memory the zero points are off by one, as in files of its format; loading adds the one.
     quantizer.save(str(folder / "packed"))
     packed = GPTQModel.load(str(folder / "packed"), device="cpu", backend=BACKEND.GPTQ_TORCH)
     layers = dict(packed.model.named_modules())

@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor, as compressed-tensors, which transformers load with that package."""
+"""Quantizes with llm-compressor's GPTQ, as compressed-tensors, which plain transformers loads."""
 
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier

@@ -1,4 +1,4 @@
-"""NNCF on the base as an OpenVINO model; its weights, decompressed, go back into the base."""
+"""Quantizes an OpenVINO model of the base with NNCF; decompressed weights go back into the base."""
 
 import nncf
 import openvino
@@ -20,7 +20,7 @@ class Logits(torch.nn.Module):
 
 
 def decompressed(model: openvino.Model) -> dict[str, torch.Tensor]:
-    """Computes the weights that the matrix products of linear layers read, by layer."""
+    """Computes, by layer, the weights that the matrix products of linear layers read."""
     weights = {}
     for node in model.get_ops():
         if node.get_type_name() == "MatMul" and "/aten::linear" in node.get_friendly_name():

@@ -1,4 +1,4 @@
-"""What the scripts of all peers share: the job, seconds and memory of the work, the answer."""
+"""The code that the peers' scripts share: the job, seconds and memory of the work, the answer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Peer:
         self.figures: dict[str, float] = {}
 
     def load(self) -> PreTrainedModel:
-        """Loads the base, with a head of its own, as quantizing the head needs."""
+        """Loads the base and unties its head, so that the head can be quantized."""
         model = AutoModelForCausalLM.from_pretrained(self.job["base"], dtype=torch.float32).eval()
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         return model
 
     def untied(self) -> Path:
-        """Writes the base with a head of its own, for tools that read a folder."""
+        """Writes the base with an untied head, for tools that read a folder."""
         folder = self.folder.with_name("untied")
         self.load().save_pretrained(folder)
         AutoTokenizer.from_pretrained(self.job["base"]).save_pretrained(folder)
@@ -50,5 +50,5 @@ class Peer:
         self.figures["peak_bytes"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def answer(self, linear: float, head: float, embedding: float = 16) -> None:
-        """Prints the figures, and the bits of a weight of each kind, scales included."""
+        """Prints the figures, and the bits per weight of each kind, scales included."""
         print(json.dumps({**self.figures, "linear": linear, "head": head, "embedding": embedding}))

@@ -1,4 +1,4 @@
-"""Rounding to nearest by torchao, as what torchtune and Unsloth convert to after training."""
+"""Rounds to nearest with torchao, as torchtune and Unsloth convert a model after training."""
 
 import torch
 from peer import Peer
