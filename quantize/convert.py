@@ -39,11 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Tuned(NamedTuple):
-    """The float model to quantize, whose weights are read when they are asked for."""
+    """The float model to quantize, whose weights are read on demand."""
 
     tokenizer: PreTrainedTokenizerBase
     config: DecoderConfig
-    """The base's, with the dtype of its files; that of `base` has the dtype it is opened in."""
+    """The base's configuration, with the dtype of its files; `base.config` has the dtype in which
+    it is opened."""
     base: Base
     adapter: Adapter
     trained: TensorFile | None
@@ -51,16 +52,16 @@ class Tuned(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What is known before the first layer is quantized."""
+    """Everything that is determined before the first layer is quantized."""
 
     inputs: Inputs
     prompts: list[list[int]]
     logits: torch.Tensor
-    """float32 [prompts, vocabulary], of base + adapter."""
+    """float32 logits [prompts, vocabulary] of base + adapter."""
     difference: float
-    """How far those of the merged weights are from them, relative to the largest."""
+    """Maximum distance of the merged weights' logits from these, relative to the largest logit."""
     settings: Quantize
-    """The recipe's, with layers in the place of a budget."""
+    """The recipe's settings, with layers in place of a budget."""
     sequences: torch.Tensor | None
     """Token ids [rows, length] to calibrate on."""
 
@@ -68,9 +69,9 @@ class Checked(NamedTuple):
 def quantize(recipe: Recipe, run: RunDir) -> None:
     """Writes `quantized/`, which plain `from_pretrained` loads, and `merged/` if asked for.
 
-    Weights are read, merged, rounded and written in pieces. Memory holds a decoder block.
-    Interrupted, what is written is kept. Several processes share the calibration; all else is the
-    first one's, and without calibration the others have nothing to do.
+    Weights are read, merged, rounded and written in pieces, with one decoder block in memory. What
+    was written before an interruption is kept. Several processes share the calibration; the first
+    one does everything else, and without calibration the others return at once.
 
     Raises:
         UserError: for a layer plan that does not fit the model, an adapter of another base, or a
@@ -112,7 +113,7 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
 
 
 def open_tuned(recipe: Recipe, run: RunDir) -> Tuned:
-    """Opens base and adapter, and makes safetensors of a GGUF base.
+    """Opens base and adapter, and converts a GGUF base to safetensors.
 
     Raises:
         UserError: for a layer plan that does not fit the base, or an adapter that cannot be used.
@@ -135,11 +136,11 @@ def open_tuned(recipe: Recipe, run: RunDir) -> Tuned:
 
 
 def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
-    """Checks the merged model, keeps it if asked for, and decides how and on what to quantize.
+    """Checks the merged model, saves it if asked to, and decides how and on what to quantize.
 
     Raises:
-        UserError: for a merged model that is not base + adapter, numbers that the shipped dtype
-            does not hold, or nothing to calibrate on.
+        UserError: for a merged model that is not base + adapter, numbers too large for the shipped
+            dtype, or a lack of text to calibrate on.
     """
     from finequant.finetune.data.turns import save_tokenizer
     from finequant.quantize.describe import describe
@@ -175,7 +176,7 @@ def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
 def check_and_describe(
     recipe: Recipe, checkpoint: Checkpoint, tuned: Tuned, checked: Checked
 ) -> dict[str, float]:
-    """Completes the folder of a checkpoint, and returns what the manifest says of it.
+    """Completes the folder of a checkpoint; returns figures for the manifest.
 
     Raises:
         UserError: if it does not give the same logits once reloaded.
@@ -210,7 +211,7 @@ def check_and_describe(
 
 
 def check_base_range(recipe: Recipe) -> None:
-    """Runs the base in float16, where that is shipped, before anything is trained on it.
+    """Runs the base in float16, if that is what ships, before anything is trained on it.
 
     Raises:
         UserError: naming the first layer that float16 is too narrow for.
@@ -230,9 +231,9 @@ def check_base_range(recipe: Recipe) -> None:
 
 
 def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, float]:
-    """Measures what quantization changes: RMS of the logits' difference, relative to peft's.
+    """Measures what quantization changes: the RMS of the logits' difference, relative to `tuned`.
 
-    shipped: None where only some blocks were run.
+    shipped: None if only some blocks were run; then there is no figure.
     """
     if shipped is None:
         return {}

@@ -1,4 +1,4 @@
-"""What was done to the model, for the record that ships with it: quantization.json"""
+"""Describes what was done to the model, for quantization.json, the record that ships with it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe(
 
 
 def layer_table(checkpoint: Checkpoint, base: Base, plan: Plan) -> list[dict[str, Any]]:
-    """Bits, group size and signal-to-noise ratio in dB of each layer's weights; None in float."""
+    """Lists bits, group size and signal-to-noise ratio in dB of each layer; None in float."""
     return [
         {
             "name": name,

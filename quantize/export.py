@@ -36,22 +36,23 @@ LARGEST_DIFFERENCE = 0.05
 scales in half precision or bfloat16, and for arithmetic in bfloat16."""
 
 OWN_ROUNDING = {"int8": 1.5, "int8 in blocks": 0.75, "int8 in blocks of 32": 0.75, "float": 0.5}
-"""Times the change by quantized/'s int8 activations, which runtimes may differ by: those that round
-them to int8 in a way of their own (two unrelated changes add to 1.4), those that round blocks,
-which is finer (0.4 to 0.5 of it was seen), and those that do not round."""
+"""Limits by what a runtime does with activations, as multiples of the change that the int8
+activations of quantized/ make: 1.5 if it rounds them to int8 in its own way (two unrelated changes
+add up to 1.4), 0.75 if it rounds blocks, which is finer (0.4 to 0.5 was seen), and 0.5 if it does
+not round."""
 
 FLOAT_ROUNDING = 2.0**-11
-"""Relative: half precision."""
+"""Relative rounding error of half precision."""
 
 SCALE_ROUNDING = 2.0**-8
-"""Relative: half precision and bfloat16 stay below."""
+"""Limit for the relative rounding of a scale; half precision and bfloat16 stay below."""
 
 
 class Reference(NamedTuple):
     """float32 logits [prompts, vocabulary] of quantized/ after each prompt."""
 
     int8: torch.Tensor
-    """With int8 activations, as transformers and torchao compute it."""
+    """With int8 activations, as transformers and torchao compute them."""
     float: torch.Tensor
     """With float activations."""
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
-    """Writes and checks each format; those that cannot be made are refused before the first is.
+    """Writes and checks each format, after it has refused those that cannot be made.
 
     Raises:
         UserError: for a format that cannot hold these codes, a package that is not installed, or
@@ -84,16 +85,16 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     run.require("quantize", recipe)
     if not formats:
         raise UserError(
-            f"no format to export to: say --to FORMAT or quantize.exports: [FORMAT]; "
+            f"no format to export to: give --to FORMAT or set quantize.exports; expected one of "
             f"{', '.join(get_args(Export))}"
         )
     if "torchao" in formats:
-        say(f"export: torchao: {run.quantized} is in this format")
+        say(f"export: torchao: {run.quantized} is already in this format")
     stored = read_checkpoint(run.quantized)
     prompts, reference = [], None
     for entry in fitting_formats(formats, stored.contents):
         if reference is None:
-            doing(f"export: computing logits of {run.quantized}, which files have to equal")
+            doing(f"export: computing logits of {run.quantized}, to compare exports with")
             prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
             reference = _reference(stored, prompts)
         export_one(recipe, run, entry, stored, prompts, reference)
@@ -107,13 +108,13 @@ def export_one(
     prompts: list[list[int]],
     reference: Reference,
 ) -> None:
-    """One format: written, read again, compared, recorded."""
+    """Writes one format, reads it back, compares codes and logits, and records the figures."""
     watch, name = Stopwatch(), entry.name
     inputs = run.inputs(recipe, name)
     say(f"export: {name}: writing")
     with run.writing(run.exports / name, recipe) as folder:
         figures = entry.write(stored, folder, recipe)
-        doing(f"export: {name}: reading its codes again")
+        doing(f"export: {name}: reading its codes back")
         rounded, floats = entry.read_back(folder, stored)
         scales = check_codes(name, stored, rounded)
         if floats is not None:
@@ -146,7 +147,8 @@ def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Roun
     """Compares codes and scales; returns the largest relative rounding of a scale.
 
     Raises:
-        UserError: if a code differs, or a scale by more than its format rounds.
+        UserError: if a layer is missing or unexpected, a code differs, or a scale differs by more
+            than SCALE_ROUNDING.
     """
     import torch
 
@@ -157,9 +159,9 @@ def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Roun
     for layer, (codes, scale) in exported.items():
         expected = stored.rounded[layer]
         if not torch.equal(codes, expected.codes):
-            raise UserError(f"{name}: the codes of {layer} differ once read: the file is not kept")
+            raise UserError(f"{name}: codes of {layer} differ once read back: the file is not kept")
         exact = expected.scale.float()
-        # Below half precision's normal numbers, 6e-5, its steps are 6e-8 wide.
+        # Half precision's subnormal numbers, below 6e-5, are 6e-8 apart.
         beyond = (scale.float() - exact).abs() - 2.0**-24
         worst = max(worst, (beyond / exact.abs()).max().item())
         if not worst <= SCALE_ROUNDING:
@@ -170,33 +172,33 @@ def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Roun
 
 
 def check_floats(name: str, stored: QuantizedCheckpoint, exported: dict[str, torch.Tensor]) -> None:
-    """Compares embedding, norms, biases and float layers: every one, as near as float16 has it.
+    """Compares embedding, norms, biases and float layers, to within the rounding of float16.
 
     Raises:
-        UserError: if one is not there, is one too many, or differs.
+        UserError: if one is missing, unexpected, or different.
     """
     check_names(name, stored.floats, exported)
     for parameter, tensor in exported.items():
         exact = stored.floats[parameter].float()
         beyond = (tensor.float() - exact).abs() - exact.abs() * FLOAT_ROUNDING - 2.0**-24
         if tensor.shape != exact.shape or not (beyond <= 0).all():
-            raise UserError(f"{name}: {parameter} differs once read: the file is not kept")
+            raise UserError(f"{name}: {parameter} differs once read back: the file is not kept")
 
 
 def check_names(name: str, expected: Iterable[str], actual: Iterable[str]) -> None:
     """Raises a UserError unless a file has all tensors, and no others."""
     lost, added = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
-    for names, what in ((lost, "lacks"), (added, "should not have")):
+    for names, verb in ((lost, "lacks"), (added, "should not have")):
         if names:
             raise UserError(
-                f"{name}: the file {what} {len(names)} tensors, such as {names[0]}: it is not kept"
+                f"{name}: the file {verb} {len(names)} tensors, such as {names[0]}: it is not kept"
             )
 
 
 def check_logits(entry: Format, logits: torch.Tensor, reference: Reference) -> float:
-    """Compares with the quantized weights, under activations such as the format's runtime has.
+    """Compares an export's logits with those of quantized/, with activations like its runtime's.
 
-    How far off the float model is does not count: an export has to be equal to quantized/.
+    The distance from the float model does not matter: an export has to equal quantized/.
 
     Returns:
         The root mean square of the difference, relative to that of the logits.
@@ -238,7 +240,7 @@ def fitting_formats(names: Sequence[str], contents: Contents) -> list[Format]:
         UserError: with a line for each format that cannot hold the contents, or whose package is
             not installed.
     """
-    from finequant.quantize.formats.formats import FORMATS  # which imports torch
+    from finequant.quantize.formats.formats import FORMATS  # it imports torch
 
     entries = [FORMATS[name] for name in dict.fromkeys(names) if name != "torchao"]
     refuse_all(partial(_check_format, entry, contents) for entry in entries)

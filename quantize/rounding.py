@@ -22,8 +22,8 @@ RATIOS = tuple(0.60 + 0.025 * step for step in range(18))
 
 INT8_RANGE = torch.tensor(255.0, device="cpu")
 INT8_LOWEST = torch.tensor(-128.0, device="cpu")
-"""Range of activation codes. These are tensors because decoding divides only a few numbers by them,
-and then torch takes longer to make a tensor of a number than to divide."""
+"""Range of activation codes. They are tensors because decoding divides only a few numbers by them,
+and torch would take longer to make a tensor of a Python number than to divide."""
 
 MAX_DISTANCE = 0.49
 """Maximum distance of a latent weight from its code, in steps of the scale; less than a half, so
@@ -31,7 +31,7 @@ that it rounds to that code even when the latent weight is stored in float16."""
 
 
 CODES = "codes.safetensors"
-"""In trained_codes/: codes and scales of every quantized layer."""
+"""The file in trained_codes/ that holds codes and scales of every quantized layer."""
 
 
 class Rounded(NamedTuple):
@@ -82,13 +82,13 @@ def round_to_nearest(
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Rounded:
-    """Codes and scales of a weight [out, in], each weight by itself."""
+    """Returns codes and scales of a weight [out, in], each number rounded by itself."""
     scale = stored_scale(choose_scale(weight, bits, group_size, rule), scale_dtype)
     return Rounded(nearest_codes(weight, scale, bits), scale)
 
 
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes [out, in] of a weight, for the scales [out, groups] that ship with them."""
+    """Returns int8 codes [out, in] of a weight, given the scales [out, groups] that ship."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(weight):
         groups = weight[rows].float().unflatten(1, (scale.shape[1], -1))
@@ -103,13 +103,13 @@ def choose_scale(
     rule: str,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 scales [out, in / group_size] of a weight [out, in].
+    """Chooses float32 scales [out, in / group_size] for a weight [out, in].
 
     rule: `max` reaches the largest weight, as torchao does by default; `search` takes the scale
     with the least squared error, where `importance` [in] weighs the columns.
 
-    With 1 bit the codes are -1 and 0: `max` takes the largest weight itself, where torchao takes
-    twice as much and so rounds every weight to 0.
+    With 1 bit, the codes are -1 and 0, and `max` takes the largest weight itself as the scale;
+    torchao takes twice as much and so rounds every weight to 0.
     """
     low, high = code_range(bits)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, device=weight.device)
@@ -123,8 +123,8 @@ def choose_scale(
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns scales in the dtype that is stored, all of them positive.
 
-    The scale of a group of zeros would round to zero in float16, and codes would not be numbers.
-    A scale beyond the dtype becomes infinite here, which the checkpoint refuses with its name.
+    Without a limit, the scale of a group of zeros would round to zero in float16, and its codes
+    would be NaN. A scale too large for the dtype becomes infinite; the checkpoint refuses it.
     """
     limits = torch.finfo(dtype)
     return scale.clamp(min=limits.smallest_normal * limits.eps).to(dtype)
@@ -145,9 +145,10 @@ def _search(
     high: int,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Tries several scales [rows, groups], then fits the best one's codes by least squares."""
+    """Tries several scales [rows, groups], then fits the scale to the best one's codes by least
+    squares."""
     tried = largest[:, :, None] * _ratios(largest.device)
-    each = groups[:, :, None]  # [rows, groups, 1, size], of which every scale makes codes
+    each = groups[:, :, None]  # [rows, groups, 1, size], rounded with every scale
     error = _codes(each, tried, low, high).mul_(tried[..., None]).sub_(each).square_()
     if importance is not None:
         error.mul_(importance[:, None])
@@ -182,10 +183,11 @@ def latent_weights(weight: torch.Tensor, rounded: Rounded, dtype: torch.dtype) -
 
 
 def quantize_activations(activations: torch.Tensor) -> torch.Tensor:
-    """int8 asymmetric per token and back: what the shipped model does before each layer.
+    """Rounds activations to int8, asymmetric per token, and back, as the shipped model does before
+    each layer.
 
-    torchao's arithmetic, step by step in the same dtype, so bit for bit its result. Its own
-    function is private, and for a single token takes five times as long.
+    This is torchao's arithmetic, step by step in the same dtype, so the result is the same bit for
+    bit. torchao's own function is private, and takes five times as long for a single token.
     """
     low = activations.amin(-1, keepdim=True).clamp_max_(0)
     high = activations.amax(-1, keepdim=True).clamp_min_(0)
@@ -206,12 +208,12 @@ class SharedInputs:
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         if self._last() is not activations:
             self._quantized = quantize_activations(activations)
-            self._last = weakref.ref(activations)  # it may hold a graph
+            self._last = weakref.ref(activations)  # does not keep its autograd graph alive
         return self._quantized
 
 
 def row_chunks(weight: torch.Tensor, copies: int = 1) -> Iterator[slice]:
-    """Rows of [out, in] to handle at a time, each of them as often as `copies` says."""
+    """Yields slices of rows of [out, in] to handle at a time, with `copies` of each in memory."""
     step = max(1, weights_at_once(weight.device) // (copies * weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)

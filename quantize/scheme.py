@@ -1,4 +1,4 @@
-"""The layer plan: what is rounded to what, which sizes divide, and torchao's words for it."""
+"""The layer plan: how each layer is rounded, whether that fits, and its form for torchao."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SMALLEST_GROUP, LARGEST_GROUP = 32, 256
 SHARED_BITS = 8
-"""Bits at which the head is rounded as the embedding is: calibration would gain nothing."""
+"""Bits at which the head is rounded like the embedding, as calibration would gain nothing."""
 
 CANDIDATES = range(2, 9)
 """Bits that a budget chooses from."""
@@ -38,15 +38,15 @@ class LayerScheme(NamedTuple):
 
 
 Plan = dict[str, LayerScheme | None]
-"""Every linear layer, the head and the embedding, by name; None for what stays in float."""
+"""The scheme of every linear layer, the head and the embedding, by name; None for float."""
 
 
 def layer_plan(quantize: Quantize, config: DecoderConfig) -> Plan:
     """Makes the plan for every layer of this model, without loading a weight.
 
     Raises:
-        UserError: for a pattern that matches no layer, a group size that leaves a remainder, or
-            where nothing is left to round.
+        UserError: for a pattern that matches no layer, a group size that leaves a remainder, a plan
+            that rounds nothing, or a budget, transform or training that does not fit.
     """
     shapes = layer_shapes(config)
     linear = [name for name in shapes if name != EMBEDDING]
@@ -140,7 +140,7 @@ def _check_budget(quantize: Quantize, plan: Plan, config: DecoderConfig) -> None
         raise UserError(
             f"quantize.budget: {quantize.budget} bits per weight are too few, the plan takes at "
             f"least {least:.3f}, scales included: use larger groups or quantize.scale_dtype="
-            "bfloat16, or say fewer bits in quantize.layers"
+            "bfloat16, or set fewer bits in quantize.layers"
         )
 
 
@@ -156,13 +156,14 @@ def _check_training(quantize: Quantize, config: DecoderConfig) -> None:
 
     if quantize.training and shipped_dtype(quantize, config) == torch.float16:
         raise UserError(
-            "quantize.training: it computes in the dtype that ships, and gradients vanish in that "
-            "of this base, float16: set quantize.dtype=bfloat16 or float32"
+            "quantize.training: it computes in the dtype that ships, here float16, in which "
+            "gradients vanish: set quantize.dtype=bfloat16 or float32"
         )
 
 
 def torchao_config(scheme: LayerScheme, weight_only: bool = False) -> AOBaseConfig:
-    """One layer: intN groupwise weights, int8 dynamic activations unless `weight_only`."""
+    """Returns torchao's configuration of a layer: intN groupwise weights and, unless `weight_only`,
+    int8 dynamic activations."""
     import torch
     from torchao.quantization import (
         Int8DynamicActivationIntxWeightConfig,
@@ -181,10 +182,10 @@ def torchao_config(scheme: LayerScheme, weight_only: bool = False) -> AOBaseConf
 
 
 def quantization_config(plan: Plan) -> TorchAoConfig:
-    """Translates the plan for `from_pretrained`: one scheme and exceptions, or names.
+    """Translates the plan for `from_pretrained`: one scheme with exceptions, or schemes by name.
 
-    An empty `modules_to_not_convert` is what makes transformers quantize the head as well; with
-    names it takes head and embedding only if told to include them.
+    With one scheme, transformers leaves the head in float unless `modules_to_not_convert` is given,
+    even if empty; with names, it takes head and embedding only if told to include them.
     """
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
@@ -198,7 +199,7 @@ def quantization_config(plan: Plan) -> TorchAoConfig:
         for name, scheme in plan.items()
         if scheme != common or name in (HEAD, EMBEDDING)
     }
-    rest = {f"re:{BLOCK_LAYERS}": torchao_config(common)}  # names go before patterns
+    rest = {f"re:{BLOCK_LAYERS}": torchao_config(common)}  # names take precedence over patterns
     return TorchAoConfig(FqnToConfig(names | rest), include_input_output_embeddings=True)
 
 
@@ -233,7 +234,7 @@ def unties_head(plan: Plan) -> bool:
 def shares_table(quantize: Quantize, plan: Plan, config: DecoderConfig) -> bool:
     """Says whether a tied head keeps the embedding's codes, which a format may then hold once.
 
-    Rotation gives the head the last norm's weights, and fewer bits are calibrated for the head.
+    Rotation folds the last norm's weights into the head, and a head of fewer bits is calibrated.
     """
     head, embedding = plan[HEAD], plan[EMBEDDING]
     tied = config.tie_word_embeddings and not quantize.rotate
@@ -248,8 +249,8 @@ def is_calibrated(name: str, scheme: LayerScheme) -> bool:
 def untie_head(model: Decoder) -> None:
     """Gives a tied head weights of its own.
 
-    By hand: torchao quantizes a tied embedding to a crash, and transformers' own key for this
-    reloads a random head (seen with torchao 0.18, transformers 5.23).
+    This is done by hand because torchao crashes on a tied embedding, and transformers' own key for
+    it reloads a random head (seen with torchao 0.18, transformers 5.23).
     """
     import torch
 
@@ -260,7 +261,7 @@ def untie_head(model: Decoder) -> None:
 
 
 def shipped_dtype(quantize: Quantize, config: DecoderConfig) -> torch.dtype:
-    """Returns the dtype of embedding, norms, and arithmetic of all three models."""
+    """Returns the dtype of embedding, norms and arithmetic in base, tuned and quantized models."""
     import torch
 
     from finequant.finetune.model import stored_dtype

@@ -79,12 +79,12 @@ def codes_with_trained_scales(
     dtype: torch.dtype,
     sequences: torch.Tensor,
 ) -> Path:
-    """Writes the codes of the recipe's method, with scales that are then trained, to a file in
+    """Quantizes by the recipe's method, trains the scales, writes codes and scales to a file in
     `folder`, and returns its path.
 
-    Interrupted, codes that are written are kept; the training of the scales starts anew.
+    Codes written before an interruption are kept; the training of the scales starts over.
     """
-    from finequant.quantize.training.scales import train_scales  # only now: it imports trl
+    from finequant.quantize.training.scales import train_scales  # late, because it imports trl
 
     codes = folder / CODES
     if decided_by_first(codes.exists):

@@ -1,21 +1,21 @@
-"""Layers that compute as those of the shipped model do, and learn: y = Qa(x) Qw^T + bias.
+"""Trainable layers that compute exactly as the shipped model's do: y = Qa(x) Qw^T + bias.
 
-The forward is that of the model that will be shipped. Others train Qw(W) x + s B A x, a model that
-nobody ships. Two things can learn:
+Other tools train Qw(W) x + s B A x, a model that nobody ships. Here, one of two things is trained:
 
 - A LoRA moves the weights from code to code. Gradients pass the rounding unchanged (the
-  straight-through estimator, https://arxiv.org/abs/1308.3432), so those of A and B need products
-  of rank r only, and no gradient of W is ever formed. Training starts from the codes of the
-  recipe's method and keeps their scales. Each weight keeps its latent value as well, as far as that
-  is inside the cell of its code:
+  straight-through estimator, https://arxiv.org/abs/1308.3432), so the gradients of A and B need
+  only products of rank r, and no gradient of W is ever formed. Training starts from the codes of
+  the recipe's method and keeps their scales. Each weight also keeps its latent value, clamped to
+  the cell of its code:
 
-      code = round(latent + s B A / scale),  latent = start + clamp(W / scale - start, -1/2, 1/2)
+      code = round(latent + s B A / scale),  latent = start + clamp(W / scale - start, -0.49, 0.49)
 
-  So the first forward is exactly the calibrated model, and yet the smallest change of the adapter
-  can move the weights that lie near an edge. (With codes alone it would have to cross half a step
-  before anything changes, and with W alone all that calibration found would be lost.)
+  So the first forward pass is exactly that of the calibrated model, and yet the smallest change of
+  the adapter can move weights that lie near the edge of a cell. (With codes alone, the adapter
+  would have to cross half a step before anything changed; with W alone, all that calibration found
+  would be lost.)
 
-- The scale of each group learns, and the codes stay (the second phase of EfficientQAT,
+- The scale of each group is trained, and the codes stay fixed (the second phase of EfficientQAT,
   https://arxiv.org/abs/2407.11062; the gradient is that of LSQ, https://arxiv.org/abs/1902.08153).
 """
 
@@ -55,13 +55,13 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, a, b, weight = ctx.saved_tensors
-        of_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
+        grad_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
         if a is None:
-            return of_x, None, None, None, None, None
+            return grad_x, None, None, None, None, None
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        of_a = (gradient @ b.to(x.dtype)).T @ x * ctx.scaling
-        of_b = gradient.T @ (x @ a.to(x.dtype).T) * ctx.scaling
-        return of_x, of_a.to(a.dtype), of_b.to(b.dtype), None, None, None
+        grad_a = (gradient @ b.to(x.dtype)).T @ x * ctx.scaling
+        grad_b = gradient.T @ (x @ a.to(x.dtype).T) * ctx.scaling
+        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None
 
 
 class _LearnedScale(torch.autograd.Function):
@@ -77,24 +77,22 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        of_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
+        grad_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2).T.contiguous()
-        return of_x, ctx.layer.gradient_of_delta(gradient, x), None, None
+        return grad_x, ctx.layer.gradient_of_delta(gradient, x), None, None
 
 
 class FakeQuantized(torch.nn.Module):
-    """Codes and scales in place of a weight [out, in], as they will ship; here they stay.
+    """Holds codes and scales in place of a weight [out, in], as they will ship; both are fixed.
 
-    start: the codes and scales that it starts from.
-    dtype: that of the shipped model's arithmetic.
-    float_weight: [out, in], which is computed with where fake quantization is disabled, for a
-        teacher.
+    start: the codes and scales to start from.
+    dtype: the dtype of the shipped model's arithmetic.
+    float_weight: the teacher's weight [out, in], used while fake quantization is disabled.
 
-    All its tensors are parameters, most of them frozen: FSDP shards parameters alone, each by rows.
+    All tensors are parameters, most of them frozen, because FSDP shards only parameters, by rows.
 
-    The weight is formed anew by every forward. It is not kept from one to the next: not every
-    optimizer tells that it has changed a parameter (torch's fused AdamW leaves `Tensor._version`
-    as it is).
+    Every forward pass computes the weight anew. It is not cached, because not every optimizer marks
+    the parameters that it changes (torch's fused AdamW leaves `Tensor._version` as it is).
     """
 
     def __init__(
@@ -120,8 +118,8 @@ class FakeQuantized(torch.nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
-        """Codes and scales as they ship, on the CPU; to be called by all processes, each of which
-        may hold a part of the layer."""
+        """Returns codes and scales as they ship, on the CPU. All processes have to call it, because
+        each may hold only a part of the layer."""
         with _gathered(self):
             codes = self.latent.detach()
             if codes.dtype != torch.int8:  # an adapter moves them
@@ -133,29 +131,29 @@ class FakeQuantized(torch.nn.Module):
 
     @torch.no_grad()
     def codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows at a time, and their codes as float32."""
+        """Yields slices of rows, each with the rows' codes as float32."""
         for rows in row_chunks(self.latent):
             yield rows, self.moved(rows).round_().clamp_(*code_range(self.bits))
 
     def moved(self, rows: slice) -> torch.Tensor:
-        """float32 latent weights of these rows, in steps of their scales, as training moved them;
-        a copy."""
+        """Returns a copy of the rows' latent weights as training has moved them: float32, in steps
+        of their scales."""
         return self.latent[rows].to(torch.float32, copy=True)
 
     def scales(self, rows: slice) -> torch.Tensor:
-        """float32 [rows, groups]; each is a value of the dtype that ships."""
+        """Returns float32 scales [rows, groups], all of them values of the dtype that ships."""
         return self.scale[rows].float()
 
 
 class FakeQuantEmbedding(FakeQuantized):
-    """Weight-only; nothing learns."""
+    """An embedding with rounded weights; nothing in it is trained."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return embedding(ids, self.weight() if self.enabled else self.float_weight)
 
 
 class FakeQuantLinear(FakeQuantized):
-    """A linear layer with int8 dynamic activations; nothing learns."""
+    """A linear layer with int8 dynamic activations; nothing in it is trained."""
 
     def __init__(self, *args, bias: torch.Tensor | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -176,7 +174,7 @@ class FakeQuantLora(FakeQuantLinear):
 
     exact: float32 weight [out, in] of the tuned model.
     scaling: s of s B A.
-    generator: of the values of A; B is zero.
+    generator: draws the values of A; B starts at zero.
     """
 
     def __init__(
@@ -192,11 +190,11 @@ class FakeQuantLora(FakeQuantLinear):
         **kwargs,
     ) -> None:
         super().__init__(start, bits, dtype, **kwargs)
-        # From 7 bits on float16 cannot tell apart the values beside the largest codes.
+        # From 7 bits on, float16 is too coarse for latent weights near the largest codes.
         dtype_of_latent = torch.float16 if bits <= 6 else torch.float32
         self.latent = _frozen(latent_weights(exact, start, dtype_of_latent))
         self.scaling = scaling
-        bound = 1 / math.sqrt(exact.shape[1])  # as peft has it
+        bound = 1 / math.sqrt(exact.shape[1])  # as in peft
         a = torch.empty(rank, exact.shape[1]).uniform_(-bound, bound, generator=generator)
         self.lora_A = torch.nn.Parameter(a)
         self.lora_B = torch.nn.Parameter(torch.zeros(exact.shape[0], rank))
@@ -213,11 +211,11 @@ class FakeQuantLora(FakeQuantLinear):
 
 
 class FakeQuantScales(FakeQuantLinear):
-    """A layer whose codes stay, and whose scales learn, one per group."""
+    """A layer with fixed codes and trained scales, one per group."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # Relative to the scale that training started from.
+        # Change of each scale, relative to the one that training started from.
         self.scale_delta = torch.nn.Parameter(torch.zeros_like(self.scale, dtype=torch.float32))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,28 +224,30 @@ class FakeQuantScales(FakeQuantLinear):
     @torch.no_grad()
     def scales(self, rows: slice) -> torch.Tensor:
         scale = self.scale[rows].float() * (1 + self.scale_delta[rows])
-        scale.clamp_(max=torch.finfo(self.scale.dtype).max)  # a step may be far too long
+        scale.clamp_(max=torch.finfo(self.scale.dtype).max)  # a step may overshoot
         return stored_scale(scale, self.scale.dtype).float()
 
     @torch.no_grad()
     def gradient_of_delta(self, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Computes the gradient [out, groups] of the scale deltas.
 
-        gradient: of the output, [out, tokens]. x: the input, [tokens, in].
+        The gradient passes the rounding of the scale to its dtype unchanged.
 
-        The rounding of the scale to its dtype is passed unchanged.
+        gradient: the gradient of the output, [out, tokens].
+        x: the input, [tokens, in].
         """
-        of_delta = torch.empty_like(self.scale_delta)
+        grad_delta = torch.empty_like(self.scale_delta)
         for rows, codes in self.codes():
-            of_weight = product(gradient[rows], x).float()
-            of_scale = (of_weight * codes).unflatten(1, (of_delta.shape[1], -1)).sum(-1)
-            of_delta[rows] = of_scale * self.scale[rows].float()
-        return of_delta
+            grad_weight = product(gradient[rows], x).float()
+            grad_scale = (grad_weight * codes).unflatten(1, (grad_delta.shape[1], -1)).sum(-1)
+            grad_delta[rows] = grad_scale * self.scale[rows].float()
+        return grad_delta
 
 
 @contextmanager
 def disabled(layers: Iterable[FakeQuantized]) -> Iterator[None]:
-    """Makes the layers compute with their float weights in the block, like the tuned model."""
+    """Makes the layers compute with their float weights while the context is open, like the tuned
+    model's."""
     for layer in layers:
         layer.enabled = False
     try:
@@ -263,7 +263,8 @@ def _frozen(tensor: torch.Tensor | None) -> torch.nn.Parameter | None:
 
 @contextmanager
 def _gathered(layer: FakeQuantized) -> Iterator[None]:
-    """Gives the layer its whole tensors in the block, as FSDP does for a forward."""
+    """Gives the layer its unsharded tensors while the context is open, as FSDP does in a forward
+    pass."""
     sharded = dict(layer._parameters)
     layer._parameters.update({name: whole(tensor) for name, tensor in sharded.items()})
     try:

@@ -1,9 +1,9 @@
 """Trains all scales together to reproduce the float model's predictions, without labels.
 
-Calibration fits each layer, and then each block, to the float model; what is left is how their
-errors act together. Here the codes stay, and the scale of every group, head included, learns from
-the divergence of the predictions on calibration text: the second phase of EfficientQAT
-(https://arxiv.org/abs/2407.11062) with the float model as its teacher.
+Calibration fits each layer, and then each block, to the float model, but not the joint effect of
+their errors. Here the codes stay fixed, and the scale of every group, head included, is trained to
+lower the divergence of the predictions on calibration text: the second phase of EfficientQAT
+(https://arxiv.org/abs/2407.11062), with the float model as its teacher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEARNING_RATE = 1e-3
 """Relative to a scale; three times as much lowers perplexity further, but raises divergence."""
 
 WARMUP = 10
-"""Steps."""
+"""Steps over which the learning rate rises."""
 
 
 def train_scales(
@@ -50,12 +50,12 @@ def train_scales(
 ) -> dict[str, Rounded]:
     """Returns the layers of `rounded` with the same codes and trained scales.
 
-    The whole model is in memory: codes, and float weights for the teacher. Several processes share
+    Memory holds the whole model: codes, and float weights for the teacher. Several processes share
     the rows of each step.
 
-    weights: of the float model.
+    weights: the float model's.
     sequences: token ids [rows, length].
-    dtype: of the shipped model; it is computed in float32 where the processor only emulates it.
+    dtype: the shipped model's; where the processor only emulates it, training computes in float32.
     """
     model = _model(weights, config, rounded, plan, arithmetic_dtype(dtype)).to(device())
     modules = {name: model.get_submodule(name) for name in rounded}
@@ -65,7 +65,7 @@ def train_scales(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
     )
     batches = sequences.split(max(1, SCALE_TOKENS // sequences.shape[1]))
-    exact: dict[int, torch.Tensor] = {}  # the teacher's states do not change from turn to turn
+    exact: dict[int, torch.Tensor] = {}  # the teacher's states, the same every time a batch returns
     for step in tracked(range(steps), "quantize: scales, step", steps):
         at = step % len(batches)
         if len(mine := share(batches[at])):
@@ -101,8 +101,8 @@ def _backward(
     teacher: torch.Tensor,
     tokens: int,
 ) -> None:
-    """Adds the gradient of the divergence, the mean over `tokens` in all processes; logits exist
-    for some of them at a time.
+    """Accumulates gradients of the divergence, averaged over `tokens`, the count in all processes;
+    the logits of only some tokens are in memory at a time.
 
     teacher: last hidden states of the float model [tokens, hidden].
     """
@@ -124,7 +124,7 @@ def _model(
     plan: Plan,
     dtype: torch.dtype,
 ) -> Decoder:
-    """Builds the model with fake-quantized layers, whose float weights are its teacher's."""
+    """Builds the model with fake-quantized layers, whose float weights make it its own teacher."""
 
     def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
         start, bits = rounded[name], plan[name].bits

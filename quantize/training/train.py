@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(recipe: Recipe, run: RunDir) -> None:
     """Trains codes or scales of the tuned model and writes `trained_codes/`.
 
-    It starts from what `quantize.method` makes of the tuned model, and goes on from its last
-    checkpoint if there is one. Its arithmetic is that of the shipped model, whatever the adapter
-    was trained in: weights in the shipped dtype, and no autocast.
+    Training starts from the codes that `quantize.method` gives the tuned model, or resumes from its
+    last checkpoint. It computes as the shipped model does, whatever precision the adapter was
+    trained in: weights in the shipped dtype, and no autocast.
 
     Raises:
         UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
@@ -63,12 +63,12 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.quantize.training.trainer import QuantizationAwareTrainer
 
     watch = Stopwatch()
-    _refuse_what_it_is_not_for(recipe)
+    _check_supported(recipe)
     config = load_config(recipe.model)
     check_window(recipe, config)
     plan = layer_plan(recipe.quantize, config)
     inputs = {}
-    if is_first():  # what it reads is hashed
+    if is_first():  # hashes the files that the stage reads
         run.require_for("qat", recipe)
         inputs = run.inputs(recipe, "qat")
     base = open_base(recipe.model)
@@ -98,15 +98,15 @@ def train(recipe: Recipe, run: RunDir) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _refuse_what_it_is_not_for(recipe: Recipe) -> None:
+def _check_supported(recipe: Recipe) -> None:
     from finequant.finetune.processes import is_fsdp2, sharding
 
     if recipe.quantize.training is None:
-        raise UserError("quantize.training: absent from the recipe: give it its steps")
+        raise UserError("quantize.training: absent from the recipe: set quantize.training.steps")
     if sharding() and not is_fsdp2():
         raise UserError(
-            "quantize.training: not with DeepSpeed or FSDP 1, which cannot shard codes: use "
-            "recipes/accelerate/fsdp.yaml (fsdp_version: 2) or several_gpus.yaml for "
+            "quantize.training: does not work with DeepSpeed or FSDP 1, which cannot shard codes: "
+            "use recipes/accelerate/fsdp.yaml (fsdp_version: 2) or several_gpus.yaml for "
             "`finequant qat`, or quantize.training=null"
         )
 
@@ -119,10 +119,10 @@ def starting_codes(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> Path:
-    """Returns the folder that `quantize` would ship without this stage, and makes it if stale.
+    """Returns the folder of what `quantize` would ship without this stage; writes it if stale.
 
-    It is written as `quantized/` is, the calibration shared by all processes: interrupted, the
-    same command goes on from there. It serves other training settings, too.
+    It is written like `quantized/`: all processes share the calibration, and after an interruption
+    the same command resumes it. Runs with other training settings reuse it.
     """
     from finequant.finetune.processes import decided_by_first, entered_by_first
     from finequant.quantize.methods.sequences import sequences_of
@@ -132,7 +132,7 @@ def starting_codes(
     if decided_by_first(lambda: run.what_changed(recipe, STARTING_CODES)) == []:
         return folder
     quantize = recipe.quantize
-    say(f"qat: quantizing by {quantize.method}, to train from there")
+    say(f"qat: quantizing by {quantize.method}, where training starts")
     sequences, inputs = decided_by_first(
         lambda: (sequences_of(recipe, tokenizer), run.inputs(recipe, STARTING_CODES))
     )
@@ -156,17 +156,18 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
             "learning_rate": training.learning_rate or recipe.train.learning_rate,
         }
     )
-    # Another seed than that of plain LoRA: rows in another order.
+    # Not the seed of plain LoRA training, so that rows come in a different order.
     changed = recipe.model_copy(update={"train": train, "seed": recipe.seed + 1})
     folder = run.checkpoints / "qat" / "steps"
     arguments = training_arguments(changed, folder, torch.float32)
-    arguments.mixed_precision = "no"  # also where accelerate's configuration asks for it
+    arguments.mixed_precision = "no"  # even if accelerate's configuration asks for it
     arguments.ddp_find_unused_parameters = False
     return arguments
 
 
 def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
-    """Rounds each layer in every process, which may hold a part of it; the first keeps them."""
+    """Rounds each layer in all processes, each of which may hold a part of it; only the first one
+    keeps the codes."""
     from finequant.finetune.processes import is_first
     from finequant.quantize.training.model import fake_quantized_layers
 
@@ -181,7 +182,7 @@ def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
 def _write(
     recipe: Recipe, run: RunDir, trainer: QuantizationAwareTrainer, rounded: dict[str, Rounded]
 ) -> dict:
-    """trained_codes/; what the manifest says of it."""
+    """Writes trained_codes/; returns figures for the manifest."""
     from finequant.finetune.train import LOG, training_figures
     from finequant.quantize.rounding import CODES, save_rounded
 

@@ -20,14 +20,14 @@ from finequant.quantize.training.fake_quantize import disabled
 from finequant.quantize.training.model import fake_quantized_layers
 
 PARAMETERS = "parameters.safetensors"
-"""In a checkpoint: what learns, and nothing of the base."""
+"""The file of a training checkpoint that holds the trained parameters, without the base."""
 
 
 class QuantizationAwareTrainer(LoraTrainer):
     """Trains a model of fake-quantized layers, on the answers and on the tuned model's logits."""
 
-    own_loss_everywhere = True  # trl takes the head's weight, not its forward
-    # The last bits, which decide on an input's int8 code, depend on how many tokens are left.
+    own_loss_everywhere = True  # trl's loss reads the head's weight and bypasses its forward
+    # Leaving out tokens would change the last bits of inputs, and so some of their int8 codes.
     condenses = False
     distillation = 0.0
     """Weight of the divergence from the tuned model in the loss."""
@@ -53,8 +53,8 @@ class QuantizationAwareTrainer(LoraTrainer):
         return self.in_parts(loss, hidden, teacher, inputs["labels"][:, 1:][targets])
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        """Shards the head again, which FSDP leaves whole if no backward follows: what saves and
-        loads weights and the optimizer's state would not see its parameters."""
+        """Evaluates, then shards the head again: FSDP leaves it whole if no backward pass follows,
+        and saving or loading weights and optimizer state would then miss its parameters."""
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -63,7 +63,7 @@ class QuantizationAwareTrainer(LoraTrainer):
                     module.reshard()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves what learns: gathered from all processes, written by the first."""
+        """Saves the trained parameters: all processes gather them, and the first writes them."""
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         learned = {name: whole(p.detach()).cpu() for name, p in parameters if p.requires_grad}
         if self.args.should_save:
@@ -72,7 +72,7 @@ class QuantizationAwareTrainer(LoraTrainer):
             save_file(learned, folder / PARAMETERS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP transformers would save all codes, too, in each checkpoint."""
+        """Saves without the frozen codes, which transformers would add to each FSDP checkpoint."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -91,6 +91,6 @@ class QuantizationAwareTrainer(LoraTrainer):
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL of the second from the first, summed over tokens; of logits [tokens, vocabulary]."""
+    """Computes KL(exact || logits), summed over tokens, from logits [tokens, vocabulary]."""
     exact, logits = exact.log_softmax(-1), logits.log_softmax(-1)
     return kl_div(logits, exact, log_target=True, reduction="sum")

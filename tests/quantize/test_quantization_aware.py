@@ -247,7 +247,7 @@ def test_other_processes_wait_a_day_for_the_first(stage):
 
 
 def test_starting_codes_are_made_again_only_for_another_scheme(stage, capsys):
-    said = "quantizing by gptq, to train from there"
+    said = "quantizing by gptq, where training starts"
     stage.train(ADAPTER)
     first = (stage.run / "trained_codes" / "codes.safetensors").read_bytes()
     assert said in capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_weights_that_are_not_split_by_rows_are_refused_first(stage, monkeypatch
     monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     said = refused(capsys, main, [str(stage.recipe), *stage.arguments(ADAPTER)])
-    assert "quantize.training: not with DeepSpeed or FSDP 1" in said
+    assert "quantize.training: does not work with DeepSpeed or FSDP 1" in said
 
 
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
