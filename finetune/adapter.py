@@ -26,8 +26,8 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
     if lora.target_modules != "all-linear":
         if "lm_head" in lora.target_modules:
             raise UserError(
-                "lora.target_modules: lm_head, the head, takes no LoRA here: the loss multiplies "
-                "with its stored weight, which a tied embedding shares: leave it out"
+                "lora.target_modules: lm_head, the head, takes no LoRA here: the loss uses its "
+                "stored weight, which a tied embedding shares: leave it out"
             )
         linear = [
             name
@@ -36,7 +36,7 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
         ]
         unknown = [
             target
-            for target in lora.target_modules  # peft matches them with the end of a name
+            for target in lora.target_modules  # peft compares them with the end of a name
             if not any(f".{name}".endswith(f".{target}") for name in linear)
         ]
         if unknown:
@@ -57,12 +57,12 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
 
 
 def changes_the_base(lora: Lora) -> bool:
-    """PiSSA and OLoRA move part of the base into the adapter before training."""
+    """Says whether initialization moves part of the base into the adapter: PiSSA and OLoRA do."""
     return lora.init_lora_weights.startswith(("pissa", "olora"))
 
 
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:
-    """Keeps the starting point of PiSSA or OLoRA, from which `save_adapter` converts."""
+    """Saves the starting point of PiSSA or OLoRA, which `save_adapter` subtracts."""
     config = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True
     shutil.rmtree(folder, ignore_errors=True)
@@ -79,22 +79,22 @@ def save_adapter(
     """Writes adapter_config.json and adapter_model.safetensors, an adapter of the unchanged base.
 
     `weights`: the model's state, gathered from the processes that share it (FSDP, ZeRO-3).
-    With `initial`, the difference to that starting point is written (rank doubles), as peft
-    does for PiSSA (https://arxiv.org/abs/2404.02948), but not for weights that were gathered.
+    `initial`: the starting point; the difference from it is written, with twice the rank, as peft
+    does for PiSSA (https://arxiv.org/abs/2404.02948), but only for weights that are not gathered.
     """
-    # A set, which would be written in another order by each process.
+    # peft keeps a set, which each process would write in a different order.
     config = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)
     if initial:
         weights = _minus_initial(weights or model.state_dict(), initial)
         config.init_lora_weights, config.r = True, 2 * config.r
-        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the scaling stays
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # keeps the scaling
     model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
 def _minus_initial(weights: dict[str, torch.Tensor], initial: Path) -> dict[str, torch.Tensor]:
-    """B A - B0 A0 as one product: [B, -B0] [A; A0]."""
+    """Returns the factors of B A - B0 A0 as one product: [B, -B0] [A; A0]."""
     difference = {}
     for name, first in load_file(initial / "adapter_model.safetensors").items():
         trained_name = name.removesuffix("weight") + "default.weight"

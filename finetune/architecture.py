@@ -1,6 +1,6 @@
-"""What a decoder looks like: asked of the model without weights, but for the facts in a table.
+"""Describes a decoder: most facts come from a model without weights, the rest from a table.
 
-A new architecture is an entry here and a base in tests/quantize/test_architectures.py.
+A new architecture needs an entry here and a base in tests/quantize/test_architectures.py.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ BLOCK_LAYERS = r"model\.layers\..*_proj"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts that a model without weights does not tell."""
+    """Facts that a model without weights does not show."""
 
     gguf: str
     """llama.cpp's name for it."""
 
     gguf_rotates_neighbors: bool = False
-    """Whether llama.cpp rotates neighboring rows of a head of q and k, instead of its halves."""
+    """Whether llama.cpp's rotary positions pair neighboring rows of q and k heads, not halves."""
 
     rotary: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     """Layers of a block whose rows, head by head, get rotary positions."""
 
     values: tuple[str, str] = ("self_attn.v_proj", "self_attn.o_proj")
-    """The layer whose rows are the values of heads, and the one whose columns read them, with
-    nothing but a weighted mean of tokens between the two."""
+    """The layer whose rows compute the heads' values, and the layer whose columns read them; only a
+    weighted mean over tokens lies between the two."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -59,11 +59,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen3ForCausalLM": Architecture("qwen3"),
 }
-"""All have blocks of two RMS norms, whose weights multiply, before attention and MLP."""
+"""Each block has two RMS norms, before attention and MLP, whose weights are factors."""
 
 
 def architecture_name(config: DecoderConfig) -> str:
-    """Returns the class of the model, such as LlamaForCausalLM, that a configuration is for."""
+    """Returns the model class that a configuration is for, such as LlamaForCausalLM."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
@@ -71,7 +71,7 @@ def architecture_name(config: DecoderConfig) -> str:
 
 
 def architecture(config: DecoderConfig) -> Architecture:
-    """Returns the entry of a base that `check_architecture` lets through."""
+    """Returns the table's entry for a base that `check_architecture` accepts."""
     return ARCHITECTURES[architecture_name(config)]
 
 
@@ -79,7 +79,7 @@ def check_architecture(config: DecoderConfig, base: str) -> None:
     """Refuses a base whose architecture has no entry.
 
     Raises:
-        UserError: with the known ones, and with what would have to be added.
+        UserError: naming the known architectures, and what a new one needs.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -87,15 +87,15 @@ def check_architecture(config: DecoderConfig, base: str) -> None:
     if name not in ARCHITECTURES or usual.get(config.model_type) != name:
         raise UserError(
             f"model.base: {base} is a {name} ({config.model_type}); finequant takes "
-            f"{', '.join(ARCHITECTURES)}: another one lacks an entry in finetune/architecture.py"
+            f"{', '.join(ARCHITECTURES)}: any other needs an entry in finetune/architecture.py"
         )
 
 
 def check_window(recipe: Recipe, config: DecoderConfig) -> None:
-    """Refuses rows beyond a sliding window: blocks are run with full attention.
+    """Refuses rows longer than the sliding window, because blocks run with full attention.
 
     Raises:
-        UserError: with both numbers.
+        UserError: naming both lengths.
     """
     window, quantize = getattr(config, "sliding_window", None), recipe.quantize
     lengths = {"data.max_length": recipe.data.max_length}
@@ -105,12 +105,12 @@ def check_window(recipe: Recipe, config: DecoderConfig) -> None:
         if window is not None and length > window:
             raise UserError(
                 f"{key}: {length} tokens, more than the sliding window of {recipe.model.base}, "
-                f"{window}, over which attention is full: set {key}={window}, or less"
+                f"{window}, within which attention is full: set {key}={window}, or less"
             )
 
 
 def usable_positions(config: DecoderConfig) -> int:
-    """Returns the tokens that a model attends to at once: its positions, or its sliding window."""
+    """Returns how many tokens a model attends to: its positions, or a smaller sliding window."""
     window = getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
@@ -118,7 +118,7 @@ def usable_positions(config: DecoderConfig) -> int:
 def skeleton(config: DecoderConfig, blocks: int | None = None) -> Decoder:
     """Makes the model without memory for its weights.
 
-    blocks: only so many decoder blocks, the first ones.
+    blocks: keep only this many decoder blocks, the first ones.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -133,10 +133,10 @@ def skeleton(config: DecoderConfig, blocks: int | None = None) -> Decoder:
 
 
 def causal_without_mask(config: DecoderConfig) -> DecoderConfig:
-    """Returns a copy with which a block that is called without a mask is causal.
+    """Returns a copy of the configuration with which a block is causal even without a mask.
 
-    AutoConfig leaves the attention open; a block by itself then runs "eager", which without a mask
-    lets each token see those after it.
+    AutoConfig leaves the attention implementation open. A block by itself then runs "eager", which
+    without a mask lets each token see later ones.
     """
     config = deepcopy(config)
     config._attn_implementation = "sdpa"
@@ -148,15 +148,15 @@ class SharedInput(NamedTuple):
 
     layers: tuple[str, ...]
     norm: str | None
-    """The norm whose output it is; None if it is that of another part of the block."""
+    """The norm that computes it; None if another part of the block does."""
 
 
 class Anatomy(NamedTuple):
-    """What a model with a single block and no weights tells."""
+    """The structure of a decoder, read from a model with a single block and no weights."""
 
     model: Decoder
     inputs: tuple[SharedInput, ...]
-    """In the order in which a block computes them."""
+    """All inputs of linear layers, in the order in which a block computes them."""
 
     @property
     def block(self) -> torch.nn.Module:
@@ -167,7 +167,7 @@ _ANATOMIES: dict[str, Anatomy] = {}
 
 
 def anatomy(config: DecoderConfig) -> Anatomy:
-    """Asks a model of this configuration; kept, as it is asked often."""
+    """Returns the structure of a model with this configuration, which is built only once."""
     key = config.to_json_string(use_diff=False)
     if key not in _ANATOMIES:
         model = skeleton(config, 1)
@@ -176,7 +176,7 @@ def anatomy(config: DecoderConfig) -> Anatomy:
 
 
 def _shared_inputs(model: Decoder) -> list[SharedInput]:
-    """Runs a block without weights, and compares which tensors its parts pass on."""
+    """Runs a block without weights, and groups its linear layers by the tensor that they read."""
     import torch
 
     block, received, returned = model.model.layers[0], {}, []
@@ -192,7 +192,7 @@ def _shared_inputs(model: Decoder) -> list[SharedInput]:
         for name, module in block.named_modules()
     ]
     hidden = torch.empty(1, 2, model.config.hidden_size, device="meta", dtype=model.dtype)
-    # Not from the model's own: dynamic frequencies look at the values of the positions.
+    # Not from the model's rotary embedding: dynamic frequencies depend on values of the positions.
     rotary = torch.empty(1, 2, head_dim(model.config), device="meta", dtype=model.dtype)
     block(hidden, position_embeddings=(rotary, rotary))
     for hook in hooks:
@@ -211,18 +211,18 @@ def _shared_inputs(model: Decoder) -> list[SharedInput]:
 
 
 def block_layers(config: DecoderConfig) -> list[str]:
-    """Lists the linear layers of a block, those that share an input together."""
+    """Lists the linear layers of a block; layers that share an input stand together."""
     return [name for shared in anatomy(config).inputs for name in shared.layers]
 
 
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) by name: the layers of each decoder block, head, embedding."""
+    """Returns (out_features, in_features) by name for the layers of all blocks, head, embedding."""
     import torch
 
-    asked = anatomy(config)
+    decoder = anatomy(config)
     block = {
         name: tuple(module.weight.shape)
-        for name, module in asked.block.named_modules()
+        for name, module in decoder.block.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     shapes = {
@@ -230,19 +230,19 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         for number in range(config.num_hidden_layers)
         for name, shape in block.items()
     }
-    table = tuple(asked.model.get_submodule(EMBEDDING).weight.shape)
+    table = tuple(decoder.model.get_submodule(EMBEDDING).weight.shape)
     return shapes | {HEAD: table, EMBEDDING: table}
 
 
 def head_dim(config: DecoderConfig) -> int:
-    """Returns the rows that a head has in q, k and v."""
+    """Returns the number of rows of a head in q, k and v."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def parameter_count(config: DecoderConfig) -> int:
     """Counts the weights of the float model; a tied head counts once.
 
-    Llama-2-13B: 13,015,864,320.
+    Llama-2-13B has 13,015,864,320.
     """
     shapes = layer_shapes(config)
     if config.tie_word_embeddings:
@@ -260,15 +260,15 @@ def bias_count(config: DecoderConfig) -> int:
 
 def norm_count(config: DecoderConfig) -> int:
     """Counts the weights of norms, which always stay in float."""
-    asked = anatomy(config)
-    parameters = asked.block.named_parameters()
+    decoder = anatomy(config)
+    parameters = decoder.block.named_parameters()
     norms = sum(weight.numel() for name, weight in parameters if "norm" in name.split(".")[-2])
-    return config.num_hidden_layers * norms + asked.model.get_parameter(f"{NORM}.weight").numel()
+    return config.num_hidden_layers * norms + decoder.model.get_parameter(f"{NORM}.weight").numel()
 
 
 def norm_names(config: DecoderConfig) -> list[str]:
-    """Lists the norms of a block that linear layers do not read straight, such as q_norm."""
-    asked = anatomy(config)
-    read = {shared.norm for shared in asked.inputs}
-    names = [name.removesuffix(".weight") for name, _ in asked.block.named_parameters()]
+    """Lists the norms of a block whose output no linear layer reads directly, such as q_norm."""
+    decoder = anatomy(config)
+    read = {shared.norm for shared in decoder.inputs}
+    names = [name.removesuffix(".weight") for name, _ in decoder.block.named_parameters()]
     return [name for name in names if "norm" in name.split(".")[-1] and name not in read]

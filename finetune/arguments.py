@@ -18,8 +18,8 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
     """Translates the recipe's section into trl's arguments; checkpoints go to `folder`.
 
     Raises:
-        UserError: for a tracker or optimizer that is not there, or rows that cannot be shared
-            equally by the processes, or GPUs and processes that do not go together.
+        UserError: for a tracker or optimizer that is not available, a batch that the processes
+            cannot share equally, or a launch that does not suit the GPUs here.
     """
     train = recipe.train
     on_cpu, packing = trains_on_cpu(), recipe.data.packing
@@ -49,7 +49,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             gradient_accumulation_steps=train.batch_size // per_step,
             learning_rate=train.learning_rate,
             lr_scheduler_type=schedule,
-            # A share of all steps; transformers reads a number below one so.
+            # A share of all steps: that is how transformers reads a number below one.
             warmup_steps=train.warmup,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             use_cpu=on_cpu,
             ddp_timeout=TIMEOUT,
             gradient_checkpointing=train.gradient_checkpointing,
-            # Rows are cut before they get here; without padding trl wants to be told nothing.
+            # Rows are already cut; without padding, trl only accepts None here.
             max_length=recipe.data.max_length if packing or not on_cpu else None,
             packing=packing,
             eval_packing=False,
@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             save_strategy=_when(train.save_steps),
             save_steps=train.save_steps or 500,
             save_total_limit=train.save_total_limit,
-            restore_callback_states_from_checkpoint=True,  # the patience that is left
+            restore_callback_states_from_checkpoint=True,  # how much patience is left
             load_best_model_at_end=train.early_stopping_patience is not None,
             metric_for_best_model="eval_loss" if train.early_stopping_patience else None,
             logging_steps=train.logging_steps,
@@ -76,7 +76,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             report_to=train.report_to or "none",
             run_name=recipe.name,
             disable_tqdm=True,
-            # Without padding there is no mask to count in, and the pad token may be a real one.
+            # Without padding, there is no mask to count in, and the pad token may be a real token.
             include_num_input_tokens_seen="all" if on_cpu else "non_padding",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
@@ -89,11 +89,11 @@ def _when(steps: int | None) -> str:
 
 
 def _refuse_launch(on_cpu: bool) -> None:
-    """Refuses what transformers and trl would ignore, or refuse only after loading the base."""
+    """Refuses a launch that transformers would ignore, or refuse only after loading the base."""
     if on_cpu and sharding():
         raise UserError(
-            f"train: {sharding()} splits weights over GPUs, and training runs on the CPU here: "
-            "start it without, or with torchrun --nproc_per_node N"
+            f"train: {sharding()} splits weights over GPUs, but training runs on the CPU here: "
+            f"start it without {sharding()}, or with torchrun --nproc_per_node N"
         )
     if not on_cpu and number_of_processes() == 1 and torch.cuda.device_count() > 1:
         raise UserError(

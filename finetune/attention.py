@@ -1,8 +1,9 @@
-"""Attention on a CPU: rows lie end to end without padding, products stay in bf16, and what all rows
-begin with, such as a system message, is there once.
+"""Attention on a CPU: rows lie end to end without padding, products stay in bf16, and a beginning
+that all rows share, such as a system message, is computed once.
 
-torch's fused attention takes 5 to 30 times longer backward than these plain products for the rows
-of a few hundred tokens that fine-tuning has (torch 2.13, CPU). To be removed once it does not.
+For rows of a few hundred tokens, which fine-tuning has, the backward pass of torch's fused
+attention takes 5 to 30 times longer than these plain products (torch 2.13, CPU). To be removed once
+it is as fast.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "rows"
-"""The name in transformers. There is no mask: each token attends to its own row, up to itself."""
+"""Its name in transformers. There is no mask: each token attends to its own row, up to itself."""
 
 MAX_PRODUCT_LENGTH = 1024
 """Maximum tokens of a row for which the plain products are faster."""
 
 
 def condensed(inputs: dict[str, Any], targets: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """Leaves out the tokens of a micro-batch that change no prediction of a target: those after a
-    row's last one, and what the rows begin with in all rows but the first.
+    """Leaves out the tokens of a micro-batch that affect no prediction of a target: those from a
+    row's last target on, and the beginning that all rows share in all rows but the first.
 
     inputs: a micro-batch of trl's collator, rows end to end.
-    targets: bool [1, tokens - 1], whether each token but the first is one.
+    targets: bool [1, tokens - 1], whether each token but the first is a target.
 
     Returns:
-        Inputs of the model, and the indices among its tokens whose states predict a target.
+        The model's inputs, and the indices of those tokens in them whose states predict a target.
     """
     ids, bounds = inputs["input_ids"][0], inputs["cu_seq_lens_q"].tolist()
-    rows = []  # ids up to the last that predicts a target, and the indices of those that do
+    rows = []  # ids up to the last that predicts a target, and the indices of all that do
     for start, end in pairwise(bounds):
         predicting = targets[0, start:end].nonzero().flatten()
         if len(predicting):
@@ -76,9 +77,9 @@ def attend_within_rows(
 
     query [1, heads, tokens, size]; key and value [1, groups, tokens, size], each group shared by
     heads / groups heads.
-    cu_seq_lens_q: where each row starts, and the end of the last.
-    max_length_q: tokens of the longest row, with what it begins with.
-    shared_beginning: tokens of the first row with which the others begin, too; theirs are left out.
+    cu_seq_lens_q: where each row starts, and where the last one ends.
+    max_length_q: tokens of the longest row, including the shared beginning.
+    shared_beginning: number of tokens that all rows begin with; only the first row contains them.
     """
     skipped = torch.full_like(cu_seq_lens_q[:-1, None], shared_beginning)
     skipped[0] = 0

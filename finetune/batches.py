@@ -1,4 +1,4 @@
-"""Which rows a step reads: the same on one process and on several.
+"""Makes a step read the same rows on one process and on several.
 
 accelerate gives each process equally many rows by repeating some from the beginning of the epoch,
 which would then be learned twice. Here blank rows, without a target token, fill the last batches.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def padded(dataset: Dataset, multiple: int) -> Dataset:
-    """Appends blank rows to the rows, up to a multiple; a blank row has no target token."""
+    """Appends blank rows, which have no target token, up to a multiple of that many rows."""
     from datasets import Dataset, concatenate_datasets
 
     missing = -len(dataset) % multiple
@@ -33,7 +33,7 @@ def padded(dataset: Dataset, multiple: int) -> Dataset:
 
 
 class ShuffledThenBlank(Sampler[int]):
-    """Each row once, in an order that the seed and the epoch decide, and then the blank rows.
+    """Draws each row once, in an order that seed and epoch decide, and then the blank rows.
 
     The order is that of accelerate's SeedableRandomSampler.
     """

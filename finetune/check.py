@@ -1,4 +1,4 @@
-"""What `train` refuses, told before any stage starts: rows as tokens, and the targets of LoRA."""
+"""Checks, before any stage starts, what `train` would refuse: tokenized rows, LoRA's layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 def check_training(
     recipe: Recipe, config: DecoderConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Tokenizes the rows, and looks for LoRA's targets in a model without weights.
+    """Tokenizes the rows, and looks for LoRA's target modules in a model without weights.
 
     Returns:
         The number of tokens of each training row.
 
     Raises:
-        UserError: for rows that cannot be trained on, and targets that the base does not have.
+        UserError: for rows that cannot be trained on, target modules that the base does not have,
+            or a base that cannot be held in nf4.
     """
     from finequant.finetune.adapter import lora_config
     from finequant.finetune.architecture import skeleton

@@ -1,4 +1,4 @@
-"""The device that every stage computes on, what it computes in, and how much at a time."""
+"""Chooses the device that every stage computes on, its dtype, and how many weights at a time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from finequant.recipes.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# As torch.cpu.get_capabilities names them; others, AVX-512 by itself too, only emulate bf16.
+# Names of torch.cpu.get_capabilities. Processors without any of them, even those with AVX-512, only
+# emulate bf16.
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
-# cuDNN, which torch prefers on Hopper, builds a plan for each new length: 80 ms a decoded token for
-# 32 rows, where flash attention takes 11 (seen with torch 2.11; the same in
-# https://github.com/modelscope/FunASR/issues/3704). To be removed once it does not.
+# On Hopper torch prefers cuDNN, which builds a plan for each new length: a decoded token of 32 rows
+# takes 80 ms, but 11 ms with flash attention (seen with torch 2.11, and reported in
+# https://github.com/modelscope/FunASR/issues/3704). To be removed once decoding is as fast.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 IN_CACHE, IN_ONE_LAUNCH = 1 << 19, 1 << 27
@@ -35,8 +36,8 @@ def device() -> torch.device:
 def weights_at_once(device: torch.device) -> int:
     """Returns how many weights to handle at a time.
 
-    On a CPU the passes over more of them wait for memory. An accelerator waits for the launches of
-    small ones; these take half a gigabyte in float32.
+    On a CPU, a piece that does not fit in the cache waits for memory. An accelerator waits for the
+    launches of small pieces; its pieces take half a gigabyte in float32.
     """
     return IN_CACHE if device.type == "cpu" else IN_ONE_LAUNCH
 
@@ -52,7 +53,7 @@ def trains_on_cpu() -> bool:
 def training_precision(precision: str) -> tuple[torch.dtype, str]:
     """Chooses the dtype to train in, and says why.
 
-    bf16 is taken where the hardware multiplies it natively; elsewhere it is emulated and slow.
+    `auto` is bf16 where the hardware multiplies it natively; elsewhere it is emulated and slow.
 
     Raises:
         UserError: if the recipe asks for bf16 on a GPU that does not have it.
@@ -74,7 +75,7 @@ def training_precision(precision: str) -> tuple[torch.dtype, str]:
 def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
     """Returns the dtype to run a model of `shipped` weights in: float32 where bf16 is emulated.
 
-    The weights keep their bf16 values; only products and activations are finer.
+    The weights keep their bf16 values; only products and activations are more precise.
     """
     import torch
 
@@ -82,10 +83,10 @@ def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiplies [..., out] by [out, in].
+    """Multiplies `rows` [..., out] by `weight` [out, in].
 
-    Where a processor emulates bf16, torch is slow unless the weight lies transposed: it takes 9 s
-    of an AVX2 core for 64 rows and [8192, 2048] (torch 2.13), and float32 in pieces takes 0.2.
+    Where a processor emulates bf16, torch is slow unless the weight is stored transposed: 64 rows
+    times [8192, 2048] take an AVX2 core 9 s (torch 2.13), and 0.2 s in pieces of float32.
     """
     import torch
 
@@ -100,7 +101,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _bf16() -> tuple[bool, str]:
-    """Says whether bf16 is multiplied natively, and by what."""
+    """Says whether the hardware multiplies bf16 natively, and names the hardware."""
     import torch
 
     if trains_on_cpu():

@@ -1,9 +1,9 @@
-"""A GGUF base as two folders that everything reads like any other base, made once and kept.
+"""Converts a GGUF base, once, into two folders that everything reads like any other base.
 
 transformers takes a minute to read the tokens of such a file, and holds the whole model in float32
-to dequantize it. So configuration and tokenizer, and the float32 weights that the file stands for,
-are kept in the user's cache: `finequant/gguf` among the assets of the Hugging Face Hub's client
-(HF_HOME, XDG_CACHE_HOME). It may be deleted whenever nothing runs.
+to dequantize it. So one folder keeps configuration and tokenizer, the other the dequantized float32
+weights. Both are in the user's cache: `finequant/gguf` among the assets of the Hugging Face Hub's
+client (HF_HOME, XDG_CACHE_HOME). It may be deleted whenever no run is active.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finequant.recipes.terminal import say
 
 
 def described(model: Model) -> Path:
-    """Returns the folder of the file's config.json and tokenizer.
+    """Returns the folder with the file's config.json and tokenizer, made on the first call.
 
     Raises:
         UserError: if the file cannot be read, or its pre-tokenizer is not known.
@@ -29,7 +29,7 @@ def described(model: Model) -> Path:
 
 
 def dequantized(model: Model) -> Path:
-    """Returns the folder of the file's weights in float32, as safetensors.
+    """Returns the folder with the file's float32 weights as safetensors, made on the first call.
 
     Raises:
         UserError: if the file cannot be read.
@@ -38,15 +38,16 @@ def dequantized(model: Model) -> Path:
 
 
 def is_dequantized(model: Model) -> bool:
-    """Says whether the folder of the file's weights is there."""
+    """Says whether the folder with the file's weights exists."""
     return _folder(model, "weights").exists()
 
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
-    """Lets transformers parse GGUF files once in the block, and make the table of their tensors'
-    names once. It does the latter for every module of a model, which takes longer than reading and
-    dequantizing 135M weights (transformers 5.23). To be removed once it does not."""
+    """Makes transformers parse a GGUF file, and build the table of its tensors' names, only once in
+    the block. By itself it builds that table for every module of a model, which takes longer than
+    reading and dequantizing 135M weights (transformers 5.23). To be removed once it no longer does.
+    """
     import gguf
 
     read, named = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -57,15 +58,15 @@ def parsed_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = read, named
 
 
-def _kept(model: Model, what: str, make: Callable[[Model, Path], None]) -> Path:
+def _kept(model: Model, part: str, make: Callable[[Model, Path], None]) -> Path:
     inputs = {"model.base": base_hash(model)}
-    return made_once(_folder(model, what), inputs, lambda partial: make(model, partial))
+    return made_once(_folder(model, part), inputs, lambda partial: make(model, partial))
 
 
-def _folder(model: Model, what: str) -> Path:
+def _folder(model: Model, part: str) -> Path:
     _, file = locate_base(model)
     identity = base_hash(model).removeprefix("sha256:")[:16]
-    return cache_folder() / "gguf" / f"{Path(file).stem}-{identity}" / what
+    return cache_folder() / "gguf" / f"{Path(file).stem}-{identity}" / part
 
 
 def _describe(model: Model, folder: Path) -> None:

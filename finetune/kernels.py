@@ -12,13 +12,13 @@ from finequant.recipes.terminal import say
 
 
 def use_liger(model: torch.nn.Module, kernels: str) -> None:
-    """Exchanges the norms and MLPs of a transformers model for Liger's, which compute the same to
-    rounding, faster and in less memory.
+    """Replaces the norms and MLPs of a transformers model with Liger's, which compute the same up
+    to rounding, faster and in less memory.
 
     kernels: `liger`, `plain`, or `auto`: Liger's where it is installed and there is a CUDA GPU.
 
     Raises:
-        UserError: where Liger's are asked for and cannot be had.
+        UserError: if the recipe asks for Liger's and they are not available.
     """
     absent = _why_not()
     if kernels == "liger" and absent:
@@ -30,7 +30,7 @@ def use_liger(model: torch.nn.Module, kernels: str) -> None:
     module = vars(sys.modules[type(model).__module__])
     before = dict(module)
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)  # trl has a loss
-    # It also exchanges classes and functions for models that are made later, on a CPU, too.
+    # It also patches the module's classes, for all models that are made later, even on a CPU.
     module.update(before)
     say("train: Liger's kernels")
 

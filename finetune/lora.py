@@ -1,9 +1,9 @@
-"""LoRA's product, y = W x + s B A x, in one step, forward and backward.
+"""Computes LoRA's product, y = W x + s B A x, in one step, forward and backward.
 
-peft's layer makes six passes over the output for it, and casts A and B each time; beside products
-of a small rank those take most of the time on a CPU. On a GPU a step of 8B is 15 % faster without
-them, and takes 9 GB less. Not for sharded weights: they are gathered by the forward of peft's
-modules, which is not called.
+peft's layer makes six passes over the output for it, and casts A and B each time. As products of a
+small rank are cheap, these passes take most of the time on a CPU. Without them, a step of an 8B
+model on a GPU is 15 % faster and takes 9 GB less. Sharded weights cannot use it: they are gathered
+in the forward of peft's modules, which is not called here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from finequant.finetune.device import product
 
 ADAPTER = "default"
-"""peft's name for the one adapter of a model."""
+"""peft's name for a model's only adapter."""
 
 
 class _Product(torch.autograd.Function):
@@ -34,17 +34,17 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, inner, a, b, weight = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.to(weight.dtype).flatten(0, -2)
-        of_inner = (gradient @ b).mul_(ctx.scaling)
-        of_a, of_b = of_inner.T @ rows, (gradient.T @ inner).mul_(ctx.scaling)
-        of_x = None
+        grad_inner = (gradient @ b).mul_(ctx.scaling)
+        grad_a, grad_b = grad_inner.T @ rows, (gradient.T @ inner).mul_(ctx.scaling)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = product(gradient, weight)
-            of_x = of_x.addmm_(of_inner, a).unflatten(0, shape[:-1])
-        return of_x, of_a.float(), of_b.float(), None, None
+            grad_x = product(gradient, weight)
+            grad_x = grad_x.addmm_(grad_inner, a).unflatten(0, shape[:-1])
+        return grad_x, grad_a.float(), grad_b.float(), None, None
 
 
 class FusedLora(LoraLinear):
-    """peft's LoRA layer with the product above."""
+    """peft's LoRA layer, computed by the product above."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters or self.merged:
@@ -54,7 +54,7 @@ class FusedLora(LoraLinear):
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Exchanges the class of peft's plain LoRA layers; those with dropout, DoRA or bias stay."""
+    """Turns peft's plain LoRA layers into fused ones; layers with dropout, DoRA or bias stay."""
     for layer in model.modules():
         if type(layer) is LoraLinear and _is_plain(layer):
             layer.__class__ = FusedLora

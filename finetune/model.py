@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REASONS = {
     "file named model.safetensors": "it has no safetensors weights; pickled ones (.bin) are not "
     "read, as they can run code: save it as safetensors first",
-    "custom code": "it needs Python code of its own, which is not run; "
+    "custom code": "it comes with its own Python code, which is not run; "
     "finequant takes transformers' own classes",
     "backend tokenizer": "it has no tokenizer that can be read; expected tokenizer.json",
     "not a valid JSON file": "its config.json is damaged, not valid JSON",
@@ -33,10 +33,10 @@ REASONS = {
 
 
 def load_config(model: Model) -> DecoderConfig:
-    """Loads the base's configuration, corrected by its files; that of a GGUF file says bfloat16.
+    """Loads the base's configuration, corrected by its weight files; a GGUF file's is bfloat16.
 
     Raises:
-        UserError: if it cannot be read, or has an architecture that is not known here.
+        UserError: if it cannot be read, has an unknown architecture, or is already quantized.
     """
     from transformers import AutoConfig
 
@@ -50,7 +50,7 @@ def load_config(model: Model) -> DecoderConfig:
         return as_stored(config, model)
     import torch
 
-    config.dtype = torch.bfloat16  # holds more than a few bits of each weight ever said
+    config.dtype = torch.bfloat16  # more precise than the file's few bits per weight
     return config
 
 
@@ -72,7 +72,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer, with the recipe's chat template, if any, and a padding token.
 
     Raises:
-        UserError: if it cannot be read, has tokens that the embedding does not have, or is that of
+        UserError: if it cannot be read, has more tokens than the embedding has rows, or comes from
             a GGUF file whose pre-tokenizer is not known.
     """
     from transformers import AutoTokenizer
@@ -97,11 +97,12 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def load_base(model: Model, dtype: torch.dtype, **options: object) -> Decoder:
     """Loads the base with all its weights in `dtype`.
 
-    options: of `from_pretrained`; with `device_map="meta"` no more is read, and checked, than what
-        the files say of their tensors.
+    options: passed to `from_pretrained`; with `device_map="meta"`, only the names and shapes of the
+        tensors are read and checked.
 
     Raises:
-        UserError: if it cannot be read, has an unknown architecture, or lacks some weights.
+        UserError: if it cannot be read, has an unknown architecture, contains an adapter, or has
+            weights that are not finite or do not match its configuration.
     """
     config = load_config(model)
     base = load_weights(model, _source(model, weights=True), config=config, dtype=dtype, **options)
@@ -110,20 +111,20 @@ def load_base(model: Model, dtype: torch.dtype, **options: object) -> Decoder:
             f"model.base: {model.base} has a LoRA adapter in it (adapter_config.json), which "
             "transformers adds to the base: name a folder without one"
         )
-    if not model.base.endswith(".gguf"):  # a model of the Hub has its files only now
+    if not model.base.endswith(".gguf"):  # a Hub model's files have been downloaded only now
         base.config.tie_word_embeddings = as_stored(config, model).tie_word_embeddings
     base.config.name_or_path = model.base
     return base
 
 
 def load_weights(model: Model, source: Path | str, **options: object) -> Decoder:
-    """Loads a model, and refuses weights that are not those of its configuration, or not finite.
+    """Loads a model, and refuses weights that do not match its configuration or are not finite.
 
-    source: what `from_pretrained` makes the base from.
+    source: the folder or Hub id that `from_pretrained` loads.
     """
     from transformers import AutoModelForCausalLM
 
-    # transformers fills weights that are missing with random numbers, so they are asked for.
+    # transformers fills missing weights with random numbers, so the loading info is checked.
     base, loading_info = from_pretrained(
         AutoModelForCausalLM,
         model,
@@ -142,8 +143,9 @@ def load_on_disk(model: Model, has_embedding: bool = True) -> Decoder:
 
     The weights stay in their safetensors files: accelerate reads them for each use.
 
-    has_embedding: whether the files have it; else accelerate would look for it there (seen with
-    1.14), so a model whose embedding is tied to the head in its files is read whole.
+    has_embedding: whether the files contain the embedding. If they only have the head that it is
+    tied to, the whole model is read into memory, because accelerate would look for the embedding in
+    the files (seen with 1.14).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -162,7 +164,7 @@ def stored_dtype(config: DecoderConfig) -> torch.dtype:
 def _source(model: Model, weights: bool) -> Path | str:
     """Returns the folder of the base, or its id on the Hub.
 
-    weights: whether to dequantize a GGUF file; else there is only its configuration and tokenizer.
+    weights: whether the folder must contain the weights, for which a GGUF file is dequantized.
     """
     folder, file = locate_base(model)
     if file:
@@ -178,14 +180,14 @@ def _from_pretrained(auto_class: type, model: Model, **options: object):
 def from_pretrained(auto_class: type, model: Model, source: Path | str, **options: object):
     """Calls `auto_class.from_pretrained` for a base; weights are read from safetensors or GGUF.
 
-    source: its folder or Hub id.
+    source: the base's folder or Hub id.
 
     Raises:
         UserError: saying why the base cannot be loaded, and what to do.
     """
     if auto_class.__name__ == "AutoModelForCausalLM" and "gguf_file" not in options:
         options["use_safetensors"] = True
-        # Else transformers asks a bot for safetensors, and takes them from its pull request.
+        # Otherwise transformers asks a bot to convert the weights, and loads its pull request.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         return auto_class.from_pretrained(
@@ -201,7 +203,7 @@ def from_pretrained(auto_class: type, model: Model, source: Path | str, **option
 
 
 def _reason(error: Exception) -> str:
-    """Why a base could not be loaded, and what to do about it."""
+    """Says why a base could not be loaded, and what to do about it."""
     from huggingface_hub.errors import (
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -224,7 +226,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (SafetensorError, JSONDecodeError, FileNotFoundError)):
         return f"a file is missing or damaged, copy or download it again ({message})"
     if isinstance(error, StrictDataclassError):
-        return f"its config.json does not hold: {message.rpartition('Error: ')[2]}"
+        return f"its config.json is invalid: {message.rpartition('Error: ')[2]}"
     for theirs, ours in REASONS.items():
         if theirs in message:
             return ours
@@ -233,10 +235,10 @@ def _reason(error: Exception) -> str:
 
 
 def _check_weights(model: Model, loading_info: dict[str, set]) -> None:
-    """Refuses weights that are not those of config.json, all of them and no others."""
+    """Refuses weights that are not exactly those that config.json describes."""
     problems = [
-        f"{len(names)} {what}, such as {min(names)}"
-        for what, names in (
+        f"{len(names)} {problem}, such as {min(names)}"
+        for problem, names in (
             ("missing", loading_info["missing_keys"]),
             ("unknown", loading_info["unexpected_keys"]),
             ("of another shape", {name for name, *_ in loading_info["mismatched_keys"]}),
@@ -251,7 +253,7 @@ def _check_weights(model: Model, loading_info: dict[str, set]) -> None:
 
 
 def _check_finite(model: Model, base: Decoder) -> None:
-    """Refuses numbers that are not finite: in the files, where bitsandbytes has packed weights."""
+    """Refuses weights that are not finite; if bitsandbytes has packed them, it checks the files."""
     import torch
     from peft.utils.integrations import gather_params_ctx
 
@@ -261,8 +263,8 @@ def _check_finite(model: Model, base: Decoder) -> None:
             extremes = torch.zeros(1) if weight.is_meta else torch.stack(weight.detach().aminmax())
         if not extremes.isfinite().all():
             raise UserError(
-                f"model.base: {name} of {model.base} has numbers that are infinite or none (NaN): "
-                "copy or download it again"
+                f"model.base: {name} of {model.base} has values that are infinite or NaN: copy or "
+                "download it again"
             )
 
 

@@ -1,6 +1,6 @@
-"""A base in four bits to train an adapter on, as QLoRA does (https://arxiv.org/abs/2305.14314).
+"""Holds the base in four bits during training, as QLoRA does (https://arxiv.org/abs/2305.14314).
 
-Only training holds it so. The adapter is merged into the float files, like any other.
+Only training does: the adapter is merged into the float files, like any other.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
 
 BITS = 4.127
-"""Bits of a weight: a code, and the scale of its 64 weights, itself quantized in groups of 256."""
+"""Bits per weight: a code, and a 64th of a scale, itself quantized in groups of 256 scales."""
 
 
 def check_nf4(recipe: Recipe) -> None:
-    """Refuses what a base in four bits cannot do, if the recipe asks for one.
+    """Checks that a base in four bits, if the recipe asks for one, can be trained on.
 
     Raises:
-        UserError: if bitsandbytes is not installed, LoRA's start would change the base, or the
-            launcher splits the weights.
+        UserError: if bitsandbytes is not installed, LoRA's initialization would change the base, or
+            the launcher splits the weights.
     """
     if recipe.model.load != "nf4":
         return
@@ -46,8 +46,9 @@ def check_nf4(recipe: Recipe) -> None:
         )
     if sharding():
         raise UserError(
-            f"model.load: {sharding()} splits a float base over processes, while each holds nf4's "
-            "four bits whole: use recipes/accelerate/several_gpus.yaml, or set model.load=float"
+            f"model.load: {sharding()} splits the base over processes, but each process has to "
+            "hold all of an nf4 base: use recipes/accelerate/several_gpus.yaml, or set "
+            "model.load=float"
         )
 
 

@@ -1,6 +1,6 @@
-"""How a byte-level BPE cuts a text into words before it merges, by llama.cpp's names.
+"""Pre-tokenizers, which cut a text into words before a byte-level BPE merges, by llama.cpp's names.
 
-A GGUF file holds tokens and merges, and for the rest no more than a name, `tokenizer.ggml.pre`.
+A GGUF file holds tokens and merges, but only the name of the pre-tokenizer, `tokenizer.ggml.pre`.
 What each name means: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
-# Each name that llama.cpp reads alike; the first is the one that an export gets.
+# Names that llama.cpp treats alike; exports get the first.
 GPT_2 = ("gpt-2", "phi-2", "mpt", "olmo", "mellum", "gigachat", "trillion", "granite-docling")
 DIGITS_APART = (
     "smollm",
@@ -32,8 +32,8 @@ SPLITS_OF_TRANSFORMERS = (*LLAMA_3, "smaug-bpe", "dbrx", "tekken", "qwen2", "meg
 KNOWN = (*GPT_2, *DIGITS_APART, *SPLITS_OF_TRANSFORMERS, "deepseek-coder", "default")
 
 WHOLE_WORDS = (*LLAMA_3, "tekken")
-"""A word that is a token is taken whole, whatever the merges say; and BOS stands in front of a
-text unless the file says otherwise."""
+"""With these, a word that is a token is taken whole, whatever the merges say, and a text begins
+with BOS unless the file says otherwise."""
 
 DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
 
@@ -45,8 +45,8 @@ DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT_2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Makes a tokenizer that transformers read from a GGUF file cut words as the file says.
 
-    transformers 5.23 knows the names of Llama 3, Qwen and a few more; for all others it cuts as
-    GPT-2 does, in silence. Can go once its GGUF_PRE_TOKENIZER_SPLITS has them and sets
+    transformers 5.23 knows the names of Llama 3, Qwen and a few more; for all others it silently
+    cuts as GPT-2 does. To be removed once its GGUF_PRE_TOKENIZER_SPLITS has them, and it sets
     `ignore_merges`: integrations/gguf/gguf_tokenizer_mapping.py.
 
     Raises:
@@ -61,7 +61,7 @@ def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     if name not in KNOWN:
         raise UserError(
             f"model.base: {file}: its pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known "
-            f"here, so its tokens would be others; expected one of {', '.join(KNOWN)}. Take the "
+            f"here, so texts could get wrong tokens; expected one of {', '.join(KNOWN)}. Take the "
             "base's safetensors instead: they come with a tokenizer.json"
         )
     backend = tokenizer.backend_tokenizer
@@ -92,10 +92,10 @@ def pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def gguf_name(described: dict[str, Any]) -> str | None:
-    """llama.cpp's name for what a tokenizer.json says; None where it has none.
+    """Returns llama.cpp's name for the pre-tokenizer of a tokenizer.json; None if it has none.
 
-    llama.cpp does not normalize what a byte-level BPE reads. NFC is let through: nearly all text
-    is in that form already.
+    llama.cpp does not normalize the text that a byte-level BPE reads. NFC is accepted all the same:
+    nearly all text is in that form already.
     """
     normalizer, model = described["normalizer"], described["model"]
     if normalizer not in (None, {"type": "NFC"}) or model["type"] != "BPE":

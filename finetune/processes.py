@@ -1,6 +1,6 @@
-"""Several processes that work together: the first decides, all hear of it, and all stop together.
+"""Coordinates several processes: the first decides, all learn the decision, and all stop together.
 
-Each function is to be called by every process, at the same point.
+Every process has to call each function, at the same point.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TIMEOUT = 24 * 3600
 hours. A process that dies is noticed by the launcher, which ends the others."""
 
 APPEARS_WITHIN = 60
-"""Seconds after which a new file is seen on every machine; NFS remembers for up to 30, by default,
-what a folder did not contain."""
+"""Seconds within which every machine sees a new file; NFS caches for up to 30, by default, that a
+file does not exist."""
 
 SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """The launcher's environment variable -> what splits the weights."""
@@ -40,7 +40,7 @@ LAUNCHERS = {
     "DeepSpeed": "recipes/accelerate/deepspeed_zero3.yaml",
     None: "one process, torchrun or recipes/accelerate/several_gpus.yaml",
 }
-"""How the weights are split -> what starts such processes."""
+"""How the weights are split -> what launches such processes."""
 
 
 def is_first() -> bool:
@@ -48,12 +48,12 @@ def is_first() -> bool:
 
 
 def number_of_processes() -> int:
-    """Reads the number that torchrun and accelerate set; accelerate's state may not exist yet."""
+    """Reads the number from torchrun's and accelerate's variable: their state may not exist yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sharding() -> str | None:
-    """FSDP or DeepSpeed if the launcher asks for one of them, which split the weights."""
+    """Returns FSDP or DeepSpeed if the launcher asks for one of them to split the weights."""
     from accelerate.utils import parse_flag_from_env
 
     return next((name for flag, name in SPLITTING.items() if parse_flag_from_env(flag)), None)
@@ -80,11 +80,11 @@ def decided_by_first(decide: Callable[[], Value]) -> Value:
 
 
 def first_before_others(work: Callable[[], Value]) -> Value:
-    """Returns what `work` returns in each process; the others wait for the first, which may leave
-    for them what is made once.
+    """Calls `work` in the first process, then in the others, which can reuse files that the first
+    made; returns each process's result.
 
     Raises:
-        UserError: if the first one's raises it; all processes end.
+        UserError: if `work` raises it in the first process; all processes end.
     """
     results = []
     decided_by_first(lambda: results.append(work()))
@@ -93,13 +93,13 @@ def first_before_others(work: Callable[[], Value]) -> Value:
 
 @contextmanager
 def entered_by_first(context: AbstractContextManager[Value]) -> Iterator[Value]:
-    """Enters the context in the first process only, and gives its value to all."""
+    """Enters the context in the first process only, and yields its value in all."""
     with context if is_first() else nullcontext() as value:
         yield decided_by_first(lambda: value)
 
 
 def join_processes() -> None:
-    """Joins the processes of the launcher, each of which holds a whole model to share work with."""
+    """Joins the launcher's processes, which share the work; each of them holds a whole model."""
     from datetime import timedelta
 
     from accelerate import PartialState
@@ -108,40 +108,41 @@ def join_processes() -> None:
 
     if number_of_processes() == 1:
         return
-    for way in SPLITTING:  # transformers would load the weights in the first process only
-        os.environ.pop(way, None)
+    for variable in SPLITTING:  # transformers would load the weights in the first process only
+        os.environ.pop(variable, None)
     PartialState(cpu=trains_on_cpu(), timeout=timedelta(seconds=TIMEOUT))
 
 
 def leave_processes() -> None:
-    """Leaves the other processes for good; what follows is one process's own."""
+    """Waits for all processes and leaves their group for good: each then goes on by itself."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Value]]) -> list[Value]:
-    """Returns one result for each item, each of which one of the processes worked on.
+    """Returns one result for each item; the processes share the work.
 
-    Items that follow each other go to different processes, so that each gets long and short ones.
+    Neighboring items go to different processes, so that each process gets long and short ones.
     """
     shares = gathered(work(share(items)))
     return [shares[index % len(shares)][index // len(shares)] for index in range(len(items))]
 
 
 def share(items: Items) -> Items:
-    """Returns this process's items: the first, if it is the first process, and every n-th after."""
+    """Returns this process's items: of n processes, process r gets items r, r + n, r + 2n, ..."""
     if not distributed.is_initialized():
         return items
     return items[distributed.get_rank() :: distributed.get_world_size()]
 
 
 ROWS_TOGETHER = 16
-"""Operators take so many numbers at a time, and what is left one by one, which rounds otherwise."""
+"""Rows that are not separated: operators take up to this many numbers at a time, and a remainder
+one by one, which rounds differently."""
 
 
 def rows_of_share(rows: int) -> slice:
-    """Returns which of some rows, that lie together, are this process's: rounded as in one's."""
+    """Returns this process's slice of the rows, cut so that results round as in one process."""
     if not distributed.is_initialized():
         return slice(0, rows)
     rank, processes = distributed.get_rank(), distributed.get_world_size()
@@ -151,14 +152,14 @@ def rows_of_share(rows: int) -> slice:
 
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:
-    """Replaces each tensor by the sum of all processes', the same bits in each of them."""
+    """Replaces each tensor with its sum over all processes, which has the same bits in each."""
     if distributed.is_initialized():
         for tensor in tensors:
             distributed.all_reduce(tensor)
 
 
 def add_up_gradients(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) -> None:
-    """Sums gradients over all processes; those of a process that had no items are zero."""
+    """Sums gradients over all processes; a process without items contributes zeros."""
     if distributed.is_initialized():
         for parameter in parameters:
             if parameter.grad is None:
@@ -167,12 +168,12 @@ def add_up_gradients(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) ->
 
 
 def is_fsdp2() -> bool:
-    """Says whether the launcher asks for FSDP 2, which shards each tensor by itself, by rows."""
+    """Says whether the launcher asks for FSDP 2, which shards each tensor separately, by rows."""
     return sharding() == "FSDP" and os.environ.get("FSDP_VERSION") == "2"
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the tensor, or all rows of one that FSDP has sharded."""
+    """Returns the whole tensor, gathered from all processes if FSDP has sharded it."""
     from torch.distributed.tensor import DTensor  # takes long to import
 
     if not isinstance(tensor, DTensor):
@@ -181,8 +182,8 @@ def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def filled_by_first() -> bool:
-    """Says whether this process gets its share of the weights from the first, so that its own may
-    be empty: as accelerate shards a model with `fsdp_cpu_ram_efficient_loading`."""
+    """Says whether this process gets its share of the weights from the first one, so that it may
+    start with empty ones: with `fsdp_cpu_ram_efficient_loading`, accelerate shards a model so."""
     from accelerate.utils import parse_flag_from_env
 
     is_efficient = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
@@ -199,10 +200,11 @@ def gathered(value: Value) -> list[Value]:
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends all processes; the message is the first one's to show.
+    """Ends all processes; only the first one shows the message.
 
     Raises:
         UserError: in the first process.
+        SystemExit: in the others.
     """
     if is_first():
         raise UserError(message)
@@ -210,10 +212,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def require_shared(folder: Path) -> None:
-    """Proves that all processes see the folder that the first one writes.
+    """Checks that all processes see the folder that the first one writes.
 
     Raises:
-        UserError: naming the machines that do not.
+        UserError: naming the machines that do not see it.
     """
     marker = decided_by_first(lambda: _leave_marker(folder))
     seen = gathered((socket.gethostname(), _appears(folder / marker)))

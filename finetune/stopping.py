@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 LAUNCHER = "launcher.json"
-"""In a checkpoint: how the weights were split, and over how many processes."""
+"""The file in a checkpoint that says how the weights were split, and over how many processes."""
 
 
 class SavesWhenStopped(TrainerCallback):
-    """Ends training at the next step, with a checkpoint of it, once a signal has come."""
+    """After a signal, ends training at the next step, of which it saves a checkpoint."""
 
     def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
         self.trainer, self.request = trainer, request
         self._number = 0
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        """Evaluates what was saved when a signal came before the end of its evaluation."""
+        """Evaluates the checkpoint that training resumes from if its evaluation was cut off."""
         step, when = state.global_step, args.eval_strategy
         if not step or when == IntervalStrategy.NO:
             return
@@ -50,21 +50,21 @@ class SavesWhenStopped(TrainerCallback):
             self.trainer.evaluate()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        self._number = self._asked()
+        self._number = self._signal()
         if self._number and control.should_evaluate and args.load_best_model_at_end:
-            raise Interrupted(self._number)  # goes on from the checkpoint before, evaluates again
-        control.should_log |= self._number > 0  # the losses since the last entry, before all else
+            raise Interrupted(self._number)  # resumes from an earlier checkpoint, evaluates again
+        control.should_log |= self._number > 0  # logs the losses since the last entry, then saves
 
     def on_log(self, args, state, control, **_) -> None:
         if self._number:
             self.trainer.save_and_leave(self._number)
 
     def on_prediction_step(self, args, state, control, **_) -> None:
-        if number := self._asked():
+        if number := self._signal():
             raise Interrupted(number)
 
-    def _asked(self) -> int:
-        """Returns the signal that any process received: all have to save the same step."""
+    def _signal(self) -> int:
+        """Returns the signal that any process received, or 0: all have to save the same step."""
         number, accelerator = self.request.number or 0, self.trainer.accelerator
         if accelerator.num_processes == 1:
             return number
@@ -84,23 +84,25 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
 
 
 def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:
-    """Returns the newest complete checkpoint of a training, and removes incomplete ones.
+    """Returns the newest complete checkpoint of a training, and removes newer, incomplete ones.
+
+    quiet: return it without a message, whichever launcher wrote it.
 
     Raises:
-        UserError: if its weights are split in another way than by the launcher of this training.
+        UserError: if the launcher of this training splits the weights differently.
     """
     folder = Path(arguments.output_dir)
-    name = decided_by_first(lambda: _last_whole(folder, quiet))
+    name = decided_by_first(lambda: _newest_complete(folder, quiet))
     return str(folder / name) if name else None
 
 
 def record_launcher(checkpoint: Path) -> None:
-    """Writes how the weights are split, which decides who can resume from the checkpoint."""
+    """Records how the weights are split, which decides who can resume from the checkpoint."""
     text = json.dumps({"sharding": sharding(), "processes": number_of_processes()})
     (checkpoint / LAUNCHER).write_text(text, encoding="utf-8")
 
 
-def _last_whole(folder: Path, quiet: bool) -> str | None:
+def _newest_complete(folder: Path, quiet: bool) -> str | None:
     for checkpoint in map(Path, reversed(sort_checkpoints(str(folder)))):
         changed = differences(checkpoint)
         if changed == []:
@@ -108,8 +110,8 @@ def _last_whole(folder: Path, quiet: bool) -> str | None:
                 _refuse_other_launcher(checkpoint)
                 say(f"train: going on from {checkpoint}")
             return checkpoint.name
-        what = changed[0] if changed else "saving it was interrupted"
-        say(f"train: {checkpoint} is not whole ({what}): removed")
+        reason = changed[0] if changed else "saving it was interrupted"
+        say(f"train: {checkpoint} is incomplete ({reason}): removed")
         remove(checkpoint)
     return None
 
@@ -129,6 +131,6 @@ def _refuse_other_launcher(checkpoint: Path) -> None:
 
 
 def _in_words(sharding: str | None, processes: int) -> str:
-    """For example "2 processes with FSDP"."""
+    """Describes a launch, such as "2 processes with FSDP"."""
     several = f"{processes} process{'es' if processes > 1 else ''}"
     return f"{several} with {sharding}" if sharding else f"{several} without FSDP or DeepSpeed"

@@ -1,7 +1,7 @@
-"""Reads facts from a base's safetensors files, where config.json may say something else.
+"""Reads facts from a base's safetensors files, which config.json may contradict.
 
-transformers loads what is in the files: a head of its own stays one although config.json says
-`tie_word_embeddings`. And a dtype that config.json names, or leaves out, changes no file.
+transformers loads what is in the files: a separate head stays separate although config.json says
+`tie_word_embeddings`. And weights have the dtype of the files, whatever config.json says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ROWS = 4096
-"""Rows of a tensor to look at at a time."""
+"""Rows of a tensor that are read at a time."""
 
 
 def weight_files(model: Model) -> list[Path]:
@@ -63,9 +63,9 @@ def stored_weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
-    """The configuration with `dtype` and `tie_word_embeddings` as the files have them, in place.
+    """Changes `dtype` and `tie_word_embeddings` of the configuration, in place, to the files' own.
 
-    Files that are not there yet, or are damaged, leave it as it is: `load_base` says why.
+    Files that are damaged or not there yet change nothing: `load_base` reports them.
     """
     from safetensors import SafetensorError
 
@@ -79,7 +79,7 @@ def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:
 
 
 Stamps = tuple[tuple[Path, int, int], ...]
-"""Files with what tells whether they have changed."""
+"""Files with their modification times, in nanoseconds, and sizes, which show changes."""
 
 
 def _stamps(files: list[Path]) -> Stamps:
@@ -115,7 +115,7 @@ def _has_own_head(files: Stamps) -> bool:
 
 
 def _tensors(files: Stamps) -> dict:
-    """safetensors' own slices, by name; nothing is read of them yet."""
+    """Returns safetensors' slices by name; their data are not read yet."""
     from safetensors import safe_open
 
     opened = (safe_open(path, "pt") for path, *_ in files)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(recipe: Recipe, run: RunDir) -> None:
-    """Trains the adapter and writes `adapter/`; goes on from the last checkpoint if there is one.
+    """Trains the adapter and writes `adapter/`; resumes from the last checkpoint if there is one.
 
     Raises:
         UserError: for data or a base that cannot be used.
@@ -74,7 +74,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         with run.writing(run.adapter, recipe) as folder:
             shutil.copytree(trained, folder, dirs_exist_ok=True)
             save_tokenizer(tokenizer, recipe.data, folder)
-            # For those who load base and adapter: the base's own may not know where an answer ends.
+            # For users of base and adapter: the base's own may not know where an answer ends.
             stops = generation_config(recipe.model, recipe.data, tokenizer)
             stops.to_json_file(folder / "generation_config.json")
         figures = training_figures(log) | {"processes": arguments.world_size}
@@ -89,7 +89,7 @@ def fine_tune(
     splits: Splits,
     dtype: torch.dtype,
 ) -> Path:
-    """Trains plain LoRA, unless an earlier call did; returns the folder of its adapter and log."""
+    """Trains plain LoRA, unless an earlier call has; returns the folder of its adapter and log."""
     from finequant.finetune.adapter import changes_the_base, save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
     from finequant.finetune.nf4 import load_trained_base
@@ -100,7 +100,7 @@ def fine_tune(
     checkpoints = Path(arguments.output_dir)
     folder, initial = checkpoints / "plain", checkpoints / "initial"
     if decided_by_first(lambda: differences(folder) == []):
-        say("train: plain LoRA was done before")
+        say("train: plain LoRA is already trained")
         return folder
     doing("train: loading the base")
     base = load_trained_base(recipe, dtype)

@@ -45,8 +45,8 @@ class LoraTrainer(SFTTrainer):
     """SFTTrainer whose loss on a CPU multiplies the head with target tokens only.
 
     trl's own loss makes float32 passes over the logits of every token, twice. On a GPU a fused
-    kernel does that; on a CPU it takes half of a step, with most of it for tokens that are masked.
-    The value is the same. To be removed once trl skips masked tokens on the CPU too.
+    kernel does that; on a CPU it takes half of a step, most of it for masked tokens. The loss is
+    the same. To be removed once trl skips masked tokens on the CPU, too.
     """
 
     own_loss_everywhere = False
@@ -60,7 +60,7 @@ class LoraTrainer(SFTTrainer):
 
     rows: list[Row]
     data: Data
-    """The section that made the tokens, to name the rows of a failed step."""
+    """The section that turned rows into tokens, needed to name the rows of a failed step."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -75,7 +75,7 @@ class LoraTrainer(SFTTrainer):
 
     @property
     def _rows_at_once(self) -> int:
-        """Rows of a micro-batch of every process, in training and in evaluation."""
+        """Returns the rows of one micro-batch over all processes, in training and evaluation."""
         return self.args.per_device_train_batch_size * self.args.world_size
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ShuffledThenBlank:
@@ -128,10 +128,10 @@ class LoraTrainer(SFTTrainer):
             inputs, predicting = attention.condensed(inputs, targets)
         else:
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        # The forward cannot leave the head out; with an index it multiplies one position only.
+        # The forward cannot skip the head; with an index, the head multiplies only one position.
         first = torch.zeros(1, dtype=torch.long, device=targets.device)
         states: list[torch.Tensor] = []
-        # By a hook: accelerate casts all states that a bf16 forward returns to float32.
+        # From a hook, because accelerate casts all states that a bf16 forward returns to float32.
         norm = self.accelerator.unwrap_model(model).get_decoder().norm
         hook = norm.register_forward_hook(lambda _module, _inputs, output: states.append(output))
         try:
@@ -144,14 +144,14 @@ class LoraTrainer(SFTTrainer):
         """Computes float32 logits [tokens, vocabulary]."""
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         # FSDP keeps the head whole from the model's forward until the norm's backward. A call would
-        # gather it again in each part of the tokens, of which processes have different numbers.
+        # gather it again for each part of the tokens, and processes have different numbers of them.
         return (head.forward if self.accelerator.is_fsdp2 else head)(hidden).float()
 
     def in_parts(self, loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         """Sums a loss over a few tokens at a time, because their logits take much memory.
 
-        tensors: each [tokens, ...]; `loss` is called with parts of them, and again for the backward
-            pass where there are several.
+        tensors: each [tokens, ...]; `loss` is called with a part of each. If there are several
+            parts, the backward pass calls it again.
         """
         parts = list(zip(*(tensor.split(TARGETS_AT_ONCE) for tensor in tensors), strict=True))
         if len(parts) == 1:
@@ -165,7 +165,7 @@ class LoraTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float:
-        """Called with all gradients of a step, just before the optimizer makes use of them."""
+        """Refuses a step that is not finite, just before the optimizer uses its gradients."""
         norm = super()._get_grad_norm(*args, **kwargs)
         losses = torch.stack([loss for _, loss in self._read]).tolist()  # waits for the GPU once
         is_finite = norm is None or math.isfinite(norm)  # None: DeepSpeed before its first step
@@ -199,12 +199,12 @@ class LoraTrainer(SFTTrainer):
             with torch.random.fork_rng(devices=[]):
                 return super().evaluate(*args, **kwargs)
         except Interrupted as stop:
-            if self.args.load_best_model_at_end:  # it decides which is best: to be made again
+            if self.args.load_best_model_at_end:  # it decides which is best, so it is repeated
                 raise
             self.save_and_leave(stop.number)
 
     def save_and_leave(self, number: int) -> None:
-        """Ends training for the signal of that number, with a checkpoint of the last step."""
+        """Saves a checkpoint of the last step, and ends training because of the signal `number`."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if decided_by_first(lambda: differences(folder) != []):
@@ -212,11 +212,11 @@ class LoraTrainer(SFTTrainer):
         raise Interrupted(number, f"step {step} is saved; {RESUME_HINT}")
 
     def _refuse_step(self, norm: torch.Tensor | float | None) -> NoReturn:
-        """Nothing is learned from such a step; checkpoints of earlier ones stay."""
+        """Ends training before the failed step changes the adapter; earlier checkpoints stay."""
         step, rate = self.state.global_step + 1, self._get_learning_rate()
         failed = [(inputs, loss) for inputs, loss in self._read if not loss.isfinite()]
         losses = sum(gathered([loss.item() for _, loss in failed]), [])
-        suspects = failed if losses else self._read  # each row may have made such a gradient
+        suspects = failed if losses else self._read  # any row may have caused the gradient
         names = sum(gathered(self._names_of_rows([inputs for inputs, _ in suspects])), [])
         what = f"the loss is {losses[0]:g}" if losses else f"the norm of the gradient is {norm:g}"
         kept = last_checkpoint(self.args, quiet=True)
@@ -228,7 +228,7 @@ class LoraTrainer(SFTTrainer):
         )
 
     def _names_of_rows(self, batches: list[dict[str, Any]]) -> list[str]:
-        """File and line of the rows of some micro-batches, found by their tokens."""
+        """Returns file and line of the rows of some micro-batches, found by their tokens."""
         known = {
             tuple(encode(row, self.processing_class, self.data).input_ids): row.where
             for row in self.rows
@@ -237,7 +237,7 @@ class LoraTrainer(SFTTrainer):
         return [name for name in names if name]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        """Sealed once every process has written its part; only then do earlier ones go."""
+        """Seals a checkpoint once every process has written its part, then removes old ones."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
@@ -250,7 +250,7 @@ class LoraTrainer(SFTTrainer):
 
 
 def _rows_of(inputs: dict[str, Any]) -> Iterator[list[int]]:
-    """Token ids of each row of a batch, without padding."""
+    """Yields the token ids of each row of a batch, without padding."""
     ids, positions = inputs["input_ids"], inputs.get("position_ids")
     if positions is None:
         for row, mask in zip(ids, inputs["attention_mask"].bool(), strict=True):
@@ -271,14 +271,14 @@ def build_trainer(
 ) -> LoraTrainer:
     """Builds the trainer of a fresh adapter on `base`, whose initial values depend on the seed.
 
-    trainer_class: one that trains what requires a gradient in `base`, without an adapter.
+    trainer_class: a subclass that, without an adapter, trains what requires a gradient in `base`.
     """
     patience = recipe.train.early_stopping_patience
     if not splits.validation:
         arguments.eval_strategy = IntervalStrategy.NO
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
-    elif not trainer_class:  # what trains through quantized weights computes as they will
+    elif not trainer_class:  # quantization-aware training computes as the shipped model does
         use_liger(base, recipe.train.kernels)
     trainer = (trainer_class or LoraTrainer)(
         model=base,
@@ -298,7 +298,7 @@ def build_trainer(
 
 
 def gathered_weights(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:
-    """Under FSDP and ZeRO-3 every process holds a part; gathering needs all of them."""
+    """Returns the weights that FSDP or ZeRO-3 has split, else None; every process must call it."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -1,4 +1,4 @@
-"""What training says while it works: one line with step, loss, speed and the time that is left."""
+"""Shows how training goes: one line with step, loss, speed and the time that is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ShowsTraining(TrainerCallback):
-    """Takes the place of transformers' callbacks, which print each entry of the log as it is."""
+    """Replaces transformers' callbacks, which print each entry of the log as it is."""
 
     def __init__(self, stage: str, trainer: LoraTrainer) -> None:
         """stage: the first word of each line."""
@@ -38,7 +38,7 @@ class ShowsTraining(TrainerCallback):
         self._progress.show(state.global_step, f"{loss}, {speed:,.0f} tokens/s")
 
     def on_prediction_step(self, args, state, control, eval_dataloader, **_) -> None:
-        if self._progress is None:  # an evaluation by itself
+        if self._progress is None:  # an evaluation outside of training
             return
         self._evaluated += 1
         if self._evaluated == 1:

@@ -89,7 +89,7 @@ def test_numbers_that_are_none_are_refused_however_the_base_is_held(
     tensors[name][7, 3] = number
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = load_recipe(recipe_file, [f"model.base={base}", f"model.load={load}"])
-    with pytest.raises(UserError, match=f"model.base: {name} of .* infinite or none"):
+    with pytest.raises(UserError, match=f"model.base: {name} of .* infinite or NaN"):
         load_trained_base(recipe, torch.float32)
 
 

@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(recipe_file, undisturbed, c
     capsys.readouterr()
     assert train(recipe_file, *steps) == expected
     said = capsys.readouterr().err
-    assert "checkpoint-9 is not whole (" in said
+    assert "checkpoint-9 is incomplete (" in said
     assert f"going on from {run / 'checkpoints' / 'checkpoint-6'}" in said
 
 
@@ -207,7 +207,7 @@ def test_numbers_of_the_base_that_are_none(recipe_file, llama, capsys):
             train(recipe_file, f"model.base={folder}")
         assert exit_.value.code == 2
         said = capsys.readouterr().err
-        assert f"model.layers.1.mlp.up_proj.weight of {folder} has numbers" in said
+        assert f"model.layers.1.mlp.up_proj.weight of {folder} has values" in said
         assert "copy or download it again" in said
 
 
