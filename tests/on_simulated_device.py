@@ -150,7 +150,7 @@ def test_the_device_computes_what_the_cpu_does():
     [(), ("data.packing=true", "train.gradient_checkpointing=true", "lora.use_dora=true")],
     ids=["plain", "packed, checkpointed, DoRA"],
 )
-def test_the_adapter_is_the_cpus(run_on, tuned, tmp_path, overrides):
+def test_the_adapter_equals_the_cpus(run_on, tuned, tmp_path, overrides):
     for place in PLACES:
         if place == "cpu" or overrides:
             run_on(place, train, tmp_path / place, *overrides)
@@ -158,7 +158,7 @@ def test_the_adapter_is_the_cpus(run_on, tuned, tmp_path, overrides):
     torch.testing.assert_close(adapter(of_device), adapter(tmp_path / "cpu"), rtol=1e-3, atol=1e-5)
 
 
-def test_training_goes_on_there_from_a_checkpoint(run_on, tuned, tmp_path):
+def test_training_resumes_from_a_checkpoint(run_on, tuned, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tuned, run)
     for name in ("adapter", "checkpoints/plain", "checkpoints/checkpoint-2"):
@@ -194,7 +194,7 @@ def starting(tuned, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("learns", "distillation"), [("adapter", 0.5), ("scales", 0.0)])
-def test_the_trained_codes_are_the_cpus(run_on, starting, learns, distillation):
+def test_trained_codes_equal_the_cpus(run_on, starting, learns, distillation):
     training = {"steps": 2, "learns": learns, "distillation": distillation, "learning_rate": 0.05}
     trained = []
     for place, run in starting.items():
@@ -212,9 +212,7 @@ def test_the_trained_codes_are_the_cpus(run_on, starting, learns, distillation):
     )
 
 
-def test_a_calibration_in_bf16_goes_on_there_where_it_was_interrupted(
-    run_on, tuned, tmp_path, monkeypatch
-):
+def test_an_interrupted_calibration_in_bf16_resumes(run_on, tuned, tmp_path, monkeypatch):
     """The codes that were kept are on the CPU, and the weights are read again in float32."""
     run, method, calls = tmp_path / "run", gptq.METHOD, []
     shutil.copytree(tuned, run)
@@ -233,7 +231,7 @@ def test_a_calibration_in_bf16_goes_on_there_where_it_was_interrupted(
     assert (run / "quantized" / "model.safetensors").exists()
 
 
-def test_its_figures_are_those_of_the_cpu(recipe, run_on, quantized, monkeypatch):
+def test_measurements_equal_the_cpus(recipe, run_on, quantized, monkeypatch):
     """Perplexities, divergence, answers, choices and a task of lm-eval's, of one model on the
     device, and of one whose blocks are on the CPU and on disk where none is in use."""
     from lm_eval import evaluator

@@ -51,7 +51,7 @@ def perplexities(run) -> list[float]:
 
 @pytest.mark.fresh_process
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_all_stages_run_there_and_quantized_is_near_tuned(recipe_file, precision):
+def test_all_stages_run_and_quantized_is_near_tuned(recipe_file, precision):
     arguments = [str(recipe_file), *GPTQ, f"train.precision={precision}"]
     run_stages([*arguments, "train.learning_rate=1e-2", "quantize.bits=8"])
     run = recipe_file.parent / "run"
@@ -72,7 +72,7 @@ def test_the_command_runs_all_stages(recipe_file):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_quantizes_there(recipe_file, method):
+def test_each_method_quantizes(recipe_file, method):
     run_stages([str(recipe_file), *METHODS[method], "quantize.bits=8", "train.max_steps=2"])
     _, tuned, quantized = perplexities(recipe_file.parent / "run")
     assert quantized == pytest.approx(tuned, rel=0.1)
@@ -94,7 +94,7 @@ def test_training_through_the_quantized_weights_lowers_their_loss(
     assert losses[-1] < losses[0]
 
 
-def test_long_rows_packed_and_checkpointed_are_learned(recipe_file):
+def test_packed_rows_train_with_gradient_checkpointing(recipe_file):
     from finequant.finetune.train import main as train
 
     changes = ("data.packing=true", "train.gradient_checkpointing=true", "lora.use_dora=true")
@@ -112,7 +112,7 @@ def test_choices_are_ranked_and_files_written_for_other_runtimes(recipe_file):
     assert list((recipe_file.parent / "run" / "exports" / "gguf").glob("*.gguf"))
 
 
-def test_a_calibrated_quantization_goes_on_where_it_was_interrupted(recipe_file, monkeypatch):
+def test_an_interrupted_calibration_resumes(recipe_file, monkeypatch):
     """The codes that were kept are on the CPU, the blocks are not."""
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
@@ -150,7 +150,7 @@ def test_calibrated_codes_are_nearly_those_of_a_cpu(accelerator, rule):
     assert (codes[0] != codes[1]).float().mean() < 0.01
 
 
-def test_liger_is_of_the_trained_model_alone(llama):
+def test_liger_patches_only_the_trained_model(llama):
     pytest.importorskip("liger_kernel")
     from transformers import LlamaForCausalLM
     from transformers.models.llama import modeling_llama

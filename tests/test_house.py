@@ -73,7 +73,7 @@ def test_imports_go_one_way():
     assert not wrong
 
 
-def test_every_file_is_looked_at():
+def test_every_folder_is_checked():
     assert {path.parts[0] for path in SOURCES} == {*ORDER, "benchmarks"}
     assert len(SOURCES) > 70
 
@@ -86,7 +86,7 @@ def test_every_file_is_looked_at():
         ("from finequant.finetune.model import load_base", False),
     ],
 )
-def test_an_import_against_the_order_is_seen(source, wrong):
+def test_an_import_against_the_order_is_noticed(source, wrong):
     ((_, module),) = imports(ast.parse(source))
     assert (ORDER.index(module.split(".")[1]) > ORDER.index("quantize")) == wrong
 

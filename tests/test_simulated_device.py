@@ -13,7 +13,7 @@ TESTS = Path(__file__).with_name("on_simulated_device.py")
 
 
 @pytest.mark.slow
-def test_every_stage_computes_there_without_a_mixed_operation():
+def test_every_stage_computes_without_mixing_devices():
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
     process = subprocess.run(

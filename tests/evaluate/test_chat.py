@@ -30,7 +30,9 @@ def quantized_run(recipe_file, train_once):
 
 
 @pytest.mark.slow
-def test_one_answer_from_each_side_by_side_or_a_conversation(quantized_run, recipe_file, ask):
+def test_a_prompt_shows_every_models_answer_and_no_prompt_starts_a_conversation(
+    quantized_run, recipe_file, ask
+):
     answers = ask(quantized_run, "--prompt", "open the red door")
     assert answers.returncode == 0, answers.stderr
     for name in ("base", "tuned", "quantized"):
@@ -70,7 +72,7 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
-def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
+def test_a_missing_model_names_the_command_that_makes_it(recipe_file, tmp_path, ask):
     missing = ask(recipe_file, "--model", "gguf", "--prompt", "hello")
     assert missing.returncode == 2
     assert "gguf: not exported: run `finequant export RECIPE --to gguf` first" in missing.stderr
@@ -83,7 +85,7 @@ def test_what_is_not_there_says_what_to_run(recipe_file, tmp_path, ask):
     assert "not a run directory" in nowhere.stderr
 
 
-def test_a_model_of_another_name_is_refused(recipe_file, tmp_path):
+def test_an_unknown_model_name_is_refused(recipe_file, tmp_path):
     from finequant.evaluate.chat import check_made
     from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe

@@ -129,7 +129,7 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
 
 
 @pytest.mark.parametrize("damage", ["edited", "truncated"])
-def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
+def test_a_measurement_that_changed_since_it_was_written_is_refused(
     finished, recipe_file, capsys, damage
 ):
     from finequant.evaluate.compare import main as compare
@@ -151,7 +151,7 @@ def test_a_measurement_that_is_not_as_it_was_written_is_not_used(
     assert report_of(recipe_file) == first
 
 
-def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
+def test_a_new_quantization_measures_only_the_quantized_model(finished, recipe_file, capsys):
     finished()
     capsys.readouterr()
     from finequant.evaluate.compare import main as compare
@@ -166,7 +166,7 @@ def test_a_new_quantization_measures_only_itself(finished, recipe_file, capsys):
     assert "tuned: answering" not in said
 
 
-def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, capsys):
+def test_a_failed_gate_exits_with_1_after_writing_the_report(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("evaluate.gate.max_perplexity_increase=0", "quantize.bits=2")
     assert exit_.value.code == 1
@@ -176,7 +176,7 @@ def test_a_failed_gate_is_exit_code_1_and_still_a_report(finished, recipe_file, 
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_nothing_to_measure_on(finished, recipe_file, capsys):
+def test_nothing_to_measure_on_is_an_error(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("data.test=[]", "evaluate.perplexity=[]")
     assert exit_.value.code == 2
@@ -200,7 +200,7 @@ def test_without_held_out_rows_models_are_checked_on_training_rows(recipe_file):
 
 
 @pytest.mark.slow
-def test_multiple_choice_and_text_metrics(finished):
+def test_the_report_has_multiple_choice_and_text_metrics(finished):
     report = finished(
         "evaluate.metrics=[multiple_choice, f1, rouge, bleu, chrf, json_match]",
         "evaluate.choices=completions",
@@ -211,7 +211,7 @@ def test_multiple_choice_and_text_metrics(finished):
     assert all(score["n"] == 4 for score in scores.values())
 
 
-def test_divergence_on_distributions_worked_out_by_hand():
+def test_divergence_equals_a_calculation_by_hand():
     from finequant.evaluate.metrics.divergence import divergence
 
     tuned = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -224,7 +224,7 @@ def test_divergence_on_distributions_worked_out_by_hand():
     assert found["floor"]["value"] == 0.5
 
 
-def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_ones(tiny_base):
+def test_divergence_is_of_float32_logits_beside_the_rounding_of_shipped_ones(tiny_base):
     from transformers import AutoModelForCausalLM
 
     from finequant.evaluate.metrics.divergence import predict
@@ -249,7 +249,7 @@ def test_divergence_is_of_logits_in_float32_with_the_rounding_of_the_shipped_one
     assert none.abs().max() < 1e-9
 
 
-def test_sequences_are_compared_in_their_order_whatever_their_lengths(tiny_base):
+def test_predictions_are_in_the_order_of_the_sequences_whatever_their_lengths(tiny_base):
     from transformers import AutoModelForCausalLM
 
     from finequant.evaluate.metrics.divergence import predict

@@ -120,7 +120,7 @@ def test_plain_generate_stops_where_the_reports_answers_stop(run, folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_both_configurations_name_every_end_token_and_the_tokenizer_that_of_an_answer(run, folder):
+def test_configurations_name_every_end_token_and_the_tokenizer_the_one_of_answers(run, folder):
     from transformers import AutoTokenizer
 
     for name in ("generation_config.json", "config.json"):
@@ -141,7 +141,7 @@ def test_gguf_names_every_end_token(run):
     assert fields["tokenizer.chat_template.tool_use"].contents() == LLAMA_3 + "{{ tools }}"
 
 
-def test_a_pte_says_every_end_token(run):
+def test_a_pte_names_every_end_token(run):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.formats.executorch import metadata
 

@@ -15,7 +15,9 @@ from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model
 
 
-def test_the_report_is_the_same_to_the_last_digit(recipe_file, train_once, monkeypatch, capsys):
+def test_offloaded_models_give_the_same_report_to_the_last_digit(
+    recipe_file, train_once, monkeypatch, capsys
+):
     """Base, tuned and quantized: perplexities, answers, likelihoods of choices, divergence."""
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
@@ -47,7 +49,7 @@ def test_blocks_fill_devices_in_turn_and_the_rest_stays_on_disk():
     assert {device_map[name] for name in device_map if ".layers." not in name} == {"cuda:0"}
 
 
-def test_nothing_mixes_where_another_device_computes(tiny_base):
+def test_an_offloaded_model_mixes_no_devices(tiny_base):
     """`meta` computes nothing, and refuses tensors of a CPU beside its own."""
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.merge.model import spread_model
@@ -60,7 +62,7 @@ def test_nothing_mixes_where_another_device_computes(tiny_base):
     assert (logits.device.type, logits.dtype) == ("meta", torch.float32)
 
 
-def test_what_no_gpu_holds_is_spread_or_read_and_not_refused(recipe_file, monkeypatch):
+def test_a_model_too_large_for_a_gpu_is_spread_or_read_and_not_refused(recipe_file, monkeypatch):
     from finequant.recipes.commands import pipeline
 
     shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}

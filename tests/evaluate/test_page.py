@@ -61,7 +61,7 @@ def rows() -> list[dict]:
     return made
 
 
-def test_texts_of_the_data_are_no_markup():
+def test_texts_from_the_data_are_escaped():
     text = page(report(), rows())
     data = re.search(r'id="data">(.*?)</script>', text, re.S)
     assert json.loads(data[1])["rows"] == rows()
@@ -109,7 +109,7 @@ def test_the_verdict_is_a_sentence_with_the_figures_below(quantized, passed, hea
     assert f"base 0.0 ± 2.0, tuned 90.0 ± 2.0, quantized {100 * quantized:.1f} ± 2.0" in text
 
 
-def test_what_the_page_says_of_sizes_bars_and_a_tuned_model_that_learned_nothing():
+def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     judged = report()
     judged["models"]["quantized"]["packed_bytes"] = 5_000_000
     judged["models"]["gguf"] = {"packed_bytes": 1}  # nothing but its size was measured
@@ -123,7 +123,7 @@ def test_what_the_page_says_of_sizes_bars_and_a_tuned_model_that_learned_nothing
     assert "Tuned is no better than base" in page(judged, rows())
 
 
-def test_advice_is_seen_in_terminal_and_report(tmp_path, capsys):
+def test_advice_is_in_the_terminal_and_in_the_report(tmp_path, capsys):
     costly = report(0.8)
     print_table(costly)
     assert "What would help:" in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_advice_is_seen_in_terminal_and_report(tmp_path, capsys):
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
 @pytest.mark.parametrize("width", [390, 1440])
-def test_a_browser_filters_and_nothing_sticks_out(tmp_path, width):
+def test_a_browser_filters_answers_and_nothing_overflows(tmp_path, width):
     probe = """
     const clicked = {};
     for (const button of document.querySelectorAll("button[data-show]")) {
@@ -158,7 +158,7 @@ def test_a_browser_filters_and_nothing_sticks_out(tmp_path, width):
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
-def test_the_policy_lets_the_page_run_and_nothing_else(tmp_path):
+def test_the_security_policy_runs_the_pages_script_and_no_other(tmp_path):
     added = "<script>document.title = 'run'</script></body>"
     shown = rendered(page(report(), rows()).replace("</body>", added), tmp_path, 800)
     assert "5 of 60 rows" in shown
@@ -166,7 +166,7 @@ def test_the_policy_lets_the_page_run_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
-def test_paper_has_all_rows_and_columns_in_ink_on_white(tmp_path):
+def test_a_print_has_all_rows_and_columns_dark_on_white(tmp_path):
     """Printed in a dark theme; 700 pixels are the text's width on A4."""
     probe = """
     document.querySelector("button[data-show=all]").click();

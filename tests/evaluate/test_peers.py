@@ -31,7 +31,7 @@ def test_each_script_is_listed_and_pins_what_it_installs(peers):
     assert not [package for package in installed if "==" not in package]
 
 
-def test_what_measures_knows_nothing_of_finequant():
+def test_the_measuring_script_does_not_import_finequant():
     for name in ("measure.py", "peer.py"):
         source = (ROOT / "benchmarks" / "peers" / name).read_text(encoding="utf-8")
         imported = [
@@ -40,7 +40,7 @@ def test_what_measures_knows_nothing_of_finequant():
         assert not [node.module for node in imported if node.module.startswith("finequant")]
 
 
-def test_a_model_measured_beside_itself_differs_in_nothing(
+def test_a_model_measured_against_itself_shows_no_difference(
     peers, monkeypatch, tiny_base, tmp_path, capsys
 ):
     monkeypatch.syspath_prepend(peers.SCRIPTS)
@@ -71,7 +71,7 @@ def test_an_untied_head_counts_beside_the_embedding(peers):
         ("raise OSError('no')", None),
     ],
 )
-def test_a_program_answers_with_its_last_line_or_its_error_is_told(
+def test_a_program_answers_with_its_last_line_or_its_error_is_kept(
     peers, tmp_path, program, expected
 ):
     import environments

@@ -70,7 +70,7 @@ def plain(model, sequence: ScoredSequence) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_equals_plain_logits_whatever_the_batch(model, batch_size, monkeypatch, capsys):
+def test_likelihoods_equal_plain_logits_whatever_the_batch(model, batch_size, monkeypatch, capsys):
     monkeypatch.setattr("finequant.evaluate.metrics.perplexity.LOGITS_CHUNK", 7)
     sequences = mixed_sequences()
     found = negative_log_likelihoods(model, sequences, batch_size, "test")
@@ -79,7 +79,7 @@ def test_equals_plain_logits_whatever_the_batch(model, batch_size, monkeypatch, 
     assert capsys.readouterr() == ("", "")
 
 
-def test_head_sees_only_what_is_scored(model):
+def test_the_head_computes_only_scored_tokens(model):
     seen = []
     hook = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     sequences = mixed_sequences()
@@ -88,7 +88,7 @@ def test_head_sees_only_what_is_scored(model):
     assert sum(shape[0] for shape in seen) == sum(sum(sequence.scored) for sequence in sequences)
 
 
-def test_units_share_one_sum(model):
+def test_perplexities_per_token_word_and_byte_share_one_sum(model):
     sequences = mixed_sequences()
     documents = [count("three words here"), Document("x", words=2, bytes=9)]
     assert documents[0][1:] == (3, 16)
@@ -188,7 +188,7 @@ def test_windows_score_every_token_once(tokenizer):
     assert not any(sequence.scored[0] for sequence in sequences)
 
 
-def test_first_windows_count_only_their_part(tokenizer):
+def test_words_and_bytes_are_those_of_the_kept_windows(tokenizer):
     whole = [count(" ".join(SENTENCES[:3])), count(" ".join(SENTENCES[3:40])), count("never seen")]
     every, _ = corpus_windows(whole, tokenizer, corpus_of("unused", max_length=64), 512)
     first = corpus_of("unused", max_length=64, windows=3)
@@ -210,7 +210,7 @@ def test_a_tokenizer_without_bos_and_eos_is_an_error(tiny_base):
         corpus_windows([count("a lamp")], tokenizer, corpus, 512)
 
 
-def test_files_and_rows(tmp_path):
+def test_documents_are_read_from_files_and_rows(tmp_path):
     text = tmp_path / "text.md"
     text.write_text("first\n\nsecond é", encoding="utf-8")
     assert read_corpus(corpus_of(text)) == [Document("first\n\nsecond é", 3, 16)]
@@ -232,14 +232,14 @@ def test_files_and_rows(tmp_path):
         ("rows.jsonl", b'{"a": "x", "b": 2}\n', {"column": "b"}, "column 'b': it is 2"),
     ],
 )
-def test_what_cannot_be_read(tmp_path, name, content, settings, message):
+def test_an_unreadable_corpus_is_an_error(tmp_path, name, content, settings, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"perplexity corpus small: .*{message}"):
         read_corpus(corpus_of(tmp_path / name, **settings))
 
 
-def test_hub_datasets(monkeypatch):
+def test_a_hub_dataset_is_read(monkeypatch):
     rows = [{"page": page} for page in PAGES]
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)

@@ -110,7 +110,7 @@ def test_gate_on_accuracy(accuracy, bleu, passed):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 @pytest.mark.parametrize("which", ["tuned", "quantized"])
-def test_gate_fails_on_what_is_no_number(which, bad):
+def test_gate_fails_on_missing_infinite_and_nan_values(which, bad):
     models = {"tuned": model(), "quantized": model()}
     models[which] = model(perplexity=bad, accuracy=bad)
     result = gate(models, Gate(max_perplexity_increase=1e9, max_accuracy_drop=1e9))
@@ -118,7 +118,7 @@ def test_gate_fails_on_what_is_no_number(which, bad):
     assert not result["passed"]
 
 
-def test_gate_fails_on_what_was_not_measured():
+def test_gate_fails_on_metrics_that_were_not_measured():
     unmeasured = model() | {"perplexity": {}, "tasks": {}}
     limits = Gate(max_perplexity_increase=1.0, max_accuracy_drop=1.0)
     for models in ({"tuned": model(), "quantized": unmeasured}, {"tuned": unmeasured}):
@@ -164,7 +164,7 @@ def test_files_that_are_not_packed_have_a_line_of_their_own(report):
     ]
 
 
-def test_rows(report):
+def test_comparison_rows_have_values_and_changes(report):
     header, rows = comparison_rows(report)
     assert header == ["", "base", "tuned", "quantized", "quantized vs tuned"]
     assert rows == [
@@ -184,7 +184,7 @@ def test_a_paired_change_has_its_own_error(report):
     assert [row[-1] for row in rows[-2:]] == ["-3.0 ± 0.7 points", "-1.5 points"]
 
 
-def test_rows_with_gaps_and_further_models(report):
+def test_comparison_rows_allow_gaps_and_further_models(report):
     report["models"]["gguf"] = {"size_bytes": 93_000_000}
     report["models"]["quantized"] = model(perplexity=2e8) | {"bits_per_weight": None, "tasks": {}}
     report["models"]["base"]["tasks"]["held_out"]["bleu"]["stderr"] = None
@@ -196,7 +196,7 @@ def test_rows_with_gaps_and_further_models(report):
     assert rows[4][1:] == ["3.2", "61.2 ± 1.1", "–", "–", "–"]
 
 
-def test_json_round_trip(report, tmp_path):
+def test_report_json_keeps_every_finite_value(report, tmp_path):
     write_report(report, tmp_path)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert json.loads(text) == report
@@ -228,7 +228,7 @@ def test_markdown_holds_every_number(report, tmp_path):
 
 
 @pytest.mark.plots
-def test_plots(report, tmp_path):
+def test_plots_are_written_and_linked(report, tmp_path):
     write_report(report, tmp_path)
     assert {path.name for path in (tmp_path / "plots").iterdir()} == PLOTS
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -238,7 +238,7 @@ def test_plots(report, tmp_path):
 
 
 @pytest.mark.plots
-def test_plots_without_data_are_neither_there_nor_linked(report, tmp_path):
+def test_plots_without_data_are_neither_written_nor_linked(report, tmp_path):
     write_report(report, tmp_path)
     report["training"] = [{"step": 10, "loss": math.nan}]
     report["layers"] = [{"name": "lm_head", "bits": 4, "group_size": 32, "snr_db": None}]
@@ -248,7 +248,7 @@ def test_plots_without_data_are_neither_there_nor_linked(report, tmp_path):
     assert "plots/" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_only_models_are_needed(report, tmp_path, capsys):
+def test_a_report_needs_nothing_but_models(report, tmp_path, capsys):
     models = {"base": {"size_bytes": 1, "bits_per_weight": 4.0, "perplexity": {}, "tasks": {}}}
     write_report({"models": models}, tmp_path)
     print_table({"models": models})

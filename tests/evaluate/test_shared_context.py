@@ -122,7 +122,7 @@ def test_texts_with_and_without_a_context(both):
     check_equal(ours, theirs)
 
 
-def test_rolling_windows(both):
+def test_rolling_windows_equal_lm_eval(both):
     texts = [(" ".join(CONTEXTS * 3),), ("close the door",)]
     requests = [Instance("loglikelihood_rolling", {}, text, 0) for text in texts]
     theirs, ours = (lm.loglikelihood_rolling(requests, disable_tqdm=True) for lm in both(20))
@@ -149,5 +149,5 @@ def test_bfloat16_stays_near_float32(model, tokenizer):
         assert one.log == pytest.approx(other.log, rel=0.05, abs=0.5)
 
 
-def test_nothing_asked(model):
+def test_no_requests_give_no_answers(model):
     assert log_likelihoods(model, [], 4, "") == []

@@ -66,7 +66,7 @@ def test_commas_at_top_level_split(text, values):
     assert split_values(text) == values
 
 
-def test_points_are_the_product(recipe_file):
+def test_points_are_all_combinations(recipe_file):
     points = read_points(
         recipe_file, ["seed=3", "quantize.bits=8,4", "quantize.method=rtn,gptq", "seed=5"]
     )
@@ -78,7 +78,7 @@ def test_points_are_the_product(recipe_file):
     assert point.settings == {"method": "rtn", "bits": 4, "group_size": 32}
 
 
-def test_further_keys_are_settings_too(recipe_file):
+def test_further_swept_keys_are_settings(recipe_file):
     overrides = ["quantize.scale=max,search", "quantize.calibration.tokens=512"]
     points = read_points(recipe_file, overrides)
     assert [point.settings["scale"] for point in points] == ["max", "search"]
@@ -107,7 +107,7 @@ def test_a_budget_stands_for_its_bits(swept, recipe_file):
         ("bits", "expected key.sub=value"),
     ],
 )
-def test_refused_before_anything_is_loaded(recipe_file, override, message):
+def test_an_invalid_sweep_is_refused_before_anything_is_loaded(recipe_file, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         sweep(recipe_file, ["quantize.method=rtn,gptq", override], "base")
     assert not (recipe_file.parent / "run").exists()
@@ -118,7 +118,7 @@ def test_the_tuned_model_needs_an_adapter(recipe_file):
         sweep(recipe_file, ["quantize.bits=8,4"], "tuned")
 
 
-def test_base_without_adapter(swept, recipe_file, tokenizer, capsys):
+def test_the_base_is_swept_without_an_adapter(swept, recipe_file, tokenizer, capsys):
     report = swept("quantize.bits=8,2", "quantize.method=rtn,gptq", "quantize.head=float")
     float_, *points = report["models"].values()
     assert [list(point["settings"].values()) for point in points] == [
@@ -240,7 +240,7 @@ def report_of(*points: dict, documents: str = "file") -> dict:
 @pytest.mark.plots
 @pytest.mark.parametrize("extreme", [1e12, math.inf, math.nan])
 @pytest.mark.parametrize("accuracy", [0.5, math.nan, None])
-def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accuracy):
+def test_infinite_and_nan_scores_are_drawn_and_printed(tmp_path, capsys, extreme, accuracy):
     report = report_of(
         scored(29.6, 0.7),
         scored(36.0, 0.6, method="rtn", bits=4, group_size=32),
@@ -255,7 +255,7 @@ def test_what_is_not_finite_is_drawn_and_printed(tmp_path, capsys, extreme, accu
     assert point["perplexity"]["text"]["token"] == kept
 
 
-def test_panels_with_nothing_to_show_are_left_out():
+def test_empty_panels_are_left_out():
     from finequant.evaluate.report.sweep_report import draw_sweep
 
     point = {"method": "rtn", "bits": 4, "group_size": 32}
@@ -268,7 +268,7 @@ def test_panels_with_nothing_to_show_are_left_out():
     assert draw_sweep(report_of(scored(math.nan), scored(math.inf, **point))) is None
 
 
-def test_table_of_the_executorch_documentation():
+def test_group_sizes_are_in_a_table_like_executorchs():
     points = [
         scored(10 * size / bits, method=method, bits=bits, group_size=size)
         for method in ("rtn", "gptq")
@@ -289,7 +289,7 @@ def test_table_of_the_executorch_documentation():
     assert "| Tiny-1B, rtn | 876.16 | 6,400.00 | 25,600.00 |" in groupwise_tables(by_words)[0]
 
 
-def test_mean_accuracy_takes_one_metric_a_task():
+def test_mean_accuracy_takes_one_metric_per_task():
     def score(value):
         return {"value": value, "stderr": None, "n": 4}
 

@@ -137,7 +137,7 @@ def test_json_match_names_the_row_of_a_broken_reference():
         score_answers(["NaN"], ["NaN"], ["json_match"])
 
 
-def test_rouge_bleu_and_chrf():
+def test_rouge_bleu_and_chrf_are_scored():
     answers = ["open the red door now please", "close it"]
     references = ["open the red door now please", "close the lamp"]
     scores = score_answers(answers, references, ["rouge", "bleu", "chrf"])
@@ -152,7 +152,7 @@ def test_rouge_bleu_and_chrf():
     assert all(score["stderr"] > 0 and score["n"] == 2 for score in scores.values())
 
 
-def test_changes_are_of_the_same_rows():
+def test_changes_are_paired_by_row():
     references = ["red", "green", "blue", "grey"]
     before, after = ["red", "green", "", "grey"], ["red", "", "blue", ""]
     found = paired_changes(before, after, references, ["exact_match", "bleu", "f1"])
@@ -285,7 +285,7 @@ def small_task_manager(folder: str):
     return TaskManager(include_path=folder, include_defaults=False)
 
 
-def test_a_chat_template_that_is_not_there_is_refused(tokenizer):
+def test_a_task_that_needs_a_missing_chat_template_is_refused(tokenizer):
     task = {"task": "mine", "apply_chat_template": True}
     check_chat_template(Evaluate(tasks=[task]), tokenizer)
     check_chat_template(Evaluate(tasks=["mine"]), SimpleNamespace(chat_template=None))
@@ -294,7 +294,7 @@ def test_a_chat_template_that_is_not_there_is_refused(tokenizer):
 
 
 @pytest.mark.slow
-def test_own_lm_eval_task_equals_lm_evals_own_run(model, tokenizer, task_folder):
+def test_a_users_task_scores_as_in_lm_eval_itself(model, tokenizer, task_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -38,7 +38,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("answer", FORMS)
-def test_the_same_call_in_any_form(answer):
+def test_the_same_call_matches_in_any_form(answer):
     assert score_answers([answer], [BLUE], ["tool_call_match"])["tool_call_match"]["value"] == 1
 
 
@@ -47,7 +47,7 @@ def test_another_answer_is_no_match(answer):
     assert score_answers([answer], [BLUE], ["tool_call_match"])["tool_call_match"]["value"] == 0
 
 
-def test_several_calls_by_answer_and_by_call():
+def test_several_calls_are_scored_by_answer_and_by_call():
     references = [f"{BLUE}\n{RED}", BLUE, "no call", f"{BLUE} {BLUE}"]
     answers = [f"{RED}\n{BLUE}", f"{BLUE}{RED}", RED, BLUE]
     scores = score_answers(answers, references, ["tool_call_match", "tool_call_recall"])
@@ -86,7 +86,7 @@ def prepared(recipe_file, call: str):
     return prepare(recipe, load_splits(recipe.data, recipe.seed), load_tokenizer(recipe.model))
 
 
-def test_each_answer_of_a_row_with_calls_is_asked_for(recipe_file):
+def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
     material = prepared(recipe_file, "<call>{{ call.function | tojson }}</call>")
     decoded = [material.tokenizer.decode(prompt) for prompt in material.prompts]
     assert decoded[0] == "<|im_start|>user\nlight<|im_end|>\n<|im_start|>assistant\n"

@@ -36,7 +36,7 @@ def test_rows_are_as_if_each_were_alone(tiny_base, rows, longest, monkeypatch):
 
 
 @pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
-def test_what_changes_no_prediction_is_left_out(tiny_base, rows, longest, monkeypatch):
+def test_tokens_that_change_no_prediction_are_left_out(tiny_base, rows, longest, monkeypatch):
     """Three of the rows begin alike; another, of another process's share, has no target."""
     monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
     usual = AutoModelForCausalLM.from_pretrained(tiny_base)
@@ -63,7 +63,7 @@ def test_what_changes_no_prediction_is_left_out(tiny_base, rows, longest, monkey
 
 
 @pytest.mark.parametrize("labels", [[-100] * 5, [-100, 1, 2, 3, -100]])
-def test_a_row_alone_shares_nothing(labels):
+def test_a_single_row_shares_no_beginning(labels):
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collate([{"input_ids": [5, 1, 2, 3, 9], "labels": labels}])
     inputs, predicting = attention.condensed(batch, batch["labels"][:, 1:] != -100)

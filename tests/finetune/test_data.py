@@ -88,7 +88,7 @@ def test_every_format_of_every_file_gives_the_same_rows(tmp_path, form, suffix):
     assert notes == [f"rows{suffix}: 2 rows, format {name}"]
 
 
-def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path):
+def test_suffixes_are_case_insensitive(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(0, 1)).rename(tmp_path / "rows.JSONL")
     assert len(load(path).train) == 1
 
@@ -103,7 +103,7 @@ def test_the_input_of_alpaca_follows_its_instruction(tmp_path):
     assert prompts == ["Add.\n\n1 2", "Add.", "Add.", "Add."]
 
 
-def test_several_turns_of_sharegpt(tmp_path):
+def test_several_turns_of_sharegpt_are_read(tmp_path):
     turns = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("user", "c"), ("gpt", "d")]
     row = {"conversations": [{"from": speaker, "value": said} for speaker, said in turns]}
     messages = load(write(tmp_path / "rows.jsonl", [row])).train[0].messages
@@ -118,14 +118,14 @@ def test_several_turns_of_sharegpt(tmp_path):
         {"q": "ask", "a": "say", "messages": "ignored, since the recipe maps others"},
     ],
 )
-def test_mapped_columns(tmp_path, row):
+def test_mapped_columns_are_read(tmp_path, row):
     columns = {"messages": "chat"} if "chat" in row else {"prompt": "q", "completion": "a"}
     path = write(tmp_path / "rows.jsonl", [row])
     (found,) = load(source(path, columns=columns)).train
     assert [message["content"] for message in found.messages] == ["ask", "say"]
 
 
-def test_mapped_templates(tmp_path):
+def test_mapped_templates_are_filled(tmp_path):
     row = {"topic": "sea", "question": "How {deep}?", "answer": 11, "who": "a diver"}
     columns = {
         "prompt": "{topic}\nQuestion: {question}",
@@ -168,13 +168,13 @@ def test_answers_that_json_can_write_become_text(tmp_path, value, text):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, suffix):
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path, suffix):
     path = write(tmp_path / f"rows{suffix}", numbered(0, 2))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [row.messages[0]["content"] for row in load(path).train] == ["ask 0", "ask 1"]
 
 
-def test_blank_lines_do_not_move_the_places(tmp_path):
+def test_blank_lines_do_not_shift_line_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n')
     (tmp_path / "b.csv").write_text('\ntext\n\n"o\nne"\n\ntwo\n')
     train = load([source(tmp_path / "a.jsonl"), source(tmp_path / "b.csv")]).train
@@ -183,7 +183,7 @@ def test_blank_lines_do_not_move_the_places(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_a_row_of_a_million_characters(tmp_path, suffix):
+def test_a_row_of_a_million_characters_is_read(tmp_path, suffix):
     path = write(tmp_path / f"rows{suffix}", [{"prompt": "ask", "completion": "long " * 200_000}])
     assert len(load(path).train[0].messages[1]["content"]) == 1_000_000
 
@@ -200,7 +200,7 @@ def test_weights_repeat_or_thin_out(tmp_path, weight, most, least):
     assert min(times[f"rows.jsonl:{line}"] for line in range(1, 21)) == least
 
 
-def test_a_fraction_on_top_of_a_whole_weight(tmp_path):
+def test_a_weight_of_more_than_one_repeats_and_samples(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(0, 20))
     splits = load(source(path, weight=2.5))
     assert sorted(Counter(wheres(splits.train)).values()) == [2] * 10 + [3] * 10
@@ -208,7 +208,7 @@ def test_a_fraction_on_top_of_a_whole_weight(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"limit": 10}, {"weight": 0.5}, {"weight": 2.5}])
-def test_what_is_picked_depends_on_the_seed_alone(tmp_path, settings):
+def test_picked_rows_depend_only_on_the_seed(tmp_path, settings):
     path = write(tmp_path / "rows.jsonl", numbered(0, 40))
     picks = [load(source(path, **settings), seed=seed).train for seed in (1, 1, 2)]
     assert picks[0] == picks[1]
@@ -231,7 +231,7 @@ def test_every_source_has_its_own_limit_weight_and_format(tmp_path):
     ]
 
 
-def test_splits_are_disjoint_and_depend_on_the_seed_alone(tmp_path):
+def test_splits_are_disjoint_and_depend_only_on_the_seed(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(0, 100))
     first, again, other = (
         load(path, validation_fraction=0.1, test_fraction=0.2, seed=seed) for seed in (1, 1, 2)
@@ -244,7 +244,7 @@ def test_splits_are_disjoint_and_depend_on_the_seed_alone(tmp_path):
     assert len({row.where for rows in first[:3] for row in rows}) == 100
 
 
-def test_repetitions_stay_on_one_side(tmp_path):
+def test_repeated_rows_stay_in_one_split(tmp_path):
     rows = numbered(0, 20) + [{"prompt": f"  ask   {n}\n", "completion": "x"} for n in range(20)]
     splits = load(write(tmp_path / "rows.jsonl", rows), validation_fraction=0.3)
     assert [len(rows) for rows in splits[:2]] == [28, 12]
@@ -253,7 +253,7 @@ def test_repetitions_stay_on_one_side(tmp_path):
     }
 
 
-def test_weights_are_for_training_not_for_what_is_split_off(tmp_path):
+def test_weights_apply_to_training_not_to_rows_that_are_split_off(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(0, 20))
     splits = load(source(path, weight=3), validation_fraction=0.1, duplicates="drop")
     assert set(Counter(wheres(splits.train)).values()) == {3}
@@ -269,7 +269,7 @@ def test_a_given_split_is_not_split_off(tmp_path):
 
 
 @pytest.mark.parametrize("held_out", ["validation", "test"])
-def test_shared_rows_are_an_error_that_names_both_places(tmp_path, held_out):
+def test_shared_rows_are_an_error_that_names_both_locations(tmp_path, held_out):
     train = write(tmp_path / "train.jsonl", numbered(0, 20))
     rows = numbered(50, 55) + [{"prompt": "ask\n 7", "completion": "another answer"}]
     held = write(tmp_path / "held.csv", rows)
@@ -519,7 +519,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_told_what_where_and_how_to_go_on(tmp_path, name):
+def test_messages_on_broken_files_say_what_where_and_how_to_go_on(tmp_path, name):
     file, content, expected = BROKEN[name]
     path = make_broken(tmp_path / file, content)
     with pytest.raises(UserError) as error:
@@ -537,7 +537,7 @@ def make_broken(path: Path, content: str | bytes | None) -> Path:
     return path
 
 
-def test_a_file_that_is_gone(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl: cannot be read: No such file"):
         read_rows(tmp_path / "rows.jsonl")
 
@@ -548,7 +548,7 @@ def test_a_text_file_is_one_row(tmp_path):
     assert row == ("book.txt", {"text": "\n = Title = \n\n Words.\n"})
 
 
-def test_a_parquet_file_with_values_that_are_no_text(tmp_path):
+def test_parquet_values_that_are_not_text_are_refused(tmp_path):
     import datetime
 
     for value in (datetime.date(2026, 1, 2), b"bytes", float("nan")):
@@ -567,14 +567,14 @@ def test_a_parquet_file_with_values_that_are_no_text(tmp_path):
         ({"text": "x"}, "rows.jsonl:1: no column x; the columns are q, a"),
     ],
 )
-def test_a_mapped_column_that_does_not_exist(tmp_path, columns, message):
+def test_a_mapped_column_that_does_not_exist_is_named(tmp_path, columns, message):
     path = write(tmp_path / "rows.jsonl", [{"q": "ask", "a": "say"}])
     with pytest.raises(UserError) as error:
         load(source(path, columns=columns))
     assert message in str(error.value)
 
 
-def test_a_dataset_that_cannot_be_loaded(monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as error:
         load("finequant/no-such-dataset")
@@ -582,7 +582,7 @@ def test_a_dataset_that_cannot_be_loaded(monkeypatch):
     assert "check its id, name, split and revision" in str(error.value)
 
 
-def test_a_dataset_of_the_hub(monkeypatch):
+def test_a_dataset_of_the_hub_is_read(monkeypatch):
     import datasets
 
     def load_dataset(path, name, *, split, revision, streaming):

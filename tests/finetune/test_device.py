@@ -54,7 +54,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(hardware):
         training_precision("bf16")
 
 
-def test_a_gpu_that_is_to_be_left_alone_decides_nothing(hardware, monkeypatch):
+def test_an_unused_gpu_does_not_decide_the_precision(hardware, monkeypatch):
     """accelerate's `use_cpu: true`, of recipes/accelerate/cpu.yaml."""
     hardware(gpu=True, cpu=("avx512_f",))
     assert not trains_on_cpu()
@@ -71,14 +71,14 @@ def test_other_gpus_compute_in_bf16(hardware, monkeypatch):
     assert training_precision("auto") == (torch.bfloat16, "this GPU (mps) computes in bf16")
 
 
-def test_precision_of_the_machine_that_tests_run_on():
+def test_this_machines_precision_is_known():
     dtype, reason = training_precision("auto")
     assert dtype in (torch.bfloat16, torch.float32)
     assert reason.endswith(" in bf16")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_every_stage_is_told_of_the_same_accelerator(hardware, monkeypatch, kind):
+def test_every_stage_uses_the_same_accelerator(hardware, monkeypatch, kind):
     hardware(gpu=True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -99,7 +99,7 @@ def test_models_compute_in_float32_where_bf16_is_emulated(hardware):
 
 @pytest.mark.parametrize("cpu", [(), ("amx_bf16",)], ids=["emulated", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_product_is_torchs(hardware, cpu, dtype):
+def test_products_equal_torchs(hardware, cpu, dtype):
     hardware(gpu=None, cpu=cpu)
     rows, weight = torch.randn(2, 5, 64, dtype=dtype), torch.randn(64, 32, dtype=dtype)
     torch.testing.assert_close(product(rows, weight), rows @ weight)

@@ -12,7 +12,7 @@ from finequant.recipes.errors import UserError
 @pytest.mark.parametrize(
     ("gpu", "reason"), [(False, "there is no CUDA GPU"), (True, "not installed: pip install")]
 )
-def test_liger_that_is_not_there_is_refused_only_if_it_was_asked_for(monkeypatch, gpu, reason):
+def test_missing_liger_is_refused_only_if_the_recipe_asks_for_it(monkeypatch, gpu, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"train.kernels: liger: {reason}"):

@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_peft(tiny_base, rank_stabilized):
 
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_what_the_product_does_not_cover_stays_with_peft(tiny_base, changes):
+def test_layers_beyond_the_fused_product_stay_pefts(tiny_base, changes):
     model = lora_model(tiny_base, **changes)
     fuse(model)
     assert not fused_layers(model)

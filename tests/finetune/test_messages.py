@@ -36,7 +36,7 @@ GOOD = chat("u ask", "a say")
 # Columns beside the turns
 
 
-def test_system_and_history_of_alpaca(tmp_path):
+def test_system_and_history_of_alpaca_are_turns(tmp_path):
     row = {"instruction": "c", "output": "d", "system": "Be brief.", "history": [["a", "b"]]}
     splits = load(tmp_path, [row, {**row, "system": "", "history": []}], system="Default.")
     assert said(splits) == [
@@ -52,14 +52,14 @@ def test_system_and_history_of_alpaca(tmp_path):
 
 
 @pytest.mark.parametrize("history", [[["a"]], ["ab"], {"a": "b"}, [["a", None]]])
-def test_a_history_that_is_none(tmp_path, history):
+def test_an_invalid_history_is_refused(tmp_path, history):
     row = {"instruction": "c", "output": "d", "history": history}
     with pytest.raises(UserError, match="rows.jsonl:1: history: expected pairs of question and"):
         load(tmp_path, [row])
 
 
 @pytest.mark.parametrize("answer", ["output", "response"])
-def test_the_context_of_an_instruction(tmp_path, answer):
+def test_the_context_of_an_instruction_is_read(tmp_path, answer):
     row = {"instruction": "Who?", "context": "It is Ann's.", answer: "Ann", "category": "qa"}
     splits = load(tmp_path, [row])
     assert said(splits) == ["user: Who?\n\nIt is Ann's.", "assistant: Ann"]
@@ -129,7 +129,7 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
         ({"weight": 0}, "no answer to learn: all have weight 0 or train false"),
     ],
 )
-def test_a_weight_that_cannot_be_kept(tmp_path, flag, message):
+def test_an_unsupported_weight_is_refused(tmp_path, flag, message):
     row = chat("u ask", "a say")
     row["messages"][1] |= flag
     with pytest.raises(UserError, match=f"rows.jsonl:1: .*{message}"):
@@ -161,7 +161,7 @@ def test_a_weight_or_label_of_another_kind_is_named(tmp_path):
         {**chat("u a"), "chosen": {"role": "assistant", "content": "b"}, "rejected": {}},
     ],
 )
-def test_pairs_of_preference_are_refused_by_name(tmp_path, row):
+def test_preference_pairs_are_refused_by_name(tmp_path, row):
     with pytest.raises(
         UserError, match=r"pairs of preference \(chosen, rejected\) are not learned"
     ):
@@ -231,7 +231,7 @@ BEYOND_REPAIR = {
 
 
 @pytest.mark.parametrize("name", REPAIRED)
-def test_repair(tmp_path, name):
+def test_repair_mends_turns_and_notes_how(tmp_path, name):
     turns, expected, what = REPAIRED[name]
     rows = [GOOD, chat(*turns)]
     with pytest.raises(UserError, match="rows.jsonl:2: "):
@@ -246,7 +246,7 @@ def test_repair(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BEYOND_REPAIR)
-def test_what_cannot_be_repaired_is_dropped_and_named(tmp_path, name):
+def test_rows_beyond_repair_are_dropped_and_named(tmp_path, name):
     splits = load(tmp_path, [GOOD, BEYOND_REPAIR[name]], bad_rows="repair")
     assert [row.where for row in splits.train] == ["rows.jsonl:1"]
     assert any("bad rows dropped: 1" in note and "rows.jsonl:2" in note for note in splits.notes)
@@ -288,7 +288,7 @@ def test_rows_with_the_same_mistake_are_one_line(tmp_path):
         load(tmp_path, rows[:1] * 25, columns={"prompt": "qestion", "completion": "answer"})
 
 
-def test_a_source_without_a_single_good_row(tmp_path):
+def test_a_source_without_a_single_good_row_is_an_error(tmp_path):
     with pytest.raises(UserError, match="(?s)no rows are left to train on.*: bad rows dropped: 2"):
         load(tmp_path, [chat("u 1"), chat("u 2")], bad_rows="drop")
 
@@ -317,7 +317,7 @@ def test_answers_to_one_prompt_stay_on_one_side(tmp_path):
     assert {r.prompt_key for r in by_row.train} & {r.prompt_key for r in by_row.validation}
 
 
-def test_a_test_file_of_the_same_prompt(tmp_path):
+def test_a_test_file_may_share_prompts_but_not_rows(tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(row) + "\n" for row in jokes(70)[60:]))
     assert len(load(tmp_path, jokes(60), test=str(held)).test) == 10

@@ -236,7 +236,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_whole_llama_is_refused(llama, change, words):
+def test_a_damaged_or_foreign_base_is_refused(llama, change, words):
     folder = llama("base", max_shard_size="50KB")
     load(folder)
     change(folder)
@@ -318,7 +318,7 @@ NO_BASE = {
 
 
 @pytest.mark.parametrize(("base", "words"), NO_BASE.items(), ids=NO_BASE)
-def test_names_that_lead_to_no_model(base, words):
+def test_names_that_lead_to_no_model_are_refused(base, words):
     for loader in (load, lambda name: locate_base(Model(base=name))):
         message = refusal(base, loader)
         assert words in message
@@ -349,7 +349,7 @@ def test_a_hub_id_that_is_also_a_folder_here_is_refused(tmp_path, monkeypatch):
     assert "the folder here or the model on the Hub?" in refusal("acme/llama")
 
 
-def test_offline_and_not_in_the_cache():
+def test_a_base_that_is_not_cached_is_refused_offline():
     message = refusal("acme/never-downloaded")
     assert "acme/never-downloaded (revision main)" in message
     assert "not in the cache" in message
@@ -359,7 +359,7 @@ def test_offline_and_not_in_the_cache():
 # Tokenizers
 
 
-def test_chat_template_of_the_base_from_text_and_from_a_file(tiny_base, tmp_path):
+def test_chat_templates_come_from_the_base_from_text_or_from_a_file(tiny_base, tmp_path):
     own = load_tokenizer(Model(base=str(tiny_base)))
     assert "<|im_start|>" in own.chat_template
     text = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
@@ -378,7 +378,7 @@ def test_chat_template_of_the_base_from_text_and_from_a_file(tiny_base, tmp_path
         (None, False, "<|im_end|>"),
     ],
 )
-def test_padding_token(llama, tokenizer, pad, reserved, expected):
+def test_the_padding_token_is_chosen(llama, tokenizer, pad, reserved, expected):
     folder = llama("base", vocab_size=400)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = pad
@@ -404,7 +404,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, tokenizer):
 
 
 @pytest.mark.parametrize("content", [None, b"{"])
-def test_a_tokenizer_that_cannot_be_read(llama, content):
+def test_an_unreadable_tokenizer_is_refused(llama, content):
     folder = llama("base")
     replace("tokenizer.json", content)(folder)
     message = refusal(folder, lambda base: load_tokenizer(Model(base=str(base))))
@@ -414,7 +414,7 @@ def test_a_tokenizer_that_cannot_be_read(llama, content):
 # LoRA and precision
 
 
-def test_lora_in_the_words_of_peft(tiny_base):
+def test_lora_keys_become_pefts_settings(tiny_base):
     section = Lora(rank=4, alpha=6, dropout=0.1, use_rslora=True)
     config = lora_config(section, load(tiny_base))
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.1)
@@ -425,7 +425,7 @@ def test_lora_in_the_words_of_peft(tiny_base):
 @pytest.mark.parametrize(
     "targets", [["q_proj"], ["q_proj", "down_proj"], ["self_attn.q_proj"], ["layers.1.mlp.up_proj"]]
 )
-def test_lora_on_chosen_layers(tiny_base, targets):
+def test_lora_targets_chosen_layers(tiny_base, targets):
     from peft import get_peft_model
 
     base = load(tiny_base)
@@ -445,12 +445,12 @@ def test_unknown_lora_targets_are_named(tiny_base, name):
     assert message.endswith("down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
 
 
-def test_lora_on_the_head_is_refused_for_what_it_is(tiny_base):
+def test_lora_on_the_head_is_refused(tiny_base):
     with pytest.raises(UserError, match=r"lora\.target_modules: lm_head, the head, takes no LoRA"):
         lora_config(Lora(target_modules=["q_proj", "lm_head"]), load(tiny_base))
 
 
-def test_gathered_weights_are_what_is_saved(tiny_base, tmp_path):
+def test_gathered_weights_are_saved_in_place_of_the_models(tiny_base, tmp_path):
     from peft import get_peft_model
     from safetensors.torch import load_file
 

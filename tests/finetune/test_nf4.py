@@ -78,9 +78,7 @@ def test_a_base_in_nf4_does_not_keep_its_files_mapped(recipe_file, llama):
 
 @pytest.mark.parametrize("load", ["float", "nf4"])
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_numbers_that_are_none_are_refused_however_the_base_is_held(
-    recipe_file, llama, load, number
-):
+def test_infinite_and_nan_weights_are_refused_in_float_and_nf4(recipe_file, llama, load, number):
     """Packed weights are integers, which are always finite."""
     from safetensors.torch import load_file, save_file
 
@@ -106,7 +104,7 @@ def _held(recipe):
         ("lora.rank=4", False, False, r"pip install 'finequant\[nf4\]'"),
     ],
 )
-def test_what_nf4_cannot_do_is_refused(
+def test_settings_that_nf4_does_not_support_are_refused(
     recipe_file, monkeypatch, override, sharded, installed, message
 ):
     if sharded:
@@ -122,7 +120,7 @@ def test_what_nf4_cannot_do_is_refused(
         check_nf4(load_recipe(recipe_file, [override, "model.load=nf4"]))
 
 
-def test_another_way_to_hold_the_base_leaves_its_measurements(recipe_file):
+def test_changing_model_load_keeps_the_bases_measurements(recipe_file):
     from finequant.recipes.rundir import RunDir
 
     recipes = [load_recipe(recipe_file, [f"model.load={load}"]) for load in ("float", "nf4")]

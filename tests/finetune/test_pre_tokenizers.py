@@ -121,14 +121,14 @@ def test_ids_are_those_of_the_tokenizer_that_the_file_was_made_from(from_gguf, t
         assert loaded.decode(loaded(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_a_pre_tokenizer_that_is_not_known_is_refused_by_name(from_gguf):
+def test_an_unknown_pre_tokenizer_is_refused_by_name(from_gguf):
     original = trained("gpt-2")
     with pytest.raises(UserError, match="model.base: .*model.gguf.*'jabberwocky'.*safetensors"):
         from_gguf(original, "jabberwocky")
 
 
 @pytest.mark.parametrize("pre", ["default", None])
-def test_a_file_that_names_none_is_cut_as_llama_cpp_does(from_gguf, pre):
+def test_a_file_without_a_pre_tokenizer_is_split_as_llama_cpp_does(from_gguf, pre):
     loaded = from_gguf(trained("gpt-2"), pre)
     words = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x12345.5 = (a)\n\n3")
     assert [word for word, _ in words] == [

@@ -54,7 +54,7 @@ def test_rows_are_read_once_and_are_those_of_the_sources(recipe, unread):
     assert prepared_splits(recipe) == expected
 
 
-def test_keys_that_decide_tokens_alone_leave_the_rows(recipe_file, recipe, unread):
+def test_keys_that_affect_only_tokens_keep_the_rows(recipe_file, recipe, unread):
     prepared_splits(recipe)
     unread()
     prepared_splits(load_recipe(recipe_file, ["data.max_length=20", "data.loss_on=all"]))
@@ -68,7 +68,7 @@ def test_another_recipe_reads_again(recipe_file, recipe, unread, change):
         prepared_splits(load_recipe(recipe_file, [change, "data.validation=[]"]))
 
 
-def test_another_content_reads_again(recipe_file, recipe):
+def test_changed_files_are_read_again(recipe_file, recipe):
     before = prepared_splits(recipe)
     file = recipe_file.parent / "train.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
@@ -82,7 +82,7 @@ def test_a_damaged_table_is_made_again(recipe):
     assert prepared_splits(recipe).train == before
 
 
-def test_a_folder_that_cannot_be_made_is_done_without(recipe, tmp_path):
+def test_rows_are_read_even_if_no_folder_can_be_made(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     elsewhere = recipe.model_copy(update={"output_dir": str(tmp_path / "file" / "run")})
     assert prepared_splits(elsewhere).train == load_splits(recipe.data, recipe.seed).train
@@ -167,7 +167,7 @@ def test_a_row_is_the_same_after_it_was_stored(row):
     assert Rows.of([row, row])[1:] == [row]
 
 
-def test_what_json_cannot_hold_is_a_bad_row():
+def test_a_row_that_json_cannot_hold_is_a_bad_row():
     call = {"function": {"name": "book", "arguments": {"on": date(2026, 1, 2)}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     with pytest.raises(BadRowError, match="rows.parquet\\[4\\]: date datetime.date.*as text"):
@@ -185,7 +185,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_near_duplicates(name):
+def test_near_duplicates_are_named(name):
     one, other, alike = PAIRS[name]
     train = Rows.of([asked("something else", "ok"), asked(one, "ok", where="train:2")])
     test = Rows.of([asked(other, "ok", where="test:1")])
@@ -195,7 +195,7 @@ def test_near_duplicates(name):
 @pytest.mark.parametrize(
     ("answers", "count"), [(["a", "b"], 1), (["a", " a "], 0), (["a", "a", "b", "c"], 1)]
 )
-def test_prompts_with_several_answers(answers, count):
+def test_prompts_with_several_answers_are_counted(answers, count):
     rows = Rows.of([*(asked("ask", answer) for answer in answers), asked("other", "a")])
     assert prompts_with_several_answers(rows) == count
 

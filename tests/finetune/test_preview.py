@@ -64,13 +64,13 @@ def test_a_long_row_is_shown_as_it_is(recipe_file, capsys, monkeypatch):
     assert f"<|im_start|>assistant\n{answer}<|im_end|>" in printed
 
 
-def test_a_name_that_looks_like_markup(recipe_file, capsys):
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(recipe_file, capsys):
     write(recipe_file.parent / "a[red]b.jsonl", [{"prompt": "ask", "completion": "say"}] * 2)
     printed = shown(recipe_file, capsys, "data.train=a[red]b.jsonl", rows=1)
     assert "── a[red]b.jsonl:1 ──" in printed
 
 
-def test_statistics(recipe_file, capsys, tokenizer):
+def test_statistics_are_exact(recipe_file, capsys, tokenizer):
     answers = ["ok", "ok " * 5, "ok " * 9, "ok " * 60]
     rows = [{"prompt": f"open {n}", "completion": said} for n, said in enumerate(answers)]
     repeated = [{"prompt": " open  0", "completion": "ok"}]
@@ -108,7 +108,7 @@ def test_statistics(recipe_file, capsys, tokenizer):
     assert cells(printed, "validation")[:3] == ["validation", "8", "0"]
 
 
-def test_a_weight_is_no_repetition(recipe_file, capsys):
+def test_a_weight_is_not_counted_as_repetition(recipe_file, capsys):
     train = json.dumps([{"source": "train.jsonl", "weight": 3, "limit": 5}])
     printed = shown(recipe_file, capsys, f"data.train={train}")
     assert cells(printed, "train")[:3] == ["train", "15", "0"]
@@ -128,7 +128,7 @@ def test_the_table_fits_a_narrow_terminal(recipe_file, capsys, monkeypatch):
     assert cells(shown(recipe_file, capsys), "split") == [*HEADINGS, "over 128"]
 
 
-def test_learned_tokens_alone_are_green(tokenizer):
+def test_only_target_tokens_are_green(tokenizer):
     turns = [("user", "où?"), ("assistant", "là ✓ 🌊"), ("user", "a"), ("assistant", "b")]
     row = Row("rows.jsonl:1", tuple({"role": role, "content": said} for role, said in turns))
     text = _colored(encode(row, tokenizer, Data(train="rows.jsonl")), tokenizer)

@@ -77,7 +77,7 @@ def rows_of(path: Path, split: str = "train") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_shape_gives_the_same_rows(tmp_path, name):
+def test_every_file_format_gives_the_same_rows(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     assert rows_of(tmp_path / name) == ROWS
 
@@ -117,7 +117,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_gives_the_same_rows(tmp_path, kind):
+def test_every_kind_of_folder_gives_the_same_rows(tmp_path, kind):
     FOLDERS[kind](tmp_path / "my rows")
     assert rows_of(tmp_path / "my rows") == ROWS
 
@@ -132,7 +132,7 @@ def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["my shards/*.jsonl", "./my shards/part-?.jsonl", "my shards"])
-def test_a_pattern_in_a_recipe(tmp_path, tiny_base, written):
+def test_a_pattern_in_a_recipe_is_expanded(tmp_path, tiny_base, written):
     shards = tmp_path / "my shards"
     shards.mkdir()
     for number, row in enumerate(ROWS):
@@ -172,19 +172,19 @@ def test_lines_of_parallel_files_are_rows(tmp_path, tiny_base):
         ({"en": "a\n", "de": ""}, "pairs.de.gz: no rows in this file"),
     ],
 )
-def test_parallel_files_that_do_not_belong_together(tmp_path, texts, message):
+def test_parallel_files_that_do_not_match_are_refused(tmp_path, texts, message):
     with pytest.raises(UserError, match=message):
         rows_of(parallel(tmp_path, **texts))
 
 
-def test_a_pattern_that_matches_nothing(tmp_path, tiny_base):
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path, tiny_base):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: a\nmodel: {{base: {tiny_base}}}\ndata: {{train: ./no/*.parquet}}\n")
     with pytest.raises(UserError, match=r"data.train: no such file or folder: ./no/\*.parquet"):
         load_recipe(recipe)
 
 
-def test_what_a_pattern_matches_decides_whether_training_is_up_to_date(recipe_file):
+def test_a_new_match_of_a_pattern_makes_training_stale(recipe_file):
     from finequant.recipes.stages import recipe_inputs
 
     (recipe_file.parent / "s").mkdir()
@@ -221,7 +221,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_the_true_cause_is_named(tmp_path, name):
+def test_the_true_cause_of_an_unreadable_file_is_named(tmp_path, name):
     content, expected = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -255,7 +255,7 @@ NESTED = {
         ("answers.text", '["in 1999", "1999"]'),
     ],
 )
-def test_fields_inside_a_column(tmp_path, path, text):
+def test_fields_inside_a_column_are_read(tmp_path, path, text):
     cells = {
         name: json.dumps(v) if isinstance(v, (dict, list)) else v for name, v in NESTED.items()
     }
@@ -276,7 +276,7 @@ def test_fields_inside_a_column(tmp_path, path, text):
         ("answer.text", "rows.jsonl:1: no column answer.text; the columns are id, answers"),
     ],
 )
-def test_a_field_that_is_not_there(tmp_path, path, message):
+def test_a_missing_field_is_named(tmp_path, path, message):
     (tmp_path / "rows.jsonl").write_text(json.dumps(NESTED))
     columns = {"prompt": "id", "completion": path}
     source = {"source": str(tmp_path / "rows.jsonl"), "columns": columns}

@@ -161,7 +161,7 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_right_row_is_read_and_the_wrong_one_is_named(name):
+def test_the_good_row_is_read_and_the_faulty_one_is_named(name):
     columns, right, wrong, message = PAIRS[name]
     reader = RowReader(Source(source="/rows.jsonl", columns=columns), Data(train="/rows.jsonl"))
     row = reader.read("rows.jsonl:1", right)

@@ -99,7 +99,7 @@ ENDS = (
         ("evaluated", "evaluate: base: measured before, unchanged"),
     ],
 )
-def test_a_process_that_is_killed_ends_the_others_with_a_line(folder, processes, stage, resumed):
+def test_a_killed_process_ends_the_others_with_one_line(folder, processes, stage, resumed):
     """The same command goes on, and ends with what the other tests expect."""
     name = f"{stage} by {processes}"
     texts = [(folder / f"{name}, killed-{rank}.txt").read_text() for rank in range(processes)]
@@ -361,7 +361,7 @@ def test_fsdp_shards_codes_that_only_the_first_process_loads(folder):
         assert second["loaded"] < 0.2 * second["whole"]  # what learns, and the norms
 
 
-def test_what_cannot_be_quantized_ends_both_processes(folder):
+def test_an_error_in_quantizing_ends_both_processes(folder):
     codes, (said, other) = results(folder, "groups that do not fit")
     assert codes == [2, 2]
     assert "error: quantize.group_size: 80 does not divide the input features" in said

@@ -86,7 +86,7 @@ def test_columns_and_task_are_guessed(tmp_path, kind):
     assert (asked[0]["content"], asked[1].get("content")) == (question, answer)
 
 
-def test_a_table_with_test_rows_of_its_own(tmp_path):
+def test_a_table_with_test_rows_gives_both_splits(tmp_path):
     for name in ("train", "test"):
         with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -102,7 +102,7 @@ def test_a_table_with_test_rows_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "effort"), [("cuda", "best"), ("cpu", "balanced")])
-def test_a_gpu_has_time_for_the_best(tmp_path, monkeypatch, kind, effort):
+def test_a_gpu_makes_effort_best(tmp_path, monkeypatch, kind, effort):
     monkeypatch.setattr(starter, "device", lambda: torch.device(kind))
     (tmp_path / "rows.txt").write_text("a text")
     write_recipe(tmp_path / "rows.txt", None, None, None, tmp_path / "mine.yaml")
@@ -110,7 +110,7 @@ def test_a_gpu_has_time_for_the_best(tmp_path, monkeypatch, kind, effort):
     assert calibration == Quantize(effort=effort).calibration
 
 
-def test_columns_can_be_said_and_odd_names_make_a_valid_recipe(tmp_path):
+def test_columns_can_be_given_and_odd_names_make_a_valid_recipe(tmp_path):
     rows = [{"translation": {"en": f"house {n}", "de": f"Haus {n}"}} for n in range(20)]
     file = tmp_path / "2024-05-01 pairs: new.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
@@ -127,7 +127,7 @@ def test_columns_can_be_said_and_odd_names_make_a_valid_recipe(tmp_path):
     assert load_splits(recipe.data, 0).train[0].messages[1]["content"] == "house 0"
 
 
-def test_what_cannot_be_told_is_asked_for_and_nothing_is_overwritten(tmp_path):
+def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": "1", "b": "2"}\n', encoding="utf-8")
     with pytest.raises(
@@ -148,7 +148,7 @@ def test_held_out_rows_may_have_other_columns(tmp_path):
     assert recipe.data.test[0].columns == {"prompt": "dialogue", "completion": "summary1"}
 
 
-def test_two_languages_line_by_line_are_two_files(tmp_path):
+def test_parallel_files_of_two_languages_make_a_recipe(tmp_path):
     for name, text in (("train.en", "a dog"), ("train.de", "ein Hund")):
         (tmp_path / name).write_text(text + "\n")
     with pytest.raises(UserError, match=r"line by line: train\.\{de,en\}$"):

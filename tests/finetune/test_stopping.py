@@ -93,7 +93,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
-def test_a_signal_saves_the_very_step(recipe_file):
+def test_a_signal_saves_the_current_step(recipe_file):
     """Also where no checkpoint is due before the end of an epoch."""
     process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
     assert any("validation loss" in line for line in process.stderr)  # after an epoch of 6 steps
@@ -118,7 +118,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_checkpoint_that_is_not_whole_is_not_taken(recipe_file, undisturbed, capsys, damage):
+def test_an_incomplete_checkpoint_is_not_resumed(recipe_file, undisturbed, capsys, damage):
     steps = ["train.max_steps=9", "train.save_steps=3", "train.save_total_limit=9"]
     whole, expected = undisturbed(*steps)
     run = shutil.copytree(whole, recipe_file.parent / "run")
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(recipe_file, undisturbed, c
     assert f"going on from {run / 'checkpoints' / 'checkpoint-6'}" in said
 
 
-def test_of_two_checkpoints_the_older_goes_once_the_newer_is_whole(recipe_file):
+def test_the_older_of_two_checkpoints_goes_once_the_newer_is_complete(recipe_file):
     train(recipe_file, "train.max_steps=9", "train.save_steps=2", "train.save_total_limit=1")
     (last,) = checkpoints(recipe_file)
     assert last.name == "checkpoint-9"
@@ -146,7 +146,7 @@ def test_a_finished_phase_that_was_altered_is_trained_again(recipe_file, undistu
     assert train(recipe_file) == expected
 
 
-def test_a_folder_called_checkpoints_that_is_not_ours_is_kept(recipe_file):
+def test_a_users_folder_called_checkpoints_is_kept(recipe_file):
     mine = recipe_file.parent / "run" / "checkpoints" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine", encoding="utf-8")
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_ends_at_its_step(recipe_file, capsys):
     assert "no checkpoint was made yet" in said
 
 
-def test_numbers_of_the_base_that_are_none(recipe_file, llama, capsys):
+def test_infinite_and_nan_weights_of_the_base_are_refused(recipe_file, llama, capsys):
     from safetensors.torch import load_file, save_file
 
     for number, name in ((float("nan"), "one"), (float("inf"), "two")):

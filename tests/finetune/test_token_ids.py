@@ -118,7 +118,7 @@ def test_a_prompt_that_ends_in_a_space_keeps_it_whatever_the_offsets_say(tokeniz
     assert spaced.decode(learned(encoded)) == f"red{spaced.eos_token}"
 
 
-def test_a_text_has_one_bos_and_one_eos(kind):
+def test_a_text_gets_one_bos_and_one_eos(kind):
     bos, eos = kind.bos_token, kind.eos_token
     expected = kind("open the door")["input_ids"]
     expected = [*expected, kind.eos_token_id]
@@ -157,7 +157,7 @@ class WithoutOffsets:
         return self._tokenizer(text, **options)
 
 
-def test_without_offsets_answers_are_tokenized_apart_and_that_is_said(tokenizer, capsys):
+def test_without_offsets_answers_are_tokenized_apart_with_a_note(tokenizer, capsys):
     slow = WithoutOffsets(tokenizer)
     dataset = to_dataset([CONVERSATION], slow, DATA)
     assert "this tokenizer gives no offsets" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def llama_3(tokenizer):
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_answers_and_their_end_are_learned_and_nothing_else(tokenizer, name):
+def test_answers_and_their_ends_are_the_only_targets(tokenizer, name):
     row = conversation(*CONVERSATIONS[name])
     encoded = encode(row, tokenizer, settings())
     answers = [turn["content"] for turn in row.messages if turn["role"] == "assistant"]
@@ -112,13 +112,13 @@ def test_the_prompt_ends_where_the_last_answer_begins(tokenizer, name):
     assert encode_prompt(row, tokenizer, settings()) == encoded.input_ids[:start]
 
 
-def test_the_loss_can_be_on_all(tokenizer):
+def test_all_tokens_can_be_targets(tokenizer):
     encoded = encode(conversation("open", "ok"), tokenizer, settings(loss_on="all"))
     assert encoded.labels == encoded.input_ids
     assert encoded.input_ids == encode(conversation("open", "ok"), tokenizer, settings())[0]
 
 
-def test_raw_text_is_learned_to_its_end(tokenizer):
+def test_raw_text_is_a_target_to_its_end(tokenizer):
     row = Row("rows.jsonl:1", text="open the red door")
     encoded = encode(row, tokenizer, settings())
     assert learned_texts(encoded, tokenizer) == ["open the red door" + END]
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_adds_bos_does_not_double_it(tokenizer):
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_llama_3_template(llama_3):
+def test_the_llama_3_template_has_its_targets(llama_3):
     row = conversation("Be brief.", "open", "ok", "close", " ok ")
     encoded = encode(row, llama_3, settings())
     assert learned_texts(encoded, llama_3) == ["ok<|eot_id|>", "ok<|eot_id|>"]
@@ -213,7 +213,7 @@ def test_long_texts_are_split_and_no_token_is_lost(tokenizer):
     assert all(len(piece) == 16 for piece in pieces[:-1])
 
 
-def test_a_row_just_as_long_as_allowed_is_whole(tokenizer):
+def test_a_row_of_the_maximum_length_is_kept_whole(tokenizer):
     most = encode(ROWS[1], tokenizer, settings()).full_length
     for policy in ("drop", "error"):
         data = settings(max_length=most, long_rows=policy)
@@ -225,7 +225,7 @@ def test_dropping_every_row_is_an_error(tokenizer):
         to_dataset(ROWS, tokenizer, settings(max_length=4, long_rows="drop"))
 
 
-def test_a_row_with_nothing_left_to_learn_is_named(tokenizer):
+def test_a_row_without_target_tokens_is_named(tokenizer):
     long = Row("rows.jsonl:8", conversation("open " * 40, "ok").messages)
     with pytest.raises(UserError) as error:
         to_dataset([ROWS[0], long], tokenizer, settings(max_length=30))
@@ -234,7 +234,7 @@ def test_a_row_with_nothing_left_to_learn_is_named(tokenizer):
     assert str(error.value).endswith("\n  rows.jsonl:8")
 
 
-def test_the_first_token_of_a_row_is_nothing_to_learn(tokenizer):
+def test_the_first_token_of_a_row_is_no_target(tokenizer):
     """Nothing comes before it that could predict it."""
     with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
         to_dataset([Row("rows.jsonl:1", text="open")], tokenizer, settings(max_length=1))
@@ -296,13 +296,13 @@ def test_a_template_that_fails_names_the_row(tokenizer, template, reason):
         assert "model.chat_template" in str(error.value)
 
 
-def test_template_arguments_that_are_taken(tokenizer):
+def test_reserved_template_arguments_are_refused(tokenizer):
     data = settings(template_arguments={"tokenize": True})
     with pytest.raises(UserError, match="rows.jsonl:7: .*tokenize.*data.template_arguments"):
         encode(conversation("open", "ok"), tokenizer, data)
 
 
-def test_a_base_without_a_chat_template(tokenizer):
+def test_a_base_without_a_chat_template_is_refused(tokenizer):
     bare = with_template(tokenizer, None)
     with pytest.raises(UserError, match="model.chat_template: this base has no chat template"):
         encode(conversation("open", "ok"), bare, settings())
@@ -358,7 +358,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_packed_rows_are_learned_as_if_each_stood_alone(trainer_of, loss_on):
+def test_packed_rows_are_trained_on_as_if_each_stood_alone(trainer_of, loss_on):
     overrides = ["data.max_length=200", f"data.loss_on={loss_on}"]
     padded = trainer_of(*overrides)
     packed = trainer_of(*overrides, "data.packing=true")

@@ -282,7 +282,7 @@ def data(**changes: Any) -> Data:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_calls_and_answers_are_learned_and_results_and_definitions_are_not(speaking, name):
+def test_calls_and_answers_are_targets_and_results_and_definitions_are_not(speaking, name):
     template, row, pieces = EXPECTED[name]
     tokenizer = speaking(template)
     ids, labels = [], []
@@ -383,7 +383,7 @@ def test_every_form_of_a_call_is_the_same_conversation(tmp_path, form):
     assert len(splits.notes) == 1
 
 
-def test_several_calls_of_sharegpt(tmp_path):
+def test_several_calls_of_sharegpt_are_read(tmp_path):
     turns = [
         ("human", "a"),
         ("function_call", json.dumps([CALL, CALL])),
@@ -395,12 +395,12 @@ def test_several_calls_of_sharegpt(tmp_path):
     assert [len(message.get("tool_calls", ())) for message in read.messages] == [0, 2, 0, 0]
 
 
-def test_a_last_call_without_a_result(tmp_path):
+def test_a_last_call_needs_no_result(tmp_path):
     (row,) = load(tmp_path, {"messages": TURNS[:2], "tools": [TOOL]}).train
     assert row.targets == [1]
 
 
-def test_an_empty_result_is_one(tmp_path):
+def test_an_empty_result_is_a_result(tmp_path):
     row = {"messages": [*TURNS[:2], turn("tool", ""), TURNS[3]]}
     assert load(tmp_path, row).train[0].messages[2]["content"] == ""
 
@@ -448,7 +448,7 @@ def test_rows_that_differ_in_calls_or_tools_differ(tmp_path):
         ),
     ],
 )
-def test_a_call_that_is_none_is_a_bad_row(tmp_path, change, message):
+def test_an_invalid_call_is_a_bad_row(tmp_path, change, message):
     good = {"messages" if "messages" in change else "conversations": TURNS}
     with pytest.raises(UserError, match=f"rows.jsonl:2: .*{message}"):
         load(tmp_path, good, change)
@@ -485,7 +485,7 @@ PLAIN = (
         ),
     ],
 )
-def test_what_a_template_leaves_out_is_refused(speaking, known, row, what):
+def test_a_template_that_leaves_out_content_is_refused(speaking, known, row, what):
     tokenizer = speaking(PLAIN.replace("KNOWN", known))
     good = Row("a:0", (TURNS[0], TURNS[3]))
     with pytest.raises(UserError, match=f"a:1: the chat template leaves out {what}"):
@@ -493,7 +493,7 @@ def test_what_a_template_leaves_out_is_refused(speaking, known, row, what):
     check_template([good], tokenizer, data())
 
 
-def test_a_template_that_writes_the_first_call_only(speaking):
+def test_a_template_that_writes_only_the_first_call_is_refused(speaking):
     first = HERMES.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
     check_template([ONE], speaking(first), data())
     with pytest.raises(UserError, match="rows.jsonl:2: the chat template leaves out call 2 of an"):
@@ -502,6 +502,6 @@ def test_a_template_that_writes_the_first_call_only(speaking):
         check_template([ONE, TWO], speaking(template), data())
 
 
-def test_what_a_template_refuses_is_told_in_its_words(speaking):
+def test_a_templates_refusal_is_quoted(speaking):
     with pytest.raises(UserError, match="rows.jsonl:2: .*only supports single tool-calls at once"):
         encode(TWO, speaking(LLAMA_3_2), data())

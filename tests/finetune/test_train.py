@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_and_logs_it(recipe_file):
     assert not [path for path in adapter.rglob("*") if path.suffix in {".bin", ".pt", ".pth"}]
 
 
-def test_the_loss_of_an_evaluation_is_the_mean_over_tokens(recipe_file, monkeypatch):
+def test_the_evaluation_loss_is_the_mean_over_tokens(recipe_file, monkeypatch):
     """By peft and transformers, row by row; whatever the batches, and however many tokens have
     their logits in memory at a time."""
     from conftest import write_jsonl
@@ -94,7 +94,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_tokens(recipe_file, monkeypa
     assert found != pytest.approx(torch.stack(batches).mean().item(), rel=2e-4)
 
 
-def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
+def test_a_killed_run_resumes_to_the_same_adapter(recipe_file, capsys):
     steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
     adapter = train(recipe_file, *steps)
     undisturbed = (adapter / "adapter_model.safetensors").read_bytes()
@@ -109,7 +109,7 @@ def test_a_run_that_died_goes_on_to_the_same_adapter(recipe_file, capsys):
     assert (adapter / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
-def test_another_micro_batch_goes_on_from_the_last_checkpoint(recipe_file, tmp_path, capsys):
+def test_another_micro_batch_resumes_from_the_last_checkpoint(recipe_file, tmp_path, capsys):
     """As who runs out of memory is told to do."""
     steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
     adapter = train(recipe_file, *steps)
@@ -179,7 +179,7 @@ def test_checkpoints_of_an_unfinished_training_are_kept(recipe_file, capsys):
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_every_adapter_belongs_to_the_unchanged_base(recipe_file, tiny_base, overrides):
+def test_every_kind_of_adapter_fits_the_unchanged_base(recipe_file, tiny_base, overrides):
     """What the trained model said, base + saved adapter say too, and so does the merged model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -236,7 +236,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_result(recipe_file, tm
 
 
 @pytest.mark.slow
-def test_early_stopping_keeps_the_best(recipe_file):
+def test_early_stopping_keeps_the_best_checkpoint(recipe_file):
     adapter = train(
         recipe_file,
         "train.learning_rate=10.0",  # diverges
@@ -259,7 +259,7 @@ def test_early_stopping_keeps_the_best(recipe_file):
 
 
 @pytest.mark.slow
-def test_schedules_and_tensorboard(recipe_file, tmp_path, monkeypatch):
+def test_schedules_are_followed_and_tensorboard_is_written(recipe_file, tmp_path, monkeypatch):
     rates = {}
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     for schedule in ("cosine", "linear", "constant"):
@@ -282,7 +282,7 @@ def test_schedules_and_tensorboard(recipe_file, tmp_path, monkeypatch):
     assert list((tmp_path / "tb").rglob("events.out.tfevents.*"))
 
 
-def test_bf16_where_the_hardware_has_it_said_aloud(recipe_file, capsys):
+def test_bf16_is_used_and_reported_where_the_hardware_has_it(recipe_file, capsys):
     train(recipe_file, "train.precision=auto", "train.max_steps=1")
     said = capsys.readouterr().err
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -300,7 +300,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch
     assert "train.batch_size: 8 rows cannot be shared by 3 processes" in capsys.readouterr().err
 
 
-def test_a_launch_that_would_do_something_else_is_refused(recipe_file, monkeypatch, capsys):
+def test_an_unsupported_launch_is_refused(recipe_file, monkeypatch, capsys):
     """Before the base is loaded; libraries would ignore the first, and refuse the second late."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -332,7 +332,7 @@ def refused(recipe: Path, capsys) -> str:
         ("lora.target_modules=[q_prj]", "the model has no linear layer q_prj"),
     ],
 )
-def test_what_only_the_libraries_know_is_still_one_message(recipe_file, capsys, override, message):
+def test_the_libraries_refusals_are_one_message(recipe_file, capsys, override, message):
     with pytest.raises(SystemExit) as exit_:
         train(recipe_file, override)
     assert exit_.value.code == 2

@@ -95,7 +95,7 @@ def test_the_end_is_the_first_token_that_the_template_adds(ended, name):
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name][1]])
-def test_each_answer_is_learned_up_to_its_end_and_no_further(ended, name):
+def test_each_answer_is_a_target_up_to_its_end_and_no_further(ended, name):
     template, end = TEMPLATES[name]
     between = "\n" if "a line break and" in name else ""
     last = "EOS after the last" in name
@@ -117,7 +117,7 @@ def test_answers_that_end_in_no_token_are_refused_or_allowed(ended, name, loss_o
     assert tokenizer.decode(learned).rstrip().endswith(("ok", "<|im_stop|>"))
 
 
-def test_a_text_without_eos(ended):
+def test_a_text_without_eos_is_refused_unless_allowed(ended):
     tokenizer = ended(None)
     tokenizer.eos_token = None
     row = Row("rows.jsonl:1", text="open the door")
@@ -127,7 +127,7 @@ def test_a_text_without_eos(ended):
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_a_prompt_that_opens_a_thought_which_the_row_does_not_have(ended, loss_on):
+def test_a_prompt_that_opens_a_thought_missing_from_the_row_is_refused(ended, loss_on):
     for answer in ("ok", "<think>\nwhy\n</think>\nok"):
         with pytest.raises(UserError) as error:
             encode(conversation("open", answer), ended(REASONING), data(loss_on=loss_on))
@@ -149,7 +149,7 @@ def test_a_thought_that_the_template_cuts_is_not_lost_in_silence(ended, loss_on)
         encode(row, cutting, data(loss_on=loss_on))
 
 
-def test_white_space_is_the_templates_own(ended):
+def test_white_space_is_kept_as_the_template_writes_it(ended):
     trimming = ended(ending("<|im_end|>").replace("m.content", "m.content | trim"))
     assert targets(conversation("open", " ok \n"), trimming) == "ok<|im_end|>"
 
@@ -205,7 +205,7 @@ def test_eos_stays_where_ids_depend_on_it(ended, tmp_path, kind):
     assert (saved.eos_token == "<|endoftext|>") == (kind == "template")
 
 
-def test_a_template_that_refuses_a_plain_conversation_is_no_traceback(ended, tmp_path):
+def test_a_template_that_refuses_a_plain_conversation_gives_no_traceback(ended, tmp_path):
     needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer = ended(needs + ending("<|im_end|>"))
     assert answer_end(tokenizer, data()).token is None

@@ -186,9 +186,7 @@ def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
 
 
 @pytest.mark.slow
-def test_publishing_again_sends_nothing_that_is_there_and_removes_what_is_gone(
-    hub, publish, recipe
-):
+def test_publishing_again_sends_only_changes_and_removes_deleted_files(hub, publish, recipe):
     assert publish().returncode == 0
     assert len(hub.received) == 2
     first = hub.repositories[REPOSITORY].head
@@ -233,7 +231,7 @@ def test_a_lost_connection_is_tried_again(hub, publish):
     assert hub.uploads == 3
 
 
-def test_files_that_arrive_otherwise_are_named(hub, publish):
+def test_files_that_arrive_altered_are_named(hub, publish):
     hub.damage = "quantization.json"
     done = publish()
     assert done.returncode == 1
@@ -251,7 +249,7 @@ def test_files_that_arrive_otherwise_are_named(hub, publish):
         (WRITE, {"ENDPOINT": "http://127.0.0.1:9"}, 1, "the Hub cannot be reached"),
     ],
 )
-def test_without_a_right_token_or_network_one_message(
+def test_a_wrong_token_or_no_network_gives_one_message(
     hub, publish, recipe, token, changes, code, words
 ):
     stopped = publish(token=token, **changes)
@@ -270,7 +268,7 @@ def test_another_namespace_is_refused(hub, publish):
     assert "this token may not write to somebody/tiny" in stopped.stderr
 
 
-def test_a_repository_of_something_else_is_not_written_to_unless_told(hub, publish):
+def test_a_repository_with_other_files_is_refused_without_into_existing(hub, publish):
     repository = make_repository(hub, {"model.bin": b"precious", "config.json": b"{}"})
     stopped = publish()
     assert stopped.returncode == 2
@@ -301,7 +299,7 @@ def test_an_existing_repository_keeps_its_visibility(hub, publish):
 
 
 @pytest.mark.slow
-def test_it_asks(hub, hub_environment, recipe):
+def test_publishing_asks_for_confirmation(hub, hub_environment, recipe):
     command = [sys.executable, *COMMAND, str(recipe)]
     environment = hub_environment | {"HF_TOKEN": WRITE}
     nobody = subprocess.run(
@@ -368,7 +366,7 @@ def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
     assert "export gguf is not in the table" in card.text
 
 
-def test_an_unpublishable_state_is_refused(recipe, capsys):
+def test_a_stale_altered_or_missing_artifact_is_refused(recipe, capsys):
     run = recipe.parent / "run"
     changed = refused(capsys, recipe, "--dry-run", "quantize.bits=8")
     assert "quantize.bits: 2 -> 8" in changed
@@ -419,7 +417,7 @@ def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
 
 
 @pytest.mark.slow
-def test_the_adapter_alone(hub, on_hub, publish, recipe, tiny_base, capfd):
+def test_the_adapter_can_be_published_alone(hub, on_hub, publish, recipe, tiny_base, capfd):
     message = refused(capfd, recipe, "--dry-run", "--adapter-only")
     assert "publish.base_model: an adapter needs its base" in message
     done = publish("--adapter-only", "publish.base_model=org/base")
@@ -450,7 +448,7 @@ def papers(tmp_path) -> Path:
     return folder
 
 
-def test_what_llamas_license_asks_is_done(recipe, papers, capsys):
+def test_the_requirements_of_llamas_license_are_met(recipe, papers, capsys):
     llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
     message = refused(capsys, *llama)
     assert "alice/tiny" in message

@@ -28,12 +28,12 @@ def base(tiny_base) -> adapter.Base:
     return adapter.open_base(Model(base=str(tiny_base)))
 
 
-def test_the_merged_model(base, meta):
+def test_the_merged_model_computes_on_the_given_device(base, meta):
     logits = blocks.float_logits(base.config, base.weights, PROMPTS)
     assert logits.shape == (2, base.config.vocab_size)
 
 
-def test_base_and_adapter_as_peft_joins_them(base, tiny_base, meta, tmp_path):
+def test_pefts_base_and_adapter_compute_on_the_given_device(base, tiny_base, meta, tmp_path):
     model = LlamaForCausalLM.from_pretrained(tiny_base)
     lora = LoraConfig(target_modules="all-linear", r=2)
     get_peft_model(model, lora).save_pretrained(tmp_path)

@@ -122,7 +122,7 @@ def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_what_ships_is_what_transformers_and_peft_have(run):
+def test_shipped_logits_equal_those_of_transformers_and_peft(run):
     logits = load_file(run / "logits.safetensors")
     assert difference(logits["quantized"], logits["tuned"]) < 0.05  # eight bits
     assert difference(logits["exports/compressed-tensors"], logits["tuned"]) < 0.05
@@ -137,7 +137,7 @@ def test_what_ships_is_what_transformers_and_peft_have(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen3ForCausalLM", "MistralForCausalLM"])
-def test_it_is_evaluated(runs, name):
+def test_evaluation_ranks_base_tuned_and_quantized(runs, name):
     report = json.loads((runs[name] / "run" / "report.json").read_text())
     base, tuned, quantized = report["models"].values()
     assert tuned["perplexity"]["held_out"]["token"] < base["perplexity"]["held_out"]["token"]
@@ -256,7 +256,7 @@ def test_a_window_shorter_than_the_rows_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_executorch_says_what_it_lacks(runs):
+def test_executorch_refuses_qwen3_and_names_its_norms(runs):
     from finequant.quantize.formats.executorch import check_fits
 
     contents = {name: read_checkpoint(run / "run/quantized").contents for name, run in runs.items()}
@@ -267,14 +267,14 @@ def test_executorch_says_what_it_lacks(runs):
         check_fits(contents["Qwen3ForCausalLM"])
 
 
-def test_an_architecture_without_an_entry_is_refused_with_what_is_missing(tmp_path):
+def test_an_unknown_architecture_is_refused_with_what_is_missing(tmp_path):
     Gemma2Config(architectures=["Gemma2ForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"is a Gemma2ForCausalLM \(gemma2\).*lacks an entry in"):
         load_config(Model(base=str(tmp_path)))
 
 
 @pytest.mark.slow
-def test_the_skeleton_tells_shapes_and_counts(runs):
+def test_the_skeleton_has_the_models_shapes_and_counts(runs):
     """As the models themselves have them; with biases, too."""
     assert set(ARCHITECTURES) == {"LlamaForCausalLM", *BASES}
     for folder in runs.values():

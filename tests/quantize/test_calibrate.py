@@ -27,7 +27,7 @@ def statistics(inputs: torch.Tensor) -> Statistics:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_round_to_nearest_is_torchaos(bits):
+def test_round_to_nearest_equals_torchaos(bits):
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     weight = torch.randn(70, 96)
@@ -38,7 +38,7 @@ def test_round_to_nearest_is_torchaos(bits):
     assert torch.equal(ours.dequantize(torch.float32), theirs.dequantize())
 
 
-def test_searched_scales_lower_the_error_that_counts():
+def test_searched_scales_lower_the_weighted_error():
     torch.manual_seed(1)
     weight, importance = torch.randn(64, 128), torch.rand(128).square()
 
@@ -69,7 +69,7 @@ def test_gptq_keeps_outputs_better_than_rounding_and_is_repeatable():
     assert torch.equal(found.scale, again.scale)
 
 
-def test_dead_columns_and_singular_hessians():
+def test_gptq_handles_dead_columns_and_singular_hessians():
     inputs, weight = torch.zeros(10, 64), torch.randn(8, 64)
     inputs[:, 0] = 1.0  # rank one; all other columns are dead
     found = gptq(weight, statistics(inputs), scheme())
@@ -246,7 +246,7 @@ def test_a_trained_layer_computes_as_torchaos_with_its_bias():
     torch.testing.assert_close(found, layer(x))
 
 
-def test_known_codes_go_where_the_block_is(llama, monkeypatch):
+def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):
     """After a kill they come from the CPU, and the block may be on a GPU: here, on no device."""
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.methods import calibrate
@@ -308,7 +308,7 @@ def textbook_gptq(
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gptq_is_the_textbooks_where_the_inputs_have_not_drifted(bits):
+def test_gptq_equals_the_textbook_where_inputs_have_not_drifted(bits):
     torch.manual_seed(0)
     inputs = torch.randn(2000, 40) @ torch.randn(40, 320) / 6 + torch.randn(2000, 320)
     weight = torch.randn(48, 320)

@@ -111,7 +111,7 @@ def test_dequantized_weights_are_the_merged_ones_within_half_a_step(quantize, re
     assert merged.config.tie_word_embeddings
 
 
-def test_merged_is_base_plus_adapter(quantize, recipe_file, tiny_base):
+def test_the_merged_checkpoint_is_base_plus_adapter(quantize, recipe_file, tiny_base):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +123,7 @@ def test_merged_is_base_plus_adapter(quantize, recipe_file, tiny_base):
     torch.testing.assert_close(merged(prompt).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_everything_to_chat_with_is_inside(quantize, tokenizer):
+def test_the_folder_has_all_that_a_chat_needs(quantize, tokenizer):
     from transformers import AutoTokenizer
 
     folder = quantize()
@@ -161,7 +161,9 @@ def test_activations_are_quantized_to_int8_per_token(quantize):
 
 
 @pytest.mark.parametrize(("size", "fitting"), [(96, "32"), (128, "32")])
-def test_a_group_size_that_leaves_a_remainder(quantize, recipe_file, capsys, size, fitting):
+def test_a_group_size_that_leaves_a_remainder_is_refused(
+    quantize, recipe_file, capsys, size, fitting
+):
     with pytest.raises(SystemExit) as exit_:
         quantize(f"quantize.group_size={size}")
     assert exit_.value.code == 2
@@ -171,7 +173,7 @@ def test_a_group_size_that_leaves_a_remainder(quantize, recipe_file, capsys, siz
     assert f"group sizes that do: {fitting}" in message
 
 
-def test_any_divisor_will_do(quantize, llama):
+def test_any_divisor_is_a_valid_group_size(quantize, llama):
     base = llama("wide", hidden_size=192, intermediate_size=384, num_attention_heads=6)
     folder = quantize(f"model.base={base}", "quantize.group_size=48")
     scale = stored(folder)["model.layers.0.mlp.down_proj._weight_scale"]
@@ -206,9 +208,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
     ],
     ids=["wrong rank", "pickled", "truncated"],
 )
-def test_an_adapter_brought_from_elsewhere_is_looked_at(
-    quantize, recipe_file, capsys, change, words
-):
+def test_an_adapter_brought_from_elsewhere_is_checked(quantize, recipe_file, capsys, change, words):
     """It has neither SHA256SUMS nor an entry in the manifest."""
     from finequant.quantize.convert import main as convert
 

@@ -184,7 +184,7 @@ def test_scales_of_a_model_that_does_not_fit_are_left_out(plan):
     assert "does not fit: it fits with quantize.calibration.scale_steps=0:" in quantize
 
 
-def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
+def test_a_model_too_large_for_one_gpu_is_split_over_several(plan):
     """70B in bf16: 141 GB, an eighth of which lies beside two blocks, embedding and head."""
     step = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.precision=bf16"]
     for how, fits in ((["--gpus", "8"], False), (["--gpus", "8", "--sharded"], True)):
@@ -197,7 +197,7 @@ def test_what_one_gpu_does_not_hold_is_split_over_several(plan):
     assert "model.load=nf4" in out.split("peak memory on H100")[1].splitlines()[1]
 
 
-def test_sharded_codes_are_divided(recipe_file, monkeypatch):
+def test_sharding_divides_the_memory_of_codes(recipe_file, monkeypatch):
     """Eight GPUs share the 2 bytes a weight of 70B, and gather two blocks, embedding and head."""
     from finequant.quantize.size import resources
 
@@ -218,7 +218,7 @@ def test_sharded_codes_are_divided(recipe_file, monkeypatch):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["qat"], eight._replace(sharded=False))
 
 
-def test_less_is_predicted_for_less(recipe_file):
+def test_cheaper_settings_predict_less_memory(recipe_file):
     recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
     cpu = Machine("this machine", 10**12, "cpu")
 
@@ -244,7 +244,7 @@ def test_less_is_predicted_for_less(recipe_file):
     assert total("evaluate", "evaluate.batch_size=1") < total("evaluate")
 
 
-def test_disk_is_what_the_files_will_take(recipe_file):
+def test_predicted_disk_is_what_the_files_take(recipe_file):
     from finequant.quantize.merge.adapter import open_base
 
     recipe = load_recipe(recipe_file, ["quantize.embedding=8"])
@@ -255,7 +255,7 @@ def test_disk_is_what_the_files_will_take(recipe_file):
     assert disk_of("quantize", recipe, base.config) == pytest.approx(exact, rel=0.1)
 
 
-def test_a_cache_of_keys_and_values():
+def test_the_cache_of_keys_and_values_is_counted():
     assert cache_bytes(LLAMA_3_70B, 1) == 2 * 80 * 8 * 128 * 2
 
 
@@ -263,17 +263,17 @@ def test_a_cache_of_keys_and_values():
     ("text", "size"),
     [("6GB", 6 * 10**9), ("1.5 GiB", 1610612736), ("512mb", 512 * 10**6)],
 )
-def test_sizes(text, size):
+def test_sizes_are_parsed(text, size):
     assert bytes_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "six", "6", "6XB", "GB", "-1GB"])
-def test_what_is_no_size(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(UserError, match="is no size: expected a number with MB, GB"):
         bytes_of(text)
 
 
-def test_gpus_by_name_and_by_memory():
+def test_gpus_are_known_by_name_and_by_memory():
     for text in ("rtx 4090", "RTX-4090", "4090"):
         assert named_gpu(text) == Machine("RTX 4090", 24 * 10**9, "gpu")
     assert named_gpu("A100-40GB").memory == 40 * 10**9
@@ -284,7 +284,7 @@ def test_gpus_by_name_and_by_memory():
         named_gpu("H1000")
 
 
-def test_what_cannot_finish_is_refused_with_figures(recipe_file):
+def test_a_run_that_cannot_finish_is_refused_with_figures(recipe_file):
     recipe = load_recipe(recipe_file, ["train.micro_batch_size=8", "data.max_length=100000"])
     with pytest.raises(UserError) as error:
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["train", "quantize"], SMALL)
@@ -297,7 +297,7 @@ def test_what_cannot_finish_is_refused_with_figures(recipe_file):
     refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
 
 
-def test_the_lengths_of_the_rows_count_not_what_the_recipe_allows(recipe_file):
+def test_memory_depends_on_the_rows_lengths_not_on_the_recipes_limit(recipe_file):
     allowed = ["train.micro_batch_size=8", "data.max_length=100000"]
     recipe, run = load_recipe(recipe_file, allowed), RunDir.of(load_recipe(recipe_file))
     lengths = Lengths([54] * 40 + [200], scored=128, prompt=64)
@@ -323,7 +323,7 @@ def test_the_lengths_of_the_rows_count_not_what_the_recipe_allows(recipe_file):
         ("evaluate", 820, "it fits with evaluate.batch_size=8"),
     ],
 )
-def test_the_refusal_names_what_fits(recipe_file, stage, megabytes, hint):
+def test_the_refusal_names_a_setting_that_fits(recipe_file, stage, megabytes, hint):
     recipe = load_recipe(recipe_file, ["train.micro_batch_size=8"])
     run, machine = RunDir.of(recipe), Machine("a machine", megabytes * 10**6, "cpu")
     lengths = Lengths([1000] * 48, scored=2000, prompt=1000)
@@ -340,7 +340,7 @@ def test_too_little_disk_is_refused(recipe_file, monkeypatch):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
 
 
-def test_a_gguf_base_takes_its_cache_too_until_it_is_there(recipe_file, monkeypatch, capsys):
+def test_disk_includes_the_cache_of_a_gguf_base_until_it_exists(recipe_file, monkeypatch, capsys):
     from finequant.finetune.model import load_config
     from finequant.quantize.size import estimate, resources
     from finequant.recipes.schema import Model
@@ -360,7 +360,7 @@ def test_a_gguf_base_takes_its_cache_too_until_it_is_there(recipe_file, monkeypa
         assert resources._disk(recipe, run, config, ["train"]) == {run.root: without} | needed
 
 
-def test_a_container_has_what_it_may_take(monkeypatch, tmp_path):
+def test_a_containers_memory_is_its_limit(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     limit.write_text("123456789\n")
     monkeypatch.setattr(machines, "CONTAINER_LIMIT", limit)
@@ -409,7 +409,7 @@ def shape_of(size: str) -> LlamaConfig:
         ("train.kernels=liger", {"1B": 13.1e9, "8B": 53.9e9}),
     ],
 )
-def test_training_on_a_gpu_takes_what_was_measured_there(recipe_file, override, measured):
+def test_predicted_training_memory_is_what_a_gpu_measured(recipe_file, override, measured):
     """On an H200, without CUDA's context: docs/speed.md; the first two are plain trl."""
     step = ["train.micro_batch_size=2", "data.max_length=4096", "lora.rank=16"]
     recipe = load_recipe(
@@ -421,7 +421,7 @@ def test_training_on_a_gpu_takes_what_was_measured_there(recipe_file, override, 
         assert total == pytest.approx(memory, rel=0.1)
 
 
-def test_gptq_on_a_gpu_takes_what_was_measured_there(recipe_file):
+def test_predicted_gptq_memory_is_what_a_gpu_measured(recipe_file):
     """On an H200, without CUDA's context: docs/speed.md, 16,384 tokens."""
     overrides = ["quantize.method=gptq", "quantize.calibration={tokens: 16384}"]
     recipe = load_recipe(recipe_file, [*overrides, "quantize.dtype=bfloat16"])

@@ -220,7 +220,7 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
     assert inside.eos_token == tokenizer.eos_token
 
 
-def test_gguf_says_what_it_is(make):
+def test_gguf_metadata_describe_the_model(make):
     """The keys of llama.cpp's own converter, and a file type by what is inside."""
     from gguf import GGUFReader
 
@@ -252,7 +252,7 @@ def test_gguf_says_what_it_is(make):
     assert {key: fields[f"general.{key}"].contents() for key in expected} == expected
 
 
-def test_gguf_says_how_words_are_cut(tokenizer):
+def test_gguf_names_the_pre_tokenizer(tokenizer):
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
 
@@ -295,7 +295,7 @@ def test_gguf_says_how_words_are_cut(tokenizer):
             name_of(cut)
 
 
-def test_eight_bits_and_a_quantized_embedding(make):
+def test_exports_hold_eight_bits_and_a_quantized_embedding(make):
     run = make(
         "quantize.layers={'*.down_proj': {bits: 8}}",
         "quantize.embedding=8",
@@ -360,7 +360,7 @@ def test_what_a_format_cannot_hold_is_refused(make, llama, capsys, overrides, to
     assert "Traceback" not in error
 
 
-def test_an_export_is_done_until_the_codes_change(make, recipe_file):
+def test_an_export_is_up_to_date_until_the_codes_change(make, recipe_file):
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
@@ -407,7 +407,7 @@ def altered(file: Path, name: str, byte: int) -> None:
     file.write_bytes(content)
 
 
-def test_an_altered_export_is_caught(make, tmp_path):
+def test_an_altered_export_is_refused(make, tmp_path):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import check_codes
     from finequant.quantize.formats.compressed_tensors import read_back
@@ -438,7 +438,7 @@ def outliers(llama) -> Path:
     return base
 
 
-def test_activations_that_int8_disturbs_are_not_the_exports_fault(make, outliers, capsys):
+def test_an_export_is_not_blamed_for_the_error_of_int8_activations(make, outliers, capsys):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import _reference, relative_difference
 
@@ -585,7 +585,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(executorch_run):
 
 
 @pytest.mark.slow
-def test_executorchs_own_runner_writes_what_the_model_says(executorch_run, tokenizer):
+def test_executorchs_own_runner_generates_the_models_answer(executorch_run, tokenizer):
     """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
     from finequant.evaluate.metrics.exports import greedy_answer
     from finequant.quantize.formats.executorch import ExecuTorch, file_in

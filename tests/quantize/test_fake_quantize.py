@@ -43,7 +43,7 @@ def make_layer(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [FakeQuantLinear, FakeQuantLora, FakeQuantScales])
-def test_the_forward_is_torchaos_with_the_codes_that_ship(kind, dtype, bias):
+def test_the_forward_equals_torchaos_with_the_codes_that_ship(kind, dtype, bias):
     from finequant.quantize.checkpoint.writing import torchao_tensor
 
     layer = make_layer(kind, dtype, bias)

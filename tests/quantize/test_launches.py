@@ -37,7 +37,7 @@ def test_a_quantization_aware_step_of_8b_starts_a_tenth_of_what_it_did(launches,
 
 
 @pytest.mark.parametrize("learns", [FakeQuantLora, FakeQuantScales])
-def test_a_fake_quantized_layer_is_formed_at_once(launches, learns):
+def test_a_fake_quantized_layers_weight_is_computed_in_one_piece(launches, learns):
     weight = torch.randn(4096, 1024)  # eight pieces on a CPU
     start = round_to_nearest(weight, 4, 32, "max")
     settings = {"exact": weight, "rank": 4, "scaling": 1.0, "generator": torch.Generator()}
@@ -48,7 +48,7 @@ def test_a_fake_quantized_layer_is_formed_at_once(launches, learns):
     assert counted.count < 20
 
 
-def test_pieces_of_a_cpu_change_no_code():
+def test_the_pieces_of_a_cpu_change_no_code():
     weight = torch.randn(4200, 64)
     whole = round_to_nearest(weight, 4, 32, "search")
     parts = [round_to_nearest(part, 4, 32, "search") for part in weight.split(1000)]

@@ -51,7 +51,7 @@ def test_the_table_says_which_methods_calibrate():
         assert entry.is_calibrated == isinstance(load_method(name), Calibrated)
 
 
-def test_a_method_without_an_entry_is_refused_by_the_known_ones(recipe_file):
+def test_an_unknown_method_is_refused_and_the_known_ones_are_named(recipe_file):
     with pytest.raises(UserError, match=r"expected 'rtn', 'hqq' or 'gptq' \(value 'awq'\)"):
         load_recipe(recipe_file, ["quantize.method=awq"])
     schema = Recipe.model_json_schema()["$defs"]["Quantize"]["properties"]["method"]

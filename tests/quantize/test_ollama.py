@@ -30,7 +30,7 @@ def with_template(tokenizer):
     return change
 
 
-def test_chatml(tokenizer):
+def test_chatml_is_derived(tokenizer):
     text = modelfile("m.gguf", tokenizer, "Reply in JSON.", [2], adds_bos=False)
     assert (
         text
@@ -67,13 +67,13 @@ def test_llama_3_begins_with_its_first_token_once(with_template, adds_bos):
 
 
 @pytest.mark.parametrize("template", [ONLY_THE_LAST, "{{ raise_exception('no') }}"])
-def test_what_cannot_be_derived_is_said(with_template, template):
+def test_a_template_that_cannot_be_derived_is_left_out_with_a_comment(with_template, template):
     text = modelfile("m.gguf", with_template(template), None, [2], adds_bos=False)
     assert "\n# No TEMPLATE: " in text
     assert 'TEMPLATE "' not in text
 
 
-def test_the_same_texts_as_jinja(tokenizer):
+def test_the_derived_template_renders_the_same_texts_as_jinja(tokenizer):
     turns = derived_turns(tokenizer)
     assert isinstance(turns, Turns)
     messages = [

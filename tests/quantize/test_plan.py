@@ -77,14 +77,14 @@ def recorded(run: RunDir) -> dict:
     return json.loads((run.quantized / "quantization.json").read_text())
 
 
-def test_without_patterns_every_layer_is_as_the_section_says():
+def test_without_patterns_every_layer_follows_the_section():
     plan = plan_of(bits=3, group_size=64)
     assert len(plan) == 12 * 7 + 2
     assert plan.pop(EMBEDDING) is None
     assert set(plan.values()) == {LayerScheme(3, 64, "search", torch.bfloat16)}
 
 
-def test_the_last_pattern_that_matches_counts():
+def test_the_last_pattern_that_matches_wins():
     layers = {
         "*": {"bits": 3},
         "model.layers.1.*": {"group_size": 64},
@@ -114,7 +114,7 @@ def test_the_last_pattern_that_matches_counts():
         ({"embedding": 4, "layers": {"*": {"bits": 2}}}, 2, 4, True),
     ],
 )
-def test_head_and_embedding(keys, head, embedding, unties):
+def test_head_and_embedding_follow_their_keys(keys, head, embedding, unties):
     plan = plan_of(**keys)
     assert (plan[HEAD] and plan[HEAD].bits, plan[EMBEDDING] and plan[EMBEDDING].bits) == (
         head,
@@ -154,7 +154,7 @@ def test_head_and_embedding(keys, head, embedding, unties):
         ({"budget": 4, "layers": {"*": {"bits": 8}}}, "the plan takes at least 8.500"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(keys, says):
+def test_a_plan_that_does_not_fit_the_model_is_refused(keys, says):
     with pytest.raises(UserError) as error:
         plan_of(**keys)
     assert says in str(error.value)
@@ -173,7 +173,7 @@ def test_what_does_not_fit_the_model_is_refused(keys, says):
         ('quantize.layers={"*.up_proj": {bits: 9}}', "layers.*.up_proj.bits: expected less than"),
     ],
 )
-def test_what_no_model_could_have_is_refused_with_the_recipe(recipe_file, override, says):
+def test_a_plan_that_fits_no_model_is_refused_with_the_recipe(recipe_file, override, says):
     with pytest.raises(UserError) as error:
         load_recipe(recipe_file, [override])
     assert says in str(error.value)
@@ -327,7 +327,7 @@ def test_sizes_on_disk_are_those_of_the_tensors(tuned):
     assert size.packed == 160 * 64 * 4 // 8 + 2 * 160 * 64 // 32
 
 
-def test_bits_go_where_they_buy_most():
+def test_bits_go_where_they_help_most():
     loss_increases = {
         "steep": {2: 8.0, 3: 2.0, 4: 0.5},
         "flat": {2: 0.2, 3: 0.1, 4: 0.0},
@@ -365,7 +365,7 @@ def divergence(model, rounded, sequences) -> float:
     return (exact.exp() * (exact - found)).sum(-1).mean().item()
 
 
-def test_the_expected_rise_is_the_divergence(uneven):
+def test_the_expected_loss_increase_is_the_divergence(uneven):
     recipe, model, tokenizer = uneven()
     sequences = torch.randint(3, 300, (64, 32), generator=torch.Generator().manual_seed(0))
     plan = layer_plan(recipe.quantize, model.config)
@@ -400,7 +400,7 @@ def test_sensitivity_is_that_of_causal_attention_whatever_the_configuration_says
 
 
 @pytest.mark.parametrize("implementation", [None, "eager", "sdpa"])
-def test_blocks_by_themselves_are_the_model(uneven, implementation):
+def test_running_block_by_block_equals_the_model(uneven, implementation):
     recipe, model, _ = uneven()
     sequences = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     config, weights = load_config(recipe.model), weights_of(model)

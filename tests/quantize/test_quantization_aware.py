@@ -122,7 +122,7 @@ def test_training_forward_converted_and_reloaded_are_equal(stage, variant, capsy
 
 
 @pytest.mark.parametrize("variant", [[TAUGHT, "quantize.rotate=true"], [SCALES]])
-def test_biases_are_in_the_forward(tuned_with_biases, tmp_path, monkeypatch, variant):
+def test_biases_are_part_of_the_forward(tuned_with_biases, tmp_path, monkeypatch, variant):
     check_equal(make_stage(tuned_with_biases, tmp_path, monkeypatch), *variant)
 
 
@@ -143,7 +143,7 @@ def check_equal(stage: Stage, *overrides: str) -> None:
     assert "then trained" in json.loads((folder / "quantization.json").read_text())["method"]
 
 
-def test_it_starts_from_what_quantize_ships_and_leaves_it(stage):
+def test_training_starts_from_the_codes_of_quantize_and_changes_them(stage):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.training.model import fake_quantized_layers
 
@@ -201,7 +201,7 @@ def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(stage, mo
     assert loss.item() == pytest.approx(far[targets].mean().item(), rel=1e-3)
 
 
-def test_only_what_learns_has_a_gradient(stage):
+def test_only_trained_parameters_have_a_gradient(stage):
     """Under a teacher, too: nothing of a layer that stays in float, and nothing that is frozen."""
     trainer = stage.train(TAUGHT, "quantize.layers={'*.v_proj': float}")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -213,7 +213,7 @@ def test_only_what_learns_has_a_gradient(stage):
     assert in_optimizer == len(with_gradient) == 2 * 2 * 6
 
 
-def test_where_scales_learn_the_codes_stay(stage):
+def test_training_scales_leaves_the_codes(stage):
     from finequant.quantize.training.model import fake_quantized_layers
 
     trainer = stage.train(SCALES)
@@ -226,7 +226,7 @@ def test_where_scales_learn_the_codes_stay(stage):
 
 
 @pytest.mark.parametrize("training", [TAUGHT, SCALES])
-def test_resumed_is_uninterrupted(stage, training):
+def test_a_resumed_training_equals_an_uninterrupted_one(stage, training):
     stage.train(training)
     codes = stage.run / "trained_codes" / "codes.safetensors"
     expected = codes.read_bytes()
@@ -355,13 +355,13 @@ def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():
         ("quantize.training=null", "quantize.training: absent from the recipe"),
     ],
 )
-def test_recipes_that_do_not_hold_are_refused_by_name(recipe_file, capsys, override, reason):
+def test_invalid_training_recipes_are_refused_by_name(recipe_file, capsys, override, reason):
     from finequant.quantize.training.train import main
 
     assert reason in refused(capsys, main, [str(recipe_file), ADAPTER, override])
 
 
-def test_the_folder_is_needed_before_it_is_quantized(stage, capsys):
+def test_quantize_needs_the_trained_codes(stage, capsys):
     from finequant.quantize.convert import main as convert
 
     said = refused(capsys, convert, [str(stage.recipe), *stage.arguments(ADAPTER)])

@@ -37,7 +37,7 @@ def with_outliers(folder):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 8, 24, 26, 45, 49, 80, 96, 128, 576])
-def test_it_is_orthogonal(size):
+def test_the_rotation_is_orthogonal(size):
     matrix = orthogonal(size).double()
     assert torch.allclose(matrix @ matrix.T, torch.eye(size).double(), atol=1e-6)
     assert torch.equal(orthogonal(size), orthogonal(size))
@@ -45,7 +45,7 @@ def test_it_is_orthogonal(size):
 
 # Hidden sizes of Llamas, and of heads.
 @pytest.mark.parametrize("size", [2, 12, 28, 36, 64, 80, 96, 128, 576, 896, 960, 1536])
-def test_all_entries_are_as_large_and_rows_are_exactly_orthogonal(size):
+def test_all_entries_have_one_magnitude_and_rows_are_exactly_orthogonal(size):
     """The matrix is its signs over the square root of the size; products of signs are integers."""
     matrix = orthogonal(size)
     assert (matrix.abs() == torch.tensor(size**-0.5, dtype=torch.float32)).all()
@@ -60,7 +60,7 @@ def test_larger_hidden_sizes_are_products_of_known_orders(size):
     assert max(orders) <= 256  # small ones, quickly made
 
 
-def test_its_bits_do_not_depend_on_the_machine(monkeypatch):
+def test_the_rotations_bits_do_not_depend_on_the_machine(monkeypatch):
     """Recorded once; no library of linear algebra takes part."""
     monkeypatch.setattr(torch.linalg, "qr", None)
     digests = {
@@ -111,7 +111,7 @@ def test_a_tied_head_in_float_is_refused():
 
 
 @pytest.mark.parametrize("how", ["quantize.bits=8", "quantize.budget=9"])
-def test_what_ships_is_the_turned_merged_model(recipe_file, tiny_base, train_once, how):
+def test_what_ships_is_the_rotated_merged_model(recipe_file, tiny_base, train_once, how):
     from peft import PeftModel
 
     from finequant.quantize.convert import main as convert

@@ -29,7 +29,7 @@ def divergence(model, rounded: dict[str, Rounded], ids: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("settings", [{}, {"embedding": 8}, {"head": "float"}])
 @torch.no_grad()
-def test_scales_learn_and_codes_stay(tiny_base, settings):
+def test_scales_are_trained_and_codes_stay(tiny_base, settings):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()

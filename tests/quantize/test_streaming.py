@@ -173,7 +173,7 @@ def test_pieces_are_what_a_whole_model_gives(
             assert torch.equal(reloaded(SEQUENCES).logits, logits)
 
 
-def test_the_header_is_safetensors_own(tmp_path):
+def test_the_header_is_the_one_safetensors_writes(tmp_path):
     tensors_ = {
         "b": torch.randn(3, 5),
         "a": torch.ones(7, dtype=torch.int8),
@@ -193,13 +193,13 @@ def test_the_header_is_safetensors_own(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, b"\x02" + bytes(7) + b"[]"])
-def test_a_damaged_file_is_a_message(tmp_path, content):
+def test_a_damaged_file_gives_a_message(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="x.safetensors: damaged"):
         TensorFile(tmp_path / "x.safetensors")
 
 
-def test_a_file_that_ends_early_is_a_message(tmp_path):
+def test_a_file_that_ends_early_gives_a_message(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.randn(64, 8)}, path)
     with path.open("r+b") as file:
@@ -225,12 +225,12 @@ def test_slices_cover_all_and_none_is_thin(rows, columns):
         ({"lora_bias": True}, "lora_bias"),
     ],
 )
-def test_what_is_no_lora_of_linear_layers_is_refused_by_name(tiny_base, adapter, settings, named):
+def test_anything_but_lora_of_linear_layers_is_refused_by_name(tiny_base, adapter, settings, named):
     with pytest.raises(UserError, match=f"cannot be merged: it has .*{named}"):
         opened(tiny_base, adapter(tiny_base, **settings))
 
 
-def test_a_merge_that_is_wrong_is_noticed(tiny_base, adapter, monkeypatch):
+def test_a_wrong_merge_is_noticed(tiny_base, adapter, monkeypatch):
     folder = adapter(tiny_base)
     source, own = opened(tiny_base, folder)
     monkeypatch.setattr(own, "_scaling", dict.fromkeys(own.layers, 2.1))
@@ -238,7 +238,7 @@ def test_a_merge_that_is_wrong_is_noticed(tiny_base, adapter, monkeypatch):
         check_merge(source, own, folder, [[5, 6, 7]])
 
 
-def test_what_is_written_is_kept_and_what_is_damaged_is_not(
+def test_written_pieces_are_kept_unless_they_are_damaged(
     tiny_base, adapter, small_pieces, tmp_path
 ):
     source, own = opened(tiny_base, adapter(tiny_base))
@@ -327,7 +327,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_killed_it_goes_on_to_the_same_bytes(recipe_file, llama, train_once, method):
+def test_a_killed_conversion_resumes_to_the_same_bytes(recipe_file, llama, train_once, method):
     """The process is killed while it writes; the next call asks for less, and equals one call."""
     from finequant.quantize.convert import main as convert
 

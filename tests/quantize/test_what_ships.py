@@ -216,7 +216,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
+def test_plain_transformers_and_peft_compute_the_same(shipped, name):
     logits, exact, answers, theirs, said = shipped[name]
     assert difference(theirs["merged"], theirs["tuned"]) < 1e-5
     assert torch.equal(theirs["quantized"], logits)
@@ -225,7 +225,7 @@ def test_plain_transformers_and_peft_have_the_same_models(shipped, name):
     assert [text.strip() for text in said] == answers
 
 
-def test_layers_are_read_in_one_order(shipped, root):
+def test_layers_are_read_in_a_fixed_order(shipped, root):
     """safetensors lists metadata in a random order, and exports are written in the order read."""
     layers = list(read_checkpoint(root / "tied" / "quantized").rounded)
     assert layers == sorted(layers)
@@ -237,7 +237,7 @@ def test_several_ends_end_generation(shipped):
     assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["untied"]))
 
 
-def test_every_tensor_of_a_gguf_is_compared_biases_too(shipped, root, tmp_path):
+def test_every_tensor_of_a_gguf_is_compared_including_biases(shipped, root, tmp_path):
     stored = read_checkpoint(root / "biases" / "quantized")
     assert sum(name.endswith("bias") for name in stored.floats) == 14
     (stored.folder / "quantization.json").write_text("{}")
@@ -262,7 +262,7 @@ def test_siblings_are_merged_as_transformers_loads_them(tmp_path, name):
     assert check_merge(base, adapter, tmp_path / "adapter", PROMPTS)[0] < 1e-5
 
 
-def test_a_head_that_is_read_wrongly_is_seen(tmp_path):
+def test_a_head_that_is_read_wrongly_is_noticed(tmp_path):
     """The other side of the check does not read the head through the same function."""
     base, adapter = variant(tmp_path, *VARIANTS["own_head"])
     wrong = base._replace(
@@ -292,7 +292,7 @@ def overflowing(tensors: dict) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"] /= 60000
 
 
-def test_a_base_that_float16_is_too_narrow_for(tmp_path):
+def test_a_base_that_overflows_float16_is_refused(tmp_path):
     """The layer is named, with the dtype that helps; no other dtype is looked at."""
     make_llama(tmp_path / "base")
     edited(overflowing)(tmp_path / "base")
@@ -306,7 +306,7 @@ def test_a_base_that_float16_is_too_narrow_for(tmp_path):
     check_range(base.config, base.weights, PROMPTS, torch.float16)
 
 
-def test_tied_and_dtype_are_those_of_the_files(tmp_path):
+def test_tied_weights_and_dtype_are_those_of_the_files(tmp_path):
     """Whatever config.json says."""
 
     def told(name: str, edit, **said) -> tuple[bool, torch.dtype]:

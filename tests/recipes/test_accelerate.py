@@ -47,7 +47,7 @@ def launch(name: str) -> tuple[object, dict[str, str]]:
     return arguments, prepare_simple_launcher_cmd_env(arguments)[1]
 
 
-def test_every_file_is_tested():
+def test_every_launch_configuration_is_tested():
     assert {path.name for path in FOLDER.iterdir()} == set(KINDS)
 
 

@@ -72,14 +72,14 @@ def test_damage_is_named_file_by_file(folder, damage, expected):
         assert part in message
 
 
-def test_what_sha256sum_says(folder):
+def test_sha256sum_accepts_a_sealed_folder(folder):
     checked = subprocess.run(
         ["sha256sum", "-c", SUMS], cwd=folder, capture_output=True, text=True, check=True
     )
     assert checked.stdout == "inside/config: OK\nweights: OK\n"
 
 
-def test_times_and_losses_are_no_content(folder):
+def test_times_and_losses_are_not_hashed(folder):
     (folder / "training_log.json").write_text("[1]", encoding="utf-8")
     verify(folder, again="")
 
@@ -149,7 +149,7 @@ def test_a_folder_that_no_stage_made_is_kept(written):
     assert (run.root / "previous" / "merged-1" / "thesis.txt").read_text("utf-8") == "mine"
 
 
-def test_the_same_again_leaves_nothing_behind(written):
+def test_writing_the_same_again_leaves_nothing_behind(written):
     recipe, run = written
     for target in (run.adapter, run.quantized):
         write(recipe, run, target, "first")

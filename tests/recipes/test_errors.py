@@ -8,7 +8,7 @@ import torch
 from finequant.recipes.errors import report_user_errors
 
 
-def test_no_memory_left_says_what_to_make_smaller(capsys):
+def test_running_out_of_memory_says_what_to_make_smaller(capsys):
     with pytest.raises(SystemExit) as exit_, report_user_errors():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert exit_.value.code == 1
@@ -17,7 +17,7 @@ def test_no_memory_left_says_what_to_make_smaller(capsys):
     assert said.count("\n") == 1
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), report_user_errors():
         1 / 0  # noqa: B018
 
@@ -32,7 +32,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
     ],
     ids=["gloo", "NCCL"],
 )
-def test_another_process_that_ended_is_told_in_a_line(capsys, original):
+def test_the_end_of_another_process_is_one_line(capsys, original):
     with pytest.raises(SystemExit) as exit_, report_user_errors():
         raise RuntimeError(original)
     assert exit_.value.code == 1

@@ -59,7 +59,7 @@ def test_a_large_file_is_read_once_also_when_its_folder_is_renamed(tmp_path, rea
     assert read == {"weights": 2}
 
 
-def test_an_edit_in_place_with_the_old_time_is_seen(file, read):
+def test_an_edit_in_place_with_the_old_time_is_noticed(file, read):
     before, stat = known_hash(file), file.stat()
     with file.open("r+b") as opened:
         opened.write(b"other")
@@ -84,7 +84,7 @@ def test_a_small_file_is_always_read(file, read, monkeypatch):
     assert read["weights"] == 2
 
 
-def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(file, read, cache):
+def test_a_damaged_or_read_only_cache_costs_only_time(file, read, cache):
     value = known_hash(file)
     (entry,) = (cache / "hashes").glob("*.json")
     for content in ("", "[]", '{"stamp": {}}'):
@@ -130,7 +130,7 @@ def test_a_folder_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch
     assert rows(seed=2) == "made 4 times"
 
 
-def test_what_fails_leaves_no_half(tmp_path):
+def test_a_failure_leaves_no_partial_folder(tmp_path):
     def fail(folder: Path) -> None:
         (folder / "rows").touch()
         raise UserError("no")
@@ -141,7 +141,7 @@ def test_what_fails_leaves_no_half(tmp_path):
     assert list(made_once(tmp_path / "rows", {}, lambda folder: None).glob("rows")) == []
 
 
-def test_of_several_that_need_it_one_makes_it(tmp_path):
+def test_only_one_of_several_makes_a_folder(tmp_path):
     started, made = threading.Barrier(4), []
 
     def need() -> None:
@@ -156,7 +156,7 @@ def test_of_several_that_need_it_one_makes_it(tmp_path):
     assert len(made) == 1
 
 
-def test_a_marked_folder_and_a_value_are_of_their_inputs_and_versions(tmp_path, monkeypatch):
+def test_marked_folders_and_values_depend_on_inputs_and_versions(tmp_path, monkeypatch):
     memo = Memo(tmp_path / "measurements" / "base.json", {"seed": 1, "layers": (1, 2)})
     assert memo.value() is None
     memo.keep({"perplexity": 2.5})

@@ -109,7 +109,7 @@ with report_user_errors():
 
 
 @pytest.mark.parametrize("error", ["Refused", "NoRoom", "Twice(signal.SIGTERM)"])
-def test_a_signal_while_the_last_line_is_made_does_not_end_in_silence(error):
+def test_a_signal_while_the_last_line_is_made_still_prints_one_line(error):
     """As by a launcher that stops the others when one has failed."""
     process = start(LAST_LINES + error)
     _, stderr = process.communicate(timeout=10)
@@ -119,7 +119,7 @@ def test_a_signal_while_the_last_line_is_made_does_not_end_in_silence(error):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_what_is_under_way_is_saved_first(number):
+def test_work_in_progress_is_saved_first(number):
     process = start(SAVES, "0")
     process.send_signal(number)
     _, said = process.communicate(timeout=10)
@@ -187,12 +187,12 @@ def test_a_signal_in_the_middle_of_a_print_is_noted(monkeypatch, capfd):
     assert capfd.readouterr().err == "stopping after this step; another signal quits immediately\n"
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with report_user_errors(), deferred_signals() as request:
         assert request.number is None
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_an_interruption_is_no_error_to_swallow():
+def test_except_exception_does_not_swallow_an_interruption():
     assert not issubclass(Interrupted, Exception)

@@ -53,7 +53,7 @@ def test_the_first_process_that_fails_decides_the_exit_code(launched, line, code
     assert launched(line) == (code, "error: as it is\n")
 
 
-def test_a_process_that_was_killed_comes_before_those_that_lost_it():
+def test_a_killed_process_decides_before_those_that_lost_it():
     lost, killed, later = (
         SimpleNamespace(exitcode=code, timestamp=second)
         for code, second in ((1, 10), (-signal.SIGKILL, 10), (-signal.SIGKILL, 40))
@@ -80,7 +80,7 @@ def test_accelerate_with_one_process_ends_with_its_code(monkeypatch):
         (139, "train crashed in a library (SIGSEGV): run the same command again"),
     ],
 )
-def test_a_launched_stage_that_crashed_is_a_line(tmp_path, monkeypatch, capfd, code, line):
+def test_a_launched_stage_that_crashes_is_one_line(tmp_path, monkeypatch, capfd, code, line):
     (tmp_path / "ends.py").write_text(f"import sys; sys.exit({code})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(pipeline, "LAUNCHER", "ends")

@@ -279,14 +279,14 @@ def test_wrong_file_is_refused(write, text, says):
     assert says in refusal(write(text))
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_a_missing_file_or_folder_is_refused(tmp_path):
     assert f"{tmp_path / 'no.yaml'}: cannot read the recipe: No such" in refusal(
         tmp_path / "no.yaml"
     )
     assert f"{tmp_path}: a folder, but not a run directory" in refusal(tmp_path)
 
 
-def test_all_errors_come_at_once(write):
+def test_all_errors_are_listed_at_once(write):
     message = refusal(
         write(f"{RECIPE}  paking: true\nlora: {{rank: 0}}\nquantize: {{bits: 9, head: both}}\n"),
         "train.epochs=-1",
@@ -304,7 +304,7 @@ def test_all_errors_come_at_once(write):
         assert part in message
 
 
-def test_missing_files_come_at_once_and_long_values_are_cut(write):
+def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
     message = refusal(write(f"{RECIPE}  test: a.csv\n  validation: [b.csv, c.csv]\n"))
     assert message.startswith("3 problems in ")
     assert len(refusal(write(f"{RECIPE}lora: {{rank: {'x' * 9000}}}\n"))) < 600
@@ -373,7 +373,7 @@ def test_overrides_are_yaml_values(write):
     assert recipe.model.chat_template == "{% if a = b %}"
 
 
-def test_yaml_1_2(write):
+def test_recipes_are_yaml_1_2(write):
     recipe = load_recipe(
         write(f"{RECIPE}  system: no\n  packing: &yes true\ntrain: {{learning_rate: 2e-4}}\n")
     )
@@ -382,7 +382,7 @@ def test_yaml_1_2(write):
     assert recipe.data.packing is True
 
 
-def test_merge_keys(write):
+def test_yaml_merge_keys_work(write):
     text = f"{RECIPE}lora:\n  <<: {{rank: 4, alpha: 2}}\n  alpha: 3\n"
     assert (load_recipe(write(text)).lora.rank, load_recipe(write(text)).lora.alpha) == (4, 3)
     assert "recipe.yaml:6: lora.rnk: unknown key" in refusal(write(text.replace("rank", "rnk")))
@@ -494,7 +494,7 @@ def test_damaged_recipes_give_a_recipe_or_a_user_error(recipe_file):
     assert outcomes == {Recipe, UserError}
 
 
-def test_without_folders_nothing_is_said_of_this_machine(recipe_file, tmp_path, tiny_base):
+def test_without_folders_names_no_path_of_this_machine(recipe_file, tmp_path, tiny_base):
     shown = without_folders(load_recipe(recipe_file))
     write_recipe(shown, tmp_path / "shown.yaml")
     text = (tmp_path / "shown.yaml").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ def test_a_shipped_recipe_has_a_name_and_a_file_of_the_users_comes_first(tmp_pat
     assert load_recipe("quickstart").name == "chat"
 
 
-def test_a_run_directory_goes_on_in_itself(recipe_file, tmp_path):
+def test_a_run_directory_resumes_in_itself(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["lora.rank=2", f"output_dir={tmp_path / 'elsewhere'}"])
     run = RunDir.of(recipe)
     run.root.mkdir()
@@ -41,7 +41,7 @@ def test_a_run_directory_goes_on_in_itself(recipe_file, tmp_path):
     assert again.data == recipe.data
 
 
-def test_an_unknown_name_lists_what_there_is():
+def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"quikstart: cannot read .* did you mean quickstart\?"):
         load_recipe("quikstart")
     with pytest.raises(UserError, match="--launch: two_gpus: no such file; .* several_gpus"):

@@ -58,20 +58,20 @@ def test_a_lock_ends_with_its_process(tmp_path, other, number):
     assert json.loads((tmp_path / "run" / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_it_can_be_given_back_and_taken_again(tmp_path):
+def test_a_lock_can_be_released_and_taken_again(tmp_path):
     for _ in range(2):
         lock.hold(tmp_path)
         lock.hold(tmp_path)  # ours already
         lock.release()
 
 
-def test_other_processes_of_one_training_do_not_ask(tmp_path, other, monkeypatch):
+def test_other_processes_of_one_training_skip_the_lock(tmp_path, other, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     lock.hold(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\0" * 9])
-def test_a_damaged_lock_is_no_lock(tmp_path, content):
+def test_a_damaged_lock_is_ignored(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content, encoding="utf-8")
     lock.hold(tmp_path)
 
@@ -86,14 +86,14 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
-def test_a_run_directory_that_is_a_file(tmp_path):
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match=r"run: cannot be written \(.*output_dir=FOLDER"):
         lock.hold(tmp_path / "run")
 
 
 @pytest.mark.parametrize("stage", ["train", "quantize", "evaluate", "sweep"])
-def test_every_stage_asks(recipe_file, tmp_path, other, capsys, stage):
+def test_every_stage_takes_the_lock(recipe_file, tmp_path, other, capsys, stage):
     from finequant.recipes.run import main
 
     with pytest.raises(SystemExit) as exit_:

@@ -79,12 +79,12 @@ IN_SECONDS = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), IN_SECONDS.values(), ids=IN_SECONDS)
-def test_refused_in_seconds(refused, monkeypatch, overrides, message):
+def test_cheap_checks_refuse_in_seconds(refused, monkeypatch, overrides, message):
     monkeypatch.setattr(preflight, "_check_tokens", None)  # not reached
     assert message in refused(*overrides)
 
 
-def test_an_unknown_task_is_refused_after_what_is_cheaper_to_find(refused, monkeypatch):
+def test_an_unknown_task_is_refused_after_cheaper_checks(refused, monkeypatch):
     """lm-eval's index of tasks takes seconds to read, minutes from a slow disk."""
     from finequant.evaluate.metrics import tasks
 
@@ -103,7 +103,7 @@ def test_an_unknown_task_is_refused_after_what_is_cheaper_to_find(refused, monke
     assert len(read) == 1
 
 
-def test_short_rows_run_where_the_longest_that_are_allowed_would_not_fit(recipe_file, monkeypatch):
+def test_short_rows_run_where_rows_of_the_maximum_length_would_not_fit(recipe_file, monkeypatch):
     from finequant.finetune.model import load_config
     from finequant.quantize.size import machine as machines
     from finequant.quantize.size.estimate import memory_of
@@ -124,7 +124,7 @@ def test_short_rows_run_where_the_longest_that_are_allowed_would_not_fit(recipe_
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["train"], small)
 
 
-def test_answers_that_are_no_json_are_listed_with_all_other_problems(refused, prose, tmp_path):
+def test_answers_that_are_not_json_are_listed_with_all_other_problems(refused, prose, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\ndoc_to_text: [a\nx: y\n")
     (tmp_path / "tasks" / "words.yaml").write_text("only words")
@@ -191,7 +191,7 @@ WITH_A_TOKENIZER = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), WITH_A_TOKENIZER.values(), ids=WITH_A_TOKENIZER)
-def test_refused_before_the_first_stage(refused, overrides, message):
+def test_later_stages_refusals_come_before_the_first_stage(refused, overrides, message):
     assert message in refused(*overrides)
 
 

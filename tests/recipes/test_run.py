@@ -114,7 +114,7 @@ def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(
     assert (tmp_path / "imported").read_text() == "False"
 
 
-def test_a_signal_that_reaches_the_fork_server_too_is_no_lack_of_memory(stage, capsys):
+def test_a_signal_that_also_reaches_the_fork_server_is_not_called_lack_of_memory(stage, capsys):
     code = stage(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
         "os.kill(int(arguments[0]), signal.SIGTERM)",
@@ -193,7 +193,7 @@ def test_every_shipped_recipe_is_valid(recipe):
             assert re.search(r"no such file or folder: \S*shared/data/", problem)
 
 
-def test_validate_and_schema(recipe_file, here):
+def test_validate_checks_a_recipe_and_schema_prints_json(recipe_file, here):
     valid = finequant("validate", str(recipe_file))
     assert (valid.returncode, valid.stderr) == (0, "")
     wrong = here("validate", str(recipe_file), "lora.rnk=8", "train.epochs=often")
@@ -237,7 +237,7 @@ def test_evaluate_is_still_hugging_faces(tmp_path):
         assert "site-packages" in result.stdout, result.stderr
 
 
-def test_readme_names_what_exists():
+def test_the_readme_names_only_what_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"## The tree\n\n```\n(.*?)```", text, re.DOTALL)[1]
     folder = ""

@@ -148,7 +148,7 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[key for key, _ in OVERRIDES])
-def test_a_changed_key_is_named_where_it_matters(folder, override, expected):
+def test_a_changed_key_is_named_by_the_stages_it_affects(folder, override, expected):
     finish(*load(folder))
     assert changes(folder, override) == {stage: expected.get(stage, []) for stage in STAGES}
     assert changes(folder) == {stage: [] for stage in STAGES}
@@ -165,7 +165,7 @@ CHANGED_FILES = {
 
 
 @pytest.mark.parametrize("name", CHANGED_FILES)
-def test_a_changed_file_is_named_where_it_matters(folder, name):
+def test_a_changed_file_is_named_by_the_stages_it_affects(folder, name):
     finish(*load(folder))
     (folder / name).write_text("other", encoding="utf-8")
     key, stages = CHANGED_FILES[name]
@@ -181,7 +181,7 @@ def test_a_new_source_is_a_change(folder):
     assert any(line.startswith("data.validation.0.source: absent -> sha256:") for line in said)
 
 
-def test_a_key_that_an_upgrade_brought_is_a_change_only_where_it_is_set(folder):
+def test_a_key_new_in_an_upgrade_is_a_change_only_where_it_is_set(folder):
     recipe, run = load(folder)
     finish(recipe, run)
     manifest = run.manifest()
@@ -281,7 +281,7 @@ def test_a_stage_needs_what_the_one_before_made(folder):
     run.require("train", recipe)
 
 
-def test_the_default_run_directory(folder):
+def test_the_default_run_directory_is_runs_name(folder):
     recipe, _ = load(folder, "output_dir=null")
     assert RunDir.of(recipe).root == Path("runs/tiny")
 
@@ -290,7 +290,7 @@ def test_the_default_run_directory(folder):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_fails_leaves_the_old_artifact(folder, error):
+def test_a_failure_leaves_the_old_artifact(folder, error):
     recipe, run = load(folder)
     finish(recipe, run)
     with pytest.raises(error), run.writing(run.adapter, recipe) as partial:
@@ -338,7 +338,7 @@ def test_the_recipe_beside_each_artifact_is_the_recipe(folder, monkeypatch):
 # The manifest
 
 
-def test_what_a_stage_records(folder):
+def test_the_manifest_records_inputs_outputs_and_cost(folder):
     recipe, run = load(folder, "seed=5")
     finish(recipe, run, "train")
     entry = json.loads((folder / "run/manifest.json").read_text(encoding="utf-8"))["train"]
@@ -390,7 +390,7 @@ sys.exit(subprocess.run([sys.executable, "-c", {child!r}]).returncode)
     assert 10**7 < int(done.stdout) < 256 * (2 << 20)
 
 
-def test_what_memory_allows_and_what_is_shown_do_not_decide_the_adapter(folder):
+def test_settings_of_memory_and_logging_do_not_change_the_adapter(folder):
     recipe, run = load(folder)
     finish(recipe, run, "train")
     shown = ["train.logging_steps=1", "train.report_to=[tensorboard]", "train.save_total_limit=9"]

@@ -58,7 +58,7 @@ say("done")
 """
 
 
-def test_a_terminal_has_one_status_line_which_goes():
+def test_a_terminal_has_one_status_line_which_disappears():
     written = in_a_terminal(LOOP)
     assert "loading torch" in written
     assert re.search(r"train: step 3/5, 0:00 left", written)
@@ -102,14 +102,14 @@ def test_a_log_file_has_whole_lines_now_and_then(capsys, monkeypatch):
     )
 
 
-def test_what_else_there_is_to_wait_for_is_in_the_time_that_is_left(capsys, monkeypatch):
+def test_the_remaining_time_includes_further_work(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0)
     progress = terminal.Progress("train: step", 6)
     progress.show(6, ", validating 1/9", further=80)
     assert capsys.readouterr().err == "train: step 6/6, validating 1/9, 1:20 left\n"
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
+def test_only_the_first_process_prints(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setenv("RANK", "1")
     terminal.say("a line")

@@ -100,7 +100,7 @@ def answer(command) -> int:
     return code
 
 
-def test_the_listener_hears(tmp_path):
+def test_touched_files_are_noticed(tmp_path):
     with TOUCHED.listening() as touched:
         (tmp_path / "made").write_text("x", encoding="utf-8")
         (tmp_path / "made").unlink()
@@ -110,7 +110,7 @@ def test_the_listener_hears(tmp_path):
 @pytest.mark.slow
 @many
 @given(recipe=st.sampled_from(RECIPES), damage=DAMAGE)
-def test_damaged_recipes(recipe, damage, capsys):
+def test_damaged_recipes_give_a_result_or_one_message(recipe, damage, capsys):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_bytes(damaged(recipe.read_bytes(), damage))
@@ -126,7 +126,7 @@ def test_damaged_recipes(recipe, damage, capsys):
     key=st.sampled_from(["name", "seed", "data.train", "lora.rank", "quantize.layers", "x.y"]),
     value=VALUES,
 )
-def test_strange_overrides(key, value, capsys):
+def test_strange_overrides_give_a_result_or_one_message(key, value, capsys):
     text = json.dumps(value)
     code = answer(lambda: main(["validate", str(RECIPES[0]), f"{key}={text}"]))
     assert code in (0, 2)
@@ -171,7 +171,7 @@ WHOLE = {
 
 @many
 @given(which=st.sampled_from(sorted(WHOLE)), damage=DAMAGE)
-def test_damaged_data_files(which, damage, tokenizer, capsys):
+def test_damaged_data_files_give_rows_or_one_message(which, damage, tokenizer, capsys):
     suffix, _ = which
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
@@ -194,7 +194,7 @@ def test_damaged_data_files(which, damage, tokenizer, capsys):
         max_size=4,
     )
 )
-def test_strange_rows(rows, tokenizer, capsys):
+def test_strange_rows_give_a_result_or_one_message(rows, tokenizer, capsys):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -74,7 +74,7 @@ def one_error(done: subprocess.CompletedProcess, code: int) -> str:
 LEFT = {"train": (0, 8192, 60_000), "quantize": (0, 100_000), "evaluate": (0, 8192)}
 
 
-def test_a_full_disk(recipe_file, disk):
+def test_a_full_disk_gives_one_message_and_loses_nothing(recipe_file, disk):
     for stage, amounts in LEFT.items():
         for left in amounts:
             ballast = fill(disk, left)
@@ -88,7 +88,7 @@ def test_a_full_disk(recipe_file, disk):
     assert (disk / "run" / "report.json").exists()
 
 
-def test_a_disk_that_can_only_be_read(recipe_file, disk):
+def test_a_read_only_disk_gives_one_message(recipe_file, disk):
     (disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for stage in COMMANDS:

@@ -14,7 +14,9 @@ PLANTED = {
 
 
 @pytest.mark.slow
-def test_a_planted_token_is_nowhere(recipe_file, tmp_path, here, stages_here, monkeypatch):
+def test_a_token_of_the_environment_is_in_no_file_and_no_output(
+    recipe_file, tmp_path, here, stages_here, monkeypatch
+):
     printed = ""
     for name, secret in PLANTED.items():
         monkeypatch.setenv(name, secret)
