@@ -44,7 +44,8 @@ def decoder_block(
 
 
 def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the embedding [*ids.shape, hidden]; no others are read, but the first for no ids."""
+    """Returns rows of the embedding [*ids.shape, hidden]; reads only those, or the first one if
+    there are no ids."""
     known, rows = ids.unique(return_inverse=True)
     name = f"{EMBEDDING}.weight"
     table = torch.cat(
@@ -54,21 +55,22 @@ def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_of(config: DecoderConfig, hidden: torch.Tensor) -> Rotary:
-    """Cosines and sines for hidden states [rows, length, hidden], on their device."""
+    """Computes cosines and sines for hidden states [rows, length, hidden], on their device."""
     rotary = type(anatomy(config).model.model.rotary_emb)(config)
     cos, sin = rotary(torch.empty(0, dtype=hidden.dtype), torch.arange(hidden.shape[1])[None])
     return cos.to(hidden.device), sin.to(hidden.device)
 
 
 def normed(config: DecoderConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-    """After the norm that comes before the head."""
+    """Applies the norm that comes before the head."""
     norm = deepcopy(anatomy(config).model.model.norm)
     fill(norm, lambda name, _: weights(f"{NORM}.{name}", WHOLE).to(hidden))
     return norm(hidden)
 
 
 def norm_and_head(config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
-    """Hidden states [rows, length, hidden] -> logits, the weights in `dtype`."""
+    """Makes a module that maps hidden states [rows, length, hidden] to logits, its weights in
+    `dtype`."""
     model = deepcopy(anatomy(config).model)
     block = torch.nn.Sequential(OrderedDict(norm=model.model.norm, lm_head=model.lm_head))
     names = {"norm.weight": f"{NORM}.weight", "lm_head.weight": f"{HEAD}.weight"}

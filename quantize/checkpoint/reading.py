@@ -1,7 +1,8 @@
-"""safetensors files in pieces: rows are read and written where they lie, and nothing is mapped.
+"""Reads and writes rows of safetensors files at their offsets, without mapping the files.
 
-Pages of a mapped file count as memory of the process until the system takes them back, so a mapped
-checkpoint looks, and is limited, like a loaded one. The format: https://github.com/huggingface/safetensors
+Pages of a mapped file count as memory of the process until the kernel reclaims them, so a mapped
+checkpoint looks like a loaded one and runs into the same limits. The format:
+https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from finequant.recipes.errors import UserError
 
-# As safetensors orders the tensors of a file: wide types first, then by name.
+# In the order in which safetensors stores a file's tensors: wide types first, then by name.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,16 +27,18 @@ DTYPES = {
     "I8": torch.int8,
 }
 PIECE_WEIGHTS = 1 << 19
-"""To handle at a time: with fewer, threads wait for the interpreter, with more, for memory."""
+"""Weights to handle at a time: with fewer, threads wait for the interpreter, with more, for
+memory."""
 
 MIN_ROWS = 32
-"""Rows of a piece: a matrix product rounds a handful in another way than the same rows among many,
-so what is computed from them would depend on where they are cut."""
+"""Minimum rows of a piece: a matrix product rounds a handful of rows differently from the same rows
+among many, so results would depend on where the pieces are cut."""
 
 WHOLE = slice(None)
 
 Weights = Callable[[str, slice], torch.Tensor]
-"""Rows of a parameter by its name, in the dtype they are kept in; not to be changed."""
+"""A function that returns rows of a parameter, given its name, in the dtype in which they are kept.
+Callers must not change them."""
 
 
 class Entry(NamedTuple):
@@ -53,10 +56,10 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read when they are asked for, by any thread.
+    """A safetensors file, from which any thread can read tensors on demand.
 
     Raises:
-        UserError: for a file that is damaged or has other than floats and int8.
+        UserError: for a file that is damaged, or has types other than floats and int8.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,9 +77,9 @@ class TensorFile:
                 for start, _ in [description["data_offsets"]]
             }
         except KeyError as error:
-            raise UserError(f"{path}: tensors of type {error} are not read") from None
+            raise UserError(f"{path}: tensors of type {error} are not supported") from None
         except (ValueError, AttributeError, TypeError, OverflowError, MemoryError):
-            raise UserError(f"{path}: damaged, no safetensors file: copy it again") from None
+            raise UserError(f"{path}: damaged, not a safetensors file: copy it again") from None
 
     def read(self, name: str, rows: slice = WHOLE) -> torch.Tensor:
         """Reads rows [rows, ...] in the dtype of the file."""
@@ -139,7 +142,7 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
-    """Reads the weights of a model in memory; a tied head can also be read by its name."""
+    """Returns a function that reads a model in memory; it also knows a tied head by its name."""
     tensors = model.state_dict()
     return lambda name, rows: tensors[name][rows]
 
@@ -152,6 +155,6 @@ def filled(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 
 def read_into(tensor: torch.Tensor, weights: Weights, name: str) -> None:
-    """Gives a tensor the values of a whole parameter, a piece at a time."""
+    """Copies a whole parameter into a tensor, a piece at a time."""
     for rows in row_slices(tensor.shape):
         tensor[rows] = weights(name, rows)

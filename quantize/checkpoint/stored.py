@@ -1,4 +1,4 @@
-"""quantized/ as it lies on disk, without torchao: codes, scales, and what stayed in float.
+"""Reads quantized/ without torchao: codes, scales, and the tensors that stayed in float.
 
 Every export is made from this, so all formats ship the same integers.
 """
@@ -43,7 +43,7 @@ class QuantizedCheckpoint(NamedTuple):
 
     @property
     def end_tokens(self) -> list[int]:
-        """At which generation stops, the end of an answer first."""
+        """Reads the tokens at which generation stops, the end of an answer first."""
         text = (self.folder / "generation_config.json").read_text(encoding="utf-8")
         ends = json.loads(text).get("eos_token_id")
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -74,7 +74,7 @@ class QuantizedCheckpoint(NamedTuple):
 
     @property
     def packed_bytes(self) -> int:
-        """Counts the bytes of the model with no gap between codes, as most exports have it.
+        """Counts the bytes of the model with tightly packed codes, as in most exports.
 
         A table that head and embedding share counts once.
         """
@@ -86,7 +86,7 @@ class QuantizedCheckpoint(NamedTuple):
         return codes + sum(tensor.nbytes for tensor in self.floats.values())
 
     def float_weight(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a parameter as a float model would have them, codes times scales in float32."""
+        """Returns rows of a parameter as in a float model: codes times scales, in float32."""
         if name == f"{HEAD}.weight" and name not in self.floats and HEAD not in self.rounded:
             name = f"{EMBEDDING}.weight"  # a tied head is not stored
         if rounded := self.rounded.get(name.removesuffix(".weight")):
@@ -94,16 +94,16 @@ class QuantizedCheckpoint(NamedTuple):
         return self.floats[name][rows]
 
     def group_size(self, name: str) -> int:
-        """Weights of a layer that share a scale."""
+        """Returns how many weights of a layer share a scale."""
         codes, scale = self.rounded[name]
         return codes.shape[1] // scale.shape[1]
 
 
 def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
-    """Reads `quantized/`, whatever its number of files.
+    """Reads `quantized/`, in one file or several.
 
     Raises:
-        UserError: if a file is damaged, or a layer has zero points, which no format here takes.
+        UserError: if a file is damaged, or a layer has zero points, which no format here supports.
     """
     from transformers import AutoConfig
 
@@ -113,8 +113,8 @@ def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
-                # Sorted: safetensors lists metadata in another order each time, and an export of
-                # the same codes has to be the same file.
+                # Sorted because safetensors lists metadata in a different order each time, and
+                # exports of the same codes have to be the same file.
                 for name, text in sorted(stream.metadata().items()):
                     if name not in NOT_TENSORS:
                         _read_tensor(stream, name, json.loads(text), rounded, bits, floats)
@@ -144,6 +144,6 @@ def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict
 
 
 def copy_beside(stored: QuantizedCheckpoint, folder: Path) -> None:
-    """Copies what is neither weights nor configuration: tokenizer, chat templates, records."""
+    """Copies tokenizer, chat templates and records, but no weights, configuration or recipe."""
     ignored = shutil.ignore_patterns(*NOT_COPIED)
     shutil.copytree(stored.folder, folder, ignore=ignored, dirs_exist_ok=True)

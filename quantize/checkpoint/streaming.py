@@ -24,18 +24,18 @@ class Target(Protocol):
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the parameters that it takes, by name."""
     plan: dict[str, LayerScheme]
-    """Schemes of those that come quantized, by name."""
+    """Schemes of the parameters that come quantized, by name."""
 
     def pieces(self, name: str) -> list[slice]:
-        """Lists the rows that are taken at a time."""
+        """Lists the slices of rows that it takes at a time."""
         ...
 
     def has(self, name: str, rows: slice) -> bool:
-        """Says whether these rows are there already."""
+        """Says whether it has these rows already."""
         ...
 
     def known(self, layer: str, rows: slice) -> Rounded | None:
-        """Returns the codes and scales of a layer's rows if they are there already."""
+        """Returns the codes and scales of a layer's rows if it has them already."""
         ...
 
     def write(
@@ -62,10 +62,10 @@ def write_data_free(
     rounding: Rounding | None = None,
     whole: bool = False,
 ) -> None:
-    """Parameters whose pieces depend on no others: each is read, rounded and written by a thread.
+    """Writes parameters whose pieces are independent: a thread reads, rounds and writes each piece.
 
-    names: those of them that the target's plan has are rounded.
-    whole: rounded parameters are one piece each.
+    names: the parameters to write; those in the target's plan are rounded.
+    whole: whether each rounded parameter is a single piece.
     """
 
     def convert(piece: tuple[str, slice]) -> None:
@@ -82,7 +82,7 @@ def write_data_free(
 def each_piece(
     convert: Callable[[tuple[str, slice]], None], pieces: Iterable[tuple[str, slice]]
 ) -> None:
-    """Converts the pieces in threads; the first error of one of them is raised."""
+    """Converts the pieces in threads, and raises the first error of any of them."""
     with _threads() as pool:
         for _ in pool.map(convert, pieces):
             pass
@@ -98,7 +98,7 @@ def _pieces(target: Target, names: Iterable[str], whole: bool) -> Iterator[tuple
 def write_pieces(target: Target | None, weights: Weights, pieces: Iterable[Piece]) -> None:
     """Writes quantized layers as they arrive, each while the next one is being computed.
 
-    target: None in all processes but the first, which hear of its errors.
+    target: None in all processes but the first; an error in the first ends them all.
     """
 
     def write(piece: Piece) -> None:

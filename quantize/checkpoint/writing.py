@@ -1,7 +1,7 @@
 """The checkpoint that plain `from_pretrained` loads: torchao's layout, written piece by piece.
 
-Every tensor has its place in a file before the first is computed, so pieces are written in any
-order by any thread. A journal says which are there: a killed process goes on where it was.
+Every tensor has its offset in a file before the first is computed, so any thread can write pieces
+in any order. A journal lists the pieces that are written, so a run that was killed can resume.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SHARD_BYTES = 4 * 10**9
 
 
 class PieceRecord(NamedTuple):
-    """A piece that is in its file: a checksum of its bytes, and power of weights and errors."""
+    """A piece that is written: a checksum of its bytes, and the power of weights and errors."""
 
     checksum: int
     power: float
@@ -81,8 +81,8 @@ def layout(
 ) -> list[File]:
     """Lays out the files of a checkpoint, byte for byte except for the tensors' content.
 
-    shapes: of the parameters to write, by name, in the model's order.
-    dtype: of what stays in float.
+    shapes: shapes of the parameters to write, by name, in the model's order.
+    dtype: the dtype of parameters that stay in float.
     """
     shards: list[dict] = [{}]
     room = shard_bytes
@@ -115,7 +115,7 @@ def _stored_as(
 
 
 def _metadata(names: list[str], plan: Plan, dtype: torch.dtype) -> dict[str, str]:
-    """Makes the metadata that every file gets: `from_pretrained` keeps only one file's names."""
+    """Makes the metadata of every file: all names, as `from_pretrained` keeps only one file's."""
     if not any(plan.values()):
         return {"format": "pt"}
     described = {}
@@ -127,9 +127,9 @@ def _metadata(names: list[str], plan: Plan, dtype: torch.dtype) -> dict[str, str
 
 
 class Checkpoint:
-    """The weights of a folder: rounded as the plan says, others in `dtype`.
+    """The weights in a folder: those in the plan rounded, the others in `dtype`.
 
-    shapes: of the parameters to write, by name, in the model's order.
+    shapes: shapes of the parameters to write, by name, in the model's order.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ class Checkpoint:
         os.write(self._journal, b"\n")  # ends a line that a kill has cut off
 
     def _open(self, file: File) -> None:
-        """Makes a file of its full size, if it is not there; its zero points are right by that."""
+        """Opens a file; a missing one is first created at its full size and filled with zeros, so
+        that its zero points are already right."""
         path = self.folder / file.name
         if not path.exists() or path.stat().st_size != file.size:
             (self.folder / JOURNAL).unlink(missing_ok=True)
@@ -202,9 +203,9 @@ class Checkpoint:
     def write(
         self, name: str, rows: slice, weight: torch.Tensor, rounded: Rounded | None = None
     ) -> None:
-        """Puts rows into their file.
+        """Writes rows into their file.
 
-        weight: their float32 weights, which are what is written unless they are rounded.
+        weight: their float32 weights, which are written unless `rounded` is given.
         """
         first = rows.start or 0
         for piece in self.pieces(name, rows):
@@ -246,11 +247,11 @@ class Checkpoint:
         return inner_names(name)[:2] if name in self.plan else (name,)
 
     def rounded(self, name: str, rows: slice) -> Rounded:
-        """Codes and scales as they are in the file."""
+        """Reads codes and scales from the file."""
         return Rounded(*(self._files[key].read(key, rows) for key in self.stored(name)))
 
     def weights(self) -> Weights:
-        """Rows as the shipped model computes with them, in its dtype."""
+        """Returns a function that reads rows as the shipped model computes with them."""
 
         def weights(name: str, rows: slice) -> torch.Tensor:
             if name in self.plan:
@@ -262,7 +263,7 @@ class Checkpoint:
         return weights
 
     def snr_db(self, name: str) -> float | None:
-        """Power of the weights over that of their errors, in decibels; None in float."""
+        """Computes the ratio of the weights' power to their errors', in decibels; None in float."""
         if name not in self.plan:
             return None
         records = [self._written[name, rows.start] for rows in self.pieces(name)]
@@ -270,7 +271,8 @@ class Checkpoint:
         return round(10 * math.log10(power / noise), 2) if noise else math.inf
 
     def finish(self) -> None:
-        """Writes the index of several files and removes the journal: all pieces are there."""
+        """Writes the index if there are several files, and removes the journal: all pieces are
+        written."""
         names = {key: file.path.name for key, file in self._files.items()}
         if len(self._descriptors) > 1:
             total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.entries.values())
@@ -285,7 +287,7 @@ class Checkpoint:
 
 
 def inner_names(name: str) -> tuple[str, str, str]:
-    """torchao's names for codes, scales and zero points of `LAYER.weight`."""
+    """Returns torchao's names for codes, scales and zero points of `LAYER.weight`."""
     layer, _, kind = name.rpartition(".")
     return tuple(f"{layer}._{kind}_{part}" for part in ("qdata", "scale", "zero_point"))
 
@@ -298,7 +300,7 @@ def _checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _power_and_noise(weight: torch.Tensor, rounded: Rounded) -> tuple[float, float]:
-    """Sums of squares of the weights and of their errors."""
+    """Sums the squares of the weights, and of their errors."""
     signal = weight.flatten()
     error = rounded.dequantize(torch.float32).flatten().sub_(signal)
     return torch.dot(signal, signal).item(), torch.dot(error, error).item()
@@ -315,7 +317,7 @@ def stored_shapes(
 
 
 def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
-    """config.json and generation_config.json, as `save_pretrained` writes them."""
+    """Writes config.json and generation_config.json, as `save_pretrained` does."""
     config = deepcopy(base.config)
     config.name_or_path = ""  # it may be a path of this machine
     config.dtype = str(dtype).removeprefix("torch.")
@@ -325,14 +327,14 @@ def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> No
     if any(plan.values()):
         config.quantization_config = quantization_config(plan)
     config.save_pretrained(folder)
-    # save_pretrained would refuse what Llama 2 is published with: a temperature without do_sample.
+    # save_pretrained would refuse Llama 2's published settings: a temperature without do_sample.
     base.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def torchao_tensor(
     name: str, rounded: Rounded, scheme: LayerScheme, dtype: torch.dtype
 ) -> IntxUnpackedToInt8Tensor:
-    """Codes and scales of a layer as torchao's tensor, which computes in `dtype`."""
+    """Wraps codes and scales of a layer in torchao's tensor, which computes in `dtype`."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     return IntxUnpackedToInt8Tensor(
@@ -347,7 +349,7 @@ def torchao_tensor(
 
 
 def torchao_metadata(name: str, scheme: LayerScheme, dtype: torch.dtype) -> str:
-    """Returns what torchao writes about a tensor into its file's metadata, which has no shapes."""
+    """Returns torchao's metadata for a tensor in a file; it has no shapes, so one group will do."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     codes = torch.zeros(1, scheme.group_size, dtype=torch.int8)
@@ -368,5 +370,5 @@ def quantized_model(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in a checkpoint."""
+    """Counts the bytes of the safetensors files in a checkpoint."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -34,11 +34,11 @@ LARGEST_DIFFERENCE = 1e-3
 below 1e-4."""
 
 PREFIX = "base_model.model."
-"""Before the names of parameters in peft's files."""
+"""Prefix of the names of parameters in peft's files."""
 
 HEAD_COPY = f"{PREFIX}{HEAD}.base_layer.weight"
 
-# What of an adapter is not B A, by peft's key: none of it comes from a recipe.
+# Features that cannot be merged, by peft's key; no recipe makes an adapter with them.
 REFUSED = {
     "bias": "trained biases",
     "modules_to_save": "layers trained as a whole",
@@ -49,7 +49,7 @@ REFUSED = {
 
 
 class Base(NamedTuple):
-    """A float model whose weights are read when they are asked for."""
+    """A float model whose weights are read on demand."""
 
     config: DecoderConfig
     generation_config: GenerationConfig
@@ -57,7 +57,7 @@ class Base(NamedTuple):
     """Shapes of all parameters, in the model's order; a tied head has an entry, too."""
     weights: Weights
     plain: Callable[[], Decoder] | None = None
-    """The model as `from_pretrained` makes it, its weights on disk wherever the format allows."""
+    """Makes the model as `from_pretrained` does, its weights on disk wherever the format allows."""
 
 
 def open_base(model: Model) -> Base:
@@ -73,7 +73,7 @@ def open_base(model: Model) -> Base:
     tied = {HEAD: EMBEDDING, EMBEDDING: HEAD} if skeleton.config.tie_word_embeddings else {}
 
     def stored_name(name: str) -> str:
-        """Files of the model without its head leave out `model.`."""
+        """Returns the name in the files; those of a model without a head leave out `model.`."""
         layer = name.removesuffix(".weight")
         names = [name, f"{tied[layer]}.weight"] if layer in tied else [name]
         candidates = [*names, *(name.removeprefix("model.") for name in names)]
@@ -95,11 +95,11 @@ def _described(model: Decoder, weights: Weights, plain: Callable[[], Decoder]) -
 
 
 class Adapter:
-    """LoRA, rsLoRA or DoRA, whose matrices are read when they are asked for.
+    """A LoRA, rsLoRA or DoRA adapter, whose matrices are read on demand.
 
     Raises:
-        UserError: if it is not one of this base, has numbers that are none, or more than
-            matrices for linear layers.
+        UserError: if it was not made for this base, has values that are not finite, or has more
+            than matrices for linear layers.
     """
 
     def __init__(self, folder: Path, base: Base, name: str) -> None:
@@ -119,7 +119,7 @@ class Adapter:
                 )
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
         matched = {key: pattern.fullmatch(key) for key in self._file.entries}
-        # peft saves the head that it was given beside LoRA for it.
+        # With a LoRA for the head, peft also saves the head that it was given.
         if matched.pop(HEAD_COPY, 0) is None and not self._is_the_bases(HEAD_COPY, base):
             raise UserError(
                 f"{folder}: cannot be merged: it brings a {HEAD} that is not that of {name}: "
@@ -174,9 +174,9 @@ class Adapter:
                 raise UserError(f"{folder}: cannot be merged: numbers in {key} are not finite")
 
     def add(self, layer: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
-        """Rows of the merged weight, from float32 rows of the base's, which are used up.
+        """Returns rows of the merged weight, from float32 rows of the base's, which it overwrites.
 
-        To the bit what peft's `merge_and_unload` gives in float32.
+        The result equals that of peft's `merge_and_unload` in float32, bit for bit.
         """
         if layer not in self.layers:
             return weight
@@ -191,7 +191,7 @@ class Adapter:
 
 
 def _scaling(config: dict, layer: str | None) -> float:
-    """s of W + s B A."""
+    """Computes s of W + s B A."""
     alpha = _chosen(config.get("alpha_pattern"), config["lora_alpha"], layer)
     rank = _rank(config, layer)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -202,16 +202,17 @@ def _rank(config: dict, layer: str | None) -> int:
 
 
 def _chosen(patterns: dict[str, int] | None, default: int, layer: str | None) -> int:
-    """Patterns match the ends of names, as in peft."""
+    """Returns the value of the first pattern that matches the end of the layer's name, as in peft,
+    or the default."""
     matching = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", layer or ""))
     return (patterns or {}).get(next(matching, ""), default)
 
 
 def merged_weights(base: Base, adapter: Adapter) -> Weights:
-    """float32 rows of W + s B A."""
+    """Returns a function that reads float32 rows of W + s B A."""
 
     def weights(name: str, rows: slice = WHOLE) -> torch.Tensor:
-        # A copy also where the base is float32: it is added to.
+        # A copy even if the base is float32, because `add` changes it.
         weight = base.weights(name, rows).to(torch.float32, copy=True)
         return adapter.add(name.removesuffix(".weight"), rows, weight)
 
@@ -219,14 +220,15 @@ def merged_weights(base: Base, adapter: Adapter) -> Weights:
 
 
 def last_logits(model: torch.nn.Module, prompts: list[list[int]]) -> torch.Tensor:
-    """float32 logits [prompts, vocabulary] after the last token of each prompt."""
+    """Computes float32 logits [prompts, vocabulary] after the last token of each prompt."""
     with torch.inference_mode():
         rows = [model(torch.tensor([prompt])).logits[0, -1].float() for prompt in prompts]
     return torch.stack(rows)
 
 
 def checked_difference(expected: torch.Tensor, actual: torch.Tensor, adapter: Path) -> float:
-    """Between logits of base + adapter and merged ones, relative to the largest.
+    """Returns the maximum distance of merged logits from those of base + adapter, relative to the
+    largest logit.
 
     Raises:
         UserError: if they differ by more than rounding.

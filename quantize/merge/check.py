@@ -1,7 +1,7 @@
-"""logits(base + adapter) = logits(merged), on real prompts, a block in memory at a time.
+"""Checks logits(base + adapter) = logits(merged) on real prompts, with one block in memory.
 
-Base and adapter are read and joined by transformers and peft alone, so that a weight which we read
-wrongly, or not at all, shows as a difference.
+Only transformers and peft read and join base and adapter for this, so that a weight which our code
+reads wrongly, or not at all, shows as a difference.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def check_merge(
 
 
 def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """float32 logits [prompts, vocabulary] after each prompt, of transformers' and peft's model,
-    computed on the device and returned on the CPU."""
+    """Computes float32 logits [prompts, vocabulary] after each prompt with transformers' and peft's
+    model, on the device; returns them on the CPU."""
     tuned = _joined(base, folder)
     model, head = tuned.get_base_model().model, tuned.get_base_model().lm_head
     together = model.embed_tokens(torch.tensor([sum(prompts, [])]))
@@ -56,16 +56,16 @@ def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Te
     last = model.norm(torch.cat([states[:, -1].cpu() for states in hidden]))
     with _in_memory(tuned, head, ".lm_head.", folder):
         logits = head(last.to(device())).float().cpu()
-    tuned.unload()  # a model that is in memory whole goes on as the base
+    tuned.unload()  # removes peft's layers from the base again
     return logits
 
 
 def _joined(base: Base, folder: Path) -> PeftModel:
-    """Base and adapter as peft joins them, the base's weights still on disk."""
+    """Joins base and adapter with peft, and leaves the base's weights on disk."""
     from peft import PeftModel
 
     model = base.plain()
-    # With it peft would spread base and adapter over devices again, and loses DoRA on the way.
+    # With a device map, peft would spread base and adapter over devices again, and lose DoRA.
     vars(model).pop("hf_device_map", None)
     try:
         return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).eval()
@@ -78,13 +78,13 @@ def _joined(base: Base, folder: Path) -> PeftModel:
 def _in_memory(
     tuned: PeftModel, module: torch.nn.Module, name: str, folder: Path
 ) -> Iterator[None]:
-    """Reads the module's weights, which accelerate has left on disk, and its part of the adapter,
-    and has them on the device in the block.
+    """Loads the module's weights, which accelerate has left on disk, and its part of the adapter,
+    and keeps them on the device while the context is open.
 
-    accelerate's own hooks do so for one linear layer at a time, but DoRA looks at a weight outside
-    of it; and peft keeps no adapter for weights that are not in memory.
+    accelerate's own hooks do so for one linear layer at a time, but DoRA reads a weight outside the
+    layer's forward pass; and peft keeps no adapter for weights that are not in memory.
 
-    name: in the middle of the names of the adapter's tensors for the module.
+    name: the part of tensor names in the adapter that identifies the module.
     """
     from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import has_offloaded_params

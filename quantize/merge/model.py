@@ -1,4 +1,4 @@
-"""base + adapter -> one float model, where it is run: evaluation, sweeps and chat."""
+"""base + adapter -> one float model, for stages that run it: evaluation, sweeps and chat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merged_model(
         quantize does so, too; here it is for runs that may not have been quantized yet.
 
     Raises:
-        UserError: if the adapter is not one of this base, or the logits differ.
+        UserError: if the adapter was not made for this base, or the logits differ.
     """
     base = open_base(recipe.model)
     adapter = Adapter(run.adapter, base, recipe.model.base)
@@ -43,8 +43,8 @@ def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> Decoder:
     config = deepcopy(base.config)
     config.dtype = dtype
     model = skeleton(config).to(dtype)
-    # Memory for all of them before the first is read: what reading takes and gives back would
-    # leave gaps between them.
+    # All weights are allocated before the first is read; else the buffers that reading allocates
+    # and frees would leave gaps between them.
     model.to_empty(device="cpu").tie_weights()
     for name, parameter in model.named_parameters():
         read_into(parameter.detach(), weights, name)
@@ -55,7 +55,7 @@ def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> Decoder:
 
 
 class Offloaded(Mapping[str, torch.Tensor]):
-    """Parameters by name: some are in memory, the others are read when they are asked for."""
+    """Parameters by name: some are in memory, the others are read on demand."""
 
     def __init__(self, names: list[str], read: Callable[[str], torch.Tensor]) -> None:
         self.kept: dict[str, torch.Tensor] = {}
@@ -77,13 +77,13 @@ class Offloaded(Mapping[str, torch.Tensor]):
 def spread_model(
     base: Base, weights: Weights, dtype: torch.dtype, arithmetic: torch.dtype, device_map: DeviceMap
 ) -> Decoder:
-    """Builds a model that is larger than the memory of a device, to be run as any other.
+    """Builds a model that is larger than the memory of a device, but runs like any other.
 
-    accelerate's hooks bring each layer of a block that is on no accelerator to the first one, and
-    forget it afterwards.
+    accelerate's hooks copy each layer of a block that is on no accelerator to the first one when it
+    runs, and drop the copy afterwards.
 
-    dtype: that the weights are rounded to.
-    arithmetic: dtype that they are kept in.
+    dtype: the dtype to which the weights are rounded.
+    arithmetic: the dtype in which they are kept.
     """
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device

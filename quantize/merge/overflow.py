@@ -1,4 +1,4 @@
-"""float16 ends at 65504: a layer whose numbers go beyond it is named, before long work."""
+"""Finds a layer whose numbers exceed float16's largest, 65504, before long work begins."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _look_at_outputs(name: str, _: torch.nn.Module, inputs: tuple[Any, ...], out
     _look(f"the outputs of {name}", output if isinstance(output, tuple) else (output,))
 
 
-def _look(what: str, tensors: tuple[Any, ...]) -> None:
+def _look(source: str, tensors: tuple[Any, ...]) -> None:
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
             raise UserError(
-                f"quantize.dtype: in float16, whose largest number is 65504, {what} are not "
+                f"quantize.dtype: in float16, whose largest number is 65504, {source} are not "
                 "finite: set quantize.dtype=bfloat16 (or float32)"
             )

@@ -38,11 +38,11 @@ def quantize_layers(
     dtype: torch.dtype,
     sequences: torch.Tensor | None = None,
 ) -> None:
-    """Quantizes what the plan says, and gives all parameters of the target to it.
+    """Quantizes the layers of the plan, and writes all parameters of the target.
 
-    target: None in all processes but the first; they share the calibration.
-    weights: of the float model, by name.
-    dtype: of the shipped model's arithmetic.
+    target: None in all processes but the first; those only share the calibration.
+    weights: the float model's, by name.
+    dtype: the dtype of the shipped model's arithmetic.
     sequences: token ids [rows, length] for a calibrated method.
     """
     method, later = load_method(quantize.method), []
@@ -56,7 +56,7 @@ def quantize_layers(
     def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
         if where.type == "cpu":
             return data_free.quantize(weight, plan[layer])
-        with accelerator:  # threads would take its memory for a layer each
+        with accelerator:  # else its memory would hold a layer for each thread
             return data_free.quantize(weight.to(where), plan[layer]).cpu()
 
     def write_others() -> None:
@@ -80,10 +80,10 @@ def round_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> dict[str, Rounded]:
-    """Codes and scales of every layer that the recipe's plan rounds, by name, in its order.
+    """Returns codes and scales of every layer that the plan rounds, by name, in the plan's order.
 
-    model: float weights, the head untied if the plan needs it; it stays as it is.
-    dtype: of the arithmetic in which activations are computed, that of the shipped model.
+    model: the float model, with its head untied if the plan needs that; it is not changed.
+    dtype: the dtype of the shipped model's arithmetic, in which activations are computed.
 
     Raises:
         UserError: if there is nothing to calibrate on.
@@ -121,7 +121,7 @@ class Codes:
         self._parts[name][rows.start or 0] = rounded
 
     def layers(self) -> dict[str, Rounded]:
-        """Codes and scales by layer, in the plan's order."""
+        """Returns codes and scales by layer, in the plan's order."""
         layers = {}
         for name, parts in self._parts.items():
             ordered = [parts[start] for start in sorted(parts)]

@@ -8,9 +8,10 @@ the float model. One forward and one backward pass, a block at a time, measure e
 every number of bits; then each bit goes where it helps most (Shoham and Gersho, 1988,
 https://doi.org/10.1109/29.90373).
 
-Each token is taken by itself, although the errors of one layer at several tokens meet again in
-attention: nats per token are an approximation here, within a factor of two or so of the measured
-divergence on small models. They rank layers; they do not predict what the model loses.
+Each token is treated by itself, although attention combines the errors that a layer makes at
+several tokens. The result, in nats per token, is therefore approximate, within a factor of two or
+so of the measured divergence on small models. It ranks layers; it does not predict what the model
+loses.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
 TOKENS = 2048
-"""Tokens to measure on, at most; all of them in one pass."""
+"""Maximum number of tokens to measure on, all in one pass."""
 
 LossIncreases = dict[str, dict[int, float]]
 """Sensitivity: the increase of the loss, in nats per token, by layer and bits. It is approximate,
@@ -68,8 +69,8 @@ def within_budget(
 ) -> Recipe:
     """Replaces a recipe's budget by `quantize.layers`; without a budget, returns it unchanged.
 
-    weights: of the float model, read a decoder block at a time.
-    dtype: of the shipped model's arithmetic.
+    weights: the float model's, read a decoder block at a time.
+    dtype: the dtype of the shipped model's arithmetic.
 
     Raises:
         UserError: if there is nothing to measure on.
@@ -104,7 +105,7 @@ def sensitivity(
     """Estimates the cost of rounding each layer by itself, to nearest.
 
     sequences: token ids [rows, length].
-    dtype: of the arithmetic.
+    dtype: the dtype of the arithmetic.
     """
     count, inputs = config.num_hidden_layers, []
     where = device()
@@ -132,9 +133,9 @@ def _backward(
     loss_gradient: Callable[[torch.Tensor], torch.Tensor],
     **arguments,
 ) -> tuple[Seen, torch.Tensor]:
-    """Records the linear layers' inputs and output gradients, and the gradient of `hidden`.
+    """Returns the linear layers' inputs and output gradients, and the gradient of `hidden`.
 
-    loss_gradient: called with the block's output, returns the gradient of the loss for it.
+    loss_gradient: called with the block's output; returns the loss's gradient with respect to it.
     """
     inputs, outputs = {}, {}
 
@@ -146,11 +147,11 @@ def _backward(
             module.register_forward_hook(lambda _, *tensors, name=name: keep(name, *tensors))
     hidden = hidden.detach().requires_grad_()
     output = block(hidden, **arguments)
-    of_hidden, *of_outputs = torch.autograd.grad(
+    grad_hidden, *grad_outputs = torch.autograd.grad(
         output, [hidden, *outputs.values()], loss_gradient(output.detach())
     )
-    pairs = zip(inputs.items(), of_outputs, strict=True)
-    return {name: (x, gradient) for (name, x), gradient in pairs}, of_hidden
+    pairs = zip(inputs.items(), grad_outputs, strict=True)
+    return {name: (x, gradient) for (name, x), gradient in pairs}, grad_hidden
 
 
 def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
@@ -184,9 +185,10 @@ def _loss_increases(
 def allocate(
     loss_increases: LossIncreases, weights: dict[str, int], allowance: float
 ) -> dict[str, int]:
-    """Bits of each layer: from the fewest up, always the step that lowers the sum most per bit.
+    """Chooses the bits of each layer: starts from the fewest, and always takes the step that lowers
+    the summed loss increase most per bit.
 
-    weights: how many each layer has.
+    weights: the number of weights in each layer.
     allowance: bits for all codes together.
     """
     chosen = {name: min(options) for name, options in loss_increases.items()}
@@ -208,7 +210,7 @@ def allocate(
 def _allowance(
     quantize: Quantize, plan: Plan, free: Collection[str], config: DecoderConfig
 ) -> float:
-    """Bits that the budget leaves for the codes of the free layers, in all."""
+    """Computes how many bits the budget leaves for the codes of all free layers together."""
     shapes = layer_shapes(config)
     rounded = [name for name in plan if plan[name] and name != EMBEDDING]
     decided = plan | {name: plan[name]._replace(bits=0) for name in free}

@@ -4,10 +4,10 @@ Each layer is quantized by the recipe's method, with the inputs that the already
 before it produce, those of its own block included. Then a block's layers are trained together for
 some steps if the recipe says so. Memory holds the activations, one block, and its quantized copy.
 
-Several processes share the sequences, whose sums are added up, and the rows of each layer. In this
-order the sums have other last bits than in one process, as they have on another number of threads:
-in the first layers one code in a thousand is rounded the other way, and those that make up for it
-are others, too (docs/running.md has figures).
+Several processes share the sequences, whose statistics they add up, and the rows of each layer. In
+a different order of summation, as with a different number of threads, the last bits of the sums
+differ: in the first layers, one code in a thousand is rounded the other way, and the codes that
+make up for it differ, too (docs/running.md has figures).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ TOKENS = 4096
 """Tokens of a forward pass."""
 
 
-def nothing(name: str, rows: slice) -> Rounded | None:
-    """Returns None: nothing is known before the first block."""
+def none_known(name: str, rows: slice) -> Rounded | None:
+    """Returns None: no earlier call has computed any codes."""
     return None
 
 
@@ -51,18 +51,18 @@ def calibrate(
     sequences: torch.Tensor,
     plan: Plan,
     dtype: torch.dtype,
-    known: Callable[[str, slice], Rounded | None] = nothing,
+    known: Callable[[str, slice], Rounded | None] = none_known,
     steps: int = 0,
 ) -> Iterator[Piece]:
-    """Codes and scales of the linear layers that the plan rounds, as soon as they are found.
+    """Yields codes and scales of the linear layers that the plan rounds, as soon as it has them.
 
-    weights: of the float model, by name; read a block at a time.
+    weights: the float model's, by name; read a block at a time.
     sequences: token ids [rows, length].
-    dtype: of the shipped model; activations are computed in it, or in float32 where the
-        processor only emulates it.
-    known: what an earlier call found; a block that is known is only run. Only the first process
-        asks.
-    steps: of training each block after its layers are quantized.
+    dtype: the shipped model's; activations are computed in it, or in float32 where the processor
+        only emulates it.
+    known: returns codes and scales that an earlier call computed, or None; a block whose layers are
+        all known is only run. Only the first process calls it.
+    steps: the number of steps that train each block after its layers are quantized.
     """
     computes = arithmetic_dtype(dtype)
     calibration = _Calibration(method, weights, config, sequences, plan, computes, known, steps)
@@ -75,9 +75,9 @@ def calibrate(
 
 
 class _Calibration:
-    """The activations on their way through both models, and what is done to each block there.
+    """Passes activations through the float and the quantized model, and quantizes each block.
 
-    A block, and what is known of its inputs, is gone before the next one is read.
+    A block and the statistics of its inputs are freed before the next block is read.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class _Calibration:
             states[index] = self._run(block, hidden)
 
     def _run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        if not len(hidden):  # more processes than sequences; transformers cannot reshape nothing
+        if not len(hidden):  # more processes than sequences; transformers needs at least one
             return hidden
         return block(hidden, position_embeddings=self._rotary)
 
@@ -146,12 +146,12 @@ class _Calibration:
                 rounded = self._rounded(weight, statistics, scheme)
                 rows = [len(part) for part in parts]
                 codes, scales = (tensor.split(rows) for tensor in rounded)
-                for name, part, *of_part in zip(together, parts, codes, scales, strict=True):
-                    _install(quantized_block.get_submodule(name), Rounded(*of_part), self._dtype)
+                for name, part, *pair in zip(together, parts, codes, scales, strict=True):
+                    _install(quantized_block.get_submodule(name), Rounded(*pair), self._dtype)
                     if self._steps:
-                        start[name] = TrainedLayer(part, Rounded(*of_part), scheme)
+                        start[name] = TrainedLayer(part, Rounded(*pair), scheme)
                     else:
-                        yield Piece(prefix + name, WHOLE, Rounded(*of_part), part.cpu())
+                        yield Piece(prefix + name, WHOLE, Rounded(*pair), part.cpu())
         self._advance(self._exact, block)
         if start:
             trained = reconstruct(
@@ -163,7 +163,7 @@ class _Calibration:
     def _statistics(
         self, block: torch.nn.Module, quantized_block: torch.nn.Module, layer: str
     ) -> Statistics:
-        """Returns the statistics of a layer's inputs in both blocks."""
+        """Computes the statistics of a layer's inputs in both blocks."""
         statistics = self._method.statistics()
         for quantized, exact in zip(self._quantized, self._exact, strict=True):
             rounded = quantize_activations(self._input(quantized_block, layer, quantized))
@@ -174,8 +174,8 @@ class _Calibration:
     def _rounded(
         self, weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme
     ) -> Rounded:
-        """Quantizes a float32 weight [out, in]: each process its rows, which the others add to
-        zeros."""
+        """Quantizes a float32 weight [out, in]: each process rounds its share of the rows, and the
+        sum over all processes has every row."""
         groups = weight.shape[1] // scheme.group_size
         codes = weight.new_zeros(weight.shape, dtype=torch.int8)
         scale = weight.new_zeros(len(weight), groups, dtype=scheme.scale_dtype)
@@ -185,7 +185,7 @@ class _Calibration:
         return Rounded(codes, scale)
 
     def _input(self, block: torch.nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns a layer's input; what comes after it in the block is not computed."""
+        """Returns a layer's input, without computing the rest of the block."""
         if not len(hidden):
             return hidden.new_empty(0, block.get_submodule(layer).in_features)
         inputs: list[torch.Tensor] = []
@@ -202,7 +202,7 @@ class _Calibration:
         return inputs[0]
 
     def _rounded_at_once(self, prefix: str, names: list[str]) -> list[list[str]]:
-        """Groups layers that share an input: an accelerator rounds those of one scheme together."""
+        """Groups layers that share an input: an accelerator rounds all of one scheme together."""
         if self._device.type == "cpu":
             return [[name] for name in names]
         groups: dict[LayerScheme | None, list[str]] = {}
@@ -213,7 +213,7 @@ class _Calibration:
     def _float_weight(self, block: torch.nn.Module, prefix: str, name: str) -> torch.Tensor:
         """Returns a layer's float32 weight [out, in] on the device.
 
-        It is read once more unless the block computes in float32, and has it already.
+        It is read again unless the block computes in float32, and so has it already.
         """
         weight = block.get_submodule(name).weight
         if weight.dtype == torch.float32:
@@ -224,7 +224,7 @@ class _Calibration:
     def head(self) -> Iterator[Piece]:
         """Quantizes the head a few rows at a time: it may be larger than a block."""
         statistics = self._method.statistics()
-        while self._exact:  # what is summed is not needed any more
+        while self._exact:  # frees each batch once it is summed
             quantized, exact = (
                 normed(self._config, self._weights, hidden.pop(0))
                 for hidden in (self._quantized, self._exact)

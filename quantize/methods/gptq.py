@@ -1,7 +1,7 @@
 """GPTQ of one layer (https://arxiv.org/abs/2210.17323).
 
-It rounds column by column, and lets the columns behind make up for the error. Before that, weights
-are corrected for how far the layer's inputs, those that the quantized layers before it give, are
+It rounds column by column, and lets the columns that follow make up for the error. Before that, it
+corrects the weights for the drift of the layer's inputs, which come from quantized layers, away
 from the float model's, so that errors do not add up (as in https://arxiv.org/abs/2504.02692).
 """
 
@@ -19,13 +19,13 @@ from finequant.quantize.rounding import Rounded, choose_scale, code_range, store
 from finequant.quantize.scheme import LayerScheme
 
 COLUMNS = 128
-"""Columns whose errors are spread at once to those behind them."""
+"""Columns whose errors are spread together to all columns that follow."""
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean."""
 
 CORRECTION = 0.5
-"""Share of the drift that is corrected: the whole of it fits the calibration text too well."""
+"""Share of the drift that is corrected; correcting all of it overfits the calibration text."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Statistics:
         return [self.hessian, self.drift]
 
     def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
-        """Inputs of the same tokens, [..., in]."""
+        """Adds both models' inputs for the same tokens, [..., in]."""
         x, y = (tensor.float().flatten(0, -2) for tensor in (quantized, exact))
         if self.hessian is None:
             self.hessian = x.new_zeros(x.shape[1], x.shape[1])
@@ -52,11 +52,11 @@ class Statistics:
         self.drift.addmm_((y - x).T, x)
 
     def solve(self) -> Solved:
-        """Uses up the Hessian, which is not needed any more.
+        """Computes the upper Cholesky factor of the inverse Hessian, and frees the Hessian.
 
-        Of the Hessian in reverse order, the lower factor's inverse, put in order again, is the
-        upper factor of the inverse, which itself is never held: with 14,336 columns each of
-        these takes 0.8 GB.
+        The inverse itself is never formed, as each such matrix takes 0.8 GB with 14,336 columns:
+        the factor is the inverse of the lower factor of the Hessian with rows and columns in
+        reverse order, put in order again.
         """
         if self.solved is None:
             dead = self.hessian.diagonal() == 0
@@ -79,9 +79,10 @@ class Solved(NamedTuple):
 
 
 def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> Rounded:
-    """Codes and scales of a weight [out, in] that keep the layer's outputs; rows by themselves.
+    """Returns codes and scales of a weight [out, in] that preserve the layer's outputs; each row is
+    rounded independently.
 
-    Columns whose inputs are always zero take part in no correction. A Hessian that is not
+    Columns whose inputs are always zero take no part in the correction. A Hessian that is not
     positive definite is damped until it is.
     """
     solved = statistics.solve()
@@ -102,7 +103,7 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> R
 def _round_columns(
     weight: torch.Tensor, factor: torch.Tensor, scheme: LayerScheme, rounded: Rounded
 ) -> None:
-    """Rounds some rows into `rounded`; `weight` is used up.
+    """Rounds rows of a weight into `rounded`, and overwrites `weight`.
 
     factor: upper Cholesky factor of the inverse Hessian.
     """
@@ -112,7 +113,7 @@ def _round_columns(
     round_block = _Replayed(scheme) if weight.is_cuda else partial(_round_block, scheme)
     for first in range(0, weight.shape[1], width):
         last = min(first + width, weight.shape[1])
-        block = weight[:, first:last].T.contiguous()  # so that a column lies together
+        block = weight[:, first:last].T.contiguous()  # so that each column is contiguous
         codes, scales, errors = round_block(
             block, factor[first:last, first:last], importance[first:last]
         )
@@ -124,11 +125,11 @@ def _round_columns(
 def _round_block(
     scheme: LayerScheme, block: torch.Tensor, triangle: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds some columns [columns, rows] one after the other; `block` is used up.
+    """Rounds columns [columns, rows] one after another, and overwrites `block`.
 
     Returns:
         Their codes [columns, rows] as float32, scales [groups, rows], and the errors
-        [columns, rows] that columns behind them are to make up for.
+        [columns, rows] for which the columns after them have to make up.
     """
     size, (low, high) = scheme.group_size, code_range(scheme.bits)
     codes, errors, scales = torch.empty_like(block), torch.empty_like(block), []
@@ -148,7 +149,7 @@ def _round_block(
 
 
 class _Replayed:
-    """`_round_block` as a CUDA graph: a thousand kernels of a few microseconds, started at once."""
+    """Runs `_round_block` as a CUDA graph: one launch for a thousand kernels of microseconds."""
 
     def __init__(self, scheme: LayerScheme) -> None:
         self._scheme, self._graph = scheme, None
@@ -156,7 +157,7 @@ class _Replayed:
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
-            first = _round_block(self._scheme, *inputs)  # what is loaded lazily is loaded here
+            first = _round_block(self._scheme, *inputs)  # lazy loading must precede the capture
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = _round_block(self._scheme, *self._inputs)
@@ -170,7 +171,8 @@ class _Replayed:
 
 
 def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Cholesky factor of the Hessian, damped in place: ten times more until float32 can do it."""
+    """Returns the lower Cholesky factor of the Hessian, damped in place, and ten times as much
+    after each attempt that fails in float32."""
     if not hessian.diagonal().isfinite().all():
         refuse(
             "quantize: the activations of the calibration text are not finite: the merged weights "
@@ -187,7 +189,7 @@ def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _invert_lower(factor: torch.Tensor) -> None:
-    """Inverts a triangular matrix in place: [[A, 0], [B, C]] to [[A', 0], [-C' B A', C']]."""
+    """Inverts a lower triangular matrix in place: [[A, 0], [B, C]] to [[A', 0], [-C' B A', C']]."""
     if len(factor) <= COLUMNS:
         unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         factor.copy_(torch.linalg.solve_triangular(factor, unit, upper=False))

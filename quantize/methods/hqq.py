@@ -1,4 +1,4 @@
-"""Half-quadratic quantization (https://mobiusml.github.io/hqq_blog/), as torchao has it."""
+"""Half-quadratic quantization (https://mobiusml.github.io/hqq_blog/), as in torchao."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finequant.quantize.scheme import LayerScheme
 
 
 def hqq(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
-    """Codes and scales of a whole weight [out, in], for scales without zero points."""
+    """Returns codes and scales, without zero points, of a whole weight [out, in]."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import (
         IntxChooseQParamsAlgorithm,
@@ -26,4 +26,4 @@ def hqq(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
     return Rounded(nearest_codes(weight, scale, scheme.bits), scale)
 
 
-METHOD = DataFree(hqq, by_rows=False)  # it goes on until no scale of the weight changes
+METHOD = DataFree(hqq, by_rows=False)  # it iterates until no scale of the weight changes

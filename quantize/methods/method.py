@@ -1,4 +1,5 @@
-"""Defines a method. Each has a file here that fills in METHOD, which recipes/methods.py lists."""
+"""Defines the interface of a method: each has a file here that sets METHOD, and an entry in
+recipes/methods.py."""
 
 from __future__ import annotations
 
@@ -25,25 +26,25 @@ class DataFree:
     """A method that looks at weights only."""
 
     quantize: Callable[[torch.Tensor, LayerScheme], Rounded]
-    """Codes and scales of a float32 weight [out, in]."""
+    """Returns codes and scales of a float32 weight [out, in]."""
 
     by_rows: bool = True
-    """Whether some rows get the same codes as among all rows, so that they may come in pieces."""
+    """Whether rows are rounded independently, so that a weight may come in pieces."""
 
 
 class Statistics(Protocol):
-    """What a calibrated method keeps of the inputs that some layers share."""
+    """What a calibrated method remembers of an input, which several layers may share."""
 
     @property
     def sums(self) -> Sequence[torch.Tensor]:
-        """What `add` has added to. Several processes, which share the tokens, add theirs up."""
+        """Returns the tensors that `add` adds to; processes that share the tokens sum them up."""
         ...
 
     def add(self, quantized: torch.Tensor, exact: torch.Tensor) -> None:
-        """Adds inputs of the same tokens, [..., in].
+        """Adds both models' inputs for the same tokens, [..., in].
 
-        quantized: after the quantized blocks, and rounded to 8 bits as in the shipped model.
-        exact: those in the float model.
+        quantized: inputs after the quantized blocks, rounded to 8 bits as in the shipped model.
+        exact: inputs in the float model.
         """
         ...
 
@@ -54,19 +55,20 @@ class Calibrated:
     nearest."""
 
     statistics: Callable[[], Statistics]
-    """Makes empty statistics of one input."""
+    """Makes empty statistics for one input."""
 
     quantize: Callable[[torch.Tensor, Any, LayerScheme], Rounded]
-    """Codes and scales of a float32 weight [out, in], by the statistics of its input. The rows do
-    not depend on each other: the head, which may be larger than a block, comes in pieces, and
-    several processes share the rows."""
+    """Returns codes and scales of a float32 weight [out, in], given the statistics of its input. It
+    has to round rows independently: the head, which may be larger than a block, comes in pieces,
+    and several processes share the rows."""
 
 
 def load_method(name: str) -> DataFree | Calibrated:
-    """Imports the method of this name in the table."""
+    """Imports the method that has this name in METHODS."""
     return import_module(METHODS[name].module).METHOD
 
 
 def rows_at_once(columns: int, device: torch.device) -> int:
-    """Returns how many rows of that many columns to round at a time: on an accelerator, all."""
+    """Returns how many rows of so many columns to round at a time; an accelerator takes as many as
+    `weights_at_once` allows."""
     return ROWS if device.type == "cpu" else max(1, weights_at_once(device) // columns)

@@ -1,8 +1,8 @@
-"""A block's codes and scales, trained to give the float block's outputs.
+"""Trains a block's codes and scales to give the float block's outputs.
 
-GPTQ rounds each layer by itself; here all layers of one decoder block learn together, for some
-dozen steps, where between two codes each weight belongs (https://arxiv.org/abs/2407.11062, its
-first phase). Memory holds one block, its gradients and Adam's moments.
+GPTQ rounds each layer by itself. Here all layers of one decoder block are trained together, for a
+few dozen steps, to find the better of two neighboring codes for each weight (the first phase of
+https://arxiv.org/abs/2407.11062). Memory holds one block, its gradients and Adam's moments.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LEARNING_RATE = 0.002
 """Learning rate of the latent weights, in steps of their scale."""
 
 SCALE_LEARNING_RATE = 1e-3
-"""Relative to a scale."""
+"""Learning rate of the scales, relative to each scale."""
 
 TOKENS = 1024
 """Tokens of an optimizer step."""
 
 
 class _Round(torch.autograd.Function):
-    """Fake-quantizes latent weights [out, groups, size], given factors of scales, to [out, in]."""
+    """Fake-quantizes latent weights [out, groups, size], with scales x factors, to [out, in]."""
 
     @staticmethod
     def forward(ctx, latent_weights, factor, scale, scale_dtype, bits, dtype):
@@ -56,16 +56,16 @@ class _Round(torch.autograd.Function):
         latent_weights, codes, scale = ctx.saved_tensors
         low, high = ctx.limits
         gradient = gradient.float().unflatten(1, (scale.shape[1], -1))
-        of_factor = (gradient * codes).sum(-1).mul_(ctx.scale)
+        grad_factor = (gradient * codes).sum(-1).mul_(ctx.scale)
         inside = (latent_weights > low - 0.5) & (latent_weights < high + 0.5)
-        return gradient.mul(scale[:, :, None]).mul_(inside), of_factor, None, None, None, None
+        return gradient.mul(scale[:, :, None]).mul_(inside), grad_factor, None, None, None, None
 
 
 class TrainedLayer:
-    """The learned parts of a linear layer: its latent weights, and factors of its scales."""
+    """The trained parameters of a linear layer: its latent weights, and factors of its scales."""
 
     def __init__(self, weight: torch.Tensor, start: Rounded, scheme: LayerScheme) -> None:
-        """weight: [out, in] of the float model."""
+        """Takes the float model's weight [out, in], and the codes and scales to start from."""
         self._bits, self._scale, self._scale_dtype = (
             scheme.bits,
             start.scale.float(),
@@ -96,11 +96,12 @@ def reconstruct(
     rotary: Rotary,
     steps: int,
 ) -> dict[str, Rounded]:
-    """Codes and scales of a block's layers, whose names are those inside the block.
+    """Trains a block's layers, and returns their codes and scales.
 
-    block: in the dtype of the shipped arithmetic.
-    inputs, targets: hidden states [rows, tokens, hidden], what the quantized blocks before this
-    one give and what the float block gives; of this process's share of all rows.
+    block: the float block, in the dtype of the shipped arithmetic.
+    layers: by their names inside the block.
+    inputs, targets: hidden states [rows, tokens, hidden] of this process's share of all rows: the
+        outputs of the quantized blocks before this one, and of the float block.
     """
     modules = {name: block.get_submodule(name) for name in layers}
     for name, module in modules.items():
@@ -116,8 +117,8 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with torch.enable_grad():
         for hidden, exact, tokens in _batches(inputs, targets, steps):
-            # Relative to each token, as the norms that follow see it: some are very large, and
-            # that of a padding token is zero.
+            # The error is relative to each token's power, as it is to the norms that follow: some
+            # tokens' power is very large, and that of a padding token is zero.
             power = exact.float().square().sum(-1)
             total = power.sum()
             add_up([total])
@@ -137,8 +138,8 @@ def reconstruct(
 def _batches(
     inputs: list[torch.Tensor], targets: list[torch.Tensor], steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Yields for each step this process's rows of inputs and targets, perhaps none, and how many
-    tokens the step has in all processes."""
+    """Yields for each step this process's rows of inputs and targets, perhaps none, and the step's
+    number of tokens in all processes."""
     hidden, exact = ([row for batch in states for row in batch] for states in (inputs, targets))
     none, length = inputs[0][:0], inputs[0].shape[1]
     count = sum(gathered(len(hidden)))
@@ -153,6 +154,7 @@ def _batches(
 
 
 def _product(x: torch.Tensor, layer: TrainedLayer, bias: torch.Tensor | None) -> torch.Tensor:
-    """Activations rounded as in the shipped model; their gradient passes unchanged."""
+    """Computes a layer's output with activations rounded as in the shipped model; their gradient
+    passes the rounding unchanged."""
     rounding = quantize_activations(x.detach()) - x.detach()
     return linear(x + rounding, layer.weight(x.dtype), bias)

@@ -1,13 +1,14 @@
-"""Rotates a model: it computes the same, but outliers are spread over all channels.
+"""Rotates a model: its outputs stay the same, but outliers are spread over all channels.
 
 A few large weights or activations make their group's scale large, and the rest is rounded away.
-Orthogonal matrices spread them, and two of them fold into a decoder's weights, so that they cost
-nothing at run time (QuaRot, https://arxiv.org/abs/2404.00456): R rotates the residual stream, after
-the weights of each norm are folded into the layers that read from it; H rotates each head's values.
+Orthogonal matrices spread such outliers, and two of these matrices fold into a decoder's weights,
+so that they cost nothing at run time (QuaRot, https://arxiv.org/abs/2404.00456): R rotates the
+residual stream, after the weights of each norm are folded into the layers that read from it; H
+rotates each head's values.
 
 SmoothQuant (https://arxiv.org/abs/2211.10438) and AWQ (https://arxiv.org/abs/2306.00978) scale
-channels instead. They are not done here: they depend on calibration data, and only move outliers
-between activations and weights, while a rotation spreads both.
+channels instead. They are not used here because they depend on calibration data and only move
+outliers between activations and weights, while a rotation spreads both.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def check(plan: Plan, config: DecoderConfig) -> None:
-    """Refuses what cannot be rotated.
+    """Refuses a model that cannot be rotated.
 
     Raises:
         UserError: for a head that stays tied.
@@ -53,7 +54,7 @@ def check(plan: Plan, config: DecoderConfig) -> None:
 def rotated(weights: Weights, config: DecoderConfig) -> Weights:
     """Returns float32 rows of the rotated model, with the same bits however they are split.
 
-    weights: of the float model; its head is not tied, or is read as if it were not.
+    weights: the float model's; its head is not tied, or is read as if it were not.
     """
     stream, values = orthogonal(config.hidden_size), orthogonal(head_dim(config))
     inputs = anatomy(config).inputs
@@ -93,9 +94,9 @@ def rotated(weights: Weights, config: DecoderConfig) -> Weights:
         block, inside = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", layer).groups()
         if kind == "bias":
             return bias(name, inside)[rows]
-        if inside in norms.values():  # its weights are in those that read it
+        if inside in norms.values():  # a norm, whose weights are folded into the layers after it
             return torch.ones_like(weights(name, rows), dtype=torch.float32)
-        if layer != EMBEDDING and inside not in norms:  # a norm of heads, before attention
+        if layer != EMBEDDING and inside not in norms:  # a norm of queries or keys
             return weights(name, rows).float()
         if layer != EMBEDDING and norms[inside] is None:
             return writer(name, rows)
@@ -108,7 +109,7 @@ def rotated(weights: Weights, config: DecoderConfig) -> Weights:
 
 
 def _aligned(rows: slice, step: int) -> tuple[slice, slice]:
-    """Whole steps around some rows, and where the rows are in these."""
+    """Returns the whole steps around some rows, and where the rows lie in them."""
     if rows == WHOLE:
         return WHOLE, WHOLE
     first = rows.start // step * step
@@ -117,11 +118,13 @@ def _aligned(rows: slice, step: int) -> tuple[slice, slice]:
 
 
 def orthogonal(size: int) -> torch.Tensor:
-    """float32 [size, size], the same bits on every machine: made of integers and square roots.
+    """Makes an orthogonal float32 matrix [size, size] from integers and square roots, so that its
+    bits are the same on every machine.
 
-    A Hadamard matrix with random signs where one of this size is known, as it is for hidden sizes
-    such as 576, 960, 2048, 3072, 3200 and 5120: all its entries are as large, which spreads
-    outliers best. The odd primes that are left of other sizes have matrices of their own.
+    It is a Hadamard matrix with random signs if one of this size is known, as it is for hidden
+    sizes such as 576, 960, 2048, 3072, 3200 and 5120: its entries all have the same magnitude,
+    which spreads outliers best. For other sizes, it is a Kronecker product of a Hadamard matrix and
+    an orthogonal matrix for each odd prime that remains.
     """
     divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
     largest = max(divisor for divisor in divisors if hadamard_orders(divisor) is not None)
@@ -139,7 +142,8 @@ def orthogonal(size: int) -> torch.Tensor:
 
 @lru_cache
 def hadamard_orders(size: int) -> tuple[int, ...] | None:
-    """Orders whose product is `size`, each 2 or one of Paley's; None where none are known here.
+    """Returns orders of Hadamard matrices whose product is `size`, each 2 or one of Paley's; None
+    if there are none.
 
     https://en.wikipedia.org/wiki/Paley_construction
     """
@@ -159,7 +163,7 @@ def hadamard_orders(size: int) -> tuple[int, ...] | None:
 
 
 def _hadamard(order: int) -> torch.Tensor:
-    """float64 [order, order] of 1 and -1 with orthogonal rows: Sylvester's of 2, or Paley's."""
+    """Makes a Hadamard matrix, float64 [order, order] of 1 and -1: Sylvester's of 2, or Paley's."""
     sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if order == 2:
         return sylvester
@@ -177,7 +181,8 @@ def _hadamard(order: int) -> torch.Tensor:
 
 
 def _jacobsthal(prime: int) -> torch.Tensor:
-    """float64 [prime, prime]: 1 where row - column is a square modulo the odd prime, 0 or -1."""
+    """Makes float64 [prime, prime]: 0 on the diagonal, 1 where row - column is a square modulo the
+    odd prime, and -1 elsewhere."""
     numbers = torch.arange(prime)
     residue = -torch.ones(prime, dtype=torch.float64)
     residue[numbers * numbers % prime] = 1

@@ -10,7 +10,7 @@ from finequant.quantize.scheme import LayerScheme
 
 
 def rtn(weight: torch.Tensor, scheme: LayerScheme) -> Rounded:
-    """Codes and scales of a weight [out, in]."""
+    """Returns codes and scales of a weight [out, in]."""
     return round_to_nearest(weight, *scheme)
 
 

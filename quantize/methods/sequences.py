@@ -1,4 +1,4 @@
-"""The text that calibration and budgets measure on: rows of the recipe as sequences of tokens."""
+"""The text that calibration and budgets read: rows of the recipe as sequences of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALE_TOKENS = 1024
 """Tokens of an optimizer step that trains scales."""
 
 LOGITS_TOKENS = 256
-"""Tokens of it whose logits are in memory at a time."""
+"""Tokens of such a step whose logits are in memory at a time."""
 
 
 def calibrates(recipe: Recipe) -> bool:
@@ -32,7 +32,7 @@ def _reads_text(quantize: Quantize) -> bool:
 
 
 def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    """Returns the text that quantization reads, the part for the method first; None if it reads
+    """Returns the sequences that quantization reads, those for the method first; None if it reads
     none.
 
     Raises:
@@ -53,12 +53,12 @@ def for_the_method(sequences: torch.Tensor, calibration: Calibration) -> torch.T
 def calibration_sequences(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> torch.Tensor:
-    """Token ids [rows, length]: a seeded choice of rows through the chat template, end to end.
+    """Returns token ids [rows, length]: a seeded choice of rows in the chat template, end to end.
 
-    Rows that have fewer tokens than one sequence needs make a shorter one.
+    If all rows together have fewer tokens than a sequence, the result is one shorter sequence.
 
     Raises:
-        UserError: if they have no two tokens.
+        UserError: if they have fewer than two tokens.
     """
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transform:
-    """Other weights that compute the same, and lose less when they are rounded."""
+    """Replaces weights by others that compute the same but lose less when they are rounded."""
 
     description: str
-    """What the record that ships says of the weights."""
+    """How quantization.json, the record that ships, describes the transformed weights."""
 
     check: Callable[[Plan, DecoderConfig], None]
     """Raises a UserError for a model that it cannot transform, before anything is loaded."""
 
     weights: Callable[[Weights, DecoderConfig], Weights]
-    """float32 rows of the transformed model, from rows of the float model, whose head is not tied
-    or is read as if it were not; with the same bits however they are split."""
+    """Returns float32 rows of the transformed model, given those of the float model, whose head is
+    not tied or is read as if it were not; rows have the same bits however they are split."""

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder, DecoderConfig
 
 TRANSFORMS: dict[str, Transform] = {"rotate": rotation.TRANSFORM}
-"""By the key of the section `quantize` that switches it on, in the order in which they are applied.
-A new one is a file beside this one, an entry here, and its key in recipes/schema.py."""
+"""All transforms, in the order in which they are applied; the key is that of the section `quantize`
+which switches the transform on. A new one is a file beside this one, an entry here, and its key in
+recipes/schema.py."""
 
 
 def chosen(quantize: Quantize) -> list[Transform]:
@@ -38,6 +39,6 @@ def transform_model(model: Decoder, quantize: Quantize) -> None:
         rows = transform.weights(
             lambda name, rows, parameters=parameters: parameters[name].detach()[rows], model.config
         )
-        # The layers first: the weights of the norms may go into them.
+        # Layers come before norms, because the norms' weights may be folded into them.
         for name, tensor in sorted(parameters.items(), key=lambda item: "norm" in item[0]):
             tensor.data = filled(rows, name, tensor.shape, tensor.dtype)
