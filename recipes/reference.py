@@ -23,10 +23,16 @@ A list of one needs no brackets, except in `lora.target_modules` and `evaluate.c
 def markdown() -> str:
     """Returns the page: a table of keys for each section, and for the entries of its lists."""
     sections: dict[str, type[BaseModel]] = {"": Recipe}
+    paths: dict[type[BaseModel], str] = {}
     lines = [HEAD]
     while sections:
         path, section = sections.popitem()
-        lines.append(f"## {path or 'The recipe'}\n\n{_summary(section)}\n")
+        lines.append(f"## {path or 'The recipe'}\n")
+        if section in paths:
+            lines.append(f"The same keys as in `{paths[section]}`.\n")
+            continue
+        paths[section] = path
+        lines.append(f"{_summary(section)}\n")
         lines.append("| key | default | values | |\n| :--- | :--- | :--- | :--- |")
         nested = {}
         for name, field in section.model_fields.items():
