@@ -26,7 +26,7 @@ SHAPE = {
 
 
 def chatml():
-    """Qwen's: ChatML, nothing in front of a text, words as Qwen 2 cuts them."""
+    """Makes a tokenizer like Qwen's: ChatML, nothing in front of a text, Qwen 2's splitting."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -39,7 +39,7 @@ def chatml():
 
 
 def inst():
-    """Mistral's: <s> in front, [INST] around a question, </s> after an answer."""
+    """Makes a tokenizer like Mistral's: <s> in front, [INST] around a question, </s> at the end."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = INST_TEMPLATE
@@ -47,17 +47,17 @@ def inst():
 
 
 def qwen3(folder: Path) -> Path:
-    """Norms of q and k for each head, whose size is not hidden size / heads."""
+    """Saves a Qwen3: norms of q and k for each head, whose size is not hidden size / heads."""
     return _save("Qwen3", folder, chatml(), head_dim=32, tie_word_embeddings=True)
 
 
 def qwen2(folder: Path) -> Path:
-    """Biases of q, k and v."""
+    """Saves a Qwen2: biases of q, k and v."""
     return _save("Qwen2", folder, chatml(), tie_word_embeddings=True)
 
 
 def mistral(folder: Path) -> Path:
-    """A sliding window that is as long as the rows may be."""
+    """Saves a Mistral: a sliding window as long as the longest row that is allowed."""
     return _save("Mistral", folder, inst(), tie_word_embeddings=False, sliding_window=128)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer of its own, and a small dataset, made where tests run."""
+"""A tiny random Llama with its own tokenizer, and a small dataset, both made when tests run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from loopback import Handler, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny matrices: threads cost more than they bring, most of all beside other processes.
+# The matrices are tiny: threads cost more than they gain, most of all beside other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# In the background of a shell these are ignored, also by the processes that the tests send them to.
+# A shell's background jobs ignore these, and so would the processes that tests send them to.
 for number, usual in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -49,7 +49,7 @@ SENTENCES = [
 
 
 def make_tokenizer():
-    """A byte-level BPE of 384 tokens with ChatML markers and a chat template."""
+    """Makes a byte-level BPE of 384 tokens with ChatML markers and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -101,7 +101,7 @@ def make_llama(folder: Path, **changes) -> Path:
 
 
 def make_rows(numbers: range) -> list[dict[str, str]]:
-    """Requests and their one-line JSON answers."""
+    """Makes requests and their one-line JSON answers."""
     rows = []
     for number in numbers:
         verb, _, colour, thing, _, hour, _ = SENTENCES[number].split()
@@ -117,7 +117,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """Folder of the tiny Llama. Shared: tests must not write into it."""
+    """The folder of the tiny Llama. It is shared: tests must not write into it."""
     return make_llama(tmp_path_factory.mktemp("tiny") / "base")
 
 
@@ -133,7 +133,7 @@ def tokenizer():
 
 
 def make_recipe(folder: Path, base: Path) -> Path:
-    """A complete recipe over a base: 48 training, 8 validation, 8 test rows."""
+    """Writes a complete recipe over a base: 48 training, 8 validation, 8 test rows."""
     write_jsonl(folder / "train.jsonl", make_rows(range(0, 48)))
     write_jsonl(folder / "validation.jsonl", make_rows(range(60, 68)))
     write_jsonl(folder / "test.jsonl", make_rows(range(80, 88)))
@@ -182,14 +182,14 @@ def recipe_file(tmp_path, tiny_base) -> Path:
 
 @pytest.fixture(scope="session")
 def frozen() -> set[str]:
-    """Modules whose objects are no more looked at when garbage is collected."""
+    """Modules whose objects the garbage collector no longer visits."""
     return set()
 
 
 @pytest.fixture(autouse=True)
 def freeze_libraries(frozen) -> None:
-    """Leaves out what libraries hold when garbage is collected, as each training and evaluation
-    does: a million objects, which would take most of the time of a tiny model."""
+    """Keeps the garbage collector from visiting the libraries' million objects: each training and
+    evaluation collects garbage, which would take most of a tiny model's time."""
     if len(sys.modules) > len(frozen) + 100:
         gc.collect()
         gc.freeze()
@@ -197,16 +197,16 @@ def freeze_libraries(frozen) -> None:
 
 
 @pytest.fixture(autouse=True)
-def draw_where_the_test_wants_it(request, monkeypatch) -> None:
-    """Replaces the files of plots by stubs, except in tests marked `plots`: drawing takes half of
-    the time of an evaluation."""
+def stub_plots_unless_marked(request, monkeypatch) -> None:
+    """Replaces plots by stub files, except in tests marked `plots`: drawing takes half of the time
+    of an evaluation."""
     if request.node.get_closest_marker("plots"):
         return
     stub_figures(monkeypatch.setattr)
 
 
 def stub_figures(replace: Callable[[object, str, object], None]) -> None:
-    """Replaces what makes figures by what makes stubs of their files."""
+    """Replaces the functions that draw figures by functions that write stub files."""
     from finequant.evaluate.report import plots, sweep_report
 
     make = plots.new_figure
@@ -229,8 +229,8 @@ def stub_figures(replace: Callable[[object, str, object], None]) -> None:
 class Reloads:
     """Stands in for `subprocess.run` where `convert` reloads its checkpoint in a fresh process.
 
-    The same code runs, in this process: importing torch and transformers anew takes seconds, for
-    each of a hundred conversions. Tests marked `fresh_process` have the real thing.
+    The same code runs, but in this process: importing torch and transformers anew would take
+    seconds in each of a hundred conversions. Tests marked `fresh_process` start a real process.
     """
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ def reloads() -> Iterator[Reloads]:
 
 
 @pytest.fixture(autouse=True)
-def reload_where_the_test_wants_it(request, reloads) -> Iterator[None]:
+def reload_here_unless_marked(request, reloads) -> Iterator[None]:
     reloads.fresh = request.node.get_closest_marker("fresh_process") is not None
     yield
     reloads.fresh = False
@@ -268,9 +268,9 @@ def reload_where_the_test_wants_it(request, reloads) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def train_once(tmp_path_factory) -> Callable[[list[str]], None]:
-    """`finetune/train.py` for tests of later stages: equal inputs are trained once in a session.
+    """Runs `finetune/train.py` for tests of later stages, once in a session for equal inputs.
 
-    A run that was trained before, also by another worker, is copied: adapter and manifest.
+    Adapter and manifest of a run that was trained before, also by another worker, are copied.
     """
     from finequant.finetune.train import main
     from finequant.recipes.load import load_recipe
@@ -309,9 +309,9 @@ EXECUTORCH = ("train.max_steps=2", "quantize.exports=[executorch]", "quantize.ca
 
 @pytest.fixture(scope="session")
 def executorch_run(tmp_path_factory, tiny_base, train_once, worker_id) -> Path:
-    """Folder of a recipe and its run with EXECUTORCH, exported once for all of pytest's workers.
+    """The folder of a recipe and its run with EXECUTORCH, exported once for all pytest workers.
 
-    Shared: tests must not write into it.
+    It is shared: tests must not write into it.
     """
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export
@@ -329,8 +329,8 @@ def executorch_run(tmp_path_factory, tiny_base, train_once, worker_id) -> Path:
     return folder
 
 
-class Said(NamedTuple):
-    """What a command said, and its exit code."""
+class Output(NamedTuple):
+    """The output of a command, and its exit code."""
 
     returncode: int
     stdout: str
@@ -339,24 +339,24 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def here(capfd):
-    """`finequant` in this process, where importing torch anew would be most of the time."""
+    """Runs `finequant` in this process: importing torch anew would take most of the time."""
     from finequant.recipes.run import main
 
-    def run(*arguments: str) -> Said:
+    def run(*arguments: str) -> Output:
         capfd.readouterr()
         code = 0
         try:
             main([*arguments])
         except SystemExit as end:
             code = end.code or 0
-        return Said(code, *capfd.readouterr())
+        return Output(code, *capfd.readouterr())
 
     return run
 
 
 @pytest.fixture
 def stages_here(monkeypatch) -> list[str]:
-    """Lets `finequant run` call its stages in this process; those that it has called."""
+    """Makes `finequant run` call its stages in this process; lists the stages that it called."""
     from finequant.recipes.commands import pipeline
     from finequant.recipes.hub import COMMITS
 
@@ -371,14 +371,14 @@ def stages_here(monkeypatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(pipeline, "_start", start)
-    monkeypatch.setenv(COMMITS, "{}")  # the command leaves it for its stages
+    monkeypatch.setenv(COMMITS, "{}")  # the command sets it for its stages
     return called
 
 
 class Hub(Server):
     """The part of the Hugging Face Hub's HTTP API that a client needs to read, on loopback.
 
-    `add` makes a repository from a folder, `requests` lists what clients asked for.
+    `add` makes a repository from a folder; `requests` lists the requests of clients.
     """
 
     def __init__(self) -> None:
@@ -386,18 +386,18 @@ class Hub(Server):
         self.requests: list[tuple[str, str, str | None]] = []
         """Method, path, and the token that came with it."""
         self.gated: set[str] = set()
-        """Repositories whose files are shown to nobody."""
+        """Repositories whose files nobody may see."""
         self._repositories: dict[tuple[str, str], dict[str, Path]] = {}
 
     def add(self, repository: str, folder: Path, kind: str = "models") -> str:
-        """Serves the folder as `repository` (org/name), where `main` moves; returns the commit."""
+        """Serves the folder as a new commit on `main` of `repository` (org/name); returns it."""
         commits = self._repositories.setdefault((kind, repository), {})
         commit = hashlib.sha1(f"{kind}/{repository}/{len(commits)}".encode()).hexdigest()
         commits[commit] = folder
         return commit
 
     def commits(self, kind: str, repository: str) -> dict[str, Path]:
-        """Commits of a repository and their folders; `main` is the last."""
+        """Returns the commits of a repository and their folders; `main` is the last."""
         return self._repositories.get((kind, repository), {})
 
 
@@ -457,7 +457,7 @@ class _HubHandler(Handler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """An empty Hub of our own; stopped after the test."""
+    """A Hub on loopback, empty at first; stopped after the test."""
     own = Hub()
     yield own
     own.close()

@@ -1,4 +1,4 @@
-"""GPTQ whose sums over tokens are in float64: their order does not show in float32."""
+"""GPTQ with sums over tokens in float64, so that their order does not show in float32."""
 
 from __future__ import annotations
 

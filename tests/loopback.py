@@ -8,13 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Its subclasses answer by method, as BaseHTTPRequestHandler says; `hub` is their server."""
+    """The base of handlers, which define do_GET and the like; `hub` is their server."""
 
     protocol_version = "HTTP/1.1"
     hub: Server
 
     def send(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
-        """Bytes as they are, anything else as JSON."""
+        """Sends bytes as they are, and anything else as JSON."""
         raw = isinstance(body, bytes)
         content = body if raw else json.dumps(body).encode()
         self.send_response(status)
@@ -27,11 +27,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
-        """Keeps standard error to the tests."""
+        """Logs nothing, so that only tests write to standard error."""
 
 
 class Server:
-    """Answers at `url` until it is closed."""
+    """A server that answers at `url` until it is closed."""
 
     def __init__(self, handler: type[Handler]) -> None:
         own = type("Handler", (handler,), {"hub": self})

@@ -1,6 +1,6 @@
-"""Every stage on a device that refuses to mix with the CPU, beside the CPU's results.
+"""Every stage on a device that refuses to mix with the CPU gives the CPU's results.
 
-These tests need a process of their own, which `test_simulated_device.py` starts.
+These tests need a separate process, which `test_simulated_device.py` starts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_on(recipe) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def tuned(run_on, tmp_path_factory) -> Path:
-    """The run directory of an adapter that the device trained. Shared: tests copy it."""
+    """The run directory of an adapter that the device trained. It is shared: tests copy it."""
     folder = tmp_path_factory.mktemp("tuned") / "run"
     run_on("device", train, folder)
     return folder
@@ -169,8 +169,9 @@ def test_training_resumes_from_a_checkpoint(run_on, tuned, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_makes_the_codes_that_it_makes_on_the_cpu(quantized, method):
-    """Where scales are trained, the last bit of a sum decides on codes, and on those of all later
-    layers. Then the first layer's are compared, and how far the logits are from the tuned model's.
+    """Where scales are trained, the last bit of a sum can change codes, and those of all later
+    layers. Then only the first layer's codes are compared, and the logits' distance from the tuned
+    model's.
     """
     runs = [quantized(place, method) for place in PLACES]
     of_device, of_cpu = (read_checkpoint(run / "quantized").rounded for run in runs)
@@ -186,7 +187,7 @@ def test_each_method_makes_the_codes_that_it_makes_on_the_cpu(quantized, method)
 
 @pytest.fixture(scope="session")
 def starting(tuned, tmp_path_factory) -> dict[str, Path]:
-    """Run directories in which each place makes the starting codes once."""
+    """Run directories, by device, in which the device has made the starting codes, once."""
     folders = {place: tmp_path_factory.mktemp(place) / "run" for place in PLACES}
     for folder in folders.values():
         shutil.copytree(tuned, folder)
@@ -213,7 +214,7 @@ def test_trained_codes_equal_the_cpus(run_on, starting, learns, distillation):
 
 
 def test_an_interrupted_calibration_in_bf16_resumes(run_on, tuned, tmp_path, monkeypatch):
-    """The codes that were kept are on the CPU, and the weights are read again in float32."""
+    """Kept codes are on the CPU, and the weights are read again in float32."""
     run, method, calls = tmp_path / "run", gptq.METHOD, []
     shutil.copytree(tuned, run)
 
@@ -232,8 +233,8 @@ def test_an_interrupted_calibration_in_bf16_resumes(run_on, tuned, tmp_path, mon
 
 
 def test_measurements_equal_the_cpus(recipe, run_on, quantized, monkeypatch):
-    """Perplexities, divergence, answers, choices and a task of lm-eval's, of one model on the
-    device, and of one whose blocks are on the CPU and on disk where none is in use."""
+    """Compares perplexities, divergence, answers, choices and an lm-eval task: of a model on the
+    device, and of one whose blocks stay on the CPU and on disk while they are not in use."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
@@ -244,7 +245,7 @@ def test_measurements_equal_the_cpus(recipe, run_on, quantized, monkeypatch):
     (folder / "color.yaml").write_text(TASK.format(rows=folder / "test.jsonl"))
     overrides = ["evaluate.metrics=[exact_match, multiple_choice]", "evaluate.choices=completions"]
     overrides += ["evaluate.limit=2", f"evaluate.task_folder={folder}", "evaluate.tasks=[color]"]
-    # What takes lm-eval most of its time: its own tasks, and a look at the machine.
+    # Most of lm-eval's time goes into its own tasks, and into a look at the machine.
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(tasks, "_task_manager", lambda *_: manager)
     monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)

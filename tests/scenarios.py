@@ -1,4 +1,4 @@
-"""Overrides that several processes run with, and one process, for comparison."""
+"""Overrides of the trainings that several processes do, and one process for comparison."""
 
 STEPS = ["train.save_steps=2", "lora.dropout=0.1"]
 TRAINED = ["train.epochs=1", "train.save_steps=2", "train.micro_batch_size=2"]
@@ -13,7 +13,7 @@ AWARE = [
 SGD = ["quantize.embedding=8", "train.optimizer=sgd", "train.learning_rate=0.3"]
 CHECKPOINTED = ["train.micro_batch_size=2", "train.gradient_checkpointing=true"]
 BEST = ["train.save_steps=1", "train.eval_steps=1", "train.early_stopping_patience=3"]
-FAST = ["train.learning_rate=300"]  # the third step is too long
+FAST = ["train.learning_rate=300"]  # the third step overshoots
 SHARDED = {
     "adapter learns": [*SGD, "train.save_steps=2", "quantize.training={steps: 3}"],
     "adapter learns, taught": [
@@ -29,7 +29,7 @@ SHARDED = {
         "quantize.training={steps: 3, learns: scales, distillation: 0.5}",
     ],
 }
-"""Gradients of plain SGD show in the result as they are; Adam divides small ones by their size."""
+"""With SGD, gradients show in the result as they are; Adam divides small ones by their size."""
 
 DATA_FREE = ["rtn", "hqq"]
 GPTQ = [

@@ -1,18 +1,18 @@
-"""A device of its own in a CPU's memory: torch refuses to mix its tensors with those of the CPU.
+"""A simulated device in a CPU's memory: torch refuses to mix its tensors with the CPU's.
 
 `install()` registers it under PrivateUse1, which torch keeps for devices that it does not know; it
-stays for the rest of the process. `torch.accelerator` reports it, so every stage computes there.
+stays for the rest of the process. `torch.accelerator` reports it, so every stage computes on it.
 Its tensors are torch's, with torch's autograd, views, storages, and checks of devices. Only its
 kernels are Python's: the dispatcher falls back to a function that aliases each tensor as one of the
 CPU (DLPack, no copy), calls the CPU's kernel, and aliases the results as the device's. Kernels of
 views make no difference between devices, and are the CPU's.
 
 An operation on both devices raises a RuntimeError: torch's, or `MixedDevicesError` from here. As on
-CUDA, numbers of the CPU (tensors without dimensions) may take part in operations by element, and
+CUDA, numbers of the CPU (tensors without dimensions) may take part in elementwise operations, and
 random numbers need a generator of the device. It is stricter than CUDA, which copies indices
-silently. `copies` counts what went across, numbers that were read included.
+silently. `copies` counts the copies in each direction, numbers that were read included.
 
-What it cannot see: what asks for CUDA by name (graphs, fused kernels, flash attention, pinned
+It cannot test code that asks for CUDA by name (graphs, fused kernels, flash attention, pinned
 memory, bitsandbytes), several devices, streams, autocast, and how a GPU rounds.
 """
 
@@ -47,7 +47,7 @@ _VIEWS = (
 )
 
 copies: Counter[str] = Counter()
-"""How many went `to the device`, and how many `to the CPU`, which waits for the device."""
+"""Numbers of copies `to the device`, and `to the CPU`, which wait for the device."""
 
 
 class MixedDevicesError(RuntimeError):
@@ -57,7 +57,7 @@ class MixedDevicesError(RuntimeError):
 def install() -> torch.device:
     """Makes the device this process's accelerator, and returns it."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
-    package = ModuleType(f"torch_{NAME}")  # whether it is installed is what the libraries ask
+    package = ModuleType(f"torch_{NAME}")  # libraries check whether it is installed
     package.__spec__ = ModuleSpec(package.__name__, None)
     sys.modules[package.__name__] = package
     torch.Generator = _Generator
@@ -75,7 +75,7 @@ def install() -> torch.device:
     return torch.device(NAME, 0)
 
 
-# Kernels go with the library that registered them.
+# Kernels vanish with the library object that registered them.
 _fallback, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 
 
@@ -85,16 +85,16 @@ def _operator(name: str) -> torch._ops.OpOverload:
 
 
 class _Module(_DummyBackendModule):
-    """What the libraries ask of `torch.musa`."""
+    """The part of `torch.musa` that libraries use."""
 
     def set_device(self, device: torch.device | int) -> None:
-        """Does nothing: there is one."""
+        """Does nothing: there is only one device."""
 
     def empty_cache(self) -> None:
         """Does nothing: nothing is cached."""
 
     def get_rng_state(self, device: int = 0) -> torch.Tensor:
-        """Returns the CPU's, whose kernels draw the numbers."""
+        """Returns the CPU's state, as the CPU's kernels draw the numbers."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: int = 0) -> None:
@@ -105,7 +105,7 @@ class _Module(_DummyBackendModule):
 
 
 class _Generator(torch.Generator):
-    """A generator of the CPU, which may be made for the device."""
+    """A generator of the CPU that may be requested for the device."""
 
     def __new__(cls, device: torch.device | str = "cpu"):
         generator = super().__new__(cls, device="cpu")
@@ -115,12 +115,12 @@ class _Generator(torch.Generator):
 
 
 _generators: set[int] = set()
-"""Addresses of the device's generators: kernels get other objects than those that were made."""
+"""Addresses of the device's generators: kernels get other Python objects for the same ones."""
 
 
 def _moved(module: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
-    """Leaves tied parameters tied, as they are between the CPU and CUDA; for other devices torch
-    makes a new parameter of each."""
+    """Moves a module and leaves tied parameters tied, as between the CPU and CUDA; for other
+    devices torch makes a new parameter of each."""
     owners = [(owner, owner._parameters.copy()) for owner in module.modules()]
     _apply(module, function, recurse)
     moved: dict[int, torch.nn.Parameter] = {}
@@ -158,8 +158,8 @@ def _of_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on_cpu(operator: torch._ops.OpOverload, *arguments: Any, **named: Any) -> Any:
-    """Computes an operation of the device. The dispatcher comes here unless it has another kernel,
-    as it has for all that is composed of other operations."""
+    """Computes an operation of the device. The dispatcher calls it where there is no other kernel,
+    as there is for operations that are composed of others."""
     aliases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def lowered(value: Any, is_written: bool = False) -> Any:
@@ -209,7 +209,7 @@ def _writes(operator: torch._ops.OpOverload) -> set[int | str]:
 
 
 def _empty(size: list[int], *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
-    """Is a kernel by itself for speed: most operations make their output by it."""
+    """Allocates a tensor; a separate kernel for speed, as most operations allocate their output."""
     return _of_device(torch.empty(size, dtype=dtype))
 
 

@@ -54,7 +54,7 @@ def test_the_table_of_what_is_needed_is_computed(monkeypatch, file):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from needs import CELLS, TABLES
 
-    # As on a processor that only emulates bfloat16, whatever this one does.
+    # As on a processor that only emulates bfloat16, whichever this one is.
     monkeypatch.setattr("finequant.finetune.device._bf16", lambda: (False, "this CPU"))
     assert CELLS.search((ROOT / file).read_text(encoding="utf-8"))[0] == TABLES[file]()
 

@@ -1,4 +1,4 @@
-"""What the CPU's tests prove, on an accelerator: `pytest -m gpu`, left out elsewhere."""
+"""Repeats on an accelerator what other tests check on a CPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def accelerator() -> torch.device:
 
 
 def run_stages(arguments: list[str]) -> None:
-    """Trains, with `quantize.training` also through the quantized weights, quantizes, compares."""
+    """Trains (with `quantize.training`, also quantization-aware), quantizes, and compares."""
     from finequant.evaluate.compare import main as compare
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
@@ -113,7 +113,7 @@ def test_choices_are_ranked_and_files_written_for_other_runtimes(recipe_file):
 
 
 def test_an_interrupted_calibration_resumes(recipe_file, monkeypatch):
-    """The codes that were kept are on the CPU, the blocks are not."""
+    """Kept codes are on the CPU, and the blocks are not."""
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
     from finequant.quantize.methods import gptq

@@ -1,4 +1,4 @@
-"""The house: who may import whom, and words that the field does not use."""
+"""The house: which folder may import which, and words that the field does not use."""
 
 import ast
 import sys
@@ -23,7 +23,7 @@ SOURCES = [
 ]
 TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in SOURCES}
 
-# Names that say nothing, or that only this project understood -> in place of them.
+# Names that say nothing, or that only this project understood -> what to use instead.
 OLD_NAMES = {
     "places": "latent weights, positions, offsets, spans",
     "place": "position, offset",
@@ -137,7 +137,7 @@ def test_every_key_of_a_recipe_is_described():
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and module of every import, wherever it is."""
+    """Returns line and module of every import, also inside functions."""
     return [
         (node.lineno, module)
         for node in ast.walk(tree)
@@ -151,7 +151,7 @@ def imports(tree: ast.AST) -> list[tuple[int, str]]:
 
 
 def names(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and name of everything that is assigned, passed or defined."""
+    """Returns line and name of everything that is assigned, passed or defined."""
     defined = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

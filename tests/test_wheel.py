@@ -1,4 +1,4 @@
-"""What `pip install` brings, without a clone: every file, and recipes that run by their names."""
+"""`pip install` without a clone brings every file, and recipes that run by their names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAKES_DATA = "recipes/data/make_"
 
 
 def files(root: Path) -> set[str]:
-    """All files of the folders, as if `root` were the tree of the project."""
+    """Lists all files of the folders, as if `root` were the tree of the project."""
     return {
         path.relative_to(root).as_posix()
         for folder in FOLDERS
@@ -30,7 +30,7 @@ def files(root: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The content of the wheel, built from a copy of the tree, without network."""
+    """The content of the wheel, built from a copy of the tree without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     for name in FOLDERS:

@@ -1,4 +1,4 @@
-"""A format in one file, as those of quantize/formats/: codes and scales as plain safetensors."""
+"""A format in one file, like those in quantize/formats/: codes and scales as plain safetensors."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def model(tiny_base):
-    """With larger weights: as the tiny Llama is, attention hardly changes what it says."""
+    """The tiny Llama with larger weights: as it is, attention hardly changes its predictions."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()

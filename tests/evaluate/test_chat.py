@@ -1,18 +1,18 @@
-"""`finequant chat`: the models of a run, asked through the command."""
+"""`finequant chat`: the answers of a run's models through the command."""
 
 from __future__ import annotations
 
 import io
 
 import pytest
-from conftest import Said
+from conftest import Output
 
 
 @pytest.fixture
 def ask(here, monkeypatch):
-    """`finequant chat`, with what is typed."""
+    """Runs `finequant chat` with typed input."""
 
-    def run(*arguments: object, typed: str = "") -> Said:
+    def run(*arguments: object, typed: str = "") -> Output:
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         return here("chat", *map(str, arguments), "--max-new-tokens", "4")
 
@@ -92,6 +92,6 @@ def test_an_unknown_model_name_is_refused(recipe_file, tmp_path):
     from finequant.recipes.rundir import RunDir
 
     recipe = load_recipe(recipe_file)
-    for name in ("quantised", "compressed-tensors"):  # which answers as quantized does
+    for name in ("quantised", "compressed-tensors"):  # the latter answers as quantized does
         with pytest.raises(UserError, match=f"--model: '{name}': expected base, .*, gguf, pte"):
             check_made(name, recipe, RunDir(tmp_path))

@@ -1,4 +1,4 @@
-"""evaluate/compare.py: three models, the same tokens, one report."""
+"""evaluate/compare.py: three models are measured on the same tokens, in one report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def finished(recipe_file, runs_before, train_once):
 
 
 def report_of(recipe_file: Path) -> dict:
-    """Without its recipe, whose paths are those of the folder that a copied run comes from."""
+    """Reads the report without its recipe, as paths of a copied run are those of the original."""
     report = json.loads((recipe_file.parent / "run" / "report.json").read_text())
     del report["recipe"]
     return report
@@ -80,7 +80,7 @@ def test_the_report_has_all_three_models_on_the_same_tokens(finished, recipe_fil
 
 
 def test_perplexities_are_those_of_plain_transformers(finished, recipe_file, tiny_base, tokenizer):
-    """Recomputed from logits of each artifact, loaded the way a user would load it."""
+    """Recomputes them from the logits of each artifact, loaded the way a user would load it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
-"""The end of an answer, from training to what ships: read by programs that are not ours.
+"""The end of an answer, from training to shipped files, as other people's programs read it.
 
-A base in the manner of a published Llama 3: EOS is <|end_of_text|>, generation also stops at
-<|eom_id|>, and the chat template ends turns in <|eot_id|>, which no configuration names.
+The base is like a published Llama 3: EOS is <|end_of_text|>, generation also stops at <|eom_id|>,
+and the chat template ends turns in <|eot_id|>, which no configuration names.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def load(run: Path, folder: str):
-    """As its users do: an adapter with peft and the generation configuration beside it."""
+    """Loads a folder as users do: an adapter with peft, and its generation configuration."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -158,7 +158,7 @@ def test_named_templates_are_kept(run, folder):
 
 
 def test_answers_of_an_export_stop_at_any_of_the_end_tokens(run):
-    """A runtime whose likeliest tokens are "done", then an end token that is not the first."""
+    """The runtime's likeliest tokens are "done", then an end token that is not the first."""
     from finequant.evaluate.metrics.exports import greedy_tokens
 
     class Script:

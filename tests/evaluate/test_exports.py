@@ -42,7 +42,7 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
 
 @pytest.fixture
 def arguments(recipe_file, executorch_run, train_once, capsys, name) -> list[str]:
-    """The recipe of a run with the export, and its overrides."""
+    """The arguments for a run with the export: its recipe, and overrides."""
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
     from finequant.quantize.export import main as export

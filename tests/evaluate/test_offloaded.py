@@ -1,4 +1,4 @@
-"""Models that no device holds: their weights are read from disk at each use."""
+"""Models too large for any device, whose weights are read from disk at each use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finequant.recipes.schema import Model
 def test_offloaded_models_give_the_same_report_to_the_last_digit(
     recipe_file, train_once, monkeypatch, capsys
 ):
-    """Base, tuned and quantized: perplexities, answers, likelihoods of choices, divergence."""
+    """Compares perplexities, answers, likelihoods of choices, and divergence, for each model."""
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
 
@@ -50,7 +50,7 @@ def test_blocks_fill_devices_in_turn_and_the_rest_stays_on_disk():
 
 
 def test_an_offloaded_model_mixes_no_devices(tiny_base):
-    """`meta` computes nothing, and refuses tensors of a CPU beside its own."""
+    """The device is `meta`, which computes nothing, and refuses tensors of the CPU."""
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.merge.model import spread_model
 

@@ -44,7 +44,7 @@ def report(quantized: float = 0.8, **quantize) -> dict:
 
 
 def rows() -> list[dict]:
-    """60 rows: in 5 of them quantized is wrong, in one of these tuned is wrong as well."""
+    """Makes 60 rows: quantized is wrong in 5 of them, and tuned in one of these, too."""
     made = []
     for number in range(60):
         label = ("on", "off", HOSTILE)[number % 3]
@@ -167,7 +167,7 @@ def test_the_security_policy_runs_the_pages_script_and_no_other(tmp_path):
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt install chromium")
 def test_a_print_has_all_rows_and_columns_dark_on_white(tmp_path):
-    """Printed in a dark theme; 700 pixels are the text's width on A4."""
+    """Prints in a dark theme; 700 pixels are the text's width on A4."""
     probe = """
     document.querySelector("button[data-show=all]").click();
     dispatchEvent(new Event("beforeprint"));
@@ -199,15 +199,15 @@ def test_a_print_has_all_rows_and_columns_dark_on_white(tmp_path):
 
 
 def probed(text: str, script: str, folder: Path, width: int):
-    """What a script that runs in the page writes as JSON to `data-probe` of its body."""
-    # The policy of the page lets no other script run, so it is opened for this one.
+    """Runs a script in the page, and returns the JSON that it writes to the body's `data-probe`."""
+    # The page's policy allows no other script, so it is relaxed for this one.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     shown = rendered(text.replace("</body>", f"<script>{script}</script></body>"), folder, width)
     return json.loads(html.unescape(re.search(r'data-probe="(.*?)"', shown, re.S)[1]))
 
 
 def rendered(text: str, folder: Path, width: int) -> str:
-    """The page's elements after its scripts have run."""
+    """Returns the page's elements after its scripts have run."""
     (folder / "report.html").write_text(text, encoding="utf-8")
     return subprocess.run(
         [

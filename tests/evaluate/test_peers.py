@@ -1,4 +1,4 @@
-"""The comparison with other people's tools, as far as it runs without them."""
+"""The comparison with other people's tools, as far as it runs without the tools."""
 
 from __future__ import annotations
 

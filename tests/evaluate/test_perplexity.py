@@ -21,7 +21,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
 
 SENTENCES = [f"open the {what} at {hour} o'clock" for what in ("door", "box") for hour in range(30)]
-# Two articles in the style of WikiText's tokenised raw text; the second is longer than a window.
+# Two articles in the style of WikiText's tokenized raw text; the second is longer than a window.
 PAGES = [
     " = The Red Lamp = \n \n The Red Lamp is a well @-@ known lamp , made in 1,234 parts . It 's "
     "4 @.@ 5 metres high ; its door ( blue ) opens at 3 o 'clock . \n \n = = History = = \n \n "
@@ -109,7 +109,7 @@ def test_overflow_is_infinite_and_nothing_scored_is_an_error(model):
 
 
 def lm_eval_results(model, tokenizer, pages: list[str], folder: Path, max_length: int) -> dict:
-    """lm-eval's own model class, evaluator and `wikitext` functions on these pages."""
+    """Runs lm-eval's own model class, evaluator and `wikitext` functions on these pages."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -70,7 +70,7 @@ def report() -> dict:
 
 
 def table_lines(markdown: str, first_header: str) -> list[str]:
-    """The table whose header starts so, up to the next empty line."""
+    """Returns the table whose header starts with `first_header`, up to the next empty line."""
     start = markdown.index(f"| {first_header}")
     return markdown[start:].split("\n\n")[0].strip().split("\n")
 
@@ -133,7 +133,7 @@ def test_gate_without_limits_passes():
 def test_the_gate_counts_answers_of_exports_that_differ(report):
     models = report["models"]
     models["gguf"] = {"parity": {"same_answers": 0.98, "n": 100}}
-    models["pte"] = {}  # its runtime was not there
+    models["pte"] = {}  # its runtime was not installed
     checks = gate(models, Gate(min_same_answers=0.98))["checks"]
     assert [check["name"] for check in checks] == [
         "answers that differ, gguf",
@@ -149,7 +149,7 @@ def test_the_gate_counts_answers_of_exports_that_differ(report):
 
 
 def test_files_that_are_not_packed_have_a_line_of_their_own(report):
-    """A base that is quantized already, and torchao's byte for each code, are no comparison."""
+    """Sizes of a base that is already quantized, and of torchao's bytes per code, would mislead."""
     base, tuned, quantized = report["models"].values()
     floats = {"packed_bytes": 269_060_552, "packed_bits_per_weight": 16.0}
     base |= floats | {"size_bytes": 98_400_000, "bits_per_weight": 5.85, "activations": "float"}

@@ -1,4 +1,4 @@
-"""Log-likelihoods with shared contexts, against lm-eval's own model class item by item."""
+"""Log-likelihoods with shared contexts equal those of lm-eval's own model class, item by item."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def greedy(model, context: list[int], length: int) -> list[int]:
 
 
 def token_requests(model, tokenizer) -> list[tuple]:
-    """Contexts with several, with one and with equal continuations, of one token and of many."""
+    """Contexts with several, one, and equal continuations, of one token and of many."""
     requests = []
     for number, text in enumerate(CONTEXTS):
         context = tokenizer(text)["input_ids"]
@@ -56,7 +56,7 @@ def token_requests(model, tokenizer) -> list[tuple]:
         requests += [((text, str(ending)), context, ending) for ending in endings]
     context = tokenizer(" ".join(CONTEXTS))["input_ids"]
     requests.append((("alone", "4"), context, greedy(model, context, 4)))
-    # The first context again, as a second task in the same call has it.
+    # The first context again, as in a second task of the same call.
     return [*requests, requests[0], (("again", ""), requests[0][1], [7, 8, 9])]
 
 
@@ -115,7 +115,7 @@ def test_each_context_is_read_once_and_logits_made_where_needed(model):
 
 
 def test_texts_with_and_without_a_context(both):
-    """Through lm-eval's own tokens: an empty context, and one that ends in a space."""
+    """lm-eval tokenizes: an empty context, and one that ends in a space."""
     pairs = [("", "open the door"), ("", " close"), ("close ", "the red lamp"), (CONTEXTS[0], " o")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     theirs, ours = (lm.loglikelihood(requests, disable_tqdm=True) for lm in both())

@@ -1,4 +1,4 @@
-"""`finequant sweep`: every point as quantize and evaluate would have it, and none of them twice."""
+"""`finequant sweep`: each point equals quantize and evaluate, and none is measured twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
 
 @pytest.fixture
 def swept(recipe_file):
-    """Sweeps the tiny model and returns sweep.json; the base unless told otherwise."""
+    """Sweeps the tiny model, by default the base, and returns sweep.json."""
 
     def run(*overrides: str, model: str = "base") -> dict:
         sweep(recipe_file, [*TRAINED, *overrides], model)
@@ -35,7 +35,7 @@ def swept(recipe_file):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The names of the models that are measured, as they are."""
+    """The names of the models, added as they are measured."""
     from finequant.evaluate import measure
 
     names, measure_model = [], measure.measure_model

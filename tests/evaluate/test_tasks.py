@@ -1,4 +1,4 @@
-"""Answers, metrics, multiple choice and lm-eval tasks, against plain computations."""
+"""Answers, metrics, multiple choice and lm-eval tasks equal plain computations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory):
-    """Two tasks, one of which names data that do not exist."""
+    """A folder with two tasks, one of which names data that do not exist."""
     folder = tmp_path_factory.mktemp("lm_eval_tasks")
     rows = [{"request": TEXTS[row % 4], "label": row % 4} for row in range(11)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def test_batched_answers_equal_single_ones_in_order(model, tokenizer, prompts):
 
 
 def test_answers_stop_before_either_end_token(model, tokenizer, prompts):
-    """One that is not special, too, is no part of the answer."""
+    """An end token that is not special is no part of the answer, either."""
     whole = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
     with torch.no_grad():
         first = int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())
@@ -156,7 +156,7 @@ def test_changes_are_paired_by_row():
     references = ["red", "green", "blue", "grey"]
     before, after = ["red", "green", "", "grey"], ["red", "", "blue", ""]
     found = paired_changes(before, after, references, ["exact_match", "bleu", "f1"])
-    assert list(found) == ["exact_match", "f1"]  # bleu is none of rows
+    assert list(found) == ["exact_match", "f1"]  # bleu is not a mean over rows
     # 0, -1, +1, -1: their mean, and their sample standard deviation over the square root of 4
     assert found["exact_match"] == {"value": -0.25, "stderr": pytest.approx(0.478714), "n": 4}
     same = paired_changes(before, before, references, ["exact_match"])["exact_match"]
@@ -185,7 +185,7 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 
 def test_choices_are_tokenized_as_lm_eval_does(tokenizer):
-    """With the prompt, for a tokenizer that joins words, and one that puts spaces in front."""
+    """With the prompt, by a tokenizer that joins words, and by one that puts spaces in front."""
     from lm_eval.api.model import TemplateLM
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -279,7 +279,7 @@ def test_a_task_through_the_chat_template_asks_what_lm_eval_asks(
 
 
 def small_task_manager(folder: str):
-    """Without lm-eval's own index, which takes seconds to read."""
+    """Makes a task manager without lm-eval's own index, which takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=False)

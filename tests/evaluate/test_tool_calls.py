@@ -1,4 +1,4 @@
-"""Function calls in answers: found in what templates write, compared as values."""
+"""Function calls in answers: found in the text that templates render, compared as values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hub that takes uploads, on loopback: what huggingface_hub asks of the real one to publish."""
+"""A Hub on loopback that takes uploads: the requests of huggingface_hub when it publishes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Repository:
 
 
 class Hub(Server):
-    """Repositories in memory, and who may write to them."""
+    """Repositories in memory, and the users who may write to them."""
 
     repository, blob = Repository, Blob
 
@@ -69,15 +69,15 @@ class Hub(Server):
         super().__init__(_Handler)
         self.requests: list[tuple[str, str]] = []
         self.received: list[str] = []
-        """SHA-256 of each large file that arrived whole."""
+        """SHA-256 of each large file that arrived complete."""
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.stall_at: int | None = None
-        """The upload of this number stops half way, until the client is gone."""
+        """The number of the upload that stops halfway, until the client is gone."""
         self.drop = 0
-        """So many uploads lose their connection."""
+        """How many uploads lose their connection."""
         self.damage: str | None = None
-        """A file of this name arrives with another content."""
+        """The name of a file that arrives altered."""
         self.uploads = 0
         self.stalled = threading.Event()
 
@@ -265,7 +265,7 @@ class _Handler(Handler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """An empty Hub that takes uploads, in place of the one that is only read."""
+    """An empty Hub that takes uploads, in place of the read-only one."""
     own = Hub()
     yield own
     own.close()

@@ -46,7 +46,7 @@ def test_the_example_names_no_folder_of_a_machine():
 
 
 def test_the_examples_recipe_is_the_one_that_is_shipped():
-    """Its keys, as the card shows them, are those of recipes/assistant.yaml."""
+    """The keys in the card are those of recipes/assistant.yaml."""
     from ruamel.yaml import YAML
 
     from finequant.recipes.load import load_recipe, without_folders

@@ -1,4 +1,4 @@
-"""publish/publish.py: the real client, against a Hub on loopback; processes, where they matter."""
+"""publish/publish.py: the real client against a Hub on loopback, in processes where they matter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ All Rights Reserved.”
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_base, train_once) -> Path:
-    """Folder with recipe.yaml and its finished run/, over the tiny Llama. Shared: copy it."""
+    """A folder with recipe.yaml and its finished run/, over the tiny Llama. Shared: copy it."""
     from finequant.evaluate.compare import main as compare
     from finequant.quantize.convert import main as convert
 
@@ -61,7 +61,7 @@ publish: {{repo_id: {REPOSITORY}, license: apache-2.0, language: en, tags: [test
 
 @pytest.fixture
 def recipe(finished, tmp_path) -> Path:
-    """A recipe whose run is finished, with an export beside it; the test's own copy."""
+    """The test's own copy of a recipe whose run is finished, with an export beside it."""
     shutil.copytree(finished, tmp_path / "copy")
     path = tmp_path / "copy" / "recipe.yaml"
     text = path.read_text(encoding="utf-8").replace(str(finished), str(path.parent))
@@ -105,7 +105,7 @@ def in_process(*arguments: object) -> None:
 
 
 def refused(capsys, *arguments: object) -> str:
-    """What the command says when it refuses with exit code 2."""
+    """Returns the message of a command that refuses with exit code 2."""
     with pytest.raises(SystemExit) as exit_:
         in_process(*arguments)
     assert exit_.value.code == 2
@@ -134,7 +134,7 @@ def everything_under(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-# argv: a repository, a folder, and code of the card. The same logits from both; the code runs.
+# argv: a repository, a folder, and the card's code. Both give the same logits, and the code runs.
 LOADS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -158,7 +158,7 @@ def test_what_is_published_is_private_whole_and_loads_with_the_same_logits(
     assert "alice: the repository will be created" in done.stderr
     repository = hub.repositories[REPOSITORY]
     assert repository.private
-    assert len(repository.commits) == 2  # nobody sees half of it
+    assert len(repository.commits) == 2  # nobody sees a partial upload
     there = {name: blob.content for name, blob in repository.files.items()}
     del there[".gitattributes"]
     folder = folder_of(recipe)
@@ -217,7 +217,7 @@ def test_an_interrupted_upload_resumes(hub, hub_environment, publish, recipe, ho
     assert client.returncode == code, said
     assert "Traceback" not in said
     assert len(hub.received) == 1
-    assert len(hub.repositories[REPOSITORY].commits) == 1  # nothing to be seen yet
+    assert len(hub.repositories[REPOSITORY].commits) == 1  # nothing is visible yet
     resumed = publish()
     assert resumed.returncode == 0, resumed.stderr
     assert "the repository exists and is empty" in resumed.stderr

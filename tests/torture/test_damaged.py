@@ -1,6 +1,6 @@
-"""Recipes and data files damaged at random: an answer or one message, and nothing else is touched.
+"""Recipes and data files damaged at random give a result or one message, and no file is touched.
 
-FINEQUANT_EXAMPLES=1000 tries so many of each; `make torture` does.
+FINEQUANT_EXAMPLES=1000 tries that many of each, as `make torture` does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ many = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-# (where, how many bytes go, what comes in their place), places as shares of the whole
+# (position as a share of the whole, number of bytes removed, bytes inserted)
 BYTES = st.one_of(
     st.binary(max_size=6),
     st.text("az09 \t\n:-#&*!|>'\"%@`{}[],.?~<\\\0\x85é😀\ud800", max_size=6).map(
@@ -88,7 +88,7 @@ TOUCHED = Touched()
 
 
 def answer(command) -> int:
-    """The exit code of a command that must touch no file."""
+    """Runs a command that must touch no file, and returns its exit code."""
     with TOUCHED.listening() as touched:
         try:
             with report_user_errors():
@@ -145,7 +145,7 @@ CHATS = [
 
 
 def whole(suffix: str, rows: list[dict]) -> bytes:
-    """A good file of these rows."""
+    """Returns a good file with these rows."""
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +218,7 @@ def read(path: Path, tokenizer) -> int:
 
 @pytest.mark.parametrize("which", sorted(WHOLE))
 def test_whole_files_are_read(which, tmp_path, tokenizer):
-    """Else the tests above would see nothing but refusals."""
+    """Otherwise the tests above might see nothing but refusals."""
     if which == (".csv", "chats") or which[0] == ".txt":
         return
     path = tmp_path / f"rows{which[0]}"

@@ -1,6 +1,6 @@
-"""A disk that is full, or can only be read, at every stage: one message, and nothing is lost.
+"""A full or read-only disk at any stage gives one message, and nothing is lost.
 
-The disk is a small tmpfs, which takes root to mount: `make torture` runs these.
+The disk is a small tmpfs, which only root can mount: `make torture` runs these tests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int) -> Path:
-    """A file that leaves so many bytes."""
+    """Writes a file that leaves `left` bytes of the disk."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -70,7 +70,7 @@ def one_error(done: subprocess.CompletedProcess, code: int) -> str:
     return line
 
 
-# Bytes that are left: nothing; enough for the lock; for a part of the artifact.
+# Bytes that are left: none; enough for the lock; enough for a part of the artifact.
 LEFT = {"train": (0, 8192, 60_000), "quantize": (0, 100_000), "evaluate": (0, 8192)}
 
 

@@ -1,4 +1,4 @@
-"""Tokens that are in the environment reach no file of a run, and nothing that it prints."""
+"""Tokens of the environment reach neither a file of a run nor its output."""
 
 from __future__ import annotations
 
