@@ -1,4 +1,4 @@
-"""Values in a row, by the name of a column or a path into it."""
+"""Reads values of a row, by the name of a column or a path into it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
     """Returns a column, or a field inside it, such as `answers.text[0]`.
 
     Raises:
-        BadRowError: naming what is missing, and what there is.
+        BadRowError: naming what is missing, and what the row has instead.
     """
     if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
         if path not in row:
@@ -46,7 +46,7 @@ def text_of(row: dict[str, Any], column: str, where: str, default: str | None = 
     """Returns a value as text; anything but text is written as JSON.
 
     Raises:
-        BadRowError: a missing column or value without a default, or what JSON cannot write.
+        BadRowError: for a missing column or value without a default, or one that JSON cannot write.
     """
     value = default if default is not None and row.get(column) is None else None
     if value is None:

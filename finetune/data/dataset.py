@@ -1,4 +1,4 @@
-"""Rows -> a dataset of tokens in Arrow, made on all cores, as trl's SFTTrainer takes it."""
+"""Encodes rows, on all cores, as an Arrow dataset of tokens that trl's SFTTrainer takes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ TOKENS_FILE = "tokens.arrow"
 
 
 def to_dataset(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
-    """Columns `input_ids` and `labels`, as trl's SFTTrainer takes them ready made.
+    """Returns the columns `input_ids` and `labels`, which trl's SFTTrainer takes as they are.
 
     Raises:
-        UserError: naming the rows in which no token is left to learn, or that are too long
-            where data.long_rows says error.
+        UserError: naming rows in which no target token is left, or that are too long where
+            data.long_rows is error.
     """
     encoded = encoded_rows(rows, tokenizer, data)
     kept = _usable(encoded, rows, data)
@@ -45,23 +45,24 @@ def to_dataset(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Da
 
 
 def encoded_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
-    """All rows as tokens, also those that cannot be learned; kept beside a table on the disk.
+    """Returns all rows as tokens, even those without target tokens; those of a table on disk are
+    stored beside it.
 
-    Columns: `input_ids`, `labels`, `length` before truncation, `targets` (the number of tokens that
-    are learned), and `row`, the index in `rows`.
+    Columns: `input_ids`, `labels`, `length` before truncation, `targets` (the number of target
+    tokens), and `row`, the index in `rows`.
 
     Raises:
         UserError: for what the chat template refuses or leaves out.
     """
     from datasets import Dataset, disable_caching
 
-    disable_caching()  # else `map`, as in trl's packing, writes into the folder of these files
+    disable_caching()  # or `map`, which trl's packing calls, writes into the folder of these files
     if not isinstance(rows, Rows):
         rows = Rows.of(rows)
     if not tokenizer.is_fast and data.loss_on == "assistant":
         say(
-            "data: this tokenizer gives no offsets: prompts and answers are tokenized apart, so "
-            "ids can differ from those of the whole text"
+            "data: this tokenizer gives no offsets: prompts and answers are tokenized separately, "
+            "so ids can differ from those of the whole text"
         )
     if rows.folder is None or not os.access(rows.folder.parent, os.W_OK):
         return _encoded(rows, Encoder(rows, tokenizer, data), None)
@@ -71,7 +72,7 @@ def encoded_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: 
 
     inputs = _inputs(rows, tokenizer, data)
     folder = made_once(rows.folder.with_name(f"tokens-{digest(inputs)}"), inputs, write)
-    os.utime(folder)  # the last to be removed
+    os.utime(folder)  # the oldest folders are removed first
     return Dataset.from_file(str(folder / TOKENS_FILE))
 
 
@@ -97,7 +98,7 @@ def _encoded(rows: Rows, encoder: Encoder, folder: Path | None) -> Dataset:
 
 
 def _inputs(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Any]:
-    """Returns all that decides the tokens of a table's rows."""
+    """Returns everything that decides the tokens of a table's rows."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
@@ -111,7 +112,7 @@ def _inputs(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[
 
 
 class Encoder:
-    """Encodes a batch of rows; a process each has a copy."""
+    """Encodes a batch of rows; each process has a copy."""
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
         self.rows, self.tokenizer, self.data = rows, tokenizer, data
@@ -161,7 +162,8 @@ def _targets(labels: list[int]) -> int:
 
 
 def _split(item: Encoded, length: int) -> list[Encoded]:
-    """Pieces of `length` tokens; a last piece of a single token has nothing to learn."""
+    """Cuts a text into pieces of `length` tokens; a last one of a single token is left out, because
+    it has nothing to predict."""
     starts = range(0, max(1, len(item.input_ids) - 1), length)
     return [
         Encoded(part := item.input_ids[at : at + length], item.labels[at : at + length], len(part))
@@ -188,10 +190,10 @@ def lengths(dataset: Dataset) -> list[int]:
 
 
 def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
-    """Returns the indices of what can be learned.
+    """Returns the indices of the rows to train on.
 
     Raises:
-        UserError: if nothing can, or for rows that the recipe does not allow.
+        UserError: if there are none, or for rows that the recipe does not allow.
     """
     length, targets, index = (column(encoded, name) for name in ("length", "targets", COLUMN))
     which = f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"

@@ -1,4 +1,4 @@
-"""Held-out prompts that are nearly those of training rows, and prompts with several answers."""
+"""Finds held-out prompts that nearly repeat training rows, and prompts with several answers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finequant.finetune.data.table import Rows
 MOST_ROWS = 200_000
 """More are not compared: that would take minutes."""
 SIMILAR = 0.8
-"""Shared parts of two prompts' parts together (Jaccard), from which they are nearly the same."""
+"""Jaccard similarity of the parts of two prompts, from which they count as nearly the same."""
 WORDS_AT_ONCE = 3
 PERMUTATIONS, BANDS = 128, 32
-"""MinHash finds 99.9 percent of the pairs at SIMILAR so, and few below half of that."""
+"""With these, MinHash finds 99.9 percent of the pairs at SIMILAR, and few below half of that."""
 
 
 def repeated_rows(rows: Rows) -> int:
@@ -27,17 +27,17 @@ def repeated_rows(rows: Rows) -> int:
 
 
 def prompts_with_several_answers(rows: Rows) -> int:
-    """Counts prompts that different answers follow."""
+    """Counts prompts that have different answers."""
     pairs = np.unique(np.stack(rows.hashes, axis=1), axis=0)
     return int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
 
 
 def near_duplicates(train: Rows, held_out: Rows) -> list[tuple[str, str]] | str:
-    """Finds held-out rows whose prompt is nearly that of a training row, letters' case and
-    punctuation aside.
+    """Finds held-out rows whose prompt is nearly that of a training row, apart from case and
+    punctuation.
 
     Returns:
-        The locations of both; or why they were not looked for.
+        Pairs of locations, held-out row and training row; or a text that says why it did not look.
     """
     if len(train) + len(held_out) > MOST_ROWS:
         return f"not looked for among more than {MOST_ROWS:,} rows"
@@ -66,7 +66,7 @@ def near_duplicates(train: Rows, held_out: Rows) -> list[tuple[str, str]] | str:
 
 
 def _parts(row: Row) -> frozenset[str]:
-    """Returns all runs of three words of what a user asks, or of a text."""
+    """Returns all runs of three words in a prompt, without system messages, or in a text."""
     asked = [turn["content"] for turn in row.messages[:-1] if turn["role"] != "system"]
     words = re.findall(r"\w+", " ".join([*asked, row.text]).casefold())
     last = max(1, len(words) - WORDS_AT_ONCE + 1)

@@ -1,4 +1,4 @@
-"""Files of rows: opened, decompressed and decoded, and what they hold before it is looked at."""
+"""Opens, decompresses and decodes files of rows, and parses JSON in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finequant.recipes.sources import COMPRESSIONS
 from finequant.recipes.terminal import Progress
 
 LARGE = 2**26
-"""Bytes of a file that is worth a line of progress."""
+"""Bytes from which a file gets a line of progress."""
 
 
 class BadRowError(UserError):
@@ -23,7 +23,7 @@ class BadRowError(UserError):
 
 
 class Line(NamedTuple):
-    """A line of JSON that is not parsed yet, which other processes can do."""
+    """A line of JSON that is not parsed yet, so that other processes can parse it."""
 
     text: str
     where: str
@@ -35,7 +35,7 @@ Unparsed = tuple[str, dict[str, Any] | BadRowError | Line]
 
 
 def parsed(content: dict[str, Any] | BadRowError | Line) -> dict[str, Any] | BadRowError:
-    """Parses what is not parsed yet."""
+    """Parses a line; returns anything else as it is."""
     return _parsed_object(*content) if isinstance(content, Line) else content
 
 
@@ -68,7 +68,7 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         raise BadRowError(
             f"{where}: broken JSON at column {error.colno}{line}: {error.msg}; expected {expected}"
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+    except (ValueError, RecursionError) as error:  # such as 5000 digits, or 1000 brackets
         raise BadRowError(f"{where}: this JSON cannot be read: {error}") from None
 
 
@@ -113,7 +113,11 @@ def _open(path: Path, is_tracked: bool = False) -> IO[bytes]:
 
 
 def open_text(path: Path, newline: str | None = None, is_tracked: bool = False) -> IO[str]:
-    """UTF-8, or the UTF-16 that a byte order mark tells."""
+    """Opens a file as UTF-8, or as UTF-16 if it starts with a byte order mark of that.
+
+    Raises:
+        UserError: for UTF-16 without a byte order mark.
+    """
     with _open(path) as file:
         start = file.read(4)
     if len(start) == 4 and start.count(0) == 2 and b"\0\0" not in start:
@@ -123,7 +127,7 @@ def open_text(path: Path, newline: str | None = None, is_tracked: bool = False) 
 
 
 def line_that_breaks(path: Path, encoding: str) -> int:
-    """The error itself counts from the beginning of a buffer, not of the file."""
+    """Returns the line that cannot be decoded: the error counts from the beginning of a buffer."""
     with _open(path) as file:
         content = file.read()
     try:

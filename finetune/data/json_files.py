@@ -15,11 +15,11 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval"},
 }
-"""Names of splits, and what else they are called."""
+"""Names of splits -> all that files call them."""
 
 
 def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
-    """Rows of JSON Lines, or of one JSON value."""
+    """Yields the rows of JSON Lines, or of one JSON value."""
     if _has_json_lines(path, kind):
         yield from _read_json_lines(path)
     else:
@@ -27,14 +27,14 @@ def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
 
 
 def _has_json_lines(path: Path, kind: str) -> bool:
-    """JSON Lines or one JSON value: what is in a file decides, as its name may say either."""
+    """Says whether a file is JSON Lines or one JSON value, by its content: its name may mislead."""
     with open_text(path) as file:
         lines = (line for line in file if line.strip())
         first, second = next(lines, ""), next(lines, None)
     try:
         whole = json.loads(first)
     except (ValueError, RecursionError):
-        # Of a list or object that begins here and goes on below, the first line is a beginning.
+        # The first line may be the beginning of a list or object that goes on below.
         return kind != ".json" and not _is_json(path)
     if second is None and not isinstance(whole, dict):  # a list of all rows
         return False
@@ -84,10 +84,10 @@ def _read_json(path: Path, split: str) -> Iterator[Unparsed]:
 
 
 def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
-    """Lists of rows by the keys of the object that holds them; None for what is a row itself.
+    """Returns the lists of rows in an object, by key; None if the object is itself a row.
 
-    Known are {"data": [rows]} with any keys, {"train": [rows], "test": [rows]}, {id: row, ...},
-    and {column: [values], ...}, whose columns are of one length.
+    Known forms are {"data": [rows]} with any keys, {"train": [rows], "test": [rows]},
+    {id: row, ...}, and {column: [values], ...} with columns of equal length.
     """
     values = list(content.values())
     if values and all(isinstance(value, dict) for value in values):

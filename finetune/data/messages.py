@@ -1,7 +1,7 @@
-"""Turns of every known form -> messages as chat templates take them; which are sound, and repair.
+"""Converts turns of every known form into messages for chat templates; checks and repairs them.
 
 A message has `role` (system, user, assistant or tool) and `content` (text), and may have
-`tool_calls`, `tool_call_id`, `name` and thoughts. Known forms are OpenAI's `role` and `content`,
+`tool_calls`, `tool_call_id`, `name` and reasoning. Known forms are OpenAI's `role` and `content`,
 ShareGPT's `from` and `value` with `function_call` and `observation`, and content in parts.
 """
 
@@ -22,7 +22,7 @@ ROLES = {
     **{"observation": "tool", "function": "tool", "ipython": "tool"},
 }
 KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-"""Keys that go to the template as they are."""
+"""Keys that are passed to the template as they are."""
 FLAGS = ("weight", "train", "training")
 """Keys that say whether an answer is a target: OpenAI's and mistral-finetune's weight, axolotl's
 train."""
@@ -31,11 +31,12 @@ UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 
 
 def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]]:
-    """Messages, and the keys of turns that are not read. Answers that are not to be learned
-    (`weight: 0`, `train: false`) have `learned: False`.
+    """Returns the messages, and the keys of turns that are not read.
+
+    Answers that are no targets (`weight: 0`, `train: false`) get `learned: False`.
 
     Raises:
-        BadRowError: a turn that is none.
+        BadRowError: for what is not a list of turns, or a turn that cannot be read.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRowError(f"{where}: expected a list of role and content, found {shown(turns)}")
@@ -79,7 +80,7 @@ def _text(content: Any, role: str, calls: bool, where: str) -> str:
         return "\n".join(part["text"] for part in content)
     if role == "tool" and content is not None:
         return json.dumps(content, ensure_ascii=False)
-    raise BadRowError(f"{where}: {_a(role)} message whose content is no text: {shown(content)}")
+    raise BadRowError(f"{where}: {_a(role)} message whose content is not text: {shown(content)}")
 
 
 def _a(role: str) -> str:
@@ -93,7 +94,7 @@ def _is_parts(content: Any) -> bool:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """Parses a call's arguments into values: templates write them as JSON themselves."""
+    """Parses a call's arguments into values, which templates write as JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError(f"{where}: a call without a name: {shown(call)}")
@@ -114,10 +115,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Function definitions, as a list or its JSON text, in the form that templates take.
+    """Returns function definitions, from a list or its JSON text, in the form that templates take.
 
     Raises:
-        BadRowError: what is no definition.
+        BadRowError: for an entry that is not a definition.
     """
     if isinstance(value, str):
         value = parse_json(value, f"{where}: tools", "a list of functions") if value.strip() else []
@@ -149,13 +150,13 @@ def check_messages(messages: list[Message], where: str) -> None:
     """Checks that a row can be trained on; the chat template decides what else it may contain.
 
     Raises:
-        BadRowError: no answer at the end or none to learn, a repeated user or system turn, an empty
-            one, or characters that are no text.
+        BadRowError: if there is no answer at the end or no target, if user or system turns repeat,
+            if a turn is empty, or if a character cannot be tokenized.
     """
     roles = [message["role"] for message in messages]
     problem = f"{where}: the turns are {', '.join(roles)}" if roles else f"{where}: no turns"
     if "assistant" not in roles[1:]:
-        raise BadRowError(f"{problem}; expected an answer (assistant) to what stands before it")
+        raise BadRowError(f"{problem}; expected an answer (assistant) after another turn")
     if roles[-1] != "assistant":
         raise BadRowError(f"{problem}; expected the last to be assistant")
     if repeated := [role for role, after in pairwise(roles) if role == after in MERGED]:
@@ -209,7 +210,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def strings_of(value: Any) -> list[str]:
-    """Yields all texts inside a message or a function definition."""
+    """Lists all texts inside a message or a function definition."""
     if isinstance(value, dict):
         return [text for item in value.items() for part in item for text in strings_of(part)]
     if isinstance(value, (list, tuple)):
@@ -218,9 +219,13 @@ def strings_of(value: Any) -> list[str]:
 
 
 def check_characters(text: str, where: str) -> None:
-    """Refuses what JSON can write but no tokenizer reads, and the traces of a damaged file."""
+    """Refuses characters that JSON can write but no tokenizer reads: signs of a damaged file.
+
+    Raises:
+        BadRowError: naming the first of them.
+    """
     if wrong := UNREADABLE.search(text):
         raise BadRowError(
-            f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, which is no text "
+            f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, which is not text "
             "(half a surrogate pair, or NUL): write the file as plain UTF-8, or remove the row"
         )

@@ -18,8 +18,8 @@ STYLE = (
 def html_page(name: str, lines: Iterable[str], rows: Iterable[tuple[str, list[Run]]]) -> str:
     """Returns the page.
 
-    lines: what there is to say about all rows.
-    rows: the location of each row, and its runs of target tokens and others.
+    lines: statements about all rows.
+    rows: the location of each row, and its runs of target tokens and other tokens.
     """
     title = f"{escape(name)}: rows as the model sees them"
     parts = [

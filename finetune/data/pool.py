@@ -1,4 +1,4 @@
-"""A function of many batches, computed on all cores and in bounded memory."""
+"""Computes a function of many batches on all cores, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FEW_BATCHES = 10
-"""Fewer batches are not worth the start of another process."""
+"""Batches that are computed before other processes start: fewer are not worth it."""
 UNDERWAY = 3
-"""Batches for each process that are computed or wait, so that none is idle."""
+"""Batches per process that are computed or wait, so that no process is idle."""
 _function: Callable | None = None
 
 
@@ -31,7 +31,7 @@ def computed(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     and results are.
     """
     items = iter(items)
-    # macOS can fork, too, but its own libraries break in the children.
+    # macOS can fork, too, but its system libraries break in the children.
     few = islice(items, FEW_BATCHES) if sys.platform == "linux" and cores() > 1 else items
     return chain(map(function, few), _in_processes(function, items))
 
@@ -49,7 +49,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _in_processes(function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
-    """Starts the processes for the first item."""
+    """Yields the results in order; starts the processes only if there is a first item."""
     first = next(items, None)
     if first is None:
         return
@@ -68,10 +68,10 @@ def _in_processes(function: Callable[[Item], Result], items: Iterator[Item]) -> 
 
 
 def _begin(function: Callable) -> None:
-    """Prepares a process: signals are its parent's to handle, and it ends with its parent."""
+    """Prepares a process: it leaves signals to its parent, and ends with it."""
     global _function
     _function = function
-    gc.freeze()  # what was forked is never garbage; looking through it again costs half the time
+    gc.freeze()  # forked objects are never garbage, and scanning them would take half the time
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

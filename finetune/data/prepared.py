@@ -1,7 +1,7 @@
-"""The rows of a run: read, checked and split once; every stage and process takes them from there.
+"""Reads, checks and splits the rows of a run once, for all of its stages and processes.
 
-`data/` in the run directory has a folder for each content of sources and settings, with the table
-of rows and which of them are in which split, and folders of their tokens. It may be deleted.
+`data/` in the run directory has a folder for each state of sources and settings, with the table of
+rows and the indices of each split, and folders of their tokens. It may be deleted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from finequant.recipes.terminal import say
 from finequant.recipes.usage import Stopwatch
 
 KEPT = {"rows": 3, "tokens": 9}
-"""Folders of each kind that are kept: of training's rows, calibration's, and what was tried."""
+"""Folders of each kind to keep: for training, calibration, and settings that were tried."""
 INDICES, NOTES = "splits.npz", "notes.json"
 SPLITS = ("train", "validation", "test")
 SECONDS = 5
-"""Reading that takes longer than this is worth a line."""
+"""Reading that takes longer than this gets a line."""
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 

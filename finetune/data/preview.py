@@ -77,7 +77,7 @@ def preview(recipe: Recipe, splits: Splits, count: int, page: Path | None = None
 
 
 class _Figures:
-    """What there is to say about the rows, from the tokens that training takes too."""
+    """Statistics of the rows, from the tokens that training reads, too."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
         self.recipe, self.tokenizer, self.splits = recipe, tokenizer, splits
@@ -146,7 +146,7 @@ class _Figures:
 
 
 def _answers(rows: Rows) -> list[str]:
-    """Counts the answers, where they are few."""
+    """Counts each answer, if few answers make up all rows."""
     counts: Counter[str] = Counter()
     for row in rows:
         if row.messages:

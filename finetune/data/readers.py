@@ -1,4 +1,4 @@
-"""Files, folders and Hub datasets -> rows, each with its place: "file:line" or "dataset[index]"."""
+"""Reads files, folders and Hub datasets as rows with locations, "file:line" or "dataset[index]"."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ EXPECTED = (
 
 
 def read_source(source: Source) -> Iterator[Read]:
-    """Rows of files, which the recipe's loader made absolute paths, or of a Hub dataset.
+    """Yields the rows of files, whose paths the recipe's loader made absolute, or of a Hub dataset.
 
     Raises:
-        UserError: a file or dataset that cannot be read, or that is empty.
+        UserError: for a file or dataset that cannot be read or is empty.
     """
     return ((where, parsed(content)) for where, content in read_unparsed(source))
 
 
 def read_unparsed(source: Source) -> Iterator[Unparsed]:
-    """Yields what `read_source` does, but lines of JSON Lines as they are: see `parsed`."""
+    """Yields what `read_source` does, but leaves lines of JSON Lines for `parsed` to parse."""
     path = Path(source.source)
     if not path.is_absolute():
         return _read_hub(source)
@@ -57,7 +57,7 @@ def read_unparsed(source: Source) -> Iterator[Unparsed]:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Yields all rows of a file or folder as (where, row); a .txt file is one row with a text.
+    """Returns all rows of a file or folder as (where, row); a .txt file is one row with a text.
 
     Raises:
         UserError: naming the line that cannot be read.
@@ -71,8 +71,8 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
-    """Rows of what `save_to_disk` wrote, or of all files that hold rows, in the order of their
-    names; where names speak of splits (train-00000.parquet, test.jsonl), those of `split`."""
+    """Yields the rows of what `save_to_disk` wrote, or of all files of rows, sorted by name; if the
+    names contain splits (train-00000.parquet, test.jsonl), only of the files of `split`."""
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         yield from _read_saved(folder, split)
         return
@@ -209,13 +209,13 @@ def _read_text(path: Path) -> Iterator[Unparsed]:
 
 
 def _read_parallel(columns: dict[str, Path]) -> Iterator[Unparsed]:
-    """Reads each row from the same line of several files, as corpora of translations have it."""
+    """Reads each row from the same line of several files, as in translation corpora."""
     files = list(columns.values())
     lines_of_files = [_checked(file, _lines(file)) for file in files]
     for number, lines in enumerate(zip_longest(*lines_of_files), start=1):
         if None in lines:
             raise UserError(
-                f"{files[lines.index(None)]}: ends after {number - 1} lines, and others of "
+                f"{files[lines.index(None)]}: ends after {number - 1} lines, but others of "
                 f"{', '.join(columns)} go on: each line of one belongs to a line of the others"
             )
         yield f"{files[0].name}:{number}", dict(zip(columns, lines, strict=True))

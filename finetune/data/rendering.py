@@ -1,4 +1,4 @@
-"""Conversations -> text, by the model's own chat template, and where their answers stand in it."""
+"""Renders conversations by the model's chat template, and finds the spans of their answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rendering:
         data: Data,
         end: AnswerEnd | None = None,
     ) -> None:
-        """end: that of `answer_end`, where many rows have it in common."""
+        """end: the result of `answer_end`, so that it is not computed for each row."""
         self.row, self.tokenizer, self.data = row, tokenizer, data
         self._end = end
         self._texts: dict[tuple[int, bool], str] = {}
@@ -50,10 +50,10 @@ class Rendering:
         """
         key = (stop, add_generation_prompt)
         if key not in self._texts:
-            self._texts[key] = self._alone(stop, add_generation_prompt)
+            self._texts[key] = self._rendered(stop, add_generation_prompt)
         return self._texts[key]
 
-    def _alone(self, stop: int, add_generation_prompt: bool) -> str:
+    def _rendered(self, stop: int, add_generation_prompt: bool) -> str:
         row, data = self.row, self.data
         try:
             (text,) = _render(
@@ -77,7 +77,11 @@ class Rendering:
     def answer_span(self, index: int) -> Span:
         """Finds the span of an answer in the whole conversation, with the token that ends it.
 
-        It begins where the template's generation prompt ends: there the model will be asked.
+        It begins where the template's generation prompt ends, as the model's own answer will.
+
+        Raises:
+            UserError: if the template leaves out the generation prompt or a word of the answer,
+                ends it in no token, or rewrites earlier turns once later ones follow.
         """
         row, text = self.row, self.text
         prompt = self.up_to(index, add_generation_prompt=True)
@@ -99,7 +103,7 @@ class Rendering:
         at = truncated.rfind(end.token, last_word) if end.token else -1
         stop = len(truncated.rstrip()) if at < 0 else at + len(end.token)
         if not text.startswith(truncated[:stop]) and not row.messages[index].get("tool_calls"):
-            # Some templates end the last answer of a conversation only.
+            # Some templates only end the last answer of a conversation.
             stop = last_word
         if not text.startswith(truncated[:stop]):
             raise UserError(
@@ -114,10 +118,10 @@ class Rendering:
 def render_rows(
     rows: Iterable[Row], answers: Iterable[Collection[int]], tokenizer: Any, data: Data
 ) -> list[Rendering]:
-    """Renders many conversations in a few calls, also up to each of their `answers`.
+    """Renders many conversations in a few calls, whole and up to each of their `answers`.
 
-    What the template refuses is left out, and rendered alone when it is asked for, which names
-    the row.
+    If the template refuses a call, its texts are left out. Each is then rendered by itself when it
+    is needed, so that the error names the row.
     """
     end = answer_end(tokenizer, data)
     renderings = [Rendering(row, tokenizer, data, end) for row in rows]
@@ -163,8 +167,8 @@ def _render(
 
 
 class TemplateCheck:
-    """Checks that the chat template writes all that rows have: a template may skip what it does
-    not know. Each thing is looked for in the first row that has it."""
+    """Checks that the chat template writes every part of the rows: a template may skip what it does
+    not know. Each kind of part is checked in the first row that has it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
         self.tokenizer, self.data = tokenizer, data
@@ -176,20 +180,20 @@ class TemplateCheck:
             UserError: naming the row and what the template leaves out.
         """
         for row in rows:
-            for what, index in _parts(row):
-                if what not in self._checked:
-                    self._checked.add(what)
-                    self._check(row, what, index)
+            for part, index in _parts(row):
+                if part not in self._checked:
+                    self._checked.add(part)
+                    self._check(row, part, index)
 
-    def _check(self, row: Row, what: str, index: int) -> None:
+    def _check(self, row: Row, part: str, index: int) -> None:
         text = Rendering(row, self.tokenizer, self.data).text
         try:
-            lesser = Rendering(_without(row, index), self.tokenizer, self.data).text
-        except UserError:  # such as two turns of the user in a row, without what was between
+            shorter = Rendering(_without(row, index), self.tokenizer, self.data).text
+        except UserError:  # such as two turns of the user in a row, with nothing between them
             return
-        if text == lesser:
+        if text == shorter:
             raise UserError(
-                f"{row.where}: the chat template leaves out {what}: the model would never see "
+                f"{row.where}: the chat template leaves out {part}: the model would never see "
                 "it; give a model.chat_template that writes it, or remove it from the rows"
             )
 
@@ -204,11 +208,11 @@ def check_template(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, data
 
 
 TOOLS = -1
-"""In the place of a message's index: the function definitions."""
+"""Stands for the function definitions where others have a message's index."""
 
 
 def _parts(row: Row) -> Iterator[tuple[str, int]]:
-    """Yields what a row has besides the user's and assistant's words, and the message it is in."""
+    """Yields what a row has besides users' and assistants' words, and the index of its message."""
     if row.tools:
         yield "the function definitions (tools)", TOOLS
     for index, message in enumerate(row.messages):
@@ -271,9 +275,9 @@ def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
 
 
 def _no_end(written: str) -> str:
-    what = f"{written!r}, of which nothing is" if written.strip() else "nothing that is"
+    what = f"{written!r}, which contains no" if written.strip() else "no"
     return (
-        f"model.chat_template: answers end in no token: after an answer it writes {what} an added "
+        f"model.chat_template: answers end in no token: after an answer it writes {what} added "
         "token of the tokenizer, so the model would not learn to stop: give a model.chat_template "
         "that writes {{ eos_token }} there, or set data.missing_end=allow"
     )

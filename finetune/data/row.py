@@ -22,19 +22,19 @@ class Row:
     """One training or evaluation row: a conversation, or raw text."""
 
     where: str
-    """File and line, or dataset and index: what an error names."""
+    """The location that errors name: file and line, or dataset and index."""
     messages: tuple[Message, ...] = ()
     text: str = ""
     weight: float = 1.0
     """Number of times the row is seen in an epoch."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Function definitions that the chat template is given."""
+    """Function definitions that the chat template gets."""
     excluded: frozenset[int] = frozenset()
     """Answers that are read but not learned, by their index in messages."""
 
     @property
     def targets(self) -> list[int]:
-        """Returns the indices of target messages; an assistant's opening greeting is none."""
+        """Returns the indices of target messages, without an assistant's opening greeting."""
         return [
             index
             for index, message in enumerate(self.messages)
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Prompt and answer, white space aside."""
+        """Returns a key of prompt and answer, which ignores white space."""
         return self._key(self.messages)
 
     def _key(self, messages: tuple[Message, ...]) -> str:

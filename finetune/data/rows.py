@@ -23,7 +23,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data, Source
 
 FORMATS = (
-    # format, the columns that tell it, further columns that it reads
+    # format, the columns that identify it, further columns that it reads
     ("messages", {"messages"}, set()),
     ("messages", {"conversations"}, set()),
     ("prompt_completion", {"prompt", "completion"}, {"history"}),
@@ -35,27 +35,27 @@ CHAT_COLUMNS = ("messages", "conversations")
 WANTED = ("label", "kto_tag")
 """KTO's columns: false marks an answer that people did not want."""
 PREFERENCES = (
-    "pairs of preference (chosen, rejected) are not learned here; write the chosen answer as the "
-    "last message of its conversation, or map it: columns: {prompt: ..., completion: chosen}"
+    "preference pairs (chosen, rejected) are not supported; write the chosen answer as the last "
+    "message of its conversation, or map it: columns: {prompt: ..., completion: chosen}"
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass
 class Findings:
-    """What there is to say about the rows of a source."""
+    """Notes on the rows of a source."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """What was done to rows -> the number of rows."""
     repaired: list[str] = field(default_factory=list)
     """Each row that was repaired, and how."""
     unread: dict[str, None] = field(default_factory=dict)
-    """Columns and keys of messages that say nothing here, in the order they were met."""
+    """Columns, and keys of messages, that are not read, in the order of their appearance."""
     bad: list[str] = field(default_factory=list)
     """Rows that cannot be used, and why."""
 
     def add(self, others: Findings) -> None:
-        """Adds those of further rows."""
+        """Adds the findings on further rows."""
         self.counts += others.counts
         self.repaired += others.repaired
         self.unread |= others.unread
@@ -64,21 +64,21 @@ class Findings:
 
 @dataclass
 class RowReader:
-    """Turns what a source holds into rows; notes what it left out, repaired and did not read."""
+    """Turns entries of a source into rows; notes what it left out, repaired and did not read."""
 
     source: Source
     data: Data
     form: str = ""
-    """Determined from the first row, where it is not given."""
+    """Detected from the first row if it is not given."""
     findings: Findings = field(default_factory=Findings)
     _seen_columns: set[tuple] = field(default_factory=set)
 
     def read(self, where: str, row: dict[str, Any]) -> Row | None:
-        """The row, or None for one that its own weight or label leaves out.
+        """Returns the row, or None if its own weight or label leaves it out.
 
         Raises:
-            UserError: a format that cannot be told from the source's first row.
-            BadRowError: a row that cannot be used.
+            UserError: if the format cannot be told from the source's first row.
+            BadRowError: if the row cannot be used.
         """
         if not self.form:
             self.form = detect_format(self.source, row)
@@ -144,7 +144,7 @@ class RowReader:
         return messages
 
     def _history(self, row: dict[str, Any], where: str) -> list[Message]:
-        """LLaMA-Factory's earlier turns, pairs of question and answer."""
+        """Returns earlier turns, which LLaMA-Factory writes as pairs of question and answer."""
         pairs = self._cell("history", row) or []
         if isinstance(pairs, str):
             pairs = parse_json(pairs, f"{where}: history", "a list of pairs") if pairs else []
@@ -156,7 +156,8 @@ class RowReader:
         return [_message(role, content) for pair in turns for role, content in pair]
 
     def _cell(self, name: str, row: dict[str, Any]) -> Any:
-        """Returns a column's value, unless the recipe maps the column to another field."""
+        """Returns the value of a field: from the column that the recipe maps to it, or from the
+        column of that name, unless it is mapped to another field."""
         if (column := self.source.columns.get(name)) is not None:
             return value_of(row, column, self.source.source)
         return None if name in self._mapped else row.get(name)
@@ -164,7 +165,7 @@ class RowReader:
     def _text_of(
         self, name: str, row: dict[str, Any], where: str, default: str | None = None
     ) -> str:
-        """Returns a field by the recipe's `columns`: from a column or a template of columns."""
+        """Returns a field as text, by the recipe's `columns`: a column or a template of columns."""
         template = self.source.columns.get(name)
         if template is None and default is not None and name in self._mapped:
             return default
@@ -212,7 +213,7 @@ class RowReader:
         return known
 
     def _left_out(self, row: dict[str, Any]) -> str:
-        """Why the row's own columns leave it out, if they do."""
+        """Says why the row's own columns leave it out; empty if they do not."""
         weight = row.get("weight")
         if "weight" not in self._mapped and isinstance(weight, (int, float)) and weight == 0:
             return "weight 0"

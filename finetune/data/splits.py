@@ -27,10 +27,10 @@ from finequant.recipes.errors import UserError, listed
 from finequant.recipes.schema import Data, Source
 
 FEW_PROMPTS = 10
-"""Fewer distinct prompts than this can't be split by prompt: data.same_rows is then `row`."""
+"""Rows with fewer distinct prompts cannot be split by prompt: data.same_rows is then `row`."""
 
 NAMED = 20
-"""Rows that a refusal names for each reason."""
+"""Rows that an error names for each reason."""
 
 SHOWN = 5
 
@@ -40,13 +40,13 @@ class Splits(NamedTuple):
     validation: Rows
     test: Rows
     notes: list[str]
-    """Notes on what was detected, left out, repaired, split off, repeated, and dropped."""
+    """Notes on what was detected, left out, repaired, split off, and dropped."""
 
 
 def load_splits(data: Data, seed: int, folder: Path | None = None) -> Splits:
     """Reads every source and keeps the three splits disjoint.
 
-    folder: where the table of all rows is written; None: in memory.
+    folder: where the table of all rows is written; None keeps it in memory.
 
     Raises:
         UserError: naming file and line of every row that cannot be used, or the rows that training
@@ -62,8 +62,8 @@ def load_splits(data: Data, seed: int, folder: Path | None = None) -> Splits:
 
 @dataclass
 class _Reading:
-    """Reads sources into a table; collects what there is to say about them, the rows that are bad,
-    and of each row in the table what decides its split."""
+    """Reads sources into a table; collects notes, bad rows, and, for each row in the table, what
+    decides its split."""
 
     data: Data
     seed: int
@@ -106,7 +106,7 @@ class _Reading:
 
     def _note(self, source: Source, form: str, findings: Findings, count: int) -> None:
         name, bad = Path(source.source).name, findings.bad
-        if _content(source) not in self.read:  # of a file for training and test, rows are bad once
+        if _content(source) not in self.read:  # training and test may read the same file
             self.bad += bad
         self.read.add(_content(source))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
@@ -132,12 +132,12 @@ class _Reading:
 
 
 def _content(source: Source) -> str:
-    """Returns what two sources with the same rows have in common, whichever of them are taken."""
+    """Returns a key that sources share if they read the same rows, however many they use."""
     return source.model_dump_json(exclude={"weight", "limit"})
 
 
 def _by_reason(bad: list[str]) -> list[str]:
-    """Makes one line of all rows that have the same wrong with them, and names the first NAMED."""
+    """Makes one line for all rows with the same problem, which names the first NAMED of them."""
     rows: dict[str, list[str]] = {}
     for problem in bad:
         where, _, reason = problem.partition(": ")
@@ -151,7 +151,7 @@ def _by_reason(bad: list[str]) -> list[str]:
 
 
 class _Batch(NamedTuple):
-    """Some rows of a source, as JSON, and what there is to say about them."""
+    """Some rows of a source as JSON, with their hashes, and findings about them."""
 
     contents: list[bytes]
     prompts: np.ndarray
@@ -162,7 +162,7 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _BatchReader:
-    """Parses and checks a batch of what a source holds."""
+    """Parses and checks a batch of a source's entries."""
 
     source: Source
     data: Data
@@ -187,7 +187,7 @@ class _BatchReader:
 
 
 class _Splitting:
-    """Splits rows, each of them the index of a row in the table."""
+    """Assigns rows, given as indices into the table, to splits."""
 
     def __init__(self, data: Data, seed: int, reading: _Reading, column) -> None:
         self.data, self.seed, self.notes, self.column = data, seed, reading.notes, column
@@ -198,9 +198,10 @@ class _Splitting:
         self.weights = np.concatenate([np.empty(0), *reading.weights])
 
     def __call__(self, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Splits:
-        """
+        """Returns the splits.
+
         Raises:
-            UserError: for rows that training shares with the others, or if none are left.
+            UserError: for rows that training shares with the others, or if none are left for it.
         """
         data, seed, notes = self.data, self.seed, self.notes
         self.keys = self._keys(train)
@@ -294,5 +295,5 @@ def _in_pairs(rows: Rows) -> list[tuple[Row, Row]]:
 
 
 def _firsts(keys: np.ndarray) -> np.ndarray:
-    """Returns where each key occurs first, in order."""
+    """Returns the indices at which keys occur for the first time, in order."""
     return np.sort(np.unique(keys, return_index=True)[1])

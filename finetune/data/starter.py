@@ -1,4 +1,4 @@
-"""Writes a first recipe for somebody's rows: `finequant init --data rows.csv`."""
+"""Writes a first recipe for a user's rows: `finequant init --data rows.csv`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = 2000
 QUESTIONS = ("question", "query", "text", "sentence", "dialogue", "document", "article", "input")
 ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
 SHORT = 40
-"""Characters of a label at most, on the average."""
+"""Characters of a label on average, at most."""
 
 METRICS = {
     "classify": ["exact_match", "multiple_choice"],
@@ -50,11 +50,11 @@ SYSTEM = {
 
 @dataclass(frozen=True)
 class Look:
-    """What the rows say about themselves."""
+    """What was guessed from the rows."""
 
     task: Task
     columns: dict[str, str]
-    """For `columns` of the source; empty for rows of a known layout."""
+    """The source's `columns`; empty for rows of a known layout."""
     answers: list[str]
 
 
@@ -68,7 +68,7 @@ def write_recipe(
 ) -> None:
     """Looks at the rows and writes a commented recipe, and the schema for editors beside it.
 
-    columns: those of `prompt` and `completion`; what is missing is guessed.
+    columns: the columns of `prompt` and `completion`; a missing one is guessed.
 
     Raises:
         UserError: for rows whose question and answer cannot be told apart, or a file that exists.
@@ -89,13 +89,13 @@ def write_recipe(
 
 
 def _rows_of(data: Path) -> list[dict[str, Any]]:
-    """Reads the first rows, except broken ones."""
+    """Reads the first rows, without broken ones."""
     rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
     return [row for row in rows if isinstance(row, dict)]
 
 
 def _columns_of_test(test: Path, look: Look) -> dict[str, str]:
-    """Returns the columns of held-out rows, which may have other names: summary1 for summary."""
+    """Returns the columns of held-out rows, whose names may differ: summary1 for summary."""
     rows = [dict(_texts(row)) for row in _rows_of(test)]
     if not look.columns or not rows:
         return look.columns
@@ -174,7 +174,7 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _named(columns: list[str], words: Sequence[str]) -> str | None:
-    """Finds the column with the first of these words as its name, or in it."""
+    """Finds the column that is named after the first possible word, or whose name contains it."""
     lower = {name.lower(): name for name in columns}
     for word in words:
         if word in lower:
@@ -183,7 +183,7 @@ def _named(columns: list[str], words: Sequence[str]) -> str | None:
 
 
 def _text_and_label(rows: Sequence[dict[str, str]]) -> tuple[str, str] | tuple[None, None]:
-    """Finds the longest texts and the only other column of which each value occurs often."""
+    """Finds the column with the longest texts, and the only other one with few different values."""
     length = {name: fmean(len(row.get(name, "")) for row in rows) for name in rows[0]}
     question = max(length, key=length.__getitem__, default="")
     labels = [name for name in length if 1 < _distinct(rows, name) <= len(rows) // 4]
@@ -263,12 +263,12 @@ def default_base() -> str:
 
 
 def _name(stem: str) -> str:
-    """Makes a name for the run directory out of a file's."""
+    """Makes a name for the run directory from a file's name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-_.") or "rows"
 
 
 def _base(base: str | None, folder: Path) -> str:
-    """Returns the base, a folder or file as seen from the recipe's folder."""
+    """Returns the base; a local path becomes relative to the recipe's folder if it is inside."""
     if base and Path(base).expanduser().exists():
         return _seen_from(folder, Path(base).expanduser())
     return base or default_base()

@@ -1,4 +1,4 @@
-"""Rows in an Arrow table: written once, batch by batch, and parsed when they are asked for."""
+"""Keeps rows in an Arrow table: written once, batch by batch, and parsed on access."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKEN_KEYS = ("template_arguments", "max_length", "long_rows", "loss_on", "missi
 
 
 class Hashes(NamedTuple):
-    """64 bits each: among a million rows, two that differ are alike once in 30 million times."""
+    """64-bit hashes: the chance that two of a million different rows collide is 1 in 30 million."""
 
     prompts: np.ndarray
     rows: np.ndarray
@@ -35,7 +35,7 @@ def hashed(key: str) -> int:
 
 
 class Rows(Sequence[Row]):
-    """Some rows of a table, in an order of their own; a row of weight 2 is there twice."""
+    """A selection of a table's rows, in any order; a row of weight 2 occurs twice."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Rows(Sequence[Row]):
     ) -> None:
         """
         column: the JSON of all rows.
-        indices: the rows of the table that these are.
+        indices: which rows of the table these are.
         folder, name: where the tokens of these rows may be kept, and the name of their split.
         hashes: of all rows of the table.
         """
@@ -90,9 +90,9 @@ class Rows(Sequence[Row]):
 
 
 class TableWriter:
-    """Writes rows to a file, or to memory, and then has them as a column of a table.
+    """Writes rows to a file or to memory; after the block, `column` holds them.
 
-    The file is mapped into memory: processes that read it share its pages.
+    A file is mapped into memory: processes that read it share its pages.
     """
 
     def __init__(self, file: Path | None) -> None:

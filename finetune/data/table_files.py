@@ -23,7 +23,7 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
         reader = csv.reader(file, strict=True, delimiter=separator)
         try:
             for cells in reader:
-                # A quoted cell may run over several lines; the row is named by its first.
+                # A quoted cell may contain line breaks; a row's location is its first line.
                 start, end = end + 1, reader.line_num
                 if not cells or (not header and cells[0].startswith("sep=")):
                     continue
@@ -47,7 +47,7 @@ def _separator(path: Path) -> str:
     """Chooses the separator with the most columns: Excel writes semicolons in many locales."""
     with open_text(path, newline="") as file:
         header = next((line for line in file if line.strip()), "").strip()
-    if header.startswith("sep=") and len(header) == 5:  # Excel's own way to name it
+    if header.startswith("sep=") and len(header) == 5:  # Excel names its separator so
         return header[4]
     counts = {
         separator: len(next(csv.reader([header], delimiter=separator), []))

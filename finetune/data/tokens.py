@@ -1,4 +1,4 @@
-"""Rendered conversations and texts -> tokens and loss mask."""
+"""Encodes conversations and texts as tokens and loss mask."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Encoded(NamedTuple):
 def encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, whole: bool = False
 ) -> Encoded:
-    """Tokens of a row, cut to data.max_length unless `whole`, and which of them are targets.
+    """Returns the tokens of a row and which are targets, cut to data.max_length unless `whole`.
 
     Raises:
-        UserError: for a row that ends in no token, where data.missing_end does not allow it, and
-            for a chat template that writes answers otherwise than it asks for them.
+        UserError: if a row ends in no token and data.missing_end does not allow that, or if the
+            chat template writes an answer without its generation prompt.
     """
     (encoded,) = encode_rows([row], tokenizer, data)
     return encoded if whole else encoded.cut(data.max_length)
@@ -58,7 +58,7 @@ def _encode_conversations(
 ) -> list[Encoded]:
     inside = data.loss_on == "assistant"
     answers = [row.targets if inside else row.excluded for row in rows]
-    # Where all is learned, the last answer is still looked at for what `answer_span` refuses.
+    # Even if all tokens are targets, `answer_span` checks the last answer.
     looked_at = [
         indices or ([] if inside else [len(row.messages) - 1])
         for row, indices in zip(rows, answers, strict=True)
@@ -73,7 +73,7 @@ def _encode_conversations(
 
 
 def _labeled(ids: list[int], ranges: list[Span], inside: bool) -> Encoded:
-    """ranges: of the tokens inside the spans, which are the targets, or all but the targets."""
+    """ranges: tokens that are the targets if `inside`, and otherwise all that are not."""
     labels = [IGNORED] * len(ids) if inside else list(ids)
     for start, stop in ranges:
         labels[start:stop] = ids[start:stop] if inside else [IGNORED] * (stop - start)
@@ -89,13 +89,13 @@ def _encode_texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Dat
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
-    """Tokens of a conversation up to where the model is to give its last answer."""
+    """Returns the tokens of a conversation up to where the model is to give its last answer."""
     text = prompt_text(row, tokenizer, data)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
-    """Text of a conversation up to where the model is to give its last answer."""
+    """Returns the text of a conversation up to where the model is to give its last answer."""
     rendering = Rendering(row, tokenizer, data)
     return rendering.up_to(len(row.messages) - 1, add_generation_prompt=True)
 
@@ -114,7 +114,7 @@ def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data, index:
 def _tokenize_all(
     texts: list[str], spans: list[list[Span]], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[Span]]]:
-    """Tokens of the whole texts, and the ranges of those that have a part in one of the spans."""
+    """Returns the tokens of each whole text, and for each of its spans the range of its tokens."""
     if not texts:
         return []
     if not tokenizer.is_fast:
@@ -135,14 +135,14 @@ def _tokenize_all(
 
 
 def _range(encoding: Any, span: Span, characters: int, tokens: int) -> Span | None:
-    """Returns the range of a span's tokens; None where a token lies across one of its ends, or
-    the offsets leave out characters there."""
+    """Returns the range of a span's tokens; None if a token crosses one of its ends, or the offsets
+    skip characters there."""
     start, stop = (tokens if at == characters else _token_at(encoding, at) for at in span)
     return None if start is None or stop is None else (start, stop)
 
 
 def _token_at(encoding: Any, character: int) -> int | None:
-    """Finds the token that begins at a character where the one before it ends."""
+    """Finds the token that begins at a character; None unless the one before it ends there."""
     token = encoding.char_to_token(character)
     if token is None or encoding.token_to_chars(token)[0] != character:
         return None
@@ -154,12 +154,12 @@ def _token_at(encoding: Any, character: int) -> int | None:
 def _tokenize(
     text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[Span]]:
-    """Tokens of a text, and the ranges of those that have a part in one of the spans.
+    """Returns the tokens of a text, and for each span the range of tokens that overlap with it.
 
-    Where the template's prompt ends in a space, a byte-level tokenizer joins it with the first word
-    of the answer, but a model that is asked finds the prompt's own tokens. Such answers are
-    tokenized apart, unless the tokenizer marks the beginning of a text (as Llama 2's does with a
-    space), so that the pieces would not be those of this text.
+    If the template's prompt ends in a space, a byte-level tokenizer joins the space with the first
+    word of the answer, but in generation the space is the prompt's last token. Such answers are
+    tokenized separately, unless the pieces would decode to a different text, because the tokenizer
+    marks the beginning of a text (as Llama 2's does with a space).
     """
     ids, offsets = _with_offsets(text, [0, len(text)], tokenizer)
     starts = [start for start, _ in spans]
@@ -177,9 +177,9 @@ def _tokenize(
 def _with_offsets(
     text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[Span]]:
-    """Tokens of the pieces of a text, and their ranges of its characters.
+    """Returns the tokens of the pieces between `cuts`, and their offsets in the whole text.
 
-    Some tokenizers leave a token's leading space out of its offsets; here it is the token's.
+    Some tokenizers leave a token's leading space out of its offsets; here the offsets include it.
     """
     ids, offsets = [], []
     for begin, end in pairwise(cuts):
@@ -208,9 +208,9 @@ def _tokenize_without_offsets(
 def _with_end(
     ids: list[int], row: Row, tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> list[int]:
-    """Tokens of a text: EOS once, and BOS once where the tokenizer puts one in front."""
+    """Returns a text's tokens with EOS once, and with BOS once if the tokenizer adds it."""
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+    if bos is not None and ids[:2] == [bos, bos]:  # the text itself begins with one
         ids = ids[1:]
     if end is not None and ids[-2:] == [end, end]:
         ids = ids[:-1]

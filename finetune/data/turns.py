@@ -1,5 +1,5 @@
-"""Which tokens end an answer: the chat template says so, and training, evaluation, chat and every
-artifact follow it.
+"""Finds the tokens that end an answer: the chat template decides, and training, evaluation, chat
+and every artifact follow it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> AnswerEnd:
 def _answer_end(
     tokenizer: PreTrainedTokenizerBase, template: str, eos: str | None, arguments: str
 ) -> AnswerEnd:
-    """template, eos: those of the tokenizer, which may change while it stays the same object."""
+    """template, eos: the tokenizer's, as cache keys: they may change while the object stays."""
     system, variables = json.loads(arguments)
     text = _rendered(tokenizer, system, variables, turns=1)
     written = text.rpartition(ANSWER)[2] if ANSWER in text else ""
@@ -53,10 +53,10 @@ def _answer_end(
 
 
 def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which generation stops, the end of an answer first.
+    """Returns the ids at which generation stops, the end of an answer first.
 
-    The others are the base's own: of its generation_config.json, config.json and tokenizer. A Llama
-    3 that ends answers in <|eot_id|> also stops at <|end_of_text|> and <|eom_id|>.
+    The others come from the base's generation_config.json, config.json and tokenizer. A Llama 3
+    that ends answers in <|eot_id|> also stops at <|end_of_text|> and <|eom_id|>.
     """
     from finequant.finetune.model import load_config, load_generation_config
 
@@ -79,12 +79,12 @@ def generation_config(
 
 
 def stop_at(model: PreTrainedModel, ends: list[int]) -> None:
-    """Has `generate` stop at these tokens."""
+    """Makes `generate` stop at these tokens."""
     model.generation_config.eos_token_id = ends or None
 
 
 def configured_ends(model: PreTrainedModel) -> list[int]:
-    """Ids at which `generate` stops."""
+    """Returns the ids at which `generate` stops."""
     return _as_list(model.generation_config.eos_token_id)
 
 
@@ -100,15 +100,15 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 
 def as_configured(ends: list[int]) -> int | list[int] | None:
-    """End tokens as configurations write them: a number where there is one."""
+    """Returns end tokens as configurations write them: a single one without a list."""
     return ends[0] if len(ends) == 1 else ends or None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path) -> None:
     """Saves the tokenizer of a model that was trained on `data`.
 
-    Programs that stop at the tokenizer's EOS alone stop where an answer ends: it becomes the EOS,
-    unless texts or conversations would then be other tokens.
+    The token that ends an answer becomes the EOS, for programs that only stop at the tokenizer's
+    EOS, unless texts or conversations would then be tokenized differently.
     """
     end = answer_end(tokenizer, data)
     saved = copy.deepcopy(tokenizer)
@@ -121,7 +121,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path)
 
 
 def _help_other_readers(file: Path) -> None:
-    """Says what transformers 4 and transformers.js look for: a class they know, the template."""
+    """Adds what transformers 4 and transformers.js look for: a known class, and the template."""
     config, template = json.loads(file.read_text("utf-8")), file.with_name("chat_template.jinja")
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -131,13 +131,13 @@ def _help_other_readers(file: Path) -> None:
         default = template.read_text("utf-8")
         named.insert(0, {"name": "default", "template": default})
         config["chat_template"] = named if files else default
-    for key in ("is_local", "local_files_only"):  # of this machine
+    for key in ("is_local", "local_files_only"):  # they describe this machine
         config.pop(key, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[list[int]]:
-    """Ids of a text and of conversations."""
+    """Returns the ids of a text and of conversations, by which tokenizers are compared."""
     texts = [_rendered(tokenizer, data.system, data.template_arguments, turns) for turns in (1, 2)]
     return [tokenizer(text)["input_ids"] for text in (QUESTION, *texts)]
 
@@ -154,6 +154,6 @@ def _rendered(
         ]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-    # A template is a program. What it says to the rows themselves is told where they are rendered.
+    # A template is a program. If it also refuses rows, the error comes when they are rendered.
     except Exception:
         return ""

@@ -444,7 +444,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "content is a list": (
         "rows.jsonl",
         chat(("user", ["a"]), ("assistant", "b")),
-        ["rows.jsonl:2: messages: a user message whose content is no text: ['a']"],
+        ["rows.jsonl:2: messages: a user message whose content is not text: ['a']"],
     ),
     "turn is no object": (
         "rows.jsonl",
@@ -508,7 +508,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "lone surrogate": (
         "rows.jsonl",
         GOOD + '{"prompt": "ask", "completion": "s\\ud800"}',
-        ["rows.jsonl:2: character 2 is U+D800, which is no text", "plain UTF-8"],
+        ["rows.jsonl:2: character 2 is U+D800, which is not text", "plain UTF-8"],
     ),
     "lone surrogate in raw text": (
         "rows.jsonl",

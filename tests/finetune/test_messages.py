@@ -162,9 +162,7 @@ def test_a_weight_or_label_of_another_kind_is_named(tmp_path):
     ],
 )
 def test_preference_pairs_are_refused_by_name(tmp_path, row):
-    with pytest.raises(
-        UserError, match=r"pairs of preference \(chosen, rejected\) are not learned"
-    ):
+    with pytest.raises(UserError, match=r"preference pairs \(chosen, rejected\) are not supported"):
         load(tmp_path, [row])
 
 

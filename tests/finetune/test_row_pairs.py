@@ -59,13 +59,13 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         {},
         chat(answer(tool_calls=None, name=None, weight=None)),
         chat(answer(None, tool_calls=None)),
-        "an assistant message whose content is no text: None",
+        "an assistant message whose content is not text: None",
     ),
-    "a result that is no text": (
+    "a result that is not text": (
         {},
         chat(call({}), {"role": "tool", "content": {"born": 1815}}, answer("1815")),
         chat(call({}), {"role": "user", "content": {"born": 1815}}, answer("1815")),
-        "a user message whose content is no text",
+        "a user message whose content is not text",
     ),
     "a result of nothing": (
         {},
