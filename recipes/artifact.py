@@ -12,8 +12,8 @@ from finequant.recipes.errors import UserError, listed
 SUMS = "SHA256SUMS"
 """Also readable by `sha256sum -c`."""
 
-# Files next to an artifact that do not count as its content: times and losses differ between
-# otherwise identical runs.
+# Files in an artifact that do not count as its content: times and losses differ between otherwise
+# identical runs.
 NOT_CONTENT = ("training_log.json",)
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

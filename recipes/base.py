@@ -71,7 +71,7 @@ def _locate_in_package(base: str) -> tuple[Path, str]:
 
 
 def _package_folder(module: str) -> Path | None:
-    """Finds a package without importing it: its own dependencies need not be installed."""
+    """Finds a package without importing it: its dependencies need not be installed."""
     try:
         spec = importlib.util.find_spec(module)
     except ValueError:  # `__main__`

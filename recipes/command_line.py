@@ -23,7 +23,7 @@ def read_command_line(
 ) -> tuple[Recipe, RunDir]:
     """Parses a stage's command line into its recipe and its run directory, which it locks.
 
-    Hub revisions are commits: those of now in the first stage, in later ones those that it used.
+    Hub revisions become commits: the current ones in the first stage, and the same in later stages.
 
     Raises:
         UserError: for an invalid recipe or override, or a directory that another process uses or
@@ -61,7 +61,7 @@ def quiet_libraries() -> None:
     logging.getLogger("trl.trainer.sft_trainer").addFilter(
         lambda record: "padding-free training" not in record.getMessage()
     )
-    # check_merge and evaluation let accelerate leave on the disk what does not fit into memory.
+    # check_merge and evaluation let accelerate leave on disk what does not fit in memory.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
     import datasets

@@ -27,13 +27,12 @@ class OutsideError(UserError):
 def report_user_errors() -> Iterator[None]:
     """Wraps every entry point: turns errors into a message and an exit code, and releases locks.
 
-    The exit code is that of a UserError, 128 plus the number of a signal, or 1 when the disk or the
-    memory is full, or another process is lost. Any other exception passes through with its
-    traceback.
+    The exit code is that of a UserError, 128 plus the number of a signal, or 1 if disk or memory is
+    full, or another process is lost. Any other exception passes through with its traceback.
     """
     from finequant.recipes.interrupt import Interrupted, erase_line, interruptible
 
-    # Signals stay handled until the last line is written: by default they would end it in silence.
+    # Signals stay handled until the last line is written: by default they end a process silently.
     with interruptible():
         try:
             with _lines_for_errors():
@@ -46,7 +45,7 @@ def report_user_errors() -> Iterator[None]:
 
 @contextmanager
 def _lines_for_errors() -> Iterator[None]:
-    """Prints the line of an error that the user can act on, and exits; releases locks."""
+    """Prints an error that the user can act on as one line, and exits; releases locks."""
     from finequant.recipes import lock
     from finequant.recipes.interrupt import RESUME_HINT
 

@@ -1,9 +1,9 @@
-"""What a result was made from, and whether the same would be made today.
+"""Records what a result was made from, and says whether it is still up to date.
 
-The inputs of a result are the keys of the recipe and the hashes of the files that decide it; which
-they are is in the table of `stages.py`. A finished result is up to date while its inputs are the
-same, whatever the versions of the libraries. A result that is put together by several commands (an
-interrupted folder, checkpoints, measurements that are compared) takes one set of versions, too.
+The inputs of a result are the keys of the recipe and the hashes of the files that decide it; the
+table in `stages.py` lists them. A finished result is up to date while its inputs are the same,
+whatever the versions of the libraries. If several commands make a result (an interrupted folder,
+checkpoints, measurements that are compared), the versions must be the same, too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ Inputs = dict[str, Any]
 """Recipe keys -> values, or hashes of what they name; artifacts, named with a slash -> hashes."""
 
 RECORD = "inputs.json"
-"""Says, in a folder that several commands fill, what it is made from."""
+"""The file in a folder that says what the folder is made from."""
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
 
 LARGE = 1 << 20
-"""Bytes from which on a file's hash is looked up."""
+"""Bytes from which the hash of a file is cached."""
 
 SETTLED_SECONDS = 2.0
-"""The coarsest time stamps of a file system: within them, a file can change under the same stamp.
-As git does with its index, hashes of files that are so new are not kept:
-https://git-scm.com/docs/racy-git"""
+"""The coarsest resolution of a file system's time stamps: within it, a file can change and keep its
+stamp. As in git's index, hashes of such new files are not cached: https://git-scm.com/docs/racy-git"""
 
 
 @cache
@@ -89,12 +88,12 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def is_made_from(folder: Path, inputs: Inputs) -> bool:
-    """Says whether the folder is marked with these inputs and the versions of today."""
+    """Says whether the folder is marked with these inputs and the current versions."""
     return recorded(folder) == json.loads(json.dumps(_origin(inputs)))
 
 
 def why_stale(folder: Path, inputs: Inputs) -> list[str]:
-    """Lists which inputs and versions are not those that the folder is marked with."""
+    """Lists the inputs and versions that differ from those that the folder is marked with."""
     old, new = recorded(folder), json.loads(json.dumps(_origin(inputs)))
     if not isinstance(old, dict) or old.keys() != new.keys():
         return ["not marked with what it was made from"]
@@ -104,7 +103,7 @@ def why_stale(folder: Path, inputs: Inputs) -> list[str]:
 def made_once(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> Path:
     """Returns the folder, which `make` fills unless it was made from these inputs before.
 
-    Of several processes, one makes it, and the others wait. A kill leaves no half of it.
+    Of several processes, one makes it, and the others wait. A kill leaves no incomplete folder.
     """
     from filelock import FileLock
 
@@ -177,8 +176,8 @@ def _read(file: Path) -> Any | None:
 def known_hash(file: Path) -> str:
     """Returns the SHA-256 of a file; a large one is read again only if its stamp has changed.
 
-    The stamp has the time of the last change of the file's inode, which no program sets, so a file
-    that was edited in place and got its old time back is read again.
+    The stamp contains the change time of the file's inode, which no program can set, so a file that
+    was edited in place and got its old modification time back is read again.
     """
     stamp = _stamp(file)
     if stamp["size"] < LARGE:
@@ -212,7 +211,7 @@ def _stamp(file: Path) -> dict[str, int]:
 
 
 def _now(folder: Path) -> int:
-    """Returns nanoseconds by this machine or by the file system, whichever is behind the other."""
+    """Returns the time in ns by this machine's clock or the file system's, whichever is behind."""
     now = time.time_ns()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +221,8 @@ def _now(folder: Path) -> int:
 
 
 def cache_folder() -> Path:
-    """Returns the user's folder for what can be made again: that of the Hugging Face Hub's client,
-    which follows HF_HOME and XDG_CACHE_HOME. It may be deleted at any time."""
+    """Returns the user's cache folder, inside that of the Hugging Face Hub's client, which follows
+    HF_HOME and XDG_CACHE_HOME. It may be deleted at any time."""
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
     return Path(HF_ASSETS_CACHE).expanduser() / "finequant"

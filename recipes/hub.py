@@ -60,7 +60,7 @@ def _resolved(kind: str, repository: str, revision: str) -> str | None:
             repository,
             repo_type=kind.removesuffix("s"),
             revision=revision,
-            allow_patterns=["config.json"],  # offline, a snapshot of no file is none
+            allow_patterns=["config.json"],  # offline, a snapshot needs at least one file
         )
     # The client raises its own errors, those of HTTP and of the file system.
     except Exception:

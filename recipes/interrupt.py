@@ -21,7 +21,7 @@ RESUME_HINT = "run the same command again to continue from here"
 class Interrupted(BaseException):
     """Raised when a signal stops the command; the message says what happened to the work.
 
-    No KeyboardInterrupt: typer would exit with 130 for any signal, and print nothing.
+    Not a KeyboardInterrupt, for which typer would exit with 130 whatever the signal, and silently.
     """
 
     def __init__(self, number: int, message: str = RESUME_HINT) -> None:
@@ -37,10 +37,10 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Set when somebody has asked the command to stop."""
+    """The request to stop a command, if there was one."""
 
     number: int | None = None
-    """The signal's number; None as long as there was none."""
+    """The signal's number; None as long as no signal has come."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Only records signals in the block, which looks at the request and saves before it stops."""
+    """Only records signals in the block, which checks the request, and saves before it stops."""
     request = StopRequest()
 
     def note(number: int) -> None:
@@ -73,7 +73,7 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def ignored_signals() -> Iterator[None]:
-    """Ignores a signal in the block, in which the command is ending anyway."""
+    """Ignores the first signal in the block, in which the command is ending anyway."""
     with _handled(lambda number: None):
         yield
 
@@ -139,7 +139,7 @@ def _handled(
 
 
 def erase_line() -> None:
-    """Takes away what stands on the last line of a terminal, as by a process that was killed."""
+    """Erases the last line of a terminal, where a killed process may have left its status."""
     if os.isatty(2):
         os.write(2, b"\r\x1b[K")
 

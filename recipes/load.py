@@ -32,7 +32,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, applies `key.sub=value` overrides, and validates the result.
 
-    path: a file, a run directory, in which the recipe then goes on, or the name of a shipped one.
+    path: a file, a run directory, which then becomes output_dir, or the name of a shipped recipe.
     Local paths are relative to the recipe's folder in the file, and absolute in the result.
 
     Raises:
@@ -234,7 +234,7 @@ def _expectation(message: str) -> str:
 
 
 def _quotes(item: ErrorDetails) -> str:
-    """Says that a number stands in quotes, where that is what is wrong with it."""
+    """Advises to write a number without quotes, if the quotes are what is wrong with it."""
     try:
         float(item["input"] if isinstance(item["input"], str) else "")
     except ValueError:
@@ -253,14 +253,14 @@ def _summary(path: Path, problems: list[str]) -> str:
 
 
 def _in_document(at: Location, document: Any) -> Location:
-    """Keeps the parts of pydantic's location that are keys; it also names members of unions.
+    """Keeps the keys of pydantic's location, which also names members of unions.
 
     ("quantize", "layers", "*.down_proj", "mapping", "bits") becomes
     ("quantize", "layers", "*.down_proj", "bits").
     """
     node, keys = document, ()
     for part in at:
-        if part == 0 and not isinstance(node, list):  # one source, written without its list
+        if part == 0 and not isinstance(node, list):  # a single source, written without a list
             continue
         try:
             node = node[part]

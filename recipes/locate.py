@@ -1,4 +1,4 @@
-"""Where a recipe is: a file, a run directory that holds one, or the name of one that is shipped."""
+"""Locates a recipe: a file, a run directory that contains one, or the name of a shipped recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from finequant.recipes.errors import UserError
 
 SHIPPED = Path(__file__).parent
-"""The folder of this file, also where finequant is installed."""
+"""The folder of the shipped recipes, which is that of this file, also in an installation."""
 
 IN_RUN = "recipe.yaml"
 """The resolved recipe of a run directory."""
@@ -25,10 +25,10 @@ def is_run(folder: Path) -> bool:
 
 
 def locate_recipe(name: Path) -> Path:
-    """Returns the file of a recipe; a file of the user's comes before a shipped one of that name.
+    """Returns the file of a recipe; a user's file comes before a shipped recipe of the same name.
 
     Raises:
-        UserError: for a folder that is no run directory, and for a name that nothing has.
+        UserError: for a folder that is not a run directory, or an unknown name.
     """
     if is_run(name):
         return name / IN_RUN
@@ -49,10 +49,10 @@ def locate_recipe(name: Path) -> Path:
 
 
 def locate_launch(name: Path) -> Path:
-    """Returns a configuration of accelerate: a file, or a shipped one by its name.
+    """Returns a configuration file of accelerate: a user's, or a shipped one by its name.
 
     Raises:
-        UserError: for a name that nothing has.
+        UserError: for an unknown name.
     """
     folder = SHIPPED / "accelerate"
     for file in (name, folder / f"{name}.yaml"):

@@ -1,4 +1,4 @@
-"""Lets one process at a time use a run directory: a filelock on a file that names the holder."""
+"""Lets one process at a time use a run directory, by a filelock on a file that names the holder."""
 
 from __future__ import annotations
 

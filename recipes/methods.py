@@ -1,6 +1,6 @@
-"""The table of quantization methods that a recipe may name; no torch in here.
+"""The table of quantization methods that a recipe may name; it does not import torch.
 
-A new one is a file that defines METHOD, as those of quantize/methods/ do, and an entry here.
+A new method needs a file that defines METHOD, like those in quantize/methods/, and an entry here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """What a recipe, and the record that ships, have to know of a method."""
+    """What recipes, and the record of a quantization, need to know about a method."""
 
     description: str
     module: str

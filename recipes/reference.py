@@ -64,7 +64,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(annotation: Any) -> str:
-    """Lists what a key takes, in words of JSON."""
+    """Lists the values that a key takes, in the terms of JSON."""
     names = {bool: "true or false", int: "integer", float: "number", str: "text", dict: "mapping"}
     words = []
     for part in _parts(annotation):

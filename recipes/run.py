@@ -18,7 +18,7 @@ from finequant.recipes.commands.results import chat, report, sweep
 from finequant.recipes.commands.single import evaluate, export, publish, qat, quantize, train
 from finequant.recipes.errors import report_user_errors
 
-# Commands import libraries where they use them: `--help` answers in under a second.
+# Commands import libraries where they use them, so that `--help` answers in under a second.
 app = typer.Typer(
     help="Fine-tune, then quantize, and prove what it cost.",
     no_args_is_help=True,
@@ -49,7 +49,7 @@ def options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
     ] = False,
 ) -> None:
-    """Takes what can stand before a command."""
+    """Takes the options that precede a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -109,7 +109,7 @@ class RunDir:
         )
 
     def commits_of(self, stage: str) -> dict[str, str]:
-        """The commits that a finished stage used."""
+        """Returns the commits that a finished stage used."""
         return self.manifest().get(stage, {}).get("commits", {})
 
     def hold(self) -> None:
@@ -127,7 +127,7 @@ class RunDir:
         return recipe_inputs(recipe, row.keys, row.without) | artifacts
 
     def memo(self, recipe: Recipe, name: str) -> Memo:
-        """Returns the file of a value that the table of stages lists: measurements/base."""
+        """Returns the file of a value in the table of stages, such as measurements/base."""
         return Memo(self.root / f"{name}.json", self.inputs(recipe, name))
 
     def outputs(self, stage: str) -> list[Path]:
@@ -144,7 +144,7 @@ class RunDir:
     def _changes(self, entry: dict[str, Any], recipe: Recipe, stage: str) -> dict[str, str]:
         """Maps each input that differs from a manifest entry's to a sentence about it.
 
-        A key that is newer than the entry, and not set, is no change.
+        A key that is newer than the entry only counts if the recipe sets it.
         """
         inputs, set_keys = self.inputs(recipe, stage), _values(recipe, exclude_defaults=True)
         changed = changes(entry["inputs"], inputs, _values(recipe))
@@ -152,7 +152,7 @@ class RunDir:
         return {key: why for key, why in changed.items() if key in known or key.endswith("/")}
 
     def has(self, stage: str) -> bool:
-        """Says whether what the stage writes is there, whoever made it."""
+        """Says whether all outputs of the stage exist, whoever made them."""
         return all(path.exists() for path in self.outputs(stage))
 
     def _edited(self, stage: str, entry: dict[str, Any]) -> list[str]:
@@ -168,12 +168,12 @@ class RunDir:
             self.require(writer_of(artifact), recipe)
 
     def require(self, stage: str, recipe: Recipe) -> None:
-        """Refuses to build on what is missing, damaged, or made from something else than is here.
+        """Refuses a stage's outputs if they are missing, damaged, or not made from what is here.
 
-        Other keys of the recipe are named, no more: by hand, stages may run with any.
+        Changes of other keys of the recipe are only reported: by hand, stages may run with any.
 
         Raises:
-            UserError: naming what changed, and the command that makes it again.
+            UserError: naming what changed, and the command that makes the outputs again.
         """
         self.require_intact(stage)
         outputs, entry = self.outputs(stage), self.manifest().get(stage)
@@ -190,19 +190,19 @@ class RunDir:
             say(f"{outputs[0]}: made with other settings: {'; '.join(changed.values())}")
 
     def require_intact(self, stage: str) -> None:
-        """Reads what the stage wrote, and refuses it if it is missing or not as it was written."""
+        """Reads the stage's outputs, and refuses them if they are missing or were changed."""
         self.require_there(stage)
         for path in self.outputs(stage):
             if path.is_dir():
                 verify(path, again=command_of(stage))
 
     def require_there_for(self, stage: str, recipe: Recipe) -> None:
-        """Refuses to start a stage before those whose artifacts it reads; reads nothing."""
+        """Refuses to start a stage if an artifact that it needs does not exist; reads none."""
         for artifact in stage_of(stage, recipe).reads:
             self.require_there(writer_of(artifact))
 
     def require_there(self, stage: str) -> None:
-        """Refuses what the stage has not written yet; reads nothing."""
+        """Refuses a stage whose outputs do not exist yet; reads none."""
         for path in self.outputs(stage):
             if not path.exists():
                 raise UserError(
@@ -211,9 +211,9 @@ class RunDir:
                 )
 
     def _decides(self, key: str, stage: str) -> bool:
-        """Says whether a change of this input makes a result unusable: another artifact, or base.
+        """Says whether a change of this input, such as the base, makes the stage's result unusable.
 
-        An artifact may be absent: where only exports are written, the adapter is not needed.
+        An artifact may be absent: for exports alone, the adapter is not needed.
         """
         if key.endswith("/"):
             return (self.root / key).exists()
@@ -242,9 +242,9 @@ class RunDir:
         self._put_in_place(partial, target)
 
     def continuing(self, folder: Path, stage: str, inputs: Inputs) -> None:
-        """Makes a folder ready for checkpoints; those of the same inputs and versions stay.
+        """Prepares a folder for checkpoints; those of the same inputs and versions stay.
 
-        Those of a finished training are removed, any others kept in `previous/`.
+        The checkpoints of a finished training are removed, any others are kept in `previous/`.
         """
         if is_made_from(folder, inputs):
             return

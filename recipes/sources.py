@@ -1,5 +1,5 @@
 """Names of data files: which suffixes are read, and which files match `shards/*.parquet`, or belong
-together line by line, as those of `train.{en,de}.gz` do."""
+together line by line, as in `train.{en,de}.gz`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files that hold rows; a .txt file is one text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-"""Suffixes that may follow those."""
+"""Suffixes that may follow one of those."""
 
 
 PARALLEL = re.compile(r"\{(\w+(?:,\w+)+)\}")
-"""Text files of which each holds a column, and each line a row."""
+"""Braces in the name of text files that each hold a column, with a row in each line."""
 
 
 def is_pattern(name: str | Path) -> bool:
@@ -23,7 +23,7 @@ def is_pattern(name: str | Path) -> bool:
 
 
 def parallel_files(path: Path) -> dict[str, Path]:
-    """Maps each name in the braces of a path, a column's, to a file; empty without braces."""
+    """Maps each column, named in the braces of a path, to its file; empty without braces."""
     match = PARALLEL.search(path.name)
     if not match or path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The table of stages: what each reads of recipe and run directory, and what it writes."""
+"""The table of stages: what each reads from recipe and run directory, and what it writes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Stage:
     """Sections and keys of the recipe that decide the result, with the content of what they name:
     the base, data, texts, task files."""
     without: tuple[str, ...] = ()
-    """Keys in them that do not."""
+    """Keys in those sections that do not."""
     reads: tuple[str, ...] = ()
     """Artifacts of earlier stages."""
     writes: tuple[str, ...] = ()
     bound_to: tuple[str, ...] = ()
-    """Keys for whose value alone the result can be used: it is refused where they have another."""
+    """Keys that bind the result: with another value of one of them, it is refused."""
     calibrates: bool = False
-    """Whether some methods also look at the training rows."""
+    """Whether the stage also reads the training rows if the method calibrates."""
 
 
-# By rounding (1e-7) and dropout's random numbers, they affect the adapter no more than the number
+# They affect the adapter only through rounding (1e-7) and dropout's random numbers, as the number
 # of processes does. So after running out of memory, training resumes with a smaller micro-batch.
 NO_EFFECT_ON_ADAPTER = (
     "train.micro_batch_size",
@@ -56,7 +56,7 @@ PLAN_KEYS = (
     "quantize.scale_dtype",
     "quantize.rotate",
 )
-"""They decide what is quantized, and how."""
+"""Keys that decide what is quantized, and how."""
 
 TRAINED = ("seed", "model", "data", "lora", "train")
 EVALUATED = ("seed", "model", "data", "quantize.dtype", "evaluate")
@@ -98,9 +98,9 @@ Any other stage is an export, named after its format, that `finequant export` wr
 """
 
 STARTING_CODES = "starting_codes"
-"""What `qat` starts from: what `quantize` would write without it."""
+"""The codes that `qat` starts from: `quantize` would write them if there were no `qat`."""
 
-# What is kept for the next time: not stages of their own.
+# Results that are kept for later commands, but are not stages.
 PARTS = {
     STARTING_CODES: Stage(
         keys=("model", "quantize"),
@@ -131,11 +131,11 @@ EXPORT_KEYS = {
         "publish.description",
     ),
 }
-"""Keys of the recipe, beside quantized/, that decide an export."""
+"""Keys of the recipe that decide an export, besides quantized/."""
 
 
 def row_of(name: str) -> Stage:
-    """Returns the row of a stage; that of an export, or of its measurement, is made here."""
+    """Returns the row of a stage; it makes the rows of exports and of their measurements."""
     if row := (STAGES | PARTS).get(name):
         return row
     kind, _, export = name.rpartition("/")
@@ -157,7 +157,7 @@ def stage_of(name: str, recipe: Recipe) -> Stage:
 
 
 def _calibrated(quantize: Quantize) -> bool:
-    """Says whether codes depend on the training rows, too."""
+    """Says whether the codes also depend on the training rows."""
     steps = quantize.calibration.scale_steps
     return METHODS[quantize.method].is_calibrated or bool(quantize.budget or steps)
 

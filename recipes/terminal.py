@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 # The libraries' progress bars would break the status line, and fill a log file; those of downloads,
-# which nothing of ours describes, are shown all the same. Read when tqdm is imported.
+# which have no status line here, are shown all the same. tqdm reads this when it is imported.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 STAGE = "FINEQUANT_STAGE"
@@ -24,21 +24,21 @@ STAGE = "FINEQUANT_STAGE"
 what this stage and each later one took last time: seconds, or nothing if they never ran."""
 
 SECONDS_BETWEEN_LINES = 30.0
-"""How often a loop says in a log file how far it is; one that takes less time says nothing."""
+"""How often a loop reports its progress in a log file; a shorter loop reports nothing."""
 
 SECONDS_BETWEEN_FRAMES = 0.1
-"""How often the last line of a terminal is drawn."""
+"""How often the status line of a terminal is redrawn."""
 
 Item, Batch = TypeVar("Item"), TypeVar("Batch", bound=Sized)
 
 _started = time.monotonic()
 
 _line: tqdm | None = None
-"""The last line of the terminal, if there is something on it."""
+"""The status line, the last one of the terminal, if there is something on it."""
 
 
 def restart_clock() -> None:
-    """Counts the seconds of a stage from now on."""
+    """Starts to count the seconds of a stage."""
     global _started
     _started = time.monotonic()
 
@@ -48,7 +48,7 @@ def say(message: str) -> None:
     if not _is_first():
         return
     if _line is not None and not _line.total:
-        close()  # what was being done is done
+        close()  # what the status line says is done by now
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -58,7 +58,7 @@ def say(message: str) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a result, to stdout, in the place of what was being done."""
+    """Prints a result to stdout, and removes the status line."""
     close()
     print(wrapped(text, sys.stdout), flush=True)
 
@@ -82,12 +82,12 @@ def wrapped(message: str, stream: TextIO | None = None) -> str:
 
 
 def doing(text: str) -> None:
-    """Shows in a terminal what is being done, until there is something else to say."""
+    """Shows in a terminal what is being done, until the next message."""
     _open(text)
 
 
 def close() -> None:
-    """Takes away the line that says what is being done."""
+    """Removes the status line."""
     global _line
     if _line is not None:
         _line.close()
@@ -112,13 +112,13 @@ def without_bars() -> Iterator[None]:
 
 
 class Progress:
-    """How many of `total` are done, some figures, and the time that is left.
+    """Shows how many of `total` items are done, some figures, and the time that is left.
 
-    In a terminal this is its last line; in a log file, a line now and then.
+    In a terminal this is the status line; in a log file, a line now and then.
     """
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
-        """done: how many an earlier command did, which says nothing about the speed of this one."""
+        """done: how many an earlier command did, which do not count for the speed of this one."""
         self._what, self._total, self._before = what, total, done
         self._started = self._shown = time.monotonic()
         self._line = _open(f"{what} {done}/{total}", total)
@@ -145,7 +145,7 @@ class Progress:
             say(text)
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         if self._line is _line:
             close()
 
@@ -181,7 +181,7 @@ def duration(seconds: float) -> str:
 
 
 def _open(text: str, total: int | None = None) -> tqdm:
-    """Puts a text on the last line of the terminal; with a total it stays there, below others."""
+    """Puts a text on the status line; with a total it stays there, below the lines that follow."""
     global _line
     close()
     from tqdm import tqdm
@@ -208,7 +208,7 @@ def _numbered(text: str) -> str:
 
 
 def _left_of_run(rest: float) -> str:
-    """Says how long all stages will take; `rest` is what is left of this loop."""
+    """Says how long the rest of the run will take; `rest` is the seconds left in this loop."""
     _, seconds = _stage()
     if not seconds:
         return ""

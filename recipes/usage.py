@@ -1,4 +1,4 @@
-"""What a stage takes: seconds, memory, and memory of the GPU."""
+"""Measures what a stage takes: seconds, memory, and GPU memory."""
 
 from __future__ import annotations
 

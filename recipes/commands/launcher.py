@@ -1,7 +1,7 @@
 """`python -m finequant.recipes.commands.launcher MODULE ...`: starts processes as torchrun or
 accelerate does, and ends with the exit code of the one that failed first.
 
-By themselves these end with 1, and print forty lines below the one that says what happened.
+Left to themselves, they end with 1, and print forty lines below the one that says what happened.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         code = 0
     except ChildFailedError as error:
         code = _first_exit_code(error.failures.values())
-    except subprocess.CalledProcessError as error:  # of accelerate with one process
+    except subprocess.CalledProcessError as error:  # from accelerate with one process
         code = error.returncode
     except SignalException as stop:
         code = -stop.sigval
@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _first_exit_code(failures: Iterable[ProcessFailure]) -> int:
-    """Returns the exit code of the failure that made the others: in a second in which a process was
-    killed, others have lost it."""
+    """Returns the exit code of the failure that caused the others: if a process is killed, others
+    may fail within the same second, because they lost it."""
     return min(failures, key=lambda it: (it.timestamp, it.exitcode != -signal.SIGKILL)).exitcode
 
 

@@ -1,4 +1,4 @@
-"""`finequant run`: the stages of a recipe, each in its process, unless its result is up to date."""
+"""`finequant run`: runs a recipe's stages, each in its own process, unless they are up to date."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODULES = {
 LIBRARIES = "finequant.recipes.commands.libraries"
 LAUNCHER = "finequant.recipes.commands.launcher"
 FORK_SERVER_LOST = 255
-"""What multiprocessing returns as the exit code of a process if its fork server is gone."""
+"""The exit code that multiprocessing returns for a process whose fork server is gone."""
 
 CRASHES = {
     signal.SIGKILL: "was killed, perhaps out of memory",
@@ -55,7 +55,7 @@ CRASHES = {
 """Signals that end a process before it can say so -> what happened to it."""
 
 LAUNCHED = ("train", "qat", "quantize", "evaluate")
-"""Stages in which several processes share the work: quantization where it calibrates."""
+"""Stages in which several processes can share the work; `quantize` does if it calibrates."""
 
 
 def run(
@@ -118,13 +118,13 @@ def run(
 
 
 def _steps(stages: list[str]) -> list[list[str]]:
-    """Returns the stages that each process does: all exports are one's, which opens the checkpoint
-    and computes its logits once for all of them."""
+    """Groups the stages by process: a single one writes all exports, so that it opens the
+    checkpoint and computes its logits only once."""
     return [list(step) for _, step in groupby(stages, module_of)]
 
 
 def module_of(stage: str) -> str:
-    """Returns the module whose `main` does a stage; all exports have the same."""
+    """Returns the module whose `main` runs a stage; all exports have the same one."""
     return MODULES.get(stage, "finequant.quantize.export")
 
 
@@ -134,7 +134,7 @@ def formats(step: list[str]) -> list[str]:
 
 
 def _run_stage(module: str, arguments: list[str], position: str) -> None:
-    """Does, in a process of its own, what `python -m MODULE ARGUMENTS` does."""
+    """Does, in a new process, what `python -m MODULE ARGUMENTS` does."""
     parent = parent_process()
     if parent and not parent.is_alive():  # Ctrl-C while the fork server imported the libraries
         return
@@ -149,7 +149,7 @@ def _exit_code(process: BaseProcess) -> int:
 
 
 def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
-    """Names the commands that make use of a finished run; what fails its gate is not shipped."""
+    """Names the commands that may follow a run; a model that failed its gate is not shipped."""
     repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
     take = f"publish {directory.root} --dry-run {repo}"
     if not recipe.quantize.exports:
@@ -161,10 +161,10 @@ def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
 
 
 def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str], list[str]]:
-    """Returns what starts the stage's processes, and overrides of the recipe that go with it.
+    """Returns the launcher of the stage's processes, and the overrides of the recipe that it needs.
 
-    That is accelerate with `launch`, and torchrun on all GPUs, in training on as many as can share
-    a step's rows. One process alone evaluates a model that is spread over all GPUs.
+    That is accelerate if `launch` is given, and otherwise torchrun on all GPUs, or, in training, on
+    as many as can share a step's rows. A single process evaluates a model that is spread over GPUs.
     """
     if stage not in LAUNCHED or (stage == "quantize" and not _calibrates(recipe)):
         return [], []
@@ -218,11 +218,11 @@ def _threads_of_each() -> dict[str, str]:
 
 
 def processes() -> BaseContext:
-    """Returns where stages start.
+    """Returns the multiprocessing context in which stages start.
 
-    A fork server imports the libraries once for all of them, which takes ten seconds a stage. It
-    cannot serve an accelerator: libraries look for one when they are imported, and CUDA refuses to
-    work in processes that are forked after that. macOS's own libraries break in forked processes.
+    A fork server imports the libraries once for all stages, which saves ten seconds for each. It
+    does not work with an accelerator: libraries look for one when they are imported, and CUDA
+    refuses to work in processes forked after that. macOS's libraries break in forked processes.
     """
     from finequant.finetune.device import trains_on_cpu
 
@@ -242,12 +242,12 @@ def _start_importing() -> None:
 
 
 def _start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> int:
-    """Runs a stage, or all exports, in a process, which returns its memory and contains crashes.
+    """Runs a stage, or all exports, in a process, which frees its memory and contains crashes.
 
     position: as `terminal.STAGE` describes it.
 
     Returns:
-        The exit code of a shell: 0, or 1 if the gate failed, or what to exit with.
+        The exit code as in a shell: 0, 1 if the gate failed, or what to exit with.
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
 
@@ -257,7 +257,7 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         environment = _threads_of_each() | os.environ | {STAGE: position}
         started = subprocess.Popen(command, env=environment)
         code, signaled = wait_and_forward_signals(started.pid, started.wait)
-        if code - 128 in CRASHES:  # one of its processes did
+        if code - 128 in CRASHES:  # one of the launcher's processes crashed
             code = 128 - code
     else:
         doing(f"{name}: loading torch and transformers")

@@ -1,4 +1,4 @@
-"""What a stage would refuse, refused before the first one starts."""
+"""Refuses, before the first stage starts, what a later one would refuse."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def refuse_early(
     force: bool,
     meanwhile: Callable[[], None],
 ) -> None:
-    """Refuses, before the first of the stages, what one of them would, or what cannot finish here.
+    """Refuses, before the first stage, what one of them would refuse, or what cannot finish here.
 
-    meanwhile: called after the checks that take no time, to start what goes on beside the others.
+    meanwhile: called after the quick checks, to start work that goes on during the others.
 
     Raises:
-        UserError: unless forced, also where memory or disk seem too small.
+        UserError: for what a stage would refuse; unless forced, also if memory or disk seem too
+            small.
     """
     refuse_split_weights(recipe, launch)
     lengths = preflight(recipe, directory, meanwhile)

@@ -27,7 +27,7 @@ def init(
     ] = None,
     task: Annotated[
         Literal["classify", "chat", "tools", "summarize", "translate", "extract"] | None,
-        typer.Option(help="what the model shall do; default: what the rows look like"),
+        typer.Option(help="what the model is to do; default: guessed from the rows"),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="column of the question")
@@ -94,7 +94,9 @@ def plan(
         str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
-    sharded: Annotated[bool, typer.Option(help="FSDP splits what is trained on over them")] = False,
+    sharded: Annotated[
+        bool, typer.Option(help="in training, FSDP splits the base over them")
+    ] = False,
     device_memory: Annotated[
         str | None, typer.Option(help="memory of the target device, such as 6GB")
     ] = None,

@@ -1,4 +1,4 @@
-"""The commands about what a run has made: its report, its models, and other settings for them."""
+"""The commands about the results of a run: its report, its models, and a sweep of settings."""
 
 from __future__ import annotations
 

@@ -2,18 +2,18 @@
 
     python recipes/data/make_assistant.py [FOLDER]
 
-The rows come from the small grammar below. An action has slots, in the order its JSON keeps,
+The rows come from the small grammar below. An action has slots, in the order of its JSON keys,
 and phrasings in two sets. Training and validation rows are made of *seen* phrasings and slot
 values only, test rows of *unseen* ones only: a test row is new in its wording and in every value
 it names, except for closed slots (on and off, days, units), whose few values are shared. Open
-slots have many values, each in a few rows at most, and the completion holds what was said as it
-stands, times of day included: so what is learned is to copy, not to recite.
+slots have many values, each in a few rows at most, and the completion repeats what was said
+verbatim, even times of day: the model has to learn to copy, not to recite.
 
 To add an action, add an entry to ACTIONS. In a phrasing,
     {slot}    stands for a value of that slot,
-    [...]     is said in two requests of five (or left out with the slots inside it),
+    [...]     is said in two requests of five, and otherwise left out with the slots inside it,
     ? or .    at its end marks a sentence that cannot follow "could you"; all others can.
-A phrasing never starts with a slot whose value is copied, as its first letter may be capitalised.
+A phrasing never starts with a slot whose value is copied, as its first letter may be capitalized.
 """
 
 import itertools
@@ -57,12 +57,12 @@ class Pool:
 
 
 def pool(seen: str, unseen: str) -> Pool:
-    """A pool written down as two texts with commas between the values."""
+    """Makes a pool from two texts with commas between the values."""
     return Pool(re.split(r",\s+", seen), re.split(r",\s+", unseen))
 
 
 def combine(form: str, first: Pool, second: Pool) -> Pool:
-    """A value for each one of `first`, joined with the values of `second` in turn."""
+    """Joins each value of `first` with a value of `second`, whose values take turns."""
 
     def join(ones: list[str], others: list[str]) -> list[str]:
         return [form.format(*pair) for pair in zip(ones, itertools.cycle(others), strict=False)]
@@ -71,7 +71,7 @@ def combine(form: str, first: Pool, second: Pool) -> Pool:
 
 
 def text_slot(*pools: Pool) -> Slot:
-    """Text copied from the request as it stands, each pool a style."""
+    """Makes a slot of texts that are copied verbatim from the request; each pool is a style."""
     return Slot(
         [{value: value for value in each.seen} for each in pools],
         [{value: value for value in each.unseen} for each in pools],
@@ -79,7 +79,7 @@ def text_slot(*pools: Pool) -> Slot:
 
 
 def number_slot(numbers: list[int | float], every: int) -> Slot:
-    """Numbers in digits; one in `every` of them is kept for the test rows."""
+    """Makes a slot of numbers in digits; one in `every` of them is kept for the test rows."""
     unseen = numbers[every // 2 :: every]
     seen = [number for number in numbers if number not in unseen]
     return Slot([{str(n): n for n in seen}], [{str(n): n for n in unseen}])
@@ -90,7 +90,7 @@ def closed_slot(style: Style) -> Slot:
 
 
 # Clock times, copied as they are said: the phone's own date parser takes it from there. One time
-# in seven is kept for the test rows, by a rule which leaves all hours, minutes and parts of the
+# in seven is kept for the test rows, by a rule that leaves all hours, minutes and parts of the
 # day in training, in other combinations: "7 am" is unseen, "7 pm" and "7:30 am" are seen.
 
 HOURS = [
@@ -115,7 +115,7 @@ def twelve_hour(hour: int) -> int:
 
 
 def time_slot(*, tonight: bool) -> Slot:
-    """Times as they are said, none of which leaves the half of the day open.
+    """Makes a slot of times as they are said, none of which leaves the half of the day open.
 
     So "10:20" is not said without "am" or "pm", while "09:20" and "19:20" are; and noon, "12 pm",
     is only said with minutes.
@@ -139,7 +139,7 @@ def time_slot(*, tonight: bool) -> Slot:
                 getattr(words, side).extend(f"{name} {part}" for part in parts)
             if minute in past:
                 getattr(quarters, side).extend(f"{past[minute]} {part}" for part in parts)
-    # The commoner, the oftener.
+    # Common forms occur more often.
     return text_slot(digits, *[digits, whole, railway, words] * 2, quarters)
 
 
@@ -643,7 +643,7 @@ ACTIONS = {
     ),
     "set_timer": Action(
         slots={"amount": AMOUNT, "unit": UNIT, "name": CHORE},
-        seen=[  # one half of the requests names what is timed
+        seen=[  # half of the requests name what is timed
             "set a timer for {amount} {unit}",
             "set a timer of {amount} {unit}[ for the {name}]",
             "set a timer for the {name}, {amount} {unit}",
@@ -874,7 +874,7 @@ ACTIONS = {
     ),
 }
 
-# What may come before a request: a greeting before any, a courtesy before a command only.
+# What may precede a request: a greeting before any, a courtesy only before a command.
 LEAD_INS = {
     "seen": (["hey, ", "ok, ", "so, "], ["please ", "could you ", "can you ", "could you please "]),
     "unseen": (["hi, ", "hey, "], ["please ", "would you ", "can you please "]),
@@ -884,9 +884,9 @@ LEAD_INS = {
 def fill(
     phrasing: str, action: Action, side: str, used: Counter[str], rng: random.Random
 ) -> tuple[str, dict[str, Value]]:
-    """One request in this phrasing, and the values it names in the order of the action's slots.
+    """Returns a request in this phrasing, and the values it names, in the order of the slots.
 
-    `used` counts how often each value was said so far, in any action, and is added to.
+    `used`, which this updates, counts how often each value was said so far, in any action.
     """
     kept = re.sub(r"\[(.*?)\]", lambda part: part[1] if rng.random() < 0.4 else "", phrasing)
     said: dict[str, str] = {}
@@ -902,7 +902,7 @@ def fill(
 
 
 def dress(request: str, side: str, rng: random.Random) -> str:
-    """The request as a person might put it: bare, with a lead-in, or typed with care."""
+    """Returns the request as a person might put it: bare, with a lead-in, or typed with care."""
     mark = request[-1] if request[-1] in "?." else ""
     request = request.removesuffix(mark)
     if rng.random() < 0.35:
@@ -924,11 +924,11 @@ def make_rows(
     rng: random.Random,
     completion: Callable[[str, dict[str, Value]], dict[str, Value]],
 ) -> list[dict[str, str]]:
-    """`count` rows in random order, all actions and all phrasings of one equally often.
+    """Returns `count` rows in random order: all actions and all phrasings of one equally often.
 
-    `taken` holds the requests made so far, without their dress, and is added to: a validation row
-    is never a training row with a new lead-in. `completion` makes the JSON object of an action's
-    name and values.
+    `taken`, which this updates, holds the bare requests made so far: a validation row is never a
+    training row with a new lead-in. `completion` makes the JSON object from an action's name and
+    values.
     """
     names = list(actions)
     rows = []
@@ -954,7 +954,7 @@ def write_splits(
     rows: dict[str, int],
     completion: Callable[[str, dict[str, Value]], dict[str, Value]],
 ) -> None:
-    """One file for each split; the test rows are of the unseen side."""
+    """Writes one file for each split; test rows use unseen phrasings and values."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
     taken: set[str] = set()

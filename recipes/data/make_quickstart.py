@@ -2,8 +2,8 @@
 
     python recipes/data/make_quickstart.py [FOLDER]
 
-Four actions with the slots, lead-ins and rules of `make_assistant.py`, beside it: test rows hold
-phrasings and values that training never shows.
+It has four actions, with the slots, lead-ins and rules of `make_assistant.py` in the same folder:
+test rows contain phrasings and values that never occur in training.
 """
 
 import sys
