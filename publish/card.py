@@ -18,7 +18,7 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-REPEAT = "`finequant run recipe.yaml` repeats it, with the local files that it names beside it."
+REPEAT = "`finequant run recipe.yaml` repeats the run; local files that it names must be beside it."
 
 
 def card_text(
@@ -108,16 +108,16 @@ def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
     base = base_on_hub(recipe)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{recipe.model.base}`"
     rows = [row.source for row in recipe.data.train]
-    data = ", ".join(row if on_hub(row) else f"`{row}` (rows of its author)" for row in rows)
-    held = ", the base in 4 bits (nf4) while it was trained" if recipe.model.load == "nf4" else ""
+    data = ", ".join(row if on_hub(row) else f"`{row}` (the author's rows)" for row in rows)
+    held = ", with the base in 4 bits (nf4) during training" if recipe.model.load == "nf4" else ""
     lora = f"LoRA of rank {recipe.lora.rank} on {data}{held}"
     if kind == ADAPTER:
-        return f"An adapter ({lora}) of {name}. It is a change to the base, which it needs."
+        return f"An adapter ({lora}) for {name}. It only works together with that base."
     quantization = report["quantization"]
     return (
         f"{name}, fine-tuned ({lora}), merged and quantized: {quantization['summary']}. Method: "
         f"{quantization['method']}. {quantization['bits_per_rounded_weight']} bits for each "
-        "rounded weight, scales included; `quantization.json` says how each layer was done."
+        "rounded weight, scales included; `quantization.json` says how each layer was quantized."
     )
 
 
@@ -152,14 +152,14 @@ def _measured(report: dict[str, Any], kind: str) -> str:
 
 
 def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str]) -> list[str]:
-    """Lists what a reader might assume, and nobody measured."""
+    """Lists what a reader might assume but nobody measured."""
     models = report["models"]
     tasks = {task for task, _ in metrics_of(models)}
     limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
     if not tasks - {"held_out"}:
         limits.append("No public benchmark was run: what the model lost elsewhere is not known.")
     if not set(corpora_of(models)) - {"held_out"}:
-        limits.append("Perplexity was measured on the held-out rows only, on no general text.")
+        limits.append("Perplexity was measured on the held-out rows only, not on general text.")
     if "held_out" not in tasks:
         limits.append("No answers to held-out rows were scored.")
     scored = [
@@ -168,7 +168,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         for pair in metrics_of(models)
     ]
     if smallest := min(filter(None, scored), default=0):
-        limits.append(f"Accuracies are of {smallest} rows or more: mind their standard errors.")
+        limits.append(f"Accuracies are over {smallest} rows or more: mind their standard errors.")
     if kind == QUANTIZED and not report["gate"]["checks"]:
         limits.append("Its recipe sets no gate: no limit for what quantization may cost.")
     if kind == QUANTIZED:
@@ -180,13 +180,13 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
             "code of 8 bits or fewer in a byte."
         )
         limits += [
-            f"The export {name} is not in the table: it holds the same codes, and was not measured."
+            f"The export {name} is not in the table: it holds the same codes, but was not measured."
             for name in exports
             if report_key(name) not in models
         ]
     if base_on_hub(recipe) != recipe.model.base:
         limits.append(f"The base it was trained on is `{recipe.model.base}`.")
-    return [*limits, "Safety, bias and the truth of what it says were not measured."]
+    return [*limits, "Safety, bias and truthfulness were not measured."]
 
 
 def _license(license: License, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Finds the base's license, and follows what it demands of those who redistribute the model."""
+"""Finds the base's license, and does what it demands of those who redistribute the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes how to load what is published: a few lines of code for each format."""
+"""Writes how to load the published model: a few lines of code for each format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
 
 
 def _chat(recipe: Recipe, report: dict[str, Any]) -> str:
-    """Writes a conversation to try, in Python: the rows' system message and a prompt."""
+    """Writes a conversation to try, in Python: the recipe's system message, a held-out prompt."""
     samples = report.get("samples") or [{"prompt": "Hello!"}]
     messages = [{"role": "user", "content": samples[0]["prompt"]}]
     if recipe.data.system:

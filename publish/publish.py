@@ -150,7 +150,7 @@ def read_report(run: RunDir) -> dict[str, Any]:
 
 
 def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
-    """Refuses if the recipe's gate failed, unless each failed check is overruled by name.
+    """Checks that the recipe's gate passed, or that each failed check is overruled by name.
 
     Raises:
         UserError: for a failed check that is not overruled, or an overruled one that is unknown.

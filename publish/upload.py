@@ -87,8 +87,7 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
         actual, wanted = ("private", "public") if info.private else ("public", "private")
         raise UserError(
             f"publish.private: the recipe says {wanted}, but {publish.repo_id} is {actual}: change "
-            f"it "
-            f"in the repository's settings, or set publish.private={str(info.private).lower()}"
+            f"it in the repository's settings, or set publish.private={str(info.private).lower()}"
         )
     return Remote(url, who["name"], info.sha, files, published)
 
@@ -251,8 +250,8 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
         )
     message = _shown(error.server_message or error)
     if status >= 500 or status == 429:
-        return OutsideError(f"publish: the Hub fails, status {status} ({message}): {RESUME_HINT}")
-    return UserError(f"publish: the Hub refuses, status {status}: {message}")
+        return OutsideError(f"publish: the Hub failed, status {status} ({message}): {RESUME_HINT}")
+    return UserError(f"publish: the Hub refused, status {status}: {message}")
 
 
 def _shown(message: object) -> str:
