@@ -76,7 +76,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
 
     Raises:
         UserError: for a format that cannot hold these codes, a package that is not installed, or
-            a file that, read again, has other codes or other logits.
+            a file that, read back, has other codes or other logits.
     """
     from transformers import AutoTokenizer
 

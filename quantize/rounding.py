@@ -1,6 +1,6 @@
 """Groupwise rounding: float weights -> integer codes and scales, and back.
 
-Everything that rounds a weight goes through here: round to nearest, GPTQ and the forward of
+Everything that rounds a weight goes through here: round to nearest, GPTQ and the forward pass of
 quantization-aware training. That is why the model that was trained is the model that is shipped.
 """
 

@@ -242,7 +242,7 @@ def shares_table(quantize: Quantize, plan: Plan, config: DecoderConfig) -> bool:
 
 
 def is_calibrated(name: str, scheme: LayerScheme) -> bool:
-    """Says whether a calibrated method looks at a layer's inputs; the others are data-free."""
+    """Says whether a calibrated method looks at the layer's inputs; else it rounds to nearest."""
     return name != EMBEDDING and not (name == HEAD and scheme.bits == SHARED_BITS)
 
 

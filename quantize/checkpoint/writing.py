@@ -96,10 +96,10 @@ def layout(
         room -= size
     files, metadata = [], _metadata(list(shapes), plan, dtype)
     for number, shard in enumerate(shards, start=1):
-        several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         tensors = {key: value for stored in shard.values() for key, value in stored.items()}
         start = header(tensors, metadata)
-        files.append(File(f"model{several}.safetensors", *start))
+        files.append(File(f"model{suffix}.safetensors", *start))
     return files
 
 
@@ -230,10 +230,11 @@ class Checkpoint:
 
     def _beyond(self, name: str, dtype: torch.dtype) -> str:
         """Makes the message for numbers that a dtype cannot represent."""
-        what = f"a scale of {name}" if name in self.plan else name
+        subject = f"a scale of {name}" if name in self.plan else name
         key = "scale_dtype" if name in self.plan else "dtype"
+        kind = str(dtype).removeprefix("torch.")
         return (
-            f"quantize.{key}: {what} is not a finite number in {str(dtype).removeprefix('torch.')},"
+            f"quantize.{key}: {subject} is not a finite number in {kind},"
             f" whose largest is {torch.finfo(dtype).max:.4g}: set quantize.{key}=bfloat16"
         )
 

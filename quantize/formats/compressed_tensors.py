@@ -36,12 +36,12 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format, or vLLM, cannot hold.
 
     Raises:
-        UserError: for other bits than 4 and 8, or a budget, which chooses from 2 to 8; and for
-            layers that differ although vLLM fuses them.
+        UserError: for bits other than 4 and 8, a budget, which chooses from 2 to 8, or layers that
+            differ although vLLM fuses them.
     """
     if None in contents.bits.values():
         raise UserError(
-            "compressed-tensors: a budget chooses from 2 to 8 bits; expected 4 or 8: say the bits "
+            "compressed-tensors: a budget chooses from 2 to 8 bits; expected 4 or 8: set the bits "
             "of each layer in quantize.layers, without quantize.budget, or export to gguf"
         )
     if others := sorted(contents.linear_bits() - set(BITS)):
@@ -71,10 +71,10 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     for name, bits in _linear(stored).items():
         codes, scale = stored.rounded[name]
         packed[f"{name}.weight_packed"] = pack(codes, bits)
-        packed[f"{name}.weight_scale"] = _read_back(scale, stored.dtype)
+        packed[f"{name}.weight_scale"] = _rounded_scale(scale, stored.dtype)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape)
     floats = dict(stored.floats)
-    if EMBEDDING in stored.rounded:  # its kind of layer is not packed: the same values in float
+    if EMBEDDING in stored.rounded:  # embeddings cannot be packed: it gets the same values in float
         floats[f"{EMBEDDING}.weight"] = stored.rounded[EMBEDDING].dequantize(stored.dtype)
     save_torch_state_dict(packed | floats, folder)
     config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
@@ -85,26 +85,28 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in packed.values()) / weights}
 
 
-def _read_back(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds the scales as `from_pretrained` and vLLM will, unless they fit as they are."""
+def _rounded_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds the scales as `from_pretrained` and vLLM will; float32 holds them as they are."""
     return scale.contiguous() if dtype == torch.float32 else scale.to(dtype)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes [out, in] -> int32 [out, in x bits / 32]: offset binary, lowest bits first."""
+    """Packs int8 codes [out, in] into int32 [out, in x bits / 32]: offset binary, lowest bits
+    first."""
     count = 32 // bits
     values = codes.to(torch.int32) + 2 ** (bits - 1)
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % count))
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    # Bits of different codes do not overlap, so the sum is their union, wrapped into the sign.
+    # Bits of different codes do not overlap, so summing combines them; the top bit is the sign.
     return (values.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
 
 
 def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
-    """Makes the entry of config.json: one scheme for all linear layers, or one for each list.
+    """Makes the entry of config.json: one scheme for all linear layers, or schemes with lists of
+    layers.
 
-    Activations stay in float: vLLM has no scheme for 4-bit groups with the asymmetric int8
-    activations of quantized/, and takes the head by its name only, as its class is no Linear there.
+    Activations stay in float, because vLLM has no scheme for 4-bit groups with the asymmetric int8
+    activations of quantized/. The head is listed by name, because its class in vLLM is not Linear.
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
@@ -112,8 +114,8 @@ def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
     linear = _linear(stored)
     for name, bits in linear.items():
         schemes.setdefault((bits, stored.group_size(name)), []).append(name)
-    left = [HEAD] if HEAD not in linear else []
-    left += [
+    ignored = [HEAD] if HEAD not in linear else []
+    ignored += [
         name.removesuffix(".weight") for name in stored.floats if name.endswith("_proj.weight")
     ]
     groups = {}
@@ -122,10 +124,10 @@ def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:
         groups[f"group_{number}"] = QuantizationScheme(
             targets=["re:.*lm_head"] * (HEAD in names) + layers,
             weights=_weights(bits, group_size),
-            format=LAYOUT,  # else compressed-tensors infers another from the scheme
+            format=LAYOUT,  # else compressed-tensors infers a different one from the scheme
         )
     config = QuantizationConfig(
-        config_groups=groups, format=LAYOUT, quantization_status="compressed", ignore=left
+        config_groups=groups, format=LAYOUT, quantization_status="compressed", ignore=ignored
     )
     return config.model_dump(mode="json")
 
@@ -141,9 +143,9 @@ def _weights(bits: int, group_size: int) -> QuantizationArgs:
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
 ) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Codes and scales as the format's own package unpacks them, and all that is not packed.
+    """Returns codes and scales, unpacked by the format's own package, and tensors in float.
 
-    An embedding with codes has none here: they are those of `stored` where its floats are equal.
+    A quantized embedding is in float in the file; it gets the codes of `stored` if it equals them.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from safetensors.torch import load_file
@@ -173,7 +175,7 @@ def read_back(
 
 
 def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """From the shapes: 32 bits of a packed number over the columns it holds."""
+    """Computes each layer's bits from the shapes: 32 bits x packed words / columns."""
     end = ".weight_packed"
     names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
     return {

@@ -1,6 +1,6 @@
-"""The contents a format must hold, known from the recipe before training, and from quantized/.
+"""The contents that a format must hold, as the recipe predicts them, or those of quantized/.
 
-A format's `check_fits` takes it, so the same refusal comes before the first stage and at export.
+A format's `check_fits` takes them, so the same check runs before the first stage and at export.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Contents(NamedTuple):
-    """Everything that decides whether a format can hold a quantized model, but its numbers."""
+    """Everything except weights that decides whether a format can hold a quantized model."""
 
     config: DecoderConfig
     bits: dict[str, int | None]
@@ -28,18 +28,18 @@ class Contents(NamedTuple):
     group_sizes: dict[str, int]
     """Group sizes by quantized layer."""
     tokenizer: dict[str, Any]
-    """tokenizer.json"""
+    """The content of tokenizer.json."""
 
     def scheme(self, name: str) -> tuple[int | None, int | None]:
-        """Bits and group size of a layer; (None, None) for one in float."""
+        """Returns bits and group size of a layer; (None, None) for one in float."""
         return self.bits.get(name), self.group_sizes.get(name)
 
     def linear_bits(self) -> set[int]:
-        """Bits of linear layers and head, as far as they are decided."""
+        """Returns the bits of linear layers and head, as far as they are decided."""
         return {bits for name, bits in self.bits.items() if bits and name != EMBEDDING}
 
     def linear_group_sizes(self) -> set[int]:
-        """Group sizes of linear layers and head."""
+        """Returns the group sizes of linear layers and head."""
         return {size for name, size in self.group_sizes.items() if name != EMBEDDING}
 
 
@@ -63,10 +63,10 @@ def planned(
 
 
 def check_norms(name: str, config: DecoderConfig) -> None:
-    """Refuses an architecture whose norms a format's own graph of a decoder lacks.
+    """Refuses an architecture with norms that a format's decoder graph lacks.
 
     Raises:
-        UserError: with these norms.
+        UserError: naming these norms.
     """
     if norms := norm_names(config):
         raise UserError(

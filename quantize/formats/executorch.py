@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PACKAGES = {"executorch": "'finequant[executorch]'"}
 MOST_BITS = 4
 GROUP = 32
-"""XNNPACK's groups are multiples of it."""
+"""XNNPACK's group sizes are multiples of this."""
 
 INTEGER, LINEAR = "torchao.choose_qparams_affine.default", "aten.linear.default"
 LEFT_BEHIND = {"linear", "addmm", "mm", "bmm", "dequantize_affine"}
@@ -38,11 +38,11 @@ LEFT_BEHIND = {"linear", "addmm", "mm", "bmm", "dequantize_affine"}
 
 
 def check_fits(contents: Contents) -> None:
-    """Refuses what XNNPACK's 4-bit kernels do not take.
+    """Refuses what XNNPACK's 4-bit kernels do not support.
 
     Raises:
-        UserError: for more than 4 bits, groups that are no multiples of 32, or norms that the graph
-            does not have.
+        UserError: for more than 4 bits, group sizes that are not multiples of 32, or norms that the
+            graph lacks.
     """
     check_norms("executorch", contents.config)
     if wide := sorted(bits for bits in contents.linear_bits() if bits > MOST_BITS):
@@ -73,7 +73,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
     doing("export: executorch: tracing and lowering the model, which takes minutes")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about future torch releases and the cache
+        warnings.simplefilter("ignore")  # they are about future torch releases and the cache
         edge = lower(Decoder(stored, length).eval(), length, metadata(stored, length))
         delegated = count_delegated(edge, stored)
         program = edge.to_executorch(
@@ -90,9 +90,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
 
 def family(stored: QuantizedCheckpoint) -> str:
-    """Returns what ExecuTorch's app for iOS calls the chat template, by the file name's beginning.
+    """Returns the start of the file name, by which ExecuTorch's app for iOS chooses its template.
 
-    Its templates are few: that of Qwen 3 is ChatML, whatever the model.
+    The app has few templates. The one for Qwen 3 is ChatML, so it serves every model with ChatML.
     """
     file = stored.folder / "chat_template.jinja"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -122,10 +122,10 @@ def metadata(stored: QuantizedCheckpoint, length: int) -> dict[str, Any]:
 
 
 def count_delegated(edge: EdgeProgramManager, stored: QuantizedCheckpoint) -> int:
-    """Linear layers inside XNNPACK.
+    """Counts the linear layers inside XNNPACK.
 
     Raises:
-        UserError: if one of them is not, or one with codes does not run on integers.
+        UserError: if one is outside, or one with codes does not run on integers.
     """
     from executorch.exir.lowered_backend_module import get_lowered_submodules
 
@@ -149,14 +149,14 @@ def count_delegated(edge: EdgeProgramManager, stored: QuantizedCheckpoint) -> in
 
 
 def _operators(graph: torch.fx.Graph) -> list[str]:
-    """Names such as aten.linear.default."""
+    """Lists the names of called operators, such as aten.linear.default."""
     return [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
 
 
 def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Rounded], None]:
-    """Codes and scales out of the file, which keeps constants under the hash of their bytes.
+    """Reads codes and scales from the file, which stores constants under the hash of their bytes.
 
-    What stayed in float is not read: the program's constants have no names.
+    Tensors that stayed in float are not read, because the program's constants have no names.
 
     Raises:
         UserError: if the file has no constant with the bytes of some layer.
@@ -172,16 +172,16 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
         packed = constants.get(_digest(_pack(codes)))
         scales = constants.get(f"scale_{_digest(scale.to(torch.bfloat16))}")
         if packed is None or scales is None:
-            raise UserError(f"executorch: the file has not the codes of {name}: it is not kept")
+            raise UserError(f"executorch: the file lacks the codes of {name}: it is not kept")
         halves = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
-        both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+        unpacked = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
-        layers[name] = Rounded(both, read)
+        layers[name] = Rounded(unpacked, read)
     return layers, None
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, in / 2]: code + 8, the first of two in the low half."""
+    """Packs codes into uint8 [out, in / 2]: code + 8, the first of two in the low half."""
     offset = (codes + 8).to(torch.uint8)
     return offset[:, ::2] | offset[:, 1::2] << 4
 
@@ -197,7 +197,7 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Cuts texts with the tokenizer of ExecuTorch's runner."""
+    """Tokenizes texts with the tokenizer of ExecuTorch's runner."""
     from pytorch_tokenizers import CppHFTokenizer
 
     tokenizer = CppHFTokenizer()

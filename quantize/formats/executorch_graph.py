@@ -1,5 +1,5 @@
-"""The quantized decoder as ExecuTorch exports it: every operator has a kernel of XNNPACK's, or is
-ExecuTorch's own attention and cache.
+"""The quantized decoder as ExecuTorch exports it: its operators have kernels in XNNPACK, or are
+ExecuTorch's own for attention and cache.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Decoder(nn.Module):
-    """The quantized decoder in float32 with a static cache: what is exported.
+    """The quantized decoder to export, in float32 with a static cache.
 
-    transformers' own wrapper does not export (torch 2.13: duplicate buffers), and would leave
+    transformers' own wrapper cannot be exported (torch 2.13: duplicate buffers), and would leave
     attention and cache updates to portable kernels.
     """
 
@@ -36,7 +36,8 @@ class Decoder(nn.Module):
             self.register_buffer(name, table)
 
     def forward(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Logits [1, vocabulary] after the last of `tokens` [1, n], the first at `start` [1]."""
+        """Computes logits [1, vocabulary] after the last of `tokens` [1, n], whose first is at
+        position `start` [1]."""
         count, position = tokens.shape[1], start[0].item()
         torch._check(position >= 0)
         torch._check(position + count <= len(self.cos))
@@ -89,8 +90,8 @@ class Block(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm with its mean as a product, as XNNPACK has no mean over the last dimension: a block
-    then has two delegates, not ten, and export takes minutes less."""
+    """RMSNorm that computes its mean as a matrix product, because XNNPACK has no mean over the last
+    dimension: a block then has two delegates, not ten, and export takes minutes less."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -104,8 +105,8 @@ class Norm(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Rotary positions as transformers applies them, the halves of a head belong together; to
-    exchange them is a product as well, so that XNNPACK does it."""
+    """Applies rotary positions as transformers does, to pairs from the two halves of a head. The
+    halves are exchanged by a matrix product, too, so that XNNPACK does it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -151,12 +152,12 @@ def _output_of(
     zero: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gives tracing the output's shape; lowering puts torchao's operations in its place."""
+    """Returns an empty output, for tracing; lowering replaces the operator by torchao's."""
     return inputs.new_empty(*inputs.shape[:-1], codes.shape[0])
 
 
 class Embedding(nn.Module):
-    """Rows of the table as it is stored: the model's dtype, or 8-bit codes with their scales."""
+    """The embedding as it is stored: in the model's dtype, or int8 codes with their scales."""
 
     def __init__(self, stored: QuantizedCheckpoint) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class Embedding(nn.Module):
 
 
 def rotations(config: DecoderConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [length, head_dim] of every position."""
+    """Computes cosine and sine [length, head_dim] of every position."""
     positions = torch.arange(length)[None]
     cos, sin = type(anatomy(config).model.model.rotary_emb)(config)(torch.zeros(1), positions)
     return cos[0], sin[0]

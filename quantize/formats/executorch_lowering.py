@@ -1,8 +1,8 @@
-"""The decoder's graph -> ExecuTorch's, with what XNNPACK takes delegated to it.
+"""Lowers the decoder's graph to ExecuTorch's, and delegates to XNNPACK whatever it supports.
 
-Lowering traces the graph many times, in Python and with symbolic shapes, so what a node costs is
-paid often: 30 layers took more than a quarter of an hour. Here a quantized linear layer is one node
-until the last moment, and no trace is made that changes nothing.
+Lowering traces the graph many times, in Python and with symbolic shapes, so every node costs time
+again and again: 30 layers took more than a quarter of an hour. Here a quantized linear layer is one
+node until the last moment, and traces that would change nothing are left out.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from finequant.quantize.formats.executorch_graph import Decoder
 
 INT8, INT4 = (torch.int8, -128, 127), (torch.int8, -8, 7)
-"""As torchao says it: the dtype that holds them, the least and the greatest."""
+"""Ranges of codes, as torchao takes them: dtype, minimum and maximum."""
 
 
 def lower(model: Decoder, length: int, metadata: dict[str, Any]) -> EdgeProgramManager:
-    """Exports with a dynamic number of tokens and delegates what XNNPACK takes."""
+    """Exports with a dynamic number of tokens, and delegates whatever XNNPACK supports."""
     count = torch.export.Dim("count", min=1, max=length)
     example = (torch.ones(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
@@ -64,11 +64,11 @@ class ExpandIntegerLinear(ExportPass):
         )
         steps = [self.call_getitem(ranges, index, meta) for index in (0, 1)]
         rounded = call(affine.quantize_affine.default, inputs, token, *steps, *INT8)
-        again = call(affine.dequantize_affine.default, rounded, token, *steps, *INT8)
+        dequantized = call(affine.dequantize_affine.default, rounded, token, *steps, *INT8)
         weight = call(
             affine.dequantize_affine.default, codes, [1, width // groups], scale, zero, *INT4
         )
-        return call(ops.edge.aten.linear.default, again, weight, *bias)
+        return call(ops.edge.aten.linear.default, dequantized, weight, *bias)
 
 
 class Partitioner(XnnpackPartitioner):
@@ -76,12 +76,12 @@ class Partitioner(XnnpackPartitioner):
 
     def __init__(self) -> None:
         super().__init__()
-        # The key makes XNNPACK run one of its 17 passes over each of the delegates (executorch
-        # 1.4.1, xnnpack_preprocess.py): the others change nothing here, and take most of the time.
+        # The key makes XNNPACK run only one of its 17 passes over each delegate (executorch 1.4.1,
+        # xnnpack_preprocess.py): the others change nothing here, and take most of the time.
         spec = CompileSpec("dqlinear_partitioner", b"")
         self.delegation_spec = DelegationSpec(self.delegation_spec.backend_id, [spec])
 
     def ops_to_not_decompose(self, ep: torch.export.ExportedProgram) -> tuple[list[Any], None]:
-        """Lists operators that stay whole, all of them: to ask for each node costs two traces."""
+        """Lists operators to keep whole, without a filter: a filter for nodes costs two traces."""
         operators, _ = super().ops_to_not_decompose(ep)
         return operators, None

@@ -1,4 +1,5 @@
-"""Defines a format. Each file here fills in a `Format`, which formats.py lists."""
+"""Defines the interface of a format: each has a file here that sets FORMAT, and an entry in
+formats.py."""
 
 from __future__ import annotations
 
@@ -23,15 +24,16 @@ CONTEXT = 2048
 
 
 class Runtime(Protocol):
-    """An exported model, loaded: one sequence at a time, which the runtime's cache remembers."""
+    """An exported model in memory, with a cache of one sequence."""
 
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
-        """float32 [vocabulary] after the last of `ids`, the first of which is at `start`."""
+        """Returns float32 logits [vocabulary] after the last of `ids`, whose first is at position
+        `start`."""
         ...
 
 
 def by_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts, special tokens among them, by the tokenizer in an export's folder."""
+    """Tokenizes texts, in which special tokens count as such, with the export's own tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -40,16 +42,16 @@ def by_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Format:
-    """All that the stages have to know of a format."""
+    """Everything that the stages have to know about a format."""
 
     name: str
-    """In `quantize.exports`, in the manifest, and of the folder in exports/."""
+    """Its name in `quantize.exports`, in the manifest, and in exports/."""
 
     report_key: str
     """Key of the format's column in report.json; `finequant chat --model` also takes it."""
 
     packages: Mapping[str, str]
-    """To write it and read it back: module -> what pip installs."""
+    """Packages that write it and read it back: module -> what pip installs."""
 
     check_fits: Callable[[Contents], None]
     """Raises a UserError for contents that the format cannot hold, before anything is trained."""
@@ -60,42 +62,43 @@ class Format:
     read_back: Callable[
         [Path, QuantizedCheckpoint], tuple[dict[str, Rounded], dict[str, torch.Tensor] | None]
     ]
-    """Codes and scales by layer, and what stayed in float by parameter, as the format's own package
-    reads them from the folder; None for floats that it cannot name."""
+    """Returns codes and scales by layer, and float tensors by parameter, as the format's own
+    package reads them from the folder; None for float tensors if the file does not name them."""
 
     last_logits: Callable[[Path, list[list[int]]], torch.Tensor]
-    """[prompts, vocabulary] after the last token of each prompt, by a program that is not ours."""
+    """Computes logits [prompts, vocabulary] after the last token of each prompt, with code that is
+    not ours."""
 
     snippet: Callable[[str, str, list[str]], str]
-    """Markdown for the model card that says how to load it: of the repository's name, Python that
-    sets `messages`, and the export's files in the repository."""
+    """Writes Markdown for the model card on how to load it, given the repository's name, Python
+    that sets `messages`, and the export's files in the repository."""
 
     weights: str = "model*"
-    """Pattern of the files in the folder that hold the model: what its size is of."""
+    """Pattern of the files in the folder that hold the model and make up its size."""
 
     token_ids: Callable[[Path, list[str]], list[list[int]]] = by_transformers
-    """Token ids of texts, special tokens among them, as the format's reader cuts them."""
+    """Tokenizes texts, in which special tokens count as such, like the format's reader."""
 
     runtime: Callable[[Path, int], Runtime] | None = None
     """Opens the export in a folder, with a cache of so many tokens."""
 
     runtime_packages: Mapping[str, str] = field(default_factory=dict)
-    """For `runtime`, as in `packages`."""
+    """Packages that `runtime` needs, in the form of `packages`."""
 
     activations: str = "int8"
-    """What the linear layers' inputs are rounded to there, for the report: `int8` (a scale a token,
-    as quantized/ does), `int8 in blocks of 32` or `float`."""
+    """How the runtime rounds the linear layers' inputs, for the report: `int8` (one scale per
+    token, as in quantized/), `int8 in blocks`, `int8 in blocks of 32` or `float`."""
 
     is_checkpoint: bool = False
-    """Whether plain `from_pretrained` loads it. Then it is evaluated as quantized/ is, with lm-eval
-    tasks, and `finequant chat` leaves it to quantized/."""
+    """Whether plain `from_pretrained` loads it. If so, it is evaluated like quantized/, lm-eval
+    tasks included, and `finequant chat` offers quantized/ instead."""
 
     def size(self, folder: Path) -> int:
         """Counts the bytes of the model's files in the folder."""
         return sum(file.stat().st_size for file in folder.glob(self.weights))
 
     def missing_runtime(self) -> str | None:
-        """Why `open_runtime` cannot open an export here; None where it can."""
+        """Says why `open_runtime` cannot open an export here; None if it can."""
         if self.runtime is None:
             return "no runtime is known here"
         return to_install(self.runtime_packages)

@@ -1,7 +1,7 @@
 """The table of formats. A new one is a file beside this one, an entry here, and its name in
 `Export` of recipes/schema.py, so that a recipe may ask for it.
 
-Importing this imports torch, so entries that answer `--help` import it inside their functions.
+Importing this module imports torch, so commands that answer `--help` import it inside functions.
 """
 
 from __future__ import annotations

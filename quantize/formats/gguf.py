@@ -44,7 +44,7 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
-        UserError: for group sizes that blocks of 32 do not divide, and for tokenizers and rotary
+        UserError: for group sizes that are not multiples of 32, and for tokenizers and rotary
             scalings that have no name in GGUF.
     """
     if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % BLOCK):
@@ -110,25 +110,25 @@ def file_type(stored: QuantizedCheckpoint) -> str:
 
 
 def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorNameMap) -> int:
-    """Adds every rounded layer; returns their bytes."""
+    """Adds all rounded layers; returns their size in bytes."""
     from gguf import GGMLQuantizationType
 
     size = 0
     for name, rounded in stored.rounded.items():
         if name == HEAD and stored.shares_table:  # without output.weight, token_embd is the head
             continue
-        few = stored.bits[name] <= 4
-        kind = GGMLQuantizationType.Q4_0 if few else GGMLQuantizationType.Q8_0
+        four_bits = stored.bits[name] <= 4
+        kind = GGMLQuantizationType.Q4_0 if four_bits else GGMLQuantizationType.Q8_0
         codes = permuted(rounded.codes, name, stored.config)
         repeated = rounded.scale.repeat_interleave(stored.group_size(name) // BLOCK, dim=1)
-        data = blocks(codes, permuted(repeated, name, stored.config), few)
+        data = blocks(codes, permuted(repeated, name, stored.config), four_bits)
         writer.add_tensor(_gguf_name(names, f"{name}.weight"), data, raw_dtype=kind)
         size += data.nbytes
     return size
 
 
 def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndarray:
-    """uint8 [out, bytes] of Q4_0 or Q8_0: a half-precision scale, then the codes of its block.
+    """Makes uint8 [out, bytes] of Q4_0 or Q8_0: for each block a half-precision scale, then codes.
 
     Q4_0 stores code + 8; byte i holds code i in its low and code i + 16 in its high half.
     """
@@ -141,8 +141,8 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndar
 
 
 def permuted(tensor: torch.Tensor, name: str, config: DecoderConfig) -> torch.Tensor:
-    """Rows of q_proj and k_proj as llama.cpp rotates them: for a Llama neighbors, not halves of a
-    head."""
+    """Orders the rows of q_proj and k_proj as llama.cpp rotates them: in a Llama, it pairs
+    neighbors in a head instead of its halves."""
     heads = _heads(name, config)
     if not heads:
         return tensor.contiguous()
@@ -165,7 +165,7 @@ def _heads(name: str, config: DecoderConfig) -> int | None:
 
 
 def rope_factors(config: DecoderConfig) -> np.ndarray:
-    """float32 [head_dim / 2]: by what Llama 3 divides each rotary frequency."""
+    """Computes the float32 divisors [head_dim / 2] of Llama 3's rotary frequencies."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     size = torch.arange(0, head_dim(config), 2).float() / head_dim(config)
@@ -208,9 +208,9 @@ def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
 ) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Codes and scales of the file, in the rows and groups of `stored`; and its other tensors.
+    """Returns codes and scales of the file, in the rows and groups of `stored`, and other tensors.
 
-    The values come from the gguf package, so its reading of the layout counts, not ours.
+    The gguf package decodes the values, so its reading of the layout counts, not ours.
     """
     from gguf.quants import dequantize
 
@@ -251,7 +251,7 @@ def _reader(file: Path) -> GGUFReader:
     return _read_once(file, file.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=1)  # it looks at every token of the vocabulary: seconds
+@lru_cache(maxsize=1)  # the reader takes seconds, because it looks at every token
 def _read_once(file: Path, written: int) -> GGUFReader:
     from gguf import GGUFReader
 
@@ -279,8 +279,8 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 def _config_of(file: Path) -> DecoderConfig:
     """Reads transformers' configuration from the file.
 
-    GGUF has no key for biases: llama.cpp looks for the tensors, transformers at its config. And of
-    a Qwen3, transformers 5.23 does not read the size of heads.
+    GGUF has no key for biases: llama.cpp looks for the tensors, but transformers at its config. And
+    transformers 5.23 does not read the head size of a Qwen3.
     """
     from transformers import AutoConfig
 
@@ -295,7 +295,8 @@ def _config_of(file: Path) -> DecoderConfig:
 
 
 def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Cuts texts in llama.cpp if installed, or as transformers reads the file's tokenizer."""
+    """Tokenizes texts in llama.cpp if installed, or with the tokenizer that transformers reads from
+    the file."""
     file = file_in(folder)
     if find_spec("llama_cpp"):
         from llama_cpp import Llama
@@ -321,7 +322,7 @@ class LlamaCpp:
         self._logits = llama_get_logits_ith
 
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
-        self._model.n_tokens = start  # what comes later in its cache is dropped
+        self._model.n_tokens = start  # drops later tokens from its cache
         self._model.eval(ids)
         logits = np.ctypeslib.as_array(self._logits(self._model.ctx, -1), (self._model.n_vocab(),))
         return torch.from_numpy(logits.copy())  # llama.cpp reuses its memory

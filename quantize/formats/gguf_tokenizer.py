@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: tokens, merges, what ends an answer, and how words are cut."""
+"""The tokenizer in a GGUF file: tokens, merges, end tokens, and the rule that splits words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
     """Adds tokens, merges, special tokens and the chat template.
 
     Returns:
-        Whether llama.cpp will put the first token in front of every text.
+        Whether llama.cpp will put the beginning-of-sequence token in front of every text.
     """
     from gguf import SpecialVocab, TokenType
 
@@ -43,8 +43,10 @@ def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
 def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:
     """Returns the end tokens, under the three keys that make llama.cpp stop.
 
-    A fourth has no key; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their text.
-    eos: the tokenizer's, which is the end of an answer unless that would change its texts.
+    There is no key for a fourth; llama.cpp recognizes the usual ones, such as <|eom_id|>, by their
+    text.
+
+    eos: the tokenizer's, which is the end of an answer unless that would change its tokens.
     """
     ends = stored.end_tokens
     if not ends:
@@ -55,20 +57,21 @@ def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]
 
 
 def pre_tokenizer(described: dict[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer cuts a text into words.
+    """Returns llama.cpp's name for the way in which the tokenizer splits text into words.
 
     described: the content of tokenizer.json.
 
     Raises:
-        UserError: for a tokenizer that is no byte-level BPE, or cuts in a way without a name here.
+        UserError: for a tokenizer that is not a byte-level BPE, or splits in a way without a name
+            here.
     """
     name = gguf_name(described)
     if name is None:
         cutter = described["pre_tokenizer"] or {}
         kinds = [step.get("type") for step in cutter.get("pretokenizers", [cutter])]
         raise UserError(
-            f"gguf: the tokenizer cuts words by {_names(kinds)}, for which llama.cpp's name is not "
-            "known here; expected a byte-level BPE like that of GPT-2, SmolLM, Llama 3 or Qwen 2: "
+            f"gguf: the tokenizer splits words by {_names(kinds)}, for which llama.cpp's name is "
+            "not known here; expected a byte-level BPE as in GPT-2, SmolLM, Llama 3 or Qwen 2: "
             "remove gguf from quantize.exports"
         )
     return name

@@ -1,5 +1,5 @@
-"""quantized/ -> MLX's affine layout for mlx-lm: code + 8, or + 128, in words of 32 bits; a scale
-and a bias of -8, or -128, scales for each group, so that a weight is code x scale.
+"""quantized/ -> MLX's affine layout for mlx-lm: code + 8 (or + 128) in 32-bit words, and for each
+group a scale and a bias of -8 (or -128) times the scale, so that a weight is code x scale.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
 GROUP_SIZES = (128, 64, 32)
-"""Groups that its kernels know; others that 32 divides repeat their scale."""
+"""Group sizes of MLX's kernels; for other multiples of 32, scales are repeated."""
 
 PACKAGES = {"mlx": "'finequant[mlx]'", "mlx_lm": "'finequant[mlx]'"}
 
@@ -31,7 +31,7 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
-        UserError: for groups that 32 does not divide.
+        UserError: for group sizes that are not multiples of 32.
     """
     if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % 32):
         raise UserError(
@@ -43,7 +43,7 @@ def check_fits(contents: Contents) -> None:
 def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Writes weights, configuration and tokenizer; returns figures for the manifest.
 
-    A table that head and embedding share is written once, and the model is tied again.
+    A table that head and embedding share is written once, and the head is tied again.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -90,7 +90,7 @@ def _block(group_size: int) -> int:
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
 ) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Codes as MLX dequantizes them, over the scales; and what stayed in float."""
+    """Returns codes, from MLX's dequantized weights over their scales, and float tensors."""
     import mlx.core as mx
 
     arrays: dict[str, Any] = {}
@@ -127,8 +127,8 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 class MlxLm:
     """A model in mlx-lm, with a cache of one sequence.
 
-    Without a Mac's GPU it computes in float32: MLX's kernels for a CPU also sum in bfloat16, which
-    is 8 times as slow, and moved the logits of SmolLM2-135M by 4 to 13 %.
+    Without a Mac's GPU, it computes in float32: in bfloat16, MLX's kernels for a CPU also sum in
+    bfloat16, which is 8 times as slow and moved the logits of SmolLM2-135M by 4 to 13 %.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Names of exported files, and what a file says of its model: base, fine-tune, size, license.
+"""Names of exported files, and metadata about the model: base, fine-tune, size, license.
 
-The words are those of llama.cpp's converter and of GGUF's naming convention
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention), whose package
+Both follow llama.cpp's converter and GGUF's naming convention
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-naming-convention); the gguf package
 takes names apart and puts them together.
 """
 
@@ -33,7 +33,7 @@ def file_stem(recipe: Recipe, config: DecoderConfig, label: str | None = None) -
 
 
 def metadata(recipe: Recipe, config: DecoderConfig) -> Metadata:
-    """Collects what GGUF's general.* keys say of a fine-tuned model."""
+    """Collects the values of GGUF's general.* keys for a fine-tuned model."""
     from gguf import Metadata
     from gguf.utility import size_label
 
@@ -83,7 +83,7 @@ def base_license(model: Model) -> dict[str, str | None]:
 def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]:
     """Reads license, license_name, and license_link from the base's card or GGUF file.
 
-    folder: of the card; None for a GGUF file.
+    folder: the one with the card; None for a GGUF file.
     """
     from huggingface_hub import ModelCard
 
@@ -97,7 +97,7 @@ def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]
     return {key: data.get(key) for key in ("license", "license_name", "license_link")}
 
 
-@cache  # the reader looks at every token of the vocabulary: seconds
+@cache  # the reader takes seconds, because it looks at every token
 def _gguf_license(file: Path) -> str | None:
     from gguf import GGUFReader
 

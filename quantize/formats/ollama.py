@@ -1,7 +1,7 @@
 """A Modelfile for Ollama: the chat template in Go's template language, system message and stops.
 
-The Go template is derived from what the Jinja template renders, message by message; where a
-conversation does not come out the same, none is written, and the Modelfile says so.
+The Go template is derived from what the Jinja template renders, message by message. If a
+conversation comes out differently, no template is written, and the Modelfile says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SYSTEM, ASKED, ANSWERED, ASKED_NEXT = (
     "\u27eaA\u27eb",
     "\u27eaV\u27eb",
 )
-"""Contents that no chat template has, to find where each message begins and ends."""
+"""Contents that occur in no chat template, to find where each message begins and ends."""
 
 Message = dict[str, str]
 
@@ -31,7 +31,7 @@ class Turns(NamedTuple):
     user: tuple[str, str]
     assistant: tuple[str, str]
     answer: str
-    """What an answer begins with."""
+    """The text before an answer."""
 
     def render(self, messages: list[Message]) -> str:
         """Renders a conversation as Ollama does with `go_template`."""
@@ -45,7 +45,7 @@ class Turns(NamedTuple):
         return begin + "".join(parts) + self.answer
 
     def without_bos(self, bos: str) -> Turns:
-        """Returns the texts without the first token, for a file that adds it."""
+        """Returns the texts without the beginning-of-sequence token, for a file that adds it."""
         opening, closing = self.system
         return self._replace(
             unasked=self.unasked.removeprefix(bos), system=(opening.removeprefix(bos), closing)
@@ -73,11 +73,11 @@ def modelfile(
     ends: list[int],
     adds_bos: bool,
 ) -> str:
-    """Writes the Modelfile of a GGUF file beside it.
+    """Writes the Modelfile for a GGUF file in the same folder.
 
     system: the system message of the rows that the model was trained on.
     ends: token ids that end an answer.
-    adds_bos: whether llama.cpp puts the first token in front by itself.
+    adds_bos: whether llama.cpp puts the beginning-of-sequence token in front by itself.
     """
     lines = [f"FROM ./{file}"]
     turns = derived_turns(tokenizer)
@@ -87,8 +87,8 @@ def modelfile(
         lines.append(f'TEMPLATE """{turns.go_template()}"""')
     else:
         lines.append(
-            "# No TEMPLATE: the model's chat template has no form in Go's template language here.\n"
-            "# Ollama takes one of its own by likeness: compare what it sends to the model."
+            "# No TEMPLATE: the model's chat template could not be translated for Ollama, which\n"
+            "# then picks the most similar one that it knows: check what it sends to the model."
         )
     if system:
         lines.append(f'SYSTEM """{system}"""')
@@ -97,7 +97,7 @@ def modelfile(
 
 
 def derived_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Takes a chat template apart; None if conversations are more than their messages in a row."""
+    """Takes a chat template apart; None if a conversation is more than its messages in a row."""
 
     def rendered(contents: str, answer: bool = False) -> str:
         return tokenizer.apply_chat_template(
@@ -120,7 +120,7 @@ def derived_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
         )
         asked = ("U", "SU", "UAV", "SUAV")
         same = all(turns.render(conversation(c)) == rendered(c, True) for c in asked)
-    except Exception:  # a template refuses a system message, or is no template of ours
+    except Exception:  # a template may refuse a system message, or fail in any way of its own
         return None
     return turns if same and "{{" not in "".join(map(str, turns)) else None
 

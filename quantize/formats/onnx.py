@@ -1,5 +1,5 @@
 """quantized/ -> ONNX for onnxruntime, onnxruntime-genai and transformers.js: the same codes in
-MatMulNBits, scales in half precision, activations in int8 by blocks, a key-value cache outside.
+MatMulNBits, scales in half precision, activations in int8 blocks, and a cache that callers keep.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finequant.recipes.schema import Recipe
 
 SMALLEST_BLOCK = 16
 SINGLE_FILE = 1_900_000_000
-"""Bytes up to which weights are inside: a protocol buffer holds 2 GB."""
+"""Bytes of weights up to which they are inside the model file: a protocol buffer holds 2 GB."""
 
 LARGEST_HALF = 65504.0
 
@@ -33,7 +33,7 @@ def check_fits(contents: Contents) -> None:
     """Refuses what MatMulNBits cannot hold.
 
     Raises:
-        UserError: for groups that blocks of 16 do not divide, or norms that the graph lacks.
+        UserError: for group sizes that are not multiples of 16, or norms that the graph lacks.
     """
     check_norms("onnx", contents.config)
     sizes = set(contents.group_sizes.values())
@@ -45,7 +45,7 @@ def check_fits(contents: Contents) -> None:
 
 
 def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Writes model, configuration for onnxruntime-genai and tokenizer; returns figures.
+    """Writes model, configurations and tokenizer; returns figures for the manifest.
 
     Raises:
         UserError: for a number beyond half precision.
@@ -58,9 +58,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
     length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
     model = Decoder(stored, length).model()
-    # transformers.js takes the suffix from dtype: q4, or q8.
-    few = max(bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING)) <= 4
-    file = folder / ("model_q4.onnx" if few else "model_quantized.onnx")
+    # transformers.js derives the file's suffix from its option dtype, q4 or q8.
+    most = max(bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))
+    file = folder / ("model_q4.onnx" if most <= 4 else "model_quantized.onnx")
     outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE
     onnx.save(model, file, save_as_external_data=outside, location=f"{file.name}_data")
     copy_beside(stored, folder)
@@ -133,7 +133,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
 ) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Codes and scales by the nodes that use them, and what stayed in float."""
+    """Returns codes and scales, found through the nodes that use them, and float tensors."""
     import onnx
     from onnx import numpy_helper
 
@@ -161,7 +161,7 @@ def read_back(
 def _grouped(
     data: np.ndarray, scale: np.ndarray, bits: int, stored: QuantizedCheckpoint, layer: str
 ) -> Rounded:
-    """Codes, and one scale of the equal ones of each group."""
+    """Unpacks codes, and keeps one of the equal scales of each group's blocks."""
     step = stored.group_size(layer) // block_size(stored.group_size(layer))
     scales = torch.from_numpy(scale.copy()).view(len(data), -1)[:, ::step]
     return Rounded(unpacked(data, bits), scales)

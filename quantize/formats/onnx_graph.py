@@ -1,7 +1,7 @@
-"""A Llama decoder as an ONNX graph over codes: MatMulNBits, GroupQueryAttention, its own cache.
+"""A decoder as an ONNX graph over codes: MatMulNBits, GroupQueryAttention, its cache as inputs.
 
-Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Names of
-inputs and outputs are those that onnxruntime-genai and transformers.js look for.
+The operators are in https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+Inputs and outputs have the names that onnxruntime-genai and transformers.js look for.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Decoder:
         return inputs, [logits, *(describe(f"present.{name}", floats, whole) for name in names)]
 
     def _attention_inputs(self) -> list[str]:
-        """Last positions and total length, as GroupQueryAttention wants them, from the mask."""
+        """Adds nodes that compute last positions and total length from the mask, for attention."""
         step = self._constant("step", np.array([1], np.int64))
         count = self._node("ReduceSum", ["attention_mask", step], "mask_sum", keepdims=0)
         last = self._node("Sub", [count, step], "last_position")
@@ -127,7 +127,7 @@ class Decoder:
     def _norm(self, states: str, name: str) -> str:
         weight = self._constant(f"{name}.weight", self._float(f"{name}.weight"))
         epsilon = self._config.rms_norm_eps
-        # onnxruntime's own in ONNX's domain; every version has it, and kernels in browsers too.
+        # onnxruntime's own operator, in ONNX's domain; every version has it, in browsers, too.
         return self._node(
             "SimplifiedLayerNormalization", [states, weight], name, axis=-1, epsilon=epsilon
         )
@@ -230,7 +230,8 @@ class Decoder:
 
 
 def packed(codes: torch.Tensor, block: int, bits: int) -> np.ndarray:
-    """uint8 [out, blocks, bytes]: code + 8, the first of two in the low half, or code + 128."""
+    """Packs codes into uint8 [out, blocks, bytes]: code + 8, the first of two in the low half, or
+    code + 128."""
     if bits == 8:
         offset = (codes.to(torch.int16) + 128).to(torch.uint8)
         return offset.unflatten(1, (-1, block)).numpy()
@@ -239,7 +240,7 @@ def packed(codes: torch.Tensor, block: int, bits: int) -> np.ndarray:
 
 
 def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
-    """int8 codes [out, in] of what `packed` returns."""
+    """Returns int8 codes [out, in] from the result of `packed`."""
     values = torch.from_numpy(data.copy()).flatten(1)
     if bits == 8:
         return (values.to(torch.int16) - 128).to(torch.int8)
@@ -247,7 +248,7 @@ def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
 
 
 def rotary_tables(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [length, head_dim / 2] each: cosine and sine of every position."""
+    """Computes cosine and sine of every position, each float32 [length, head_dim / 2]."""
     rotary = type(anatomy(config).model.model.rotary_emb)(config)
     tables = rotary(torch.zeros(1), torch.arange(length)[None])
     cos, sin = (table[0, :, : head_dim(config) // 2].numpy() for table in tables)

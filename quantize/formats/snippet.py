@@ -1,4 +1,4 @@
-"""Parts of the model card's snippets, one of which every format has."""
+"""Parts that the formats' snippets on the model card share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import requires
 
 
 def pip_install(*packages: str) -> str:
-    """Writes the command with the versions from which finequant itself takes these packages."""
+    """Writes the command, with the versions of the packages that finequant itself requires."""
     from packaging.requirements import Requirement
 
     known = {entry.name: entry.specifier for entry in map(Requirement, requires("finequant"))}
@@ -14,10 +14,10 @@ def pip_install(*packages: str) -> str:
 
 
 def transformers_code(repository: str, chat: str, model: str) -> str:
-    """Python that answers `chat` with plain transformers.
+    """Writes Python that answers a chat with plain transformers.
 
     chat: Python that sets `messages`.
-    model: Python that loads the model, with {} in place of the repository's name.
+    model: a Python expression that loads the model, with {} in place of the repository's name.
     """
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -111,10 +111,10 @@ class Adapter:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not an adapter of {name}: {reason}") from None
         self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
-        for key, what in REFUSED.items():
+        for key, feature in REFUSED.items():
             if (value := config.get(key)) not in (None, False, "none", [], {}):
                 raise UserError(
-                    f"{folder}: cannot be merged: it has {what} ({key}: {value}); expected "
+                    f"{folder}: cannot be merged: it has {feature} ({key}: {value}); expected "
                     "matrices of LoRA, rsLoRA or DoRA only: train without"
                 )
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")

@@ -83,7 +83,7 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class FakeQuantized(torch.nn.Module):
-    """Holds codes and scales in place of a weight [out, in], as they will ship; both are fixed.
+    """Holds codes and scales as they will ship, in place of a weight [out, in], and trains nothing.
 
     start: the codes and scales to start from.
     dtype: the dtype of the shipped model's arithmetic.

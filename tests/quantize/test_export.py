@@ -291,7 +291,7 @@ def test_gguf_names_the_pre_tokenizer(tokenizer):
         ByteLevel(add_prefix_space=True),
         Sequence([Digits(individual_digits=False), gpt_2]),
     ):
-        with pytest.raises(UserError, match="cuts words by (Whitespace|ByteLevel|Digits)"):
+        with pytest.raises(UserError, match="splits words by (Whitespace|ByteLevel|Digits)"):
             name_of(cut)
 
 
