@@ -121,8 +121,9 @@ def _yaml_problem(error: Exception, text: str) -> str:
     mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
     line = mark.line if mark else position and text.count("\n", 0, position)
     where = "" if line is None else f":{line + 1}"
-    what = str(getattr(error, "problem", None) or error or type(error).__name__)
-    return f"{where}: not valid YAML: {what.splitlines()[0]}"
+    what = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
+    advice = ": indent with spaces, not with tabs" if "'\\t'" in what else ""
+    return f"{where}: not valid YAML: {what}{advice}"
 
 
 def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> Any:
@@ -212,7 +213,7 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
         else:
             message = _expectation(item["msg"])
             if item["type"] != "value_error" or not isinstance(item["input"], dict):
-                message += f" (value {_shown(item['input'])}){_quotes(item)}"
+                message += f" (value {_shown(item['input'])}){_other_spelling(item)}"
         problems.setdefault(at, []).append(message)
     return [
         f"{_origin(origins, at)}: {_dotted(at) or 'recipe'}: {'; or '.join(messages)}"
@@ -233,8 +234,10 @@ def _expectation(message: str) -> str:
     return message
 
 
-def _quotes(item: ErrorDetails) -> str:
-    """Advises to write a number without quotes, if the quotes are what is wrong with it."""
+def _other_spelling(item: ErrorDetails) -> str:
+    """Says how to write the value, where it is a number in quotes or a list without brackets."""
+    if item["type"] == "literal_error" and "," in str(item["input"]):
+        return f"; write a list in brackets: [{item['input']}]"
     try:
         float(item["input"] if isinstance(item["input"], str) else "")
     except ValueError:

@@ -32,14 +32,15 @@ def locate_recipe(name: Path) -> Path:
     """
     if is_run(name):
         return name / IN_RUN
-    is_plain = name.parent == Path() and not name.suffix
-    if name.is_dir() and not is_plain:
+    is_plain = name.parent == Path() and not name.suffix and name.name not in ("", "..")
+    if is_plain and not name.is_file():
+        for file in (name.with_suffix(".yaml"), SHIPPED / f"{name}.yaml"):
+            if file.is_file():
+                return file
+    if name.is_dir():
         raise UserError(f"{name}: a folder, but not a run directory: expected {IN_RUN} in it")
     if name.is_file() or not is_plain:
         return name
-    for file in (name.with_suffix(".yaml"), SHIPPED / f"{name}.yaml"):
-        if file.is_file():
-            return file
     near = get_close_matches(name.name, shipped_recipes(), n=1)
     raise UserError(
         f"{name}: cannot read the recipe: expected a file, a run directory, or one that comes with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -68,6 +69,8 @@ def text_of(row: dict[str, Any], column: str, where: str, default: str | None = 
         ) from None
 
 
-def columns_of(row: dict[str, Any]) -> str:
+def columns_of(row: Iterable[Any], most: int = 30) -> str:
     """Lists the names of the columns, for a message."""
-    return ", ".join(map(str, row)) or "none"
+    names = [str(name) or "''" for name in row]
+    rest = len(names) - most
+    return (", ".join(names[:most]) or "none") + (f" and {rest} more" if rest > 0 else "")

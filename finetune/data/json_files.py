@@ -87,11 +87,25 @@ def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
     """Returns the lists of rows in an object, by key; None if the object is itself a row.
 
     Known forms are {"data": [rows]} with any keys, {"train": [rows], "test": [rows]},
-    {id: row, ...}, and {column: [values], ...} with columns of equal length.
+    {id: row, ...}, {column: [values], ...} with columns of equal length, and what pandas writes:
+    {column: {"0": value, ...}, ...} and {"columns": [names], "data": [[values], ...]}.
     """
     values = list(content.values())
     if values and all(isinstance(value, dict) for value in values):
+        index = list(values[0])
+        if (
+            index
+            and all(key.isdecimal() for key in index)
+            and all(list(c) == index for c in values)
+        ):
+            columns = (column.values() for column in values)
+            return {
+                "": [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+            }
         return {"": values}
+    names, cells = content.get("columns"), content.get("data")
+    if _are_rows_of(names, cells):
+        return {"": [dict(zip(names, row, strict=True)) for row in cells]}
     lists = {
         key: value
         for key, value in content.items()
@@ -105,6 +119,16 @@ def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
         rows = [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
         return {"": rows} if rows else None
     return None
+
+
+def _are_rows_of(names: Any, cells: Any) -> bool:
+    """Says whether these are names of columns and, for each row, a list of as many values."""
+    return (
+        isinstance(names, list)
+        and isinstance(cells, list)
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(row, list) and len(row) == len(names) for row in cells)
+    )
 
 
 def _unwrapped(content: dict[str, Any], path: Path, split: str) -> Any:

@@ -73,11 +73,10 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
     """Yields the rows of what `save_to_disk` wrote, or of all files of rows, sorted by name; if the
     names contain splits (train-00000.parquet, test.jsonl), only of the files of `split`."""
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+    if _is_saved(folder):
         yield from _read_saved(folder, split)
         return
-    files = [file for file in sorted(folder.iterdir()) if _is_table(file)]
-    named = [name for name, words in SPLITS.items() if any(_words(file) & words for file in files)]
+    files, named = _tables(folder)
     if named:
         files = [file for file in files if _words(file) & SPLITS.get(split, {split})]
     if not files:
@@ -85,6 +84,28 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
         raise UserError(f"{folder}: no file of rows for {split} in this folder; {what}")
     for file in files:
         yield from _read_file(file, split)
+
+
+def _tables(folder: Path) -> tuple[list[Path], list[str]]:
+    """Lists the files of rows in a folder, and the splits that their names speak of."""
+    files = [file for file in sorted(folder.iterdir()) if _is_table(file)]
+    named = [name for name, words in SPLITS.items() if any(_words(file) & words for file in files)]
+    return files, named
+
+
+def files_of_no_split(source: Source) -> list[str]:
+    """Lists the files of a folder that `read_source` leaves out for every split, because only the
+    names of others speak of one."""
+    folder = Path(source.source)
+    if not folder.is_absolute() or not folder.is_dir() or _is_saved(folder):
+        return []
+    files, named = _tables(folder)
+    known = {source.split}.union(*SPLITS.values())
+    return [file.name for file in files if named and not _words(file) & known]
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def _is_table(file: Path) -> bool:

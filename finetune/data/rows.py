@@ -34,11 +34,15 @@ FORMATS = (
 CHAT_COLUMNS = ("messages", "conversations")
 WANTED = ("label", "kto_tag")
 """KTO's columns: false marks an answer that people did not want."""
+PAIR = {"chosen", "rejected"}
 PREFERENCES = (
     "preference pairs (chosen, rejected) are not supported; write the chosen answer as the last "
-    "message of its conversation, or map it: columns: {prompt: ..., completion: chosen}"
+    "message of its conversation, or map it: columns: {prompt: ..., completion: chosen}, or "
+    "columns: {messages: chosen} where it is a whole conversation"
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+MEDIA = re.compile("<(image|audio|video)>")
+"""Where LLaVA's and LLaMA-Factory's messages refer to a column with a file."""
 
 
 @dataclass
@@ -96,6 +100,7 @@ class RowReader:
         if "rejected" in row and messages and messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: {PREFERENCES}")
         check_messages(messages, where)
+        _check_media(messages, row, where)
         system = self._text_of("system", row, where, "") or self.data.system
         if system and messages[0]["role"] != "system":
             check_characters(system, where)
@@ -194,13 +199,7 @@ class RowReader:
 
     @cached_property
     def _mapped(self) -> set[str]:
-        """Returns the columns that the recipe's `columns` read."""
-        paths = [
-            path
-            for template in self.source.columns.values()
-            for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
-        ]
-        return {*paths, *(re.split(r"[.\[]", path)[0] for path in paths)}
+        return mapped_columns(self.source.columns)
 
     def _known_columns(self, row: dict[str, Any]) -> set[str]:
         known = {name for name in WANTED if isinstance(row.get(name), bool)}
@@ -223,6 +222,16 @@ class RowReader:
         return ""
 
 
+def mapped_columns(columns: dict[str, str]) -> set[str]:
+    """Returns the columns that the recipe's `columns` read."""
+    paths = [
+        path
+        for template in columns.values()
+        for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
+    ]
+    return {*paths, *(re.split(r"[.\[]", path)[0] for path in paths)}
+
+
 def detect_format(source: Source, row: dict[str, Any]) -> str:
     """Determines the format of a source, from the recipe or its first row.
 
@@ -237,13 +246,23 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
     for form, columns, _ in FORMATS:
         if columns <= row.keys():
             return form
-    if {"chosen", "rejected"} <= row.keys():
+    if row.keys() >= PAIR:
         raise UserError(f"{source.source}: {PREFERENCES}")
     raise UserError(
         f"{source.source}: cannot tell the format from the columns {columns_of(row)}; "
         "expected messages, prompt and completion, instruction and output, or text. "
         "Map your own: columns: {prompt: QUESTION_COLUMN, completion: ANSWER_COLUMN}"
     )
+
+
+def _check_media(messages: list[Message], row: dict[str, Any], where: str) -> None:
+    """Refuses messages about a picture: without it, the model would learn to invent one."""
+    for message in messages:
+        for kind in MEDIA.findall(message["content"]):
+            if column := next((name for name in (kind, f"{kind}s") if row.get(name)), None):
+                raise BadRowError(
+                    f"{where}: a message refers to column {column} by <{kind}>: only text is read"
+                )
 
 
 def _is_pair(pair: Any) -> bool:

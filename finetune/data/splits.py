@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from finequant.finetune.data.columns import columns_of
 from finequant.finetune.data.files import BadRowError, Unparsed, parsed
 from finequant.finetune.data.pool import computed, in_batches
-from finequant.finetune.data.readers import read_unparsed
+from finequant.finetune.data.readers import files_of_no_split, read_unparsed
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.rows import Findings, RowReader
 from finequant.finetune.data.table import (
@@ -112,6 +113,8 @@ class _Reading:
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         self.notes.append(f"{name}: {count} rows, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
+        if files := files_of_no_split(source):
+            self.notes.append(f"{name}: files of no split, not read: {columns_of(files)}")
         if findings.unread:
             self.notes.append(f"{name}: not read: {', '.join(findings.unread)}")
         for what, rows in (("repairs", findings.repaired), ("bad rows dropped", bad)):

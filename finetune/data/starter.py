@@ -7,15 +7,18 @@ import json
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any, Literal, get_args
 
+from finequant.finetune.data.columns import columns_of, text_of
+from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.readers import read_source
-from finequant.finetune.data.rows import FORMATS
+from finequant.finetune.data.rows import FORMATS, PAIR, PREFERENCES, mapped_columns
 from finequant.finetune.device import device
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe, Source
@@ -56,6 +59,8 @@ class Look:
     columns: dict[str, str]
     """The source's `columns`; empty for rows of a known layout."""
     answers: list[str]
+    unread: list[str] = field(default_factory=list)
+    """Columns that are left out, where `columns` says which are not."""
 
 
 def write_recipe(
@@ -65,38 +70,55 @@ def write_recipe(
     task: Task | None,
     target: Path,
     columns: dict[str, str] | None = None,
-) -> None:
+) -> Look:
     """Looks at the rows and writes a commented recipe, and the schema for editors beside it.
 
     columns: the columns of `prompt` and `completion`; a missing one is guessed.
 
     Raises:
-        UserError: for rows whose question and answer cannot be told apart, or a file that exists.
+        UserError: for rows whose question and answer cannot be told apart, or a file that exists
+            or cannot be written.
     """
     schema = target.with_name("recipe.schema.json")
     if target.exists():
-        raise UserError(f"{target}: exists already; choose another name: --to FILE.yaml")
+        raise UserError(
+            f"{target}: exists already: edit it, or choose another name: --to FILE.yaml"
+        )
     for option, file in (("--data", data), ("--test", test)):
         if file and not any(match.exists() for match in matching_files(file.resolve())):
             raise UserError(f"{option}: {file} does not exist")
     look = look_at(_rows_of(data), data, task, columns or {})
     held_out = _columns_of_test(test, look) if test else {}
     text = recipe_text(look, data, test, base, target, held_out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not schema.exists():
-        schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
-    target.write_text(text, encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not schema.exists():
+            schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{target}: cannot be written: {reason}; choose another name: --to FILE.yaml"
+        ) from None
+    return look
 
 
 def _rows_of(data: Path) -> list[dict[str, Any]]:
-    """Reads the first rows, without broken ones."""
-    rows = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
-    return [row for row in rows if isinstance(row, dict)]
+    """Reads the first rows, without broken ones.
+
+    Raises:
+        UserError: the first row's, if all of them are broken.
+    """
+    read = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
+    rows = [row for row in read if isinstance(row, dict)]
+    if not rows and isinstance(read[0], UserError):
+        raise read[0]
+    return rows
 
 
 def _columns_of_test(test: Path, look: Look) -> dict[str, str]:
     """Returns the columns of held-out rows, whose names may differ: summary1 for summary."""
-    rows = [dict(_texts(row)) for row in _rows_of(test)]
+    rows = [_cells(row, look.columns.values()) for row in _rows_of(test)]
     if not look.columns or not rows:
         return look.columns
     there = {field: name for field, name in look.columns.items() if name in rows[0] or "{" in name}
@@ -125,14 +147,16 @@ def look_at(
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
         return Look(task or _task_of(answers, name), {}, answers)
-    flat = [dict(_texts(row)) for row in rows]
+    if first.keys() >= PAIR and "completion" not in columns:
+        raise UserError(f"{data}: {PREFERENCES}")
+    flat = [_cells(row, columns.values()) for row in rows]
     if list(flat[0]) == ["text"] and not columns:
         return Look(task or "chat", {}, [])  # plain text
     question, answer = _columns(flat, data, columns)
     answers = [str(row.get(answer)) for row in flat]
-    return Look(
-        task or _task_of(answers, answer), {"prompt": question, "completion": answer}, answers
-    )
+    chosen = {"prompt": question, "completion": answer}
+    unread = [name for name in first if name not in mapped_columns(chosen)]
+    return Look(task or _task_of(answers, answer), chosen, answers, unread)
 
 
 def _columns(rows: Sequence[dict[str, str]], data: Path, given: dict[str, str]) -> tuple[str, str]:
@@ -151,15 +175,26 @@ def _columns(rows: Sequence[dict[str, str]], data: Path, given: dict[str, str]) 
     if question is None or answer is None:
         raise UserError(
             f"{data}: which column is the question and which the answer? The columns with text "
-            f"are {', '.join(texts) or 'none'}: add --prompt COLUMN --completion COLUMN"
+            f"are {columns_of(texts)}: add --prompt COLUMN --completion COLUMN"
         )
-    for field, name in given.items():
+    for option, name in given.items():
         if name not in texts and "{" not in name:
             raise UserError(
-                f"--{field}: {data} has no column {name!r} with text; expected one of "
-                f"{', '.join(texts)}"
+                f"--{option}: {data} has no column {name!r} with text; expected one of "
+                f"{columns_of(texts)}"
             )
     return question, answer
+
+
+def _cells(row: dict[str, Any], given: Iterable[str]) -> dict[str, str]:
+    """Returns the texts of a row, and other values where their names say that they are answers,
+    as numbers of labels are, or where they are given."""
+    cells = dict(_texts(row))
+    labels = [name for name, value in row.items() if isinstance(value, (int, float))]
+    for name in (*(label for label in labels if label.lower() in ANSWERS), *given):
+        with suppress(BadRowError):
+            cells.setdefault(name, text_of(row, name, ""))
+    return cells
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

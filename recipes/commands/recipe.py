@@ -42,13 +42,18 @@ def init(
     from finequant.recipes.terminal import doing, say
 
     doing(f"init: reading {data}")
+    from finequant.finetune.data.columns import columns_of
     from finequant.finetune.data.starter import write_recipe
 
     target = to or Path(f"{data.resolve().name.partition('.')[0]}.yaml")
     columns = {"prompt": prompt, "completion": completion}
     given = {field: name for field, name in columns.items() if name}
-    write_recipe(data, test, base, task, target, given)
+    look = write_recipe(data, test, base, task, target, given)
     say(f"init: {target} written: a recipe to change as you like")
+    if look.columns:
+        chosen = ", ".join(f"{field} is column {name}" for field, name in look.columns.items())
+        left = f"; not read: {columns_of(look.unread)}" if look.unread else ""
+        say(f"init: {chosen}{left}")
     _preview(load_recipe(target, []), 3)
     file = shlex.quote(str(target))
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")

@@ -166,6 +166,26 @@ def test_preference_pairs_are_refused_by_name(tmp_path, row):
         load(tmp_path, [row])
 
 
+@pytest.mark.parametrize(
+    ("column", "text", "kind"),
+    [
+        ("image", "<image>\nWhat?", "image"),
+        ("images", "<image> What?", "image"),
+        ("videos", "What is in <video>?", "video"),
+        ("audio", "<audio>", "audio"),
+    ],
+)
+def test_a_message_about_a_file_is_refused(tmp_path, column, text, kind):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "A cat."}]
+    says = f"refers to column {column} by <{kind}>: only text is read"
+    with pytest.raises(UserError, match=says):
+        load(tmp_path, [{"conversations": turns, column: ["a"]}])
+    with pytest.raises(UserError, match=says):
+        load(tmp_path, [{"prompt": text, "completion": "A cat.", column: "a"}])
+    for row in ({"conversations": turns}, {"conversations": turns, column: []}):
+        load(tmp_path, [row, {**row, "conversations": [{"from": "human", "value": "b"}, turns[1]]}])
+
+
 # Turns
 
 

@@ -54,6 +54,16 @@ FILES: dict[str, bytes] = {
     "wrapped and pretty.json": json.dumps({"rows": ROWS, "n": 3}, indent=1).encode(),
     "by id.json": json.dumps({f"id-{n}": row for n, row in enumerate(ROWS)}).encode(),
     "columns.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode(),
+    "pandas columns.json": json.dumps(
+        {name: {f"{3 * n}": row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}
+    ).encode(),
+    "pandas split.json": json.dumps(
+        {
+            "columns": list(ROWS[0]),
+            "index": list(range(len(ROWS))),
+            "data": [list(row.values()) for row in ROWS],
+        }
+    ).encode(),
     "splits.json": json.dumps({"test": ROWS[:1], "train": ROWS}).encode(),
     "rows.csv": table(),
     "excel.csv": table(encoding="utf-8-sig", end="\r\n"),
@@ -129,6 +139,15 @@ def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
     assert rows_of(tmp_path, "validation") == [{"text": "held"}]
     with pytest.raises(UserError, match="no file of rows for test .*only files of train, valid"):
         rows_of(tmp_path, "test")
+
+
+def test_files_whose_names_speak_of_no_split_beside_others_that_do_are_named(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl", "latest.jsonl", "notes.md"):
+        (tmp_path / name).write_text(LINES)
+    data = Data.model_validate({"train": {"source": str(tmp_path)}, "validation_fraction": 0})
+    assert load_splits(data, 0).notes[1:] == [
+        f"{tmp_path.name}: files of no split, not read: latest.jsonl, more.jsonl"
+    ]
 
 
 @pytest.mark.parametrize("written", ["my shards/*.jsonl", "./my shards/part-?.jsonl", "my shards"])

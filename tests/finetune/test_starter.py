@@ -39,6 +39,16 @@ KINDS = {
         ["exact_match", "multiple_choice"],
         ("where is 0?", "lost"),
     ),
+    "numbers as labels": (
+        [{"id": n, "text": f"where is {n}?", "label": n % 3} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("where is 0?", "0"),
+    ),
+    "truth as labels": (
+        [{"text": f"where is {n}?", "label": n % 2 == 0} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("where is 0?", "true"),
+    ),
     "intents with other names": (
         [
             {"Utterance text": f"go {n}", "Intent name": "go" if n % 3 else "stop"}
@@ -125,6 +135,45 @@ def test_columns_can_be_given_and_odd_names_make_a_valid_recipe(tmp_path):
     recipe = load_recipe(target, [])
     assert (recipe.name, recipe.model.base) == ("2024-05-01", str(tmp_path / "my base"))
     assert load_splits(recipe.data, 0).train[0].messages[1]["content"] == "house 0"
+
+
+@pytest.mark.parametrize("completion", ["score", "turns[1].value", "more.grade"])
+def test_a_column_that_is_given_may_hold_anything_that_becomes_text(tmp_path, completion):
+    rows = [
+        {"q": f"{n}?", "score": n, "turns": [{"value": "a"}, {"value": "b"}], "more": {"grade": 1}}
+        for n in range(20)
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    columns = {"prompt": "q", "completion": completion}
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml", columns)
+    assert look.columns == columns
+    assert len(look.unread) == 2
+    assert load_splits(load_recipe(tmp_path / "mine.yaml").data, 0).train
+
+
+def test_preference_pairs_are_refused_unless_an_answer_is_chosen(tmp_path):
+    file, target = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    rows = [{"prompt": f"{n}?", "chosen": f"{n}", "rejected": "no"} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match="preference pairs"):
+        write_recipe(file, None, None, None, target)
+    write_recipe(file, None, None, None, target, {"prompt": "prompt", "completion": "chosen"})
+    assert load_splits(load_recipe(target).data, 0).train
+
+
+def test_of_rows_that_are_all_broken_the_first_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{'a': 1}\n{'a': 2}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: broken JSON at column 2"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_a_recipe_that_cannot_be_written_is_a_message(tmp_path):
+    file = tmp_path / "rows.txt"
+    file.write_text("a text", encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.txt/mine.yaml: cannot be written: .*--to FILE"):
+        write_recipe(file, None, None, None, file / "mine.yaml")
 
 
 def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):

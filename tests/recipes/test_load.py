@@ -263,6 +263,11 @@ WHOLE_FILES = {
     "name with a newline": (RECIPE.replace("tiny", '"a\\n"'), "(value 'a\\n')"),
     "no sources": (RECIPE.replace("rows.jsonl", "[]"), "recipe.yaml:5: data.train: expected to"),
     "missing base": (RECIPE.replace("base: base", "base: ./no"), "recipe.yaml:3: model.base: no s"),
+    "tabs": (
+        "name: a\nmodel:\n\tbase: b\n",
+        "recipe.yaml:3: not valid YAML: found character '\\t' that "
+        "cannot start any token: indent with spaces, not with tabs",
+    ),
     "13th month": (RECIPE + "x: 2024-13-01\n", "not valid YAML: month must be in 1..12"),
     "too many digits": (RECIPE + f"seed: {'9' * 5000}\n", "not valid YAML: Exceeds the limit"),
     "too deep": (RECIPE + "lora: " + "[" * 3000 + "]" * 3000, "not valid YAML: maximum recursion"),
@@ -325,6 +330,7 @@ def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
         ("lora.rank=!!python/object:os.system {}", "!!python/object:os.system is not understood"),
         ("name=2024-05-01", "date is not understood (value '2024-05-01')"),
         ("name.first=a", "command line: name.first=a: the recipe has no name.first"),
+        ("evaluate.metrics=f1,rouge", "; write a list in brackets: [f1,rouge]"),
         ("data.test.2.limit=5", "command line: data.test.2.limit=5: the recipe has no data.test.2"),
         ("data.test.-1.limit=5", "the recipe has no data.test.-1"),
         ("data.test.0.limt=5", "command line: data.test.0.limt: unknown key (value 5)"),

@@ -41,6 +41,14 @@ def test_a_run_directory_resumes_in_itself(recipe_file, tmp_path):
     assert again.data == recipe.data
 
 
+@pytest.mark.parametrize("name", [".", "..", "rows", "rows/", "/"])
+def test_a_folder_without_a_recipe_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(UserError, match="a folder, but not a run directory"):
+        load_recipe(name)
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"quikstart: cannot read .* did you mean quickstart\?"):
         load_recipe("quikstart")
