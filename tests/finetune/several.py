@@ -1,8 +1,8 @@
-"""several.py FOLDER: what two and four processes do, scenario after scenario.
+"""several.py FOLDER: runs scenarios of two and four processes, one after the other.
 
-Each scenario is a call of the real entry; `FOLDER/NAME-RANK.txt` keeps what it said, and `.code`
-its exit code. This process imports the libraries, which takes longer than a training, and forks
-those that torchrun would start.
+Each scenario calls the real entry; `FOLDER/NAME-RANK.txt` keeps its output, and `.code` its exit
+code. This process imports the libraries, which takes longer than a training, and forks the
+processes that torchrun would start.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def rank() -> int:
 
 
 def launch(processes: int, work: Callable[..., None], *arguments: object) -> bool:
-    """Does the work in several processes, as torchrun, in forks; whether all came to its end."""
+    """Does the work in forked processes, as under torchrun; says whether all of them finished."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -90,7 +90,7 @@ def launch(processes: int, work: Callable[..., None], *arguments: object) -> boo
 
 
 def train(name: str, *overrides: str, run: str | None = None, entry=main) -> int:
-    """Trains in FOLDER/RUN, which is called as the scenario if nothing is said; the exit code."""
+    """Trains in FOLDER/RUN, by default named like the scenario; returns the exit code."""
     code = 0
     with (
         (FOLDER / f"{name}-{rank()}.txt").open("w", buffering=1, encoding="utf-8") as said,
@@ -107,7 +107,7 @@ def train(name: str, *overrides: str, run: str | None = None, entry=main) -> int
 
 @contextmanager
 def at_step(step: int, process: int, do) -> Iterator[None]:
-    """In one process, `do` gets the loss of that step; what it returns takes its place."""
+    """Replaces the loss of a step, in one process, by what `do` makes of it."""
     whole = LoraTrainer.compute_loss
 
     def compute_loss(self, *arguments, **options):
@@ -122,9 +122,9 @@ def at_step(step: int, process: int, do) -> Iterator[None]:
 
 @contextmanager
 def fsdp() -> Iterator[None]:
-    """As `accelerate launch --config_file fsdp.yaml` starts processes, but on the CPU.
+    """Sets up processes as `accelerate launch --config_file fsdp.yaml` does, but on the CPU.
 
-    accelerate takes FSDP for GPUs only, so it is told that these are some.
+    accelerate allows FSDP on GPUs only, so it is made to believe that there are some.
     """
     parser = launch_command_parser()
     arguments = ["--config_file", str(FSDP), "--main_process_port", "0", "train.py"]
@@ -148,7 +148,7 @@ def fsdp() -> Iterator[None]:
 
 @contextmanager
 def at_block(number: int | None, do: Callable[[], None] | None = None) -> Iterator[None]:
-    """Does something when a process comes to the block; says which ones are quantized."""
+    """Calls `do` when a process reaches the block; prints each block that is quantized."""
     whole = _Calibration._quantize
 
     def _quantize(self, block, prefix, names):
@@ -164,7 +164,7 @@ def at_block(number: int | None, do: Callable[[], None] | None = None) -> Iterat
 
 @contextmanager
 def at_model(loaded: str, do: Callable[[], None]) -> Iterator[None]:
-    """Does something when evaluation loads the model."""
+    """Calls `do` when evaluation loads the model."""
     whole = compare.load_model
 
     def load_model(name, *arguments):
@@ -179,7 +179,7 @@ def at_model(loaded: str, do: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def few_tokens_a_step() -> Iterator[None]:
-    """Two rows of 32 tokens in each step that trains a block or scales."""
+    """Gives two rows of 32 tokens to each step that trains a block or scales."""
     before = reconstruct.TOKENS, scales.SCALE_TOKENS
     reconstruct.TOKENS = scales.SCALE_TOKENS = 64
     yield
@@ -188,7 +188,7 @@ def few_tokens_a_step() -> Iterator[None]:
 
 @contextmanager
 def few_tokens_at_once() -> Iterator[None]:
-    """Logits of five tokens at a time: of two processes, some have more such parts than others."""
+    """Limits logits to five tokens at a time, so that processes differ in their number of parts."""
     before, trainers.TARGETS_AT_ONCE = trainers.TARGETS_AT_ONCE, 5
     yield
     trainers.TARGETS_AT_ONCE = before
@@ -196,7 +196,7 @@ def few_tokens_at_once() -> Iterator[None]:
 
 @contextmanager
 def weighed(name: str) -> Iterator[None]:
-    """Writes to FOLDER/NAME-RANK-bytes.json what this process holds of the model's tensors."""
+    """Writes to FOLDER/NAME-RANK-bytes.json how many bytes of the model this process holds."""
     build, end = aware_model.fake_quantized_model, aware_stage._trained_codes
     held = {}
 
@@ -233,7 +233,7 @@ def kill(process: int) -> None:
 
 
 def trained() -> None:
-    """Trainings of two processes, and quantization-aware ones that go on from there."""
+    """Trains in two processes, and then quantization-aware from the results."""
     train("packed", *PACKED)
     with at_step(2, 1, lambda loss: loss * float("nan")):
         train("nan", "train.save_steps=1")
@@ -254,7 +254,7 @@ def trained() -> None:
 
 
 def split() -> None:
-    """What two processes train with FSDP."""
+    """Trains in two processes with FSDP."""
     for name, overrides in SHARDED.items():
         with fsdp(), few_tokens_at_once(), weighed(name):
             if name == "scales learn, taught":
@@ -274,15 +274,15 @@ def split() -> None:
 
 
 def stage(name: str, number: int) -> None:
-    """Does a stage in `NAME by NUMBER`."""
+    """Runs a stage in `NAME by NUMBER`."""
     entry, overrides, _ = STAGES[name]
     with sums_in_double(), at_block(None):
         train(f"{name} by {number}", *overrides, entry=entry)
 
 
 def killed_in(name: str, number: int, process: int) -> None:
-    """Does a stage to whose end that process does not come. The others leave, as they would: one
-    that stayed would let those wait that wait for its answer."""
+    """Runs a stage in which one process is killed. The others must exit, as they would in reality:
+    any that stayed would keep the processes waiting that need its answer."""
     entry, overrides, killing = STAGES[name]
     run = f"{name} by {number}"
     with sums_in_double(), killing(process):
@@ -290,7 +290,7 @@ def killed_in(name: str, number: int, process: int) -> None:
 
 
 def without_end(number: int) -> None:
-    """What several processes do without being killed."""
+    """Runs the scenarios in which no process is killed."""
     for name in DATA_FREE:
         train(f"{name} by {number}", f"quantize.method={name}", entry=quantize)
     name, few = "scales learn", "train.micro_batch_size=2"
@@ -323,7 +323,7 @@ STAGES = {
 
 
 def copy(run: str, *targets: str) -> None:
-    """Copies a run, but not its trained codes and what it quantized."""
+    """Copies a run without its trained codes and its quantized model."""
     for target in targets:
         made = shutil.ignore_patterns("trained_*", "qat", "quantized")
         shutil.copytree(FOLDER / run, FOLDER / target, ignore=made)
@@ -332,7 +332,7 @@ def copy(run: str, *targets: str) -> None:
 subprocess.run = Reloads()
 stub_figures(setattr)
 gc.collect()
-gc.freeze()  # as conftest.freeze_libraries does, and says why
+gc.freeze()  # for the reason in conftest.freeze_libraries
 assert launch(2, trained)
 copy("undisturbed", *SHARDED)
 assert launch(2, split)

@@ -1,4 +1,4 @@
-"""Rows end to end: each as if it were alone, forward and backward."""
+"""Rows that lie end to end are computed as if each were alone, forward and backward."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_rows_are_as_if_each_were_alone(tiny_base, rows, longest, monkeypatch):
 
 @pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
 def test_tokens_that_change_no_prediction_are_left_out(tiny_base, rows, longest, monkeypatch):
-    """Three of the rows begin alike; another, of another process's share, has no target."""
+    """Three of the rows begin alike; another, from another process's share, has no target."""
     monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
     usual = AutoModelForCausalLM.from_pretrained(tiny_base)
     ours = copy.deepcopy(usual)

@@ -1,4 +1,4 @@
-"""The order of rows is accelerate's, and what fills the last batches teaches nothing."""
+"""The order of rows is accelerate's, and the rows that fill up last batches have no target."""
 
 from __future__ import annotations
 

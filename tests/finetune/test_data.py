@@ -1,4 +1,4 @@
-"""Rows from every kind of file, their splits, and what broken files are told."""
+"""Rows from every kind of file, their splits, and the messages on broken files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def numbered(start: int, stop: int, word: str = "ask") -> list[dict[str, str]]:
 def load(
     train: Path | dict | list, seed: int = 0, validation_fraction: float = 0.0, **settings: Any
 ) -> Splits:
-    """Splits of the recipe section; paths stand for sources."""
+    """Loads the splits of the recipe section; paths stand for sources."""
     settings = {"train": train, "validation_fraction": validation_fraction, **settings}
     for name in ("train", "validation", "test"):
         if isinstance(settings.get(name), Path):
@@ -317,7 +317,7 @@ GOOD = '{"prompt": "ask", "completion": "say"}\n'
 
 
 def chat(*turns: tuple[str, Any]) -> str:
-    """A good row, then one of these turns."""
+    """Returns the lines of a good row, and of one with these turns."""
     good = json.dumps({"messages": TURNS})
     return f"{good}\n" + json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]})
 

@@ -1,4 +1,4 @@
-"""Which device a stage computes on, and in what."""
+"""The device that a stage computes on, and the dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finequant.recipes.errors import UserError
 
 @pytest.fixture
 def hardware(monkeypatch):
-    """Pretends: hardware(gpu=None or whether it has bf16, cpu=names of instructions)."""
+    """Simulates hardware(gpu=None or whether it has bf16, cpu=names of instructions)."""
 
     def pretend(gpu: bool | None, cpu: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
@@ -55,7 +55,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(hardware):
 
 
 def test_an_unused_gpu_does_not_decide_the_precision(hardware, monkeypatch):
-    """accelerate's `use_cpu: true`, of recipes/accelerate/cpu.yaml."""
+    """accelerate's `use_cpu: true`, as in recipes/accelerate/cpu.yaml."""
     hardware(gpu=True, cpu=("avx512_f",))
     assert not trains_on_cpu()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -82,7 +82,7 @@ def test_every_stage_uses_the_same_accelerator(hardware, monkeypatch, kind):
     hardware(gpu=True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "3")  # where each process sees some of the GPUs
+    monkeypatch.setenv("LOCAL_RANK", "3")  # also where each process sees only some of the GPUs
     assert device() == torch.device(kind, 1)
     assert weights_at_once(device()) > weights_at_once(torch.device("cpu"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

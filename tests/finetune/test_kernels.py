@@ -1,4 +1,4 @@
-"""Kernels that are asked for where they cannot be had."""
+"""Kernels that the recipe asks for, and the machine does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused product of LoRA is peft's."""
+"""LoRA's fused product equals peft's."""
 
 import copy
 

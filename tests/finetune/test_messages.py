@@ -1,4 +1,4 @@
-"""Conversations in every form people have: whose turns they are, which are learned, repair."""
+"""Conversations in every form that people have: roles, targets, and repair."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def said(splits: Splits, row: int = 0) -> list[str]:
 
 
 def chat(*turns: str, **more: Any) -> dict[str, Any]:
-    """A row of messages; "u text" is a turn of the user."""
+    """Makes a row of messages; "u text" is a turn of the user."""
     roles = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
     return {"messages": [{"role": roles[t[0]], "content": t[2:]} for t in turns], **more}
 
@@ -114,10 +114,10 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     for loss_on in ("assistant", "all"):
         data = Data(train="rows.jsonl", loss_on=loss_on)
         encoded = encode(read, tokenizer, data)
-        learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
-        assert "right<|im_end|>" in learned
-        assert "wrong" not in learned
-        assert ("user" in learned) == (loss_on == "all")
+        target_text = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+        assert "right<|im_end|>" in target_text
+        assert "wrong" not in target_text
+        assert ("user" in target_text) == (loss_on == "all")
         assert "wrong" in tokenizer.decode(encoded.input_ids)
 
 
@@ -205,8 +205,8 @@ def test_turns_that_are_for_the_template_to_judge(tmp_path, tokenizer, turns, ta
     (row,) = load(tmp_path, [chat(*turns)]).train
     assert row.targets == targets
     encoded = encode(row, tokenizer, Data(train="rows.jsonl"))
-    learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
-    assert learned == "".join(f"{turns[index][2:]}<|im_end|>" for index in targets)
+    target_text = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+    assert target_text == "".join(f"{turns[index][2:]}<|im_end|>" for index in targets)
 
 
 def test_developer_is_another_name_of_system(tmp_path):

@@ -1,4 +1,4 @@
-"""The base model: every Llama loads as it was saved, and what is no Llama is refused in words."""
+"""The base model: every Llama loads as it was saved; anything else is refused with a message."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ VARIANTS = {
 
 
 def save_llama(folder: Path, **changes) -> LlamaForCausalLM:
-    """Saves a tiny Llama, biases and norms random too, and returns it."""
+    """Saves a tiny Llama with random weights, biases and norms, and returns it."""
     shard_size = changes.pop("max_shard_size", "1GB")
     settings = {
         "vocab_size": 320,
@@ -133,7 +133,7 @@ def test_the_base_keeps_the_name_that_the_recipe_gives_it(tiny_base):
 
 
 def test_a_gguf_base_ships_in_bfloat16_unless_the_recipe_says_otherwise():
-    """Two bytes of each weight that had half of one."""
+    """Each weight takes two bytes, where the file has half a byte."""
     assert stored_dtype(load_config(Model(base=EMBEDDED))) == torch.bfloat16
 
 
@@ -150,7 +150,7 @@ def test_the_embedded_model_loads_saves_and_reloads(tmp_path):
     assert len(load_tokenizer(Model(base=str(tmp_path)))) == 49_152
 
 
-# Refusals: a change to the folder of a good model -> words of the message.
+# Refusals: a change to the folder of a good model -> words in the message.
 
 
 def configure(**changes):
@@ -468,7 +468,7 @@ def test_gathered_weights_are_saved_in_place_of_the_models(tiny_base, tmp_path):
 
 
 def test_weights_that_zero3_has_split_are_whole_when_they_are_checked(tiny_base, monkeypatch):
-    """Simulated: DeepSpeed leaves an empty tensor in place of a weight, and gathers on demand."""
+    """DeepSpeed is simulated: it leaves empty tensors for weights, and gathers them on demand."""
     base = load(tiny_base)
     whole = {id(weight): weight.data for weight in base.parameters()}
     gathered = []

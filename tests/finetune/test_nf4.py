@@ -1,4 +1,4 @@
-"""A base in four bits while training: what is trained on it, and what is merged."""
+"""A base in four bits (nf4): training uses it, and the adapter is merged into the float base."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_
     torch.testing.assert_close(
         merged[f"{name}.weight"].float(), expected, atol=1e-2 * expected.std(), rtol=0.01
     )
-    export([*overrides, "--to", "gguf"])  # reads the codes again, which must be those of quantized/
+    export([*overrides, "--to", "gguf"])  # checks that the codes are those of quantized/
     assert list((run / "exports" / "gguf").glob("*.gguf"))
 
 

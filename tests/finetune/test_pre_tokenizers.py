@@ -29,7 +29,7 @@ def split(*patterns: str) -> list[Split]:
     return [Split(Regex(pattern), "isolated") for pattern in patterns]
 
 
-# As they stand in the tokenizer.json of models that llama.cpp has these names for.
+# As in the tokenizer.json of the models that gave llama.cpp these names.
 PRE_TOKENIZERS = {
     "gpt-2": GPT_2,
     "smollm": Sequence([Digits(individual_digits=True), GPT_2]),
@@ -47,9 +47,9 @@ PRE_TOKENIZERS = {
 
 
 def trained(name: str) -> Tokenizer:
-    """A byte-level BPE; that of Llama 3 has a token that no merge leads to, and BOS in front."""
+    """Trains a byte-level BPE; Llama 3's has a token that no merge leads to, and BOS in front."""
     bpe = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
-    # Trained without cutting, so that there are merges that cross what is cut.
+    # Trained without a pre-tokenizer, so that some merges cross its boundaries.
     bpe.pre_tokenizer = BYTES
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -94,7 +94,7 @@ def write_gguf(path, bpe: Tokenizer, pre: str | None) -> None:
 
 @pytest.fixture
 def from_gguf(tmp_path, monkeypatch):
-    """Loads the tokenizer of a GGUF file with this tokenizer.ggml.pre, in a package of its own."""
+    """Loads the tokenizer of a GGUF file with this tokenizer.ggml.pre, from a package."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 

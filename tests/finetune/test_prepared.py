@@ -1,4 +1,4 @@
-"""Rows and tokens on the disk: made once, shared, and the same as those made in memory."""
+"""Rows and tokens on disk: made once, shared, and equal to those made in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(recipe_file):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Sources must not be read any more."""
+    """Makes reading a source fail."""
 
     def stop():
         monkeypatch.setattr(prepared, "load_splits", None)
@@ -99,7 +99,7 @@ def test_tokens_on_the_disk_are_those_in_memory(recipe, tokenizer, monkeypatch):
     train = prepared_splits(recipe).train
     expected = tokens(list(train), tokenizer, recipe.data)
     assert tokens(train, tokenizer, recipe.data) == expected
-    monkeypatch.setattr(dataset, "Encoder", None)  # not needed any more
+    monkeypatch.setattr(dataset, "Encoder", None)  # no longer needed
     assert tokens(train, tokenizer, recipe.data) == expected
 
 

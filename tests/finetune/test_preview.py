@@ -1,4 +1,4 @@
-"""What `finequant data` prints: notes, rows with their learned tokens, exact statistics."""
+"""The output of `finequant data`: notes, rows with their target tokens, exact statistics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def cells(printed: str, name: str) -> list[str]:
-    """The cells of the table's row that begins with `name`."""
+    """Returns the cells of the table's row that begins with `name`."""
     rows = (re.split("  +", line.strip()) for line in printed.splitlines())
     return next(row for row in rows if row[0] == name)
 
@@ -88,7 +88,7 @@ def test_statistics_are_exact(recipe_file, capsys, tokenizer):
         for row in rows + repeated
     ]
     lengths = sorted(map(len, texts))
-    # The end of the turn is learned too.
+    # The end of the turn is a target, too.
     learned = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows + repeated]
     cut = [min(len(text), 64) for text in texts]
     learned[3] -= len(texts[3]) - 1 - 64  # a line break follows the end of the turn

@@ -1,4 +1,4 @@
-"""The same rows from every shape that files have; the true cause where a file cannot be read."""
+"""Every file format gives the same rows; where a file cannot be read, the true cause is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in pairs: one that is read, and its twin with a single fault, which is named."""
+"""Pairs of rows: a good one, which is read, and its twin with a single fault, which is named."""
 
 from __future__ import annotations
 

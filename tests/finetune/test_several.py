@@ -1,4 +1,4 @@
-"""Two and four processes with gloo: the files of one, and no one waits for one that has stopped."""
+"""Two and four processes with gloo give the files of one, and none waits for one that stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
-    """Where several.py has put the results of its scenarios; once for all of pytest's workers."""
+    """The folder with the results of several.py's scenarios, run once for all pytest workers."""
     root = tmp_path_factory.getbasetemp()
     folder = (root if worker_id == "master" else root.parent) / "several"
     with FileLock(f"{folder}.lock"):
@@ -56,7 +56,7 @@ def folder(tmp_path_factory, tiny_base, worker_id) -> Path:
 
 @pytest.fixture(scope="module")
 def by_one(folder):
-    """Trains in this process; the run directory."""
+    """Trains in this process, and returns the run directory."""
     from finequant.finetune.train import main
 
     def train(name: str, *overrides: str) -> Path:
@@ -67,7 +67,7 @@ def by_one(folder):
 
 
 def results(folder: Path, name: str, processes: int = 2) -> tuple[list[int], list[str]]:
-    """Exit codes of all processes, and what each said."""
+    """Reads the exit codes and outputs of all processes."""
     files = [folder / f"{name}-{rank}" for rank in range(processes)]
     codes = [int(Path(f"{file}.code").read_text()) for file in files]
     return codes, [Path(f"{file}.txt").read_text() for file in files]
@@ -100,7 +100,7 @@ ENDS = (
     ],
 )
 def test_a_killed_process_ends_the_others_with_one_line(folder, processes, stage, resumed):
-    """The same command goes on, and ends with what the other tests expect."""
+    """The same command resumes, and ends with the results that the other tests expect."""
     name = f"{stage} by {processes}"
     texts = [(folder / f"{name}, killed-{rank}.txt").read_text() for rank in range(processes)]
     ended = [any(line.startswith(ENDS) for line in text.splitlines()) for text in texts]
@@ -112,8 +112,8 @@ def test_a_killed_process_ends_the_others_with_one_line(folder, processes, stage
 
 
 def test_rows_that_cannot_be_shared_equally_give_the_adapter_of_one_process(folder, by_one):
-    """45 rows in steps of 8: the last five are two, one, one and one of four processes. So are
-    those of the validation."""
+    """45 rows in steps of 8: of the last five, four processes get two, one, one and one; the same
+    goes for validation."""
     rows = [f"data.train={folder / 'uneven.jsonl'}", f"data.validation={folder / 'five.jsonl'}"]
     alone = by_one("uneven alone", *rows, *TRAINED)
     one = [step["eval_loss"] for step in read_log(alone) if "eval_loss" in step]
@@ -209,7 +209,7 @@ def test_fsdp_saves_the_adapter_of_one_process(folder, by_one, name):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_zero3_saves_the_adapter_of_one_process(folder, by_one):
-    """Its first run on a CPU compiles an operator: minutes."""
+    """The first run on a CPU compiles an operator, which takes minutes."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launch += ["--config_file", str(ZERO3), "--num_processes", "2", "--main_process_port", "0"]
     steps = "train.max_steps=3"
@@ -225,7 +225,7 @@ def test_zero3_saves_the_adapter_of_one_process(folder, by_one):
 
 
 def differ(one: Path, other: Path) -> tuple[float, float]:
-    """How far two checkpoints are apart: the share of other codes, the largest ratio of scales."""
+    """Compares two checkpoints: the share of different codes, and the largest ratio of scales."""
     one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     scales = [name for name in one if name.endswith("_weight_scale")]
@@ -236,7 +236,7 @@ def differ(one: Path, other: Path) -> tuple[float, float]:
 
 
 def test_two_processes_train_the_codes_of_one(folder):
-    """They start from the same codes, bit for bit, although they were stopped in their making."""
+    """They start from the same codes, bit for bit, although making the codes was interrupted."""
     from finequant.quantize.training.train import main
 
     codes, said = results(folder, "calibration stopped")
@@ -265,8 +265,8 @@ def test_two_processes_train_the_codes_of_one(folder):
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """Trains codes in this process as others have done; its run directory, and theirs: of two
-    under FSDP first, then of two and four without, and of four with it."""
+    """Trains codes in this process as several did; returns its run directory, and theirs: of two
+    with FSDP first, then of two and four without, and of four with it."""
     from finequant.quantize.training.train import main
 
     def train(name: str) -> tuple[Path, list[Path]]:
@@ -287,14 +287,14 @@ def far(tensor: torch.Tensor, expected: torch.Tensor) -> float:
     return ((tensor - expected).norm() / expected.norm()).item()
 
 
-def learned(run: Path) -> torch.Tensor:
+def trained_parameters(run: Path) -> torch.Tensor:
     steps = run / "checkpoints" / "qat" / "steps"
     tensors = load_file(steps / "checkpoint-3" / "parameters.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def ends(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All codes that training ended with, and all scales."""
+    """Reads all codes that training ended with, and all scales."""
     tensors = load_file(run / "trained_codes" / "codes.safetensors")
     codes, scales = (
         [tensor.flatten() for name, tensor in sorted(tensors.items()) if name.endswith(part)]
@@ -315,13 +315,13 @@ def starts(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "number"), [("adapter learns", 4), ("adapter learns, taught", 1)])
 def test_several_processes_train_the_codes_of_one(sharded, name, number):
-    """Whatever the number of parts of the tokens whose logits are made in turn."""
+    """The number of parts in which processes compute logits does not matter."""
     alone, runs = sharded(name)
     (expected, same), (before, _) = ends(alone), starts(alone)
     assert (expected != before).float().mean() > 0.01
     assert len(runs) == number
     for run in runs:
-        assert far(learned(run), learned(alone)) < 1e-6, run
+        assert far(trained_parameters(run), trained_parameters(alone)) < 1e-6, run
         codes, scales = ends(run)
         assert torch.equal(scales, same)
         assert (codes != expected).float().mean() < 1e-4  # the last bit may decide at an edge
@@ -335,7 +335,7 @@ def test_several_processes_keep_the_best_scales_of_one(sharded):
     for run in runs:
         last = run / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
         assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
-        assert far(learned(run), learned(alone)) < 1e-5, run
+        assert far(trained_parameters(run), trained_parameters(alone)) < 1e-5, run
         codes, scales = ends(run)
         assert torch.equal(codes, expected)
         assert far(scales, same) < 1e-6
@@ -347,7 +347,7 @@ def test_fsdp_resumes_with_its_optimizer(sharded, folder):
     alone, (two,) = sharded("scales learn, taught")
     _, (said, _) = results(folder, "scales learn, taught")
     assert f"going on from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
-    assert far(learned(two), learned(alone)) < 1e-4
+    assert far(trained_parameters(two), trained_parameters(alone)) < 1e-4
 
 
 def test_fsdp_shards_codes_that_only_the_first_process_loads(folder):
@@ -358,7 +358,7 @@ def test_fsdp_shards_codes_that_only_the_first_process_loads(folder):
         assert first["whole"] == second["whole"] == pytest.approx(first["loaded"], rel=1e-3)
         assert first["share"] + second["share"] == first["whole"]
         assert first["share"] == pytest.approx(second["share"], rel=0.01)
-        assert second["loaded"] < 0.2 * second["whole"]  # what learns, and the norms
+        assert second["loaded"] < 0.2 * second["whole"]  # trained parameters, and the norms
 
 
 def test_an_error_in_quantizing_ends_both_processes(folder):
@@ -370,7 +370,7 @@ def test_an_error_in_quantizing_ends_both_processes(folder):
 
 @pytest.fixture(scope="module")
 def from_undisturbed(folder):
-    """Calls a stage's entry in this process; the run directory, a copy of what two trained."""
+    """Calls a stage's entry in this process, in a copy of a run that two processes trained."""
 
     def run(entry, name: str, *overrides: str, source: str = "undisturbed") -> Path:
         made = ("trained_*", "qat", "measurements", "report*", "predictions*", "plots")
@@ -384,7 +384,7 @@ def from_undisturbed(folder):
 
 
 def test_two_processes_train_a_block_and_scales_as_one(folder, from_undisturbed, monkeypatch):
-    """Nine sequences, two a step: the last one is one process's."""
+    """There are nine sequences, two per step: only one process has the last one."""
     from finequant.quantize.convert import main
     from finequant.quantize.methods import reconstruct
     from finequant.quantize.training import scales
@@ -402,7 +402,7 @@ def test_two_processes_train_a_block_and_scales_as_one(folder, from_undisturbed,
 
 @pytest.mark.parametrize("method", [*DATA_FREE, "gptq"])
 def test_several_processes_quantize_as_one(folder, from_undisturbed, method):
-    """GPTQ, too, where its sums are in float64."""
+    """This holds for GPTQ, too, if its sums are in float64."""
     from finequant.quantize.convert import main
 
     overrides = GPTQ if method == "gptq" else [f"quantize.method={method}"]
@@ -419,7 +419,7 @@ def test_several_processes_quantize_as_one(folder, from_undisturbed, method):
 
 
 def test_several_processes_measure_what_one_does(folder, from_undisturbed):
-    """Three batches: of four processes, one has none."""
+    """There are three batches, so that one of four processes has none."""
     from finequant.evaluate.compare import main
 
     alone = from_undisturbed(main, "measured alone", *GPTQ, *MEASURED, source="gptq by 2")

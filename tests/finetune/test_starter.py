@@ -1,4 +1,4 @@
-"""`finequant init`: a first recipe for somebody's rows."""
+"""`finequant init` writes a first recipe for somebody's rows."""
 
 from __future__ import annotations
 

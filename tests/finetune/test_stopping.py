@@ -1,4 +1,4 @@
-"""Training that is killed, stopped or goes wrong: nothing is lost, nothing half-written is used."""
+"""When training is killed or fails, nothing is lost, and nothing incomplete is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEST += ["train.early_stopping_patience=3", "train.learning_rate=0.05", "train.s
 
 
 def train(recipe: Path, *overrides: str) -> bytes:
-    """Trains in this process; the adapter's weights."""
+    """Trains in this process, and returns the adapter's weights."""
     from finequant.finetune.train import main
 
     main([str(recipe), *overrides])
@@ -54,9 +54,9 @@ def checkpoints(recipe: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_base):
-    """The run directory of an undisturbed training, and its weights; by overrides, each once.
+    """Trains undisturbed, once per overrides; returns the run directory and the weights.
 
-    Shared: tests must not write into it.
+    The directory is shared: tests must not write into it.
     """
     runs: dict[tuple[str, ...], tuple[Path, bytes]] = {}
 
@@ -94,7 +94,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_a_signal_saves_the_current_step(recipe_file):
-    """Also where no checkpoint is due before the end of an epoch."""
+    """This holds even if no checkpoint is due before the end of an epoch."""
     process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
     assert any("validation loss" in line for line in process.stderr)  # after an epoch of 6 steps
     process.send_signal(signal.SIGINT)
@@ -107,7 +107,7 @@ def test_a_signal_saves_the_current_step(recipe_file):
     assert [entry["step"] for entry in log if "loss" in entry][-1] == step
 
 
-# What a kill while a checkpoint is being written, or a bad disk, leaves of it.
+# What a kill during the writing of a checkpoint, or a bad disk, leaves of it.
 DAMAGE = {
     "not sealed": lambda folder: (folder / SUMS).unlink(),
     "without its optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
@@ -159,7 +159,7 @@ def test_a_users_folder_called_checkpoints_is_kept(recipe_file):
 def test_a_loss_that_is_not_finite_ends_at_its_step_and_names_the_rows(
     recipe_file, capsys, packing
 ):
-    """Such a rate throws the weights out of all range in one step."""
+    """With such a rate, one step moves the weights out of range."""
     rows = (recipe_file.parent / "train.jsonl").read_text(encoding="utf-8").splitlines()
     with pytest.raises(SystemExit) as exit_:
         train(
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_ends_at_its_step_and_names_the_rows(
 
 
 def test_a_gradient_that_is_not_finite_ends_at_its_step(recipe_file, capsys):
-    """The loss is finite, its gradient is beyond float32: the scale of LoRA is absurd."""
+    """The loss is finite, but its gradient exceeds float32, as LoRA's scale is absurd."""
     with pytest.raises(SystemExit) as exit_:
         train(recipe_file, "lora.alpha=1e38", "train.max_steps=9", "train.warmup=0.0")
     assert exit_.value.code == 2

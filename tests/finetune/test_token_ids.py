@@ -1,4 +1,4 @@
-"""Ids in training are those of plain transformers for the whole rendered text, of every kind."""
+"""Ids in training are those of plain transformers for the whole text, with every tokenizer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ CONVERSATION = Row(
 
 
 def sentencepiece_like(kind: str):
-    """A BPE with byte fallback and U+2581 for spaces, BOS in front, as Llama 2's and TinyLlama's.
+    """Makes a BPE like Llama 2's and TinyLlama's: byte fallback, U+2581 for spaces, BOS in front.
 
-    "joining" has tokens across spaces, so one of them reaches from the prompt into the answer.
+    "joining" has tokens across spaces, so that one reaches from the prompt into the answer.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +64,7 @@ def sentencepiece_like(kind: str):
 
 
 def byte_level(tokenizer, trim_offsets: bool):
-    """As GPT-2's and Llama 3's, of which the latter leaves a token's space out of its offsets."""
+    """Makes a tokenizer like GPT-2's or Llama 3's, whose offsets leave out a token's space."""
     changed = copy.deepcopy(tokenizer)
     bos = changed.bos_token
     changed.backend_tokenizer.post_processor = processors.Sequence(
@@ -87,7 +87,7 @@ def kind(request, tokenizer):
     return sentencepiece_like(request.param)
 
 
-def learned(encoded) -> list[int]:
+def target_ids(encoded) -> list[int]:
     return [label for label in encoded.labels if label != IGNORED]
 
 
@@ -95,12 +95,12 @@ def test_ids_are_those_of_the_rendered_text_tokenized_whole(kind):
     text = kind.apply_chat_template(list(CONVERSATION.messages), tokenize=False)
     encoded = encode(CONVERSATION, kind, DATA)
     assert encoded.input_ids == kind(text, add_special_tokens=False)["input_ids"]
-    read = kind.decode(learned(encoded))
+    read = kind.decode(target_ids(encoded))
     for answer in TURNS[1::2]:
         assert answer in read
     for question in TURNS[::2]:
         assert question not in read
-    assert learned(encoded).count(kind.eos_token_id) == 2
+    assert target_ids(encoded).count(kind.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -115,7 +115,7 @@ def test_a_prompt_that_ends_in_a_space_keeps_it_whatever_the_offsets_say(tokeniz
     )
     encoded, prompt = encode(row, spaced, DATA), encode_prompt(row, spaced, DATA)
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert spaced.decode(learned(encoded)) == f"red{spaced.eos_token}"
+    assert spaced.decode(target_ids(encoded)) == f"red{spaced.eos_token}"
 
 
 def test_a_text_gets_one_bos_and_one_eos(kind):
@@ -123,7 +123,7 @@ def test_a_text_gets_one_bos_and_one_eos(kind):
     expected = kind("open the door")["input_ids"]
     expected = [*expected, kind.eos_token_id]
     texts = ["open the door", f"open the door{eos}"]
-    if expected[0] == kind.bos_token_id:  # it puts one in front; others keep what the text has
+    if expected[0] == kind.bos_token_id:  # it puts BOS in front; others keep the text's
         texts += [f"{bos}open the door", f"{bos}open the door{eos}"]
     for text in texts:
         assert encode(Row("rows.jsonl:1", text=text), kind, DATA).input_ids == expected, text
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tokenizer):
 
 
 class WithoutOffsets:
-    """A tokenizer in Python."""
+    """A tokenizer that is written in Python."""
 
     is_fast = False
 

@@ -1,4 +1,4 @@
-"""Which tokens are learned; and that packed rows are learned as if each stood alone."""
+"""Which tokens are targets; and packed rows are trained on as if each stood alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONVERSATIONS = {
     "other turns' words": ["say assistant\nok", "assistant\nok", "ok", "user"],
 }
 
-# As Llama 3 writes it, short of its tools.
+# Llama 3's template, without tools.
 LLAMA_3_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -41,7 +41,7 @@ LLAMA_3_TEMPLATE = (
 
 
 def conversation(*contents: str) -> Row:
-    """User and assistant in turn; of an odd number, the first is the system's."""
+    """Makes turns of user and assistant; of an odd number, the first is the system's."""
     roles = ["user", "assistant"] * (len(contents) // 2)
     roles = ["system", *roles] if len(contents) % 2 else roles
     turns = zip(roles, contents, strict=True)
@@ -52,10 +52,10 @@ def settings(**changes: Any) -> Data:
     return Data(train="rows.jsonl", **changes)
 
 
-def learned_texts(encoded: Encoded, tokenizer) -> list[str]:
-    """The text of every unbroken run of learned tokens."""
+def target_texts(encoded: Encoded, tokenizer) -> list[str]:
+    """Returns the text of every unbroken run of target tokens."""
     runs = groupby(encoded.labels, key=lambda label: label != IGNORED)
-    return [tokenizer.decode(list(labels)) for learned, labels in runs if learned]
+    return [tokenizer.decode(list(labels)) for is_target, labels in runs if is_target]
 
 
 def with_template(tokenizer, template: str | None):
@@ -65,7 +65,7 @@ def with_template(tokenizer, template: str | None):
 
 
 def adding_bos(tokenizer):
-    """A tokenizer that puts BOS before every text, as Llama's do."""
+    """Makes a tokenizer that puts BOS before every text, as Llama's do."""
     from tokenizers.processors import TemplateProcessing
 
     changed = copy.deepcopy(tokenizer)
@@ -96,7 +96,7 @@ def test_answers_and_their_ends_are_the_only_targets(tokenizer, name):
     row = conversation(*CONVERSATIONS[name])
     encoded = encode(row, tokenizer, settings())
     answers = [turn["content"] for turn in row.messages if turn["role"] == "assistant"]
-    assert learned_texts(encoded, tokenizer) == [answer + END for answer in answers]
+    assert target_texts(encoded, tokenizer) == [answer + END for answer in answers]
     assert encoded.input_ids == tokenizer.apply_chat_template(row.messages, return_dict=False)
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)
     assert all(label in (token, IGNORED) for token, label in pairs)
@@ -121,7 +121,7 @@ def test_all_tokens_can_be_targets(tokenizer):
 def test_raw_text_is_a_target_to_its_end(tokenizer):
     row = Row("rows.jsonl:1", text="open the red door")
     encoded = encode(row, tokenizer, settings())
-    assert learned_texts(encoded, tokenizer) == ["open the red door" + END]
+    assert target_texts(encoded, tokenizer) == ["open the red door" + END]
     assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
 
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_adds_bos_does_not_double_it(tokenizer):
 def test_the_llama_3_template_has_its_targets(llama_3):
     row = conversation("Be brief.", "open", "ok", "close", " ok ")
     encoded = encode(row, llama_3, settings())
-    assert learned_texts(encoded, llama_3) == ["ok<|eot_id|>", "ok<|eot_id|>"]
+    assert target_texts(encoded, llama_3) == ["ok<|eot_id|>", "ok<|eot_id|>"]
     assert encoded.input_ids[0] == llama_3.bos_token_id
     assert encoded.input_ids.count(llama_3.bos_token_id) == 1
     prompt = encode_prompt(row, llama_3, settings())
@@ -248,7 +248,7 @@ FORGETFUL = (
 
 
 def test_a_prompt_that_ends_in_a_space_keeps_it(tokenizer):
-    """Alone, byte-level tokenizers would join the space with the answer's first word."""
+    """By themselves, byte-level tokenizers would join the space with the answer's first word."""
     template = (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -256,7 +256,7 @@ def test_a_prompt_that_ends_in_a_space_keeps_it(tokenizer):
     spaced = with_template(tokenizer, template)
     row = conversation("paint the door", "the red door", "close", "ok")
     encoded = encode(row, spaced, settings())
-    assert learned_texts(encoded, tokenizer) == ["the red door" + END, "ok" + END]
+    assert target_texts(encoded, tokenizer) == ["the red door" + END, "ok" + END]
     assert tokenizer.decode(encoded.input_ids) == spaced.apply_chat_template(
         row.messages, tokenize=False
     )
@@ -269,10 +269,10 @@ def test_a_prompt_that_ends_in_a_space_keeps_it(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     forgetful = with_template(tokenizer, FORGETFUL)
     one, two = conversation("open", "ok"), conversation("open", "ok", "close", "done")
-    assert learned_texts(encode(one, forgetful, settings()), tokenizer) == ["ok" + END]
+    assert target_texts(encode(one, forgetful, settings()), tokenizer) == ["ok" + END]
     with pytest.raises(UserError, match="rows.jsonl:7: the chat template writes earlier turns"):
         encode(two, forgetful, settings())
-    # The way out that the message offers.
+    # The message offers this way out.
     encoded = encode(two, forgetful, settings(loss_on="all"))
     assert tokenizer.decode(encoded.labels).endswith("assistant: done" + END)
 
@@ -323,7 +323,7 @@ def trainer_of(recipe_file, tmp_path):
     def build(*overrides: str):
         recipe = load_recipe(recipe_file, overrides)
         base = load_base(recipe.model, torch.float32)
-        # As it is, attention hardly changes what the tiny Llama says: a leak would not show.
+        # As it is, attention hardly changes the tiny Llama's output, and a leak would not show.
         for name, weight in base.named_parameters():
             weight.data *= 6 if "proj" in name else 1
         splits = load_splits(recipe.data, recipe.seed)
@@ -340,7 +340,7 @@ def trainer_of(recipe_file, tmp_path):
 
 
 def loss_and_gradient(trainer, batches, compute_loss=None) -> tuple[float, torch.Tensor]:
-    """Summed over all rows, as one optimizer step would sum them."""
+    """Computes both, summed over all rows as one optimizer step would sum them."""
     compute_loss = compute_loss or trainer.compute_loss
     trainer.model.train()
     trainer.model.zero_grad()
@@ -365,7 +365,7 @@ def test_packed_rows_are_trained_on_as_if_each_stood_alone(trainer_of, loss_on):
     batches = list(packed.get_train_dataloader())
     starts = sum(int((batch["position_ids"] == 0).sum()) for batch in batches)
     assert starts == 48
-    assert len(packed.train_dataset) < 24  # two rows a pack, at the least
+    assert len(packed.train_dataset) < 24  # at least two rows per pack
 
     loss, gradient = loss_and_gradient(packed, batches)
     expected, expected_gradient = loss_and_gradient(padded, padded.get_train_dataloader())

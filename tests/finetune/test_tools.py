@@ -1,8 +1,7 @@
 """Function calls: every form of them, rendered by templates of three published formats.
 
-The templates are our own, written after what the models' cards publish; one is shipped. What is
-expected is written out by hand, in pieces that are learned and pieces that are not, and compared
-token by token.
+The templates are written after those that the models' cards publish; one comes with finequant.
+Expected texts are written by hand, in pieces that are targets or not, and compared token by token.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ TWO = Row(
 )
 BLUE = '{"name": "lamp", "arguments": {"room": "blue"}}'
 INDENTED = json.dumps(TOOL, indent=4)
-# (template, row): the whole text, in pieces; those in a list are learned.
+# (template, row): the whole text, in pieces; those in a list are targets.
 EXPECTED: dict[str, tuple[str, Row, list[str | list[str]]]] = {
     "Llama 3.2": (
         LLAMA_3_2,
@@ -258,7 +257,7 @@ EXPECTED: dict[str, tuple[str, Row, list[str | list[str]]]] = {
 
 @pytest.fixture(scope="module")
 def speaking(tokenizer):
-    """The tiny tokenizer with Llama 3's special tokens, and a template."""
+    """Makes the tiny tokenizer with Llama 3's special tokens, and a template."""
     names = ["start_header_id", "end_header_id", "eot_id"]
 
     def with_template(template: str):
@@ -455,7 +454,7 @@ def test_an_invalid_call_is_a_bad_row(tmp_path, change, message):
     assert len(load(tmp_path, good, change, bad_rows="drop").train) == 1
 
 
-# Templates that pass over what they do not know
+# Templates that leave out what they do not know
 
 PLAIN = (
     "{% for message in messages %}{% if message.role in KNOWN %}<|im_start|>{{ message.role }}\n"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 
 def train(recipe: Path, *overrides: str) -> Path:
-    """Trains in this process; the adapter's folder."""
+    """Trains in this process, and returns the adapter's folder."""
     from finequant.finetune.train import main
 
     main([str(recipe), *overrides])
@@ -60,8 +60,8 @@ def test_training_lowers_the_loss_and_logs_it(recipe_file):
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens(recipe_file, monkeypatch):
-    """By peft and transformers, row by row; whatever the batches, and however many tokens have
-    their logits in memory at a time."""
+    """It equals peft and transformers, row by row, whatever the batches, and however many
+    tokens have their logits in memory at a time."""
     from conftest import write_jsonl
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(recipe_file, capsys):
 
 
 def test_another_micro_batch_resumes_from_the_last_checkpoint(recipe_file, tmp_path, capsys):
-    """As who runs out of memory is told to do."""
+    """This is the advice to a user who runs out of memory."""
     steps = ["train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9"]
     adapter = train(recipe_file, *steps)
     undisturbed = weights(adapter)
@@ -126,7 +126,7 @@ def test_another_micro_batch_resumes_from_the_last_checkpoint(recipe_file, tmp_p
 
 
 def test_the_status_line_shows_the_loss_of_the_newest_step(recipe_file, monkeypatch):
-    """Also where the log has only the first, as in nine steps with train.logging_steps=10."""
+    """This holds where the log has only the first, as in nine steps with train.logging_steps=10."""
     from finequant.recipes.terminal import Progress
 
     shown = []
@@ -180,7 +180,7 @@ def test_checkpoints_of_an_unfinished_training_are_kept(recipe_file, capsys):
     ids=lambda overrides: overrides[0],
 )
 def test_every_kind_of_adapter_fits_the_unchanged_base(recipe_file, tiny_base, overrides):
-    """What the trained model said, base + saved adapter say too, and so does the merged model."""
+    """The trained model, base + saved adapter, and the merged model give the same logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -205,7 +205,7 @@ def test_every_kind_of_adapter_fits_the_unchanged_base(recipe_file, tiny_base, o
 
 
 def evaluation_loss(model: torch.nn.Module, recipe) -> float:
-    """Mean loss of the learned validation tokens, computed without the trainer."""
+    """Computes the mean loss of the validation target tokens, without the trainer."""
     from finequant.finetune.data.splits import load_splits
     from finequant.finetune.data.tokens import encode
     from finequant.finetune.model import load_tokenizer
@@ -301,7 +301,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(recipe_file, monkeypatch
 
 
 def test_an_unsupported_launch_is_refused(recipe_file, monkeypatch, capsys):
-    """Before the base is loaded; libraries would ignore the first, and refuse the second late."""
+    """The refusal precedes loading the base; libraries would ignore the first, or refuse late."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert refused(recipe_file, capsys).startswith(

@@ -1,4 +1,4 @@
-"""Which token ends an answer, in every kind of chat template, and what is refused."""
+"""The token that ends an answer, in every kind of chat template, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def ending(end: str) -> str:
-    """A template with `end` after each message."""
+    """Makes a template with `end` after each message."""
     return "{% for m in messages %}" + TURN + end + "{% endfor %}" + ASKS
 
 
@@ -48,7 +48,7 @@ TEMPLATES = {
     "text": (ending("\n\n"), None),
     "what is no token": (ending("<|im_stop|>\n"), None),
 }
-# In the manner of the distillations of R1: the prompt opens a thought, turns lose theirs.
+# Like the distillations of R1: the prompt opens a thought, and earlier turns lose theirs.
 REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content.split('</think>')[-1] }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:<think>\n{% endif %}"
@@ -57,7 +57,7 @@ REASONING = (
 
 @pytest.fixture
 def ended(tokenizer):
-    """A tokenizer with EOS <|endoftext|>, more end tokens, and a template."""
+    """Makes a tokenizer with EOS <|endoftext|>, more end tokens, and a template."""
 
     def make(template: str | dict | None):
         changed = copy.deepcopy(tokenizer)
@@ -113,8 +113,8 @@ def test_answers_that_end_in_no_token_are_refused_or_allowed(ended, name, loss_o
     assert ("'<|im_stop|>\\n'" in str(e.value)) == (name == "what is no token")
     allowed = data(loss_on=loss_on, missing_end="allow")
     encoded = encode(conversation("open", "ok"), tokenizer, allowed)
-    learned = [label for label in encoded.labels if label != IGNORED]
-    assert tokenizer.decode(learned).rstrip().endswith(("ok", "<|im_stop|>"))
+    target_ids = [label for label in encoded.labels if label != IGNORED]
+    assert tokenizer.decode(target_ids).rstrip().endswith(("ok", "<|im_stop|>"))
 
 
 def test_a_text_without_eos_is_refused_unless_allowed(ended):
@@ -136,13 +136,13 @@ def test_a_prompt_that_opens_a_thought_missing_from_the_row_is_refused(ended, lo
         assert "would be asked with a prompt that it was not trained on" in message
         assert "earlier turns" not in message
         assert "loss_on" not in message
-    # As it says: a template that asks as it writes.
+    # The message's way out: a template whose prompts begin answers as its turns do.
     plain = ended(REASONING.replace("<think>\\n", "").replace("<think>\n", ""))
     assert targets(conversation("open", "ok"), plain) == "ok<|im_end|>"
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_a_thought_that_the_template_cuts_is_not_lost_in_silence(ended, loss_on):
+def test_a_thought_that_the_template_drops_is_refused(ended, loss_on):
     cutting = ended(REASONING.replace("<think>\n", ""))
     row = conversation("open", "<think>\nwhy\n</think>\nok")
     with pytest.raises(UserError, match="rows.jsonl:7: .* leaves '<think>' out of the answer"):
@@ -155,7 +155,7 @@ def test_white_space_is_kept_as_the_template_writes_it(ended):
 
 
 def test_the_bases_own_ends_follow_that_of_the_template(ended, tmp_path):
-    """As a Llama 3 is published: EOS in config.json, a list in generation_config.json."""
+    """Llama 3 is published this way: EOS in config.json, a list in generation_config.json."""
     tokenizer = ended(ending("<|eot_id|>"))
     eot, eom, _ = tokenizer.convert_tokens_to_ids(ENDS)
     tokenizer.save_pretrained(tmp_path)

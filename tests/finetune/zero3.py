@@ -1,6 +1,6 @@
 """accelerate launch --config_file deepspeed_zero3.yaml zero3.py RECIPE: trains, but on the CPU.
 
-DeepSpeed runs there too, with gloo; `finequant train` refuses it, as it only costs time.
+DeepSpeed runs on a CPU, too, with gloo; `finequant train` refuses that, as it only costs time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The checks compute on the device that they are told: here `meta`, which computes nothing, and
-refuses tensors of a CPU beside its own."""
+"""Checks compute on the device that they are given: here `meta`, which computes nothing, and
+refuses tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Only what returns to the CPU by name, the results, becomes zeros there."""
+    """Makes `meta` the device; what `.cpu()` moves to the CPU, the results, becomes zeros there."""
     for module in (blocks, check):
         monkeypatch.setattr(module, "device", lambda: torch.device("meta"))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))

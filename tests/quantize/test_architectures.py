@@ -1,4 +1,4 @@
-"""Qwen3, Mistral and Qwen2 through every stage; the other side is transformers and peft alone."""
+"""Qwen3, Mistral and Qwen2 through every stage, compared with transformers and peft alone."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ for folder in map(Path, sys.argv[2:]):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """By architecture: a folder with base and run, through all stages; read by nobody of ours."""
+    """Maps architectures to folders with a base and a run through all stages."""
     from finequant.evaluate.compare import main as compare
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert
@@ -275,7 +275,7 @@ def test_an_unknown_architecture_is_refused_with_what_is_missing(tmp_path):
 
 @pytest.mark.slow
 def test_the_skeleton_has_the_models_shapes_and_counts(runs):
-    """As the models themselves have them; with biases, too."""
+    """They are those of the models themselves, biases included."""
     assert set(ARCHITECTURES) == {"LlamaForCausalLM", *BASES}
     for folder in runs.values():
         model = AutoModelForCausalLM.from_pretrained(folder / "base")

@@ -1,4 +1,4 @@
-"""Rounding and calibration: codes, scales, and what gptq is for."""
+"""Rounding and calibration: codes, scales, and the benefit of gptq."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_gptq_handles_dead_columns_and_singular_hessians():
 
 
 def test_drift_of_the_inputs_is_corrected():
-    """Where quantized inputs are always half the float ones, weights have to grow."""
+    """Where quantized inputs are always half the float ones, weights must grow."""
     torch.manual_seed(0)
     exact, weight = torch.randn(4000, 64), torch.randn(16, 64)
     sums = Statistics()
@@ -203,7 +203,7 @@ def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "trained"])
 def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
-    """float16 has no number as small as the scale of zeros is in float32."""
+    """float16 has no number as small as the scale that zeros have in float32."""
     from finequant.quantize.methods.method import load_method
     from finequant.quantize.methods.reconstruct import TrainedLayer
 
@@ -226,7 +226,7 @@ def test_a_group_of_zeros_has_a_scale_in_every_dtype(method, dtype):
 
 
 def test_small_weights_keep_their_codes_in_float16():
-    """Scales below float16's normal numbers are not those of zeros."""
+    """Scales below float16's normal numbers are not taken for those of zeros."""
     weight = 1e-4 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     found = round_to_nearest(weight, 4, 32, "max", torch.float16).dequantize(torch.float32)
     assert (found - weight).norm() < 0.2 * weight.norm()
@@ -247,7 +247,7 @@ def test_a_trained_layer_computes_as_torchaos_with_its_bias():
 
 
 def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):
-    """After a kill they come from the CPU, and the block may be on a GPU: here, on no device."""
+    """After a kill, codes come from the CPU, and the block may be on a GPU (here: on `meta`)."""
     from finequant.quantize.merge.adapter import open_base
     from finequant.quantize.methods import calibrate
     from finequant.quantize.scheme import layer_plan
@@ -266,7 +266,7 @@ def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):
     pieces = calibrate.calibrate(
         METHOD, base.weights, base.config, sequences, plan, torch.float32, known
     )
-    assert not list(pieces)  # nothing is sought again
+    assert not list(pieces)  # no codes are computed again
     assert sorted(asked) == sorted(name for name in plan if plan[name])
 
 
@@ -290,7 +290,7 @@ def test_a_process_without_sequences_takes_part(tiny_base, monkeypatch):
 def textbook_gptq(
     weight: torch.Tensor, inputs: torch.Tensor, bits: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales by algorithm 1 of https://arxiv.org/abs/2210.17323, a column at a time."""
+    """Rounds by algorithm 1 of https://arxiv.org/abs/2210.17323, a column at a time."""
     weight, inputs = weight.double().clone(), inputs.double()
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     hessian = inputs.T @ inputs
@@ -314,7 +314,7 @@ def test_gptq_equals_the_textbook_where_inputs_have_not_drifted(bits):
     weight = torch.randn(48, 320)
     codes, scale = gptq(weight, statistics(inputs), LayerScheme(bits, 32, "max", torch.float32))
     expected_codes, expected_scale = textbook_gptq(weight, inputs, bits, 32)
-    # float32 here, float64 there: where a tie falls to the other side, the rest of the row follows.
+    # float32 here, float64 there: where a tie is broken differently, the rest of the row differs.
     equal = (codes == expected_codes).all(1)
     assert equal.float().mean() > 0.85
     torch.testing.assert_close(scale[equal], expected_scale[equal], rtol=1e-3, atol=0)
@@ -329,11 +329,11 @@ def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype
 
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
-    weight[3, :32] = 0.0  # as of a padding token's row in the head
+    weight[3, :32] = 0.0  # like a padding token's row in the head
     weight[4] *= 1e-4  # whose scales are below the normal numbers of float16
     plan = LayerScheme(4, 32, "search", dtype)
     if method == "gptq":
-        inputs = torch.eye(64).repeat(4, 1)  # no column makes up for another
+        inputs = torch.eye(64).repeat(4, 1)  # no column compensates for another
         codes, scale = gptq(weight, statistics(inputs), plan)
     else:
         codes, scale = load_method(method).quantize(weight, plan)
@@ -347,8 +347,8 @@ def test_scales_that_ship_are_finite_and_codes_are_chosen_for_them(method, dtype
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_a_block_with_biases_is_trained_as_it_ships(llama, scale_dtype):
-    """Training lowers the error of the block that ships, whose large biases it must not make up
-    for; and the scales that it saw are those that ship."""
+    """Training lowers the error of the block that ships, without compensating for its large biases,
+    and the scales that it trains are those that ship."""
     from copy import deepcopy
 
     from transformers import AutoModelForCausalLM

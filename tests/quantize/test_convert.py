@@ -1,4 +1,4 @@
-"""quantize/convert.py: what is saved is what was computed, and what from_pretrained gives."""
+"""quantize/convert.py: what is saved is what was computed, and what from_pretrained loads."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
 
     folder = quantize()
     other = llama("other", hidden_size=96, intermediate_size=192)
-    # By what was recorded; then, as of an adapter that came without a manifest, by its shapes.
+    # By the manifest; then, like an adapter that came without one, by its shapes.
     for words in ("not made from what is here now: model.base", f"not an adapter of {other}"):
         with pytest.raises(SystemExit) as exit_:
             convert([str(recipe_file), f"model.base={other}"])
@@ -209,7 +209,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama, cap
     ids=["wrong rank", "pickled", "truncated"],
 )
 def test_an_adapter_brought_from_elsewhere_is_checked(quantize, recipe_file, capsys, change, words):
-    """It has neither SHA256SUMS nor an entry in the manifest."""
+    """The adapter has neither SHA256SUMS nor an entry in the manifest."""
     from finequant.quantize.convert import main as convert
 
     run = quantize().parent
@@ -223,7 +223,7 @@ def test_an_adapter_brought_from_elsewhere_is_checked(quantize, recipe_file, cap
 
 
 def rank(adapter: Path, value: int) -> None:
-    """Says another rank than that of the matrices."""
+    """Writes a rank that is not that of the matrices."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     text = json.dumps(config | {"r": value})
     (adapter / "adapter_config.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Exact counts, predicted memory, and what is refused before it starts."""
+"""Exact counts, predicted memory, and refusals before a stage starts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SMALL = Machine("a small machine", 10**9, "cpu")
 
 @pytest.fixture
 def plan(recipe_file, tmp_path, capsys):
-    """`finequant plan` of a configuration without any weights, as its printed text."""
+    """Runs `finequant plan` on a configuration without weights, and returns the printed text."""
 
     def show(config: LlamaConfig, *arguments: str) -> str:
         folder = tmp_path / "big"
@@ -124,7 +124,7 @@ def test_trainable_weights_are_pefts(recipe_file, lora):
 
 
 def test_activations_are_what_autograd_keeps(recipe_file):
-    """The bytes that a block more keeps for the backward pass, counted."""
+    """Counts the bytes that one more block keeps for the backward pass."""
     from peft import get_peft_model
     from transformers import LlamaForCausalLM
 
@@ -169,7 +169,7 @@ def test_activations_are_what_autograd_keeps(recipe_file):
 
 
 def test_a_base_in_nf4_fits_where_one_in_bf16_does_not(plan):
-    """13B in 4.1 bits, embedding and head in bf16."""
+    """The base has 13B weights in 4.1 bits, embedding and head in bf16."""
     for load, fits in (("float", False), ("nf4", True)):
         small = ["train.micro_batch_size=1", "data.max_length=256"]
         out = plan(LLAMA_2_13B, "--gpu", "4090", f"model.load={load}", *small)
@@ -185,7 +185,7 @@ def test_scales_of_a_model_that_does_not_fit_are_left_out(plan):
 
 
 def test_a_model_too_large_for_one_gpu_is_split_over_several(plan):
-    """70B in bf16: 141 GB, an eighth of which lies beside two blocks, embedding and head."""
+    """70B in bf16 take 141 GB: each GPU holds an eighth, two blocks, embedding and head."""
     step = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.precision=bf16"]
     for how, fits in ((["--gpus", "8"], False), (["--gpus", "8", "--sharded"], True)):
         out = plan(LLAMA_3_70B, "--gpu", "H100", *how, *step)
@@ -198,7 +198,7 @@ def test_a_model_too_large_for_one_gpu_is_split_over_several(plan):
 
 
 def test_sharding_divides_the_memory_of_codes(recipe_file, monkeypatch):
-    """Eight GPUs share the 2 bytes a weight of 70B, and gather two blocks, embedding and head."""
+    """Eight GPUs share 2 bytes per weight of 70B, and gather two blocks, embedding and head."""
     from finequant.quantize.size import resources
 
     overrides = ["quantize.training={steps: 2}", "train.gradient_checkpointing=true"]
@@ -371,7 +371,7 @@ def test_a_containers_memory_is_its_limit(monkeypatch, tmp_path):
 
 
 def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, capsys):
-    """A recipe that asks for petabytes: exit code 2, figures, and no artifact is written."""
+    """A recipe that needs petabytes ends with exit code 2 and figures, and writes no artifact."""
     huge = ["data.max_length=100000000", "data.packing=true", "train.batch_size=64"]
     with pytest.raises(SystemExit) as exit_:
         main(["run", str(recipe_file), *huge])
@@ -389,7 +389,7 @@ def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, c
 
 
 def shape_of(size: str) -> LlamaConfig:
-    """Llama-3.2-1B or Llama-3.1-8B."""
+    """Returns the shape of Llama-3.2-1B or Llama-3.1-8B."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
     shape = {"1B": (2048, 8192, 16, True), "8B": (4096, 14336, 32, False)}[size]
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -410,7 +410,7 @@ def shape_of(size: str) -> LlamaConfig:
     ],
 )
 def test_predicted_training_memory_is_what_a_gpu_measured(recipe_file, override, measured):
-    """On an H200, without CUDA's context: docs/speed.md; the first two are plain trl."""
+    """Measured on an H200, without CUDA's context: docs/speed.md. The first two are plain trl."""
     step = ["train.micro_batch_size=2", "data.max_length=4096", "lora.rank=16"]
     recipe = load_recipe(
         recipe_file, ["train.kernels=plain", "train.precision=bf16", *step, override]
@@ -422,7 +422,7 @@ def test_predicted_training_memory_is_what_a_gpu_measured(recipe_file, override,
 
 
 def test_predicted_gptq_memory_is_what_a_gpu_measured(recipe_file):
-    """On an H200, without CUDA's context: docs/speed.md, 16,384 tokens."""
+    """Measured on an H200, without CUDA's context: docs/speed.md, 16,384 tokens."""
     overrides = ["quantize.method=gptq", "quantize.calibration={tokens: 16384}"]
     recipe = load_recipe(recipe_file, [*overrides, "quantize.dtype=bfloat16"])
     for size, measured in (("1B", 1.7e9), ("8B", 5.1e9)):
@@ -445,7 +445,7 @@ def test_predicted_gptq_memory_is_what_a_gpu_measured(recipe_file):
 def test_predicted_memory_is_what_a_merge_takes(
     recipe_file, llama, train_once, method, calibration, blocks
 ):
-    """On a model that is large beside the process."""
+    """The model is large compared with the process."""
     from finequant.finetune.model import load_config
     from finequant.quantize.size.machine import this_machine
 

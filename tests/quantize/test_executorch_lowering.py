@@ -1,4 +1,4 @@
-"""formats/executorch_lowering.py: a quantized layer in ExecuTorch's runtime, beside torchao."""
+"""formats/executorch_lowering.py: a quantized layer in ExecuTorch's runtime equals torchao's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INPUTS, OUTPUTS, GROUP = 64, 48, 32
 
 
 class OneLayer(nn.Module):
-    """Rows of a table through a quantized layer, with the inputs of a decoder."""
+    """A model that passes rows of a table through a quantized layer, with a decoder's inputs."""
 
     def __init__(self, stored: SimpleNamespace) -> None:
         from finequant.quantize.formats.executorch_graph import IntegerLinear
@@ -50,7 +50,7 @@ def test_a_quantized_layer_computes_what_torchaos_does(tmp_path, monkeypatch):
     )
     model = OneLayer(stored)
     edge = lower(model.eval(), 8, {})
-    assert len(traces) == 2  # ExecuTorch's, whatever we do: each takes minutes of a real model
+    assert len(traces) == 2  # ExecuTorch's own two: each takes minutes with a real model
     graph = edge.exported_program().graph_module
     ((_, delegate, _),) = get_lowered_submodules(graph)
     assert "torchao.choose_qparams_affine.default" in str(delegate.original_module.graph)

@@ -45,7 +45,7 @@ def make(recipe_file, runs_before, train_once):
 
 
 def torchao_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Codes and scales by layer, straight from the safetensors file."""
+    """Returns codes and scales by layer, straight from the safetensors file."""
     tensors = load_file(folder / "quantized" / "model.safetensors")
     end = "._weight_qdata"
     return {
@@ -56,7 +56,7 @@ def torchao_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 
 
 def unpacked(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Codes of compressed-tensors: eight to an int32, lowest bits first, 8 more than the code."""
+    """Unpacks compressed-tensors' codes: eight per int32, lowest bits first, code + 8."""
     halves = [packed >> shift & 15 for shift in range(0, 32, 4)]
     return (torch.stack(halves, dim=-1).flatten(1)[:, :columns] - 8).to(torch.int8)
 
@@ -99,7 +99,7 @@ def compressed_config(run: Path) -> dict:
 
 
 def test_compressed_tensors_is_the_scheme_that_vllm_takes(make):
-    """4-bit groups with activations in float, and the head by name: vLLM's is no Linear."""
+    """4-bit groups with float activations, and the head by name, as vLLM's head is no Linear."""
     from compressed_tensors.quantization import QuantizationConfig
     from transformers import AutoModelForCausalLM
 
@@ -162,7 +162,7 @@ def gguf_tensors(run: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def halves_to_neighbors(rows: int, heads: int) -> list[int]:
-    """Where llama.cpp wants each row of q_proj or k_proj: x1 y1 x2 y2 for x1 x2 y1 y2."""
+    """Returns llama.cpp's order of the rows of q_proj or k_proj: x1 y1 x2 y2 for x1 x2 y1 y2."""
     size = rows // heads
     order = [half * size // 2 + index for index in range(size // 2) for half in range(2)]
     return [head * size + place for head in range(heads) for place in order]
@@ -221,7 +221,7 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
 
 
 def test_gguf_metadata_describe_the_model(make):
-    """The keys of llama.cpp's own converter, and a file type by what is inside."""
+    """It has the keys of llama.cpp's own converter, and the file type of its content."""
     from gguf import GGUFReader
 
     about = {
@@ -259,7 +259,7 @@ def test_gguf_names_the_pre_tokenizer(tokenizer):
     from finequant.quantize.formats.gguf_tokenizer import pre_tokenizer
     from finequant.recipes.errors import UserError
 
-    # As in the tokenizer.json of the models that the names come from.
+    # As in the tokenizer.json of the models that gave the names.
     llama_3 = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -425,8 +425,8 @@ def test_an_altered_export_is_refused(make, tmp_path):
 
 @pytest.fixture
 def outliers(llama) -> Path:
-    """A base whose head reads one channel that is far larger than the others, so that activations
-    of 8 bits, one scale a token, lose the rest."""
+    """A base whose head reads one channel that is far larger than the others, so that int8
+    activations with one scale per token lose the rest."""
     from transformers import LlamaForCausalLM
 
     base = llama("outliers", intermediate_size=192)
@@ -498,7 +498,7 @@ def test_a_recipe_may_name_exactly_the_formats_of_the_table():
 
 
 def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, capsys):
-    """Export, what the report and the card say of it, and refusals, of tests/toy_format.py."""
+    """Exports to tests/toy_format.py; checks report, card and refusals."""
     import toy_format
 
     from finequant.evaluate.metrics.exports import measure_export
@@ -586,7 +586,7 @@ def test_executorch_delegates_every_linear_and_holds_the_codes(executorch_run):
 
 @pytest.mark.slow
 def test_executorchs_own_runner_generates_the_models_answer(executorch_run, tokenizer):
-    """The runner that Android and iOS use, with the tokenizer that lies beside the program."""
+    """This is the runner that Android and iOS use, with the tokenizer beside the program."""
     from finequant.evaluate.metrics.exports import greedy_answer
     from finequant.quantize.formats.executorch import ExecuTorch, file_in
 
@@ -615,7 +615,7 @@ SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloa
 
 
 def weight_in_onnxruntime(product, tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """float32 [out, in] of a MatMulNBits: what onnxruntime makes of an identity matrix."""
+    """Computes the float32 weight [out, in] of a MatMulNBits: its product with the identity."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -645,7 +645,7 @@ def weight_in_onnxruntime(product, tensors: dict[str, np.ndarray]) -> np.ndarray
     ],
 )
 def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
-    """Codes straight from the file; a prompt in one call and token by token, with its own cache."""
+    """Reads codes straight from the file; runs a prompt in one call and token by token."""
     import onnx
     from transformers import AutoModelForCausalLM
 
@@ -685,7 +685,7 @@ def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
     assert described["eos_token_id"] == [2]
     names = {item.name for item in graph.input}
     assert described["decoder"]["inputs"]["past_key_names"] % 1 in names
-    # transformers.js fills in these dimensions by name, and wants the template in this file.
+    # transformers.js fills in these dimensions by name, and reads the template from this file.
     assert graph.input[2].type.tensor_type.shape.dim[0].dim_param == "batch_size"
     assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
 
@@ -699,7 +699,7 @@ def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
 
 
 def test_mlx_is_compared_in_float32_without_a_gpu(make):
-    """Its kernels for a CPU sum in bfloat16, which moves a deep model's logits by 13 %."""
+    """mlx's CPU kernels sum in bfloat16, which moves a deep model's logits by 13 %."""
     run = make("quantize.dtype=bfloat16", "quantize.scale_dtype=bfloat16", to=("mlx",))
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["mlx"]["logit_difference"] < 1e-5
@@ -710,7 +710,7 @@ PARTS = ("weight", "scales", "biases")
 
 @pytest.mark.parametrize("overrides", [("quantize.head=float", "quantize.group_size=64"), SHARED])
 def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
-    """Codes straight from the file; rotary positions under the names that mlx-lm reads."""
+    """Reads codes straight from the file; rotary positions have the names that mlx-lm reads."""
     import mlx.core as mx
     from transformers import AutoModelForCausalLM
 

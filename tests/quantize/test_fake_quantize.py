@@ -1,4 +1,4 @@
-"""Fake-quantized layers, each by itself: forward as torchao's, gradients as autograd's."""
+"""Single fake-quantized layers: the forward equals torchao's, the gradients autograd's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEME = LayerScheme(4, 32, "search", torch.float32)
 def make_layer(
     kind: type, dtype: torch.dtype = torch.float32, bias: bool = True
 ) -> FakeQuantLinear:
-    """A layer of 24 x 64, whose LoRA or scales have moved away from their start."""
+    """Makes a layer of 24 x 64, whose LoRA or scales have moved away from their start."""
     torch.manual_seed(0)
     weight = torch.randn(24, 64)
     start = round_to_nearest(weight, *SCHEME)
@@ -60,7 +60,7 @@ def test_the_forward_equals_torchaos_with_the_codes_that_ship(kind, dtype, bias)
 
 
 def test_gradients_are_those_of_the_merged_weight():
-    """Against autograd through a weight that is formed in full, where rounding changes nothing."""
+    """Compares with autograd through the full weight, where rounding changes nothing."""
     torch.manual_seed(0)
     x, a, b = torch.randn(3, 5, 8), torch.randn(2, 8), torch.randn(6, 2)
     weight, bias = torch.randn(6, 8), torch.randn(6)
@@ -95,12 +95,12 @@ def test_the_gradient_of_the_scales_is_that_of_autograd():
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-"""Optimizers that a recipe may name, that need no further package and compile nothing."""
+"""Optimizers that a recipe may name, without those that need a package or compile something."""
 
 
 @pytest.mark.parametrize("kind", [FakeQuantLora, FakeQuantScales])
 def test_every_optimizer_changes_the_forward_and_what_ships(kind, tmp_path):
-    """torch's fused AdamW does not tell that it has changed a parameter."""
+    """torch's fused AdamW changes a parameter without increasing its version."""
     from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_every_optimizer_changes_the_forward_and_what_ships(kind, tmp_path):
 
 
 def test_learned_scales_that_ship_are_positive_and_finite():
-    """Also where a step was far too long, and where the dtype is small."""
+    """They are even after a step that is far too long, and in a narrow dtype."""
     start = Rounded(torch.ones(2, 64, dtype=torch.int8), torch.full((2, 2), 1e-4).half())
     layer = FakeQuantScales(start, 4, torch.float32)
     with torch.no_grad():

@@ -23,8 +23,8 @@ def launches(monkeypatch) -> ModuleType:
 
 @pytest.mark.parametrize("rule", ["max", "search"])
 def test_gptq_starts_a_handful_of_operators_a_column_for_all_rows(launches, rule):
-    """gate_proj and up_proj of an 8B model share their inputs: 28,672 rows, fourteen pieces then;
-    the number of operators does not depend on that of the rows."""
+    """gate_proj and up_proj of an 8B model share their inputs: 28,672 rows, once in 14 pieces. The
+    number of operators does not depend on the number of rows."""
     counted = launches.gptq_operators(rule)
     assert counted < 0.1 * launches.BEFORE[rule] * launches.PIECES
     assert counted < 8.5
@@ -32,7 +32,7 @@ def test_gptq_starts_a_handful_of_operators_a_column_for_all_rows(launches, rule
 
 @pytest.mark.parametrize("learns", ["adapter learns", "scales learn"])
 def test_a_quantization_aware_step_of_8b_starts_a_tenth_of_what_it_did(launches, learns):
-    """All of the step: forward, backward, and optimizer."""
+    """Counts the whole step: forward, backward, and optimizer."""
     assert launches.step_operators(learns) < 0.1 * launches.STEP_BEFORE[learns]
 
 

@@ -20,7 +20,7 @@ PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 
 def make_adapter(base: Path, run: Path, **changes) -> None:
-    """A random adapter of a base, in the run directory."""
+    """Saves a random adapter of a base in the run directory."""
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -35,7 +35,7 @@ def make_adapter(base: Path, run: Path, **changes) -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_merged_model_is_pefts_in_the_shipped_dtype(llama, recipe_file, tied, kind):
-    """Weights, logits and settings, to the bit, of plain transformers and peft."""
+    """Weights, logits and settings equal plain transformers and peft, to the bit."""
     scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 5e5}
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     base = llama("base", tie_word_embeddings=tied, attention_bias=True, rope_parameters=scaled)
@@ -82,7 +82,7 @@ def test_a_merge_that_is_not_pefts_is_refused_on_prompts(llama, recipe_file, mon
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_no_weight_is_in_memory_twice(llama, recipe_file):
-    """The peak of a process that loads 100 MB of bfloat16, above what it takes before."""
+    """Measures the peak of a process that loads 100 MB of bfloat16, above its memory before."""
     tiny, wide = recipe_file.parent / "tiny", recipe_file.parent / "wide"
     make_adapter(llama("tiny/base"), tiny)
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}

@@ -19,7 +19,7 @@ ONLY_THE_LAST = "{{ '<|im_start|>user\n' + messages[-1]['content'] + '<|im_end|>
 
 @pytest.fixture
 def with_template(tokenizer):
-    """A copy of the tiny tokenizer with another chat template."""
+    """Makes a copy of the tiny tokenizer with another chat template."""
     from copy import deepcopy
 
     def change(template):

@@ -1,4 +1,4 @@
-"""The layer plan: what patterns mean, what is refused, what a budget buys, what is shipped."""
+"""The layer plan: the meaning of patterns, refusals, the effect of a budget, and what ships."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIG = LlamaConfig(
 )
 CALIBRATION = "quantize.calibration={tokens: 512, length: 32}"
 
-# Eight kinds of layers, a number of bits for each.
+# Bits for each of eight kinds of layers.
 EVERY_WIDTH = {
     f"*.{kind}": {"bits": bits}
     for bits, kind in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 1)
@@ -93,7 +93,10 @@ def test_the_last_pattern_that_matches_wins():
     }
     plan = plan_of(layers=layers)
     assert plan["model.layers.0.mlp.up_proj"][:2] == (3, 32)
-    assert plan["model.layers.1.mlp.up_proj"][:2] == (4, 64)  # what it leaves out: the section's
+    assert plan["model.layers.1.mlp.up_proj"][:2] == (
+        4,
+        64,
+    )  # keys that it leaves out are the section's
     assert plan["model.layers.11.mlp.up_proj"][:2] == (3, 32)  # 1.* is not 11
     assert plan["model.layers.1.mlp.down_proj"] is None
     assert plan["model.layers.11.mlp.down_proj"][:2] == (8, 96)
@@ -231,7 +234,7 @@ def test_the_order_of_patterns_is_a_change(recipe_file):
     ],
 )
 def test_a_mixed_model_is_reloaded_exactly(tuned, llama, tied, dtype, embedding, layers):
-    """`convert` compares logits with those of `from_pretrained`, or fails."""
+    """`convert` fails unless its logits equal those of `from_pretrained`."""
     from finequant.evaluate.dequantized import dequantize_once
 
     base = llama("variant", tie_word_embeddings=tied)
@@ -289,7 +292,7 @@ def test_the_plan_is_shown_joined_and_layer_by_layer(recipe_file, capsys):
     show_plan(recipe, RunDir.of(recipe))
     joined = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in joined}
-    # 32 x 64 weights, two of them: 4 bits, and a float32 scale for each 32; a byte each on disk.
+    # Two layers of 32 x 64 weights: 4 bits, and a float32 scale per 32 weights; on disk, a byte.
     assert cells["model.layers.0-1.self_attn.k_proj"] == ["32 x 64", "4", "32", "2,560", "4,736"]
     assert cells["model.layers.0.mlp.up_proj"] == ["160 x 64", "3", "64", "4,480", "11,040"]
     assert cells["model.layers.0-1.self_attn.o_proj"][1:3] == ["float", ""]
@@ -342,7 +345,7 @@ def test_bits_go_where_they_help_most():
 
 @pytest.fixture
 def uneven(recipe_file):
-    """A model whose second block matters most, its recipe, tokenizer and calibration."""
+    """Makes a model whose second block matters most, its recipe, tokenizer and calibration."""
 
     def make(*overrides: str):
         recipe = load_recipe(recipe_file, ["quantize.scale=search", CALIBRATION, *overrides])
@@ -357,7 +360,7 @@ def uneven(recipe_file):
 
 
 def divergence(model, rounded, sequences) -> float:
-    """KL of next tokens, in nats, with rounded weights in place of the model's."""
+    """Computes the KL divergence, in nats, when rounded weights replace the model's."""
     names = {f"{name}.weight": layer.dequantize(torch.float32) for name, layer in rounded.items()}
     with torch.no_grad():
         exact = model(sequences).logits.log_softmax(-1)

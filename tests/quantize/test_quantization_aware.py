@@ -1,4 +1,4 @@
-"""Quantization-aware training: what is trained is what is converted, saved and loaded again."""
+"""Quantization-aware training: the model that is trained is the one that ships and reloads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TAUGHT = "quantize.training={steps: 4, distillation: 0.5}"
 
 
 def train_plain(folder: Path, **changes) -> Path:
-    """A recipe file whose run has its adapter."""
+    """Trains an adapter, and returns the recipe file of its run."""
     from finequant.finetune.train import main as train
 
     recipe = make_recipe(folder, make_llama(folder / "base", **changes))
@@ -48,7 +48,7 @@ def tuned_with_biases(tmp_path_factory) -> Path:
 
 
 class Stage:
-    """`qat` and `quantize` on a copy of a run that has its adapter."""
+    """Runs `qat` and `quantize` on a copy of a run that has its adapter."""
 
     def __init__(self, recipe: Path, run: Path) -> None:
         self.recipe, self.run, self.trainers = recipe, run, []
@@ -70,7 +70,7 @@ class Stage:
         return self.run / "quantized"
 
     def start(self, *overrides: str) -> dict:
-        """Codes and scales that training started from."""
+        """Returns the codes and scales that training started from."""
         from finequant.quantize.checkpoint.stored import read_checkpoint
 
         folder = self.run / "checkpoints" / "qat" / "start"
@@ -83,7 +83,7 @@ def stage(tuned, tmp_path, monkeypatch):
 
 
 def make_stage(recipe: Path, folder: Path, monkeypatch) -> Stage:
-    """Without the process that loads `quantized/` again: these tests load it themselves."""
+    """Makes a stage that does not reload `quantized/` in a fresh process: these tests reload it."""
     from finequant.finetune import trainer as trainers
     from finequant.quantize.checkpoint import reload
 
@@ -113,7 +113,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_forward_converted_and_reloaded_are_equal(stage, variant, capsys):
-    """The adapter was trained in float32: also where what ships is bfloat16."""
+    """The adapter was trained in float32, even where bfloat16 ships."""
     from finequant.finetune.device import arithmetic_dtype
 
     check_equal(stage, "quantize.dtype=bfloat16", *variant)
@@ -165,8 +165,8 @@ def test_training_starts_from_the_codes_of_quantize_and_changes_them(stage):
 
 
 def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(stage, monkeypatch):
-    """By hand, from peft's model and the converted checkpoint, on the target tokens; whatever
-    the number of tokens whose logits are in memory at a time."""
+    """Computes it from peft's model and the converted checkpoint, on the target tokens, however
+    many tokens have their logits in memory at a time."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -181,8 +181,8 @@ def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(stage, mo
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model.train(), dict(batch))
         loss.backward()
-        learned = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-        gradients.append([weight.grad.clone() for weight in learned])
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        gradients.append([weight.grad.clone() for weight in trained])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
     quantized = AutoModelForCausalLM.from_pretrained(stage.quantize(*overrides))
@@ -202,7 +202,7 @@ def test_the_loss_is_the_divergence_of_what_ships_from_the_tuned_model(stage, mo
 
 
 def test_only_trained_parameters_have_a_gradient(stage):
-    """Under a teacher, too: nothing of a layer that stays in float, and nothing that is frozen."""
+    """Float layers and frozen parameters have none, also with a teacher."""
     trainer = stage.train(TAUGHT, "quantize.layers={'*.v_proj': float}")
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
@@ -238,7 +238,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(stage, training):
 
 
 def test_other_processes_wait_a_day_for_the_first(stage):
-    """It hashes a base and writes the starting codes: hours for a large one."""
+    """The first hashes a base and writes the starting codes, which takes hours for a large one."""
     from finequant.quantize.training.train import _arguments
 
     recipe = load_recipe(stage.recipe, stage.arguments(TAUGHT))

@@ -22,8 +22,8 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
 
 def with_outliers(folder):
-    """A Llama whose norms are not all ones, with large biases if it has some, and whose hidden
-    states have a few large channels."""
+    """Saves a Llama whose norms are not all ones, whose biases are large, if it has any, and whose
+    hidden states have a few large channels."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -57,11 +57,11 @@ def test_all_entries_have_one_magnitude_and_rows_are_exactly_orthogonal(size):
 def test_larger_hidden_sizes_are_products_of_known_orders(size):
     orders = hadamard_orders(size)
     assert math.prod(orders) == size
-    assert max(orders) <= 256  # small ones, quickly made
+    assert max(orders) <= 256  # small matrices, which are made quickly
 
 
 def test_the_rotations_bits_do_not_depend_on_the_machine(monkeypatch):
-    """Recorded once; no library of linear algebra takes part."""
+    """Compares with recorded bits; no library of linear algebra is involved."""
     monkeypatch.setattr(torch.linalg, "qr", None)
     digests = {
         size: hashlib.sha256(orthogonal(size).numpy().tobytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Scales that learn from the float model's predictions."""
+"""Scales trained to reproduce the float model's predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finequant.recipes.schema import Quantize
 
 
 def divergence(model, rounded: dict[str, Rounded], ids: torch.Tensor) -> float:
-    """KL of the quantized model from the float one, by plain transformers."""
+    """Computes the quantized model's KL divergence from the float one, by plain transformers."""
     quantized = deepcopy(model)
     for name, codes in rounded.items():
         module = quantized.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Merge and quantize in pieces: equal to whole models, in files that load, resumed after a kill."""
+"""Merging and quantizing in pieces equals whole models, writes files that load, and resumes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_se
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Every layer in several pieces."""
+    """Splits every layer into several pieces."""
     monkeypatch.setattr(tensors, "PIECE_WEIGHTS", 32 * 64)
 
 
@@ -129,7 +129,7 @@ def test_pieces_are_what_a_whole_model_gives(
     scale_steps,
     tied,
 ):
-    """The same codes and scales, in files of any number; and `from_pretrained` reads them."""
+    """Codes and scales are the same in any number of files, and `from_pretrained` reads them."""
     base = llama("base", tie_word_embeddings=tied)
     folder = adapter(base)
     source, own = opened(base, folder)
@@ -295,7 +295,7 @@ def test_written_pieces_are_kept_unless_they_are_damaged(
 def test_numbers_beyond_half_precision_are_refused(
     tiny_base, adapter, tmp_path, quantize, dtype, reason
 ):
-    """With the layer's name and the dtype that helps."""
+    """The message names the layer, and the dtype that helps."""
     source, own = opened(tiny_base, adapter(tiny_base))
     weights = merged_weights(source, own)
 
@@ -307,7 +307,7 @@ def test_numbers_beyond_half_precision_are_refused(
         write_quantized(tmp_path / "out", source, large, quantize, dtype)
 
 
-# argv: a recipe and overrides. Converts, and is killed in the middle of a layer's rows.
+# argv: a recipe and overrides. Converts, and kills itself in the middle of a layer's rows.
 KILLED = """
 import os, signal, sys
 from finequant.quantize.checkpoint import writing
@@ -328,7 +328,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_killed_conversion_resumes_to_the_same_bytes(recipe_file, llama, train_once, method):
-    """The process is killed while it writes; the next call asks for less, and equals one call."""
+    """The process is killed while it writes; the next call gives what an undisturbed one gives."""
     from finequant.quantize.convert import main as convert
 
     base = llama("deep", num_hidden_layers=6)
@@ -355,7 +355,7 @@ def test_a_killed_conversion_resumes_to_the_same_bytes(recipe_file, llama, train
 
 
 def test_other_inputs_start_over(recipe_file, train_once):
-    """What was written for 4 bits is no part of what is written for 3."""
+    """Pieces that were written for 4 bits are not reused for 3."""
     from finequant.quantize.convert import main as convert
 
     arguments = [str(recipe_file), "train.max_steps=1"]
@@ -376,7 +376,7 @@ def test_other_inputs_start_over(recipe_file, train_once):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Two models, one with eight times the layers: the peak is that of a layer, not of all."""
+    """One model has eight times the layers of the other; the peak is that of one layer."""
     script = tmp_path / "convert.py"
     script.write_text(
         """

@@ -1,4 +1,4 @@
-"""What ships, as transformers and peft alone have it: in a process that cannot import finequant."""
+"""What ships equals what transformers and peft load in a process that cannot import finequant."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from finequant.recipes.schema import Model, Quantize
 PROMPTS = [list(range(20, 60)), [5, 6, 7], [9]]
 NEW_TOKENS = 12
 ENDS = [2, *range(100, 300)]
-"""So many that a random model soon gives one of them."""
+"""So many end tokens that a random model soon generates one."""
 
 
 def edited(change):
-    """An edit of a base's tensors, as {name: tensor}, in place."""
+    """Makes an edit of a base from a change to its tensors, {name: tensor}, in place."""
 
     def edit(base: Path) -> None:
         tensors = load_file(base / "model.safetensors")
@@ -152,7 +152,7 @@ def random_adapter(base: Path, folder: Path, **changes) -> Path:
 
 
 def variant(folder: Path, changes: dict, edit, **lora):
-    """A base and an adapter in a folder: opened, and checked against each other."""
+    """Makes a base and an adapter in a folder, and opens both."""
     torch.manual_seed(3)
     make_llama(folder / "base", **changes)
     if edit:
@@ -163,7 +163,8 @@ def variant(folder: Path, changes: dict, edit, **lora):
 
 
 def build(folder: Path, changes: dict, edit) -> tuple[torch.Tensor, list[str]]:
-    """Every artifact of a variant; the quantized logits and answers as they are measured."""
+    """Makes every artifact of a variant; returns logits of quantized, with and without rounded
+    activations, and its answers."""
     base, adapter = variant(folder, changes, edit)
     assert check_merge(base, adapter, folder / "adapter", PROMPTS)[0] < 1e-5
     weights, quantize = (
@@ -195,7 +196,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shipped(root):
-    """By variant: logits and answers as we have them, and as the other process does."""
+    """Maps variants to logits and answers, finequant's and the other process's."""
     ours = {name: build(root / name, *how) for name, how in VARIANTS.items()}
     command = [sys.executable, "-P", "-c", CHILD, str(root), json.dumps(PROMPTS), str(NEW_TOKENS)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -232,7 +233,7 @@ def test_layers_are_read_in_a_fixed_order(shipped, root):
 
 
 def test_several_ends_end_generation(shipped):
-    """Without them a random model would use up its tokens."""
+    """Without its end tokens, a random model would use up its limit."""
     answers = {name: shipped[name][2] for name in ("untied", "several_ends")}
     assert sum(map(len, answers["several_ends"])) < sum(map(len, answers["untied"]))
 
@@ -285,7 +286,7 @@ def test_lora_of_a_tied_head_is_refused_for_its_true_reason(tmp_path):
 
 
 def overflowing(tensors: dict) -> None:
-    """An MLP beyond float16's 65504 that leads back into its range; stored in float16."""
+    """Makes an MLP that exceeds float16's 65504 inside, but not at its end, stored in float16."""
     in_float16(tensors)
     tensors["model.layers.1.mlp.gate_proj.weight"] *= 3000
     tensors["model.layers.1.mlp.up_proj.weight"] *= 3000
@@ -293,7 +294,7 @@ def overflowing(tensors: dict) -> None:
 
 
 def test_a_base_that_overflows_float16_is_refused(tmp_path):
-    """The layer is named, with the dtype that helps; no other dtype is looked at."""
+    """The message names the layer, and the dtype that helps; other dtypes are not checked."""
     make_llama(tmp_path / "base")
     edited(overflowing)(tmp_path / "base")
     file = make_recipe(tmp_path, tmp_path / "base")
@@ -307,7 +308,7 @@ def test_a_base_that_overflows_float16_is_refused(tmp_path):
 
 
 def test_tied_weights_and_dtype_are_those_of_the_files(tmp_path):
-    """Whatever config.json says."""
+    """config.json may say otherwise."""
 
     def told(name: str, edit, **said) -> tuple[bool, torch.dtype]:
         make_llama(tmp_path / name)

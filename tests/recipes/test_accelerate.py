@@ -1,4 +1,4 @@
-"""Launch configurations: accelerate reads them; what is the recipe's is left to the recipe."""
+"""Launch configurations: accelerate reads them, and they leave the recipe's settings to it."""
 
 import json
 import os
@@ -36,10 +36,10 @@ SECTIONS = ("fsdp_config", "deepspeed_config")
 
 
 def launch(name: str) -> tuple[object, dict[str, str]]:
-    """What `accelerate launch` makes of the file: its arguments, and the processes' environment."""
+    """Returns what `accelerate launch` makes of the file: arguments, and processes' environment."""
     command = ["--config_file", str(FOLDER / name), "--main_process_port", "0", "train.py"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    arguments.deepspeed_fields_from_accelerate_config = ""  # as launch_command does
+    arguments.deepspeed_fields_from_accelerate_config = ""  # launch_command does this
     if arguments.use_deepspeed:
         return arguments, prepare_deepspeed_cmd_env(arguments)[1]
     if arguments.multi_gpu or arguments.use_fsdp:

@@ -1,4 +1,4 @@
-"""Artifacts say what is in them: damage is named, edits are kept, pickles and links refused."""
+"""Artifacts record their content: damage is named, edits are kept, pickles and links refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finequant.recipes.rundir import RunDir
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A sealed one."""
+    """A sealed folder."""
     folder = tmp_path / "adapter"
     (folder / "inside").mkdir(parents=True)
     (folder / "weights").write_bytes(b"numbers" * 100)
@@ -38,7 +38,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def link(folder: Path) -> None:
-    """To the very same bytes, which may change unseen."""
+    """Replaces a file by a link to the same bytes, which may change unnoticed."""
     (folder / "weights").rename(folder.parent / "elsewhere")
     (folder / "weights").symlink_to(folder.parent / "elsewhere")
 

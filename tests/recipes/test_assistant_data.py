@@ -1,7 +1,7 @@
 """The assistant dataset: reproducible, unambiguous, and its test split never shown in training.
 
-The requests are read back here by a small parser of their own, so a time or another value cut
-short in the files fails, whatever the generator believes.
+A small parser here reads the requests back, so that a time or another value that is cut short in
+the files fails, whatever the generator believes.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ CLOSED = {
 LEAD_IN = re.compile(
     r"(hey, |ok, |so, |hi, |(could|can) you please |(could|can|would) you |please )?"
 )
-# A time of day as it may be said, with all that belongs to it: "half past six" alone is none.
+# A complete time of day, as people say it: "half past six" alone is none.
 HOUR_NAME = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 TIME = (
     r"(?:\d{1,2}(?::\d\d)? [ap]m|\d\d:\d\d"
@@ -63,7 +63,7 @@ ACTIONS = {split: [json.loads(row["completion"]) for row in rows] for split, row
 
 
 def bare(prompt):
-    """The request without what may stand around it: capital letter, lead-in and final mark."""
+    """Strips a request of its capital letter, lead-in and final mark."""
     prompt = prompt.rstrip("?.")
     lead_in = LEAD_IN.match(prompt[0].lower() + prompt[1:])[0]
     request = prompt[len(lead_in) :]
@@ -72,7 +72,7 @@ def bare(prompt):
 
 
 def pattern(phrasing, action, said):
-    """Matches the requests in one phrasing, each slot a group of all that can be said for it."""
+    """Compiles a pattern of the requests in one phrasing; slots are groups of all their values."""
     text = re.sub(r"[?.]$", "", phrasing)
     parts = re.split(r"(\{\w+\}|\[|\])", text)
     rules = {"[": "(?:", "]": ")?"}
@@ -87,10 +87,10 @@ def pattern(phrasing, action, said):
 
 
 def all_patterns():
-    """(action, phrasing, is it unseen, its pattern) for every phrasing of the grammar.
+    """Returns (action, phrasing, is it unseen, its pattern) for every phrasing of the grammar.
 
-    A slot may hold any value of either side, so an overlap in wording shows whatever the values;
-    and a time anything that is one.
+    A slot matches any value of either split, and a time any time at all, so that an overlap in
+    wording shows whatever the values are.
     """
     said = {}
     for action, rule in make_assistant.ACTIONS.items():
@@ -107,7 +107,7 @@ def all_patterns():
 
 
 def parse(action, match):
-    """The completion that a matched request asks for."""
+    """Returns the completion that a matched request asks for."""
     values = {"action": action}
     for key, slot in make_assistant.ACTIONS[action].slots.items():
         said = match.groupdict().get(key)
@@ -122,7 +122,7 @@ def parse(action, match):
 
 @pytest.fixture(scope="module")
 def readings():
-    """For each row of each split, every (phrasing, is it unseen, completion) it can be read as."""
+    """Maps each row of each split to all its readings: (phrasing, is it unseen, completion)."""
     patterns = all_patterns()
     return {
         split: [
@@ -182,7 +182,7 @@ def test_requests_have_one_reading_and_it_is_the_completion(split, readings):
 
 
 def test_no_request_occurs_twice():
-    """Nor with another lead-in, capital letter or final mark."""
+    """Not even with another lead-in, capital letter or final mark."""
     counts = Counter(bare(row["prompt"]).lower() for rows in ROWS.values() for row in rows)
     assert [request for request, count in counts.items() if count > 1] == []
 
@@ -201,7 +201,7 @@ def test_every_phrasing_is_in_use(readings):
 
 
 def open_values(split):
-    """(action, key, value) for every value in a split that the test rows must not share."""
+    """Returns (action, key, value) for each value in a split that test rows must not share."""
     return [
         (action["action"], key, value)
         for action in ACTIONS[split]
@@ -211,7 +211,7 @@ def open_values(split):
 
 
 def test_test_values_of_open_slots_are_never_shown():
-    """In no slot of any action: a person in a test message is in no training call or song."""
+    """They are in no slot of any action: a person in a test message is in no training call."""
     shown = [*open_values("train"), *open_values("validation")]
     held_out = open_values("test")
     assert {(action, key) for action, key, _ in shown} == {(a, key) for a, key, _ in held_out}
@@ -224,7 +224,7 @@ def test_test_values_of_open_slots_are_never_shown():
 
 
 def test_training_values_of_open_text_are_many_and_each_is_rare():
-    """So that a value can only be copied, not learned by heart."""
+    """A model can then only copy values, not memorize them."""
     counts = {}
     for action, key, value in open_values("train"):
         if isinstance(value, str):
@@ -241,14 +241,14 @@ def test_half_of_the_training_timers_have_no_name():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_times_are_copied_whole(split):
-    """A time is all that was said of it, and a request that says one has one."""
+    """A completion has the whole time that its request says, and has one if the request does."""
     for row, action in zip(ROWS[split], ACTIONS[split], strict=True):
         said = re.findall(rf"(?<!\w){TIME}(?!\w)", row["prompt"])
         assert said == ([action["time"]] if "time" in action else []), row
 
 
 def test_test_times_are_new_combinations_of_trained_words():
-    """All hours, minutes and parts of the day in a test time are in training times too."""
+    """All hours, minutes and parts of the day of test times occur in training times, too."""
     times = {
         split: {action["time"] for action in actions if "time" in action}
         for split, actions in ACTIONS.items()

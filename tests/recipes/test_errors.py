@@ -1,4 +1,4 @@
-"""recipes/errors.py: the machine's own limits, told without a traceback."""
+"""recipes/errors.py: the machine's limits are reported without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result was made from: hashes that are looked up, folders and values that are made once."""
+"""Inputs of results: hashes are looked up, folders and values are made once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from finequant.recipes.freshness import Memo, is_made_from, known_hash, made_onc
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache, for this test alone."""
+    """The user's cache, empty and for this test alone."""
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return freshness.cache_folder()
 
 
 @pytest.fixture
 def read(monkeypatch) -> Counter[str]:
-    """How often each file was read to hash it; all are large, and were written long ago."""
+    """How often each file was read to hash it; all count as large, and as written long ago."""
     counted, file_hash = Counter(), artifact.file_hash
 
     def count(path: Path) -> str:
@@ -106,7 +106,7 @@ def test_verify_reads_the_bytes(tmp_path, file, read, cache):
     (folder / "weights").write_bytes(b"other")
     believed = {"stamp": freshness._stamp(folder / "weights"), "sha256": "the old one"}
     entry.write_text(json.dumps(believed), encoding="utf-8")
-    assert known_hash(folder / "weights") == "the old one"  # as a disk that rots would have it
+    assert known_hash(folder / "weights") == "the old one"  # as if the disk had rotted
     with pytest.raises(UserError, match="weights: altered"):
         verify(folder, again="finequant train RECIPE")
 

@@ -1,4 +1,4 @@
-"""Models and rows from the Hub: real clients, in processes of their own, against a server here."""
+"""Models and rows from the Hub: real clients, in separate processes, against a local server."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ print(json.dumps({
 
 @pytest.fixture
 def repositories(hub, llama, tmp_path):
-    """A sharded acme/tiny-llama and the dataset acme/rows; their commits and the rows' folder."""
+    """Adds a sharded acme/tiny-llama and the dataset acme/rows; their commits, the rows' folder."""
     rows = tmp_path / "rows"
     rows.mkdir()
     lines = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(8)]
@@ -69,7 +69,7 @@ def test_pinned_revisions_load_and_load_again_offline(hub, on_hub, repositories)
         assert TOKEN not in output.stdout + output.stderr
 
 
-# argv: dataset, and keys of sources as JSON. Prints of each where its rows are, or why it has none.
+# argv: dataset, and keys of sources as JSON. Prints where each one's rows are, or why it has none.
 ROWS = """
 import json, sys
 from finequant.finetune.data.readers import read_source
@@ -100,7 +100,7 @@ def test_a_streamed_dataset_gives_its_first_rows_and_leaves_no_copy(
     assert not [*(tmp_path / "hf").rglob("*.arrow"), *(tmp_path / "hf").rglob("*.jsonl")]
 
 
-# argv: bases, each as id@revision. Prints why each is refused, a line each.
+# argv: bases, each as id@revision. Prints a line for each: why it is refused.
 REFUSALS = """
 import sys
 from finequant.finetune.model import load_base, load_tokenizer
@@ -175,7 +175,7 @@ def test_the_command_refuses_in_two_lines_and_exits_with_2(on_hub, repositories,
     assert TOKEN not in refused.stdout + refused.stderr
 
 
-# argv: recipe. Prints what a first stage and a later one take, and what decides training.
+# argv: recipe. Prints the commits that a first and a later stage take, and training's inputs.
 PINS = """
 import json, sys
 from finequant.recipes.command_line import read_command_line
@@ -226,4 +226,4 @@ def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training
 
     hub.close()
     first, _ = pins(HF_HUB_OFFLINE="1")
-    assert first[0] == moved  # the last that was seen
+    assert first[0] == moved  # the last commit that was seen

@@ -1,4 +1,4 @@
-"""Signals: the first is obeyed, the second obeyed at once, and processes of ours hear of them."""
+"""Signals: the first ends work in order, the second at once, and launched processes get them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ with report_user_errors():
 
 @pytest.mark.parametrize("error", ["Refused", "NoRoom", "Twice(signal.SIGTERM)"])
 def test_a_signal_while_the_last_line_is_made_still_prints_one_line(error):
-    """As by a launcher that stops the others when one has failed."""
+    """A launcher sends it when it stops the others because one has failed."""
     process = start(LAST_LINES + error)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 143
@@ -139,7 +139,7 @@ def test_a_second_signal_ends_at_once():
 
 @pytest.mark.parametrize("whom", ["leader", "group"])
 def test_a_launched_process_saves_before_its_launcher_ends(whom):
-    """A terminal sends Ctrl-C to all, `kill` to the launcher only: once in any case."""
+    """A terminal sends Ctrl-C to all, `kill` only to the launcher: it counts once."""
     process = start(LAUNCHES, SAVES, start_new_session=True)
     if whom == "group":
         os.killpg(process.pid, signal.SIGINT)
@@ -161,7 +161,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
 
 
 def test_an_ignored_signal_stays_ignored():
-    """As under nohup."""
+    """nohup ignores SIGHUP, for example."""
     process = start("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SAVES, "0")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
@@ -172,7 +172,7 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_a_signal_in_the_middle_of_a_print_is_noted(monkeypatch, capfd):
-    """Python refuses to enter the stream again."""
+    """Python refuses to write to a stream inside another write to it."""
 
     class Entered:
         def write(self, text: str) -> None:

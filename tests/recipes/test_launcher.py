@@ -1,4 +1,4 @@
-"""What starts several processes ends as the first of them did, and adds nothing to what it said."""
+"""A launcher of several processes ends as the first that failed, and adds nothing to its output."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ print("error: as it is", file=sys.stderr)
 
 @pytest.fixture
 def launched(tmp_path, capfd):
-    """Runs a launcher whose second process does the line while the others wait; what it ends with,
-    and what is printed. It is forked, as importing torch would take most of the time."""
+    """Runs a launcher whose second process executes the line while the others wait; returns its
+    exit code and output. It is forked, as importing torch would take most of the time."""
 
     def run(line: str) -> tuple[int, str]:
         script = tmp_path / "worker.py"

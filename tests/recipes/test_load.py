@@ -1,4 +1,4 @@
-"""Reading recipes: what is refused, how it is said, and what the words of a recipe mean."""
+"""Reading recipes: refusals and their messages, and the meaning of keys and values."""
 
 import json
 import random

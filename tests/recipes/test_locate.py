@@ -1,4 +1,4 @@
-"""A recipe is named by its file, by a run directory, or, if it is shipped, by its name."""
+"""A recipe is given by its file, by a run directory or, if it comes with finequant, by its name."""
 
 from __future__ import annotations
 

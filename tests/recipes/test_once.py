@@ -128,7 +128,7 @@ assert not heavy, heavy
 def test_a_run_reads_its_rows_and_its_base_once(
     gguf, recipe_file, tmp_path, here, stages_here, monkeypatch
 ):
-    """Its stages in this process, which then shares no more than the caches."""
+    """Runs the stages in this process; they share nothing but the caches."""
     from finequant.finetune import gguf_base
     from finequant.finetune.data import dataset, splits
 

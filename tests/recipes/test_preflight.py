@@ -19,7 +19,7 @@ from finequant.recipes.rundir import RunDir
 
 @pytest.fixture
 def refused(recipe_file, monkeypatch, capsys):
-    """What `finequant run` says of a recipe that it refuses before it starts a stage."""
+    """Returns the message of `finequant run` on a recipe that it refuses before the first stage."""
 
     def start(step: list[str], *_) -> None:
         raise AssertionError(f"{step} was started")
@@ -39,7 +39,7 @@ def refused(recipe_file, monkeypatch, capsys):
 
 @pytest.fixture
 def prose(tmp_path) -> str:
-    """An override with held-out answers that are no JSON."""
+    """An override with held-out answers that are not JSON."""
     rows = [{"prompt": row["prompt"], "completion": row["prompt"]} for row in make_rows(range(3))]
     write_jsonl(tmp_path / "prose.jsonl", [*rows, {"prompt": "a", "completion": "NaN"}])
     return "data.test=prose.jsonl"
@@ -179,7 +179,7 @@ WITH_A_TOKENIZER = {
     "rows without an answer": (
         ["data.max_length=3"],
         "nothing is left to learn in 48 rows: within data.max_length=3 tokens there is no answer; "
-        "raise data.max_length\n",  # and no more: to drop them would leave none
+        "raise data.max_length\n",  # the only hint: dropping them would leave no rows
     ),
     "the head": (
         ["lora.target_modules=[q_proj, lm_head]"],

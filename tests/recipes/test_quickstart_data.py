@@ -52,7 +52,7 @@ def test_test_values_are_never_shown(rows):
 
 
 def test_test_phrasings_are_never_shown(rows):
-    """The request with each value replaced by the name of its slot."""
+    """A phrasing is a request with each value replaced by the name of its slot."""
 
     def phrasings(split):
         found = set()

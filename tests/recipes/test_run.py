@@ -1,4 +1,4 @@
-"""The `finequant` command: the scripts in turn, and nothing that is already done."""
+"""The `finequant` command runs the scripts in turn, and skips what is already done."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_stage_whose_process_does_not_start_is_one_line(monkeypatch):
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """Lets a stage of the command, in its process, do these lines of Python with its arguments."""
+    """Runs lines of Python, with arguments, as a stage of the command in the stage's process."""
     from finequant.recipes.commands import pipeline
 
     def run(*lines: str, arguments: list[str]) -> int:
@@ -103,7 +103,7 @@ def test_a_stage_that_crashes_in_a_library_is_named_in_a_line(stage, capsys, nam
 def test_on_an_accelerator_a_stage_starts_before_any_library_is_imported(
     tmp_path, stage, monkeypatch
 ):
-    """Libraries look for CUDA when they are imported, and it refuses to work in forks of that."""
+    """Libraries look for CUDA on import, and CUDA does not work in forks of such a process."""
     from finequant.finetune import device
     from finequant.recipes.commands import pipeline
 
@@ -130,7 +130,7 @@ def test_a_signal_that_also_reaches_the_fork_server_is_not_called_lack_of_memory
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     recipe_file, tmp_path, here, script, monkeypatch
 ):
-    """The command starts its stages in processes of their own."""
+    """The command starts each stage in a separate process."""
     ran = finequant("run", str(recipe_file))
     assert ran.returncode == 0, ran.stderr
     for path in ("finetune/train.py", "quantize/convert.py", "evaluate/compare.py"):
@@ -162,7 +162,7 @@ def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
 
 
 def test_help_loads_no_heavy_library():
-    """So it answers at once."""
+    """Help must appear at once."""
     code = """
 import sys
 from finequant.recipes.run import main
@@ -228,7 +228,7 @@ def test_every_entry_reports_a_missing_recipe(entry, here):
 
 
 def test_evaluate_is_still_hugging_faces(tmp_path):
-    """Our folder of that name must not shadow the package that lm-eval imports."""
+    """Our folder `evaluate` must not shadow the package that lm-eval imports."""
     code = "from importlib.util import find_spec; print(find_spec('evaluate').origin)"
     for folder in (ROOT, tmp_path):
         result = subprocess.run(
@@ -251,7 +251,7 @@ def test_the_readme_names_only_what_exists():
         assert (ROOT / path).exists(), path
 
 
-# A few rows of the quickstart, and nothing that only takes time.
+# The quickstart with a few rows, and nothing that only takes time.
 SHORT = [
     *(
         f"data.{split}={{source: data/quickstart/{split}.jsonl, limit: {limit}}}"
@@ -266,9 +266,9 @@ SHORT = [
 
 @pytest.mark.slow
 def test_the_quickstart_runs_and_its_result_loads(tmp_path, here, stages_here, capfd):
-    """The real model, shortened: all stages, though the gate fails; then the README's Python."""
+    """Runs all stages on the real model, shortened (the gate fails); then the README's Python."""
     run = tmp_path / "quickstart"
-    # Calibration takes minutes, and its tests are elsewhere, as those of the exports.
+    # Calibration takes minutes; it and the exports are tested elsewhere.
     short = [*SHORT, "quantize.method=rtn", "quantize.rotate=false"]
     short += ["quantize.exports=[gguf]", "evaluate.exports=false"]
     short += ["evaluate.gate.max_perplexity_increase=0"]
@@ -287,9 +287,9 @@ def test_the_quickstart_runs_and_its_result_loads(tmp_path, here, stages_here, c
 
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path, tiny_base, here, script, stages_here, monkeypatch):
-    """Every command in bash blocks of README and docs, and the notebook, on the tiny Llama.
+    """Runs every command in bash blocks of README and docs, and the notebook, on the tiny Llama.
 
-    All in this process: of a launcher, its arguments are parsed, and what it would start is run.
+    All run in this process: a launcher's arguments are parsed, and its script runs here.
     """
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -324,7 +324,7 @@ def test_readme_commands_run(tmp_path, tiny_base, here, script, stages_here, mon
 
 
 def launched(program: str, words: list[str]) -> list[str]:
-    """What the command starts: a script, and its arguments."""
+    """Returns what the command starts: a script, and its arguments."""
     if program == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
@@ -341,7 +341,7 @@ def launched(program: str, words: list[str]) -> list[str]:
 
 
 def notebook_cells() -> tuple[list[str], list[str]]:
-    """Commands and Python of docs/quickstart.ipynb."""
+    """Returns commands and Python of docs/quickstart.ipynb."""
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     shell = [source.removeprefix("!") for source in code if source.startswith("!")]
@@ -349,7 +349,7 @@ def notebook_cells() -> tuple[list[str], list[str]]:
 
 
 def test_a_full_disk_is_one_message(capsys):
-    """/dev/full is a disk without space."""
+    """/dev/full behaves like a disk without space."""
     from finequant.recipes.errors import report_user_errors
 
     if not Path("/dev/full").exists():

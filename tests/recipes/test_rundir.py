@@ -1,4 +1,4 @@
-"""The run directory: what is done, what is stale and why, and that writing never loses anything."""
+"""The run directory: what is done, what is stale and why; and writing never loses anything."""
 
 import json
 import os
@@ -44,7 +44,7 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A recipe, all that it names, and a current folder in which its run directory will be."""
+    """A recipe and all that it names, in the current folder, where its run directory will be."""
     home = tmp_path / "home"
     for name, content in FILES.items():
         path = home / name

@@ -1,4 +1,4 @@
-"""What a command says: whole lines in a log; in a terminal, one line below those that stay."""
+"""A command's output: whole lines in a log; in a terminal, a status line below lines that stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finequant.recipes import terminal
 
 
 def in_a_terminal(code: str, columns: int = 80) -> str:
-    """What a process writes to a terminal."""
+    """Returns what a process writes to a terminal."""
     leader, follower = pty.openpty()
     os.set_blocking(leader, True)
     setup = f"import fcntl, struct, termios; size = struct.pack('HHHH', 24, {columns}, 0, 0)\n"
@@ -25,7 +25,7 @@ def in_a_terminal(code: str, columns: int = 80) -> str:
     while True:
         try:
             part = os.read(leader, 4096)
-        except OSError:  # Linux: nobody writes any more
+        except OSError:  # on Linux, at the end of the output
             break
         if not part:
             break
@@ -36,7 +36,7 @@ def in_a_terminal(code: str, columns: int = 80) -> str:
 
 
 def screen(written: str) -> list[str]:
-    """The lines that a reader sees at the end."""
+    """Returns the lines that a reader sees at the end."""
     lines = []
     for line in written.split("\r\n"):
         shown = ""
