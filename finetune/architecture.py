@@ -148,7 +148,7 @@ class SharedInput(NamedTuple):
 
     layers: tuple[str, ...]
     norm: str | None
-    """The norm that computes it; None if another part of the block does."""
+    """The norm that computes this tensor; None if another part of the block does."""
 
 
 class Anatomy(NamedTuple):

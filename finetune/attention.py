@@ -24,7 +24,7 @@ MAX_PRODUCT_LENGTH = 1024
 
 def condensed(inputs: dict[str, Any], targets: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
     """Leaves out the tokens of a micro-batch that affect no prediction of a target: those from a
-    row's last target on, and the beginning that all rows share in all rows but the first.
+    row's last target on, and, in all rows but the first, the beginning that all rows share.
 
     inputs: a micro-batch of trl's collator, rows end to end.
     targets: bool [1, tokens - 1], whether each token but the first is a target.

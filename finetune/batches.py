@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def padded(dataset: Dataset, multiple: int) -> Dataset:
-    """Appends blank rows, which have no target token, up to a multiple of that many rows."""
+    """Appends blank rows, which have no target token, until `multiple` divides their number."""
     from datasets import Dataset, concatenate_datasets
 
     missing = -len(dataset) % multiple

@@ -1,4 +1,4 @@
-"""Checks, before any stage starts, what `train` would refuse: tokenized rows, LoRA's layers."""
+"""Checks, before any stage starts, whether `train` would refuse the rows, LoRA or nf4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chooses the device that every stage computes on, its dtype, and how many weights at a time."""
+"""Chooses the device of every stage, its dtype, and how many weights it handles at a time."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def is_first() -> bool:
 
 
 def number_of_processes() -> int:
-    """Reads the number from torchrun's and accelerate's variable: their state may not exist yet."""
+    """Reads the number that torchrun or accelerate set: accelerate's state may not exist yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -137,8 +137,8 @@ def share(items: Items) -> Items:
 
 
 ROWS_TOGETHER = 16
-"""Rows that are not separated: operators take up to this many numbers at a time, and a remainder
-one by one, which rounds differently."""
+"""Rows that stay in one process: operators take up to this many numbers at a time, and the
+remainder one by one, which rounds differently."""
 
 
 def rows_of_share(rows: int) -> slice:

@@ -32,7 +32,7 @@ LAUNCHER = "launcher.json"
 
 
 class SavesWhenStopped(TrainerCallback):
-    """After a signal, ends training at the next step, of which it saves a checkpoint."""
+    """After a signal, saves a checkpoint of the step that is running, and ends training."""
 
     def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
         self.trainer, self.request = trainer, request

@@ -235,7 +235,7 @@ def _expectation(message: str) -> str:
 
 
 def _other_spelling(item: ErrorDetails) -> str:
-    """Says how to write the value, where it is a number in quotes or a list without brackets."""
+    """Says how to write a number that is in quotes, or a list that has no brackets."""
     if item["type"] == "literal_error" and "," in str(item["input"]):
         return f"; write a list in brackets: [{item['input']}]"
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from finequant.recipes.errors import UserError
 
 SHIPPED = Path(__file__).parent
-"""The folder of the shipped recipes, which is that of this file, also in an installation."""
+"""The folder of the shipped recipes: this file's folder, even where finequant is installed."""
 
 IN_RUN = "recipe.yaml"
 """The resolved recipe of a run directory."""

@@ -15,7 +15,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval"},
 }
-"""Names of splits -> all that files call them."""
+"""Names of splits -> the words for them in the names of files and keys."""
 
 
 def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
@@ -27,7 +27,7 @@ def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
 
 
 def _has_json_lines(path: Path, kind: str) -> bool:
-    """Says whether a file is JSON Lines or one JSON value, by its content: its name may mislead."""
+    """Says whether a file is JSON Lines, judging by its content, because its name may mislead."""
     with open_text(path) as file:
         lines = (line for line in file if line.strip())
         first, second = next(lines, ""), next(lines, None)

@@ -33,7 +33,7 @@ UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]]:
     """Returns the messages, and the keys of turns that are not read.
 
-    Answers that are no targets (`weight: 0`, `train: false`) get `learned: False`.
+    Answers that are not targets (`weight: 0`, `train: false`) get `learned: False`.
 
     Raises:
         BadRowError: for what is not a list of turns, or a turn that cannot be read.

@@ -184,7 +184,7 @@ def _hint(path: Path, kind: str) -> str:
     names = [name.removeprefix(f"{before}.").removesuffix(after) for name in alike]
     if kind[1:] not in names or len(names) != 2:
         return ""
-    return f"; two languages, line by line: {before}.{{{','.join(names)}}}{after}"
+    return f"; for two languages, line by line, name {before}.{{{','.join(names)}}}{after}"
 
 
 def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:

@@ -30,7 +30,7 @@ class Row:
     tools: tuple[dict[str, Any], ...] = ()
     """Function definitions that the chat template gets."""
     excluded: frozenset[int] = frozenset()
-    """Answers that are read but not learned, by their index in messages."""
+    """Answers that the model sees but that are not targets, by their index in messages."""
 
     @property
     def targets(self) -> list[int]:

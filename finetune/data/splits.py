@@ -283,7 +283,7 @@ class _Splitting:
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
             advice = "remove them, or leave them out of training with data.overlap=drop"
             if {*map(_content, data.train)} & {*map(_content, [*data.validation, *data.test])}:
-                advice = "name other rows there, or none, and data.test_fraction splits some off"
+                advice = "name other rows there, or none, and let data.test_fraction split some off"
             raise UserError(
                 f"data: {len(shared)} training rows also occur in validation or test; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")

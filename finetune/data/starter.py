@@ -209,7 +209,7 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _named(columns: list[str], words: Sequence[str]) -> str | None:
-    """Finds the column that is named after the first possible word, or whose name contains it."""
+    """Finds a column whose name is, or else contains, one of these words; earlier words win."""
     lower = {name.lower(): name for name in columns}
     for word in words:
         if word in lower:

@@ -23,7 +23,7 @@ TOKEN_KEYS = ("template_arguments", "max_length", "long_rows", "loss_on", "missi
 
 
 class Hashes(NamedTuple):
-    """64-bit hashes: the chance that two of a million different rows collide is 1 in 30 million."""
+    """64-bit hashes: the chance that any of a million rows collide is below 1 in 30 million."""
 
     prompts: np.ndarray
     rows: np.ndarray

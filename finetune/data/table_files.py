@@ -47,7 +47,7 @@ def _separator(path: Path) -> str:
     """Chooses the separator with the most columns: Excel writes semicolons in many locales."""
     with open_text(path, newline="") as file:
         header = next((line for line in file if line.strip()), "").strip()
-    if header.startswith("sep=") and len(header) == 5:  # Excel names its separator so
+    if header.startswith("sep=") and len(header) == 5:  # Excel's way to name the separator
         return header[4]
     counts = {
         separator: len(next(csv.reader([header], delimiter=separator), []))

@@ -1,7 +1,7 @@
 """`python -m finequant.recipes.commands.launcher MODULE ...`: starts processes as torchrun or
 accelerate does, and ends with the exit code of the one that failed first.
 
-Left to themselves, they end with 1, and print forty lines below the one that says what happened.
+By themselves, these launchers end with 1, and print forty lines below the one that says why.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def run(
         if not ran:
             stages_left = [*chain(*remaining)]
             refuse_early(loaded, directory, stages_left, launch, force, _start_importing)
-        left = f", {duration(sum(seconds))} left by the last run" if seconds else ""
+        left = f", {duration(sum(seconds))} left if all takes as long as before" if seconds else ""
         say(f"[{number}/{len(steps)}] {', '.join(stale)}{left}")
         for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
             say(f"  because {change}")

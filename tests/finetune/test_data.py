@@ -286,7 +286,7 @@ def test_bad_rows_of_a_file_for_training_and_test_are_named_once(tmp_path):
         load(file, test=file)
     assert str(error.value) == (
         "data: 2 training rows also occur in validation or test; name other rows there, or none, "
-        "and data.test_fraction splits some off\n  rows.jsonl:1 = rows.jsonl:1\n"
+        "and let data.test_fraction split some off\n  rows.jsonl:1 = rows.jsonl:1\n"
         "  rows.jsonl:2 = rows.jsonl:2"
     )
     write(file, [*numbered(0, 2), {"prompt": "ask", "completion": ""}])

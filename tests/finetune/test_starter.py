@@ -200,7 +200,7 @@ def test_held_out_rows_may_have_other_columns(tmp_path):
 def test_parallel_files_of_two_languages_make_a_recipe(tmp_path):
     for name, text in (("train.en", "a dog"), ("train.de", "ein Hund")):
         (tmp_path / name).write_text(text + "\n")
-    with pytest.raises(UserError, match=r"line by line: train\.\{de,en\}$"):
+    with pytest.raises(UserError, match=r"line by line, name train\.\{de,en\}$"):
         write_recipe(tmp_path / "train.de", None, None, None, tmp_path / "mine.yaml")
     pair = tmp_path / "train.{de,en}"
     columns = {"prompt": "de", "completion": "en"}
