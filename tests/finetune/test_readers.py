@@ -185,8 +185,8 @@ def test_lines_of_parallel_files_are_rows(tmp_path, tiny_base):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 lines, and others of en, de"),
-        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 lines, and others of en, de"),
+        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 lines, but others of en, de"),
+        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 lines, but others of en, de"),
         ({"en": "a\n"}, "pairs.de.gz: cannot be read: No such file"),
         ({"en": "a\n", "de": ""}, "pairs.de.gz: no rows in this file"),
     ],
