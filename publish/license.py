@@ -133,9 +133,9 @@ def _with_notice(
         missing = ["NOTICE"]
     if missing:
         raise UserError(
-            f"publish: the license of the base ({license}) must be published along with it, and "
-            f"{' and '.join(missing)} not in {folder or 'the package'}: download from the base's "
-            "page on the Hub into a folder and set publish.license_folder=FOLDER"
+            f"publish: the license of the base ({license}) must be published along with it, but "
+            f"{folder or 'the package'} lacks {' and '.join(missing)}: download them from the "
+            "base's page on the Hub into a folder, and set publish.license_folder=FOLDER"
         )
     return documents
 

@@ -73,7 +73,7 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
     files = files_of(folder)
     if options.dry_run:
         show(files, f"{recipe.publish.repo_id or 'no repository named'}, {visibility(recipe)}")
-        say(f"publish: dry run, nothing was sent: {folder} holds what would be")
+        say(f"publish: dry run, nothing was sent: {folder} contains what would be uploaded")
         return
     remote = look(recipe, kind, options.into_existing)
     show(files, f"{remote.url}, {visibility(recipe)}")
@@ -246,7 +246,7 @@ def confirmed() -> bool:
         UserError: if there is no terminal.
     """
     if not sys.stdin.isatty():
-        raise UserError("publish: there is nobody to ask: look at the list above, then add --yes")
+        raise UserError("publish: no terminal to ask on: look at the list above, then add --yes")
     return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
 
 

@@ -45,7 +45,7 @@ class Remote(NamedTuple):
         if replaced:
             lines.append(f"replaced where they differ: {', '.join(replaced)}")
         if left := self.left_over(files):
-            lines.append(f"removed, as this publication does not have them: {', '.join(left)}")
+            lines.append(f"removed, as they are not in this publication: {', '.join(left)}")
         return lines
 
 
@@ -219,8 +219,8 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
     error = raised.__cause__ or raised if type(raised) is RuntimeError else raised
     if isinstance(error, LocalTokenNotFoundError):
         return UserError(
-            "publish: no token for the Hub: `hf auth login`, or HF_TOKEN=..., with one that may "
-            "write"
+            "publish: no token for the Hub: `hf auth login`, or set HF_TOKEN, with a token that "
+            "may write"
         )
     if isinstance(error, OfflineModeIsEnabled):
         return UserError("publish: HF_HUB_OFFLINE is set: unset it to publish")
@@ -240,7 +240,7 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
     if status == 401:
         return UserError(
             "publish: the Hub does not accept this token: `hf auth login` with a valid one; "
-            "HF_TOKEN, where it is set, comes first"
+            "HF_TOKEN, if it is set, takes precedence"
         )
     if status == 403:
         return UserError(_may_not_write(recipe))

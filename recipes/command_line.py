@@ -23,7 +23,7 @@ def read_command_line(
 ) -> tuple[Recipe, RunDir]:
     """Parses a stage's command line into its recipe and its run directory, which it locks.
 
-    Hub revisions become commits: the current ones in the first stage, and the same in later stages.
+    Hub revisions become commits: the current ones in the first stage, and the same ones later.
 
     Raises:
         UserError: for an invalid recipe or override, or a directory that another process uses or

@@ -84,8 +84,8 @@ LOST = "another process of this run has ended, or cannot be reached; its last li
 # What libraries say when a resource runs out, or when a process that computes with this one is
 # gone (gloo, NCCL, torch's store) -> what to do. torch.save hides the reason.
 LIMITS = {
-    "No space left on device": "no space left on the disk: free some",
-    "Disk quota exceeded": "no space left on the disk: free some",
+    "No space left on device": "no space left on the disk: free some space",
+    "Disk quota exceeded": "no space left on the disk: free some space",
     "PytorchStreamWriter failed": "no space left on the disk, or the disk failed: free some space",
     "unexpected pos": "no space left on the disk, or the disk failed: free some space",
     "Read-only file system": "the file system is read-only: make it writable",

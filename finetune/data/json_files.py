@@ -122,7 +122,7 @@ def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
 
 
 def _are_rows_of(names: Any, cells: Any) -> bool:
-    """Says whether these are names of columns and, for each row, a list of as many values."""
+    """Says whether `names` are those of columns, and `cells` has as many values for each row."""
     return (
         isinstance(names, list)
         and isinstance(cells, list)

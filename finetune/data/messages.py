@@ -160,7 +160,7 @@ def check_messages(messages: list[Message], where: str) -> None:
     if roles[-1] != "assistant":
         raise BadRowError(f"{problem}; expected the last to be assistant")
     if repeated := [role for role, after in pairwise(roles) if role == after in MERGED]:
-        raise BadRowError(f"{problem}; expected no two of {repeated[0]} in a row")
+        raise BadRowError(f"{problem}; expected no two {repeated[0]} turns in a row")
     if empty := [message["role"] for message in messages if _is_empty(message)]:
         raise BadRowError(f"{where}: empty {empty[0]} message: remove the row or fill it in")
     if all(

@@ -87,15 +87,15 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
 
 
 def _tables(folder: Path) -> tuple[list[Path], list[str]]:
-    """Lists the files of rows in a folder, and the splits that their names speak of."""
+    """Lists the files of rows in a folder, and the splits that occur in their names."""
     files = [file for file in sorted(folder.iterdir()) if _is_table(file)]
     named = [name for name, words in SPLITS.items() if any(_words(file) & words for file in files)]
     return files, named
 
 
 def files_of_no_split(source: Source) -> list[str]:
-    """Lists the files of a folder that `read_source` leaves out for every split, because only the
-    names of others speak of one."""
+    """Lists the files of a folder that `read_source` reads for no split: their names contain none,
+    although those of other files do."""
     folder = Path(source.source)
     if not folder.is_absolute() or not folder.is_dir() or _is_saved(folder):
         return []

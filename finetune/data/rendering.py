@@ -109,8 +109,8 @@ class Rendering:
             raise UserError(
                 f"{row.where}: the chat template writes earlier turns differently once later ones "
                 "follow, so the answers cannot be told apart: use rows of one answer, a "
-                "model.chat_template that only appends, or data.loss_on=all, which learns the "
-                "prompts too"
+                "model.chat_template that only appends, or data.loss_on=all, with which "
+                "prompts are targets, too"
             )
         return start, stop
 
@@ -152,7 +152,7 @@ def _render(
 ) -> list[str]:
     if not tokenizer.chat_template:
         raise UserError(
-            "model.chat_template: this base has no chat template, and the data are conversations; "
+            "model.chat_template: this base has no chat template, but the data are conversations; "
             "give model.chat_template (Jinja text, or the path of a .jinja file)"
         )
     if not conversations:

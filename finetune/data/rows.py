@@ -42,7 +42,7 @@ PREFERENCES = (
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 MEDIA = re.compile("<(image|audio|video)>")
-"""Where LLaVA's and LLaMA-Factory's messages refer to a column with a file."""
+"""Placeholders by which messages of LLaVA and LLaMA-Factory refer to a column with a file."""
 
 
 @dataclass
@@ -256,7 +256,11 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
 
 
 def _check_media(messages: list[Message], row: dict[str, Any], where: str) -> None:
-    """Refuses messages about a picture: without it, the model would learn to invent one."""
+    """Refuses messages about a picture, sound or video: the model would learn to invent one.
+
+    Raises:
+        BadRowError: naming the column that a message refers to.
+    """
     for message in messages:
         for kind in MEDIA.findall(message["content"]):
             if column := next((name for name in (kind, f"{kind}s") if row.get(name)), None):

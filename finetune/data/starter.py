@@ -60,7 +60,7 @@ class Look:
     """The source's `columns`; empty for rows of a known layout."""
     answers: list[str]
     unread: list[str] = field(default_factory=list)
-    """Columns that are left out, where `columns` says which are not."""
+    """Columns that `columns` does not use; empty for rows of a known layout."""
 
 
 def write_recipe(
@@ -107,7 +107,7 @@ def _rows_of(data: Path) -> list[dict[str, Any]]:
     """Reads the first rows, without broken ones.
 
     Raises:
-        UserError: the first row's, if all of them are broken.
+        UserError: the error of the first row, if all of them are broken.
     """
     read = [row for _, row in islice(read_source(Source(source=str(data.resolve()))), ROWS)]
     rows = [row for row in read if isinstance(row, dict)]
@@ -187,8 +187,8 @@ def _columns(rows: Sequence[dict[str, str]], data: Path, given: dict[str, str]) 
 
 
 def _cells(row: dict[str, Any], given: Iterable[str]) -> dict[str, str]:
-    """Returns the texts of a row, and other values where their names say that they are answers,
-    as numbers of labels are, or where they are given."""
+    """Returns the texts of a row, and also, as text, the columns that are given and numbers whose
+    column is named like an answer, such as label."""
     cells = dict(_texts(row))
     labels = [name for name, value in row.items() if isinstance(value, (int, float))]
     for name in (*(label for label in labels if label.lower() in ANSWERS), *given):

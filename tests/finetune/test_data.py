@@ -417,7 +417,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "two user turns": (
         "rows.jsonl",
         chat(("user", "a"), ("user", "b"), ("assistant", "c")),
-        ["rows.jsonl:2: the turns are user, user, assistant; expected no two of user in a row"],
+        ["rows.jsonl:2: the turns are user, user, assistant; expected no two user turns in a row"],
     ),
     "ends with user": (
         "rows.jsonl",
@@ -433,7 +433,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "two system messages": (
         "rows.jsonl",
         chat(("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")),
-        ["rows.jsonl:2: the turns are system, system, user", "no two of system in a row"],
+        ["rows.jsonl:2: the turns are system, system, user", "no two system turns in a row"],
     ),
     "no turns": ("rows.jsonl", chat(), ["rows.jsonl:2: no turns; expected an answer"]),
     "empty assistant turn": (

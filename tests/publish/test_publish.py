@@ -196,7 +196,7 @@ def test_publishing_again_sends_only_changes_and_removes_deleted_files(hub, publ
     shutil.rmtree(recipe.parent / "run" / "exports")
     smaller = publish("publish.description=For tests.")
     assert smaller.returncode == 0, smaller.stderr
-    assert "removed, as this publication does not have them: gguf/model.gguf" in smaller.stderr
+    assert "removed, as they are not in this publication: gguf/model.gguf" in smaller.stderr
     files = hub.repositories[REPOSITORY].files
     assert "gguf/model.gguf" not in files
     assert b"\nFor tests.\n" in files["README.md"].content
