@@ -3,22 +3,26 @@
 python benchmarks/memory.py
 python benchmarks/memory.py --only nf4,scales
 python benchmarks/memory.py --shape tiny --tokens 32
+python benchmarks/memory.py --tokens 32 --limit 1.15
 
 Each line is a stage's own command in a process of its own, on rows of one length, for two steps.
 Its peak is what the kernel says of the process (VmHWM, on Linux alone); it is refused if the
-manifest says another.
+manifest says another. Pages of mapped files count there, although the kernel takes them back when
+they are needed: --limit tells what a stage cannot do without.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -27,6 +31,7 @@ from convert import make
 
 from finequant.recipes.commands.pipeline import module_of
 from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -67,6 +72,12 @@ TEMPLATE = (
 CALIBRATION_TOKENS, ROWS, POLL = 4096, 32, 0.05
 """The last in seconds."""
 
+LIMITS = (
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    Path("/sys/fs/cgroup/memory.max"),
+)
+"""Of a control group's memory, in the first and second version."""
+
 
 class Measured(NamedTuple):
     """What a process took."""
@@ -88,6 +99,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="of a row, and a step")] = 256,
     blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
     folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
+    limit: Annotated[
+        float, typer.Option(help="of each stage, in estimates: it ends if it needs more (root)")
+    ] = math.inf,
 ) -> None:
     """Prints the table as Markdown."""
     chosen = [name for name in CASES if any(part in name for part in only.split(","))]
@@ -100,12 +114,16 @@ def main(
         recipe = prepare(at, shape, blocks, tokens)
         for name in with_what_they_read(chosen):
             say(name)
-            those = compared(name, recipe, tokens, measure(at, recipe, name))
+            estimated = estimate(recipe, name, tokens)
+            allowed = limit if name in chosen else math.inf
+            measured = measure(at, recipe, name, allowed * sum(estimated.values()))
+            those = compared(name, recipe, estimated, measured)
             lines += those if name in chosen else []
     of_blocks = f", {blocks} of its blocks" if blocks else ""
-    print(f"\nLlama {shape}{of_blocks}, rows of {tokens} tokens, one a step\n")
-    print("| | GB | without mapped files | estimated | ratio | |")
-    print("| :--- | ---: | ---: | ---: | ---: | ---: |")
+    within = f", in {limit} times its estimate" if limit < math.inf else ""
+    print(f"\nLlama {shape}{of_blocks}, rows of {tokens} tokens, one a step{within}\n")
+    print("| | GB | without mapped files | estimated | ratio | | |")
+    print("| :--- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print("\n".join(lines))
 
 
@@ -167,25 +185,47 @@ def a_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def measure(at: Path, recipe: Path, name: str) -> Measured:
-    """Runs a case's command; what the process says is kept in a file beside the recipe."""
+def estimate(path: Path, name: str, tokens: int) -> Memory:
+    """Estimates what `finequant plan` would for a case, given the lengths of the rows."""
+    from finequant.finetune.model import load_config
+    from finequant.quantize.size.estimate import memory_of
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.terms import Lengths
+
+    stage, overrides = CASES[name]
+    recipe = load_recipe(path, overrides)
+    config, lengths = load_config(recipe.model), Lengths([tokens] * ROWS, tokens, tokens // 2)
+    return memory_of(stage, recipe, config, this_machine(), lengths)
+
+
+def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
+    """Runs a case's command; what the process says is kept in a file beside the recipe.
+
+    limit: bytes that the process may have; pages of files count as those of any memory.
+    """
     stage, overrides = CASES[name]
     started = time.monotonic()
     log = at / f"{name}.log"
     command = [sys.executable, "-m", module_of(stage), str(recipe), *overrides]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     peak, anonymous, models = 0, 0, {}
-    while process.poll() is None:
-        with suppress(OSError, TypeError):  # it has just ended
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            now, peak = kilobytes("VmRSS", status), max(peak, kilobytes("VmHWM", status))
-            anonymous = max(anonymous, kilobytes("RssAnon", status))
-            if model := re.findall(r"evaluate: (\w+): loading", log.read_text()):
-                models[model[-1]] = max(models.get(model[-1], 0), now)
-        time.sleep(POLL)
+    with control_group(limit) as join, log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=join
+        )
+        try:
+            while process.poll() is None:
+                with suppress(OSError, TypeError):  # it has just ended
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    now, peak = kilobytes("VmRSS", status), max(peak, kilobytes("VmHWM", status))
+                    anonymous = max(anonymous, kilobytes("RssAnon", status))
+                    if model := re.findall(r"evaluate: (\w+): loading", log.read_text()):
+                        models[model[-1]] = max(models.get(model[-1], 0), now)
+                time.sleep(POLL)
+        finally:
+            process.kill()
+            process.wait()
     if process.returncode:
-        sys.exit(f"{name} failed:\n{log.read_text()}")
+        sys.exit(f"{name} failed (exit code {process.returncode}):\n{log.read_text()}")
     manifest = json.loads((at / "run" / "manifest.json").read_text())
     seconds = time.monotonic() - started
     reported = manifest[stage]["peak_memory_bytes"]
@@ -194,35 +234,58 @@ def measure(at: Path, recipe: Path, name: str) -> Measured:
     return Measured(peak, reported, anonymous, models, seconds)
 
 
+@contextmanager
+def control_group(limit: float) -> Iterator[Callable[[], None]]:
+    """Gives a function by which a process enters a control group with this limit, without swap.
+
+    What is cached of files is dropped first: a group does not pay for pages that are there already.
+    """
+    if limit == math.inf:
+        yield lambda: None
+        return
+    file = LIMITS[0] if LIMITS[0].exists() else LIMITS[1]
+    group = file.parent / f"finequant-{os.getpid()}"
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        group.mkdir(exist_ok=True)
+        (group / file.name).write_text(str(int(limit)))
+    except OSError as error:
+        raise UserError(f"--limit needs root and control groups: {error}") from None
+    try:
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        for _ in range(100):  # the kernel takes a moment to see that it is empty
+            with suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(POLL)
+
+
 def kilobytes(key: str, status: str) -> int:
     """Reads a line of the kernel's status of a process, in bytes."""
     return 1024 * int(re.search(rf"^{key}:\s*(\d+)", status, re.M)[1])
 
 
-def compared(name: str, path: Path, tokens: int, measured: Measured) -> list[str]:
+def compared(name: str, path: Path, estimated: Memory, measured: Measured) -> list[str]:
     """Makes the lines of a case in the table: of its stage, and of each model that it evaluates."""
     from finequant.finetune.model import load_config
-    from finequant.quantize.size.estimate import memory_of
-    from finequant.quantize.size.machine import this_machine
-    from finequant.quantize.size.terms import Lengths
-    from finequant.recipes.load import load_recipe
 
     stage, overrides = CASES[name]
     recipe = load_recipe(path, overrides)
-    config, lengths = load_config(recipe.model), Lengths([tokens] * ROWS, tokens, tokens // 2)
-    estimated = memory_of(stage, recipe, config, this_machine(), lengths)
+    config = load_config(recipe.model)
     say(f"{name}: {measured}; estimated: {estimated}")
     total, remark = sum(estimated.values()), ""
     if stage == "qat":
         remark = f"{bytes_of_rounded(recipe, config, estimated, measured.peak):.2f} bytes a weight"
     lines = [
         f"{name} | {measured.peak / 1e9:.2f} | {measured.anonymous / 1e9:.2f} | "
-        f"{total / 1e9:.2f} | {measured.peak / total:.2f} | {remark}"
+        f"{total / 1e9:.2f} | {measured.peak / total:.2f} | {measured.seconds:.0f} s | {remark}"
     ]
     for model, peak in measured.models.items():
         above = (peak - estimated["process"]) / float_bytes(recipe, config)
         remark = "" if model == "quantized" else f"{above:.2f} times its weights"
-        lines.append(f"{name} {model} | {peak / 1e9:.2f} | | | | {remark}")
+        lines.append(f"{name} {model} | {peak / 1e9:.2f} | | | | | {remark}")
     return [f"| {line} |" for line in lines]
 
 

@@ -55,11 +55,16 @@ def _cached(model: Model, name: str) -> Path | None:
 
 
 def stored_weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the float tensors of a base's files by name, in their dtype, some rows at a time."""
-    for name, tensor in _tensors(_stamps(weight_files(model))).items():
-        if tensor.get_dtype() in DTYPES:
-            for start in range(0, tensor.get_shape()[0], ROWS):
-                yield name, tensor[start : start + ROWS]
+    """Yields the float tensors of a base's files by name, in their dtype, some rows at a time.
+
+    Each is mapped by itself: what was read stays resident as long as its mapping does.
+    """
+    for stamp in _stamps(weight_files(model)):
+        for name in list(_tensors((stamp,))):
+            tensor = _tensors((stamp,))[name]
+            if tensor.get_dtype() in DTYPES:
+                for start in range(0, tensor.get_shape()[0], ROWS):
+                    yield name, tensor[start : start + ROWS]
 
 
 def as_stored(config: DecoderConfig, model: Model) -> DecoderConfig:

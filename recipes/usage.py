@@ -10,6 +10,14 @@ from pathlib import Path
 
 LINUX_STATUS = Path("/proc/self/status")
 
+CGROUPS = {
+    "memory.max": "memory.current",
+    "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes",
+}
+"""Under CGROUP: a container's limit, and what it has in use; of versions 2 and 1."""
+
+CGROUP = Path("/sys/fs/cgroup")
+
 
 class Stopwatch:
     """Counts the seconds since it was created."""
@@ -28,6 +36,42 @@ def peak_memory() -> int:
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+)", LINUX_STATUS.read_text(), re.M)[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory() -> int:
+    """Returns the bytes of memory, with swap, of this machine or of the container that it is."""
+    import psutil
+
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    return min([total, *(limit for limit, _ in _limits())])
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that can be taken now; swap is not counted."""
+    import psutil
+
+    room = psutil.virtual_memory().available
+    return min([room, *(max(0, limit - used) for limit, used in _limits())])
+
+
+def _limits() -> list[tuple[int, int]]:
+    """Lists limits of a container with what is used of each; page cache, which the kernel takes
+    back, is not counted as used."""
+    limits = []
+    for limit, usage in CGROUPS.items():
+        if (most := _number(CGROUP / limit)) is not None:
+            statistics = (CGROUP / usage).with_name("memory.stat")
+            text = statistics.read_text() if statistics.exists() else ""
+            cache = re.search(r"^inactive_file (\d+)", text, re.M)
+            used = (_number(CGROUP / usage) or 0) - int(cache[1] if cache else 0)
+            limits.append((most, used))
+    return limits
+
+
+def _number(file: Path) -> int | None:
+    """Reads a file's number; None where there is none, such as `max`."""
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdigit() else None
 
 
 def peak_gpu_memory() -> int:

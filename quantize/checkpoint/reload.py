@@ -18,6 +18,7 @@ from finequant.quantize.rounding import quantize_activations
 from finequant.quantize.scheme import HEAD, Plan
 from finequant.recipes.errors import UserError
 from finequant.recipes.terminal import say
+from finequant.recipes.usage import available_memory
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -49,13 +50,11 @@ save_file(rows, logits)
 
 def blocks_that_fit(checkpoint: Checkpoint, config: DecoderConfig) -> int:
     """Counts the blocks of the model that a fresh process can load into free memory."""
-    import psutil
-
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
     # Python with its libraries; then codes as a float32 and in the model's dtype at each forward.
     fixed = PROCESS_BYTES + largest * (4 + checkpoint.dtype.itemsize)
     total = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
-    room = (psutil.virtual_memory().available - fixed) / max(1, total)
+    room = (available_memory() - fixed) / max(1, total)
     every = config.num_hidden_layers
     return every if room >= 1 else max(1, int(room * every))
 

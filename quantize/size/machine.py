@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finequant.recipes.errors import UserError
+from finequant.recipes.usage import total_memory
 
 GPUS = {
     "T4": 16,
@@ -29,7 +30,6 @@ GPUS = {
 """Memory in GB."""
 
 WITHOUT_BF16 = ("T4", "V100")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,18 +60,13 @@ class Machine(NamedTuple):
 
 def this_machine() -> Machine:
     """Returns this machine's GPU if it has one; else its memory, or its container's, with swap."""
-    import psutil
     import torch
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpus = torch.cuda.device_count()
         return Machine(properties.name, properties.total_memory, "gpu", gpus)
-    total = psutil.virtual_memory().total + psutil.swap_memory().total
-    limit = CONTAINER_LIMIT
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return Machine("this machine", total, "cpu")
+    return Machine("this machine", total_memory(), "cpu")
 
 
 def named_gpu(text: str) -> Machine:

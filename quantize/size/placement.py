@@ -12,6 +12,7 @@ from finequant.quantize.size.evaluating import evaluation_memory, evaluation_wei
 from finequant.quantize.size.machine import Machine, this_machine
 from finequant.quantize.size.terms import Lengths, longest
 from finequant.recipes.schema import Recipe
+from finequant.recipes.usage import available_memory
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -69,11 +70,9 @@ def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) 
 def _rooms(machine: Machine, room: int) -> dict[str, int]:
     """Half of the free host memory is for weights, where a GPU computes: from the other half, the
     system's file cache, those on disk are read again."""
-    import psutil
-
     main = device()
     if machine.kind == "cpu":
         return {str(main): room}
     names = [str(main)] if machine.gpus == 1 else [f"{main.type}:{n}" for n in range(machine.gpus)]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return dict.fromkeys(names, room) | {"cpu": psutil.virtual_memory().available // (2 * here)}
+    return dict.fromkeys(names, room) | {"cpu": available_memory() // (2 * here)}

@@ -125,8 +125,9 @@ def quantize_memory(
     phases = [{"block in float32": 4 * block, "head in float32": 4 * head}]
     if not on_gpu:
         phases = [
-            {"block, read and in float32": 6 * block, "head in float32": 4 * head},
-            {"block": dtype * block, "head": dtype * head, "pieces": 16 * 2**20},
+            {"block, read and in float32": 6 * block},
+            {"head in float32": 4 * head},  # and the embedding; one at a time
+            {"largest of the shipped layers": dtype * max(block, head), "pieces": 16 * 2**20},
         ]
     if METHODS[quantize.method].is_calibrated and not quantize.training:
         phases.append(_calibration(recipe, config, machine))

@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
 
 
 MB = 10**6
-PROCESS = {"train": 560 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
+PROCESS = {"train": 600 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
 """Python with the libraries of a stage: torch, transformers, and trl, torchao or lm-eval."""
 
 CUDA_CONTEXT = 500 * MB

@@ -22,6 +22,7 @@ from finequant.quantize.size.estimate import cache_bytes, disk_of, memory_of
 from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
 from finequant.quantize.size.resources import refuse_what_cannot_finish
 from finequant.quantize.size.terms import Lengths, components, trainable
+from finequant.recipes import usage
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.run import main
@@ -318,8 +319,8 @@ def test_memory_depends_on_the_rows_lengths_not_on_the_recipes_limit(recipe_file
 @pytest.mark.parametrize(
     ("stage", "megabytes", "hint"),
     [
-        ("train", 660, "it fits with train.micro_batch_size=4"),
-        ("train", 610, "it fits with train.micro_batch_size=2"),
+        ("train", 700, "it fits with train.micro_batch_size=4"),
+        ("train", 650, "it fits with train.micro_batch_size=2"),
         ("evaluate", 820, "it fits with evaluate.batch_size=8"),
     ],
 )
@@ -360,14 +361,37 @@ def test_disk_includes_the_cache_of_a_gguf_base_until_it_exists(recipe_file, mon
         assert resources._disk(recipe, run, config, ["train"]) == {run.root: without} | needed
 
 
-def test_a_containers_memory_is_its_limit(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    limit.write_text("123456789\n")
-    monkeypatch.setattr(machines, "CONTAINER_LIMIT", limit)
+@pytest.mark.parametrize("limit", usage.CGROUPS, ids=["version 2", "version 1"])
+def test_a_containers_memory_is_its_limit(monkeypatch, tmp_path, limit):
+    monkeypatch.setattr(usage, "CGROUP", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file, used = tmp_path / limit, tmp_path / usage.CGROUPS[limit]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("123456789\n")
     assert machines.this_machine().memory == 123456789
-    limit.write_text("max\n")
-    assert machines.this_machine().memory > 123456789
+    used.write_text("100000000\n")
+    assert usage.available_memory() == 23456789
+    used.with_name("memory.stat").write_text("active_file 5\ninactive_file 1000000\n")
+    assert usage.available_memory() == 24456789  # the kernel takes cached pages back
+    used.write_text("200000000\n")
+    assert usage.available_memory() == 0
+    for unlimited in ("max\n", "9223372036854771712\n"):
+        file.write_text(unlimited)
+        assert machines.this_machine().memory > 200000000
+        assert usage.available_memory() > 0
+
+
+def test_a_checkpoint_is_reloaded_as_far_as_the_container_has_room(monkeypatch, tmp_path):
+    from finequant.quantize.checkpoint.reload import PROCESS_BYTES, blocks_that_fit
+
+    (tmp_path / "model.safetensors").write_bytes(bytes(10**6))
+    checkpoint = SimpleNamespace(shapes={"": (10,)}, dtype=torch.float32, folder=tmp_path)
+    config = SimpleNamespace(num_hidden_layers=8)
+    monkeypatch.setattr(usage, "CGROUP", tmp_path)
+    for room, blocks in ((2 * 10**6, 8), (5 * 10**5, 3), (10**4, 1)):
+        (tmp_path / "memory.max").write_text(str(PROCESS_BYTES + room))
+        (tmp_path / "memory.current").write_text("0")
+        assert blocks_that_fit(checkpoint, config) == blocks
 
 
 def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, capsys):
