@@ -47,7 +47,7 @@ ADAPTER = "quantize.training={steps: 2, learns: adapter}"
 TEACHER = "quantize.training.distillation=0.5"
 CASES = {
     "train bf16": ("train", ["train.precision=bf16"]),
-    "train nf4": ("train", ["train.precision=bf16", "model.load=nf4"]),
+    "train nf4": ("train", ["train.precision=fp32", "model.load=nf4"]),
     "train fp32": ("train", ["train.precision=fp32"]),
     "qat scales": ("qat", [SCALES, CHECKPOINTING]),
     "qat scales teacher": ("qat", [SCALES, TEACHER, CHECKPOINTING]),
