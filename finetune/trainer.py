@@ -128,14 +128,14 @@ class LoraTrainer(SFTTrainer):
             inputs, predicting = attention.condensed(inputs, targets)
         else:
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        # The forward cannot skip the head; with an index, the head multiplies only one position.
-        first = torch.zeros(1, dtype=torch.long, device=targets.device)
+        # The forward cannot leave the head out; here it has no position to multiply.
+        none = torch.zeros(0, dtype=torch.long, device=targets.device)
         states: list[torch.Tensor] = []
         # From a hook, because accelerate casts all states that a bf16 forward returns to float32.
         norm = self.accelerator.unwrap_model(model).get_decoder().norm
         hook = norm.register_forward_hook(lambda _module, _inputs, output: states.append(output))
         try:
-            model(**inputs, use_cache=False, logits_to_keep=first)
+            model(**inputs, use_cache=False, logits_to_keep=none)
         finally:
             hook.remove()
         return states[0][0, predicting] if condenses else states[0][:, :-1][targets]

@@ -160,6 +160,8 @@ class FakeQuantLinear(FakeQuantized):
         self.register_parameter("bias", _frozen(bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():  # no weight has to be formed for that
+            return x.new_empty(*x.shape[:-1], self.latent.shape[0])
         if not self.enabled:
             return linear(x, self.float_weight, self.bias)
         return self.product(x)

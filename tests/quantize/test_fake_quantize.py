@@ -135,3 +135,12 @@ def test_learned_scales_that_ship_are_positive_and_finite():
     assert scale.dtype == torch.float16
     assert (scale > 0).all() and scale.isfinite().all()
     assert torch.equal(layer.weight(), layer.rounded().dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("kind", [FakeQuantLinear, FakeQuantLora, FakeQuantScales])
+def test_no_weight_is_formed_for_an_input_without_positions(kind, monkeypatch):
+    layer = make_layer(kind)
+    monkeypatch.setattr(layer, "weight", lambda: pytest.fail("formed"))
+    assert layer(torch.empty(2, 0, 64)).shape == (2, 0, 24)
+    with pytest.raises(pytest.fail.Exception, match="formed"):
+        layer(torch.empty(2, 1, 64))
