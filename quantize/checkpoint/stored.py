@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from finequant.quantize.checkpoint.reading import TensorFile
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -141,6 +142,21 @@ def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict
         raise UserError(f"{layer}: has zero points; expected symmetric codes: quantize again")
     rounded[layer] = Rounded(parts["qdata"], parts["scale"])
     bits[layer] = int(description["_data"]["target_dtype"]["_data"].removeprefix("int"))
+
+
+class StoredLayers:
+    """Reads codes and scales of a layer of `quantized/` when they are asked for.
+
+    Nothing is mapped: the pages of a mapped file stay resident as long as any of its tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
+        self._files = {name: file for file in files for name in file.entries}
+
+    def __getitem__(self, layer: str) -> Rounded:
+        names = (f"{layer}._weight_{part}" for part in ("qdata", "scale"))
+        return Rounded(*(self._files[name].read(name) for name in names))
 
 
 def copy_beside(stored: QuantizedCheckpoint, folder: Path) -> None:

@@ -25,24 +25,28 @@ from finequant.quantize.training.fake_quantize import (
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder, DecoderConfig
+    from finequant.quantize.checkpoint.stored import StoredLayers
     from finequant.recipes.schema import Lora, Recipe
 
 
 def fake_quantized_model(
-    recipe: Recipe, weights: Weights, start: dict[str, Rounded], plan: Plan, dtype: torch.dtype
+    recipe: Recipe,
+    weights: Weights,
+    start: StoredLayers | dict[str, Rounded],
+    plan: Plan,
+    dtype: torch.dtype,
 ) -> Decoder:
-    """Builds the tuned model in the shipped dtype, with the layers of `start` fake-quantized.
+    """Builds the tuned model in the shipped dtype, with the layers of the plan fake-quantized.
+
+    Only the parameters that the recipe trains require a gradient.
 
     weights: float32 rows of the tuned model, merged, and transformed as the recipe says.
-    Only what learns requires a gradient: nothing that the plan leaves in float does.
+    start: codes and scales of each layer.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
-        codes = start[name]
-        if recipe.quantize.training.learns == "adapter":  # a view would keep the file mapped
-            codes = Rounded(*map(torch.clone, codes))
-        layer = _fake_quantized(name, bias, weights, codes, plan, dtype, recipe, generator)
+        layer = _fake_quantized(name, bias, weights, start[name], plan, dtype, recipe, generator)
         if filled_by_first():
             _empty(layer)
         return layer

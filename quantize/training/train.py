@@ -55,7 +55,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer
-    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.checkpoint.stored import StoredLayers
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
     from finequant.quantize.methods.transforms import transformed
     from finequant.quantize.scheme import layer_plan, shipped_dtype
@@ -86,7 +86,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     start = starting_codes(recipe, run, base, weights, tokenizer, dtype)
     steps = Path(arguments.output_dir)
     decided_by_first(lambda: run.continuing(steps, "qat", inputs))
-    model = fake_quantized_model(recipe, weights, read_checkpoint(start).rounded, plan, dtype)
+    model = fake_quantized_model(recipe, weights, StoredLayers(start), plan, dtype)
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
     run_trainer(trainer, last_checkpoint(arguments))
