@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import getitem
@@ -80,6 +81,25 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     yaml.default_flow_style = False
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
+
+
+def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
+    """Sets keys such as `lora.rank` in a recipe's file; all else in it stays, with its comments.
+
+    comment: beside each of the keys.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, sys.maxsize
+    document = yaml.load(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        section = document
+        for part in sections:
+            section = section.setdefault(part, CommentedMap())
+        section.pop(name, None)
+        section.insert(0, name, value, comment)
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(document, file)
 
 
 def without_folders(recipe: Recipe) -> Recipe:

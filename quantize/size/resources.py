@@ -52,7 +52,7 @@ def show_resources(
             memory = memory_of(stage, recipe, config, machine)
             total, fits = sum(memory.values()), ""
             if total > machine.memory:
-                hint = _what_fits(stage, recipe, config, machine, None)
+                hint = _hint(stage, recipe, config, machine, None)
                 fits = f" does not fit: {hint}:"
             named = {name: _gb(size) for name, size in memory.items()}
             show(
@@ -101,7 +101,7 @@ def refuse_what_cannot_finish(
     for stage in stages:
         memory = memory_of(stage, recipe, config, machine, lengths)
         if sum(memory.values()) > machine.memory:
-            hint = _what_fits(stage, recipe, config, machine, lengths)
+            hint = _hint(stage, recipe, config, machine, lengths)
             problems.append(_too_much(stage, memory, machine, hint))
     for folder, needed in _disk(recipe, run, config, stages).items():
         if needed > (free := free_disk(folder)):
@@ -124,28 +124,41 @@ def _disk(recipe: Recipe, run: RunDir, config: DecoderConfig, stages: list[str])
     return needed
 
 
+def settings_that_fit(
+    recipe: Recipe, stages: list[str], machine: Machine, lengths: Lengths | None = None
+) -> dict[str, Any]:
+    """Returns the cheapest overrides with which as many of these stages as possible fit."""
+    config, changes = load_config(recipe.model), {}
+    for stage in stages:
+        smaller = _what_fits(stage, recipe, config, machine, lengths) or {}
+        recipe, changes = _with(recipe, smaller), changes | smaller
+    return changes
+
+
 def _what_fits(
     stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
+) -> dict[str, Any] | None:
+    """Returns the cheapest overrides with which the stage fits; None if there are none."""
+    for changes in ({}, *_smaller(stage, recipe)):
+        memory = memory_of(stage, _with(recipe, changes), config, machine, lengths)
+        if sum(memory.values()) <= machine.memory:
+            return changes
+    return None
+
+
+def _hint(
+    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
 ) -> str:
-    """Suggests the cheapest overrides, or launcher, with which the stage fits."""
-
-    def fits(recipe: Recipe, machine: Machine) -> bool:
-        memory = memory_of(stage, recipe, config, machine, lengths)
-        return sum(memory.values()) <= machine.memory
-
-    fits_sharded = machine.gpus > 1 and fits(recipe, machine._replace(sharded=True))
-    for changes in _smaller(stage, recipe):
-        if "model.load" in changes and fits_sharded:  # in nf4 the adapter is another one
+    """Suggests the cheapest overrides, or launcher, with which a stage that does not fit would."""
+    changes = _what_fits(stage, recipe, config, machine, lengths)
+    # In nf4 the adapter is another one.
+    if recipe.model.load == "float" and (changes is None or "model.load" in changes):
+        memory = memory_of(stage, recipe, config, machine._replace(sharded=True), lengths)
+        if machine.gpus > 1 and sum(memory.values()) <= machine.memory:
             return "it fits with --launch fsdp"
-        changed = recipe
-        for key, value in changes.items():
-            changed = _changed(changed, key, value)
-        if fits(changed, machine):
-            return "it fits with " + " ".join(
-                f"{key}={str(value).lower()}" for key, value in changes.items()
-            )
-    if stage == "qat" and fits_sharded:
-        return "it fits with --launch fsdp"
+    if changes is not None:
+        settings = (f"{key}={str(value).lower()}" for key, value in changes.items())
+        return f"it fits with {' '.join(settings)}"
     shorter = {
         "train": ", or a smaller data.max_length",
         "qat": ", or a smaller data.max_length",
@@ -171,6 +184,13 @@ def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     yield from ({rows: number} | checkpointing for number in [whole, *_divisors(whole)])
     if stage == "train" and recipe.model.load == "float":
         yield from ({rows: number} | checkpointing | {"model.load": "nf4"} for number in (whole, 1))
+
+
+def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """Returns the recipe with other values of keys such as `lora.rank`."""
+    for key, value in changes.items():
+        recipe = _changed(recipe, key, value)
+    return recipe
 
 
 def _changed(section: SectionType, key: str, value: Any) -> SectionType:

@@ -60,7 +60,7 @@ def preflight(
     splits = _check_files(recipe, directory)
     doing("checks: loading torch and transformers")
     meanwhile()
-    lengths = _check_tokens(recipe, splits)
+    lengths = check_tokens(recipe, splits)
     if recipe.evaluate.tasks:
         doing("checks: loading lm-eval and its tasks")
         _check_tasks(recipe)
@@ -94,7 +94,7 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
     return splits
 
 
-def _check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
+def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
     from finequant.evaluate.inputs import prepare
     from finequant.finetune.architecture import check_window

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
-from finequant.recipes.commands.preflight import preflight
+from finequant.recipes.commands.preflight import check_tokens, preflight
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
+    from finequant.finetune.data.splits import Splits
     from finequant.recipes.schema import Recipe
 
 
@@ -54,9 +55,30 @@ def init(
         chosen = ", ".join(f"{field} is column {name}" for field, name in look.columns.items())
         left = f"; not read: {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
-    _preview(load_recipe(target, []), 3)
+    recipe = load_recipe(target, [])
+    _fit_to_this_machine(recipe, _preview(recipe, 3), target)
     file = shlex.quote(str(target))
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
+
+
+def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:
+    """Adds settings to a recipe's file with which all stages fit here, if they do not as it is."""
+    from finequant.quantize.size.machine import this_machine
+    from finequant.quantize.size.resources import settings_that_fit
+    from finequant.recipes.load import add_to_file
+    from finequant.recipes.stages import STAGES, stages_of
+    from finequant.recipes.terminal import say
+
+    machine, stages = this_machine(), [stage for stage in stages_of(recipe) if stage in STAGES]
+    if not settings_that_fit(recipe, stages, machine):
+        return
+    # Rows can be shorter than the recipe allows.
+    lengths = check_tokens(recipe, splits)
+    if changes := settings_that_fit(recipe, stages, machine, lengths):
+        memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
+        add_to_file(target, changes, f"to fit into the {memory}")
+        settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+        say(f"init: to fit into the {memory}: {settings}")
 
 
 def data(
@@ -75,7 +97,7 @@ def data(
     _preview(load_recipe(recipe, overrides or []), rows, html)
 
 
-def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
+def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> Splits:
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.terminal import doing
 
@@ -89,6 +111,7 @@ def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> None:
     from finequant.finetune.data.preview import preview
 
     preview(recipe, splits, rows, html)
+    return splits
 
 
 def plan(

@@ -80,7 +80,7 @@ IN_SECONDS = {
 
 @pytest.mark.parametrize(("overrides", "message"), IN_SECONDS.values(), ids=IN_SECONDS)
 def test_cheap_checks_refuse_in_seconds(refused, monkeypatch, overrides, message):
-    monkeypatch.setattr(preflight, "_check_tokens", None)  # not reached
+    monkeypatch.setattr(preflight, "check_tokens", None)  # not reached
     assert message in refused(*overrides)
 
 
