@@ -76,7 +76,7 @@ LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
     Path("/sys/fs/cgroup/memory.max"),
 )
-"""Of a control group's memory, in the first and second version."""
+"""Limits the memory of a control group, in its first and second version."""
 
 
 class Measured(NamedTuple):
