@@ -1,4 +1,4 @@
-"""Merge and quantize a synthetic Llama: time and memory, beside transformers + peft + torchao.
+"""Times merging and quantizing a synthetic Llama, beside transformers + peft + torchao.
 
 python benchmarks/convert.py compare
 python benchmarks/convert.py compare --shape 8b --no-theirs

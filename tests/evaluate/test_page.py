@@ -75,7 +75,7 @@ def test_flips_labels_and_sizes_are_counted():
     assert "both right in 55 rows and both wrong in 1" in text
     assert "4 went from right to wrong and 0 from wrong to right" in text
     assert "p = 0.12" in text  # 2 / 2^4
-    assert "5 answers by quantized are none of these labels" in text
+    assert "Answers by quantized that match none of these labels: 5." in text
 
 
 @pytest.mark.parametrize(
