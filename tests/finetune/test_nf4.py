@@ -100,7 +100,7 @@ def _held(recipe):
     [
         ("lora.init_lora_weights=pissa", False, True, "moves a part of the base"),
         ("lora.init_lora_weights=olora", False, True, "moves a part of the base"),
-        ("lora.rank=4", True, True, "splits a float base"),
+        ("lora.rank=4", True, True, "splits the base over"),
         ("lora.rank=4", False, False, r"pip install 'finequant\[nf4\]'"),
     ],
 )

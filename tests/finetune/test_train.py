@@ -305,7 +305,7 @@ def test_an_unsupported_launch_is_refused(recipe_file, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert refused(recipe_file, capsys).startswith(
-        "error: train: FSDP splits weights over GPUs, and training runs on the CPU here: "
+        "error: train: FSDP splits weights over GPUs, but training runs on the CPU here: "
     )
     monkeypatch.undo()
     monkeypatch.setattr("finequant.finetune.arguments.trains_on_cpu", lambda: False)

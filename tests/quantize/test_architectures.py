@@ -269,7 +269,7 @@ def test_executorch_refuses_qwen3_and_names_its_norms(runs):
 
 def test_an_unknown_architecture_is_refused_with_what_is_missing(tmp_path):
     Gemma2Config(architectures=["Gemma2ForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is a Gemma2ForCausalLM \(gemma2\).*lacks an entry in"):
+    with pytest.raises(UserError, match=r"is a Gemma2ForCausalLM \(gemma2\).*needs an entry in"):
         load_config(Model(base=str(tmp_path)))
 
 
