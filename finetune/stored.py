@@ -57,7 +57,7 @@ def _cached(model: Model, name: str) -> Path | None:
 def stored_weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the float tensors of a base's files by name, in their dtype, some rows at a time.
 
-    Each is mapped by itself: what was read stays resident as long as its mapping does.
+    Each tensor is mapped separately: what was read of a mapping stays resident until it is closed.
     """
     for stamp in _stamps(weight_files(model)):
         for name in list(_tensors((stamp,))):

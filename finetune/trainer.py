@@ -128,7 +128,7 @@ class LoraTrainer(SFTTrainer):
             inputs, predicting = attention.condensed(inputs, targets)
         else:
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        # The forward cannot leave the head out; here it has no position to multiply.
+        # The forward cannot skip the head, but without positions the head multiplies nothing.
         none = torch.zeros(0, dtype=torch.long, device=targets.device)
         states: list[torch.Tensor] = []
         # From a hook, because accelerate casts all states that a bf16 forward returns to float32.

@@ -84,9 +84,9 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
-    """Sets keys such as `lora.rank` in a recipe's file; all else in it stays, with its comments.
+    """Sets keys such as `lora.rank` in a recipe's file; keeps everything else, comments included.
 
-    comment: beside each of the keys.
+    comment: written beside each of the keys.
     """
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, sys.maxsize

@@ -14,7 +14,7 @@ CGROUPS = {
     "memory.max": "memory.current",
     "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes",
 }
-"""Under CGROUP: a container's limit, and what it has in use; of versions 2 and 1."""
+"""Files in CGROUP: a container's limit -> its bytes in use; for cgroups of version 2 and 1."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -39,7 +39,7 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Returns the bytes of memory, with swap, of this machine or of the container that it is."""
+    """Returns the bytes of memory, with swap, of this machine, or the limit of its container."""
     import psutil
 
     total = psutil.virtual_memory().total + psutil.swap_memory().total
@@ -47,7 +47,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Returns the bytes of memory that can be taken now; swap is not counted."""
+    """Returns the bytes of memory that are available now, without swap."""
     import psutil
 
     room = psutil.virtual_memory().available
@@ -55,8 +55,8 @@ def available_memory() -> int:
 
 
 def _limits() -> list[tuple[int, int]]:
-    """Lists limits of a container with what is used of each; page cache, which the kernel takes
-    back, is not counted as used."""
+    """Lists the limits of a container with the bytes in use, without page cache, which the kernel
+    can reclaim."""
     limits = []
     for limit, usage in CGROUPS.items():
         if (most := _number(CGROUP / limit)) is not None:
@@ -69,7 +69,7 @@ def _limits() -> list[tuple[int, int]]:
 
 
 def _number(file: Path) -> int | None:
-    """Reads a file's number; None where there is none, such as `max`."""
+    """Reads the number in a file; None if there is no file, or no number in it, such as `max`."""
     text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else None
 

@@ -62,7 +62,7 @@ def init(
 
 
 def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:
-    """Adds settings to a recipe's file with which all stages fit here, if they do not as it is."""
+    """Adds settings to the recipe's file with which all stages fit here, if they do not yet."""
     from finequant.quantize.size.machine import this_machine
     from finequant.quantize.size.resources import settings_that_fit
     from finequant.recipes.load import add_to_file
