@@ -35,7 +35,7 @@ def read_corpus(corpus: Corpus) -> list[Document]:
     Salesforce/wikitext (one row per line), or EleutherAI/wikitext_document_level (column `page`).
 
     Raises:
-        UserError: if there is no such file, column, or dataset, no UTF-8, or no text at all.
+        UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
     texts = read_texts(corpus)
     if corpus.documents == "file":
@@ -51,7 +51,7 @@ def read_texts(corpus: Corpus) -> list[str]:
     """Reads the texts of a corpus as they are stored: one per file, or one per row.
 
     Raises:
-        UserError: if there is no such file, column, or dataset, no UTF-8, or no text at all.
+        UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
     path = Path(corpus.source)
     if path.is_absolute() and path.suffix not in TABLES:

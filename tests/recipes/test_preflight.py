@@ -136,7 +136,7 @@ def test_answers_that_are_not_json_are_listed_with_all_other_problems(refused, p
         "evaluate.task_folder=tasks",
         "output_dir=/dev/null/run",
     )
-    assert "json_match needs JSON, and the answers of 4 held-out rows are not" in said
+    assert "json_match needs JSON, but the answers of 4 held-out rows are not JSON" in said
     assert 'prose.jsonl:1: "open the red door' in said
     assert "prose.jsonl:4: 'NaN'" in said
     assert "mine.yaml:3: not valid YAML: expected ',' or ']'" in said
