@@ -110,7 +110,8 @@ def main() -> None:
             run_client(client, folder, where, job)
         if (where / "results.json").exists():
             results.append(judge.result(name, client.packages, folder, where))
-    PAGE.write_text(page(recipe.name, results), encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    PAGE.write_text(page(recipe.name, results, before), encoding="utf-8")
     say(f"clients: {PAGE} written")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import random
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,8 +202,11 @@ def share(values: list | None, expected: list) -> str:
     return f"{sum(map(operator.eq, values, expected))} of {len(expected)}"
 
 
-def page(recipe: str, results: list[Result]) -> str:
-    """Writes the page of results."""
+def page(recipe: str, results: list[Result], before: str) -> str:
+    """Writes the page of results.
+
+    before: the page as it was, whose notes are kept.
+    """
     parity = ["program", "reads", "texts", "prompts", "answers", "right, %", "KL"]
     cost = ["program", "prompt, tokens/s", "decoding, tokens/s", "peak memory, MB", "size, MB"]
     cost += ["bits per weight of the base"]
@@ -212,8 +216,11 @@ def page(recipe: str, results: list[Result]) -> str:
         (["program", "packages", ""], [[r.name, f"`{r.packages}`", r.note] for r in results]),
     ]
     equal, costs, programs = (markdown_table(header, rows, align=":---") for header, rows in tables)
-    return PAGE.format(recipe=recipe, equal=equal, costs=costs, programs=programs)
+    notes = (NOTES.search(before) or [""])[0]
+    return PAGE.format(recipe=recipe, equal=equal, costs=costs, notes=notes, programs=programs)
 
+
+NOTES = re.compile("<!-- notes .*<!-- /notes -->", re.DOTALL)
 
 PAGE = """# The programs that people use
 
@@ -236,6 +243,8 @@ Programs differ in how they round activations, if they do. The weights are the s
 {costs}
 
 Prompts are read one at a time; the first token of an answer counts as reading.
+
+{notes}
 
 {programs}
 """
