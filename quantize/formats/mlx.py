@@ -69,7 +69,7 @@ def config(stored: QuantizedCheckpoint) -> dict[str, Any]:
     """Makes config.json: quantization, and rotary positions under the names mlx-lm reads."""
     described = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
     del described["quantization_config"]
-    layer = next(name for name in stored.rounded if name not in (HEAD, EMBEDDING))
+    layer = min(stored.rounded, key=(HEAD, EMBEDDING).__contains__)  # one of a block, if any is
     common = {"group_size": _block(stored.group_size(layer)), "bits": _bits(stored, layer)}
     rotary = dict(stored.config.rope_parameters)
     described |= {"rope_theta": rotary.pop("rope_theta"), "quantization": common}

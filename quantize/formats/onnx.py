@@ -59,7 +59,8 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
     model = Decoder(stored, length).model()
     # transformers.js derives the file's suffix from its option dtype, q4 or q8.
-    most = max(bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))
+    in_blocks = (bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))
+    most = max(in_blocks, default=stored.bits.get(HEAD, 8))
     file = folder / ("model_q4.onnx" if most <= 4 else "model_quantized.onnx")
     outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE
     onnx.save(model, file, save_as_external_data=outside, location=f"{file.name}_data")

@@ -55,9 +55,7 @@ def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Te
             hidden = _run(layer, hidden, rotary)
     last = model.norm(torch.cat([states[:, -1].cpu() for states in hidden]))
     with _in_memory(tuned, head, ".lm_head.", folder):
-        logits = head(last.to(device())).float().cpu()
-    tuned.unload()  # removes peft's layers from the base again
-    return logits
+        return head(last.to(device())).float().cpu()
 
 
 def _joined(base: Base, folder: Path) -> PeftModel:

@@ -636,6 +636,15 @@ def weight_in_onnxruntime(product, tensors: dict[str, np.ndarray]) -> np.ndarray
     return session.run(None, {"x": np.eye(settings["K"], dtype=np.float32)})[0].T
 
 
+def test_a_plan_that_rounds_only_the_head_is_exported(make):
+    """Each format names its bits or its file after the layers of blocks; here there are none."""
+    formats = ("compressed-tensors", "gguf", "mlx", "onnx")
+    run = make("quantize.layers={'*_proj': float}", to=formats)
+    assert set(torchao_weights(run)) == {"lm_head"}
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert max(manifest[name]["logit_difference"] for name in formats) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("overrides", "file"),
     [
