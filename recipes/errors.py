@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def _lines_for_errors() -> Iterator[None]:
         _print(f"error: {error}")
         sys.exit(error.code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
+            _print(f"error: {error.filename}: {error.strerror}: give another path")
+            sys.exit(UserError.code)
         if (reason := _outside_cause(error)) is None:
             raise
         original = " ".join(str(error).split())[:200]
@@ -78,6 +82,9 @@ MEMORY = (
     "out of memory: use smaller batches (train.micro_batch_size, evaluate.batch_size) or a "
     "smaller data.max_length"
 )
+
+WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
+"""What the system says of a path that cannot be meant."""
 
 LOST = "another process of this run has ended, or cannot be reached; its last line says why"
 

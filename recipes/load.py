@@ -20,12 +20,19 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.locate import is_run, locate_recipe
-from finequant.recipes.schema import NAME, Recipe, Section
+from finequant.recipes.schema import HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
 LOCAL_SUFFIXES = (*TABLES, *COMPRESSIONS, ".txt", ".raw", ".jinja")
 FOLDERS = ("task_folder", "license_folder")
 OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
+FORMS = {
+    NAME: "expected letters, digits, - _ and .",
+    HUB_ID: "expected a repository of the Hub: your-name/model-name",
+    LANGUAGE: "expected a code of two or three letters such as en, or code, or multilingual",
+    LICENSE: "expected a license as the Hub names it, such as apache-2.0",
+}
+"""The patterns of the schema, in words."""
 Location = tuple[str | int, ...]
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -244,7 +251,10 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
 def _expectation(message: str) -> str:
     """Rephrases pydantic's message in terms of a recipe."""
     for theirs, ours in (
-        (re.escape(f"String should match pattern '{NAME}'"), "expected letters, digits, - _ and ."),
+        *(
+            (re.escape(f"String should match pattern '{form}'"), what)
+            for form, what in FORMS.items()
+        ),
         ("^Value error, ", ""),
         ("^Input should be", "expected"),
         ("^(String|List) should", "expected to"),

@@ -27,6 +27,9 @@ from pydantic import (
 from finequant.recipes.methods import METHODS, known_method
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+HUB_ID = r"^[\w.-]+/[\w.-]+$"
+LANGUAGE = r"^([a-z]{2,3}|code|multilingual)$"
+LICENSE = r"^[a-z0-9][a-z0-9.-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx", "mlx"]
@@ -587,8 +590,8 @@ class Evaluate(Section):
         return self
 
 
-HubId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
+HubId = Annotated[str, Field(pattern=HUB_ID)]
+Language = Annotated[str, Field(pattern=LANGUAGE)]
 
 
 class Publish(Section):
@@ -596,7 +599,7 @@ class Publish(Section):
 
     repo_id: HubId | None = Field(None, description="repository: your-name/model-name")
     private: bool = Field(True, description="create a private repository")
-    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] | None = Field(
+    license: Annotated[str, Field(pattern=LICENSE)] | None = Field(
         None, description="the base's license, as the Hub names it; default: what the base says"
     )
     license_name: str | None = Field(None, description="name of the license if it is `other`")

@@ -2,9 +2,10 @@
 
 import signal
 
-from finequant.recipes.command_line import quiet_libraries
+# The command itself handles Ctrl-C: here it would print a traceback, in whichever import it comes.
+before = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself handles Ctrl-C
+from finequant.recipes.command_line import quiet_libraries  # noqa: E402
 
 quiet_libraries()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,18 @@ def test_running_out_of_memory_says_what_to_make_smaller(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: use smaller batches (train.micro_batch_size")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["{folder}", "{folder}/file/below", "{folder}/" + "a" * 300])
+def test_a_path_that_cannot_be_meant_is_bad_input(tmp_path, capsys, path):
+    (tmp_path / "file").write_text("")
+    given = path.format(folder=tmp_path)
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
+        Path(given).write_text("x")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {given}: ")
+    assert said.endswith(": give another path\n")
 
 
 def test_a_bug_keeps_its_traceback():

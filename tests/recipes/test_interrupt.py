@@ -61,9 +61,17 @@ with report_user_errors():
 """
 SLOW_LIBRARIES = """
 import sys, time, types
+
+def slow(name):
+    if name != "quiet_libraries":
+        raise AttributeError(name)
+    print("ready", flush=True)
+    time.sleep(1)
+    return lambda: time.sleep(1)
+
 for name in ("recipes.command_line", "finetune.trainer", "quantize.checkpoint.reload"):
     sys.modules[f"finequant.{name}"] = library = types.ModuleType(name)
-    library.quiet_libraries = lambda: (print("ready", flush=True), time.sleep(1))
+    library.__getattr__ = slow
 import finequant.recipes.commands.libraries
 """
 
