@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+CRASHES = {
+    signal.SIGKILL: "was killed, perhaps out of memory",
+    signal.SIGSEGV: "crashed in a library (SIGSEGV)",
+    signal.SIGABRT: "was aborted by a library (SIGABRT)",
+    signal.SIGBUS: "lost the memory or the file that it was reading (SIGBUS)",
+    signal.SIGILL: "met an instruction that this processor does not have (SIGILL)",
+    signal.SIGFPE: "crashed in a library (SIGFPE)",
+}
+"""Signals that end a process before it can say so -> what happened to it."""
 
 
 class UserError(Exception):

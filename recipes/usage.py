@@ -6,17 +6,20 @@ import re
 import resource
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 LINUX_STATUS = Path("/proc/self/status")
 
-CGROUPS = {
-    "memory.max": "memory.current",
-    "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes",
-}
-"""Files in CGROUP: a container's limit -> its bytes in use; for cgroups of version 2 and 1."""
-
+OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUP = Path("/sys/fs/cgroup")
+
+CGROUPS = {
+    "": (Path(), "memory.max", "memory.current"),
+    "memory": (Path("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Where a cgroup's folder lies in CGROUP, and the files of its limit and of its bytes in use; by
+controller, which has no name in version 2."""
 
 
 class Stopwatch:
@@ -55,17 +58,33 @@ def available_memory() -> int:
 
 
 def _limits() -> list[tuple[int, int]]:
-    """Lists the limits of a container with the bytes in use, without page cache, which the kernel
-    can reclaim."""
+    """Lists the limits of this process's cgroups, and of those around them, with the bytes in use:
+    without page cache, which the kernel can reclaim."""
     limits = []
-    for limit, usage in CGROUPS.items():
-        if (most := _number(CGROUP / limit)) is not None:
-            statistics = (CGROUP / usage).with_name("memory.stat")
+    for folder, limit, usage in _cgroups():
+        if (most := _number(folder / limit)) is not None:
+            statistics = folder / "memory.stat"
             text = statistics.read_text() if statistics.exists() else ""
             cache = re.search(r"^inactive_file (\d+)", text, re.M)
-            used = (_number(CGROUP / usage) or 0) - int(cache[1] if cache else 0)
+            used = (_number(folder / usage) or 0) - int(cache[1] if cache else 0)
             limits.append((most, used))
     return limits
+
+
+def _cgroups() -> Iterator[tuple[Path, str, str]]:
+    """Yields the folders of this process's cgroups, innermost first, with the names of their files.
+
+    A container sees its own group as the outermost; a path beyond it does not exist there.
+    """
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
+    paths = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
+    for controller, (root, limit, usage) in CGROUPS.items():
+        group = PurePosixPath(paths.get(controller, "/"))
+        for folder in [group, *group.parents]:
+            yield CGROUP / root / folder.relative_to("/"), limit, usage
 
 
 def _number(file: Path) -> int | None:

@@ -21,7 +21,7 @@ import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
-from finequant.recipes.errors import OutsideError
+from finequant.recipes.errors import CRASHES, OutsideError
 from finequant.recipes.locate import locate_launch
 from finequant.recipes.terminal import STAGE, close, doing, duration, restart_clock, say
 
@@ -43,16 +43,6 @@ LIBRARIES = "finequant.recipes.commands.libraries"
 LAUNCHER = "finequant.recipes.commands.launcher"
 FORK_SERVER_LOST = 255
 """The exit code that multiprocessing returns for a process whose fork server is gone."""
-
-CRASHES = {
-    signal.SIGKILL: "was killed, perhaps out of memory",
-    signal.SIGSEGV: "crashed in a library (SIGSEGV)",
-    signal.SIGABRT: "was aborted by a library (SIGABRT)",
-    signal.SIGBUS: "lost the memory or the file that it was reading (SIGBUS)",
-    signal.SIGILL: "met an instruction that this processor does not have (SIGILL)",
-    signal.SIGFPE: "crashed in a library (SIGFPE)",
-}
-"""Signals that end a process before it can say so -> what happened to it."""
 
 LAUNCHED = ("train", "qat", "quantize", "evaluate")
 """Stages in which several processes can share the work; `quantize` does if it calibrates."""

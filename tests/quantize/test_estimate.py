@@ -361,12 +361,24 @@ def test_disk_includes_the_cache_of_a_gguf_base_until_it_exists(recipe_file, mon
         assert resources._disk(recipe, run, config, ["train"]) == {run.root: without} | needed
 
 
-@pytest.mark.parametrize("limit", usage.CGROUPS, ids=["version 2", "version 1"])
-def test_a_containers_memory_is_its_limit(monkeypatch, tmp_path, limit):
+@pytest.mark.parametrize(
+    ("groups", "folder"),
+    [
+        ("0::/\n", ""),
+        ("0::/../../slice\n", ""),
+        ("4:cpu:/job\n0::/slurm/job 7\n", "slurm"),
+        ("4:cpu,memory:/docker/1f\n0::/\n", "memory"),
+        ("4:memory:/slurm/job\n", "memory/slurm/job"),
+    ],
+)
+def test_memory_is_that_of_the_container_or_job(monkeypatch, tmp_path, groups, folder):
     monkeypatch.setattr(usage, "CGROUP", tmp_path)
+    monkeypatch.setattr(usage, "OWN_CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    file, used = tmp_path / limit, tmp_path / usage.CGROUPS[limit]
-    file.parent.mkdir(exist_ok=True)
+    (tmp_path / "groups").write_text(groups)
+    _, limit, usage_ = usage.CGROUPS["memory" if folder.startswith("memory") else ""]
+    file, used = tmp_path / folder / limit, tmp_path / folder / usage_
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("123456789\n")
     assert machines.this_machine().memory == 123456789
     used.write_text("100000000\n")
@@ -388,10 +400,27 @@ def test_a_checkpoint_is_reloaded_as_far_as_the_container_has_room(monkeypatch, 
     checkpoint = SimpleNamespace(shapes={"": (10,)}, dtype=torch.float32, folder=tmp_path)
     config = SimpleNamespace(num_hidden_layers=8)
     monkeypatch.setattr(usage, "CGROUP", tmp_path)
+    monkeypatch.setattr(usage, "OWN_CGROUPS", tmp_path / "none")
     for room, blocks in ((2 * 10**6, 8), (5 * 10**5, 3), (10**4, 1)):
         (tmp_path / "memory.max").write_text(str(PROCESS_BYTES + room))
         (tmp_path / "memory.current").write_text("0")
         assert blocks_that_fit(checkpoint, config) == blocks
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "it was killed, perhaps out of memory"),
+        ("import os; os.abort()", r"it was aborted by a library \(SIGABRT\)"),
+        ("raise SystemExit('no such layer')", "no such layer"),
+    ],
+)
+def test_a_reload_that_ends_says_why(monkeypatch, tmp_path, ending, reason):
+    from finequant.quantize.checkpoint import reload
+
+    monkeypatch.setattr(reload, "RELOAD", ending)
+    with pytest.raises(UserError, match=f"from_pretrained fails in a fresh process: {reason}"):
+        reload.check_reload(torch.zeros(1, 1), tmp_path, [[1]], 1)
 
 
 def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path, capsys):
