@@ -1,14 +1,14 @@
-"""Peak memory of each stage on this processor beside its estimate: random weights, no network.
+"""Compares the peak memory of each stage on this processor with its estimate, without a network.
 
 python benchmarks/memory.py
 python benchmarks/memory.py --only nf4,scales
 python benchmarks/memory.py --shape tiny --tokens 32
 python benchmarks/memory.py --tokens 32 --limit 1.15
 
-Each line is a stage's own command in a process of its own, on rows of one length, for two steps.
-Its peak is what the kernel says of the process (VmHWM, on Linux alone); it is refused if the
-manifest says another. Pages of mapped files count there, although the kernel takes them back when
-they are needed: --limit tells what a stage cannot do without.
+Each case runs a stage's own command in a separate process, for two steps, on random weights and
+rows of one length. The peak is the kernel's figure (VmHWM, on Linux only), which must agree with
+the manifest. It includes pages of mapped files, which the kernel can reclaim. With --limit, a
+control group kills a stage that needs more than so many times its estimate.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
+from finequant.recipes.usage import CGROUP, CGROUPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,37 +60,33 @@ CASES = {
     "quantize rtn": ("quantize", []),
     "evaluate": ("evaluate", []),
 }
-"""Stage and overrides, by name; kept: what the backward pass needs is not computed again."""
+"""Stage and overrides, by name; `kept` means without gradient checkpointing."""
 
 READS = {"qat": "train bf16", "quantize": "train bf16", "evaluate": "quantize rtn"}
-"""The case that makes what a stage reads."""
+"""The case whose output a stage reads."""
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {{ message.content }} "
     "{% if message.role == 'assistant' %}t2 {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-CALIBRATION_TOKENS, ROWS, POLL = 4096, 32, 0.05
-"""The last in seconds."""
+CALIBRATION_TOKENS, ROWS = 4096, 32
 
-LIMITS = (
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    Path("/sys/fs/cgroup/memory.max"),
-)
-"""Limits the memory of a control group, in its first and second version."""
+POLL = 0.05
+"""Seconds between two looks at a process."""
 
 
 class Measured(NamedTuple):
-    """What a process took."""
+    """Memory and time that a process took."""
 
     peak: int
-    """Bytes, as the kernel says."""
+    """Bytes according to the kernel."""
     reported: int
-    """Bytes, as the manifest says."""
+    """Bytes according to the manifest."""
     anonymous: int
-    """Bytes that are no pages of a mapped file, which the kernel may take back; as seen."""
+    """Peak of the bytes that are not pages of mapped files, as sampled."""
     models: dict[str, int]
-    """Bytes while each model was evaluated, the most that was seen."""
+    """Peak bytes while each model was evaluated, as sampled."""
     seconds: float
 
 
@@ -103,7 +100,7 @@ def main(
         float, typer.Option(help="of each stage, in estimates: it ends if it needs more (root)")
     ] = math.inf,
 ) -> None:
-    """Prints the table as Markdown."""
+    """Prints a table in Markdown."""
     chosen = [name for name in CASES if any(part in name for part in only.split(","))]
     if not chosen:
         raise UserError(f"--only {only}: expected parts of {', '.join(CASES)}")
@@ -128,7 +125,7 @@ def main(
 
 
 def with_what_they_read(names: list[str]) -> list[str]:
-    """Adds the cases without which these have nothing to read, in an order that works."""
+    """Adds the cases whose output these read, and puts all in the order in which they must run."""
     needed = list(names)
     for name in needed:  # grows
         before = READS.get(CASES[name][0])
@@ -137,10 +134,10 @@ def with_what_they_read(names: list[str]) -> list[str]:
 
 
 def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
-    """Makes a base with a tokenizer, rows of one length, and the recipe that names them."""
+    """Makes a base with a tokenizer, rows of one length, and a recipe for them."""
     make(at, shape, blocks)
     a_tokenizer().save_pretrained(at / "base")
-    # Of the row's tokens three are the template's; one half of the others is learned.
+    # Three tokens of a row come from the template; half of the others are target tokens.
     question = " ".join(f"t{3 + number % 900}" for number in range(tokens // 2 - 2))
     answer = " ".join(f"t{7 + number % 900}" for number in range(tokens - tokens // 2 - 1))
     rows = [
@@ -172,7 +169,7 @@ def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
 
 
 def a_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes one whose words are t0, t1, t2, ...; t2 ends an answer."""
+    """Makes a tokenizer whose words are t0, t1, t2, ...; t2 ends an answer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,7 +183,7 @@ def a_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def estimate(path: Path, name: str, tokens: int) -> Memory:
-    """Estimates what `finequant plan` would for a case, given the lengths of the rows."""
+    """Estimates the memory of a case as `finequant run` does, from the lengths of the rows."""
     from finequant.finetune.model import load_config
     from finequant.quantize.size.estimate import memory_of
     from finequant.quantize.size.machine import this_machine
@@ -199,9 +196,9 @@ def estimate(path: Path, name: str, tokens: int) -> Memory:
 
 
 def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
-    """Runs a case's command; what the process says is kept in a file beside the recipe.
+    """Runs a case's command; its output goes to a file beside the recipe.
 
-    limit: bytes that the process may have; pages of files count as those of any memory.
+    limit: bytes for the process and its children, including cached pages of files.
     """
     stage, overrides = CASES[name]
     started = time.monotonic()
@@ -236,20 +233,20 @@ def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
 
 @contextmanager
 def control_group(limit: float) -> Iterator[Callable[[], None]]:
-    """Gives a function by which a process enters a control group with this limit, without swap.
+    """Makes a control group with this limit, and yields a function with which a process enters it.
 
-    What is cached of files is dropped first: a group does not pay for pages that are there already.
+    Empties the page cache first, because a group is not charged for pages that are already cached.
     """
     if limit == math.inf:
         yield lambda: None
         return
-    file = LIMITS[0] if LIMITS[0].exists() else LIMITS[1]
-    group = file.parent / f"finequant-{os.getpid()}"
+    root, limit_file, _ = CGROUPS["memory" if (CGROUP / "memory").is_dir() else ""]
+    group = CGROUP / root / f"finequant-{os.getpid()}"
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1")
         group.mkdir(exist_ok=True)
-        (group / file.name).write_text(str(int(limit)))
+        (group / limit_file).write_text(str(int(limit)))
     except OSError as error:
         raise UserError(f"--limit needs root and control groups: {error}") from None
     try:
@@ -263,12 +260,12 @@ def control_group(limit: float) -> Iterator[Callable[[], None]]:
 
 
 def kilobytes(key: str, status: str) -> int:
-    """Reads a line of the kernel's status of a process, in bytes."""
+    """Reads a size in bytes from the kernel's status of a process."""
     return 1024 * int(re.search(rf"^{key}:\s*(\d+)", status, re.M)[1])
 
 
 def compared(name: str, path: Path, estimated: Memory, measured: Measured) -> list[str]:
-    """Makes the lines of a case in the table: of its stage, and of each model that it evaluates."""
+    """Makes a case's rows of the table: one for its stage, and one for each evaluated model."""
     from finequant.finetune.model import load_config
 
     stage, overrides = CASES[name]
@@ -292,8 +289,8 @@ def compared(name: str, path: Path, estimated: Memory, measured: Measured) -> li
 def bytes_of_rounded(
     recipe: Recipe, config: DecoderConfig, estimated: Memory, measured: int
 ) -> float:
-    """Computes what each rounded weight took, with its part of what learns: all but the process,
-    what comes and goes with the tokens, and the weights that stay in float."""
+    """Computes the bytes per quantized weight, including its share of trained parameters: the peak
+    without the process, activations, logits, and weights that stay in float."""
     from finequant.finetune.architecture import layer_shapes
     from finequant.quantize.scheme import EMBEDDING, layer_plan, shipped_dtype
 
@@ -307,7 +304,7 @@ def bytes_of_rounded(
 
 
 def float_bytes(recipe: Recipe, config: DecoderConfig) -> int:
-    """Bytes of the tuned model as it is evaluated."""
+    """Computes the bytes of the tuned model in evaluation."""
     from finequant.finetune.architecture import parameter_count
     from finequant.quantize.size.machine import this_machine
     from finequant.quantize.size.terms import arithmetic_bytes

@@ -65,8 +65,9 @@ def _limits() -> list[tuple[int, int]]:
         if (most := _number(folder / limit)) is not None:
             statistics = folder / "memory.stat"
             text = statistics.read_text() if statistics.exists() else ""
-            cache = re.search(r"^inactive_file (\d+)", text, re.M)
-            used = (_number(folder / usage) or 0) - int(cache[1] if cache else 0)
+            # Version 1 has another line for a group with those inside it; it comes later.
+            cache = re.findall(r"^(?:total_)?inactive_file (\d+)", text, re.M)
+            used = (_number(folder / usage) or 0) - int(cache[-1] if cache else 0)
             limits.append((most, used))
     return limits
 

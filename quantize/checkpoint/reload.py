@@ -1,4 +1,4 @@
-"""The checkpoint, loaded by plain `from_pretrained` in a fresh process, gives the same logits."""
+"""Checks that plain `from_pretrained` in a fresh process loads a model with the same logits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from finequant.quantize.merge.adapter import Base
 
 PROCESS_BYTES = 10**9
-"""Bytes that Python, torch, transformers, and torchao take before a model is loaded, at most."""
+"""Upper bound for the bytes of Python, torch, transformers and torchao before a model is loaded."""
 
-# Runs where finequant was never imported: what a user who downloads the model will do.
+# Runs without importing finequant, like a user who downloads the model.
 RELOAD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -51,7 +51,7 @@ save_file(rows, logits)
 def blocks_that_fit(checkpoint: Checkpoint, config: DecoderConfig) -> int:
     """Counts the blocks of the model that a fresh process can load into free memory."""
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
-    # Python with its libraries; then codes as a float32 and in the model's dtype at each forward.
+    # Python with its libraries; the largest layer in float32 and in the model's dtype.
     fixed = PROCESS_BYTES + largest * (4 + checkpoint.dtype.itemsize)
     total = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
     room = (available_memory() - fixed) / max(1, total)
@@ -68,7 +68,7 @@ def shipped_logits(
     prompts: list[list[int]],
     blocks: int,
 ) -> torch.Tensor:
-    """float32 logits [prompts, vocabulary] after each prompt, a block in memory at a time.
+    """Computes float32 logits [prompts, vocabulary] after each prompt, one block at a time.
 
     On the CPU, like what they are compared with: on a GPU the same products of the same numbers
     differ in their last bit from one memory to another (seen on an H200).
@@ -88,7 +88,7 @@ def shipped_logits(
     hidden = [normed(config, weights, states) for states in hidden]
     if plan[HEAD]:
         hidden = [quantize_activations(states) for states in hidden]
-    # In one piece: a part of it may be multiplied in another order.
+    # In one piece, because a part of it may be multiplied in another order.
     shape = (config.vocab_size, config.hidden_size)
     head = filled(weights, f"{HEAD}.weight", shape, dtype)
     return torch.stack([linear(states, head)[0, -1].float() for states in hidden])

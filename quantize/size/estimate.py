@@ -43,7 +43,7 @@ def memory_of(
 
 
 def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
-    """Bytes that a stage leaves in the run directory, or has there for a while."""
+    """Computes the bytes that a stage needs in the run directory, temporary files included."""
     from finequant.quantize.size.plan import model_size
 
     adapter, dtype = trainable(recipe.lora, config), shipped_dtype(recipe.quantize, config)
@@ -52,7 +52,7 @@ def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
     if stage == "train":
         return 4 * adapter + checkpoints
     size = model_size(layer_plan(recipe.quantize, config), config, dtype).disk
-    if stage == "qat":  # the codes that it starts from, and those that it ends with
+    if stage == "qat":  # its starting codes and the trained ones
         return 2 * size + checkpoints
     if stage == "quantize":
         merged = parameter_count(config) * dtype.itemsize if recipe.quantize.keep_merged else 0
@@ -61,13 +61,13 @@ def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
 
 
 def dequantized_bytes(model: Model, config: DecoderConfig) -> int:
-    """Bytes that a GGUF base will take in the user's cache, as float32; 0 if it is there."""
+    """Computes the bytes that a GGUF base will need in the user's cache; 0 if it is there."""
     if not model.base.endswith(".gguf") or is_dequantized(model):
         return 0
     return 4 * parameter_count(config)
 
 
 def cache_bytes(config: DecoderConfig, tokens: int, dtype_bytes: int = 2) -> int:
-    """Keys and values of one sequence, in 16 bits."""
+    """Computes the bytes of the key-value cache of one sequence."""
     width = config.num_key_value_heads * head_dim(config)
     return 2 * config.num_hidden_layers * width * tokens * dtype_bytes

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluation_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates evaluation: of the largest of the three models, or the comparison of two.
+    """Estimates the memory of evaluating the largest of the three models, or of comparing two.
 
     Where no GPU holds a whole model, all GPUs share one; where they cannot either, what has no room
     is read at each use.
@@ -36,9 +36,9 @@ def evaluation_memory(
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
     passing = {
         "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
-        # A step's keys and values lie beside those of the step before.
+        # The keys and values of a step are in memory together with those of the step before.
         "key-value cache": 2 * rows * kept,
-        # Two models' log-probabilities, and four of 256 tokens to compute their divergence with.
+        # Log-probabilities of two models, and four arrays of 256 tokens to compute the divergence.
         "logits": (2 * evaluate.divergence_tokens + 4 * 256) * config.vocab_size * 4,
     }
     tables, block = evaluation_weights(recipe, config, machine)
@@ -55,7 +55,7 @@ def evaluation_memory(
 
 
 def evaluation_weights(recipe: Recipe, config: DecoderConfig, machine: Machine) -> tuple[int, int]:
-    """Computes the bytes of embedding, head and last norm, and of a block, as they are evaluated.
+    """Computes the bytes of embedding, head and last norm, and of a block, in evaluation.
 
     They are those of the quantized model: its head is its own.
     """

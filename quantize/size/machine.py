@@ -38,11 +38,11 @@ class Machine(NamedTuple):
 
     name: str
     memory: int
-    """Bytes: of one GPU, or what the processor has."""
+    """Bytes of one GPU, or of the host."""
     kind: Literal["cpu", "gpu"]
     gpus: int = 1
     sharded: bool = False
-    """Whether FSDP splits the weights that are trained on over the GPUs."""
+    """Whether FSDP splits the weights over the GPUs in training."""
 
     def training_dtype(self, precision: str) -> str:
         """`bfloat16` or `float32`, as `training_precision` chooses here, or would on a GPU that is
@@ -59,7 +59,7 @@ class Machine(NamedTuple):
 
 
 def this_machine() -> Machine:
-    """Returns this machine's GPU if it has one; else its memory, or its container's, with swap."""
+    """Returns this machine: with its GPU's memory if it has one, else the host's or container's."""
     import torch
 
     if torch.cuda.is_available():
@@ -70,7 +70,7 @@ def this_machine() -> Machine:
 
 
 def named_gpu(text: str) -> Machine:
-    """Returns a GPU given its name or its memory.
+    """Returns a GPU by its name, or with an amount of memory.
 
     Raises:
         UserError: for a name that is not known.
@@ -106,7 +106,7 @@ def bytes_of(text: str) -> int:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free where the folder is, or will be."""
+    """Returns the free bytes of the file system where the folder is, or will be."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
@@ -116,7 +116,7 @@ def on_one_disk(first: Path, second: Path) -> bool:
 
 
 def _nearest(folder: Path) -> Path:
-    """Returns the folder, or the innermost of those around it that exists."""
+    """Returns the folder if it exists, or else its innermost parent that does."""
     while not folder.exists():
         folder = folder.resolve().parent
     return folder

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie that is evaluated: on one device, on several, or on disk."""
+"""Decides where the weights of a model are in evaluation: on one device, on several, or on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fits_one_device(
 def device_map_of(
     recipe: Recipe, config: DecoderConfig, lengths: Lengths | None = None
 ) -> DeviceMap | None:
-    """Shares a model out over this process's devices; None if the first has room for all of it."""
+    """Distributes a model over this process's devices; returns None if the first one holds all."""
     machine = this_machine()
     if number_of_processes() > 1:
         machine = machine._replace(gpus=1)
@@ -49,9 +49,9 @@ def device_map_of(
 
 
 def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) -> DeviceMap:
-    """Fills devices in turn with decoder blocks, and leaves the others on disk.
+    """Fills one device after another with decoder blocks, and leaves the rest on disk.
 
-    Embedding, last norm and head, in which each use begins and ends, stay on the first device.
+    Embedding, last norm and head, where a forward pass begins and ends, stay on the first device.
 
     tables: bytes of embedding and head.
     block: bytes of a block.
@@ -68,8 +68,8 @@ def filled_in_turn(blocks: int, tables: int, block: int, rooms: dict[str, int]) 
 
 
 def _rooms(machine: Machine, room: int) -> dict[str, int]:
-    """Half of the free host memory is for weights, where a GPU computes: from the other half, the
-    system's file cache, those on disk are read again."""
+    """Returns the bytes for weights by device. With a GPU, weights may take half of the free host
+    memory; the other half caches the files of those that are read from disk each time."""
     main = device()
     if machine.kind == "cpu":
         return {str(main): room}

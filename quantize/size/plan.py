@@ -1,4 +1,4 @@
-"""`finequant plan`: what each layer is quantized to, what it takes, and what it lost."""
+"""Shows, for `finequant plan`, the bits, the size and the signal-to-noise ratio of each layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Size(NamedTuple):
-    """Bytes of some weights: codes and scales without a gap, and as torchao's files have them."""
+    """Number of weights, and their bytes: packed without gaps, and in torchao's files."""
 
     weights: int
     packed: int
@@ -46,9 +46,9 @@ class Size(NamedTuple):
 
 
 def layer_size(shape: tuple[int, int], scheme: LayerScheme | None, dtype: torch.dtype) -> Size:
-    """On disk each code takes a byte, and each scale has a zero point of one byte beside it.
+    """Computes the size of a layer. On disk, each code and each zero point takes a byte.
 
-    dtype: of what stays in float.
+    dtype: dtype of layers that stay in float.
     """
     weights = shape[0] * shape[1]
     if scheme is None:
@@ -63,7 +63,7 @@ def model_size(
 ) -> Size:
     """Computes the size of the whole model with norms and biases; a tied head counts once.
 
-    quantize: the plan's, to count a table that head and embedding share once in what is packed.
+    quantize: if given, a table that head and embedding share is packed only once.
     """
     shapes, vectors = layer_shapes(config), norm_count(config) + bias_count(config)
     sizes = [Size(vectors, vectors * dtype.itemsize, vectors * dtype.itemsize)]
@@ -77,13 +77,13 @@ def model_size(
 
 
 def _own_weights(plan: Plan, config: DecoderConfig) -> list[str]:
-    """Lists all layers but a head that shares the embedding's weights."""
+    """Lists all layers except a head that shares the embedding's weights."""
     tied = config.tie_word_embeddings and not unties_head(plan)
     return [name for name in plan if not (tied and name == HEAD)]
 
 
 def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
-    """Prints the plan with sizes; with signal-to-noise ratios where `quantized/` has this plan.
+    """Prints the plan with sizes, and with signal-to-noise ratios if `quantized/` has this plan.
 
     every: a row for each layer; else layers of several blocks that are alike share one.
 
@@ -114,7 +114,7 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
 
 
 def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
-    """quantization.json, if `quantized/` was made with the same keys for its plan."""
+    """Reads quantization.json if `quantized/` was made with the same keys for its plan."""
     file = run.quantized / "quantization.json"
     if not file.exists():
         return None

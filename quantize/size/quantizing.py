@@ -1,4 +1,4 @@
-"""The memory of quantization, and of training that takes it into account."""
+"""Estimates the memory of quantization and of quantization-aware training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def aware_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates quantization-aware training's larger phase: calibration, or a training step."""
+    """Estimates the larger phase of quantization-aware training: calibration or a training step."""
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
     learns_scales, teacher = training.learns == "scales", bool(training.distillation)
     size = shipped.itemsize
@@ -67,16 +67,16 @@ def aware_memory(
 def _stored(
     recipe: Recipe, config: DecoderConfig, size: int, start: int, teacher: bool
 ) -> dict[str, int]:
-    """Computes the bytes of each layer of a fake-quantized model; norms and biases are the last.
+    """Computes the bytes of each layer of a fake-quantized model; norms and biases come last.
 
-    size: bytes of a number in its arithmetic.
-    start: bytes of a code, or of a latent weight where an adapter learns.
+    size: bytes of a number in the model's arithmetic.
+    start: bytes of a code, or of a latent weight where an adapter is trained.
     """
     plan, parts = layer_plan(recipe.quantize, config), components(config)
     stored = {}
     for name, shape in layer_shapes(config).items():
         if scheme := plan[name]:
-            code = 1 if name in (HEAD, EMBEDDING) else start  # which no adapter moves
+            code = 1 if name in (HEAD, EMBEDDING) else start  # no adapter moves them
             scale = scheme.scale_dtype.itemsize / scheme.group_size
             stored[name] = int(math.prod(shape) * (code + scale + (size if teacher else 0)))
         elif name != HEAD or unties_head(plan) or not config.tie_word_embeddings:
@@ -85,7 +85,7 @@ def _stored(
 
 
 def _formed(recipe: Recipe, config: DecoderConfig, size: int) -> dict[str, int]:
-    """Computes the bytes of each weight that a forward forms, and keeps for the backward."""
+    """Computes the bytes of each weight that the forward pass forms and keeps for the backward."""
     plan = layer_plan(recipe.quantize, config)
     shapes = layer_shapes(config).items()
     return {name: math.prod(shape) * size for name, shape in shapes if plan[name]}
@@ -97,13 +97,14 @@ def _scales(recipe: Recipe, config: DecoderConfig) -> int:
 
 
 def _in_use(layers: dict[str, int], blocks: int) -> int:
-    """Adds up embedding, head, and some blocks."""
+    """Sums the bytes of embedding, head, and this many blocks."""
     block = sum(size for name, size in layers.items() if ".layers.0." in name)
     return blocks * block + layers.get(EMBEDDING, 0) + layers.get(HEAD, 0)
 
 
 def _formed_at_once(formed: dict[str, int]) -> int:
-    """Bytes of a block's weights, or of the head's, which is done when the blocks begin."""
+    """Returns the bytes of a block's weights or of the head's: the backward pass frees the head
+    before the blocks begin."""
     block = sum(size for name, size in formed.items() if ".layers.0." in name)
     return max(block, formed.get(EMBEDDING, 0), formed.get(HEAD, 0))
 
@@ -111,22 +112,22 @@ def _formed_at_once(formed: dict[str, int]) -> int:
 def quantize_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates quantization's largest phase: checking the merge, quantizing, or the last check.
+    """Estimates the largest phase of quantization: checking the merge, quantizing, or reloading.
 
-    On a GPU: what the first of its processes, one on each GPU, has there.
+    On GPUs, each with a process, this is the memory of the first one.
     """
     quantize, shapes = recipe.quantize, layer_shapes(config)
     dtype, on_gpu = shipped_dtype(quantize, config).itemsize, machine.kind == "gpu"
     block, head = sum(block_sizes(config)), math.prod(shapes[HEAD])
     fixed = {}
-    if quantize.rotate and not on_gpu:  # the matrix; two layers in float32
+    if quantize.rotate and not on_gpu:  # its matrix, and two layers in float32
         down = config.hidden_size * config.intermediate_size
         fixed |= {"rotation": 4 * config.hidden_size**2 + 8 * down}
     phases = [{"block in float32": 4 * block, "head in float32": 4 * head}]
     if not on_gpu:
         phases = [
             {"block, read and in float32": 6 * block},
-            {"head in float32": 4 * head},  # and the embedding; one at a time
+            {"head in float32": 4 * head},  # or the embedding, one at a time
             {"largest of the shipped layers": dtype * max(block, head), "pieces": 16 * 2**20},
         ]
     if METHODS[quantize.method].is_calibrated and not quantize.training:
@@ -143,7 +144,7 @@ def quantize_memory(
 
 
 def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
-    """While all scales are trained together, with the float model as their teacher."""
+    """Estimates the training of all scales together, with the float model as their teacher."""
     arithmetic = arithmetic_bytes(recipe, config, machine)
     stored = _stored(recipe, config, arithmetic, 1, teacher=True)
     weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
@@ -168,8 +169,8 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
 
 
 def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
-    """While the inputs of a block's widest layer are summed up, or layers are solved or rounded; of
-    the processes of several GPUs, each holds only its share of the activations."""
+    """Estimates the largest phase of calibrating a block: summing up the inputs of its widest
+    layer, or solving or rounding layers. Several processes share the activations."""
     shapes, calibration = layer_shapes(config), recipe.quantize.calibration
     dtype, block = arithmetic_bytes(recipe, config, machine), sum(block_sizes(config))
     shared = [
@@ -178,7 +179,7 @@ def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Mem
     widths = [layers[0][1] for layers in shared]
     tokens = max(calibration.tokens // machine.gpus, calibration.length)
     forward = min(TOKENS, tokens)
-    # Its Hessian and drift; two models, with three float32 copies of its input.
+    # Hessian and drift; outputs of two models, and three float32 copies of the input.
     summed = 8 * max(widths) ** 2 + forward * (2 * dtype * sum(widths) + 12 * max(widths))
     if machine.kind == "gpu":
         # 1.7 and 5.1 GB were measured for blocks of the 1B and 8B shapes (docs/speed.md).
@@ -186,7 +187,7 @@ def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Mem
         rounded = max(
             8 * columns**2
             + sum(rows for rows, _ in layers) * columns * 9
-            # The correction, what it is made of, and the corrected weights.
+            # The correction, its factors, and the corrected weights.
             + 12 * min(sum(rows for rows, _ in layers) * columns, IN_ONE_LAUNCH)
             for columns, layers in zip(widths, shared, strict=True)
         )
@@ -204,7 +205,8 @@ def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Mem
 
 
 def _sensitivity(recipe: Recipe, config: DecoderConfig, dtype: int) -> Memory:
-    """While a budget measures the head, with the inputs of every block kept for the way back."""
+    """Estimates how a budget measures the head, while the inputs of all blocks are kept for the
+    backward pass."""
     calibration, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
     tokens = max(calibration.length, min(calibration.tokens, budget.TOKENS))
     return {

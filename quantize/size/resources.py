@@ -66,7 +66,7 @@ def show_resources(
 def _show_sizes(
     recipe: Recipe, config: DecoderConfig, device_memory: int | None, context: int
 ) -> None:
-    """At the recipe's own widths, then with the same number of bits for all."""
+    """Prints the sizes with the recipe's bits, and then with the same bits for all layers."""
     cache = cache_bytes(config, context)
     show(f"\nquantized, packed, with {_gb(cache)} of key-value cache for {context:,} tokens:")
     chosen = recipe.quantize
@@ -90,7 +90,7 @@ def refuse_what_cannot_finish(
     machine: Machine,
     lengths: Lengths | None = None,
 ) -> None:
-    """Before the first of these stages starts on the machine.
+    """Refuses, before the first of these stages starts, what this machine cannot finish.
 
     lengths: of the recipe's rows; default: the longest that the recipe allows.
 
@@ -138,27 +138,40 @@ def settings_that_fit(
 def _what_fits(
     stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
 ) -> dict[str, Any] | None:
-    """Returns the cheapest overrides with which the stage fits; None if there are none."""
+    """Returns the cheapest overrides with which the stage fits; None if there are none, or if a
+    launcher that shards the float base is better."""
     for changes in ({}, *_smaller(stage, recipe)):
-        memory = memory_of(stage, _with(recipe, changes), config, machine, lengths)
-        if sum(memory.values()) <= machine.memory:
+        # An adapter trained on a base in nf4 is a different one.
+        if "model.load" in changes and _fits_sharded(stage, recipe, config, machine, lengths):
+            return None
+        if _fits(stage, _with(recipe, changes), config, machine, lengths):
             return changes
     return None
+
+
+def _fits(
+    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
+) -> bool:
+    return sum(memory_of(stage, recipe, config, machine, lengths).values()) <= machine.memory
+
+
+def _fits_sharded(
+    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
+) -> bool:
+    shards = machine.gpus > 1 and recipe.model.load == "float"
+    return shards and _fits(stage, recipe, config, machine._replace(sharded=True), lengths)
 
 
 def _hint(
     stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
 ) -> str:
-    """Suggests the cheapest overrides, or launcher, with which a stage that does not fit would."""
+    """Suggests the cheapest overrides, or a launcher, with which a stage would fit."""
     changes = _what_fits(stage, recipe, config, machine, lengths)
-    # In nf4 the adapter is another one.
-    if recipe.model.load == "float" and (changes is None or "model.load" in changes):
-        memory = memory_of(stage, recipe, config, machine._replace(sharded=True), lengths)
-        if machine.gpus > 1 and sum(memory.values()) <= machine.memory:
-            return "it fits with --launch fsdp"
     if changes is not None:
         settings = (f"{key}={str(value).lower()}" for key, value in changes.items())
         return f"it fits with {' '.join(settings)}"
+    if _fits_sharded(stage, recipe, config, machine, lengths):
+        return "it fits with --launch fsdp"
     shorter = {
         "train": ", or a smaller data.max_length",
         "qat": ", or a smaller data.max_length",
@@ -168,7 +181,7 @@ def _hint(
 
 
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Settings of a stage that take less and less memory."""
+    """Yields overrides of a stage that need less and less memory."""
     if stage == "quantize":
         trained = recipe.quantize.calibration.scale_steps
         whole = {"quantize.calibration.scale_steps": 0} if trained else {}

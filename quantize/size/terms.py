@@ -1,4 +1,4 @@
-"""What the estimates of all stages are made of."""
+"""Terms that the estimates of all stages share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
 Memory = dict[str, int]
-"""Bytes at the peak of a stage, by what they are for."""
+"""Bytes at the peak of a stage, by purpose."""
 
 
 class Lengths(NamedTuple):
-    """Tokens of what a recipe reads, which decide the memory of activations."""
+    """Numbers of tokens that decide how much memory activations take."""
 
     training: list[int]
     """Tokens of each training row."""
@@ -32,13 +32,13 @@ class Lengths(NamedTuple):
 
 MB = 10**6
 PROCESS = {"train": 600 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
-"""Python with the libraries of a stage: torch, transformers, and trl, torchao or lm-eval."""
+"""Bytes of Python with a stage's libraries: torch, transformers, and trl, torchao or lm-eval."""
 
 CUDA_CONTEXT = 500 * MB
 
 ALLOCATED = {"cpu": 1.9, "gpu": 1.1}
-"""Resident over live bytes of what comes and goes. glibc keeps what batches of one length leave,
-and those of the next do not fit into it: 1.9 after the 250 steps of the assistant."""
+"""Ratio of resident to live bytes for short-lived tensors. glibc keeps the memory that a batch
+frees, and a batch of another length does not fit into it: 1.9 after 250 steps of assistant.yaml."""
 
 
 def longest(recipe: Recipe) -> Lengths:
@@ -49,7 +49,7 @@ def longest(recipe: Recipe) -> Lengths:
 
 
 def components(config: DecoderConfig) -> dict[str, int]:
-    """Weights by part of the model; they add up to `parameter_count`."""
+    """Counts the weights by part of the model; the sum is `parameter_count`."""
     shapes = layer_shapes(config)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     return {
@@ -63,7 +63,7 @@ def components(config: DecoderConfig) -> dict[str, int]:
 
 
 def trainable(lora: Lora, config: DecoderConfig) -> int:
-    """Weights of the adapter."""
+    """Counts the weights of the adapter."""
     total = 0
     for name, (rows, columns) in layer_shapes(config).items():
         aimed = lora.target_modules == "all-linear" or any(
@@ -81,20 +81,20 @@ def block_sizes(config: DecoderConfig) -> list[int]:
 
 
 def arithmetic_bytes(recipe: Recipe, config: DecoderConfig, machine: Machine) -> int:
-    """Returns the bytes of a number where the shipped model is computed: float32 where bfloat16 is
-    emulated."""
+    """Returns the bytes of a number in the shipped model's arithmetic, which is float32 where
+    bfloat16 is emulated."""
     shipped = shipped_dtype(recipe.quantize, config)
     emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
     return 4 if emulated else shipped.itemsize
 
 
 def number_bytes(dtype: str) -> int:
-    """Returns the bytes of a number."""
+    """Returns the bytes of a number in this dtype."""
     return {"bfloat16": 2, "float32": 4}[dtype]
 
 
 def peak_memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:
-    """Adds the process itself, and what the allocator holds beyond the bytes in use."""
+    """Adds the process itself, and memory that the allocator holds without using it."""
     process = CUDA_CONTEXT if machine.kind == "gpu" else PROCESS[stage]
     kept = int(sum(passing.values()) * (ALLOCATED[machine.kind] - 1))
     memory = {"process": process, **lasting, **passing, "allocator": kept}

@@ -1,4 +1,4 @@
-"""The memory of a training step."""
+"""Estimates the memory of a training step."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from finequant.recipes.schema import Recipe
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
-# Bytes that a decoder block keeps for the backward pass of LoRA on all linear layers, per token:
-# times hidden size, query width, intermediate size, rank. Exact, counted with saved_tensors_hooks.
+# Bytes per token that a decoder block keeps for the backward pass, with LoRA on all linear layers:
+# factors of hidden size, query width, intermediate size and rank, counted by saved_tensors_hooks.
 SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
 
 LIGER = 0.65
-"""What Liger's kernels keep of it: 0.60 and 0.64 for the 8B and 1B shapes (docs/speed.md)."""
+"""Share of SAVED with Liger's kernels: 0.60 and 0.64 for the 8B and 1B shapes (docs/speed.md)."""
 
 LOGITS = 18
-"""Bytes for each logit that is in memory: bf16, float32, its log-softmax, and their gradients."""
+"""Bytes per logit: in bf16, in float32, its log-softmax, and their gradients."""
 
 TILE = (4096, 32768)
-"""Tokens and words whose logits trl's loss on a GPU has at a time; their gradients replace them."""
+"""Tokens and words whose logits trl's loss on a GPU holds at a time; gradients replace them."""
 
 TAUGHT_LOGITS = 32.5
-"""The same, where a teacher's logits lie beside them."""
+"""Bytes per logit with those of a teacher."""
 
 LEARNED = 0.5
-"""Share of the tokens that are learned, where prompts are not."""
+"""Assumed share of target tokens if the loss leaves out prompts."""
 
 
 def training_memory(
     recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
 ) -> Memory:
-    """Estimates the memory of a training step on the micro-batch with the most tokens, in each of
-    several processes."""
+    """Estimates the memory of a training step, in each process, on the micro-batch with the most
+    tokens."""
     dtype = machine.training_dtype(recipe.train.precision)
     tokens = step_tokens(recipe, lengths, machine)
     if machine.kind == "gpu":
@@ -62,7 +62,7 @@ def training_memory(
     if recipe.model.load == "nf4":
         weights -= int((parts["attention"] + parts["mlp"]) * (number_bytes(dtype) - nf4.BITS / 8))
     learned = trainable(recipe.lora, config)
-    if machine.sharded:  # gathered: embedding, head, for the loss once more, and two blocks
+    if machine.sharded:  # gathered: embedding, head, the head again for the loss, and two blocks
         block = (parts["attention"] + parts["mlp"]) // config.num_hidden_layers
         gathered = 3 * parts["embedding"] + 2 * block
         weights = weights // machine.gpus + gathered * number_bytes(dtype)
@@ -74,9 +74,9 @@ def training_memory(
 
 
 def _dequantizing(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
-    """Estimates what the first stage takes to make float32 safetensors of a mapped GGUF file."""
+    """Estimates the conversion of a mapped GGUF file to float32 safetensors by the first stage."""
     folder, file = locate_base(recipe.model)
-    # A tensor that is being dequantized is there twice.
+    # While a tensor is dequantized, it is in memory twice.
     base = 4 * parameter_count(config) + 8 * components(config)["embedding"]
     fixed = {"base, dequantized": base, "GGUF file": (folder / file).stat().st_size}
     return peak_memory("train", machine, fixed, {})
@@ -139,5 +139,5 @@ def saved_per_token(recipe: Recipe, config: DecoderConfig, dtype: str) -> float:
 
 
 def optimizer_bytes(name: str) -> int:
-    """For each trained weight: Adam's two moments in float32, or in eight bits."""
+    """Returns the bytes per trained weight: Adam's two moments in float32 or in eight bits."""
     return 2 if "8bit" in name else 0 if name == "sgd" else 8

@@ -1,4 +1,4 @@
-"""The model of quantization-aware training: the tuned model with fake-quantized layers."""
+"""Builds the model of quantization-aware training: the tuned model with fake-quantized layers."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def assembled(
     dtype: torch.dtype,
     make: Callable[[str, torch.Tensor | None], FakeQuantized],
 ) -> Decoder:
-    """Builds a model of the plan's layers and, in `dtype`, of what the plan leaves in float; no
-    float weight of the former is in memory.
+    """Builds a model in `dtype` in which the plan's quantized layers are made by `make`, so that
+    their float weights are never in memory.
 
-    weights: of the float model.
-    make: makes the layer of a name, with this bias.
+    weights: weights of the float model.
+    make: makes a layer, given its name and bias.
     """
     config = deepcopy(config)
     config.dtype = dtype
@@ -78,20 +78,19 @@ def assembled(
             tensor = filled(weights, name, parameter.shape, dtype)
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
             setattr(model.get_submodule(owner), attribute, tensor)
-    # In the plan's order: that of codes, read from a file's metadata, is another in each process,
-    # and what is drawn for each layer depends on it.
+    # In the plan's order, which is the same in every process: initial values are drawn in turn.
     for name in filter(plan.get, plan):
         bias = getattr(model.get_submodule(name), "bias", None)
         model.set_submodule(name, make(name, None if bias is None else bias.detach()))
     if config.tie_word_embeddings and not unties_head(plan):
         model.tie_weights()
-    rotary = model.model.rotary_emb  # its frequencies are in no file
+    rotary = model.model.rotary_emb  # no file has its frequencies
     model.model.rotary_emb = type(rotary)(config)
     return model
 
 
 def _empty(layer: FakeQuantized) -> None:
-    """Drops what is frozen, which the first process will send; the optimizer holds the rest."""
+    """Drops frozen tensors, which the first process will send; the optimizer holds the others."""
     for name, tensor in layer.named_parameters():
         if not tensor.requires_grad:
             setattr(layer, name, torch.nn.Parameter(tensor.to("meta"), requires_grad=False))
@@ -136,7 +135,7 @@ def _fake_quantized(
 
 
 def _has_lora(name: str, lora: Lora) -> bool:
-    """Says whether a layer gets a LoRA, matching target modules like peft: by ends of names."""
+    """Says whether a layer gets a LoRA; like peft, compares target modules with ends of names."""
     if lora.target_modules == "all-linear":
         return name != HEAD
     return any(f".{name}".endswith(f".{target}") for target in lora.target_modules)

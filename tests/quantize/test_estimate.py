@@ -219,6 +219,35 @@ def test_sharding_divides_the_memory_of_codes(recipe_file, monkeypatch):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["qat"], eight._replace(sharded=False))
 
 
+def test_all_stages_of_8b_can_be_made_to_fit_a_card_of_24_gb(recipe_file, monkeypatch):
+    """With effort: best, whose trained scales need the whole model twice."""
+    from finequant.quantize.size import resources
+
+    step = ["train.batch_size=16", "data.max_length=1024", "quantize.effort=best"]
+    recipe, card = load_recipe(recipe_file, step), named_gpu("4090")
+    monkeypatch.setattr(resources, "load_config", lambda _: shape_of("8B"))
+    stages = ["train", "quantize", "evaluate"]
+    changes = resources.settings_that_fit(recipe, stages, card)
+    assert changes["train.gradient_checkpointing"] is True
+    assert changes["quantize.calibration.scale_steps"] == 0
+    overrides = [f"{key}={str(value).lower()}" for key, value in changes.items()]
+    smaller = load_recipe(recipe_file, step + overrides)
+    for stage in stages:
+        assert sum(memory_of(stage, smaller, shape_of("8B"), card).values()) <= card.memory
+    assert resources.settings_that_fit(smaller, stages, card) == {}
+
+
+def test_a_base_that_several_gpus_can_share_is_not_put_into_nf4(recipe_file, monkeypatch):
+    from finequant.quantize.size import resources
+
+    step = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.precision=bf16"]
+    recipe = load_recipe(recipe_file, step)
+    monkeypatch.setattr(resources, "load_config", lambda _: LLAMA_3_70B)
+    one, eight = named_gpu("H100"), named_gpu("H100")._replace(gpus=8)
+    assert resources.settings_that_fit(recipe, ["train"], one)["model.load"] == "nf4"
+    assert resources.settings_that_fit(recipe, ["train"], eight) == {}
+
+
 def test_cheaper_settings_predict_less_memory(recipe_file):
     recipe = load_recipe(recipe_file, ["data.max_length=4096", "train.micro_batch_size=8"])
     cpu = Machine("this machine", 10**12, "cpu")
@@ -383,8 +412,11 @@ def test_memory_is_that_of_the_container_or_job(monkeypatch, tmp_path, groups, f
     assert machines.this_machine().memory == 123456789
     used.write_text("100000000\n")
     assert usage.available_memory() == 23456789
-    used.with_name("memory.stat").write_text("active_file 5\ninactive_file 1000000\n")
-    assert usage.available_memory() == 24456789  # the kernel takes cached pages back
+    statistics = used.with_name("memory.stat")
+    statistics.write_text("active_file 5\ninactive_file 1000000\n")
+    assert usage.available_memory() == 24456789  # the kernel can reclaim cached pages
+    statistics.write_text("inactive_file 1000000\ntotal_inactive_file 2000000\n")
+    assert usage.available_memory() == 25456789  # with those of the groups inside
     used.write_text("200000000\n")
     assert usage.available_memory() == 0
     for unlimited in ("max\n", "9223372036854771712\n"):
