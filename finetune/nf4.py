@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from finequant.finetune.adapter import changes_the_base
-from finequant.finetune.model import load_base
+from finequant.finetune.model import load_base, load_config, stored_dtype
 from finequant.finetune.processes import sharding
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
@@ -60,7 +60,7 @@ def load_trained_base(recipe: Recipe, dtype: torch.dtype) -> Decoder:
     """
     check_nf4(recipe)
     base = load_base(recipe.model, dtype, **_options(recipe, dtype))
-    if recipe.model.load == "nf4":
+    if recipe.model.load == "nf4" and dtype == stored_dtype(load_config(recipe.model)):
         for weight in base.parameters():  # a view of the file would keep all of it mapped
             if weight.device.type == "cpu" and weight.is_floating_point():
                 weight.data = weight.data.clone()

@@ -10,6 +10,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from finequant.finetune.data.class_labels import with_label_names
 from finequant.finetune.data.files import (
     BadRowError,
     Read,
@@ -134,7 +135,8 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
         dataset = dataset[split]
     if not len(dataset):
         raise UserError(f"{folder}: no rows in this folder")
-    for index, row in enumerate(_tracked(folder.name, dataset)):
+    rows = with_label_names(_tracked(folder.name, dataset), dataset.features)
+    for index, row in enumerate(rows):
         yield f"{folder.name}[{index}]", row
 
 
@@ -151,7 +153,7 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
             streaming=source.streaming,
         )
         rows = islice(dataset, source.limit) if source.streaming else _tracked(name, dataset)
-        for index, row in enumerate(rows):
+        for index, row in enumerate(with_label_names(rows, dataset.features)):
             yield f"{name}[{index}]", row
     # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:

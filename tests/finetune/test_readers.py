@@ -132,6 +132,34 @@ def test_every_kind_of_folder_gives_the_same_rows(tmp_path, kind):
     assert rows_of(tmp_path / "my rows") == ROWS
 
 
+@pytest.mark.parametrize("kind", ["folder", "splits", "parquet", "arrow"])
+def test_class_labels_are_read_as_their_names(tmp_path, kind):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+    labels = ClassLabel(names=["card lost", "card late"])
+    tagged = {"tags": List(labels), "best": {"tag": labels}}
+    features = Features(
+        {"text": Value("string"), "count": Value("int64"), "label": labels} | tagged
+    )
+    rows = [
+        {"text": "a", "count": 1, "label": 1, "tags": [0, 1], "best": {"tag": 0}},
+        {"text": "b", "count": 0, "label": -1, "tags": [], "best": {"tag": None}},
+        {"text": "c", "count": 1, "label": None, "tags": None, "best": None},
+    ]
+    dataset, path = Dataset.from_list(rows, features), tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        dataset.to_parquet(path)
+    else:
+        splits = kind == "splits"
+        (DatasetDict({"train": dataset}) if splits else dataset).save_to_disk(str(path))
+        path = next(path.glob("*.arrow")) if kind == "arrow" else path
+    read = rows_of(path)
+    assert [row["label"] for row in read] == ["card late", None, None]
+    assert [row["tags"] for row in read] == [["card lost", "card late"], [], None]
+    assert [(row["best"] or {}).get("tag") for row in read] == ["card lost", None, None]
+    assert [(row["text"], row["count"]) for row in read] == [("a", 1), ("b", 0), ("c", 1)]
+
+
 def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
     (tmp_path / "train_1.jsonl").write_text(LINES)
     (tmp_path / "dev.jsonl").write_text('{"text": "held"}\n')
