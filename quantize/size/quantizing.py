@@ -15,6 +15,7 @@ from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
 from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype, unties_head
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.terms import (
+    MB,
     Lengths,
     Memory,
     arithmetic_bytes,
@@ -35,6 +36,9 @@ from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
+
+RELOADING = 300 * MB
+"""Bytes of a second process with the same libraries, without what both map (0.29 GB measured)."""
 
 
 def aware_memory(
@@ -129,6 +133,7 @@ def quantize_memory(
             {"block, read and in float32": 6 * block},
             {"head in float32": 4 * head},  # or the embedding, one at a time
             {"largest of the shipped layers": dtype * max(block, head), "pieces": 16 * 2**20},
+            {"process that reloads": RELOADING, "its head in float32": 4 * head},
         ]
     if METHODS[quantize.method].is_calibrated and not quantize.training:
         phases.append(_calibration(recipe, config, machine))
