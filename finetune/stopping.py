@@ -20,6 +20,7 @@ from finequant.recipes.artifact import differences, remove
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import Interrupted, StopRequest, deferred_signals
 from finequant.recipes.terminal import say
+from finequant.recipes.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -80,6 +81,7 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
     """
     with deferred_signals() as request:
         trainer.add_callback(SavesWhenStopped(trainer, request))
+        return_freed_memory()  # loading and calibration leave some
         trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -55,6 +56,17 @@ def available_memory() -> int:
 
     room = psutil.virtual_memory().available
     return min([room, *(max(0, limit - used) for limit, used in _limits())])
+
+
+def return_freed_memory() -> None:
+    """Returns memory to the system that this process has freed and its C library has kept.
+
+    Only glibc keeps much of it and can be asked for it:
+    https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim:
+        malloc_trim(0)
 
 
 def _limits() -> list[tuple[int, int]]:

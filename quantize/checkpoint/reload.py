@@ -18,7 +18,7 @@ from finequant.quantize.rounding import quantize_activations
 from finequant.quantize.scheme import HEAD, Plan
 from finequant.recipes.errors import CRASHES, UserError
 from finequant.recipes.terminal import say
-from finequant.recipes.usage import available_memory
+from finequant.recipes.usage import available_memory, return_freed_memory
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -109,6 +109,7 @@ def check_quantized(
         if not checkpoint.has(name, slice(None)):
             raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
     every, config = base.config.num_hidden_layers, base.config
+    return_freed_memory()  # calibration leaves up to as much as the model takes
     blocks = blocks_that_fit(checkpoint, config)
     expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
     checkpoint.finish()
