@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from finequant.recipes.errors import UserError
@@ -59,8 +60,12 @@ def check_writable(root: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise _not_writable(root, os.strerror(errno.ENOTDIR))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _not_writable(root, os.strerror(errno.EACCES))
+    try:  # the permissions alone do not say: root may do anything, but not in /proc
+        TemporaryFile(dir=existing).close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _not_writable(root, error.strerror) from None
 
 
 def _not_writable(root: Path, reason: str) -> UserError:

@@ -30,7 +30,14 @@ INDICES, NOTES = "splits.npz", "notes.json"
 SPLITS = ("train", "validation", "test")
 SECONDS = 5
 """Reading that takes longer than this gets a line."""
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOENT,  # below /proc
+)
 
 
 def prepared_splits(recipe: Recipe) -> Splits:

@@ -194,7 +194,8 @@ class TemplateCheck:
         if text == shorter:
             raise UserError(
                 f"{row.where}: the chat template leaves out {part}: the model would never see "
-                "it; give a model.chat_template that writes it, or remove it from the rows"
+                f"it; give a model.chat_template that writes it{_example(part)}, or remove it from "
+                "the rows"
             )
 
 
@@ -205,6 +206,11 @@ def check_template(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, data
         UserError: naming the row and what the template leaves out.
     """
     TemplateCheck(tokenizer, data)(rows)
+
+
+def _example(part: str) -> str:
+    """Names a template that is shipped, for what has to do with tools."""
+    return " (recipes/data/chatml_tools.jinja does, for ChatML)" if "tool" in part else ""
 
 
 TOOLS = -1

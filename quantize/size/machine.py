@@ -79,7 +79,7 @@ def named_gpu(text: str) -> Machine:
     if name := names.get(re.sub("^rtx", "", _letters(text))):
         return Machine(name, GPUS[name] * 10**9, "gpu")
     try:
-        return Machine(text, bytes_of(text), "gpu")
+        return Machine(text, bytes_of(text, "--gpu"), "gpu")
     except UserError:
         raise UserError(
             f"--gpu: {text!r} is none of {', '.join(GPUS)}; or say its memory, such as 24GB"
@@ -91,8 +91,10 @@ def _letters(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, option: str) -> int:
     """`6GB` -> 6,000,000,000.
+
+    option: of the command line, named in the error.
 
     Raises:
         UserError: for what is no size.
@@ -100,7 +102,7 @@ def bytes_of(text: str) -> int:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in UNITS:
         raise UserError(
-            f"{text!r} is no size: expected a number with MB, GB, MiB or GiB, such as 6GB"
+            f"{option}: {text!r} is no size: expected a number with MB, GB, MiB or GiB, such as 6GB"
         )
     return int(float(match[1]) * UNITS[match[2].upper()])
 

@@ -144,7 +144,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     machine = named_gpu(gpu)._replace(gpus=gpus, sharded=sharded) if gpu else None
-    memory = bytes_of(device_memory) if device_memory else None
+    memory = bytes_of(device_memory, "--device-memory") if device_memory else None
     doing("plan: loading torch and transformers")
     quiet_libraries()
     from finequant.quantize.size.plan import show_plan

@@ -24,14 +24,22 @@ def report(
     from finequant.recipes.load import load_recipe
     from finequant.recipes.locate import is_run
     from finequant.recipes.rundir import RunDir
+    from finequant.recipes.stages import stages_of
     from finequant.recipes.terminal import say
 
-    run = RunDir(where) if is_run(where) else RunDir.of(load_recipe(where, overrides or []))
+    recipe = None if is_run(where) else load_recipe(where, overrides or [])
+    run = RunDir.of(recipe) if recipe else RunDir(where)
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file}: missing: run `finequant evaluate RECIPE` first")
-    write_page(run.root)
     print_table(json.loads(run.report.read_text(encoding="utf-8")))
+    for stage in stages_of(recipe) if recipe else ():
+        for change in run.what_changed(recipe, stage) or ():
+            say(f"report: of an earlier state: since {stage} ran, {change}")
+    try:
+        write_page(run.root)
+    except OSError as error:  # a run directory that only others may write
+        say(f"report: {run.page}: cannot be written ({error.strerror})")
     say(f"report: {run.page}")
     if show:
         webbrowser.open(run.page.resolve().as_uri())

@@ -176,6 +176,36 @@ def test_a_failed_gate_exits_with_1_after_writing_the_report(finished, recipe_fi
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_a_report_is_printed_again_where_nothing_can_be_written(finished, recipe_file, capsys):
+    finished()
+    arguments = [str(recipe_file), "train.learning_rate=1e-2"]
+    page = recipe_file.parent / "run" / "report.html"
+    page.unlink()
+    page.mkdir()  # root may write anywhere else
+    capsys.readouterr()
+    print_report(arguments)
+    said = capsys.readouterr()
+    assert "held_out" in said.out
+    assert "report.html: cannot be written (Is a directory)" in said.err
+    assert "earlier state" not in said.err
+
+
+def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):
+    finished()
+    capsys.readouterr()
+    print_report([str(recipe_file), "train.learning_rate=1e-2", "quantize.bits=8"])
+    said = capsys.readouterr().err
+    assert "report: of an earlier state: since quantize ran, quantize.bits: 4 -> 8" in said
+
+
+def print_report(arguments: list[str]) -> None:
+    from finequant.recipes.run import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", *arguments])
+    assert not exit_.value.code
+
+
 def test_nothing_to_measure_on_is_an_error(finished, recipe_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         finished("data.test=[]", "evaluate.perplexity=[]")

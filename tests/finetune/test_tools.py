@@ -495,7 +495,8 @@ def test_a_template_that_leaves_out_content_is_refused(speaking, known, row, wha
 def test_a_template_that_writes_only_the_first_call_is_refused(speaking):
     first = HERMES.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
     check_template([ONE], speaking(first), data())
-    with pytest.raises(UserError, match="rows.jsonl:2: the chat template leaves out call 2 of an"):
+    said = "rows.jsonl:2: the chat template leaves out call 2 .*recipes/data/chatml_tools.jinja"
+    with pytest.raises(UserError, match=said):
         check_template([ONE, TWO], speaking(first), data())
     for template in (HERMES, QWEN):
         check_template([ONE, TWO], speaking(template), data())

@@ -297,13 +297,13 @@ def test_the_cache_of_keys_and_values_is_counted():
     [("6GB", 6 * 10**9), ("1.5 GiB", 1610612736), ("512mb", 512 * 10**6)],
 )
 def test_sizes_are_parsed(text, size):
-    assert bytes_of(text) == size
+    assert bytes_of(text, "--gpu") == size
 
 
 @pytest.mark.parametrize("text", ["", "six", "6", "6XB", "GB", "-1GB"])
 def test_invalid_sizes_are_refused(text):
-    with pytest.raises(UserError, match="is no size: expected a number with MB, GB"):
-        bytes_of(text)
+    with pytest.raises(UserError, match="--device-memory: .* is no size: expected a number with"):
+        bytes_of(text, "--device-memory")
 
 
 def test_gpus_are_known_by_name_and_by_memory():
