@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ def prepared_splits(recipe: Recipe) -> Splits:
         UserError: for whatever `load_splits` refuses.
     """
     without = tuple(f"data.{key}" for key in TOKEN_KEYS)
-    inputs = recipe_inputs(recipe, ("seed", "data"), without)
+    # Another version may read the same sources otherwise.
+    inputs = recipe_inputs(recipe, ("seed", "data"), without) | {"finequant": version("finequant")}
     folder = RunDir.of(recipe).data / f"rows-{digest(inputs)}"
     try:
         made_once(folder, inputs, partial(_write, recipe))

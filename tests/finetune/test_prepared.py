@@ -68,6 +68,14 @@ def test_another_recipe_reads_again(recipe_file, recipe, unread, change):
         prepared_splits(load_recipe(recipe_file, [change, "data.validation=[]"]))
 
 
+def test_another_version_reads_again(recipe, unread, monkeypatch):
+    prepared_splits(recipe)
+    unread()
+    monkeypatch.setattr(prepared, "version", lambda _: "9.0")
+    with pytest.raises(TypeError):
+        prepared_splits(recipe)
+
+
 def test_changed_files_are_read_again(recipe_file, recipe):
     before = prepared_splits(recipe)
     file = recipe_file.parent / "train.jsonl"

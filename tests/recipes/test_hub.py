@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 TOKEN = "hf_PlantedTokenThatMustNotBeShown"
 
@@ -78,7 +80,8 @@ from finequant.recipes.schema import Source
 
 for keys in sys.argv[2:]:
     try:
-        rows = read_source(Source(source=sys.argv[1], streaming=True, **json.loads(keys)))
+        source = {"source": sys.argv[1], "streaming": True} | json.loads(keys)
+        rows = read_source(Source(**source))
         print([f"{where} {row['completion']}" for where, row in rows])
     except UserError as error:
         print(error)
@@ -98,6 +101,34 @@ def test_a_streamed_dataset_gives_its_first_rows_and_leaves_no_copy(
         path for _, path, _ in hub.requests
     }
     assert not [*(tmp_path / "hf").rglob("*.arrow"), *(tmp_path / "hf").rglob("*.jsonl")]
+
+
+LABELED = """---
+dataset_info:
+  features:
+  - name: prompt
+    dtype: string
+  - name: completion
+    dtype:
+      class_label:
+        names:
+          '0': card lost
+          '1': card late
+---
+"""
+
+
+def test_class_labels_of_a_hub_dataset_are_read_as_their_names(hub, on_hub, tmp_path):
+    """The numbers are in the rows' file, the names in the dataset's card."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "README.md").write_text(LABELED, encoding="utf-8")
+    table = pyarrow.table({"prompt": ["Where is it?", "Lost!"], "completion": [1, 0]})
+    parquet.write_table(table, tmp_path / "rows" / "train-00000-of-00001.parquet")
+    hub.add("acme/labeled", tmp_path / "rows", "datasets")
+    read = on_hub("-c", ROWS, "acme/labeled", '{"streaming": true}', '{"streaming": false}')
+    assert read.returncode == 0, read.stderr
+    rows = str(["acme/labeled[0] card late", "acme/labeled[1] card lost"])
+    assert read.stdout.splitlines() == [rows, rows]
 
 
 # argv: bases, each as id@revision. Prints a line for each: why it is refused.
