@@ -367,7 +367,7 @@ def _with_absolute_paths(
         local = _existing(file.parent, value)
         if local is not None:
             holder[at[-1]] = str(local)
-        elif value.endswith(LOCAL_SUFFIXES) or value[0] in "./~" or at[-1] in FOLDERS:
+        elif is_local(value) or at[-1] in FOLDERS:
             key = _in_document(at, document)
             problems.append(
                 f"{_origin(origins, key)}: {_dotted(key)}: no such file or folder: {value} "
@@ -376,6 +376,11 @@ def _with_absolute_paths(
     if problems:
         raise UserError(_summary(file, problems))
     return Recipe.model_validate(content)
+
+
+def is_local(name: str) -> bool:
+    """Says whether a name can only be that of a file or folder, and not of anything on the Hub."""
+    return name.endswith(LOCAL_SUFFIXES) or name[0] in "./~"
 
 
 def _existing(folder: Path, value: str) -> Path | None:

@@ -21,6 +21,7 @@ from finequant.finetune.data.readers import read_source
 from finequant.finetune.data.rows import FORMATS, PAIR, PREFERENCES, mapped_columns
 from finequant.finetune.device import device
 from finequant.recipes.errors import UserError
+from finequant.recipes.load import is_local
 from finequant.recipes.schema import Recipe, Source
 from finequant.recipes.sources import matching_files
 
@@ -87,6 +88,8 @@ def write_recipe(
     for option, file in (("--data", data), ("--test", test)):
         if file and not any(match.exists() for match in matching_files(file.resolve())):
             raise UserError(f"{option}: {file} does not exist")
+    if base and is_local(base) and not Path(base).expanduser().exists():
+        raise UserError(f"--base: {base} does not exist")
     look = look_at(_rows_of(data), data, task, columns or {})
     held_out = _columns_of_test(test, look) if test else {}
     text = recipe_text(look, data, test, base, target, held_out)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def init(
     data: Annotated[
-        Path, typer.Option(prompt="File with your rows", help="rows: JSON, CSV, Parquet, ...")
-    ],
+        Path | None, typer.Option(help="rows: JSON, CSV, Parquet, ...; asked for if not given")
+    ] = None,
     test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
     base: Annotated[
         str | None, typer.Option(help="Hub id, folder, or package:MODULE/FILE.gguf")
@@ -42,6 +42,8 @@ def init(
     from finequant.recipes.load import load_recipe
     from finequant.recipes.terminal import doing, say
 
+    # Not asked for by the option, which would ask before a misspelled one is refused.
+    data = data or Path(typer.prompt("File with your rows"))
     doing(f"init: reading {data}")
     from finequant.finetune.data.columns import columns_of
     from finequant.finetune.data.starter import write_recipe

@@ -176,6 +176,27 @@ def test_a_recipe_that_cannot_be_written_is_a_message(tmp_path):
         write_recipe(file, None, None, None, file / "mine.yaml")
 
 
+def test_a_wrong_command_line_is_refused_before_anything_is_asked(capsys):
+    from finequant.recipes.run import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["init", "rows.jsonl"])
+    said = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert "unexpected extra argument" in said.err
+    assert "File with your rows" not in said.out + said.err
+
+
+@pytest.mark.parametrize("base", ["./models/llama", "~/llama", "/llama.gguf"])
+def test_a_missing_base_is_refused_before_anything_is_written(tmp_path, base):
+    file, target = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    file.write_text('{"prompt": "1", "completion": "2"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=f"--base: {base} does not exist"):
+        write_recipe(file, None, base, None, target)
+    assert not target.exists()
+    write_recipe(file, None, "package:mine/llama.gguf", None, target)
+
+
 def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": "1", "b": "2"}\n', encoding="utf-8")
