@@ -163,7 +163,7 @@ def aware(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
     """Makes a model in which all linear layers of the blocks are fake-quantized."""
-    from finequant.quantize.rounding import round_to_nearest
+    from finequant.quantize.rounding import latent_weights, round_to_nearest
     from finequant.quantize.training.fake_quantize import FakeQuantLora, FakeQuantScales
 
     model = a_model(config).requires_grad_(False)
@@ -174,7 +174,13 @@ def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
             weight = module.weight.float()
             start = round_to_nearest(weight, 4, 32, "max")
             layer = (
-                FakeQuantLora(start, 4, model.dtype, exact=weight, **lora)
+                FakeQuantLora(
+                    start,
+                    4,
+                    model.dtype,
+                    latent=latent_weights(weight, start, torch.float16),
+                    **lora,
+                )
                 if learns == "adapter"
                 else FakeQuantScales(start, 4, model.dtype)
             )

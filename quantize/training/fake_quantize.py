@@ -34,7 +34,6 @@ from finequant.quantize.rounding import (
     Rounded,
     SharedInputs,
     code_range,
-    latent_weights,
     row_chunks,
     stored_scale,
 )
@@ -171,10 +170,16 @@ class FakeQuantLinear(FakeQuantized):
         return _StraightThrough.apply(x, None, None, self.weight(), self.bias, 0.0)
 
 
+def latent_dtype(bits: int) -> torch.dtype:
+    """Returns the dtype of latent weights: from 7 bits on, float16 is too coarse for those near the
+    largest codes."""
+    return torch.float16 if bits <= 6 else torch.float32
+
+
 class FakeQuantLora(FakeQuantLinear):
     """A layer whose latent weights are moved by a LoRA.
 
-    exact: float32 weight [out, in] of the tuned model.
+    latent: what the LoRA moves, [out, in], in steps of the scales; see `latent_dtype`.
     scaling: s of s B A.
     generator: draws the values of A; B starts at zero.
     """
@@ -185,21 +190,20 @@ class FakeQuantLora(FakeQuantLinear):
         bits: int,
         dtype: torch.dtype,
         *,
-        exact: torch.Tensor,
+        latent: torch.Tensor,
         rank: int,
         scaling: float,
         generator: torch.Generator,
         **kwargs,
     ) -> None:
         super().__init__(start, bits, dtype, **kwargs)
-        # From 7 bits on, float16 is too coarse for latent weights near the largest codes.
-        dtype_of_latent = torch.float16 if bits <= 6 else torch.float32
-        self.latent = _frozen(latent_weights(exact, start, dtype_of_latent))
+        self.latent = _frozen(latent)
         self.scaling = scaling
-        bound = 1 / math.sqrt(exact.shape[1])  # as in peft
-        a = torch.empty(rank, exact.shape[1]).uniform_(-bound, bound, generator=generator)
+        rows, columns = latent.shape
+        bound = 1 / math.sqrt(columns)  # as in peft
+        a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
         self.lora_A = torch.nn.Parameter(a)
-        self.lora_B = torch.nn.Parameter(torch.zeros(exact.shape[0], rank))
+        self.lora_B = torch.nn.Parameter(torch.zeros(rows, rank))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight()

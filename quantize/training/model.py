@@ -12,8 +12,8 @@ import torch
 from finequant.finetune.architecture import skeleton
 from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
-from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
-from finequant.quantize.rounding import Rounded
+from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
+from finequant.quantize.rounding import Rounded, latent_weights
 from finequant.quantize.scheme import EMBEDDING, HEAD, Plan, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
@@ -21,6 +21,7 @@ from finequant.quantize.training.fake_quantize import (
     FakeQuantLinear,
     FakeQuantLora,
     FakeQuantScales,
+    latent_dtype,
 )
 
 if TYPE_CHECKING:
@@ -126,12 +127,21 @@ def _fake_quantized(
         start,
         bits,
         dtype,
-        exact=weights(f"{name}.weight", WHOLE).float(),
+        latent=_latent(f"{name}.weight", weights, start, latent_dtype(bits)),
         rank=lora.rank,
         scaling=lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank),
         generator=generator,
         **shared,
     )
+
+
+def _latent(name: str, weights: Weights, start: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    """Computes a layer's latent weights from pieces of its float32 weight."""
+    latent = torch.empty(start.codes.shape, dtype=dtype)
+    for rows in row_slices(latent.shape):
+        piece = Rounded(start.codes[rows], start.scale[rows])
+        latent[rows] = latent_weights(weights(name, rows), piece, dtype)
+    return latent
 
 
 def _has_lora(name: str, lora: Lora) -> bool:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
+from finequant.quantize.rounding import (
+    Rounded,
+    latent_weights,
+    quantize_activations,
+    round_to_nearest,
+)
 from finequant.quantize.scheme import LayerScheme
 from finequant.quantize.training.fake_quantize import (
     FakeQuantLinear,
@@ -14,6 +19,7 @@ from finequant.quantize.training.fake_quantize import (
     FakeQuantScales,
     _StraightThrough,
     disabled,
+    latent_dtype,
 )
 
 SCHEME = LayerScheme(4, 32, "search", torch.float32)
@@ -31,7 +37,8 @@ def make_layer(
         arguments["bias"] = None
     if kind is FakeQuantLora:
         generator = torch.Generator().manual_seed(1)
-        arguments |= {"exact": weight, "rank": 4, "scaling": 2.0, "generator": generator}
+        latent = latent_weights(weight, start, latent_dtype(SCHEME.bits))
+        arguments |= {"latent": latent, "rank": 4, "scaling": 2.0, "generator": generator}
     layer = kind(start, SCHEME.bits, dtype, **arguments)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

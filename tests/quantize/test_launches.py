@@ -9,7 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from finequant.quantize.rounding import Rounded, round_to_nearest, row_chunks
+from finequant.quantize.rounding import (
+    Rounded,
+    latent_weights,
+    round_to_nearest,
+    row_chunks,
+)
 from finequant.quantize.training.fake_quantize import FakeQuantLora, FakeQuantScales
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +45,8 @@ def test_a_quantization_aware_step_of_8b_starts_a_tenth_of_what_it_did(launches,
 def test_a_fake_quantized_layers_weight_is_computed_in_one_piece(launches, learns):
     weight = torch.randn(4096, 1024)  # eight pieces on a CPU
     start = round_to_nearest(weight, 4, 32, "max")
-    settings = {"exact": weight, "rank": 4, "scaling": 1.0, "generator": torch.Generator()}
+    latent = latent_weights(weight, start, torch.float16)
+    settings = {"latent": latent, "rank": 4, "scaling": 1.0, "generator": torch.Generator()}
     layer = learns(start, 4, torch.float32, **(settings if learns is FakeQuantLora else {}))
     with launches.accelerator(), launches.Launches() as counted:
         assert len(list(row_chunks(weight))) == 1
