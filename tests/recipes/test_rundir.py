@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -388,6 +389,30 @@ sys.exit(subprocess.run([sys.executable, "-c", {child!r}]).returncode)
         [sys.executable, "-c", parent], capture_output=True, text=True, check=True
     )
     assert 10**7 < int(done.stdout) < 256 * (2 << 20)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps little")
+def test_freed_memory_that_the_c_library_keeps_can_be_returned():
+    """What is allocated last pins the memory below it."""
+    code = """
+import psutil
+from finequant.recipes.usage import return_freed_memory
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+start = resident()
+blocks = [b"x" * 4000 + bytes([number % 256]) for number in range(50_000)]
+last = bytes(4001)
+blocks.clear()
+kept = resident() - start
+return_freed_memory()
+print(kept, resident() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 150 * 10**6
+    assert left < 50 * 10**6
 
 
 def test_settings_of_memory_and_logging_do_not_change_the_adapter(folder):
