@@ -33,6 +33,8 @@ ROWS = 2000
 
 QUESTIONS = ("question", "query", "text", "sentence", "dialogue", "document", "article", "input")
 ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
+CHOICES = ("choice", "option", "candidate", "ending", "alternative", "distractor")
+"""Words in the name of a list whose first item need not be the right one."""
 SHORT = 40
 """Characters of a label on average, at most."""
 
@@ -163,14 +165,23 @@ def look_at(
 
 
 def _columns(rows: Sequence[dict[str, str]], data: Path, given: dict[str, str]) -> tuple[str, str]:
-    """Returns the columns of question and answer: as given, by their names, or by their values."""
+    """Returns the columns of question and answer: as given, by their names, or by their values.
+
+    A column that never changes is no question. The first item of a list holds the answer only if
+    its name says so: the first of several choices need not be the right one.
+    """
     texts = list(rows[0])
-    question = given.get("prompt") or _named(texts, QUESTIONS)
-    answer = given.get("completion") or _named(texts, ANSWERS)
+    varied = [name for name in texts if len(rows) == 1 or _distinct(rows, name) > 1]
+    items = [name for name in texts if "[0]" in name]
+    choices = [name for name in items if any(word in name.lower() for word in CHOICES)]
+    question = given.get("prompt") or _named(varied, QUESTIONS)
+    answer = given.get("completion") or _named([n for n in texts if n not in choices], ANSWERS)
     if question is None and answer is None:
-        question, answer = _text_and_label(rows)
+        question, answer = _text_and_label(
+            [{name: text for name, text in row.items() if name not in items} for row in rows]
+        )
     if answer is None and question is not None:
-        rest = [name for name in texts if name != question]
+        rest = [name for name in varied if name != question and name not in items]
         answer = min(rest, key=lambda name: _distinct(rows, name), default=None)
     if question is None and answer is not None:
         rest = [name for name in texts if name != answer]

@@ -209,6 +209,26 @@ def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize("name", ["choices", "answer_options", "words"])
+def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"query": f"what is {n}?", name: ["no", f"{n}"], "gold": n % 2} for n in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"which column is the question and which the answer"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_a_column_that_never_changes_is_neither_question_nor_answer(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"question-split": "dev", "lang": "en", "text": f"hi {n}", "reply": f"{n}"}
+        for n in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.columns == {"prompt": "text", "completion": "reply"}
+
+
 def test_held_out_rows_may_have_other_columns(tmp_path):
     rows, test = tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
     rows.write_text(json.dumps({"dialogue": "A: yes", "summary": "yes"}) + "\n")
