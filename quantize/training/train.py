@@ -166,14 +166,15 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
 
 
 def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
-    """Rounds each layer in all processes, each of which may hold a part of it; only the first one
-    keeps the codes."""
+    """Rounds each layer in all processes, each of which may hold a part of it, and drops what it
+    was rounded from; only the first process keeps the codes."""
     from finequant.finetune.processes import is_first
     from finequant.quantize.training.model import fake_quantized_layers
 
     rounded, model = {}, trainer.accelerator.unwrap_model(trainer.model)
     for name, layer in fake_quantized_layers(model).items():
         codes = layer.rounded()
+        layer.latent = None  # all latent weights beside all codes would be the stage's peak
         if is_first():
             rounded[name] = codes
     return rounded
