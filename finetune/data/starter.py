@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, quantiles
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from finequant.finetune.data.columns import columns_of, text_of
 from finequant.finetune.data.files import BadRowError
@@ -339,6 +339,3 @@ def _source(file: Path, columns: dict[str, str], folder: Path) -> str:
         pairs = ", ".join(f"{field}: {_quoted(name)}" for field, name in columns.items())
         lines.append(f"  columns: {{{pairs}}}")
     return textwrap.indent("\n".join(lines) + "\n", "    ")
-
-
-TASKS: tuple[str, ...] = get_args(Task)

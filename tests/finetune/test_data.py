@@ -19,7 +19,6 @@ from finequant.recipes.schema import Data
 ASK, SAY = 'Where is "Île, 7"?\nSay.', "In the\nsea, ✓"
 TURNS = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
 SHAREGPT = [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]
-QUESTION_AND_ANSWER = {"prompt": "ask", "completion": "say"}
 FORMS = {
     "messages": {"messages": TURNS},
     "sharegpt": {"conversations": SHAREGPT},
