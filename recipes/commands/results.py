@@ -40,6 +40,8 @@ def report(
         write_page(run.root)
     except OSError as error:  # a run directory that only others may write
         say(f"report: {run.page}: cannot be written ({error.strerror})")
+    if not run.page.is_file():
+        return
     say(f"report: {run.page}")
     if show:
         webbrowser.open(run.page.resolve().as_uri())

@@ -187,6 +187,7 @@ def test_a_report_is_printed_again_where_nothing_can_be_written(finished, recipe
     said = capsys.readouterr()
     assert "held_out" in said.out
     assert "report.html: cannot be written (Is a directory)" in said.err
+    assert not said.err.rstrip().endswith("report.html")
     assert "earlier state" not in said.err
 
 
