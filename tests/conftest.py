@@ -73,20 +73,25 @@ def make_tokenizer():
     return tokenizer
 
 
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+"""The tiny bases' sizes, as keys of config.json."""
+
+
 def make_llama(folder: Path, **changes) -> Path:
     """Saves a random two-layer Llama (grouped-query attention, tied) and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
-    settings = {
+    settings = SHAPE | {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -97,6 +102,27 @@ def make_llama(folder: Path, **changes) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, **changes) -> Path:
+    """Saves a LoRA adapter of a base, with random matrices instead of trained ones.
+
+    changes: of peft's LoraConfig.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "bias" in name:
+                weight.normal_(std=0.05)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from conftest import make_adapter
 
 from finequant.quantize.checkpoint import blocks
 from finequant.quantize.merge import adapter, check
@@ -34,8 +33,6 @@ def test_the_merged_model_computes_on_the_given_device(base, meta):
 
 
 def test_pefts_base_and_adapter_compute_on_the_given_device(base, tiny_base, meta, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(tiny_base)
-    lora = LoraConfig(target_modules="all-linear", r=2)
-    get_peft_model(model, lora).save_pretrained(tmp_path)
+    make_adapter(tiny_base, tmp_path)
     logits = check.tuned_logits(base, tmp_path, PROMPTS)
     assert logits.shape == (2, base.config.vocab_size)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import make_adapter
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finequant.quantize.merge.model import merged_model
@@ -19,19 +20,6 @@ from finequant.recipes.rundir import RunDir
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 
-def make_adapter(base: Path, run: Path, **changes) -> None:
-    """Saves a random adapter of a base in the run directory."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.05)
-    model.save_pretrained(run / "adapter")
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_merged_model_is_pefts_in_the_shipped_dtype(llama, recipe_file, tied, kind):
@@ -40,7 +28,7 @@ def test_the_merged_model_is_pefts_in_the_shipped_dtype(llama, recipe_file, tied
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     base = llama("base", tie_word_embeddings=tied, attention_bias=True, rope_parameters=scaled)
     run = recipe_file.parent / "run"
-    make_adapter(base, run, use_dora=kind == "dora")
+    make_adapter(base, run / "adapter", use_dora=kind == "dora")
     recipe = load_recipe(recipe_file, [f"model.base={base}"])
     for dtype in (torch.bfloat16, torch.float32):
         theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -70,7 +58,7 @@ def test_a_merge_that_is_not_pefts_is_refused_on_prompts(llama, recipe_file, mon
     from finequant.quantize.merge import adapter
 
     base, run = llama("base"), recipe_file.parent / "run"
-    make_adapter(base, run)
+    make_adapter(base, run / "adapter")
     recipe = load_recipe(recipe_file, [f"model.base={base}"])
     merged_model(recipe, RunDir(run), torch.float32, PROMPTS.tolist())
     monkeypatch.setattr(adapter, "_scaling", lambda config, layer: 1.0)
@@ -79,14 +67,14 @@ def test_a_merge_that_is_not_pefts_is_refused_on_prompts(llama, recipe_file, mon
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_no_weight_is_in_memory_twice(llama, recipe_file):
     """Measures the peak of a process that loads 100 MB of bfloat16, above its memory before."""
     tiny, wide = recipe_file.parent / "tiny", recipe_file.parent / "wide"
-    make_adapter(llama("tiny/base"), tiny)
+    make_adapter(llama("tiny/base"), tiny / "adapter")
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
-    make_adapter(llama("wide/base", vocab_size=8192, num_hidden_layers=11, **shape), wide)
+    base = llama("wide/base", vocab_size=8192, num_hidden_layers=11, **shape)
+    make_adapter(base, wide / "adapter")
     program = """
 import re, sys
 from pathlib import Path

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import make_adapter
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,7 @@ from finequant.quantize.checkpoint.writing import (
     quantized_model,
     stored_shapes,
 )
-from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
 from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.sequences import sequences_of
@@ -32,7 +33,7 @@ from finequant.quantize.scheme import layer_plan, untie_head, unties_head
 from finequant.quantize.write import write_float, write_quantized
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
-from finequant.recipes.schema import Calibration, Model, Quantize
+from finequant.recipes.schema import Model, Quantize
 
 SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -44,34 +45,21 @@ def small_pieces(monkeypatch):
 
 
 @pytest.fixture
-def adapter(tmp_path):
-    """Makes a random adapter of a base: adapter(folder, **LoraConfig) -> its folder."""
+def opened(tmp_path):
+    """Makes a random adapter of a base in `adapter/`, and opens both: opened(folder, **LoraConfig)
+    -> Base, Adapter."""
 
-    def make(base: Path, **changes) -> Path:
-        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base),
-            LoraConfig(task_type="CAUSAL_LM", **settings),
-        )
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(std=0.05)
-        model.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter"
+    def make(folder: Path, **changes) -> tuple[Base, Adapter]:
+        adapter = make_adapter(folder, tmp_path / "adapter", **changes)
+        base = open_base(Model(base=str(folder)))
+        return base, Adapter(adapter, base, str(folder))
 
     return make
 
 
-def opened(base: Path, folder: Path):
-    found = open_base(Model(base=str(base)))
-    return found, Adapter(folder, found, str(base))
-
-
-def theirs(base: Path, folder: Path) -> torch.nn.Module:
+def theirs(base: Path, adapter: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
 @pytest.mark.parametrize("kind", ["whole", "shards", "bfloat16"])
@@ -84,73 +72,65 @@ def theirs(base: Path, folder: Path) -> torch.nn.Module:
     ],
     ids=["lora", "patterns", "dora"],
 )
-def test_merged_weights_are_pefts_to_the_bit(
-    llama, adapter, small_pieces, tmp_path, kind, settings
-):
+@pytest.mark.usefixtures("small_pieces")
+def test_merged_weights_are_pefts_to_the_bit(llama, opened, tmp_path, kind, settings):
     base = llama("base", max_shard_size="60KB" if kind == "shards" else "1GB")
     if kind == "bfloat16":
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         model.save_pretrained(base)
-    folder = adapter(base, **settings)
-    source, own = opened(base, folder)
-    expected = theirs(base, folder).state_dict()
-    weights = merged_weights(source, own)
+    source, adapter = opened(base, **settings)
+    expected = theirs(base, tmp_path / "adapter").state_dict()
+    weights = merged_weights(source, adapter)
     assert list(source.shapes) == list(expected)
     for name, tensor in expected.items():
         found = torch.cat([weights(name, rows) for rows in row_slices(tensor.shape)])
         assert torch.equal(found, tensor), name
-    assert check_merge(source, own, folder, [[5, 6, 7, 8], [9]])[0] < 1e-5
+    assert check_merge(source, adapter, tmp_path / "adapter", [[5, 6, 7, 8], [9]])[0] < 1e-5
     (tmp_path / "merged").mkdir()
     write_float(tmp_path / "merged", source, weights, torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert all(torch.equal(merged.state_dict()[name], t) for name, t in expected.items())
 
 
+PIECES = (
+    "quantize.scale=search",
+    "quantize.scale_dtype=bfloat16",
+    "quantize.layers={'*.1.*.up_proj': float}",
+    "quantize.embedding=8",
+    "quantize.calibration={tokens: 512, length: 32}",
+)
+SCALE_STEPS = "quantize.calibration.scale_steps=2"
+
+
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize(
-    ("method", "rotates", "scale_steps"),
+    "overrides",
     [
-        ("rtn", False, 0),
-        ("rtn", True, 0),
-        ("hqq", False, 2),
-        ("gptq", False, 0),
-        ("gptq", True, 2),
+        ["quantize.method=rtn"],
+        ["quantize.method=rtn", "quantize.rotate=true"],
+        ["quantize.method=hqq", SCALE_STEPS],
+        ["quantize.method=gptq"],
+        ["quantize.method=gptq", "quantize.rotate=true", SCALE_STEPS],
     ],
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_pieces_are_what_a_whole_model_gives(
-    llama,
-    adapter,
-    small_pieces,
-    recipe_file,
-    tokenizer,
-    tmp_path,
-    method,
-    rotates,
-    scale_steps,
-    tied,
+    llama, opened, recipe_file, tokenizer, tmp_path, overrides, tied
 ):
     """Codes and scales are the same in any number of files, and `from_pretrained` reads them."""
+    recipe = load_recipe(recipe_file, [*PIECES, *overrides])
+    quantize = recipe.quantize
     base = llama("base", tie_word_embeddings=tied)
-    folder = adapter(base)
-    source, own = opened(base, folder)
-    quantize = Quantize(
-        method=method,
-        rotate=rotates,
-        scale="search",
-        layers={"*.1.*.up_proj": "float"},
-        embedding=8,
-        calibration=Calibration(tokens=512, length=32, scale_steps=scale_steps),
-    )
-    plan, model = layer_plan(quantize, source.config), theirs(base, folder)
+    source, adapter = opened(base)
+    plan, model = layer_plan(quantize, source.config), theirs(base, tmp_path / "adapter")
     if unties_head(plan):
         untie_head(model)
     transform_model(model, quantize)
-    recipe = load_recipe(recipe_file).model_copy(update={"quantize": quantize})
     sequences = sequences_of(recipe, tokenizer)
     expected = round_model(model, recipe, tokenizer, torch.bfloat16)
     whole = quantized_model(model, expected, plan, torch.bfloat16)
-    shapes, weights = stored_shapes(source.shapes, source.config, plan), merged_weights(source, own)
-    weights = transformed(weights, source.config, quantize)
+    shapes = stored_shapes(source.shapes, source.config, plan)
+    weights = transformed(merged_weights(source, adapter), source.config, quantize)
     out = tmp_path / "out"
     out.mkdir()
     written = write_quantized(out, source, weights, quantize, torch.bfloat16, sequences)
@@ -225,24 +205,22 @@ def test_slices_cover_all_and_none_is_thin(rows, columns):
         ({"lora_bias": True}, "lora_bias"),
     ],
 )
-def test_anything_but_lora_of_linear_layers_is_refused_by_name(tiny_base, adapter, settings, named):
+def test_anything_but_lora_of_linear_layers_is_refused_by_name(tiny_base, opened, settings, named):
     with pytest.raises(UserError, match=f"cannot be merged: it has .*{named}"):
-        opened(tiny_base, adapter(tiny_base, **settings))
+        opened(tiny_base, **settings)
 
 
-def test_a_wrong_merge_is_noticed(tiny_base, adapter, monkeypatch):
-    folder = adapter(tiny_base)
-    source, own = opened(tiny_base, folder)
-    monkeypatch.setattr(own, "_scaling", dict.fromkeys(own.layers, 2.1))
+def test_a_wrong_merge_is_noticed(tiny_base, opened, tmp_path, monkeypatch):
+    source, adapter = opened(tiny_base)
+    monkeypatch.setattr(adapter, "_scaling", dict.fromkeys(adapter.layers, 2.1))
     with pytest.raises(UserError, match="merged logits differ from base \\+ adapter"):
-        check_merge(source, own, folder, [[5, 6, 7]])
+        check_merge(source, adapter, tmp_path / "adapter", [[5, 6, 7]])
 
 
-def test_written_pieces_are_kept_unless_they_are_damaged(
-    tiny_base, adapter, small_pieces, tmp_path
-):
-    source, own = opened(tiny_base, adapter(tiny_base))
-    weights, out = merged_weights(source, own), tmp_path / "out"
+@pytest.mark.usefixtures("small_pieces")
+def test_written_pieces_are_kept_unless_they_are_damaged(tiny_base, opened, tmp_path):
+    source, adapter = opened(tiny_base)
+    weights, out = merged_weights(source, adapter), tmp_path / "out"
     out.mkdir()
     quantize, asked = Quantize.model_validate({"effort": "fast"}), []
 
@@ -293,11 +271,11 @@ def test_written_pieces_are_kept_unless_they_are_damaged(
     ],
 )
 def test_numbers_beyond_half_precision_are_refused(
-    tiny_base, adapter, tmp_path, quantize, dtype, reason
+    tiny_base, opened, tmp_path, quantize, dtype, reason
 ):
     """The message names the layer, and the dtype that helps."""
-    source, own = opened(tiny_base, adapter(tiny_base))
-    weights = merged_weights(source, own)
+    source, adapter = opened(tiny_base)
+    weights = merged_weights(source, adapter)
 
     def large(name: str, rows: slice) -> torch.Tensor:
         return weights(name, rows) * (1e9 if name.endswith("0.mlp.up_proj.weight") else 1)
@@ -386,7 +364,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from finequant.quantize.write import write_float, write_quantized
 from finequant.quantize.merge.adapter import Base, open_base
 from finequant.recipes.usage import peak_memory
-from finequant.recipes.schema import Calibration, Model, Quantize
+from finequant.recipes.schema import Model, Quantize
 for layers in (1, 9):
     folder = Path(sys.argv[1], str(layers))
     config = LlamaConfig(vocab_size=512, hidden_size=768, intermediate_size=3072,

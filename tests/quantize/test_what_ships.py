@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_recipe, make_tokenizer
+from conftest import make_adapter, make_llama, make_recipe, make_tokenizer
 from outside import WITHOUT_FINEQUANT
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -137,27 +136,13 @@ for folder in sorted(root.iterdir()):
 )
 
 
-def random_adapter(base: Path, folder: Path, **changes) -> Path:
-    """Saves a LoRA adapter with random matrices, without training it."""
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name or "bias" in name:
-                weight.normal_(std=0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
 def variant(folder: Path, changes: dict, edit, **lora):
     """Makes a base and an adapter in a folder, and opens both."""
     torch.manual_seed(3)
     make_llama(folder / "base", **changes)
     if edit:
         edit(folder / "base")
-    random_adapter(folder / "base", folder / "adapter", **lora)
+    make_adapter(folder / "base", folder / "adapter", **lora)
     base = open_base(Model(base=str(folder / "base")))
     return base, Adapter(folder / "adapter", base, "base")
 
