@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finequant.recipes.errors import UserError, listed
-from finequant.recipes.locate import is_run, locate_recipe
+from finequant.recipes.locate import CHATML_TOOLS, is_run, locate_recipe
 from finequant.recipes.schema import HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
@@ -82,7 +82,9 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     content = recipe.model_dump(mode="json", exclude={"output_dir"})
     for at in path_fields(content):
         holder = reduce(getitem, at[:-1], content)
-        if Path(holder[at[-1]]).is_absolute():
+        if holder[at[-1]] == str(CHATML_TOOLS):
+            holder[at[-1]] = CHATML_TOOLS.name
+        elif Path(holder[at[-1]]).is_absolute():
             holder[at[-1]] = os.path.relpath(holder[at[-1]], path.parent.resolve())
     yaml = YAML()
     yaml.default_flow_style = False
@@ -365,6 +367,8 @@ def _with_absolute_paths(
         if value.startswith("package:"):
             continue
         local = _existing(file.parent, value)
+        if local is None and value == CHATML_TOOLS.name:
+            local = CHATML_TOOLS
         if local is not None:
             holder[at[-1]] = str(local)
         elif is_local(value) or at[-1] in FOLDERS:

@@ -10,6 +10,9 @@ from finequant.recipes.errors import UserError
 SHIPPED = Path(__file__).parent
 """The folder of the shipped recipes: this file's folder, even where finequant is installed."""
 
+CHATML_TOOLS = SHIPPED / "data" / "chatml_tools.jinja"
+"""A chat template for bases that know ChatML, but no functions; a recipe gives its name only."""
+
 IN_RUN = "recipe.yaml"
 """The resolved recipe of a run directory."""
 

@@ -84,7 +84,8 @@ class Model(Section):
     revision: str | None = Field(None, description="Hub commit, tag or branch; pin a commit")
     chat_template: str | None = Field(
         None,
-        description="Jinja template, or path of a .jinja file, that replaces the tokenizer's",
+        description="Jinja template, or path of a .jinja file, that replaces the tokenizer's; "
+        "chatml_tools.jinja comes with finequant",
     )
     load: Literal["float", "nf4"] = Field(
         "float",

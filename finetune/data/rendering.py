@@ -13,6 +13,7 @@ from finequant.finetune.data.messages import Message
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.turns import AnswerEnd, answer_end
 from finequant.recipes.errors import UserError
+from finequant.recipes.locate import CHATML_TOOLS
 from finequant.recipes.schema import Data
 
 if TYPE_CHECKING:
@@ -192,10 +193,11 @@ class TemplateCheck:
         except UserError:  # such as two turns of the user in a row, with nothing between them
             return
         if text == shorter:
+            it = "them" if index == TOOLS else "it"
             raise UserError(
                 f"{row.where}: the chat template leaves out {part}: the model would never see "
-                f"it; give a model.chat_template that writes it{_example(part)}, or remove it from "
-                "the rows"
+                f"{it}; give a model.chat_template that writes {it}{_example(part)}, or remove "
+                f"{it} from the rows"
             )
 
 
@@ -210,7 +212,7 @@ def check_template(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, data
 
 def _example(part: str) -> str:
     """Names a template that is shipped, for what has to do with tools."""
-    return " (recipes/data/chatml_tools.jinja does, for ChatML)" if "tool" in part else ""
+    return f" (model.chat_template={CHATML_TOOLS.name} does, for ChatML)" if "tool" in part else ""
 
 
 TOOLS = -1

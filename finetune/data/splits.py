@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finequant.finetune.data.columns import columns_of
-from finequant.finetune.data.files import BadRowError, Unparsed, parsed
+from finequant.finetune.data.files import BadRowError, Unparsed, kind_of, parsed
 from finequant.finetune.data.pool import computed, in_batches
 from finequant.finetune.data.readers import files_of_no_split, read_unparsed
 from finequant.finetune.data.row import Row
@@ -111,7 +111,7 @@ class _Reading:
             self.bad += bad
         self.read.add(_content(source))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
-        self.notes.append(f"{name}: {count} rows, format {form}{weight}")
+        self.notes.append(f"{name}: {_rows(count)}, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
         if files := files_of_no_split(source):
             self.notes.append(f"{name}: files of no split, not read: {columns_of(files)}")
@@ -132,6 +132,10 @@ class _Reading:
             f"data: {len(self.bad)} rows cannot be used; correct them, or set data.bad_rows to "
             f"drop, or to repair what can be repaired\n  {listed(problems)}"
         )
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count} {kind}row{'' if count == 1 else 's'}"
 
 
 def _content(source: Source) -> str:
@@ -211,20 +215,23 @@ class _Splitting:
         validation, test = self._weighted(validation), self._weighted(test)
         if not len(validation) and data.validation_fraction:
             train, validation = self._split_off(train, data.validation_fraction, seed)
-            notes.append(f"validation: {len(validation)} rows split off, seed {seed}")
+            notes.append(f"validation: {_rows(len(validation))} split off, seed {seed}")
         if not len(test) and data.test_fraction:
             train, test = self._split_off(train, data.test_fraction, seed + 1)
-            notes.append(f"test: {len(test)} rows split off, seed {seed}")
+            notes.append(f"test: {_rows(len(test))} split off, seed {seed}")
         train = self._without_overlap(train, np.concatenate([validation, test]))
         if data.duplicates == "drop":
             first = _firsts(self.keys[train])
-            notes.append(f"train: {len(train) - len(first)} repeated rows dropped")
+            notes.append(f"train: {_rows(len(train) - len(first), 'repeated ')} dropped")
             train = train[first]
         train = self._weighted(train)
         if not len(train):
+            has_text = any(kind_of(Path(source.source))[0] == ".txt" for source in data.train)
             raise UserError(
-                "data.train: no rows are left to train on; give more rows, a larger weight, or a "
-                "smaller data.validation_fraction or data.test_fraction\n  " + listed(notes)
+                "data.train: no rows are left to train on"
+                + (" (a .txt file is one row)" if has_text else "")
+                + "; give more rows, a larger weight, or a smaller data.validation_fraction or "
+                "data.test_fraction\n  " + listed(notes)
             )
         splits = [
             Rows(self.column, rows, name=name, hashes=self.hashes)
@@ -284,12 +291,16 @@ class _Splitting:
             advice = "remove them, or leave them out of training with data.overlap=drop"
             if {*map(_content, data.train)} & {*map(_content, [*data.validation, *data.test])}:
                 advice = "name other rows there, or none, and let data.test_fraction split some off"
+            count = len(shared)
+            shared_rows = (
+                "1 training row also occurs" if count == 1 else f"{count} training rows also occur"
+            )
             raise UserError(
-                f"data: {len(shared)} training rows also occur in validation or test; {advice}"
+                f"data: {shared_rows} in validation or test; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
                 + f"\n  {listed(listing, most=10)}"
             )
-        self.notes.append(f"train: {len(shared)} rows dropped that occur in validation or test")
+        self.notes.append(f"train: {_rows(len(shared))} dropped, in validation or test too")
         return train[~is_shared]
 
 

@@ -274,7 +274,7 @@ def test_shared_rows_are_an_error_that_names_both_locations(tmp_path, held_out):
     held = write(tmp_path / "held.csv", rows)
     with pytest.raises(UserError) as error:
         load(source(train, weight=2), **{held_out: held})
-    assert "1 training rows also occur in validation or test" in str(error.value)
+    assert "1 training row also occurs in validation or test" in str(error.value)
     assert "data.overlap=drop; answers differ: data.same_rows=row compares" in str(error.value)
     assert str(error.value).endswith("\n  train.jsonl:8 = held.csv:7")
 
@@ -298,7 +298,7 @@ def test_shared_rows_can_be_left_out_of_training(tmp_path):
     held = write(tmp_path / "held.jsonl", numbered(15, 30))
     splits = load(train, test=held, overlap="drop")
     assert [len(rows) for rows in splits[:3]] == [15, 0, 15]
-    assert splits.notes[-1] == "train: 5 rows dropped that occur in validation or test"
+    assert splits.notes[-1] == "train: 5 rows dropped, in validation or test too"
 
 
 def test_repeated_rows_can_be_dropped(tmp_path):
@@ -601,6 +601,14 @@ def test_a_dataset_of_the_hub_is_read(monkeypatch):
 def test_one_row_cannot_be_split(tmp_path):
     with pytest.raises(UserError, match="no rows are left to train on; .*validation_fraction"):
         load(write(tmp_path / "rows.jsonl", numbered(0, 1)), validation_fraction=0.05)
+
+
+def test_one_text_cannot_be_split(tmp_path):
+    (tmp_path / "book.txt").write_text("A text.\n\nAnother paragraph.", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path / "book.txt"), validation_fraction=0.05)
+    assert "no rows are left to train on (a .txt file is one row); give" in str(error.value)
+    assert "book.txt: 1 row, format text\n  validation: 1 row split off" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["broken JSON", "too many columns", "lone surrogate"])

@@ -343,7 +343,7 @@ def test_a_test_file_may_share_prompts_but_not_rows(tmp_path):
         load(tmp_path, jokes(60), test=str(held), same_rows="prompt")
     held.write_text(json.dumps(jokes(60)[7]) + "\n")
     with pytest.raises(
-        UserError, match="1 training rows also occur.*\n  rows.jsonl:8 = held.jsonl"
+        UserError, match="1 training row also occurs.*\n  rows.jsonl:8 = held.jsonl"
     ):
         load(tmp_path, jokes(60), test=str(held))
 

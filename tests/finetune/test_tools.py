@@ -487,7 +487,10 @@ PLAIN = (
 def test_a_template_that_leaves_out_content_is_refused(speaking, known, row, what):
     tokenizer = speaking(PLAIN.replace("KNOWN", known))
     good = Row("a:0", (TURNS[0], TURNS[3]))
-    with pytest.raises(UserError, match=f"a:1: the chat template leaves out {what}"):
+    it = "them" if row.tools else "it"
+    refusal = f"a:1: the chat template leaves out {what}.*: the model would never see {it}; .*"
+    refusal += f"writes {it}.*, or remove {it} from the rows"
+    with pytest.raises(UserError, match=refusal):
         to_dataset([good, row], tokenizer, data())
     check_template([good], tokenizer, data())
 
@@ -495,7 +498,8 @@ def test_a_template_that_leaves_out_content_is_refused(speaking, known, row, wha
 def test_a_template_that_writes_only_the_first_call_is_refused(speaking):
     first = HERMES.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
     check_template([ONE], speaking(first), data())
-    said = "rows.jsonl:2: the chat template leaves out call 2 .*recipes/data/chatml_tools.jinja"
+    said = "rows.jsonl:2: the chat template leaves out call 2 .*: the model would never see it; "
+    said += ".*writes it .model.chat_template=chatml_tools.jinja does.*, or remove it from"
     with pytest.raises(UserError, match=said):
         check_template([ONE, TWO], speaking(first), data())
     for template in (HERMES, QWEN):

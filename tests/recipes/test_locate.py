@@ -10,7 +10,13 @@ import pytest
 from finequant.recipes.commands.parameters import known_recipes
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe, write_recipe
-from finequant.recipes.locate import SHIPPED, locate_launch, locate_recipe, shipped_recipes
+from finequant.recipes.locate import (
+    CHATML_TOOLS,
+    SHIPPED,
+    locate_launch,
+    locate_recipe,
+    shipped_recipes,
+)
 from finequant.recipes.run import main
 from finequant.recipes.rundir import RunDir
 
@@ -24,6 +30,17 @@ def test_a_shipped_recipe_has_a_name_and_a_file_of_the_users_comes_first(tmp_pat
     shutil.copy(SHIPPED / "chat.yaml", "quickstart.yaml")
     assert locate_recipe(Path("quickstart")) == Path("quickstart.yaml")
     assert load_recipe("quickstart").name == "chat"
+
+
+def test_the_shipped_template_has_a_name_and_a_file_of_the_users_comes_first(recipe_file, tmp_path):
+    named = f"model.chat_template={CHATML_TOOLS.name}"
+    recipe = load_recipe(recipe_file, [named])
+    assert recipe.model.chat_template == str(CHATML_TOOLS)
+    write_recipe(recipe, tmp_path / "resolved.yaml")
+    assert f"chat_template: {CHATML_TOOLS.name}\n" in (tmp_path / "resolved.yaml").read_text()
+    mine = recipe_file.parent / CHATML_TOOLS.name
+    mine.write_text("mine", encoding="utf-8")
+    assert load_recipe(recipe_file, [named]).model.chat_template == str(mine)
 
 
 def test_a_run_directory_resumes_in_itself(recipe_file, tmp_path):
