@@ -46,8 +46,10 @@ def is_dequantized(model: Model) -> bool:
 def parsed_once() -> Iterator[None]:
     """Makes transformers parse a GGUF file, and build the table of its tensors' names, only once in
     the block. By itself it builds that table for every module of a model, which takes longer than
-    reading and dequantizing 135M weights (transformers 5.23, since
-    https://github.com/huggingface/transformers/pull/34385). To be removed once it no longer does.
+    reading and dequantizing 135M weights (`get_gguf_hf_weights_map`, since
+    https://github.com/huggingface/transformers/pull/34385). The loader that does not, of
+    https://github.com/huggingface/transformers/pull/47779, knows none of the architectures that
+    finequant does (transformers 5.23): remove this function once its `GGUF_ARCHS` has them.
     """
     import gguf
 
