@@ -108,40 +108,40 @@ def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
     """
     from transformers import AutoConfig
 
-    rounded: dict[str, Rounded] = {}
-    bits: dict[str, int] = {}
-    floats: dict[str, torch.Tensor] = {}
+    checkpoint = QuantizedCheckpoint(folder, AutoConfig.from_pretrained(folder), {}, {}, {})
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stream:
-                # Sorted because safetensors lists metadata in a different order each time, and
-                # exports of the same codes have to be the same file.
-                for name, text in sorted(stream.metadata().items()):
-                    if name not in NOT_TENSORS:
-                        _read_tensor(stream, name, json.loads(text), rounded, bits, floats)
+                _add_tensors(stream, checkpoint)
         except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{file}: damaged, or not what quantize writes ({error}): quantize again"
             ) from None
-    config = AutoConfig.from_pretrained(folder)
-    return QuantizedCheckpoint(folder, config, rounded, bits, floats)
+    return checkpoint
 
 
-def _read_tensor(stream, name: str, description: dict, rounded: dict, bits: dict, floats: dict):
-    """Adds one tensor, which torchao's own metadata describes, to one of the dictionaries."""
-    if description["_type"] == "Tensor":
-        if name in stream.keys():  # a tied head is described, but not stored  # noqa: SIM118
-            floats[name] = stream.get_tensor(name)
-        return
-    layer = name.removesuffix(".weight")
-    parts = {
-        part: stream.get_tensor(f"{layer}._weight_{part}")
-        for part in description["_tensor_data_names"]
-    }
-    if parts["zero_point"].any():
-        raise UserError(f"{layer}: has zero points; expected symmetric codes: quantize again")
-    rounded[layer] = Rounded(parts["qdata"], parts["scale"])
-    bits[layer] = int(description["_data"]["target_dtype"]["_data"].removeprefix("int"))
+def _add_tensors(stream: safe_open, checkpoint: QuantizedCheckpoint) -> None:
+    """Adds the tensors of a file, which torchao's own metadata describes."""
+    # Sorted because safetensors lists metadata in a different order each time, and exports of the
+    # same codes have to be the same file.
+    for name, text in sorted(stream.metadata().items()):
+        if name in NOT_TENSORS:
+            continue
+        description, layer = json.loads(text), name.removesuffix(".weight")
+        if description["_type"] != "Tensor":
+            codes, scale, zero_point = (
+                stream.get_tensor(f"{layer}._weight_{part}")
+                for part in ("qdata", "scale", "zero_point")
+            )
+            if zero_point.any():
+                raise UserError(
+                    f"{layer}: has zero points; expected symmetric codes: quantize again"
+                )
+            checkpoint.rounded[layer] = Rounded(codes, scale)
+            integers = description["_data"]["target_dtype"]["_data"]
+            checkpoint.bits[layer] = int(integers.removeprefix("int"))
+        elif name in stream.keys():  # a tied head is described, but not stored  # noqa: SIM118
+            checkpoint.floats[name] = stream.get_tensor(name)
 
 
 class StoredLayers:
