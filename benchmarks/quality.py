@@ -239,9 +239,7 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     from finequant.quantize.methods.rtn import rtn
     from finequant.quantize.methods.sequences import calibration_sequences
     from finequant.quantize.scheme import layer_plan, shipped_dtype
-    from finequant.quantize.training.fake_quantize import disabled
-    from finequant.quantize.training.model import fake_quantized_layers, fake_quantized_model
-    from finequant.quantize.training.trainer import divergence
+    from finequant.quantize.training.model import fake_quantized_model
 
     recipe = wikitext("quantize.method=rtn")
     base = open_base(recipe.model)
@@ -271,15 +269,9 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
     seconds = {name: [] for name in models}
     for number in range(rounds + 1):
         for name, model in models.items():
-            started, layers = time.monotonic(), fake_quantized_layers(model).values()
+            started = time.monotonic()
             with torch.autocast("cpu", dtype, enabled=name == "plain" and dtype == torch.bfloat16):
-                logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
-                if name.endswith("teacher"):
-                    with torch.no_grad(), disabled(layers):
-                        exact = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
-                    loss = divergence(exact, logits) / ids.numel()
-                else:
-                    loss = cross_entropy(logits, ids[:, 1:].flatten())
+                loss = step_loss(model, ids, name.endswith("teacher"))
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
@@ -291,6 +283,20 @@ def step(tokens: int = 4096, rounds: int = 5) -> None:
         ("training", "seconds", "times plain"),
         [(name, f"{s:.2f}", f"{s / medians['plain']:.2f}") for name, s in medians.items()],
     )
+
+
+def step_loss(model: LlamaForCausalLM, ids: torch.Tensor, has_teacher: bool) -> torch.Tensor:
+    """Computes the mean loss of predicting the ids [rows, tokens], or what a teacher predicts."""
+    from finequant.quantize.training.fake_quantize import disabled
+    from finequant.quantize.training.model import fake_quantized_layers
+    from finequant.quantize.training.trainer import divergence
+
+    logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+    if not has_teacher:
+        return cross_entropy(logits, ids[:, 1:].flatten())
+    with torch.no_grad(), disabled(fake_quantized_layers(model).values()):
+        exact = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+    return divergence(exact, logits) / ids.numel()
 
 
 def run_stages(recipe: Recipe, *stages: str) -> None:
