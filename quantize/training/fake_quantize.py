@@ -128,10 +128,6 @@ class FakeQuantized(torch.nn.Module):
             scale = self.scales(slice(None)).to(self.scale.dtype)
             return Rounded(codes.cpu(), scale.cpu())
 
-    def drop_latent(self) -> None:
-        """Frees the latent weights; the layer cannot compute anything after this."""
-        self.latent = None
-
     @torch.no_grad()
     def codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields slices of rows, each with the rows' codes as float32."""

@@ -174,7 +174,7 @@ def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
     rounded, model = {}, trainer.accelerator.unwrap_model(trainer.model)
     for name, layer in fake_quantized_layers(model).items():
         codes = layer.rounded()
-        layer.drop_latent()  # all latent weights beside all codes would be the stage's peak
+        layer.latent = None  # all latent weights beside all codes would be the stage's peak
         if is_first():
             rounded[name] = codes
     return rounded

@@ -205,27 +205,18 @@ def test_every_method_gives_the_same_codes_in_memory_and_reloads(run, method, tm
 @pytest.mark.parametrize("learns", ["adapter", "scales"])
 @pytest.mark.parametrize("name", ["Qwen3ForCausalLM", "MistralForCausalLM"])
 def test_training_forward_converted_and_reloaded_are_equal(
-    runs, name, learns, tmp_path, monkeypatch
+    runs, name, learns, tmp_path, train_aware
 ):
-    from finequant.finetune import trainer as trainers
     from finequant.quantize.convert import main as convert
-    from finequant.quantize.training import fake_quantize
-    from finequant.quantize.training.train import main as qat
 
-    monkeypatch.setattr(fake_quantize.FakeQuantized, "drop_latent", lambda _: None)
-    built, build = [], trainers.build_trainer
-    monkeypatch.setattr(
-        trainers, "build_trainer", lambda *given: built.append(build(*given)) or built[-1]
-    )
     shutil.copytree(runs[name] / "run" / "adapter", tmp_path / "adapter")
     shutil.copy(runs[name] / "run" / "manifest.json", tmp_path)
     training = f"quantize.training={{steps: 2, learns: {learns}, distillation: 0.5}}"
     arguments = [str(runs[name] / "recipe.yaml"), *TRAIN, training, f"output_dir={tmp_path}"]
-    qat(arguments)
-    model = built[0].model.eval()
-    model.set_attn_implementation("sdpa")  # that of from_pretrained, to the last bit
-    with torch.no_grad(), built[0].compute_loss_context_manager():
-        trained = model(torch.tensor(PROMPTS[:1])).logits
+    trainer = train_aware(arguments)
+    trainer.model.set_attn_implementation("sdpa")  # that of from_pretrained, to the last bit
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trained = trainer.model.eval()(torch.tensor(PROMPTS[:1])).logits
     convert(arguments)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     with torch.no_grad():

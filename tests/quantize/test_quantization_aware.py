@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,20 +50,17 @@ def tuned_with_biases(tmp_path_factory) -> Path:
 
 
 class Stage:
-    """Runs `qat` and `quantize` on a copy of a run that has its adapter."""
+    """Runs `qat`, as `train` does, and `quantize` on a copy of a run that has its adapter."""
 
-    def __init__(self, recipe: Path, run: Path) -> None:
-        self.recipe, self.run, self.trainers = recipe, run, []
+    def __init__(self, recipe: Path, run: Path, train) -> None:
+        self.recipe, self.run, self._train = recipe, run, train
         shutil.copytree(recipe.parent / "run", run)
 
     def arguments(self, *overrides: str) -> list[str]:
         return [*COMMON, f"output_dir={self.run}", *overrides]
 
     def train(self, *overrides: str):
-        from finequant.quantize.training.train import main as stage
-
-        stage([str(self.recipe), *self.arguments(*overrides)])
-        return self.trainers[-1]
+        return self._train([str(self.recipe), *self.arguments(*overrides)])
 
     def quantize(self, *overrides: str) -> Path:
         from finequant.quantize.convert import main as stage
@@ -78,27 +77,17 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tuned, tmp_path, monkeypatch):
-    return make_stage(tuned, tmp_path, monkeypatch)
-
-
-def make_stage(recipe: Path, folder: Path, monkeypatch) -> Stage:
+def stage_of(tmp_path, monkeypatch, train_aware) -> Callable[[Path], Stage]:
     """Makes a stage that does not reload `quantized/` in a fresh process: these tests reload it."""
-    from finequant.finetune import trainer as trainers
     from finequant.quantize.checkpoint import reload
-    from finequant.quantize.training import fake_quantize
 
-    made, build = Stage(recipe, folder / "run"), trainers.build_trainer
-
-    def build_trainer(*arguments):
-        made.trainers.append(build(*arguments))
-        return made.trainers[-1]
-
-    monkeypatch.setattr(trainers, "build_trainer", build_trainer)
-    # The tests compare the model with what was written.
-    monkeypatch.setattr(fake_quantize.FakeQuantized, "drop_latent", lambda _: None)
     monkeypatch.setattr(reload, "check_reload", lambda *_: None)
-    return made
+    return lambda recipe: Stage(recipe, tmp_path / "run", train_aware)
+
+
+@pytest.fixture
+def stage(tuned, stage_of) -> Stage:
+    return stage_of(tuned)
 
 
 VARIANTS = [
@@ -125,8 +114,8 @@ def test_training_forward_converted_and_reloaded_are_equal(stage, variant, capsy
 
 
 @pytest.mark.parametrize("variant", [[TAUGHT, "quantize.rotate=true"], [SCALES]])
-def test_biases_are_part_of_the_forward(tuned_with_biases, tmp_path, monkeypatch, variant):
-    check_equal(make_stage(tuned_with_biases, tmp_path, monkeypatch), *variant)
+def test_biases_are_part_of_the_forward(tuned_with_biases, stage_of, variant):
+    check_equal(stage_of(tuned_with_biases), *variant)
 
 
 def check_equal(stage: Stage, *overrides: str) -> None:
@@ -226,6 +215,27 @@ def test_training_scales_leaves_the_codes(stage):
         assert torch.equal(before.codes, after.codes)
         assert not torch.equal(before.scale, after.scale)
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(start)
+
+
+@pytest.mark.parametrize("training", [TAUGHT, SCALES])
+def test_each_layers_latent_weights_are_freed_before_the_next_is_rounded(
+    tuned, tmp_path, monkeypatch, training
+):
+    """All of them beside all codes would be the stage's peak of memory."""
+    from finequant.quantize.training.fake_quantize import FakeQuantized
+    from finequant.quantize.training.train import main
+
+    latent, rounded = [], FakeQuantized.rounded
+
+    def round_layer(layer):
+        assert all(weights() is None for weights in latent)
+        latent.append(weakref.ref(layer.latent))
+        return rounded(layer)
+
+    monkeypatch.setattr(FakeQuantized, "rounded", round_layer)
+    Stage(tuned, tmp_path / "run", main).train(training)
+    assert len(latent) == 15
+    assert latent[-1]() is None
 
 
 @pytest.mark.parametrize("training", [TAUGHT, SCALES])
