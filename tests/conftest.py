@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -353,6 +355,17 @@ def executorch_run(tmp_path_factory, tiny_base, train_once, worker_id) -> Path:
             export(arguments)
     assert (folder / "run" / "exports" / "executorch").exists()
     return folder
+
+
+def refused(command: Callable, *arguments, **options) -> str:
+    """Returns what a command prints when it refuses, with exit code 2 and one error."""
+    with redirect_stderr(StringIO()) as stderr, pytest.raises(SystemExit) as exit_:
+        command(*arguments, **options)
+    message = stderr.getvalue()
+    assert exit_.value.code == 2, message
+    assert "Traceback" not in message
+    assert f"\n{message}".count("\nerror: ") == 1, message
+    return message
 
 
 class Output(NamedTuple):

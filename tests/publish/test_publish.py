@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
@@ -102,16 +103,6 @@ def in_process(*arguments: object) -> None:
     from finequant.publish.publish import main
 
     main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments: object) -> str:
-    """Returns the message of a command that refuses with exit code 2."""
-    with pytest.raises(SystemExit) as exit_:
-        in_process(*arguments)
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 def dry_run(*arguments: object) -> None:
@@ -366,48 +357,47 @@ def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
     assert "export gguf is not in the table" in card.text
 
 
-def test_a_stale_altered_or_missing_artifact_is_refused(recipe, capsys):
+def test_a_stale_altered_or_missing_artifact_is_refused(recipe):
     run = recipe.parent / "run"
-    changed = refused(capsys, recipe, "--dry-run", "quantize.bits=8")
+    changed = refused(in_process, recipe, "--dry-run", "quantize.bits=8")
     assert "quantize.bits: 2 -> 8" in changed
     assert "run `finequant run RECIPE` first" in changed
     record = run / "quantized" / "quantization.json"
     record.write_text(record.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    altered = refused(capsys, recipe, "--dry-run")
+    altered = refused(in_process, recipe, "--dry-run")
     assert "quantized: changed since it was written" in altered and "quantization.json" in altered
     shutil.rmtree(run / "quantized")
-    assert "quantized does not exist" in refused(capsys, recipe, "--dry-run")
+    assert "quantized does not exist" in refused(in_process, recipe, "--dry-run")
     assert not folder_of(recipe).exists()
 
 
-def test_an_export_of_another_quantization_is_refused(recipe, capsys):
+def test_an_export_of_another_quantization_is_refused(recipe):
     manifest = recipe.parent / "run" / "manifest.json"
     entries = json.loads(manifest.read_text(encoding="utf-8"))
     entries["gguf"]["inputs"]["quantized/"] = "sha256:another"
     manifest.write_text(json.dumps(entries), encoding="utf-8")
-    message = refused(capsys, recipe, "--dry-run")
+    message = refused(in_process, recipe, "--dry-run")
     assert "gguf: not made from what is here now: the content of quantized/ changed" in message
     assert "finequant export RECIPE --to gguf" in message
     del entries["gguf"]
     manifest.write_text(json.dumps(entries), encoding="utf-8")
-    message = refused(capsys, recipe, "--dry-run")
+    message = refused(in_process, recipe, "--dry-run")
     assert "gguf: nothing says that it was made from this quantized/" in message
 
 
-def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
+def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe):
     from finequant.evaluate.compare import main as compare
 
     strict = [str(recipe), "evaluate.gate.max_perplexity_increase=0"]
     with pytest.raises(SystemExit):
         compare(strict)
-    capsys.readouterr()
     report = json.loads((recipe.parent / "run" / "report.json").read_text(encoding="utf-8"))
     failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
     assert "perplexity held_out" in failed
-    message = refused(capsys, *strict, "--dry-run")
+    message = refused(in_process, *strict, "--dry-run")
     assert "the gate failed: perplexity held_out" in message
     assert '--overrule-gate "perplexity held_out"' in message
-    unknown = refused(capsys, *strict, "--dry-run", "--overrule-gate", "perplexity")
+    unknown = refused(in_process, *strict, "--dry-run", "--overrule-gate", "perplexity")
     assert "the gate has no check 'perplexity'" in unknown
     overruled = [word for name in failed for word in ("--overrule-gate", name)]
     dry_run(*strict, *overruled)
@@ -417,8 +407,8 @@ def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe, capsys):
 
 
 @pytest.mark.slow
-def test_the_adapter_can_be_published_alone(hub, on_hub, publish, recipe, tiny_base, capfd):
-    message = refused(capfd, recipe, "--dry-run", "--adapter-only")
+def test_the_adapter_can_be_published_alone(hub, on_hub, publish, recipe, tiny_base):
+    message = refused(in_process, recipe, "--dry-run", "--adapter-only")
     assert "publish.base_model: an adapter needs its base" in message
     done = publish("--adapter-only", "publish.base_model=org/base")
     assert done.returncode == 0, done.stderr
@@ -448,9 +438,9 @@ def papers(tmp_path) -> Path:
     return folder
 
 
-def test_the_requirements_of_llamas_license_are_met(recipe, papers, capsys):
+def test_the_requirements_of_llamas_license_are_met(recipe, papers):
     llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
-    message = refused(capsys, *llama)
+    message = refused(in_process, *llama)
     assert "alice/tiny" in message
     assert "begins with Llama: such as alice/Llama-tiny" in message
     named = (*llama, "publish.repo_id=alice/Llama-tiny")
@@ -464,22 +454,22 @@ def test_the_requirements_of_llamas_license_are_met(recipe, papers, capsys):
     )
     assert "\n**Built with Llama**\n" in (folder / "README.md").read_text(encoding="utf-8")
     (papers / "USE_POLICY.md").unlink()
-    message = refused(capsys, *named)
+    message = refused(in_process, *named)
     assert "USE_POLICY.md" in message
     assert "publish.license_folder" in message
 
 
-def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe, capsys):
-    message = refused(capsys, recipe, "--dry-run", "publish.base_model=meta-llama/Llama-3.2-1B")
+def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe):
+    message = refused(in_process, recipe, "--dry-run", "publish.base_model=meta-llama/Llama-3.2-1B")
     assert "the base is by meta-llama" in message
 
 
-def test_a_license_must_be_known_and_is_not_changed(recipe, tiny_base, capsys):
+def test_a_license_must_be_known_and_is_not_changed(recipe, tiny_base):
     from finequant.publish.license import license_of
     from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe
 
-    unknown = refused(capsys, recipe, "--dry-run", "publish.license=null")
+    unknown = refused(in_process, recipe, "--dry-run", "publish.license=null")
     assert "does not state its license" in unknown
     base = recipe.parent / "base"
     shutil.copytree(tiny_base, base)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import BASES, mistral, qwen3
-from conftest import make_recipe
+from conftest import make_recipe, refused
 from outside import WITHOUT_FINEQUANT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
@@ -237,13 +237,11 @@ def test_the_rotated_model_computes_the_same(tmp_path, make):
     assert len(kept) == (2 if make is qwen3 else 0)
 
 
-def test_a_window_shorter_than_the_rows_is_refused(tmp_path, capsys):
+def test_a_window_shorter_than_the_rows_is_refused(tmp_path):
     from finequant.finetune.train import main as train
 
     recipe = make_recipe(tmp_path, mistral(tmp_path / "base"))
-    with pytest.raises(SystemExit):
-        train([str(recipe), "data.max_length=129"])
-    message = capsys.readouterr().err
+    message = refused(train, [str(recipe), "data.max_length=129"])
     assert "data.max_length: 129 tokens" in message
     assert "the sliding window" in message and "128" in message
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import load_file
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 200, 100, 50]])
@@ -350,14 +351,9 @@ def test_embedding_and_head_are_one_table_where_the_format_can(make, recipe_file
         ),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(make, llama, capsys, overrides, to, message):
+def test_what_a_format_cannot_hold_is_refused(make, llama, overrides, to, message):
     base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=4)
-    with pytest.raises(SystemExit) as exit_:
-        make(f"model.base={base}", *overrides, to=(to,))
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+    assert message in refused(make, f"model.base={base}", *overrides, to=(to,))
 
 
 def test_an_export_is_up_to_date_until_the_codes_change(make, recipe_file):
@@ -474,15 +470,12 @@ def test_logits_are_compared_under_the_activations_of_the_format():
         check_logits(int8, exact + 0.1 * torch.randn(8, 384), calm)
 
 
-def test_a_missing_package_is_one_line_with_what_to_install(make, capsys, monkeypatch):
+def test_a_missing_package_is_one_line_with_what_to_install(make, monkeypatch):
     from finequant.quantize.formats.formats import FORMATS
 
     lacking = replace(FORMATS["gguf"], packages={"no_such_module": "no-such-wheel"})
     monkeypatch.setitem(FORMATS, "gguf", lacking)
-    with pytest.raises(SystemExit) as exit_:
-        make(to=("gguf",))
-    assert exit_.value.code == 2
-    assert "gguf: needs a package: pip install no-such-wheel" in capsys.readouterr().err
+    assert "gguf: needs a package: pip install no-such-wheel" in refused(make, to=("gguf",))
 
 
 def test_a_recipe_may_name_exactly_the_formats_of_the_table():
@@ -540,11 +533,8 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
         fitting_formats(["toy"], wide)
 
 
-def test_without_a_format_the_known_ones_are_named(make, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        make(to=())
-    assert exit_.value.code == 2
-    assert "torchao, compressed-tensors, gguf, executorch, onnx, mlx" in capsys.readouterr().err
+def test_without_a_format_the_known_ones_are_named(make):
+    assert "torchao, compressed-tensors, gguf, executorch, onnx, mlx" in refused(make, to=())
 
 
 @pytest.mark.slow
@@ -605,10 +595,10 @@ def test_executorchs_own_runner_generates_the_models_answer(executorch_run, toke
     assert expected.startswith(said) or said.startswith(expected)
 
 
-def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make, capsys):
-    with pytest.raises(SystemExit):
-        make("quantize.bits=8", to=("executorch",))
-    assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in capsys.readouterr().err
+def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make):
+    assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in refused(
+        make, "quantize.bits=8", to=("executorch",)
+    )
 
 
 SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloat16")
@@ -699,11 +689,9 @@ def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
     assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
 
 
-def test_onnx_refuses_groups_that_no_block_divides(make, llama, capsys):
+def test_onnx_refuses_groups_that_no_block_divides(make, llama):
     base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=4)
-    with pytest.raises(SystemExit):
-        make(f"model.base={base}", "quantize.group_size=40", to=("onnx",))
-    error = capsys.readouterr().err
+    error = refused(make, f"model.base={base}", "quantize.group_size=40", to=("onnx",))
     assert "onnx: groups of 40 weights" in error or "onnx: needs a package" in error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_recipe
+from conftest import make_llama, make_recipe, refused
 from safetensors.torch import load_file
 
 from finequant.recipes.load import load_recipe
@@ -287,34 +287,27 @@ def test_the_stages_know_what_each_depends_on(stage):
     assert json.loads((stage.run / "manifest.json").read_text())["qat"]["steps"] == 4
 
 
-def refused(capsys, main, arguments: list[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
-
-
-def test_codes_of_another_scheme_or_adapter_are_not_shipped(stage, capsys):
+def test_codes_of_another_scheme_or_adapter_are_not_shipped(stage):
     from finequant.quantize.convert import main as convert
 
     stage.train(ADAPTER)
     arguments = [str(stage.recipe), *stage.arguments(ADAPTER)]
-    said = refused(capsys, convert, [*arguments, "quantize.bits=8"])
+    said = refused(convert, [*arguments, "quantize.bits=8"])
     assert "trained_codes: not made from what is here now: quantize.bits: 4 -> 8" in said
-    said = refused(capsys, convert, [*arguments, "quantize.layers={lm_head: float}"])
+    said = refused(convert, [*arguments, "quantize.layers={lm_head: float}"])
     assert "quantize.layers:" in said and "run `finequant qat RECIPE` again" in said
     (stage.run / "adapter" / "SHA256SUMS").unlink()
     (stage.run / "adapter" / "chat_template.jinja").write_text("another", encoding="utf-8")
-    assert "the content of adapter/ changed" in refused(capsys, convert, arguments)
+    assert "the content of adapter/ changed" in refused(convert, arguments)
 
 
 @pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
-def test_weights_that_are_not_split_by_rows_are_refused_first(stage, monkeypatch, capsys, launcher):
+def test_weights_that_are_not_split_by_rows_are_refused_first(stage, monkeypatch, launcher):
     from finequant.quantize.training.train import main
 
     monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
-    said = refused(capsys, main, [str(stage.recipe), *stage.arguments(ADAPTER)])
+    said = refused(main, [str(stage.recipe), *stage.arguments(ADAPTER)])
     assert "quantize.training: does not work with DeepSpeed or FSDP 1" in said
 
 
@@ -323,7 +316,7 @@ ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 @pytest.mark.parametrize("how", ["FSDP 1", "DeepSpeed"])
 def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
-    recipe_file, monkeypatch, capsys, how
+    recipe_file, monkeypatch, how
 ):
     from finequant.recipes.commands import pipeline
     from finequant.recipes.run import main
@@ -335,7 +328,7 @@ def test_a_run_whose_training_could_not_start_does_not_train_the_adapter(
         file = recipe_file.with_name("fsdp1.yaml")
         file.write_text(text.replace("fsdp_version: 2", "fsdp_version: 1"), encoding="utf-8")
     arguments = ["run", str(recipe_file), ADAPTER, "--force", "--launch", str(file)]
-    assert f"--launch: {file} uses {how}" in refused(capsys, main, arguments)
+    assert f"--launch: {file} uses {how}" in refused(main, arguments)
 
 
 def test_fsdp_of_the_second_version_is_not_refused(recipe_file):
@@ -368,16 +361,16 @@ def test_a_base_in_float16_is_refused_with_the_dtypes_that_train():
         ("quantize.training=null", "quantize.training: absent from the recipe"),
     ],
 )
-def test_invalid_training_recipes_are_refused_by_name(recipe_file, capsys, override, reason):
+def test_invalid_training_recipes_are_refused_by_name(recipe_file, override, reason):
     from finequant.quantize.training.train import main
 
-    assert reason in refused(capsys, main, [str(recipe_file), ADAPTER, override])
+    assert reason in refused(main, [str(recipe_file), ADAPTER, override])
 
 
-def test_quantize_needs_the_trained_codes(stage, capsys):
+def test_quantize_needs_the_trained_codes(stage):
     from finequant.quantize.convert import main as convert
 
-    said = refused(capsys, convert, [str(stage.recipe), *stage.arguments(ADAPTER)])
+    said = refused(convert, [str(stage.recipe), *stage.arguments(ADAPTER)])
     assert (
         "trained_codes does not exist: run `finequant run RECIPE`, or only `finequant qat RECIPE`"
         in said

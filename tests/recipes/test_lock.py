@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import refused
 
 from finequant.recipes import lock
 from finequant.recipes.errors import UserError
@@ -93,11 +94,8 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["train", "quantize", "evaluate", "sweep"])
-def test_every_stage_takes_the_lock(recipe_file, tmp_path, other, capsys, stage):
+def test_every_stage_takes_the_lock(recipe_file, tmp_path, other, stage):
     from finequant.recipes.run import main
 
-    with pytest.raises(SystemExit) as exit_:
-        main([stage, str(recipe_file)])
-    assert exit_.value.code == 2
-    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    assert f"in use by process {other.pid}" in refused(main, [stage, str(recipe_file)])
     assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.NAME]

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import make_rows, refused, write_jsonl
 
 from finequant.recipes import run
 from finequant.recipes.commands import pipeline, preflight
@@ -18,7 +18,7 @@ from finequant.recipes.rundir import RunDir
 
 
 @pytest.fixture
-def refused(recipe_file, monkeypatch, capsys):
+def refused_run(recipe_file, monkeypatch):
     """Returns the message of `finequant run` on a recipe that it refuses before the first stage."""
 
     def start(step: list[str], *_) -> None:
@@ -27,12 +27,10 @@ def refused(recipe_file, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "_start", start)
 
     def message(*overrides: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            run.main(["run", str(recipe_file), *overrides])
-        assert exit_.value.code == 2
+        text = refused(run.main, ["run", str(recipe_file), *overrides])
         left = {path.name for path in (recipe_file.parent / "run").glob("*")}
         assert left <= {"data"}  # the rows, for the next attempt
-        return capsys.readouterr().err.partition("error: ")[2]
+        return text.partition("error: ")[2]
 
     return message
 
@@ -80,12 +78,12 @@ IN_SECONDS = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), IN_SECONDS.values(), ids=IN_SECONDS)
-def test_cheap_checks_refuse_in_seconds(refused, monkeypatch, overrides, message):
+def test_cheap_checks_refuse_in_seconds(refused_run, monkeypatch, overrides, message):
     monkeypatch.setattr(preflight, "check_tokens", None)  # not reached
-    assert message in refused(*overrides)
+    assert message in refused_run(*overrides)
 
 
-def test_an_unknown_task_is_refused_after_cheaper_checks(refused, monkeypatch):
+def test_an_unknown_task_is_refused_after_cheaper_checks(refused_run, monkeypatch):
     """lm-eval's index of tasks takes seconds to read, minutes from a slow disk."""
     from finequant.evaluate.metrics import tasks
 
@@ -97,10 +95,10 @@ def test_an_unknown_task_is_refused_after_cheaper_checks(refused, monkeypatch):
 
     monkeypatch.setattr(tasks, "_task_manager", index)
     unknown = "evaluate.tasks=[arc_esy]"
-    assert "no task 'arc_esy'" not in refused(unknown, *NO_TEXT, "publish.repo_id=a/b")
-    assert "nothing is left to learn" in refused(unknown, "data.max_length=3")
+    assert "no task 'arc_esy'" not in refused_run(unknown, *NO_TEXT, "publish.repo_id=a/b")
+    assert "nothing is left to learn" in refused_run(unknown, "data.max_length=3")
     assert read == []
-    assert "lm-eval has no task 'arc_esy'; did you mean arc_easy?" in refused(unknown)
+    assert "lm-eval has no task 'arc_esy'; did you mean arc_easy?" in refused_run(unknown)
     assert len(read) == 1
 
 
@@ -125,12 +123,12 @@ def test_short_rows_run_where_rows_of_the_maximum_length_would_not_fit(recipe_fi
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["train"], small)
 
 
-def test_answers_that_are_not_json_are_listed_with_all_other_problems(refused, prose, tmp_path):
+def test_answers_that_are_not_json_are_listed_with_all_other_problems(refused_run, prose, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\ndoc_to_text: [a\nx: y\n")
     (tmp_path / "tasks" / "words.yaml").write_text("only words")
     (tmp_path / "tasks" / "good.yaml").write_text("task: good\nf: !function utils.f\n")
-    said = refused(
+    said = refused_run(
         prose,
         "data.overlap=drop",
         "evaluate.metrics=[json_match]",
@@ -192,14 +190,14 @@ WITH_A_TOKENIZER = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), WITH_A_TOKENIZER.values(), ids=WITH_A_TOKENIZER)
-def test_later_stages_refusals_come_before_the_first_stage(refused, overrides, message):
-    assert message in refused(*overrides)
+def test_later_stages_refusals_come_before_the_first_stage(refused_run, overrides, message):
+    assert message in refused_run(*overrides)
 
 
-def test_a_prompt_beyond_the_positions_names_its_row(refused, tmp_path):
+def test_a_prompt_beyond_the_positions_names_its_row(refused_run, tmp_path):
     row = {"prompt": "open the red door " * 200, "completion": "{}"}
     write_jsonl(tmp_path / "long.jsonl", [*make_rows(range(90, 92)), row])
-    said = refused("data.test=long.jsonl")
+    said = refused_run("data.test=long.jsonl")
     assert "1 held-out prompts" in said
     assert "remove rows with longer prompts from data.test" in said
     assert "long.jsonl:3: " in said
