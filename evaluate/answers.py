@@ -42,7 +42,7 @@ def changes(
 
 def right_by(metrics: list[str]) -> str | None:
     """Returns the first metric that calls an answer either right or wrong; None without one."""
-    decides = ("json_match", "tool_call_match", "exact_match")
+    decides = ("json_match", "tool_call_match", "number_match", "exact_match")
     return next((metric for metric in metrics if metric in decides), None)
 
 

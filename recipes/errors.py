@@ -150,3 +150,8 @@ def listed(problems: list[str], most: int = 20) -> str:
     """Lists one problem per line; beyond `most`, only says how many more there are."""
     rest = len(problems) - most
     return "\n  ".join(problems[:most] + ([f"... and {rest} more"] if rest > 0 else []))
+
+
+def counted(count: int, noun: str) -> str:
+    """Writes a number and what it counts: 1 row, 2 rows."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

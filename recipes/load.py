@@ -92,6 +92,12 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         yaml.dump(content, file)
 
 
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Parses `key.sub=value` overrides, which `load_recipe` has accepted, for `add_to_file`."""
+    pairs = (override.partition("=")[::2] for override in overrides)
+    return {key: _override_value(text, tuple(key.split(".")), key) for key, text in pairs}
+
+
 def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
     """Sets keys such as `lora.rank` in a recipe's file; keeps everything else, comments included.
 
@@ -104,7 +110,10 @@ def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
         *sections, name = key.split(".")
         section = document
         for part in sections:
-            section = section.setdefault(part, CommentedMap())
+            if isinstance(section, list):
+                section = section[int(part)]
+            else:
+                section = section.setdefault(part, CommentedMap())
         section.pop(name, None)
         section.insert(0, name, value, comment)
     with path.open("w", encoding="utf-8") as file:

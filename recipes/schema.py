@@ -40,6 +40,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 Metric = Literal[
     "exact_match",
     "json_match",
+    "number_match",
     "f1",
     "tool_call_match",
     "tool_call_recall",
@@ -112,8 +113,9 @@ class Source(Section):
     columns: dict[Literal["messages", "system", "tools", "prompt", "completion", "text"], str] = (
         Field(
             default_factory=dict,
-            description="where to find each field: a column, a path such as answers.text[0], or "
-            "a template such as 'Question: {question}'",
+            description="where to find each field: a column, a path such as answers.text[0] or "
+            "choices[gold], where the column gold holds a number, or a template such as "
+            "'Question: {question}'",
         )
     )
     weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")

@@ -18,6 +18,8 @@ from finequant.evaluate.report.values import OUT_OF_100
 from finequant.recipes.errors import UserError
 
 Score = dict[str, float | int | None]
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A number; a hyphen after a digit or word is no sign: 8-3, GPT-4."""
 
 
 def score_answers(
@@ -70,6 +72,13 @@ def json_match(answers: list[str], references: list[str]) -> Score:
         )
     pairs = zip(answers, expected, strict=True)
     return mean([canonical_json(answer) == value for answer, value in pairs])
+
+
+def number_match(answers: list[str], references: list[str]) -> Score:
+    """Counts answers whose last number equals the reference's, as a solution ends in its result:
+    1,000 and 1000.0 are equal. If the reference has no number, the answer must have none either."""
+    pairs = zip(answers, references, strict=True)
+    return mean([_last_number(a) == _last_number(r) for a, r in pairs])
 
 
 def tool_call_match(answers: list[str], references: list[str]) -> Score:
@@ -138,6 +147,7 @@ METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
     for metric in (
         exact_match,
         json_match,
+        number_match,
         f1,
         tool_call_match,
         tool_call_recall,
@@ -179,6 +189,11 @@ def canonical_json(text: str) -> str | None:
         return json.dumps(value, sort_keys=True)
     except (ValueError, RecursionError):
         return None
+
+
+def _last_number(text: str) -> float | None:
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _squad_tokens(text: str) -> list[str]:

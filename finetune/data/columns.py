@@ -10,12 +10,14 @@ from typing import Any
 
 from finequant.finetune.data.files import BadRowError, parse_json, shown
 
-STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
+STEP = re.compile(r"\.([^.\[\]]+)|\[([^.\[\]]+)\]")
+"""A step of a path: the name of a field, or the number of an entry, which a column may hold."""
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
 def value_of(row: dict[str, Any], path: str, where: str) -> Any:
-    """Returns a column, or a field inside it, such as `answers.text[0]`.
+    """Returns a column, or a field inside it, such as `answers.text[0]`; in `choices[gold]`, the
+    column `gold` says which entry.
 
     Raises:
         BadRowError: naming what is missing, and what the row has instead.
@@ -36,10 +38,12 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
                 raise BadRowError(f"{where}: {path}: no {key} in {name}: {has}")
             value, name = value[key], f"{name}.{key}"
         else:
-            if not isinstance(value, list) or int(index) >= len(value):
-                has = f"{len(value)} entries" if isinstance(value, list) else shown(value)
-                raise BadRowError(f"{where}: {path}: no entry {index} in {name}: {has}")
-            value, name = value[int(index)], f"{name}[{index}]"
+            number = index if index.isdecimal() else str(value_of(row, index, where))
+            is_list = isinstance(value, list)
+            if not is_list or not number.isdecimal() or int(number) >= len(value):
+                has = f"{len(value)} entries" if is_list else shown(value)
+                raise BadRowError(f"{where}: {path}: no entry {number} in {name}: {has}")
+            value, name = value[int(number)], f"{name}[{index}]"
     return value
 
 

@@ -17,7 +17,7 @@ from finequant.finetune.data.rendering import TemplateCheck
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TOKEN_KEYS, Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
-from finequant.recipes.errors import UserError, listed
+from finequant.recipes.errors import UserError, counted, listed
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.schema import Data
 from finequant.recipes.terminal import Progress, say
@@ -201,8 +201,8 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
     if is_long.any() and data.long_rows == "error":
         long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
         raise UserError(
-            f"{which}: {is_long.sum()} rows are longer than data.max_length={data.max_length}; "
-            "raise it, or set data.long_rows to truncate or drop\n  "
+            f"{which}: {counted(is_long.sum(), 'row')} longer than data.max_length="
+            f"{data.max_length}; raise it, or set data.long_rows to truncate or drop\n  "
             f"{_listed(long, is_long.sum())}"
         )
     left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
@@ -213,7 +213,7 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
     if count and (data.bad_rows == "error" or not len(kept)):
         drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
         raise UserError(
-            f"{which}: nothing is left to learn in {count} rows: within data.max_length="
+            f"{which}: nothing is left to learn in {counted(count, 'row')}: within data.max_length="
             f"{data.max_length} tokens there is no answer; raise data.max_length{drop}\n  {empty}"
         )
     if not len(kept):

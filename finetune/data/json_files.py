@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ SPLITS = {
     "test": {"test", "testing", "eval"},
 }
 """Names of splits -> the words for them in the names of files and keys."""
+NAME_SPLIT = "choose by `split` of the source, or by --split of `finequant init`"
 
 
 def read_json_file(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
@@ -121,6 +123,18 @@ def _wrapped(content: dict[str, Any]) -> dict[str, list] | None:
     return None
 
 
+def lists_of(path: Path, kind: str) -> list[str]:
+    """Returns the keys under which a JSON file has lists of rows; none if it is broken."""
+    with open_text(path) as file:
+        if not file.read(1000).lstrip().startswith("{"):
+            return []
+    if _has_json_lines(path, kind):
+        return []
+    with open_text(path) as file, suppress(ValueError, RecursionError):
+        return list(_wrapped(json.load(file)) or {})
+    return []
+
+
 def _are_rows_of(names: Any, cells: Any) -> bool:
     """Says whether `names` are those of columns, and `cells` has as many values for each row."""
     return (
@@ -138,7 +152,7 @@ def _unwrapped(content: dict[str, Any], path: Path, split: str) -> Any:
     names = SPLITS.get(split, {split}) & lists.keys()
     if len(lists) > 1 and not names:
         raise UserError(
-            f"{path}: several lists of rows: {', '.join(lists)}; name one of them as `split` of "
-            "the source, or keep each in a file of its own"
+            f"{path}: several lists of rows: {', '.join(lists)}; {NAME_SPLIT}, or keep each in a "
+            "file of its own"
         )
     return lists[names.pop() if names else next(iter(lists))]

@@ -23,6 +23,7 @@ from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode
 from finequant.finetune.data.turns import answer_end, end_tokens
 from finequant.finetune.model import load_tokenizer
+from finequant.recipes.errors import counted
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import close
 
@@ -114,6 +115,7 @@ class _Figures:
         train = self.splits.train
         return [
             *self._extremes(),
+            *self._left_out(),
             *_answers(train),
             *self._duplicates(),
             *_template(self.recipe, self.tokenizer, train),
@@ -129,6 +131,16 @@ class _Figures:
             + ", ".join(f"{self.splits.train[int(at)].where} ({lengths[at]} tokens)" for at in rows)
             for what, rows in named.items()
         ]
+
+    def _left_out(self) -> list[str]:
+        data, lines = self.recipe.data, []
+        for name in ("train", "validation") if data.long_rows == "drop" else ():
+            if name in self.rows and (long := (self.lengths(name) > data.max_length).sum()):
+                rows = counted(long, "row")
+                lines.append(
+                    f"{name}: {rows} longer than data.max_length={data.max_length} left out"
+                )
+        return lines
 
     def _duplicates(self) -> list[str]:
         train, lines = self.splits.train, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import lzma
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from finequant.finetune.data.files import (
     open_text,
     parsed,
 )
-from finequant.finetune.data.json_files import SPLITS, read_json_file
+from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, read_json_file
 from finequant.finetune.data.table_files import read_arrow, read_csv
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Source
@@ -81,7 +82,11 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
     if named:
         files = [file for file in files if _words(file) & SPLITS.get(split, {split})]
     if not files:
-        what = f"only files of {', '.join(named)}; set `split` of the source" if named else EXPECTED
+        what = (
+            f"only files of {', '.join(named)}: {NAME_SPLIT}, or name a file" if named else EXPECTED
+        )
+        if not named and any(kind_of(file)[0] == ".txt" for file in folder.iterdir()):
+            what = f"for its texts, name the pattern {folder}/*.txt"
         raise UserError(f"{folder}: no file of rows for {split} in this folder; {what}")
     for file in files:
         yield from _read_file(file, split)
@@ -103,6 +108,21 @@ def files_of_no_split(source: Source) -> list[str]:
     files, named = _tables(folder)
     known = {source.split}.union(*SPLITS.values())
     return [file.name for file in files if named and not _words(file) & known]
+
+
+def splits_of(path: Path) -> dict[str, str]:
+    """Maps train, validation and test to their names in a folder or file that has several splits;
+    empty if it has none, or names that are none of the usual."""
+    kind = kind_of(path)[0]
+    if path.is_file():
+        names = lists_of(path, kind) if kind in (".json", ".jsonl", ".ndjson") else []
+    elif not path.is_dir():
+        names = []
+    elif (saved := path / "dataset_dict.json").exists():
+        names = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+    else:
+        names = [] if _is_saved(path) else _tables(path)[1]
+    return {split: name for split, words in SPLITS.items() for name in names if name in words}
 
 
 def _is_saved(folder: Path) -> bool:
@@ -129,8 +149,8 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise UserError(
-                f"{folder}: no split {split} in this folder, only {', '.join(dataset)}; "
-                "set `split` of the source"
+                f"{folder}: no split {split} in this folder, only {', '.join(dataset)}: "
+                + NAME_SPLIT
             )
         dataset = dataset[split]
     if not len(dataset):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from finequant.finetune.data.columns import columns_of, text_of, value_of
+from finequant.finetune.data.columns import STEP, columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError, parse_json, shown
 from finequant.finetune.data.messages import (
     Message,
@@ -181,13 +181,14 @@ class RowReader:
         return text_of(row, template, where, default)
 
     def _filled(self, name: str, template: str, row: dict[str, Any], where: str) -> str:
-        text, count = PLACEHOLDER.subn(lambda match: text_of(row, match[1], where), template)
-        if not count:
+        texts = {path: text_of(row, path, where) for path in PLACEHOLDER.findall(template)}
+        if not texts:
             raise UserError(
                 f"{where}: columns.{name}: {template!r} names no column; write {{COLUMN}} "
                 f"with one of {columns_of(row)}"
             )
-        return text
+        text = PLACEHOLDER.sub(lambda match: texts[match[1]], template)
+        return text if all(texts.values()) else text.strip()  # no blank lines beside an empty text
 
     def _note_unread(self, row: dict[str, Any]) -> None:
         flags = [isinstance(row.get(name), bool) for name in WANTED]
@@ -224,12 +225,18 @@ class RowReader:
 
 def mapped_columns(columns: dict[str, str]) -> set[str]:
     """Returns the columns that the recipe's `columns` read."""
-    paths = [
+    paths = mapped_paths(columns)
+    numbers = {index for path in paths for _, index in STEP.findall(path)}
+    return {*paths, *numbers, *(re.split(r"[.\[]", path)[0] for path in paths)}
+
+
+def mapped_paths(columns: dict[str, str]) -> list[str]:
+    """Returns the columns and paths that the recipe's `columns` name, also in templates."""
+    return [
         path
         for template in columns.values()
         for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
     ]
-    return {*paths, *(re.split(r"[.\[]", path)[0] for path in paths)}
 
 
 def detect_format(source: Source, row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from finequant.finetune.data.table import (
     TableWriter,
     hashed,
 )
-from finequant.recipes.errors import UserError, listed
+from finequant.recipes.errors import UserError, counted, listed
 from finequant.recipes.schema import Data, Source
 
 FEW_PROMPTS = 10
@@ -107,11 +107,12 @@ class _Reading:
 
     def _note(self, source: Source, form: str, findings: Findings, count: int) -> None:
         name, bad = Path(source.source).name, findings.bad
+        name += f" ({source.split})" if source.split != "train" else ""
         if _content(source) not in self.read:  # training and test may read the same file
             self.bad += bad
         self.read.add(_content(source))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
-        self.notes.append(f"{name}: {_rows(count)}, format {form}{weight}")
+        self.notes.append(f"{name}: {counted(count, 'row')}, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
         if files := files_of_no_split(source):
             self.notes.append(f"{name}: files of no split, not read: {columns_of(files)}")
@@ -132,10 +133,6 @@ class _Reading:
             f"data: {len(self.bad)} rows cannot be used; correct them, or set data.bad_rows to "
             f"drop, or to repair what can be repaired\n  {listed(problems)}"
         )
-
-
-def _rows(count: int, kind: str = "") -> str:
-    return f"{count} {kind}row{'' if count == 1 else 's'}"
 
 
 def _content(source: Source) -> str:
@@ -215,14 +212,14 @@ class _Splitting:
         validation, test = self._weighted(validation), self._weighted(test)
         if not len(validation) and data.validation_fraction:
             train, validation = self._split_off(train, data.validation_fraction, seed)
-            notes.append(f"validation: {_rows(len(validation))} split off, seed {seed}")
+            notes.append(f"validation: {counted(len(validation), 'row')} split off, seed {seed}")
         if not len(test) and data.test_fraction:
             train, test = self._split_off(train, data.test_fraction, seed + 1)
-            notes.append(f"test: {_rows(len(test))} split off, seed {seed}")
+            notes.append(f"test: {counted(len(test), 'row')} split off, seed {seed}")
         train = self._without_overlap(train, np.concatenate([validation, test]))
         if data.duplicates == "drop":
             first = _firsts(self.keys[train])
-            notes.append(f"train: {_rows(len(train) - len(first), 'repeated ')} dropped")
+            notes.append(f"train: {counted(len(train) - len(first), 'repeated row')} dropped")
             train = train[first]
         train = self._weighted(train)
         if not len(train):
@@ -300,7 +297,9 @@ class _Splitting:
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
                 + f"\n  {listed(listing, most=10)}"
             )
-        self.notes.append(f"train: {_rows(len(shared))} dropped, in validation or test too")
+        self.notes.append(
+            f"train: {counted(len(shared), 'row')} dropped, in validation or test too"
+        )
         return train[~is_shared]
 
 

@@ -36,31 +36,97 @@ def init(
     completion: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="column of the answer")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="split to train on, where the rows have several")
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Write a commented recipe for your rows, and show what the model will see."""
-    from finequant.recipes.load import load_recipe
     from finequant.recipes.terminal import doing, say
 
+    for word in overrides or []:
+        if "=" not in word:
+            raise UserError(
+                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data FILE"
+            )
     # Not asked for by the option, which would ask before a misspelled one is refused.
     data = data or Path(typer.prompt("File with your rows"))
     doing(f"init: reading {data}")
     from finequant.finetune.data.columns import columns_of
-    from finequant.finetune.data.starter import write_recipe
+    from finequant.finetune.data.starter import default_target, write_recipe, write_schema
 
-    target = to or Path(f"{data.resolve().name.partition('.')[0]}.yaml")
+    target = to or default_target(data)
     columns = {"prompt": prompt, "completion": completion}
     given = {field: name for field, name in columns.items() if name}
-    look = write_recipe(data, test, base, task, target, given)
-    say(f"init: {target} written: a recipe to change as you like")
+    look = write_recipe(data, test, base, task, target, given, split)
     if look.columns:
-        chosen = ", ".join(f"{field} is column {name}" for field, name in look.columns.items())
-        left = f"; not read: {columns_of(look.unread)}" if look.unread else ""
+        chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
+        left = f"; `columns` leaves out {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
-    recipe = load_recipe(target, [])
-    _fit_to_this_machine(recipe, _preview(recipe, 3), target)
+    try:
+        _try(target, overrides or [])
+    except BaseException:
+        target.unlink()  # so that the same command works once the cause is mended
+        raise
+    write_schema(target.parent)
     file = shlex.quote(str(target))
+    say(f"init: {target} written: a recipe to change as you like")
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
+
+
+def _try(target: Path, overrides: list[str]) -> None:
+    """Shows what the model will see with a new recipe, and completes its file where a stage would
+    otherwise refuse it.
+
+    Raises:
+        UserError: for whatever a stage would refuse all the same.
+    """
+    from finequant.evaluate.check import check_rows
+    from finequant.recipes.load import add_to_file, load_recipe, values_of
+
+    if overrides:
+        load_recipe(target, overrides)  # refuses what is wrong in them
+        add_to_file(target, values_of(overrides), "given to init")
+    splits = _splits(load_recipe(target))
+    _write_tools(target, splits)
+    recipe = load_recipe(target)
+    _show(recipe, splits, 3)
+    check_rows(recipe, splits)
+    _fit_to_this_machine(recipe, splits, target)
+
+
+def _write_tools(target: Path, splits: Splits) -> None:
+    """Names the chat template that comes with finequant in a recipe's file, if the base's own
+    leaves out tools and that one fits the base."""
+    from finequant.finetune.data.rendering import check_template
+    from finequant.finetune.data.turns import answer_end
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.locate import CHATML_TOOLS
+    from finequant.recipes.terminal import say
+
+    recipe = load_recipe(target)
+    if recipe.model.chat_template or not any(row.tools for row in splits.train):
+        return
+    tokenizer = load_tokenizer(recipe.model)
+
+    def fits() -> bool:
+        try:
+            check_template(splits.train, tokenizer, recipe.data)
+        except UserError:
+            return False
+        return answer_end(tokenizer, recipe.data).token is not None
+
+    if fits():
+        return
+    tokenizer.chat_template = CHATML_TOOLS.read_text(encoding="utf-8")
+    if fits():
+        add_to_file(target, {"model.chat_template": CHATML_TOOLS.name}, "comes with finequant")
+        say(
+            "init: the base's own chat template leaves out tools: "
+            f"model.chat_template: {CHATML_TOOLS.name}, which comes with finequant"
+        )
 
 
 def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:
@@ -96,24 +162,28 @@ def data(
 
     if html and not html.parent.is_dir():
         raise UserError(f"--html {html}: there is no folder {html.parent}: make it first")
-    _preview(load_recipe(recipe, overrides or []), rows, html)
+    loaded = load_recipe(recipe, overrides or [])
+    _show(loaded, _splits(loaded), rows, html)
 
 
-def _preview(recipe: Recipe, rows: int, html: Path | None = None) -> Splits:
+def _splits(recipe: Recipe) -> Splits:
+    """Reads the rows, and refuses bad ones before the libraries are loaded, which takes seconds."""
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.terminal import doing
 
     doing("data: reading the rows")
     from finequant.finetune.data.prepared import prepared_splits
 
-    # Refuses bad rows before the libraries are loaded, which takes seconds.
     splits = prepared_splits(recipe)
     doing("data: loading datasets and transformers")
     quiet_libraries()
+    return splits
+
+
+def _show(recipe: Recipe, splits: Splits, rows: int, html: Path | None = None) -> None:
     from finequant.finetune.data.preview import preview
 
     preview(recipe, splits, rows, html)
-    return splits
 
 
 def plan(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finequant.evaluate.answers import right_by
 from finequant.evaluate.check import check_chat_template
 from finequant.evaluate.metrics import tasks
 from finequant.evaluate.metrics.shared_context import Likelihood
@@ -128,6 +129,27 @@ def test_json_match_compares_values():
     ]
     score = score_answers(answers, references, ["json_match"])["json_match"]
     assert (score["value"], score["n"]) == (1 / 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("So 3 + 69 = 72.", "48/2 = 24\n#### 72", True),
+        ("It costs $1,000.00", "#### 1000", True),
+        ("x = -5", "#### -5", True),
+        ("x = -5", "#### 5", False),
+        ("8-3", "3", True),  # no sign
+        (".5", "0.5", True),
+        ("72 or 73", "#### 72", False),
+        ("I do not know", "#### 0", False),
+        ("none", "no number", True),
+        ("one: 1", "no number", False),
+    ],
+)
+def test_number_match_compares_the_last_number(answer, reference, right):
+    score = score_answers([answer], [reference], ["number_match"])["number_match"]
+    assert score["value"] == right
+    assert right_by(["f1", "number_match"]) == "number_match"
 
 
 def test_json_match_names_the_row_of_a_broken_reference():

@@ -274,12 +274,12 @@ def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokeni
     from finequant.finetune.data.dataset import to_dataset
 
     rows = load(tmp_path, [GOOD, chat(f"u {'long ' * 99}", "a say")]).train
-    with pytest.raises(UserError, match="nothing is left to learn in 1 rows.*\n  rows.jsonl:2"):
+    with pytest.raises(UserError, match="nothing is left to learn in 1 row:.*\n  rows.jsonl:2"):
         to_dataset(rows, tokenizer, Data(train="rows.jsonl", max_length=40))
     data = Data(train="rows.jsonl", max_length=40, bad_rows="drop")
     assert len(to_dataset(rows, tokenizer, data)) == 1
     assert "data.train: bad rows dropped: 1" in "".join(capsys.readouterr())
-    with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
+    with pytest.raises(UserError, match="nothing is left to learn in 1 row:"):
         to_dataset(rows[1:], tokenizer, data)
 
 

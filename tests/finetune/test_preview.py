@@ -144,7 +144,7 @@ def test_only_target_tokens_are_green(tokenizer):
 def test_shared_rows_are_refused(recipe_file, capsys):
     first = (recipe_file.parent / "train.jsonl").read_text().splitlines()[0]
     (recipe_file.parent / "test.jsonl").write_text(f"\n{first}\n")
-    with pytest.raises(UserError, match=r"1 training rows.*\n  train.jsonl:1 = test.jsonl:2"):
+    with pytest.raises(UserError, match=r"1 training row also.*\n  train.jsonl:1 = test.jsonl:2"):
         shown(recipe_file, capsys)
     assert capsys.readouterr().out == ""
 

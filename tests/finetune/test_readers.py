@@ -256,7 +256,7 @@ UNREADABLE = {
     ),
     "splits.json": (
         json.dumps({"easy": ROWS, "hard": ROWS}).encode(),
-        ["several lists of rows: easy, hard; name one of them as `split`"],
+        ["several lists of rows: easy, hard; choose by `split`"],
     ),
     "no.arrow": (b"no arrow", ["no.arrow: cannot be read as a arrow file: "]),
     "rows.xlsx": (
@@ -290,6 +290,8 @@ NESTED = {
     "answers": {"text": ["in 1999", "1999"], "start": [3, 9]},
     "turns": [{"ask": "When?"}],
     "dotted.name": "whole",
+    "best": 1,
+    "worst": "0",
 }
 
 
@@ -299,6 +301,8 @@ NESTED = {
         ("answers.text[0]", "in 1999"),
         ("{turns[0].ask} ({answers.start[1]})", "When? (9)"),
         ("dotted.name", "whole"),
+        ("answers.text[best]", "1999"),
+        ("{answers.text[worst]}, {answers.start[best]}", "in 1999, 9"),
         ("answers.text", '["in 1999", "1999"]'),
     ],
 )
@@ -318,6 +322,9 @@ def test_fields_inside_a_column_are_read(tmp_path, path, text):
     ("path", "message"),
     [
         ("answers.text[2]", r"rows.jsonl:1: answers.text\[2\]: no entry 2 in answers.text: 2 entr"),
+        ("answers.text[id]", r"answers.text\[id\]: no entry 7 in answers.text: 2 entries"),
+        ("answers.text[turns]", r"no entry .*When.* in answers.text: 2 entries"),
+        ("answers.text[bset]", "no column bset; .*did you mean best"),
         ("answers.txt[0]", "answers.txt.*: no txt in answers: only text, start"),
         ("id.text", "rows.jsonl:1: id.text: no text in id: 7"),
         ("answer.text", "rows.jsonl:1: no column answer.text; the columns are id, answers"),

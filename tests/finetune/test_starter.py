@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_jsonl
 
+from finequant.evaluate.check import check_rows
 from finequant.finetune.data import starter
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.starter import write_recipe
@@ -27,11 +31,11 @@ KINDS = {
     ),
     "nested": (
         [
-            {"id": n, "qa": {"question": f"what is {n}?", "answers": [f"{n} " * 9]}}
+            {"id": n, "qa": {"question": f"what is {n}?", "answers": [f"{n} is " * 9]}}
             for n in range(40)
         ],
         ["f1", "rouge"],
-        ("what is 0?", "0 " * 9),
+        ("what is 0?", "0 is " * 9),
     ),
     # rows -> metrics, and the first row's question and answer
     "labels": (
@@ -58,9 +62,46 @@ KINDS = {
         ("go 0", "stop"),
     ),
     "questions": (
-        [{"id": n, "question": f"what is {n}?", "answer": f"it is {n} " * 9} for n in range(40)],
+        [{"id": n, "question": f"what is {n}?", "answer": f"{n} it is " * 9} for n in range(40)],
         ["f1", "rouge"],
-        ("what is 0?", ("it is 0 " * 9)),
+        ("what is 0?", ("0 it is " * 9)),
+    ),
+    "short answers": (
+        [{"context": f"the town {n} is", "continuation": f"town{n}a"} for n in range(40)],
+        ["exact_match", "f1"],
+        ("the town 0 is", "town0a"),
+    ),
+    "solutions": (
+        [{"question": f"{n} + 1?", "answer": f"Add one.\n#### {n + 1}"} for n in range(40)],
+        ["number_match"],
+        ("0 + 1?", "Add one.\n#### 1"),
+    ),
+    "instructions and what they are about": (
+        [
+            {
+                "instruction": f"Name {n}",
+                "instances": [{"input": "" if n % 2 else f"about {n}", "output": f"{n} is " * 9}],
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("Name 0\n\nabout 0", "0 is " * 9),
+    ),
+    "choices and the number of the right one": (
+        [
+            {"choices": ["no", f"{n} is " * 9], "query": f"what is {n}?", "gold": int(n % 3 == 0)}
+            for n in range(40)
+        ],
+        ["exact_match", "f1"],
+        ("what is 0?", "0 is " * 9),
+    ),
+    "endings and a label that is their number": (
+        [
+            {"ctx": f"he is {n}", "endings": ["no", "yes"], "label": str(n % 2), "activity": "go"}
+            for n in range(40)
+        ],
+        ["exact_match", "multiple_choice"],
+        ("he is 0", "no"),
     ),
     "summaries": (
         [{"dialogue": f"A: {n}\nB: no", "summary": f"no to {n}"} for n in range(40)],
@@ -108,14 +149,13 @@ def test_a_table_with_test_rows_gives_both_splits(tmp_path):
     recipe = load_recipe(target, [])
     assert recipe.model.base == "org/base"
     assert [len(part) for part in load_splits(recipe.data, 0)[::2]] == [28, 30]
-    assert (target.parent / "recipe.schema.json").exists()
 
 
 @pytest.mark.parametrize(("kind", "effort"), [("cuda", "best"), ("cpu", "balanced")])
 def test_a_gpu_makes_effort_best(tmp_path, monkeypatch, kind, effort):
     monkeypatch.setattr(starter, "device", lambda: torch.device(kind))
-    (tmp_path / "rows.txt").write_text("a text")
-    write_recipe(tmp_path / "rows.txt", None, None, None, tmp_path / "mine.yaml")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    write_recipe(tmp_path / "rows.jsonl", None, None, None, tmp_path / "mine.yaml")
     calibration = load_recipe(tmp_path / "mine.yaml").quantize.calibration
     assert calibration == Quantize(effort=effort).calibration
 
@@ -170,9 +210,9 @@ def test_of_rows_that_are_all_broken_the_first_is_named(tmp_path):
 
 
 def test_a_recipe_that_cannot_be_written_is_a_message(tmp_path):
-    file = tmp_path / "rows.txt"
-    file.write_text("a text", encoding="utf-8")
-    with pytest.raises(UserError, match=r"rows.txt/mine.yaml: cannot be written: .*--to FILE"):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.jsonl/mine.yaml: cannot be written: .*--to FILE"):
         write_recipe(file, None, None, None, file / "mine.yaml")
 
 
@@ -183,7 +223,7 @@ def test_a_wrong_command_line_is_refused_before_anything_is_asked(capsys):
         main(["init", "rows.jsonl"])
     said = capsys.readouterr()
     assert exit_.value.code == 2
-    assert "unexpected extra argument" in said.err
+    assert "rows.jsonl: expected key.sub=value, such as train.epochs=2; name rows by" in said.err
     assert "File with your rows" not in said.out + said.err
 
 
@@ -209,13 +249,31 @@ def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
 
 
-@pytest.mark.parametrize("name", ["choices", "answer_options", "words"])
-def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name):
+@pytest.mark.parametrize("name", ["choices", "answer_options"])
+@pytest.mark.parametrize("gold", [1, "B", -1, 2])
+def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name, gold):
+    """A column numbers the right choice only if it does so in every row."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"query": f"what is {n}?", name: ["no", f"{n}"], "gold": n % 2} for n in range(40)]
+    rows = [{"query": f"what is {n}?", name: ["no", f"{n}"], "gold": 1} for n in range(40)]
+    rows[20]["gold"] = gold
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"which column is the question and which the answer"):
-        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    if gold == 1:
+        look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+        assert look.columns == {"prompt": "query", "completion": f"{name}[gold]"}
+        assert look.unread == []
+    else:
+        with pytest.raises(UserError, match=rf"which column is .*--completion '{name}\[NUMBER\]'"):
+            write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_what_the_columns_leave_out_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    more = [{"output": "a", "score": "1"}, {"output": "b", "score": "2"}]
+    rows = [{"id": n, "question": f"{n}?", "more": more[: n + 1]} for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.columns["completion"] == "more[0].output"
+    assert look.unread == ["id", "more[0].score", "more[1] and so on"]
 
 
 def test_a_column_that_never_changes_is_neither_question_nor_answer(tmp_path):
@@ -247,3 +305,108 @@ def test_parallel_files_of_two_languages_make_a_recipe(tmp_path):
     columns = {"prompt": "de", "completion": "en"}
     write_recipe(pair, pair, None, "translate", tmp_path / "mine.yaml", columns)
     assert load_recipe(tmp_path / "mine.yaml", []).data.test[0].columns == columns
+
+
+def test_one_text_is_one_row_of_which_nothing_can_be_held_out(tmp_path):
+    book, held_out, target = tmp_path / "book.txt", tmp_path / "other.txt", tmp_path / "mine.yaml"
+    book.write_text("One.\n\nTwo.", encoding="utf-8")
+    held_out.write_text("Three.", encoding="utf-8")
+    with pytest.raises(UserError, match=r"book.txt: this is one text.* --test FILE, or several"):
+        write_recipe(book, None, None, None, target)
+    with pytest.raises(UserError, match="--task classify: the rows of .*book.txt are texts"):
+        write_recipe(book, held_out, None, "classify", target)
+    write_recipe(book, held_out, None, None, target)
+    recipe = load_recipe(target)
+    splits = load_splits(recipe.data, 0)
+    assert [len(part) for part in splits[:3]] == [1, 0, 1]
+    check_rows(recipe, splits)
+    assert recipe.evaluate.metrics == []
+    assert recipe.data.long_rows == "split"
+
+
+def test_a_pattern_of_texts_is_read_and_a_folder_of_them_names_it(tmp_path):
+    texts, target = tmp_path / "texts", tmp_path / "mine.yaml"
+    texts.mkdir()
+    for name in "abc":
+        (texts / f"{name}.txt").write_text(name, encoding="utf-8")
+    with pytest.raises(UserError, match=r"for its texts, name the pattern .*/texts/\*.txt$"):
+        write_recipe(texts, None, None, None, target)
+    write_recipe(texts / "*.txt", None, None, None, target)
+    recipe = load_recipe(target)
+    assert [len(part) for part in load_splits(recipe.data, 0)[:3]] == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "recipe"),
+    [
+        ("rows/train.csv", "train.yaml"),
+        ("rows/train.{en,de}.gz", "train.yaml"),
+        ("rows/train-*.csv", "train.yaml"),
+        ("rows/*.txt", "rows.yaml"),
+        ("my rows", "my rows.yaml"),
+    ],
+)
+def test_a_recipe_is_named_after_its_rows(data, recipe):
+    assert str(starter.default_target(Path(data))) == recipe
+
+
+def write_splits(folder: Path, kind: str, names: Sequence[str]) -> Path:
+    """Writes thirty rows for each split, and returns what `--data` names."""
+    rows = {
+        name: [{"text": f"{name} {n}", "label": f"l{n % 3}"} for n in range(30)] for name in names
+    }
+    if kind == "saved":
+        from datasets import Dataset, DatasetDict
+
+        splits = {name: Dataset.from_list(listed) for name, listed in rows.items()}
+        DatasetDict(splits).save_to_disk(str(folder))
+        return folder
+    folder.mkdir()
+    if kind == "json":
+        (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        return folder / "rows.json"
+    for name, listed in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", listed)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["files", "saved", "json"])
+def test_the_splits_of_a_folder_are_used(tmp_path, kind):
+    data = write_splits(tmp_path / "rows", kind, ["train", "validation", "test"])
+    write_recipe(data, None, None, None, tmp_path / "mine.yaml")
+    splits = load_splits(load_recipe(tmp_path / "mine.yaml").data, 0)
+    assert [len(part) for part in splits[:3]] == [30, 30, 30]
+    assert splits.test[0].messages[1]["content"] == "test 0"
+    assert "(test): 30 rows, format" in "".join(splits.notes)
+
+
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_a_folder_with_test_rows_only_is_trained_on_only_if_asked_for(tmp_path, kind):
+    data, target = write_splits(tmp_path / "rows", kind, ["test"]), tmp_path / "mine.yaml"
+    with pytest.raises(UserError, match="only (files of )?test.*--split of `finequant init`"):
+        write_recipe(data, None, None, None, target)
+    write_recipe(data, None, None, None, target, split="test")
+    splits = load_splits(load_recipe(target).data, 0)
+    assert [len(part) for part in splits[::2]] == [25, 3]
+
+
+def test_the_test_rows_of_a_folder_with_several_splits_are_its_test_split(tmp_path):
+    train = write_splits(tmp_path / "rows", "files", ["train"]) / "train.jsonl"
+    test = write_splits(tmp_path / "more", "files", ["train", "test"])
+    write_recipe(train, test, None, None, tmp_path / "mine.yaml")
+    assert load_recipe(tmp_path / "mine.yaml").data.test[0].split == "test"
+
+
+@pytest.mark.parametrize(
+    ("column", "system"),
+    [("meta.topic_name", "Name the topic name of the text."), ("kinds[0].topic", None)],
+)
+def test_the_system_message_names_the_label_by_a_word(tmp_path, column, system):
+    rows = [
+        {"text": f"{n}", "meta": {"topic_name": "ab"[n % 2]}, "kinds": [{"topic": "ab"[n % 2]}]}
+        for n in range(40)
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = {"prompt": "text", "completion": column}
+    write_recipe(file, None, None, None, tmp_path / "mine.yaml", columns)
+    assert load_recipe(tmp_path / "mine.yaml").data.system == system

@@ -200,7 +200,7 @@ def test_long_rows_are_truncated_dropped_or_an_error(tokenizer):
     assert [len(ids) for ids in left["input_ids"]] == [lengths[0], lengths[2]]
     with pytest.raises(UserError) as error:
         to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="error"))
-    assert "1 rows are longer than data.max_length=40; raise it" in str(error.value)
+    assert "1 row longer than data.max_length=40; raise it" in str(error.value)
     assert str(error.value).endswith(f"\n  rows.jsonl:8: {lengths[1]} tokens")
 
 
@@ -229,14 +229,14 @@ def test_a_row_without_target_tokens_is_named(tokenizer):
     long = Row("rows.jsonl:8", conversation("open " * 40, "ok").messages)
     with pytest.raises(UserError) as error:
         to_dataset([ROWS[0], long], tokenizer, settings(max_length=30))
-    assert "nothing is left to learn in 1 rows" in str(error.value)
+    assert "nothing is left to learn in 1 row:" in str(error.value)
     assert "raise data.max_length, or set data.long_rows=drop" in str(error.value)
     assert str(error.value).endswith("\n  rows.jsonl:8")
 
 
 def test_the_first_token_of_a_row_is_no_target(tokenizer):
     """Nothing comes before it that could predict it."""
-    with pytest.raises(UserError, match="nothing is left to learn in 1 rows"):
+    with pytest.raises(UserError, match="nothing is left to learn in 1 row:"):
         to_dataset([Row("rows.jsonl:1", text="open")], tokenizer, settings(max_length=1))
 
 

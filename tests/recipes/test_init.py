@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+from conftest import write_jsonl
 
+from finequant.finetune.data.splits import load_splits
 from finequant.quantize.size import machine as machines
 from finequant.quantize.size.machine import this_machine
 from finequant.quantize.size.resources import settings_that_fit
+from finequant.recipes.commands.preflight import check_tokens
 from finequant.recipes.load import add_to_file, load_recipe
+from finequant.recipes.locate import CHATML_TOOLS
 from finequant.recipes.run import main
 from finequant.recipes.stages import STAGES
 
@@ -31,6 +37,112 @@ def init(recipe_file, tmp_path, monkeypatch, capsys):
         return printed.out + printed.err
 
     return run
+
+
+@pytest.fixture
+def init_rows(recipe_file, tmp_path, monkeypatch, capsys):
+    """Runs `init` on these rows in an empty folder; returns the exit code and what is printed."""
+    base = load_recipe(recipe_file, []).model.base
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(rows: list[dict], *arguments: str) -> tuple[int, str]:
+        write_jsonl(folder / "rows.jsonl", rows)
+        with pytest.raises(SystemExit) as exit_:
+            main(["init", "--data", "rows.jsonl", "--base", base, *arguments])
+        printed = capsys.readouterr()
+        return int(exit_.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def pairs(count: int) -> list[dict]:
+    return [{"prompt": f"Is {n} even?", "completion": f"It is {n} so."} for n in range(count)]
+
+
+def test_a_recipe_that_cannot_be_used_is_not_kept(init_rows):
+    rows = [*pairs(40), {"prompt": "Is it?", "completion": ""}]
+    code, printed = init_rows(rows)
+    assert code == 2
+    assert "rows.jsonl:41" in printed
+    assert "rows.yaml written" not in printed
+    assert not [*Path().glob("*.yaml"), *Path().glob("*.json")]
+    code, printed = init_rows(rows, "data.bad_rows=drop", "data.train.0.limit=30")
+    assert code == 0
+    assert "init: rows.yaml written" in printed
+    recipe = load_recipe("rows.yaml")
+    assert (recipe.data.bad_rows, recipe.data.train[0].limit) == ("drop", 30)
+    assert Path("recipe.schema.json").exists()
+
+
+def test_a_recipe_of_the_users_is_kept_as_it_is(init_rows):
+    Path("rows.yaml").write_text("mine", encoding="utf-8")
+    code, printed = init_rows([{"prompt": "Is it?", "completion": ""}])
+    assert code == 2
+    assert "rows.yaml: exists already" in printed
+    assert Path("rows.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_wrong_key_is_refused_and_leaves_nothing(init_rows):
+    code, printed = init_rows(pairs(40), "train.epoch=3")
+    assert code == 2
+    assert "command line: train.epoch: unknown key (value 3); did you mean train.epochs" in printed
+    assert not [*Path().glob("*.yaml")]
+
+
+def test_a_row_that_is_too_long_is_left_out_and_counted(init_rows):
+    rows = [*pairs(40), {"prompt": "open the red door " * 400, "completion": "So."}]
+    code, printed = init_rows(rows, "data.validation_fraction=0", "data.test_fraction=0.01")
+    assert code == 0
+    assert "train: 1 row longer than data.max_length=1024 left out" in printed
+
+
+TOOLS = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "lamp", "arguments": "{}"}}
+
+
+def tool_rows() -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"light {n}"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            ],
+            "tools": TOOLS,
+        }
+        for n in range(40)
+    ]
+
+
+def test_a_template_that_leaves_out_tools_is_replaced_where_that_fits(init_rows):
+    code, printed = init_rows(tool_rows())
+    assert code == 0
+    assert "leaves out tools: model.chat_template: chatml_tools.jinja, which comes" in printed
+    recipe = load_recipe("rows.yaml")
+    assert recipe.model.chat_template == str(CHATML_TOOLS)
+    check_tokens(recipe, load_splits(recipe.data, recipe.seed))
+
+
+def test_a_template_of_tools_is_not_named_for_a_base_without_its_tokens(init_rows, tiny_base):
+    shutil.copytree(tiny_base, "base")
+    for file in [*Path("base").glob("token*.json"), *Path("base").glob("*.jinja")]:
+        text = file.read_text(encoding="utf-8")
+        text = text.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|stop|>")
+        file.write_text(text, encoding="utf-8")
+    code, printed = init_rows(tool_rows(), "--base", "base")
+    assert code == 2
+    assert "the model would never see them; give a model.chat_template that writes them" in printed
+    assert not Path("rows.yaml").exists()
+
+
+def test_texts_have_no_answers_to_compare(init_rows):
+    code, _ = init_rows([{"text": f"Text {n} is a text."} for n in range(40)])
+    assert code == 0
+    recipe = load_recipe("rows.yaml")
+    assert recipe.evaluate.metrics == []
+    assert recipe.evaluate.gate.max_perplexity_increase
+    check_tokens(recipe, load_splits(recipe.data, recipe.seed))
 
 
 def test_a_recipe_for_a_machine_with_room_has_the_defaults(init, tmp_path):
