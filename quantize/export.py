@@ -120,7 +120,7 @@ def export_one(
         if floats is not None:
             check_floats(name, stored, floats)
         doing(f"export: {name}: computing logits from the file")
-        difference = check_logits(entry, entry.last_logits(folder, prompts), reference)
+        difference = check_logits(entry, entry.logits(folder, prompts), reference)
         size = entry.size(folder)
     scales_note = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
     say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {scales_note}")

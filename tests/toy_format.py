@@ -53,5 +53,13 @@ def snippet(repository, chat, files):
 
 
 FORMAT = Format(
-    "toy", "toy", {}, check_fits, write, read_back, last_logits, snippet, activations="float"
+    name="toy",
+    report_key="toy",
+    packages={},
+    check_fits=check_fits,
+    write=write,
+    read_back=read_back,
+    snippet=snippet,
+    last_logits=last_logits,
+    activations="float",
 )

@@ -184,16 +184,6 @@ def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
-@without_bars()
-def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] of the model as plain transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    from finequant.quantize.merge.adapter import last_logits
-
-    return last_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts)
-
-
 class Transformers:
     """A checkpoint that plain from_pretrained loads, with a cache of one sequence."""
 
@@ -242,7 +232,6 @@ FORMAT = Format(
     check_fits=check_fits,
     write=write,
     read_back=read_back,
-    last_logits=last_logits,
     snippet=snippet,
     runtime=lambda folder, context: Transformers(folder),
     weights="*.safetensors",

@@ -190,12 +190,6 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] in the ExecuTorch runtime."""
-    runtime = ExecuTorch(file_in(folder))
-    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-
-
 def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
     """Tokenizes texts with the tokenizer of ExecuTorch's runner."""
     from pytorch_tokenizers import CppHFTokenizer
@@ -241,7 +235,6 @@ FORMAT = Format(
     check_fits=check_fits,
     write=write,
     read_back=read_back,
-    last_logits=last_logits,
     snippet=snippet,
     weights="*.pte",
     token_ids=token_ids,

@@ -65,10 +65,6 @@ class Format:
     """Returns codes and scales by layer, and float tensors by parameter, as the format's own
     package reads them from the folder; None for float tensors if the file does not name them."""
 
-    last_logits: Callable[[Path, list[list[int]]], torch.Tensor]
-    """Computes logits [prompts, vocabulary] after the last token of each prompt, with code that is
-    not ours."""
-
     snippet: Callable[[str, str, list[str]], str]
     """Writes Markdown for the model card on how to load it, given the repository's name, Python
     that sets `messages`, and the export's files in the repository."""
@@ -84,6 +80,9 @@ class Format:
 
     runtime_packages: Mapping[str, str] = field(default_factory=dict)
     """Packages that `runtime` needs, in the form of `packages`."""
+
+    last_logits: Callable[[Path, list[list[int]]], torch.Tensor] | None = None
+    """Computes what `logits` does where the runtime is not installed."""
 
     activations: str = "int8"
     """How the runtime rounds the linear layers' inputs, for the report: `int8` (one scale per
@@ -102,6 +101,16 @@ class Format:
         if self.runtime is None:
             return "no runtime is known here"
         return to_install(self.runtime_packages)
+
+    def logits(self, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
+        """Computes logits [prompts, vocabulary] after the last token of each prompt, with code that
+        is not ours."""
+        import torch
+
+        if self.last_logits and self.missing_runtime():
+            return self.last_logits(folder, prompts)
+        runtime = self.open_runtime(folder)
+        return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
 
     def open_runtime(self, folder: Path, context: int = CONTEXT) -> Runtime:
         """Loads the export in `folder`.

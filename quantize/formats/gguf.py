@@ -259,16 +259,13 @@ def _read_once(file: Path, written: int) -> GGUFReader:
 
 
 def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] in llama.cpp if installed, or in transformers."""
+    """Computes logits [prompts, vocabulary] in transformers."""
     from transformers import AutoModelForCausalLM
 
     from finequant.finetune.gguf_base import parsed_once
     from finequant.quantize.merge.adapter import last_logits
 
     file = file_in(folder)
-    if find_spec("llama_cpp"):
-        runtime = LlamaCpp(file)
-        return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
     with parsed_once():
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, config=_config_of(file), dtype=torch.float32
@@ -357,11 +354,11 @@ FORMAT = Format(
     check_fits=check_fits,
     write=write,
     read_back=read_back,
-    last_logits=last_logits,
     activations="int8 in blocks of 32",
     snippet=snippet,
     weights="*.gguf",
     token_ids=token_ids,
     runtime=lambda folder, context: LlamaCpp(file_in(folder), context),
     runtime_packages={"llama_cpp": "llama-cpp-python"},
+    last_logits=last_logits,
 )

@@ -118,12 +118,6 @@ def _torch(array: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] in mlx-lm."""
-    runtime = MlxLm(folder)
-    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-
-
 class MlxLm:
     """A model in mlx-lm, with a cache of one sequence.
 
@@ -174,7 +168,6 @@ FORMAT = Format(
     check_fits=check_fits,
     write=write,
     read_back=read_back,
-    last_logits=last_logits,
     snippet=snippet,
     weights="*.safetensors",
     runtime=lambda folder, context: MlxLm(folder),

@@ -174,12 +174,6 @@ def file_in(folder: Path) -> Path:
     return file
 
 
-def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] in onnxruntime."""
-    runtime = OnnxRuntime(folder)
-    return torch.stack([runtime.last_logits(prompt) for prompt in prompts])
-
-
 class OnnxRuntime:
     """An ONNX model in onnxruntime on the CPU, with a cache of one sequence."""
 
@@ -235,7 +229,6 @@ FORMAT = Format(
     check_fits=check_fits,
     write=write,
     read_back=read_back,
-    last_logits=last_logits,
     snippet=snippet,
     weights="*.onnx*",
     runtime=lambda folder, context: OnnxRuntime(folder),

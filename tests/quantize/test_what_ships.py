@@ -232,7 +232,7 @@ def test_every_tensor_of_a_gguf_is_compared_including_biases(shipped, root, tmp_
     rounded, floats = gguf.read_back(tmp_path, stored)
     assert check_codes("gguf", stored, rounded) < 2**-8
     check_floats("gguf", stored, floats)
-    assert difference(gguf.last_logits(tmp_path, PROMPTS), shipped["biases"][0]) < 0.02
+    assert difference(gguf.FORMAT.logits(tmp_path, PROMPTS), shipped["biases"][0]) < 0.02
     lost = "model.layers.1.self_attn.k_proj.bias"
     with pytest.raises(UserError, match=f"lacks 1 tensors, such as {lost}"):
         check_floats("gguf", stored, {k: v for k, v in floats.items() if k != lost})
