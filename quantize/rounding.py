@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from finequant.finetune.device import weights_at_once
 
@@ -57,17 +57,6 @@ def save_rounded(layers: dict[str, Rounded], path: Path) -> None:
         for part, tensor in rounded._asdict().items()
     }
     save_file(tensors, path)
-
-
-def load_rounded(path: Path) -> dict[str, Rounded]:
-    """Reads what `save_rounded` wrote.
-
-    Raises:
-        SafetensorError: for a file that is damaged.
-    """
-    tensors = load_file(path)
-    names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
-    return {name: Rounded(tensors[f"{name}.codes"], tensors[f"{name}.scale"]) for name in names}
 
 
 def code_range(bits: int) -> tuple[int, int]:
