@@ -9,6 +9,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finequant.finetune import attention
 
+COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+
 
 @pytest.fixture
 def rows():
@@ -16,56 +18,53 @@ def rows():
     return [torch.randint(256, (length,), generator=generator).tolist() for length in (5, 19, 8)]
 
 
-@pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
-def test_rows_are_as_if_each_were_alone(tiny_base, rows, longest, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
+@pytest.fixture(params=[attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
+def models(request, tiny_base, monkeypatch):
+    """The tiny Llama twice: with transformers' attention, and with ours."""
+    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", request.param)
     usual = AutoModelForCausalLM.from_pretrained(tiny_base)
     ours = copy.deepcopy(usual)
     ours.set_attn_implementation(attention.NAME)
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    batch = collate([{"input_ids": row} for row in rows])
-    del batch["labels"]
-    expected = torch.cat([usual(torch.tensor([row])).logits[0] for row in rows])
-    actual = ours(**batch, use_cache=False).logits[0]
+    return usual, ours
+
+
+def check_same(models, expected: torch.Tensor, actual: torch.Tensor) -> None:
+    """Compares the two models' logits, and their gradients of all weights."""
     torch.testing.assert_close(actual, expected)
     for logits in (expected, actual):
         logits.square().sum().backward()
-    for (name, one), other in zip(usual.named_parameters(), ours.parameters(), strict=True):
-        near = {"rtol": 1e-4, "atol": 1e-4, "msg": lambda text, name=name: f"{name}: {text}"}
-        torch.testing.assert_close(other.grad, one.grad, **near)
+    usual, ours = (model.parameters() for model in models)
+    for theirs, mine in zip(usual, ours, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("longest", [attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
-def test_tokens_that_change_no_prediction_are_left_out(tiny_base, rows, longest, monkeypatch):
+def test_rows_are_as_if_each_were_alone(models, rows):
+    usual, ours = models
+    batch = COLLATE([{"input_ids": row} for row in rows])
+    del batch["labels"]
+    expected = torch.cat([usual(torch.tensor([row])).logits[0] for row in rows])
+    check_same(models, expected, ours(**batch, use_cache=False).logits[0])
+
+
+def test_tokens_that_change_no_prediction_are_left_out(models, rows):
     """Three of the rows begin alike; another, from another process's share, has no target."""
-    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", longest)
-    usual = AutoModelForCausalLM.from_pretrained(tiny_base)
-    ours = copy.deepcopy(usual)
-    ours.set_attn_implementation(attention.NAME)
+    usual, ours = models
     rows = [[7, 8, 9, 7, row[0] + at, *row] for at, row in enumerate(rows)]
     rows.insert(1, [3, 3, 3])
     labels = [[-100] * 6 + row[6:-1] + [-100] for row in rows]
     labels[1] = [-100] * 3
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     pairs = zip(rows, labels, strict=True)
-    batch = collate([{"input_ids": row, "labels": targets} for row, targets in pairs])
+    batch = COLLATE([{"input_ids": row, "labels": targets} for row, targets in pairs])
     inputs, predicting = attention.condensed(batch, batch["labels"][:, 1:] != -100)
     assert inputs["shared_beginning"] == 4
     assert inputs["input_ids"].numel() == sum(len(row) - 2 for row in rows) - 2 * 4 - 1
-    actual = ours(**inputs, use_cache=False).logits[0, predicting]
-    alone = (usual(torch.tensor([row])).logits[0, 5:-2] for row in rows if len(row) > 3)
-    expected = torch.cat(list(alone))
-    torch.testing.assert_close(actual, expected)
-    for logits in (expected, actual):
-        logits.square().sum().backward()
-    for one, other in zip(usual.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-4)
+    each = (usual(torch.tensor([row])).logits[0, 5:-2] for row in rows if len(row) > 3)
+    check_same(models, torch.cat([*each]), ours(**inputs, use_cache=False).logits[0, predicting])
 
 
 @pytest.mark.parametrize("labels", [[-100] * 5, [-100, 1, 2, 3, -100]])
 def test_a_single_row_shares_no_beginning(labels):
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    batch = collate([{"input_ids": [5, 1, 2, 3, 9], "labels": labels}])
+    batch = COLLATE([{"input_ids": [5, 1, 2, 3, 9], "labels": labels}])
     inputs, predicting = attention.condensed(batch, batch["labels"][:, 1:] != -100)
     assert inputs["shared_beginning"] == 0
     learns = set(labels) != {-100}
@@ -76,10 +75,9 @@ def test_a_single_row_shares_no_beginning(labels):
 def test_no_token_sees_another_row(tiny_base, rows):
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     model.set_attn_implementation(attention.NAME)
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     others = [rows[0], [token ^ 1 for token in rows[1]], rows[2]]
     one, other = (
-        model(**collate([{"input_ids": row} for row in some]), use_cache=False).logits[0]
+        model(**COLLATE([{"input_ids": row} for row in some]), use_cache=False).logits[0]
         for some in (rows, others)
     )
     assert torch.equal(one[24:], other[24:]) and torch.equal(one[:5], other[:5])
