@@ -113,15 +113,18 @@ def _answers_as_corpus(
     """
     from finequant.evaluate.metrics.corpora import count
     from finequant.evaluate.metrics.perplexity import ScoredSequence, scored_part
-    from finequant.finetune.data.tokens import IGNORED, answer_text, encode
+    from finequant.finetune.data.tokens import IGNORED, answer_text, encode, pieces_of
 
     sequences, documents = [], []
     for row in rows:
-        item = encode(row, tokenizer, recipe.data)
-        scored = [False, *(label != IGNORED for label in item.labels[1:])]
-        sequences.append(ScoredSequence(item.input_ids, scored))
-        if item.full_length > len(item.input_ids):
-            documents.append(scored_part(sequences[-1:], tokenizer))
+        pieces = pieces_of(encode(row, tokenizer, recipe.data, whole=True), row, recipe.data)
+        scored = [
+            ScoredSequence(ids, [False, *(label != IGNORED for label in labels[1:])])
+            for ids, labels, _ in pieces
+        ]
+        sequences += scored
+        if len(pieces) > 1 or pieces[0].full_length > len(pieces[0].input_ids):
+            documents.append(scored_part(scored, tokenizer))
         else:
             answers = [answer_text(row, tokenizer, recipe.data, index) for index in row.targets]
             documents.append(count("\n".join(answers) or row.text))

@@ -16,7 +16,7 @@ from finequant.finetune.data.pool import computed
 from finequant.finetune.data.rendering import TemplateCheck
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.table import COLUMN, ROWS_AT_ONCE, TOKEN_KEYS, Rows
-from finequant.finetune.data.tokens import IGNORED, Encoded, encode_rows
+from finequant.finetune.data.tokens import IGNORED, encode_rows, pieces_of
 from finequant.recipes.errors import UserError, counted, listed
 from finequant.recipes.freshness import digest, made_once
 from finequant.recipes.schema import Data
@@ -128,7 +128,7 @@ class Encoder:
         pieces = [
             (piece, index)
             for index, (item, row) in enumerate(zip(encoded, rows, strict=True), start)
-            for piece in self._pieces(item, row)
+            for piece in pieces_of(item, row, self.data)
         ]
         columns = {
             "input_ids": [piece.input_ids for piece, _ in pieces],
@@ -139,12 +139,6 @@ class Encoder:
             COLUMN: [index for _, index in pieces],
         }
         return pyarrow.RecordBatch.from_pydict(columns, _schema())
-
-    def _pieces(self, item: Encoded, row: Row) -> list[Encoded]:
-        length = self.data.max_length
-        if self.data.long_rows != "split" or row.messages:
-            return [item.cut(length)]
-        return _split(item, length)
 
 
 def _schema() -> Schema:
@@ -159,16 +153,6 @@ def _schema() -> Schema:
 
 def _targets(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORED)
-
-
-def _split(item: Encoded, length: int) -> list[Encoded]:
-    """Cuts a text into pieces of `length` tokens; a last one of a single token is left out, because
-    it has nothing to predict."""
-    starts = range(0, max(1, len(item.input_ids) - 1), length)
-    return [
-        Encoded(part := item.input_ids[at : at + length], item.labels[at : at + length], len(part))
-        for at in starts
-    ]
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:

@@ -88,6 +88,19 @@ def _encode_texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Dat
     return [Encoded(ids, ids, len(ids)) for ids in ended]
 
 
+def pieces_of(item: Encoded, row: Row, data: Data) -> list[Encoded]:
+    """Cuts a row to data.max_length tokens or, with data.long_rows=split, a text into several such
+    pieces; a last piece of a single token is left out, because it has nothing to predict."""
+    length = data.max_length
+    if data.long_rows != "split" or row.messages:
+        return [item.cut(length)]
+    starts = range(0, max(1, len(item.input_ids) - 1), length)
+    return [
+        Encoded(part := item.input_ids[at : at + length], item.labels[at : at + length], len(part))
+        for at in starts
+    ]
+
+
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[int]:
     """Returns the tokens of a conversation up to where the model is to give its last answer."""
     text = prompt_text(row, tokenizer, data)

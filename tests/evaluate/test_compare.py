@@ -334,6 +334,22 @@ def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file
     assert (nothing.words, nothing.bytes) == (0, 0)
 
 
+def test_held_out_texts_that_training_would_split_are_measured_whole(recipe_file, tokenizer):
+    from finequant.evaluate.inputs import _answers_as_corpus
+    from finequant.finetune.data.row import Row
+    from finequant.finetune.data.tokens import encode
+    from finequant.recipes.load import load_recipe
+
+    recipe = load_recipe(recipe_file, ["data.max_length=16", "data.long_rows=split"])
+    row = Row("book.txt", text="the red door and the blue window at 7 o'clock " * 5)
+    sequences, (document,) = _answers_as_corpus([row], tokenizer, recipe)
+    whole = encode(row, tokenizer, recipe.data, whole=True).input_ids
+    assert [token for sequence in sequences for token in sequence.ids] == whole
+    assert len(sequences) > 2
+    assert sum(sum(sequence.scored) for sequence in sequences) == len(whole) - len(sequences)
+    assert 0.8 * len(row.text) < document.bytes < len(row.text)
+
+
 def test_dequantizing_once_changes_nothing_and_is_checked(finished, recipe_file):
     from transformers import AutoModelForCausalLM
 
