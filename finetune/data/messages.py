@@ -158,11 +158,20 @@ def check_messages(messages: list[Message], where: str) -> None:
     if "assistant" not in roles[1:]:
         raise BadRowError(f"{problem}; expected an answer (assistant) after another turn")
     if roles[-1] != "assistant":
-        raise BadRowError(f"{problem}; expected the last to be assistant")
+        raise BadRowError(
+            f"{problem}; expected the last to be assistant (data.bad_rows=repair cuts what follows "
+            "the last answer)"
+        )
     if repeated := [role for role, after in pairwise(roles) if role == after in MERGED]:
-        raise BadRowError(f"{problem}; expected no two {repeated[0]} turns in a row")
+        raise BadRowError(
+            f"{problem}; expected no two {repeated[0]} turns in a row (data.bad_rows=repair merges "
+            "them)"
+        )
     if empty := [message["role"] for message in messages if _is_empty(message)]:
-        raise BadRowError(f"{where}: empty {empty[0]} message: remove the row or fill it in")
+        raise BadRowError(
+            f"{where}: empty {empty[0]} message: remove the row or fill it in "
+            "(data.bad_rows=repair drops the turn)"
+        )
     if all(
         message["role"] != "assistant" or not message.get("learned", True)
         for message in messages[1:]

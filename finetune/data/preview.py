@@ -145,7 +145,8 @@ class _Figures:
     def _duplicates(self) -> list[str]:
         train, lines = self.splits.train, []
         if noisy := prompts_with_several_answers(train):
-            lines.append(f"train: {noisy} prompts have several answers")
+            has = "has" if noisy == 1 else "have"
+            lines.append(f"train: {counted(noisy, 'prompt')} {has} several answers")
         for held_out in (self.splits.validation, self.splits.test):
             pairs = near_duplicates(train, held_out) if held_out else []
             name = f"{held_out.name}: prompts that are nearly those of training rows"

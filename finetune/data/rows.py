@@ -114,7 +114,7 @@ class RowReader:
             self.findings.counts[
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
             ] += 1
-        tools = read_tools(self._cell("tools", row), where)
+        tools = read_tools(self._cell("tools", row, where), where)
         return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
 
     def _text(self, where: str, row: dict[str, Any]) -> Row:
@@ -150,7 +150,7 @@ class RowReader:
 
     def _history(self, row: dict[str, Any], where: str) -> list[Message]:
         """Returns earlier turns, which LLaMA-Factory writes as pairs of question and answer."""
-        pairs = self._cell("history", row) or []
+        pairs = self._cell("history", row, where) or []
         if isinstance(pairs, str):
             pairs = parse_json(pairs, f"{where}: history", "a list of pairs") if pairs else []
         if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
@@ -160,11 +160,11 @@ class RowReader:
         turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
         return [_message(role, content) for pair in turns for role, content in pair]
 
-    def _cell(self, name: str, row: dict[str, Any]) -> Any:
+    def _cell(self, name: str, row: dict[str, Any], where: str) -> Any:
         """Returns the value of a field: from the column that the recipe maps to it, or from the
         column of that name, unless it is mapped to another field."""
         if (column := self.source.columns.get(name)) is not None:
-            return value_of(row, column, self.source.source)
+            return value_of(row, column, where)
         return None if name in self._mapped else row.get(name)
 
     def _text_of(

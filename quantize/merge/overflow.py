@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finequant.finetune.architecture import HEAD, NORM
 from finequant.finetune.device import device
-from finequant.quantize.checkpoint.blocks import decoder_block, embed, rotary_of
+from finequant.quantize.checkpoint.blocks import (
+    decoder_block,
+    embed,
+    head_logits,
+    normed,
+    rotary_of,
+)
 from finequant.quantize.checkpoint.reading import Weights
 from finequant.recipes.errors import UserError
 
@@ -37,6 +44,10 @@ def check_range(
             module.register_forward_hook(partial(_look_at_outputs, full))
         pairs = zip(hidden, rotary, strict=True)
         hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+    last = normed(config, weights, torch.cat([states[:, -1] for states in hidden]))
+    _look(f"the outputs of {NORM}", (last,))
+    logits = head_logits(weights, (config.vocab_size, config.hidden_size), last)
+    _look(f"the outputs of {HEAD}", (logits,))
 
 
 def _look_at_inputs(name: str, _: torch.nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -438,7 +438,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "empty assistant turn": (
         "rows.jsonl",
         chat(("user", "a"), ("assistant", " \n")),
-        ["rows.jsonl:2: empty assistant message: remove the row or fill it in"],
+        ["rows.jsonl:2: empty assistant message: remove the row or fill it in", "=repair"],
     ),
     "content is a list": (
         "rows.jsonl",

@@ -252,7 +252,7 @@ BEYOND_REPAIR = {
 def test_repair_mends_turns_and_notes_how(tmp_path, name):
     turns, expected, what = REPAIRED[name]
     rows = [GOOD, chat(*turns)]
-    with pytest.raises(UserError, match="rows.jsonl:2: "):
+    with pytest.raises(UserError, match="rows.jsonl:2: .*data.bad_rows=repair .*=drop"):
         load(tmp_path, rows)
     dropped = load(tmp_path, rows, bad_rows="drop")
     assert [row.where for row in dropped.train] == ["rows.jsonl:1"]
@@ -304,6 +304,13 @@ def test_rows_with_the_same_mistake_are_one_line(tmp_path):
     )
     with pytest.raises(UserError, match=r"rows.jsonl:20 and 5 more: no column qestion"):
         load(tmp_path, rows[:1] * 25, columns={"prompt": "qestion", "completion": "answer"})
+
+
+def test_a_row_without_the_column_of_tools_is_named(tmp_path):
+    row = {"question": "a", "answer": "b", "more": []}
+    columns = {"prompt": "question", "completion": "answer", "tools": "more"}
+    with pytest.raises(UserError, match=r"^rows.jsonl:2: no column more"):
+        load(tmp_path, [row, {"question": "a", "answer": "b"}], columns=columns)
 
 
 def test_a_source_without_a_single_good_row_is_an_error(tmp_path):

@@ -278,13 +278,31 @@ def overflowing(tensors: dict) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"] /= 60000
 
 
-def test_a_base_that_overflows_float16_is_refused(tmp_path):
+def overflowing_norm(tensors: dict) -> None:
+    in_float16(tensors)
+    tensors["model.norm.weight"] *= 60000
+
+
+def overflowing_head(tensors: dict) -> None:
+    in_float16(tensors)
+    tensors["lm_head.weight"] = 50000 * tensors["lm_head.weight"].sign()
+
+
+@pytest.mark.parametrize(
+    ("edit", "layer"),
+    [
+        (overflowing, "inputs of model.layers.1.mlp.down_proj"),
+        (overflowing_norm, "outputs of model.norm"),
+        (overflowing_head, "outputs of lm_head"),
+    ],
+)
+def test_a_base_that_overflows_float16_is_refused(tmp_path, edit, layer):
     """The message names the layer, and the dtype that helps; other dtypes are not checked."""
-    make_llama(tmp_path / "base")
-    edited(overflowing)(tmp_path / "base")
+    make_llama(tmp_path / "base", tie_word_embeddings=False)
+    edited(edit)(tmp_path / "base")
     file = make_recipe(tmp_path, tmp_path / "base")
     recipe = load_recipe(file)
-    with pytest.raises(UserError, match="layers.1.mlp.down_proj are not finite.*=bfloat16"):
+    with pytest.raises(UserError, match=f"{layer} are not finite.*=bfloat16"):
         check_base_range(recipe)
     check_base_range(load_recipe(file, ["quantize.dtype=bfloat16"]))
     calm = Model(base=str(make_llama(tmp_path / "calm")))
