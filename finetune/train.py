@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.recipes.artifact import differences, remove, seal
 from finequant.recipes.command_line import quiet_libraries, read_command_line
-from finequant.recipes.errors import report_user_errors
+from finequant.recipes.errors import counted, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import doing, say
@@ -79,7 +79,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
             stops.to_json_file(folder / "generation_config.json")
         figures = training_figures(log) | {"processes": arguments.world_size}
         run.record(recipe, "train", inputs, seconds=watch.seconds, **figures)
-        say(f"train: {figures['steps']} steps, {run.adapter} written in {watch.seconds} s")
+        steps = counted(figures["steps"], "step")
+        say(f"train: {steps}, {run.adapter} written in {watch.seconds} s")
 
 
 def fine_tune(
