@@ -93,14 +93,15 @@ class RowReader:
             return None
         if self.form == "text":
             return self._text(where, row)
-        messages = self._messages(where, row)
+        messages, done = self._messages(where, row), []
         if self.data.bad_rows == "repair":
-            messages, done = repair_messages(messages)
-            self.findings.repaired += [f"{where}: {what}" for what in done]
+            repaired, done = repair_messages(messages)
+            messages = repaired or messages  # if nothing is left, the error names its own turns
         if "rejected" in row and messages and messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: {PREFERENCES}")
         check_messages(messages, where)
         _check_media(messages, row, where)
+        self.findings.repaired += [f"{where}: {what}" for what in done]
         system = self._text_of("system", row, where, "") or self.data.system
         if system and messages[0]["role"] != "system":
             check_characters(system, where)

@@ -268,6 +268,7 @@ def test_rows_beyond_repair_are_dropped_and_named(tmp_path, name):
     splits = load(tmp_path, [GOOD, BEYOND_REPAIR[name]], bad_rows="repair")
     assert [row.where for row in splits.train] == ["rows.jsonl:1"]
     assert any("bad rows dropped: 1" in note and "rows.jsonl:2" in note for note in splits.notes)
+    assert not any("repairs" in note for note in splits.notes)
 
 
 def test_a_row_whose_answer_is_beyond_the_length_can_be_dropped(tmp_path, tokenizer, capsys):
