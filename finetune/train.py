@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finequant.recipes.artifact import differences, remove, seal
+from finequant.recipes.artifact import differences, sealed
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import counted, report_user_errors
 from finequant.recipes.rundir import RunDir
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from finequant.finetune.data.splits import Splits
-    from finequant.finetune.trainer import LoraTrainer
 
 LOG = "training_log.json"
 
@@ -94,7 +92,12 @@ def fine_tune(
     from finequant.finetune.adapter import changes_the_base, save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
     from finequant.finetune.nf4 import load_trained_base
-    from finequant.finetune.processes import decided_by_first, sharding
+    from finequant.finetune.processes import (
+        decided_by_first,
+        entered_by_first,
+        is_first,
+        sharding,
+    )
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, gathered_weights
 
@@ -106,36 +109,20 @@ def fine_tune(
     doing("train: loading the base")
     base = load_trained_base(recipe, dtype)
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
-    if changes_the_base(recipe.lora) and trainer.is_world_process_zero():
+    if changes_the_base(recipe.lora) and is_first():
         save_initial_adapter(trainer.model, initial)
     if not sharding():
         fuse(trainer.model)
     run_trainer(trainer, last_checkpoint(arguments))
     weights = gathered_weights(trainer)
-    with _written_by_one(trainer, folder) as partial:
-        if partial:
+    with entered_by_first(sealed(folder)) as partial:
+        if is_first():
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, initial if initial.exists() else None, weights)
-    return folder
-
-
-@contextmanager
-def _written_by_one(trainer: LoraTrainer, folder: Path) -> Iterator[Path | None]:
-    """Yields a temporary folder to the first process, which is renamed when the block succeeds; the
-    other processes wait for it."""
-    first = trainer.is_world_process_zero()
-    partial = folder.with_name(folder.name + ".partial")
-    if first:
-        remove(partial)
-        partial.mkdir(parents=True)
-    yield partial if first else None
-    if first:
-        log = json.dumps(trainer.state.log_history, indent=1)
-        (partial / LOG).write_text(log, encoding="utf-8")
-        seal(partial)
-        remove(folder)
-        partial.rename(folder)
+            log = json.dumps(trainer.state.log_history, indent=1)
+            (partial / LOG).write_text(log, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
+    return folder
 
 
 def training_figures(log: list[dict[str, Any]]) -> dict[str, Any]:

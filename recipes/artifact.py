@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finequant.recipes.errors import UserError, listed
@@ -45,16 +46,28 @@ def seal(folder: Path) -> None:
     replace_text(folder / SUMS, sums)
 
 
+@contextmanager
+def sealed(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `folder`, sealed, when the block succeeds."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    seal(partial)
+    remove(folder)
+    partial.rename(folder)
+
+
 def differences(folder: Path, file_hash: FileHash = file_hash) -> list[str] | None:
     """Lists what changed since the folder was sealed, file by file; None if it never was."""
     if not (folder / SUMS).exists():
         return None
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    sealed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    before = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     current = _sums(folder, file_hash)
-    changed = [name for name in {*sealed, *current} if sealed.get(name) != current.get(name)]
+    changed = [name for name in {*before, *current} if before.get(name) != current.get(name)]
     return [
-        f"{name}: {'missing' if name not in current else 'altered' if name in sealed else 'added'}"
+        f"{name}: {'missing' if name not in current else 'altered' if name in before else 'added'}"
         for name in sorted(changed)
     ]
 

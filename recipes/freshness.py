@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finequant.recipes import artifact
-from finequant.recipes.artifact import remove, replace_text, seal
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
 
 Inputs = dict[str, Any]
@@ -111,14 +111,9 @@ def made_once(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> Pat
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if is_made_from(folder, inputs) and artifact.differences(folder, known_hash) == []:
             return folder
-        unfinished = folder.with_name(f"{folder.name}.partial")
-        remove(unfinished)
-        unfinished.mkdir()
-        make(unfinished)
-        mark(unfinished, inputs)
-        seal(unfinished)
-        remove(folder)
-        unfinished.rename(folder)
+        with artifact.sealed(folder) as unfinished:
+            make(unfinished)
+            mark(unfinished, inputs)
     return folder
 
 
