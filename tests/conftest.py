@@ -16,12 +16,15 @@ from contextlib import redirect_stderr
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from filelock import FileLock
 from loopback import Handler, Server
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,8 +53,11 @@ SENTENCES = [
 ]
 
 
-def make_tokenizer():
-    """Makes a byte-level BPE of 384 tokens with ChatML markers and a chat template."""
+def byte_level(vocab_size: int, markers: list[str], **roles: str):
+    """Makes a tokenizer, a byte-level BPE whose first tokens are the markers.
+
+    roles: the markers that are `bos_token`, `eos_token` and `pad_token`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,18 +65,20 @@ def make_tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=vocab_size,
+        special_tokens=markers,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(SENTENCES, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
+
+
+def make_tokenizer():
+    """Makes a byte-level BPE of 384 tokens with ChatML markers and a chat template."""
+    end = "<|endoftext|>"
+    markers = [end, "<|im_start|>", "<|im_end|>"]
+    tokenizer = byte_level(384, markers, bos_token=end, eos_token=markers[2], pad_token=end)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -366,6 +374,11 @@ def refused(command: Callable, *arguments, **options) -> str:
     assert "Traceback" not in message
     assert f"\n{message}".count("\nerror: ") == 1, message
     return message
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Computes the norm of the difference of two tensors, relative to that of `expected`."""
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 class Output(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_level, make_llama, make_recipe, make_rows, write_jsonl
 
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -24,23 +25,8 @@ FOLDERS = ("quantized", "merged", "exports/compressed-tensors")
 
 
 def llama_3_tokenizer():
-    from conftest import SENTENCES
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=[f"<|{name}|>" for name in NAMES],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(SENTENCES, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
-    )
+    markers = [f"<|{name}|>" for name in NAMES]
+    tokenizer = byte_level(320, markers, bos_token=markers[BOS], eos_token=markers[END_OF_TEXT])
     tokenizer.chat_template = {"default": LLAMA_3, "tool_use": LLAMA_3 + "{{ tools }}"}
     return tokenizer
 
@@ -48,8 +34,6 @@ def llama_3_tokenizer():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """The run directory of a model that has learned to say "done", and nothing else."""
-    from conftest import make_llama, make_recipe, make_rows, write_jsonl
-
     from finequant.evaluate.compare import main as compare
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as convert

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SHAPE
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from finequant.finetune.adapter import lora_config, save_adapter
@@ -58,18 +59,9 @@ VARIANTS = {
 def save_llama(folder: Path, **changes) -> LlamaForCausalLM:
     """Saves a tiny Llama with random weights, biases and norms, and returns it."""
     shard_size = changes.pop("max_shard_size", "1GB")
-    settings = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
+    settings = SHAPE | {"vocab_size": 320, "intermediate_size": 96, "tie_word_embeddings": True}
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.2)

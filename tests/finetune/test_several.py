@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_recipe, make_rows, write_jsonl
+from conftest import difference, make_recipe, make_rows, write_jsonl
 from double_sums import sums_in_double
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -283,10 +283,6 @@ def sharded(folder):
     return train
 
 
-def far(tensor: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((tensor - expected).norm() / expected.norm()).item()
-
-
 def trained_parameters(run: Path) -> torch.Tensor:
     steps = run / "checkpoints" / "qat" / "steps"
     tensors = load_file(steps / "checkpoint-3" / "parameters.safetensors")
@@ -321,7 +317,7 @@ def test_several_processes_train_the_codes_of_one(sharded, name, number):
     assert (expected != before).float().mean() > 0.01
     assert len(runs) == number
     for run in runs:
-        assert far(trained_parameters(run), trained_parameters(alone)) < 1e-6, run
+        assert difference(trained_parameters(run), trained_parameters(alone)) < 1e-6, run
         codes, scales = ends(run)
         assert torch.equal(scales, same)
         assert (codes != expected).float().mean() < 1e-4  # the last bit may decide at an edge
@@ -335,10 +331,10 @@ def test_several_processes_keep_the_best_scales_of_one(sharded):
     for run in runs:
         last = run / "checkpoints" / "qat" / "steps" / "checkpoint-3" / "trainer_state.json"
         assert json.loads(last.read_text())["best_model_checkpoint"].endswith("checkpoint-2")
-        assert far(trained_parameters(run), trained_parameters(alone)) < 1e-5, run
+        assert difference(trained_parameters(run), trained_parameters(alone)) < 1e-5, run
         codes, scales = ends(run)
         assert torch.equal(codes, expected)
-        assert far(scales, same) < 1e-6
+        assert difference(scales, same) < 1e-6
 
 
 def test_fsdp_resumes_with_its_optimizer(sharded, folder):
@@ -347,7 +343,7 @@ def test_fsdp_resumes_with_its_optimizer(sharded, folder):
     alone, (two,) = sharded("scales learn, taught")
     _, (said, _) = results(folder, "scales learn, taught")
     assert f"going on from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
-    assert far(trained_parameters(two), trained_parameters(alone)) < 1e-4
+    assert difference(trained_parameters(two), trained_parameters(alone)) < 1e-4
 
 
 def test_fsdp_shards_codes_that_only_the_first_process_loads(folder):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import difference
 
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.row import Row
@@ -351,10 +352,6 @@ def loss_and_gradient(trainer, batches, compute_loss=None) -> tuple[float, torch
         total += loss.item()
     trained = [weight.grad for weight in trainer.model.parameters() if weight.requires_grad]
     return total, torch.cat([gradient.flatten() for gradient in trained])
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return ((one - other).norm() / other.norm()).item()
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import BASES, mistral, qwen3
-from conftest import make_recipe, refused
+from conftest import difference, make_recipe, refused
 from outside import WITHOUT_FINEQUANT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
@@ -115,10 +115,6 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(params=BASES)
 def run(runs, request) -> Path:
     return runs[request.param]
-
-
-def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((ours - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.slow

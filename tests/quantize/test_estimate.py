@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import refused
+from conftest import SHAPE, refused
 from transformers import LlamaConfig
 
 from finequant.finetune.adapter import lora_config
@@ -96,16 +96,7 @@ def test_parameters_are_exact_from_the_configuration_alone(plan, config, parts):
 def test_components_add_up_to_the_models(tied):
     from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=tied,
-    )
+    config = LlamaConfig(**SHAPE, vocab_size=384, head_dim=32, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert sum(components(config).values()) == model.num_parameters() == parameter_count(config)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import refused
+from conftest import SHAPE, refused
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -35,12 +35,8 @@ from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize
 
 CONFIG = LlamaConfig(
+    **SHAPE | {"intermediate_size": 192, "num_hidden_layers": 12},
     vocab_size=384,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=12,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     tie_word_embeddings=True,
 )
 CALIBRATION = "quantize.calibration={tokens: 512, length: 32}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_adapter, make_llama, make_recipe, make_tokenizer
+from conftest import difference, make_adapter, make_llama, make_recipe, make_tokenizer
 from outside import WITHOUT_FINEQUANT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -194,10 +194,6 @@ def shipped(root):
         )
         for name in VARIANTS
     }
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.slow
