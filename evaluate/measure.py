@@ -25,55 +25,57 @@ def measure_model(
         and the result of `predicted`.
     """
     from finequant.evaluate.metrics.perplexity import measure
-    from finequant.evaluate.metrics.tasks import answer, lm_eval_tasks, multiple_choice
-    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
+    from finequant.evaluate.metrics.tasks import lm_eval_tasks
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
 
-    evaluate, tokenizer = recipe.evaluate, material.tokenizer
+    evaluate, answers, tasks = recipe.evaluate, [], {}
     predictions = predicted(name, model, recipe, material)
-    scores: dict[str, Any] = {
+    perplexity = {
+        corpus: measure(
+            model,
+            *texts,
+            evaluate.batch_size,
+            f"{name}: perplexity, {corpus}",
+            predictions.losses[corpus],
+        )
+        for corpus, texts in material.corpora.items()
+    }
+    if material.prompts:
+        answers, tasks[HELD_OUT] = _held_out(name, model, recipe, material)
+    if evaluate.tasks:
+        tasks |= lm_eval_tasks(model, material.tokenizer, evaluate, recipe.seed)
+    scores = {
         "size_bytes": size,
         "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
         "activations": "int8" if name == "quantized" else "float",
-        "perplexity": {
-            corpus: measure(
-                model,
-                *texts,
-                evaluate.batch_size,
-                f"{name}: perplexity, {corpus}",
-                predictions.losses[corpus],
-            )
-            for corpus, texts in material.corpora.items()
-        },
-        "tasks": {},
+        "perplexity": perplexity,
+        "tasks": tasks,
     }
-    answers: list[str] = []
-    if material.prompts:
-        say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
-        answers = answer(
-            model,
-            tokenizer,
-            material.prompts,
-            evaluate.max_new_tokens,
-            evaluate.batch_size,
-            f"{name}: answers",
-        )
-        generated = [metric for metric in evaluate.metrics if metric in METRICS]
-        scores["tasks"][HELD_OUT] = score_answers(answers, material.references, generated)
-        if "multiple_choice" in evaluate.metrics:
-            scores["tasks"][HELD_OUT]["multiple_choice"] = multiple_choice(
-                model,
-                tokenizer,
-                material.prompts,
-                material.references,
-                material.choices,
-                evaluate.batch_size,
-                f"{name}: multiple choice",
-            )
-    if evaluate.tasks:
-        scores["tasks"] |= lm_eval_tasks(model, tokenizer, evaluate, recipe.seed)
     return {"scores": scores, "answers": answers}, predictions
+
+
+def _held_out(
+    name: str, model: Decoder, recipe: Recipe, material: Material
+) -> tuple[list[str], dict[str, Any]]:
+    """Answers the held-out rows; returns the answers and their scores by metric."""
+    from finequant.evaluate.metrics.tasks import answer, multiple_choice
+    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
+
+    evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)
+    say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
+    answers = answer(*asked, evaluate.max_new_tokens, evaluate.batch_size, f"{name}: answers")
+    generated = [metric for metric in evaluate.metrics if metric in METRICS]
+    scores = score_answers(answers, material.references, generated)
+    if "multiple_choice" in evaluate.metrics:
+        scores["multiple_choice"] = multiple_choice(
+            *asked,
+            material.references,
+            material.choices,
+            evaluate.batch_size,
+            f"{name}: multiple choice",
+        )
+    return answers, scores
 
 
 def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> Predictions:
