@@ -99,10 +99,14 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
 
 
 def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
-    has_calls = any(message.get("tool_calls") for row in test for message in row.messages)
-    if "tool_call_recall" in evaluate.metrics and not has_calls:
+    """Refuses metrics of calls for answers without any: a model that never calls would be right."""
+    asked = [metric for metric in evaluate.metrics if metric.startswith("tool_call_")]
+    targets = (row.messages[index] for row in test for index in row.targets)
+    if asked and not any(message.get("tool_calls") for message in targets):
+        within = f" within evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
-            "evaluate.metrics: tool_call_recall needs tool calls, but the held-out rows have none"
+            f"evaluate.metrics: {', '.join(asked)}: no answer{within} of a held-out row makes a "
+            "call: give rows with calls in data.test" + (", or raise the limit" if within else "")
         )
 
 

@@ -52,9 +52,10 @@ def check_tasks(evaluate: Evaluate) -> None:
     known = _task_manager(evaluate.task_folder).task_index
     if unknown := [name for name in names if name not in known]:
         problems = [_unknown(name, list(known)) for name in unknown]
+        folder = f" (now: {evaluate.task_folder})" if evaluate.task_folder else ""
         raise UserError(
-            f"evaluate.tasks: {listed(problems)}\nYour own tasks go into evaluate.task_folder "
-            f"as .yaml files that lm-eval can read (now: {evaluate.task_folder})."
+            f"evaluate.tasks: {listed(problems)}\nYour own tasks go into evaluate.task_folder"
+            f"{folder} as .yaml files that lm-eval can read."
         )
 
 

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from finequant.evaluate.check import check_rows
 from finequant.evaluate.metrics.text_metrics import calls_in, paired_changes, score_answers
+from finequant.finetune.data.splits import load_splits
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 
@@ -56,8 +58,6 @@ def test_several_calls_are_scored_by_answer_and_by_call():
     changes = paired_changes(answers, references, references, list(scores))
     assert changes["tool_call_match"]["value"] == 0.75
     assert list(changes) == ["tool_call_match"]
-    with pytest.raises(UserError, match="tool_call_recall needs tool calls, but the held-out rows"):
-        score_answers(["a"], ["no call"], ["tool_call_recall"])
 
 
 TURNS = [
@@ -75,7 +75,6 @@ TEMPLATE = (
 
 def prepared(recipe_file, call: str):
     from finequant.evaluate.inputs import prepare
-    from finequant.finetune.data.splits import load_splits
     from finequant.finetune.model import load_tokenizer
 
     rows = [{"prompt": "open", "completion": "done"}, {"prompt": "shut", "completion": "done"}]
@@ -94,6 +93,23 @@ def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
     call = '{"name": "lamp", "arguments": {"room": "blue"}}'
     assert material.references == [f"<call>{call}</call>", "lit"]
     assert calls_in(material.references[0]) == calls_in(call)
+
+
+@pytest.mark.parametrize("metric", ["tool_call_match", "tool_call_recall"])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_metrics_of_calls_need_a_call_among_the_answers(recipe_file, metric, limit):
+    context = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]  # its call is not trained on
+    rows = [{"messages": context}, {"messages": TURNS}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (recipe_file.parent / "test.jsonl").write_text(lines)
+    (recipe_file.parent / "train.jsonl").write_text(lines.replace("light", "dark"))
+    recipe = load_recipe(recipe_file, [f"evaluate.metrics=[{metric}]", f"evaluate.limit={limit}"])
+    splits = load_splits(recipe.data, recipe.seed)
+    if limit == 2:
+        assert len(check_rows(recipe, splits)) == 2
+        return
+    with pytest.raises(UserError, match=f"{metric}: no answer within evaluate.limit=1"):
+        check_rows(recipe, splits)
 
 
 def test_calls_that_the_metric_could_not_find_are_refused(recipe_file):
