@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finequant.evaluate.metrics.corpora import read_texts
-from finequant.evaluate.metrics.text_metrics import canonical_json
+from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
 
@@ -101,13 +101,19 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
 def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
     """Refuses metrics of calls for answers without any: a model that never calls would be right."""
     asked = [metric for metric in evaluate.metrics if metric.startswith("tool_call_")]
-    targets = (row.messages[index] for row in test for index in row.targets)
-    if asked and not any(message.get("tool_calls") for message in targets):
+    if asked and not any(map(_makes_a_call, test)):
         within = f" within evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
             f"evaluate.metrics: {', '.join(asked)}: no answer{within} of a held-out row makes a "
             "call: give rows with calls in data.test" + (", or raise the limit" if within else "")
         )
+
+
+def _makes_a_call(row: Row) -> bool:
+    """Says whether an answer to generate has a call, in its own field or as text."""
+    if any(row.messages[index].get("tool_calls") for index in row.targets):
+        return True
+    return bool(row.targets and calls_in(row.messages[row.targets[-1]]["content"]))
 
 
 def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:

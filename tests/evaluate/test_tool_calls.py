@@ -97,9 +97,10 @@ def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
 
 @pytest.mark.parametrize("metric", ["tool_call_match", "tool_call_recall"])
 @pytest.mark.parametrize("limit", [1, 2])
-def test_metrics_of_calls_need_a_call_among_the_answers(recipe_file, metric, limit):
+@pytest.mark.parametrize("last", [TURNS, [TURNS[0], TURNS[3] | {"content": f"<call>{BLUE}"}]])
+def test_metrics_of_calls_need_a_call_among_the_answers(recipe_file, metric, limit, last):
     context = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]  # its call is not trained on
-    rows = [{"messages": context}, {"messages": TURNS}]
+    rows = [{"messages": context}, {"messages": last}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (recipe_file.parent / "test.jsonl").write_text(lines)
     (recipe_file.parent / "train.jsonl").write_text(lines.replace("light", "dark"))
