@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,13 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
     return test
 
 
+def asked_rows(row: Row) -> list[Row]:
+    """Returns one row for each answer to generate: the last or, in a row with calls, all."""
+    if any(message.get("tool_calls") for message in row.messages):
+        return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
+    return [row] if row.messages else []
+
+
 def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
     if not test and not evaluate.perplexity and not evaluate.tasks:
         raise UserError(
@@ -101,19 +109,13 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
 def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
     """Refuses metrics of calls for answers without any: a model that never calls would be right."""
     asked = [metric for metric in evaluate.metrics if metric.startswith("tool_call_")]
-    if asked and not any(map(_makes_a_call, test)):
-        within = f" within evaluate.limit={evaluate.limit}" if evaluate.limit else ""
+    answers = (row.messages[-1] for whole in test for row in asked_rows(whole))
+    if asked and not any(m.get("tool_calls") or calls_in(m["content"]) for m in answers):
+        hint = f", or raise evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
-            f"evaluate.metrics: {', '.join(asked)}: no answer{within} of a held-out row makes a "
-            "call: give rows with calls in data.test" + (", or raise the limit" if within else "")
+            f"evaluate.metrics: {', '.join(asked)}: no answer of the held-out rows makes a call: "
+            f"give rows with calls in data.test{hint}"
         )
-
-
-def _makes_a_call(row: Row) -> bool:
-    """Says whether an answer to generate has a call, in its own field or as text."""
-    if any(row.messages[index].get("tool_calls") for index in row.targets):
-        return True
-    return bool(row.targets and calls_in(row.messages[row.targets[-1]]["content"]))
 
 
 def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         UserError: for whatever `evaluate.check` refuses.
     """
     from finequant.evaluate.check import (
+        asked_rows,
         check_chat_template,
         check_lengths,
         check_rows,
@@ -80,7 +81,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     check_template(rows, tokenizer, recipe.data)
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
-    asked = [row for whole in rows for row in _asked_rows(whole)]
+    asked = [row for whole in rows for row in asked_rows(whole)]
     references = [answer_text(row, tokenizer, recipe.data) for row in asked]
     _check_calls(asked, references)
     prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
@@ -129,13 +130,6 @@ def _answers_as_corpus(
             answers = [answer_text(row, tokenizer, recipe.data, index) for index in row.targets]
             documents.append(count("\n".join(answers) or row.text))
     return sequences, documents
-
-
-def _asked_rows(row: Row) -> list[Row]:
-    """Returns one row for each answer to generate: the last or, in a row with calls, all."""
-    if any(message.get("tool_calls") for message in row.messages):
-        return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
-    return [row] if row.messages else []
 
 
 def _check_calls(rows: list[Row], references: list[str]) -> None:
