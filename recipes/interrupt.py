@@ -78,20 +78,29 @@ def ignored_signals() -> Iterator[None]:
         yield
 
 
-def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> tuple[int, int | None]:
-    """Waits for a process and its children, and forwards signals to them.
+def start_and_forward_signals(
+    start: Callable[[], tuple[int, Callable[[], int]]],
+) -> tuple[int, int | None]:
+    """Starts a process, waits for it and its children, and forwards signals to them.
 
-    wait: returns the exit code when the process has ended.
+    start: starts the process. It returns the process ID and a function that waits until the process
+        has ended and returns the exit code.
 
     Returns:
         The exit code, and the number of the last signal that was forwarded.
+
+    Raises:
+        Interrupted: after a signal before the process has started.
     """
     import psutil
 
+    pid: int | None = None
     family: list[psutil.Process] = []
     forwarded: list[int] = []
 
     def send(number: int) -> None:
+        if pid is None:
+            raise Interrupted(number)
         forwarded.append(number)
         with suppress(psutil.NoSuchProcess):
             leader = psutil.Process(pid)
@@ -101,6 +110,7 @@ def wait_and_forward_signals(pid: int, wait: Callable[[], int]) -> tuple[int, in
                 member.send_signal(number)
 
     with _handled(send, at_once=send):
+        pid, wait = start()
         code = wait()
         # A launcher may end before what it launched has saved its work.
         psutil.wait_procs(family)

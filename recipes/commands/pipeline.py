@@ -26,6 +26,7 @@ from finequant.recipes.locate import locate_launch
 from finequant.recipes.terminal import STAGE, close, doing, duration, restart_clock, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
 
@@ -133,11 +134,6 @@ def _run_stage(module: str, arguments: list[str], position: str) -> None:
     import_module(module).main(arguments)
 
 
-def _exit_code(process: BaseProcess) -> int:
-    process.join()
-    return process.exitcode
-
-
 def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     """Names the commands that may follow a run; a model that failed its gate is not shipped."""
     repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
@@ -239,14 +235,13 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
     Returns:
         The exit code as in a shell: 0, 1 if the gate failed, or what to exit with.
     """
-    from finequant.recipes.interrupt import RESUME_HINT, erase_line, wait_and_forward_signals
+    from finequant.recipes.interrupt import RESUME_HINT, erase_line, start_and_forward_signals
 
     name, module, arguments = ", ".join(step), module_of(step[0]), [*arguments, *formats(step)]
     if launcher:
         command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
         environment = _threads_of_each() | os.environ | {STAGE: position}
-        started = subprocess.Popen(command, env=environment)
-        code, signaled = wait_and_forward_signals(started.pid, started.wait)
+        code, signaled = start_and_forward_signals(partial(_started, command, environment))
         if code - 128 in CRASHES:  # one of the launcher's processes crashed
             code = 128 - code
     else:
@@ -254,13 +249,11 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         work = (module, arguments, position)
         process = processes().Process(target=_run_stage, args=work)
         try:
-            process.start()
+            code, signaled = start_and_forward_signals(partial(_forked, process))
         except (EOFError, OSError) as error:  # the fork server was killed
             raise OutsideError(
                 f"{name}: its process did not start ({error}): {RESUME_HINT}"
             ) from None
-        close()
-        code, signaled = wait_and_forward_signals(process.pid, partial(_exit_code, process))
         if code == FORK_SERVER_LOST:
             _end_orphan(process.pid)
             code = -signal.SIGKILL
@@ -270,6 +263,21 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         erase_line()
         say(f"{name} {CRASHES[-code]}: {RESUME_HINT}")
     return code if code >= 0 else 128 - code
+
+
+def _started(command: list[str], environment: dict[str, str]) -> tuple[int, Callable[[], int]]:
+    process = subprocess.Popen(command, env=environment)
+    return process.pid, process.wait
+
+
+def _forked(process: BaseProcess) -> tuple[int, Callable[[], int]]:
+    def exit_code() -> int:
+        process.join()
+        return process.exitcode
+
+    process.start()
+    close()
+    return process.pid, exit_code
 
 
 def _end_orphan(pid: int) -> None:

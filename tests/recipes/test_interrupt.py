@@ -11,12 +11,17 @@ import time
 import pytest
 
 from finequant.recipes.errors import report_user_errors
-from finequant.recipes.interrupt import SIGNALS, Interrupted, deferred_signals
+from finequant.recipes.interrupt import (
+    SIGNALS,
+    Interrupted,
+    deferred_signals,
+    start_and_forward_signals,
+)
 
 COMMON = """
 import subprocess, sys, time
 from finequant.recipes.errors import report_user_errors
-from finequant.recipes.interrupt import deferred_signals, wait_and_forward_signals, Interrupted
+from finequant.recipes.interrupt import deferred_signals, start_and_forward_signals, Interrupted
 def wait():
     for _ in range(600):
         time.sleep(0.05)
@@ -45,8 +50,11 @@ with report_user_errors(), deferred_signals() as request:
 LAUNCHES = (
     COMMON
     + """
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
-sys.exit(wait_and_forward_signals(child.pid, child.wait)[0])
+def start():
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0.5"])
+    return child.pid, child.wait
+with report_user_errors():
+    sys.exit(start_and_forward_signals(start)[0])
 """
 )
 
@@ -156,6 +164,15 @@ def test_a_launched_process_saves_before_its_launcher_ends(whom):
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "stopped by SIGINT: step 7 is saved"
+
+
+def test_a_signal_before_the_launched_process_exists_ends_the_launcher():
+    def start():
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the signal came too late")
+
+    with pytest.raises(Interrupted):
+        start_and_forward_signals(start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is a fork server")
