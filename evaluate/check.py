@@ -64,10 +64,18 @@ def asked_rows(row: Row) -> list[Row]:
 
 
 def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
+    """Refuses a comparison of nothing, and metrics that the recipe names where nothing is asked."""
     if not test and not evaluate.perplexity and not evaluate.tasks:
         raise UserError(
             "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
             "evaluate.perplexity or evaluate.tasks"
+        )
+    # The default is left out without a word.
+    named = evaluate.metrics if "metrics" in evaluate.model_fields_set else []
+    if named and not any(row.messages for row in test):
+        raise UserError(
+            f"evaluate.metrics: {', '.join(named)}: no held-out row has an answer: give data.test "
+            "with questions and answers, or set evaluate.metrics=[]"
         )
 
 
@@ -109,8 +117,9 @@ def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
 def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
     """Refuses metrics of calls for answers without any: a model that never calls would be right."""
     asked = [metric for metric in evaluate.metrics if metric.startswith("tool_call_")]
-    answers = (row.messages[-1] for whole in test for row in asked_rows(whole))
-    if asked and not any(m.get("tool_calls") or calls_in(m["content"]) for m in answers):
+    answers = [row.messages[-1] for whole in test for row in asked_rows(whole)]
+    calls = [answer.get("tool_calls") or calls_in(answer["content"]) for answer in answers]
+    if asked and calls and not any(calls):
         hint = f", or raise evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
             f"evaluate.metrics: {', '.join(asked)}: no answer of the held-out rows makes a call: "

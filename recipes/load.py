@@ -105,6 +105,7 @@ def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
     """
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, sys.maxsize
+    yaml.indent(sequence=4, offset=2)  # as `init` writes lists
     document = yaml.load(path.read_text(encoding="utf-8"))
     for key, value in values.items():
         *sections, name = key.split(".")

@@ -33,6 +33,10 @@ CHOOSE = (
     "; --completion '{}[NUMBER]' takes the choice whose number, from 0, is in column NUMBER; where "
     "no column has it, write the right choice into a column first"
 )
+CALLS = ("tool_calls", "function_call", "<tool_call>")
+"""What a conversation with function calls contains, in one layout or another."""
+LANGUAGE = re.compile("[a-z]{2}([-_][A-Za-z]{2,4})?")
+"""A column that holds the texts of a language, such as en or pt_BR."""
 SHORT = 40
 """Characters of a label on average, at most."""
 
@@ -66,8 +70,8 @@ def look_at(
     if columns:
         known = []
     if known and known[0] == "messages":
-        has_tools = any(row.get("tools") or "tool_calls" in json.dumps(row) for row in rows[:100])
-        return Look(task or ("tools" if has_tools else "chat"), {}, [])
+        calls = any(mark in json.dumps(row, default=str) for row in rows for mark in CALLS)
+        return Look(task or ("tools" if calls else "chat"), {}, [])
     if known:
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
@@ -83,7 +87,8 @@ def look_at(
     flat = [cells(row, columns.values()) for row in rows]
     chosen = columns_of_pair(flat, data, columns)
     answers = [str(row.get(chosen["completion"])) for row in flat]
-    task = task or _task_of(answers, chosen["completion"])
+    languages = all(LANGUAGE.fullmatch(name.rpartition(".")[2]) for name in chosen.values())
+    task = task or ("translate" if languages else _task_of(answers, chosen["completion"]))
     return Look(task, chosen, answers, _unread(rows, chosen))
 
 

@@ -7,6 +7,7 @@ import json
 import lzma
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,11 +111,14 @@ def files_of_no_split(source: Source) -> list[str]:
     return [file.name for file in files if named and not _words(file) & known]
 
 
-def splits_of(path: Path) -> dict[str, str]:
-    """Maps train, validation and test to their names in a folder or file that has several splits;
-    empty if it has none, or names that are none of the usual."""
+def splits_of(source: Source) -> dict[str, str]:
+    """Maps train, validation and test to their names in a folder, file or Hub dataset that has
+    several splits; empty if it has none, or names that are none of the usual."""
+    path = Path(source.source)
     kind = kind_of(path)[0]
-    if path.is_file():
+    if not path.is_absolute():
+        names = _splits_on_hub(source)
+    elif path.is_file():
         names = lists_of(path, kind) if kind in (".json", ".jsonl", ".ndjson") else []
     elif not path.is_dir():
         names = []
@@ -164,7 +168,7 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
     from datasets import load_dataset
 
     name, index = source.source, -1
-    try:
+    with _errors_of_hub(name):
         dataset = load_dataset(
             name,
             source.name,
@@ -175,15 +179,30 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
         rows = islice(dataset, source.limit) if source.streaming else _tracked(name, dataset)
         for index, row in enumerate(with_label_names(rows, dataset.features)):
             yield f"{name}[{index}]", row
-    # `datasets` raises its own errors, those of the Hub client, of HTTP and of the file readers.
+    if index < 0:
+        raise UserError(f"data: no rows in the dataset {name}, split {source.split}")
+
+
+def _splits_on_hub(source: Source) -> list[str]:
+    from datasets import get_dataset_split_names
+
+    with _errors_of_hub(source.source):
+        return get_dataset_split_names(source.source, source.name, revision=source.revision)
+
+
+@contextmanager
+def _errors_of_hub(name: str) -> Iterator[None]:
+    """Makes what `datasets` raises for a Hub dataset, in the block, an error for the user."""
+    try:
+        yield
+    # These are its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"data: cannot load the dataset {name}: {reason}; check its id, name, split "
-            "and revision, the network, and `hf auth login` if it is gated"
+            f"data: cannot load the dataset {name}: {reason}; check its id, name "
+            "(`init --subset NAME`), split and revision, the network, and `hf auth login` if it is "
+            "gated"
         ) from None
-    if index < 0:
-        raise UserError(f"data: no rows in the dataset {name}, split {source.split}")
 
 
 def _tracked(name: str, dataset: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

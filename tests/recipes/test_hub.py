@@ -5,7 +5,9 @@ import shutil
 
 import pyarrow
 import pytest
+from conftest import write_jsonl
 from pyarrow import parquet
+from ruamel.yaml import YAML
 
 TOKEN = "hf_PlantedTokenThatMustNotBeShown"
 
@@ -131,6 +133,42 @@ def test_class_labels_of_a_hub_dataset_are_read_as_their_names(hub, on_hub, tmp_
     assert read.stdout.splitlines() == [rows, rows]
 
 
+SUBSETS = """---
+configs:
+- config_name: sums
+  data_files:
+  - {split: train, path: sums/train.jsonl}
+  - {split: test, path: sums/test.jsonl}
+- config_name: words
+  data_files:
+  - {split: train, path: words.jsonl}
+---
+"""
+
+
+@pytest.mark.slow
+def test_init_writes_a_recipe_for_a_dataset_of_the_hub(hub, on_hub, repositories, tmp_path):
+    folder = tmp_path / "quiz"
+    (folder / "sums").mkdir(parents=True)
+    (folder / "README.md").write_text(SUBSETS, encoding="utf-8")
+    for name in ("sums/train.jsonl", "sums/test.jsonl", "words.jsonl"):
+        rows = [{"question": f"{name} {n}?", "answer": f"It is {n}"} for n in range(20)]
+        write_jsonl(folder / name, rows)
+    hub.add("acme/quiz", folder, "datasets")
+    init = ("-m", "finequant.recipes.run", "init", "--base", "acme/tiny-llama", "--to", "r.yaml")
+    refused = on_hub(*init, "--data", "acme/quiz")
+    assert refused.returncode == 2
+    assert "['sums', 'words']" in refused.stderr
+    assert "--subset" in refused.stderr
+    done = on_hub(*init, "--data", "acme/quiz", "--subset", "sums")
+    assert done.returncode == 0, done.stderr
+    source = {"source": "acme/quiz", "name": "sums"}
+    columns = {"columns": {"prompt": "question", "completion": "answer"}}
+    data = YAML(typ="safe").load(tmp_path / "r.yaml")["data"]
+    assert data["train"] == [source | columns]
+    assert data["test"] == [source | {"split": "test"} | columns]
+
+
 # argv: bases, each as id@revision. Prints a line for each: why it is refused.
 REFUSALS = """
 import sys
@@ -225,7 +263,6 @@ print(json.dumps([later.model.revision, later.data.train[0].revision]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training(
     hub, on_hub, repositories, tmp_path

@@ -175,12 +175,13 @@ def test_what_does_not_fit_is_made_smaller_in_the_file(init, tmp_path, monkeypat
 
 def test_keys_are_added_to_a_file_without_touching_the_rest(tmp_path):
     file = tmp_path / "recipe.yaml"
+    data = "data:\n  train:\n    - source: a\n      split: b\n    # more\n    - source: c\n\n"
     before = "# mine\nname: 'a'\n\ntrain:\n  epochs: 2    # two\n\nquantize:\n  exports: [gguf]\n"
-    file.write_text(before, encoding="utf-8")
+    file.write_text(data + before, encoding="utf-8")
     added = {"train.epochs": 3, "quantize.calibration.scale_steps": 0, "lora.rank": 4}
     add_to_file(file, added, "smaller")
     text = file.read_text(encoding="utf-8")
-    assert text.startswith("# mine\nname: 'a'\n\ntrain:\n  epochs: 3")
+    assert text.startswith(data + "# mine\nname: 'a'\n\ntrain:\n  epochs: 3")
     assert "  exports: [gguf]\n" in text
     assert text.count("# smaller\n") == 3
     assert re.search(r"lora:\n  rank: 4 +# smaller\n", text)

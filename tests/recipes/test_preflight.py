@@ -54,6 +54,10 @@ IN_SECONDS = {
         [*NO_TEXT, "evaluate.tasks=[arc_easy]", "evaluate.gate.max_perplexity_increase=0.1"],
         "evaluate.gate.max_perplexity_increase: no perplexity is measured",
     ),
+    "metrics without answers": (
+        ["data.test=[]", "evaluate.metrics=[f1]"],
+        "evaluate.metrics: f1: no held-out row has an answer: give data.test",
+    ),
     "choices": (
         ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, blue]"],
         "the answers of 8 held-out rows are not among them ('red', 'blue')",
