@@ -204,20 +204,12 @@ def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
     started = time.monotonic()
     log = at / f"{name}.log"
     command = [sys.executable, "-m", module_of(stage), str(recipe), *overrides]
-    peak, anonymous, models = 0, 0, {}
     with control_group(limit) as join, log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=join
         )
         try:
-            while process.poll() is None:
-                with suppress(OSError, TypeError):  # it has just ended
-                    status = Path(f"/proc/{process.pid}/status").read_text()
-                    now, peak = kilobytes("VmRSS", status), max(peak, kilobytes("VmHWM", status))
-                    anonymous = max(anonymous, kilobytes("RssAnon", status))
-                    if model := re.findall(r"evaluate: (\w+): loading", log.read_text()):
-                        models[model[-1]] = max(models.get(model[-1], 0), now)
-                time.sleep(POLL)
+            peak, anonymous, models = sampled(process, log)
         finally:
             process.kill()
             process.wait()
@@ -229,6 +221,24 @@ def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
     if not math.isclose(peak, reported, rel_tol=0.01):
         sys.exit(f"{name}: the kernel says {peak} bytes, and the manifest {reported}")
     return Measured(peak, reported, anonymous, models, seconds)
+
+
+def sampled(process: subprocess.Popen, log: Path) -> tuple[int, int, dict[str, int]]:
+    """Waits until a process has ended.
+
+    Returns:
+        Its peaks in bytes: resident, without mapped files, and for each model that it evaluates.
+    """
+    peak, anonymous, models = 0, 0, {}
+    while process.poll() is None:
+        with suppress(OSError, TypeError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            now, peak = kilobytes("VmRSS", status), max(peak, kilobytes("VmHWM", status))
+            anonymous = max(anonymous, kilobytes("RssAnon", status))
+            if model := re.findall(r"evaluate: (\w+): loading", log.read_text()):
+                models[model[-1]] = max(models.get(model[-1], 0), now)
+        time.sleep(POLL)
+    return peak, anonymous, models
 
 
 @contextmanager
