@@ -80,7 +80,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     process = start(recipe_file, *overrides)
     wait_for(recipe_file.parent / "run" / "checkpoints" / "checkpoint-6" / SUMS, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=300)
     if number == signal.SIGTERM:
         assert process.returncode == 143, said
         last = said.splitlines()[-1]
@@ -98,7 +98,7 @@ def test_a_signal_saves_the_current_step(recipe_file):
     process = start(recipe_file, "train.epochs=500", "train.save_steps=5000")
     assert any("validation loss" in line for line in process.stderr)  # after an epoch of 6 steps
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     saved = checkpoints(recipe_file)[-1]
     step = int(saved.name.split("-")[1])

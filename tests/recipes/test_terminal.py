@@ -31,7 +31,7 @@ def in_a_terminal(code: str, columns: int = 80) -> str:
             break
         written += part
     os.close(leader)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=120) == 0
     return written.decode()
 
 
@@ -61,7 +61,7 @@ say("done")
 def test_a_terminal_has_one_status_line_which_disappears():
     written = in_a_terminal(LOOP)
     assert "loading torch" in written
-    assert re.search(r"train: step 3/5, 0:00 left", written)
+    assert re.search(r"train: step 3/5, \d+:\d\d left", written)
     lines = screen(written)
     assert lines[-2:] == ["done", ""]
     assert not [line for line in lines if "step" in line or "loading" in line]
