@@ -152,6 +152,25 @@ def test_number_match_compares_the_last_number(answer, reference, right):
     assert right_by(["f1", "number_match"]) == "number_match"
 
 
+def test_number_match_agrees_with_the_flexible_match_of_lm_eval_on_gsm8k():
+    """It differs only where lm-eval compares the writing, 18.00 and 18, or reads 25-7 as -7."""
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    extract = RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
+    ignored = [",", r"\$", r"(?s).*#### ", r"\.$"]
+    endings = ["{}", "The answer is {}.", "${}", "x = -{}", "{}%", "**{}**", "{}km", "3+1={}", "?"]
+    answers = [ending.format(n) for ending in endings for n in ("7", "25", "1,250", "1250", "2.5")]
+    for reference in ("9 - 2 = <<9-2=7>>7\n#### 7", "#### 1250", "#### 2.5", "#### -25"):
+        ours = [score_answers([a], [reference], ["number_match"]) for a in answers]
+        (found,) = extract.apply([answers], [{}])
+        theirs = [
+            exact_match_hf_evaluate([text], [reference], ignored)["exact_match"] for text in found
+        ]
+        assert [score["number_match"]["value"] for score in ours] == theirs
+        assert 0 < sum(theirs) < len(theirs)
+
+
 def test_json_match_names_the_row_of_a_broken_reference():
     with pytest.raises(UserError, match=r"row 2: .*'\{broken'"):
         score_answers(["1", "2"], ["1", "{broken"], ["json_match"])
