@@ -177,11 +177,10 @@ def work(name: str, shape: str, method: str, at: Path, blocks: int | None = None
     """Does the work of one measured process; prints its seconds, and its peak memory, in all and
     above the libraries'."""
     # Imported here, so that the work does not include imports.
+    import peft  # noqa: F401
     import torchao.prototype.safetensors.safetensors_support  # noqa: F401
     from transformers import LlamaForCausalLM, TorchAoConfig  # noqa: F401
 
-    if name == "theirs":
-        import peft  # noqa: F401
     functions = {
         "make": lambda: make(at, shape, blocks),
         "ours": lambda: ours(at, method, False),
@@ -263,7 +262,8 @@ def _opened(at: Path, method: str) -> tuple[Base, object]:
     from finequant.quantize.merge.adapter import open_base
     from finequant.recipes.schema import Model, Quantize
 
-    quantize = Quantize(method=method, group_size=GROUP_SIZE, head="float")
+    # As torchao does it: each group is scaled by its largest weight.
+    quantize = Quantize(method=method, scale="max", group_size=GROUP_SIZE, head="float")
     return open_base(Model(base=str(at / "base"))), quantize
 
 

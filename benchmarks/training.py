@@ -9,6 +9,7 @@ separate process, in turn. Padding does not count as tokens, nor loading and eva
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from finequant.finetune.train import LOG
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.load import load_recipe
@@ -34,9 +36,16 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "assistant.yaml"
-BEST = ("--dtype", "bfloat16", "--gradient_checkpointing", "false")
-"""The fastest options that change neither rows nor steps; eager attention and padding_free are not
-among them."""
+KEPT = ("--gradient_checkpointing", "false")
+BEST = {
+    torch.bfloat16: ("bf16 weights, no checkpointing", ("--dtype", "bfloat16", *KEPT)),
+    torch.float32: (
+        "float32, no checkpointing",
+        ("--dtype", "float32", "--bf16", "false", *KEPT),
+    ),
+}
+"""The fastest options by the dtype that finequant chooses here. They change neither rows nor
+steps; eager attention and padding_free are not among them."""
 
 
 class Measured(NamedTuple):
@@ -49,6 +58,7 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
     """Prints tokens per second, the share of the matrix products' peak, and the losses."""
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
+    from finequant.finetune.device import training_precision
     from finequant.finetune.model import load_config, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,9 +68,11 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
         encoded = [encode(row, tokenizer, recipe.data) for row in rows]
         mean = statistics.fmean(len(item.input_ids) for item in encoded)
         targets = statistics.fmean(sum(label >= 0 for label in item.labels) for item in encoded)
+        dtype = training_precision("auto")[0]
+        best, options = BEST[dtype]
         commands = {
             "trl sft, its defaults": trl_command(recipe, steps),
-            "trl sft, bf16 weights, no checkpointing": [*trl_command(recipe, steps), *BEST],
+            f"trl sft, {best}": [*trl_command(recipe, steps), *options],
             "finequant": our_command(recipe, steps),
         }
         measured: dict[str, list[Measured]] = {name: [] for name in commands}
@@ -69,7 +81,7 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
                 output = Path(folder) / f"{len(measured[name])}-{name.replace(' ', '-')}"
                 measured[name].append(measure(command, output))
                 say(f"round {number + 1} of {rounds}: {name}: {measured[name][-1]}")
-    peak = matrix_product_rate()
+    peak = matrix_product_rate(dtype)
     tokens = steps * recipe.train.batch_size * mean
     forward = block_weights(config) + head_weights(config) * targets / mean
     operations = 4 * tokens * forward
@@ -79,7 +91,7 @@ def main(steps: int = 20, rounds: int = 2, validation: int = 40) -> None:
     fastest = min(seconds.values())
     show(
         f"LoRA rank {recipe.lora.rank}, {steps} steps of {recipe.train.batch_size} rows, median of "
-        f"{rounds} rounds in turn; matrix products alone: {peak / 1e12:.2f} TFLOP/s in bf16",
+        f"{rounds} rounds in turn; matrix products alone: {peak / 1e12:.2f} TFLOP/s in {dtype}",
         ("training", "tokens per second", "times slower", "share of the peak", "validation loss"),
         [
             (
@@ -153,19 +165,24 @@ def our_command(recipe: Recipe, steps: int) -> list[str]:
 
 
 def measure(command: list[str], output: Path) -> Measured:
-    """Measures the training loop by what transformers' Trainer prints at its end."""
+    """Measures the training loop by what transformers' Trainer logs at its end."""
     if command[-1] == "output_dir=":
         command = [*command[:-1], f"output_dir={output}"]
     else:
         at = command.index("--output_dir")
         command = [*command[: at + 1], str(output), *command[at + 1 :]]
         command[0] = str(Path(sys.executable).with_name("trl"))
-    process = subprocess.run(command, capture_output=True, text=True)
+    # `trl sft` goes through accelerate, whose default is one core.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{process.stderr[-2000:]}")
 
+    ours = output / "adapter" / LOG
+    log = ours.read_text() if ours.exists() else process.stdout
+
     def last(key: str) -> float:
-        return float(re.findall(rf"'{key}': '?([0-9.e+-]+)", process.stdout)[-1])
+        return float(re.findall(rf"['\"]{key}['\"]: '?([0-9.e+-]+)", log)[-1])
 
     return Measured(last("train_runtime") - last("eval_runtime"), last("eval_loss"))
 
@@ -183,9 +200,9 @@ def head_weights(config: LlamaConfig) -> int:
     return config.vocab_size * config.hidden_size
 
 
-def matrix_product_rate(seconds: float = 3.0) -> float:
-    """Measures the operations per second of bf16 matrix products of this model's shape."""
-    x, weight = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+def matrix_product_rate(dtype: torch.dtype, seconds: float = 3.0) -> float:
+    """Measures the operations per second of matrix products of this model's shape."""
+    x, weight = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:
         torch.nn.functional.linear(x, weight)

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def read_command_line(
 ) -> tuple[Recipe, RunDir]:
     """Parses a stage's command line into its recipe and its run directory, which it locks.
 
+    Before torch is imported, a launched process gets its share of the cores.
     Hub revisions become commits: the current ones in the first stage, and the same ones later.
 
     Raises:
@@ -39,11 +41,34 @@ def read_command_line(
         "overrides", nargs="*", metavar="key.sub=value", help="overrides, such as train.epochs=2"
     )
     arguments = parser.parse_args(argv)
+    use_cores()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = RunDir.of(recipe)
     run.hold()
     recipe, commits = pinned(recipe, None if first_stage else run.commits_of("train"))
     return recipe, replace(run, commits=commits)
+
+
+def use_cores() -> None:
+    """Divides the cores among launched processes, unless the user has set OMP_NUM_THREADS.
+
+    Otherwise accelerate, on a machine without a GPU, and torchrun, for several processes, set it to
+    1, and all other cores are idle. It has an effect only before torch is imported.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    import psutil
+
+    with suppress(psutil.Error):
+        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():  # the launcher's
+            return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes == 1:
+        del os.environ["OMP_NUM_THREADS"]
+        return
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
 
 
 def quiet_libraries() -> None:

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError
+from finequant.finetune.data.messages import turns_in
 from finequant.finetune.data.rows import (
-    FORMATS,
     PAIR,
     PREFERENCES,
+    SIDES,
+    layout_of,
     mapped_columns,
     mapped_paths,
 )
@@ -66,13 +68,11 @@ def look_at(
         UserError: listing the columns, if they do not say which is which.
     """
     first = rows[0]
-    known = [form for form, names, _ in FORMATS if names <= first.keys() and form != "text"]
-    if columns:
-        known = []
-    if known and known[0] == "messages":
+    known = None if columns else layout_of(first)
+    if known == "messages" or (known and any(turns_in(first.get(side)) for side, _ in SIDES)):
         calls = any(mark in json.dumps(row, default=str) for row in rows for mark in CALLS)
         return Look(task or ("tools" if calls else "chat"), {}, [])
-    if known:
+    if known not in (None, "text"):
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
         return Look(task or _task_of(answers, name), {}, answers)

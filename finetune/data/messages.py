@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,8 @@ Message = dict[str, Any]
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
-    **{"developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant"},
+    **{"developer": "system", "human": "user", "function_call": "assistant"},
+    **dict.fromkeys(("gpt", "chatgpt", "model", "ai", "bot", "chatbot"), "assistant"),
     **{"observation": "tool", "function": "tool", "ipython": "tool"},
 }
 KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
@@ -46,9 +48,27 @@ def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]
     return [_message(turn, where) for turn in turns], unread
 
 
+def turns_in(value: Any) -> list[dict[str, Any]] | None:
+    """Returns the turns of a conversation, which may be JSON text; None for any other value."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    is_turns = isinstance(value, list) and value and all(map(_is_turn, value))
+    return value if is_turns else None
+
+
+def _is_turn(turn: Any) -> bool:
+    """Says whether this has a known role, and something said or called."""
+    return (
+        isinstance(turn, dict)
+        and str(turn.get("role", turn.get("from"))).lower() in ROLES
+        and bool({"content", "value", "tool_calls", "function_call"} & turn.keys())
+    )
+
+
 def _message(turn: dict[str, Any], where: str) -> Message:
     speaker = turn.get("role", turn.get("from"))
-    role = ROLES.get(str(speaker))
+    role = ROLES.get(str(speaker).lower())
     if role is None:
         raise BadRowError(f"{where}: role {speaker!r}: expected system, user, assistant or tool")
     content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls")

@@ -198,11 +198,13 @@ def _errors_of_hub(name: str) -> Iterator[None]:
     # These are its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"data: cannot load the dataset {name}: {reason}; check its id, name "
-            "(`init --subset NAME`), split and revision, the network, and `hf auth login` if it is "
+        advice = (
+            "check its id, name, split and revision, the network, and `hf auth login` if it is "
             "gated"
-        ) from None
+        )
+        if "config" in reason.lower():
+            advice = "choose by `name` of the source, or by --subset of `finequant init`"
+        raise UserError(f"data: cannot load the dataset {name}: {reason}; {advice}") from None
 
 
 def _tracked(name: str, dataset: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:

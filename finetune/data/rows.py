@@ -17,6 +17,7 @@ from finequant.finetune.data.messages import (
     read_messages,
     read_tools,
     repair_messages,
+    turns_in,
 )
 from finequant.finetune.data.row import Row
 from finequant.recipes.errors import UserError
@@ -24,14 +25,16 @@ from finequant.recipes.schema import Data, Source
 
 FORMATS = (
     # format, the columns that identify it, further columns that it reads
-    ("messages", {"messages"}, set()),
-    ("messages", {"conversations"}, set()),
     ("prompt_completion", {"prompt", "completion"}, {"history"}),
     ("alpaca", {"instruction", "output"}, {"input", "context", "history"}),
     ("alpaca", {"instruction", "response"}, {"input", "context", "history"}),
-    ("text", {"text"}, set()),
 )
+EXCLUDED = "answers excluded from the loss (weight 0, train false, or part of a prompt)"
+SIDES = (("prompt", "user"), ("completion", "assistant"))
+"""Fields of a row, and who speaks in them."""
 CHAT_COLUMNS = ("messages", "conversations")
+MAYBE_CHAT = ("conversation", "dialogue", "dialog", "chat", "turns")
+"""Columns that hold a conversation or, in other datasets, text."""
 WANTED = ("label", "kto_tag")
 """KTO's columns: false marks an answer that people did not want."""
 PAIR = {"chosen", "rejected"}
@@ -108,9 +111,7 @@ class RowReader:
             messages.insert(0, _message("system", system))
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
         if excluded:
-            self.findings.counts["answers excluded from the loss (weight 0 or train false)"] += len(
-                excluded
-            )
+            self.findings.counts[EXCLUDED] += len(excluded)
         if messages[0]["role"] == "assistant":
             self.findings.counts[
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
@@ -129,22 +130,38 @@ class RowReader:
         if self.form == "messages":
             return self._chat(where, row)
         if self.form == "alpaca":
-            ask, say = "instruction", "output" if "output" in row else "response"
-            below = "input" if "input" in row else "context"
+            asked, answered = self._alpaca(where, row)
         else:
-            ask, say, below = "prompt", "completion", ""
-        prompt = self._text_of(ask, row, where)
-        if below and (extra := self._text_of(below, row, where, "")).strip():
+            asked, answered = (self._turns(*side, where, row) for side in SIDES)
+        for message in asked:
+            if message["role"] == "assistant":
+                message["learned"] = False
+        return [*self._history(row, where), *asked, *answered]
+
+    def _alpaca(self, where: str, row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+        prompt = self._text_of("instruction", row, where)
+        extra = self._text_of("input" if "input" in row else "context", row, where, "")
+        if extra.strip():
             prompt += f"\n\n{extra}"
-        answer = self._text_of(say, row, where)
-        return [*self._history(row, where), _message("user", prompt), _message("assistant", answer)]
+        answer = self._text_of("output" if "output" in row else "response", row, where)
+        return [_message("user", prompt)], [_message("assistant", answer)]
+
+    def _turns(self, field: str, role: str, where: str, row: dict[str, Any]) -> list[Message]:
+        """Returns the message of a prompt or completion, or its messages if it is a list of them,
+        which trl calls conversational."""
+        column = self.source.columns.get(field, field)
+        if "{" not in column and (turns := turns_in(value_of(row, column, where))):
+            return self._read(turns, column, where)
+        return [_message(role, self._text_of(field, row, where))]
 
     def _chat(self, where: str, row: dict[str, Any]) -> list[Message]:
-        names = (name for name in CHAT_COLUMNS if name in row)
-        column = self.source.columns.get("messages") or next(names, CHAT_COLUMNS[0])
+        column = self.source.columns.get("messages") or chat_column(row) or CHAT_COLUMNS[0]
         turns = value_of(row, column, where)
         if isinstance(turns, str):  # a cell of a CSV file
             turns = parse_json(turns, f"{where}: {column}", "a list of role and content")
+        return self._read(turns, column, where)
+
+    def _read(self, turns: Any, column: str, where: str) -> list[Message]:
         messages, unread = read_messages(turns, f"{where}: {column}")
         self.findings.unread |= dict.fromkeys(f"{key} of messages" for key in sorted(unread))
         return messages
@@ -207,10 +224,14 @@ class RowReader:
         known = {name for name in WANTED if isinstance(row.get(name), bool)}
         if row.get("weight") in (0, 1):
             known.add("weight")
+        if self.form == "text":
+            return known | {"text"}
+        known |= {"system", "tools"}
+        if self.form == "messages":
+            return known | {chat_column(row) or CHAT_COLUMNS[0]}
         for form, needed, more in FORMATS:
             if form == self.form and needed <= row.keys():
-                extra = set() if form == "text" else {"system", "tools"}
-                return known | needed | (more - ({"context"} if "input" in row else set())) | extra
+                return known | needed | (more - ({"context"} if "input" in row else set()))
         return known
 
     def _left_out(self, row: dict[str, Any]) -> str:
@@ -240,6 +261,23 @@ def mapped_paths(columns: dict[str, str]) -> list[str]:
     ]
 
 
+def layout_of(row: dict[str, Any]) -> str | None:
+    """Returns the format of a row; None if its columns do not tell."""
+    if chat_column(row):
+        return "messages"
+    for form, columns, _ in FORMATS:
+        if columns <= row.keys():
+            return form
+    return "text" if "text" in row else None
+
+
+def chat_column(row: dict[str, Any]) -> str | None:
+    """Returns the column with the conversation; None if there is none."""
+    by_name = (name for name in CHAT_COLUMNS if name in row)
+    by_content = (name for name in MAYBE_CHAT if turns_in(row.get(name)))
+    return next(by_name, None) or next(by_content, None)
+
+
 def detect_format(source: Source, row: dict[str, Any]) -> str:
     """Determines the format of a source, from the recipe or its first row.
 
@@ -251,9 +289,8 @@ def detect_format(source: Source, row: dict[str, Any]) -> str:
         return next((form for form in ("messages", "text") if form in mapped), "prompt_completion")
     if source.format != "auto":
         return source.format
-    for form, columns, _ in FORMATS:
-        if columns <= row.keys():
-            return form
+    if form := layout_of(row):
+        return form
     if row.keys() >= PAIR:
         raise UserError(f"{source.source}: {PREFERENCES}")
     raise UserError(

@@ -70,8 +70,10 @@ def write_recipe(
         raise UserError(
             f"{target}: exists already: edit it, or choose another name: --to FILE.yaml"
         )
-    train = Source(source=_located("--data", data), name=subset, split=split or "train")
-    other = Source(source=_located("--test", test), name=subset) if test else None
+    train = _source_at("--data", data, subset).model_copy(update={"split": split or "train"})
+    other = _source_at("--test", test, subset) if test else None
+    if subset and not train.name:
+        raise UserError(f"--subset {subset}: only a dataset of the Hub has subsets, not {data}")
     if base and is_local(base) and not Path(base).expanduser().exists():
         raise UserError(f"--base: {base} does not exist")
     rows = _rows_of(train)
@@ -113,17 +115,17 @@ def default_target(data: Path) -> Path:
     return Path(f"{stem or data.resolve().parent.name or 'rows'}.yaml")
 
 
-def _located(option: str, rows: Path) -> str:
-    """Returns the absolute path of rows that exist here, or else the id of a Hub dataset.
+def _source_at(option: str, rows: Path, subset: str | None) -> Source:
+    """Returns the source of rows that exist here, by their absolute path, or else on the Hub.
 
     Raises:
-        UserError: if it can only be a path.
+        UserError: for what does not exist and can only be a path.
     """
     path = rows.expanduser().resolve()
     if any(match.exists() for match in matching_files(path)):
-        return str(path)
+        return Source(source=str(path))
     if re.fullmatch(HUB_ID, str(rows)) and not is_local(str(rows)):
-        return str(rows)
+        return Source(source=str(rows), name=subset)
     raise UserError(
         f"{option}: {rows} does not exist; expected a file, a folder, or a Hub dataset: ORG/NAME"
     )

@@ -20,7 +20,6 @@ from finequant.quantize.methods.method import Calibrated, load_method
 from finequant.quantize.methods.sequences import for_the_method, sequences_of
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import Plan, is_calibrated, layer_plan
-from finequant.quantize.training.scales import train_scales
 from finequant.recipes.schema import Quantize, Recipe
 
 if TYPE_CHECKING:
@@ -88,6 +87,8 @@ def round_model(
     Raises:
         UserError: if there is nothing to calibrate on.
     """
+    from finequant.quantize.training.scales import train_scales  # late, because it imports trl
+
     quantize, config = recipe.quantize, model.config
     plan, sequences = layer_plan(quantize, config), sequences_of(recipe, tokenizer)
     codes, weights = Codes(plan, model), weights_of(model)

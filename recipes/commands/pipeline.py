@@ -190,19 +190,6 @@ def _spreads(recipe: Recipe) -> bool:
     return not fits_one_device(recipe, load_config(recipe.model), this_machine())
 
 
-def _threads_of_each() -> dict[str, str]:
-    """Gives the process of each GPU its share of the cores: launchers give it one, but the first
-    process also merges, writes and reloads on the CPU."""
-    import torch
-
-    from finequant.finetune.device import trains_on_cpu
-
-    if trains_on_cpu():
-        return {}
-    cores = (os.cpu_count() or 1) // torch.accelerator.device_count()
-    return {"OMP_NUM_THREADS": str(max(1, cores))}
-
-
 def processes() -> BaseContext:
     """Returns the multiprocessing context in which stages start.
 
@@ -240,7 +227,7 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
     name, module, arguments = ", ".join(step), module_of(step[0]), [*arguments, *formats(step)]
     if launcher:
         command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
-        environment = _threads_of_each() | os.environ | {STAGE: position}
+        environment = os.environ | {STAGE: position}
         code, signaled = start_and_forward_signals(partial(_started, command, environment))
         if code - 128 in CRASHES:  # one of the launcher's processes crashed
             code = 128 - code

@@ -22,7 +22,10 @@ SHAREGPT = [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]
 FORMS = {
     "messages": {"messages": TURNS},
     "sharegpt": {"conversations": SHAREGPT},
+    "another column": {"dialogue": SHAREGPT},
     "prompt_completion": {"prompt": ASK, "completion": SAY},
+    "lists of messages": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "a list and a text": {"prompt": SHAREGPT[:1], "completion": SAY},
     "alpaca": {"instruction": ASK, "input": "", "output": SAY},
     "text": {"text": ASK + SAY},
 }
@@ -80,10 +83,16 @@ def test_every_format_of_every_file_gives_the_same_rows(tmp_path, form, suffix):
     rows, _, _, notes = load(write(tmp_path / f"rows{suffix}", [FORMS[form]] * 2))
     content = {"text": ASK + SAY} if form == "text" else {"messages": tuple(TURNS)}
     # The cells of a CSV file contain line breaks, JSON text does not.
-    second = ":3" if form in ("messages", "sharegpt") else ":5"
+    lines = {"a list and a text": ":4", "alpaca": ":5", "prompt_completion": ":5", "text": ":5"}
+    second = lines.get(form, ":3")
     places = {".jsonl": (":1", ":2"), ".csv": (":2", second)}.get(suffix, ("[0]", "[1]"))
     assert rows == [Row(f"rows{suffix}{place}", **content) for place in places]
-    name = "messages" if form == "sharegpt" else form
+    name = {
+        "sharegpt": "messages",
+        "another column": "messages",
+        "lists of messages": "prompt_completion",
+        "a list and a text": "prompt_completion",
+    }.get(form, form)
     assert notes == [f"rows{suffix}: 2 rows, format {name}"]
 
 
@@ -398,10 +407,10 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         GOOD + '{"prompt": "ask", "completion": NaN}',
         ["rows.jsonl:2: completion is nan, expected text", "remove the row"],
     ),
-    "messages as prompt": (
+    "messages as instruction": (
         "rows.jsonl",
-        GOOD + json.dumps({"prompt": TURNS[:1], "completion": TURNS[1:]}),
-        ["rows.jsonl:2: prompt is a list of messages", "one column `messages`"],
+        json.dumps({"instruction": TURNS[:1], "output": "b"}),
+        ["rows.jsonl:1: instruction is a list of messages", "one column `messages`"],
     ),
     "unknown role": (
         "rows.jsonl",

@@ -51,6 +51,53 @@ def test_system_and_history_of_alpaca_are_turns(tmp_path):
     assert len(splits.notes) == 1
 
 
+CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": "a"}],
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+    ],
+    ids=["question", "system", "several turns"],
+)
+def test_messages_as_prompt_and_completion_are_what_trl_makes_of_them(tmp_path, tokenizer, turns):
+    from trl import maybe_apply_chat_template
+
+    from finequant.finetune.data.tokens import IGNORED, encode
+
+    row = {"prompt": turns, "completion": [{"role": "assistant", "content": "d"}]}
+    splits = load(tmp_path, [row])
+    texts = maybe_apply_chat_template(row, tokenizer)
+    (read,) = splits.train
+    encoded = encode(read, tokenizer, Data(train="rows.jsonl"))
+    learned = [label for label in encoded.labels if label != IGNORED]
+    assert tokenizer.decode(encoded.input_ids) == texts["prompt"] + texts["completion"]
+    assert tokenizer.decode(learned) == texts["completion"].rstrip()  # up to the end token
+
+
+def test_a_completion_may_call_a_function_and_answer(tmp_path):
+    said_after = [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "One."}]
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [CALLED, *said_after]}
+    (read,) = load(tmp_path, [row]).train
+    assert read.targets == [1, 3]
+
+
+def test_json_that_has_roles_or_senders_is_no_conversation(tmp_path):
+    people = json.dumps([{"role": "mayor", "content": "Ada"}])
+    mail = [{"from": "user", "to": "Ada"}]
+    rows = [{"prompt": "a", "completion": people}, {"prompt": "b", "completion": mail}]
+    splits = load(tmp_path, rows)
+    assert said(splits) == ["user: a", f"assistant: {people}"]
+    assert said(splits, 1) == ["user: b", f"assistant: {json.dumps(mail)}"]
+
+
 @pytest.mark.parametrize("history", [[["a"]], ["ab"], {"a": "b"}, [["a", None]]])
 def test_an_invalid_history_is_refused(tmp_path, history):
     row = {"instruction": "c", "output": "d", "history": history}
@@ -109,7 +156,7 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     assert read.targets == [3]
     assert all(set(message) == {"role", "content"} for message in read.messages)
     assert splits.notes[1:] == [
-        "rows.jsonl: answers excluded from the loss (weight 0 or train false): 1"
+        "rows.jsonl: answers excluded from the loss (weight 0, train false, or part of a prompt): 1"
     ]
     for loss_on in ("assistant", "all"):
         data = Data(train="rows.jsonl", loss_on=loss_on)

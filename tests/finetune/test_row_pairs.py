@@ -103,6 +103,12 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         chat(answer(weight=0.5)),
         "weight of a message is 0.5, expected 0 or 1",
     ),
+    "a conversation as prompt": (
+        {},
+        {"prompt": [{"from": "Human", "value": "Who?"}], "completion": "Ada"},
+        {"prompt": [{"role": "Judge", "content": "Who?"}], "completion": "Ada"},
+        "prompt is a list of messages, expected text",
+    ),
     "earlier turns": (
         {},
         {"instruction": "And?", "output": "Ada", "history": [["Who?", "Her"]]},

@@ -118,6 +118,28 @@ KINDS = {
         ["tool_call_match"],
         ("call 0", ""),
     ),
+    "lists of messages": (
+        [
+            {
+                "prompt": [{"role": "user", "content": f"say {n}"}],
+                "completion": [{"role": "assistant", "content": f"{n}"}],
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("say 0", "0"),
+    ),
+    "a conversation in another column": (
+        [
+            {
+                "id": n,
+                "dialog": [{"from": "user", "value": f"say {n}"}, {"from": "bot", "value": "no"}],
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("say 0", "no"),
+    ),
     "ShareGPT's calls, in a few rows": (
         [
             {
@@ -255,6 +277,18 @@ def test_a_wrong_command_line_is_refused_before_anything_is_asked(capsys):
     assert exit_.value.code == 2
     assert "rows.jsonl: expected key.sub=value, such as train.epochs=2; name rows by" in said.err
     assert "File with your rows" not in said.out + said.err
+
+
+@pytest.mark.parametrize("rows", ["rows", "./rows", "no/such/rows", "org/rows.jsonl"])
+def test_rows_that_are_neither_here_nor_on_the_hub_are_refused(tmp_path, rows):
+    target = tmp_path / "mine.yaml"
+    with pytest.raises(UserError, match=r"--data: .*rows.* does not exist; expected a file, .*ORG"):
+        write_recipe(Path(rows), None, None, None, target)
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(UserError, match="--subset main: only a dataset of the Hub has subsets"):
+        write_recipe(file, None, None, None, target, subset="main")
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("base", ["./models/llama", "~/llama", "/llama.gguf"])

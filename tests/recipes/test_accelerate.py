@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, TrainingArguments
 from finequant.finetune.architecture import skeleton
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import sharding
+from finequant.recipes.command_line import use_cores
 from finequant.recipes.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +134,42 @@ def test_training_starts_through_accelerate_launch(recipe_file):
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == 4
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
+
+
+THREADS = """
+from finequant.recipes.command_line import use_cores
+use_cores()
+import torch
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_accelerate_launches_uses_all_cores(tmp_path):
+    """accelerate launch gives it one, unless a configuration says that there is no GPU."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+    def threads(*launcher: str, **environment: str) -> int:
+        command = [sys.executable, *launcher, str(tmp_path / "threads.py")]
+        done = subprocess.run(
+            command, env=unset | environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    launcher = ("-m", "accelerate.commands.launch")
+    assert threads(*launcher) == threads()
+    assert threads(*launcher, OMP_NUM_THREADS="1") == 1
+
+
+def test_several_processes_share_the_cores(monkeypatch):
+    environment = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 18)
+    monkeypatch.setattr(psutil.Process, "environ", lambda self: {})
+    use_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(
