@@ -71,14 +71,14 @@ def write_recipe(
             f"{target}: exists already: edit it, or choose another name: --to FILE.yaml"
         )
     train = _source_at("--data", data, subset).model_copy(update={"split": split or "train"})
-    other = _source_at("--test", test, subset) if test else None
+    test_source = _source_at("--test", test, subset) if test else None
     if subset and not train.name:
         raise UserError(f"--subset {subset}: only a dataset of the Hub has subsets, not {data}")
     if base and is_local(base) and not Path(base).expanduser().exists():
         raise UserError(f"--base: {base} does not exist")
     rows = _rows_of(train)
     look = look_at(rows, str(data), task, columns or {})
-    held_out = _held_out(train, other)
+    held_out = _held_out(train, test_source)
     if look.task == "text" and len(rows) == 1 and "test" not in held_out:
         raise UserError(
             f"{data}: this is one text, which is one row, so that none can be held out: give "
