@@ -32,7 +32,7 @@ READ = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT
 UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 
 
-def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]]:
+def read_messages(turns: Any, where: str) -> tuple[list[Message], set[str]]:
     """Returns the messages, and the keys of turns that are not read.
 
     Answers that are not targets (`weight: 0`, `train: false`) get `learned: False`.
@@ -40,6 +40,7 @@ def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]
     Raises:
         BadRowError: for what is not a list of turns, or a turn that cannot be read.
     """
+    turns = _in_rows(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRowError(f"{where}: expected a list of role and content, found {shown(turns)}")
     # Tables give every turn the keys of all turns.
@@ -48,11 +49,23 @@ def read_messages(turns: list[Any], where: str) -> tuple[list[Message], set[str]
     return [_message(turn, where) for turn in turns], unread
 
 
+def _in_rows(turns: Any) -> Any:
+    """Returns {"role": [...], "content": [...]} as a list of turns: a `Sequence` of messages in
+    `datasets` becomes one of such lists."""
+    lists = turns.values() if isinstance(turns, dict) else ()
+    if not lists or not all(isinstance(values, list) for values in lists):
+        return turns
+    if len({len(values) for values in lists}) > 1:
+        return turns
+    return [dict(zip(turns, turn, strict=True)) for turn in zip(*lists, strict=True)]
+
+
 def turns_in(value: Any) -> list[dict[str, Any]] | None:
     """Returns the turns of a conversation, which may be JSON text; None for any other value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
+    value = _in_rows(value)
     is_turns = isinstance(value, list) and value and all(map(_is_turn, value))
     return value if is_turns else None
 

@@ -82,6 +82,21 @@ def test_messages_as_prompt_and_completion_are_what_trl_makes_of_them(tmp_path, 
     assert tokenizer.decode(learned) == texts["completion"].rstrip()  # up to the end token
 
 
+def test_a_sequence_of_messages_in_datasets_is_a_conversation(tmp_path):
+    """`datasets` stores it as a list of roles and a list of contents."""
+    from datasets import Dataset, Features, Sequence, Value
+
+    turn = {"role": Value("string"), "content": Value("string")}
+    turns = {"role": ["user", "assistant"], "content": ["a", "b"]}
+    for name in ("messages", "dialog"):
+        rows = Dataset.from_dict({name: [turns]}, features=Features({name: Sequence(turn)}))
+        rows.to_parquet(tmp_path / "rows.parquet")
+        data = Data(train=str(tmp_path / "rows.parquet"), validation_fraction=0)
+        assert said(load_splits(data, 0)) == ["user: a", "assistant: b"]
+    with pytest.raises(UserError, match="expected a list of role and content, found {'role'"):
+        load(tmp_path, [{"messages": {"role": ["user"], "content": ["a", "b"]}}])
+
+
 def test_a_completion_may_call_a_function_and_answer(tmp_path):
     said_after = [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "One."}]
     row = {"prompt": [{"role": "user", "content": "a"}], "completion": [CALLED, *said_after]}
