@@ -70,11 +70,11 @@ def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
             "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
             "evaluate.perplexity or evaluate.tasks"
         )
-    # The default is left out without a word.
-    named = evaluate.metrics if "metrics" in evaluate.model_fields_set else []
-    if named and not any(row.messages for row in test):
+    # The default, which the recipe need not name, is left out without a word.
+    asked = evaluate.metrics if evaluate.metrics != Evaluate().metrics else []
+    if asked and not any(row.messages for row in test):
         raise UserError(
-            f"evaluate.metrics: {', '.join(named)}: no held-out row has an answer: give data.test "
+            f"evaluate.metrics: {', '.join(asked)}: no held-out row has an answer: give data.test "
             "with questions and answers, or set evaluate.metrics=[]"
         )
 
