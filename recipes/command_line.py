@@ -61,8 +61,8 @@ def use_cores() -> None:
     import psutil
 
     with suppress(psutil.Error):
-        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():  # the launcher's
-            return
+        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+            return  # the launcher inherited it from the user
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes == 1:
         del os.environ["OMP_NUM_THREADS"]

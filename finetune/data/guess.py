@@ -87,8 +87,7 @@ def look_at(
     flat = [cells(row, columns.values()) for row in rows]
     chosen = columns_of_pair(flat, data, columns)
     answers = [str(row.get(chosen["completion"])) for row in flat]
-    languages = all(LANGUAGE.fullmatch(name.rpartition(".")[2]) for name in chosen.values())
-    task = task or ("translate" if languages else _task_of(answers, chosen["completion"]))
+    task = task or _task_of(answers, chosen["completion"], chosen["prompt"])
     return Look(task, chosen, answers, _unread(rows, chosen))
 
 
@@ -223,10 +222,14 @@ def _distinct(rows: Sequence[dict[str, str]], name: str) -> int:
     return len({str(row.get(name)) for row in rows})
 
 
-def _task_of(answers: list[str], name: str) -> Task:
+def _task_of(answers: list[str], name: str, prompt: str = "") -> Task:
+    """Guesses the task from the answers and the columns of answer and question."""
     if all(answer.lstrip().startswith(("{", "[")) for answer in answers):
         return "extract"
     if "summar" in name.lower():
         return "summarize"
     few = len(set(answers)) <= max(2, len(answers) // 4)
-    return "classify" if few and fmean(map(len, answers)) <= SHORT else "chat"
+    if few and fmean(map(len, answers)) <= SHORT:
+        return "classify"
+    columns = (column.rpartition(".")[2] for column in (prompt, name))
+    return "translate" if all(map(LANGUAGE.fullmatch, columns)) else "chat"

@@ -202,7 +202,7 @@ def _errors_of_hub(name: str) -> Iterator[None]:
             "check its id, name, split and revision, the network, and `hf auth login` if it is "
             "gated"
         )
-        if "config" in reason.lower():
+        if "Config" in reason:  # "Config name is missing", "BuilderConfig ... not found"
             advice = "choose by `name` of the source, or by --subset of `finequant init`"
         raise UserError(f"data: cannot load the dataset {name}: {reason}; {advice}") from None
 

@@ -234,13 +234,8 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
     else:
         doing(f"{name}: loading torch and transformers")
         work = (module, arguments, position)
-        process = processes().Process(target=_run_stage, args=work)
-        try:
-            code, signaled = start_and_forward_signals(partial(_forked, process))
-        except (EOFError, OSError) as error:  # the fork server was killed
-            raise OutsideError(
-                f"{name}: its process did not start ({error}): {RESUME_HINT}"
-            ) from None
+        process = processes().Process(name=name, target=_run_stage, args=work)
+        code, signaled = start_and_forward_signals(partial(_forked, process))
         if code == FORK_SERVER_LOST:
             _end_orphan(process.pid)
             code = -signal.SIGKILL
@@ -258,11 +253,18 @@ def _started(command: list[str], environment: dict[str, str]) -> tuple[int, Call
 
 
 def _forked(process: BaseProcess) -> tuple[int, Callable[[], int]]:
+    from finequant.recipes.interrupt import RESUME_HINT
+
     def exit_code() -> int:
         process.join()
         return process.exitcode
 
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError) as error:  # the fork server was killed
+        raise OutsideError(
+            f"{process.name}: its process did not start ({error}): {RESUME_HINT}"
+        ) from None
     close()
     return process.pid, exit_code
 

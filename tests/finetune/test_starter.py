@@ -43,6 +43,11 @@ KINDS = {
         ["exact_match", "multiple_choice"],
         ("where is 0?", "lost"),
     ),
+    "labels in columns of two letters": (
+        [{"tx": f"where is {n}?", "lb": ("lost", "found")[n % 2]} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("where is 0?", "lost"),
+    ),
     "numbers as labels": (
         [{"id": n, "text": f"where is {n}?", "label": n % 3} for n in range(40)],
         ["exact_match", "multiple_choice"],
@@ -362,7 +367,7 @@ def test_held_out_rows_may_have_other_columns(tmp_path):
 
 def test_parallel_files_of_two_languages_make_a_recipe(tmp_path):
     for name, text in (("train.en", "a dog"), ("train.de", "ein Hund")):
-        (tmp_path / name).write_text(text + "\n")
+        (tmp_path / name).write_text("".join(f"{text} {n}\n" for n in range(20)))
     with pytest.raises(UserError, match=r"line by line, name train\.\{de,en\}$"):
         write_recipe(tmp_path / "train.de", None, None, None, tmp_path / "mine.yaml")
     pair = tmp_path / "train.{de,en}"
