@@ -14,6 +14,7 @@ from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.messages import turns_in
 from finequant.finetune.data.rows import (
+    ANSWERS,
     PAIR,
     PREFERENCES,
     SIDES,
@@ -26,7 +27,6 @@ from finequant.recipes.errors import UserError
 Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract"]
 
 QUESTIONS = ("question", "query", "text", "sentence", "dialogue", "document", "article", "input")
-ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
 CHOICES = ("choice", "option", "candidate", "ending", "alternative", "distractor")
 """Words in the name of a list whose first item need not be the right one."""
 NUMBERS = (*ANSWERS, "gold", "correct", "index")

@@ -35,6 +35,8 @@ SIDES = (("prompt", "user"), ("completion", "assistant"))
 CHAT_COLUMNS = ("messages", "conversations")
 MAYBE_CHAT = ("conversation", "dialogue", "dialog", "chat", "turns")
 """Columns that hold a conversation or, in other datasets, text."""
+ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
+"""Columns that are usually the answer to what another column holds."""
 WANTED = ("label", "kto_tag")
 """KTO's columns: false marks an answer that people did not want."""
 PAIR = {"chosen", "rejected"}
@@ -272,10 +274,15 @@ def layout_of(row: dict[str, Any]) -> str | None:
 
 
 def chat_column(row: dict[str, Any]) -> str | None:
-    """Returns the column with the conversation; None if there is none."""
-    by_name = (name for name in CHAT_COLUMNS if name in row)
-    by_content = (name for name in MAYBE_CHAT if turns_in(row.get(name)))
-    return next(by_name, None) or next(by_content, None)
+    """Returns the column with the conversation to learn; None if there is none.
+
+    A conversation beside an answer, such as its summary, is what the answer is about.
+    """
+    if named := next((name for name in CHAT_COLUMNS if name in row), None):
+        return named
+    if any(str(name).lower() in ANSWERS for name in row):
+        return None
+    return next((name for name in MAYBE_CHAT if turns_in(row.get(name))), None)
 
 
 def detect_format(source: Source, row: dict[str, Any]) -> str:

@@ -104,6 +104,15 @@ def test_a_completion_may_call_a_function_and_answer(tmp_path):
     assert read.targets == [1, 3]
 
 
+@pytest.mark.parametrize("answer", ["summary", "Category"])
+def test_a_conversation_beside_an_answer_is_not_what_is_learned(tmp_path, answer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match=f"cannot tell the format from the columns .*{answer}"):
+        load(tmp_path, [{"dialogue": turns, answer: "c"}])
+    mapped = load(tmp_path, [{"dialogue": turns, answer: "c"}], columns={"messages": "dialogue"})
+    assert said(mapped) == ["user: a", "assistant: b"]
+
+
 def test_json_that_has_roles_or_senders_is_no_conversation(tmp_path):
     people = json.dumps([{"role": "mayor", "content": "Ada"}])
     mail = [{"from": "user", "to": "Ada"}]
