@@ -227,7 +227,7 @@ def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     sequences = [ScoredSequence(row, [False] + [True] * length) for row in ids.tolist()]
     calls = {
         "perplexity": lambda: negative_log_likelihoods(model, sequences, rows, ""),
-        "a forward and no more": lambda: [
+        "a forward pass alone": lambda: [
             model(part[:, :-1].to(model.device), use_cache=False).logits.sum().item()
             for part in ids.split(1)
         ],

@@ -104,8 +104,8 @@ def check_window(recipe: Recipe, config: DecoderConfig) -> None:
     for key, length in lengths.items():
         if window is not None and length > window:
             raise UserError(
-                f"{key}: {length} tokens, more than the sliding window of {recipe.model.base}, "
-                f"{window}, within which attention is full: set {key}={window}, or less"
+                f"{key}: {length} tokens are more than the sliding window of {recipe.model.base}, "
+                f"which only attends to the last {window}: set {key}={window} or less"
             )
 
 

@@ -215,7 +215,7 @@ def _reason(error: Exception) -> str:
     for cause in (error, error.__cause__):
         if isinstance(cause, RepositoryNotFoundError):  # a gated one too
             return (
-                "the Hub shows you no such model; for a gated or private one accept its terms on "
+                "the Hub shows you no such model; for a gated or private one, accept its terms on "
                 "its page, then run `hf auth login`"
             )
         if isinstance(cause, RevisionNotFoundError):

@@ -60,9 +60,10 @@ def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in KNOWN:
         raise UserError(
-            f"model.base: {file}: its pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known "
-            f"here, so texts could get wrong tokens; expected one of {', '.join(KNOWN)}. Take the "
-            "base's safetensors instead: they come with a tokenizer.json"
+            f"model.base: {file}: finequant does not know its pre-tokenizer {name!r} "
+            f"(tokenizer.ggml.pre), so texts could get wrong tokens; expected one of "
+            f"{', '.join(KNOWN)}. Use the base's safetensors instead: they come with a "
+            "tokenizer.json"
         )
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizer(name)

@@ -110,10 +110,10 @@ def _newest_complete(folder: Path, quiet: bool) -> str | None:
         if changed == []:
             if not quiet:
                 _refuse_other_launcher(checkpoint)
-                say(f"train: going on from {checkpoint}")
+                say(f"train: continuing from {checkpoint}")
             return checkpoint.name
         reason = changed[0] if changed else "saving it was interrupted"
-        say(f"train: {checkpoint} is incomplete ({reason}): removed")
+        say(f"train: removed {checkpoint}, which is incomplete ({reason})")
         remove(checkpoint)
     return None
 

@@ -127,7 +127,7 @@ def _overruled(report: dict[str, Any]) -> str:
         return ""
     failed = [check["name"] for check in report["gate"]["checks"] if not check["passed"]]
     return (
-        "> **The gate of its recipe failed, and was overruled by whoever published this model:** "
+        "> **The gate of the recipe failed, and the publisher of this model overruled it:** "
         f"{', '.join(failed)}. The lines below say by how much."
     )
 
@@ -157,7 +157,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     tasks = {task for task, _ in metrics_of(models)}
     limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
     if not tasks - {"held_out"}:
-        limits.append("No public benchmark was run: what the model lost elsewhere is not known.")
+        limits.append("No public benchmark was run: what the model lost elsewhere is unknown.")
     if not set(corpora_of(models)) - {"held_out"}:
         limits.append("Perplexity was measured on the held-out rows only, not on general text.")
     if "held_out" not in tasks:
@@ -168,9 +168,9 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         for pair in metrics_of(models)
     ]
     if smallest := min(filter(None, scored), default=0):
-        limits.append(f"Accuracies are over {smallest} rows or more: mind their standard errors.")
+        limits.append(f"Accuracies are over {smallest} rows or more: note their standard errors.")
     if kind == QUANTIZED and not report["gate"]["checks"]:
-        limits.append("Its recipe sets no gate: no limit for what quantization may cost.")
+        limits.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     if kind == QUANTIZED:
         from finequant.quantize.formats.formats import report_key  # which imports torch
 
@@ -185,7 +185,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
             if report_key(name) not in models
         ]
     if base_on_hub(recipe) != recipe.model.base:
-        limits.append(f"The base it was trained on is `{recipe.model.base}`.")
+        limits.append(f"The adapter was trained on `{recipe.model.base}`.")
     return [*limits, "Safety, bias and truthfulness were not measured."]
 
 

@@ -158,7 +158,7 @@ def check_tuned(recipe: Recipe, run: RunDir, tuned: Tuned) -> Checked:
     prompts, dtype = check_prompts(recipe, tokenizer), shipped_dtype(recipe.quantize, config)
     say("quantize: merging")
     difference, logits = check_merge(base, adapter, run.adapter, prompts)
-    say(f"quantize: merged = base + adapter within {difference:.1e} of the largest logit")
+    say(f"quantize: merging changes no logit by more than {difference:.1e} of the largest")
     weights = merged_weights(base, adapter)
     check_range(config, weights, prompts, dtype)
     if recipe.quantize.keep_merged:
@@ -238,7 +238,7 @@ def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, 
     if shipped is None:
         return {}
     error = ((shipped - tuned).norm() / tuned.norm()).item()
-    say(f"quantize: the logits differ from those of base + adapter by {error:.1%} of their size")
+    say(f"quantize: rounding changes the logits by {error:.1%} (root mean square)")
     return {"logit_error": error}
 
 

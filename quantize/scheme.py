@@ -53,7 +53,7 @@ def layer_plan(quantize: Quantize, config: DecoderConfig) -> Plan:
     _check_patterns(quantize, linear)
     plan = {name: _scheme(layer_settings(name, quantize), quantize) for name in linear}
     if not any(plan.values()):
-        raise UserError("quantize.layers: every layer stays in float, nothing is left to quantize")
+        raise UserError("quantize.layers: every layer stays in float: nothing is left to quantize")
     bits = quantize.embedding
     plan[EMBEDDING] = _scheme("float" if bits == "float" else Layer(bits=bits), quantize)
     _check_group_sizes(quantize, plan, shapes)
@@ -138,8 +138,8 @@ def _check_budget(quantize: Quantize, plan: Plan, config: DecoderConfig) -> None
     least = bits_per_weight(plan | fewest, config)
     if quantize.budget < least:
         raise UserError(
-            f"quantize.budget: {quantize.budget} bits per weight are too few, the plan takes at "
-            f"least {least:.3f}, scales included: use larger groups or quantize.scale_dtype="
+            f"quantize.budget: {quantize.budget} bits per weight are too few: the plan takes at "
+            f"least {least:.3f}, scales included; use larger groups or quantize.scale_dtype="
             "bfloat16, or set fewer bits in quantize.layers"
         )
 

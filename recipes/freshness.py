@@ -96,7 +96,7 @@ def why_stale(folder: Path, inputs: Inputs) -> list[str]:
     """Lists the inputs and versions that differ from those that the folder is marked with."""
     old, new = recorded(folder), json.loads(json.dumps(_origin(inputs)))
     if not isinstance(old, dict) or old.keys() != new.keys():
-        return ["not marked with what it was made from"]
+        return ["it has no record of its inputs"]
     return [text for part in new for text in changes(old[part], new[part]).values()]
 
 

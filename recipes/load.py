@@ -28,7 +28,7 @@ FOLDERS = ("task_folder", "license_folder")
 OTHER_NAME = {("lora", "r"): "rank", ("lora", "rank"): "r"}
 FORMS = {
     NAME: "expected letters, digits, - _ and .",
-    HUB_ID: "expected a repository of the Hub: your-name/model-name",
+    HUB_ID: "expected a Hub repository: your-name/model-name",
     LANGUAGE: "expected a code of two or three letters such as en, or code, or multilingual",
     LICENSE: "expected a license as the Hub names it, such as apache-2.0",
 }

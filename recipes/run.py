@@ -26,10 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS = {
-    "Everything": (run,),
-    "Before: a recipe and its rows": (init, validate, data, plan, schema),
-    "One stage": (train, qat, quantize, export, evaluate),
-    "After: a run": (report, chat, sweep, publish),
+    "All stages": (run,),
+    "Before a run: the recipe and its rows": (init, validate, data, plan, schema),
+    "A single stage": (train, qat, quantize, export, evaluate),
+    "After a run: its results": (report, chat, sweep, publish),
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -183,8 +183,8 @@ class RunDir:
         unusable = [text for key, text in changed.items() if self._decides(key, stage)]
         if unusable:
             raise UserError(
-                f"{outputs[0]}: not made from what is here now: {'; '.join(unusable)}: "
-                f"run `{command_of(stage)}` again, or set what {outputs[0] / 'recipe.yaml'} says"
+                f"{outputs[0]}: not made from the present inputs: {'; '.join(unusable)}: run "
+                f"`{command_of(stage)}` again, or use the values in {outputs[0] / 'recipe.yaml'}"
             )
         if changed:
             say(f"{outputs[0]}: made with other settings: {'; '.join(changed.values())}")
@@ -251,13 +251,13 @@ class RunDir:
         why = "; ".join(why_stale(folder, inputs))
         finished = self.manifest().get(stage)
         if finished and recorded(folder) == {key: finished[key] for key in ("inputs", "versions")}:
-            say(f"{stage}: {folder} was made with other inputs: removed: {why}")
+            say(f"{stage}: removed {folder}, which was made with other inputs: {why}")
             removed = folder.with_name(folder.name + ".removed")
             remove(removed)
             folder.rename(removed)
             remove(removed)
         elif folder.exists() and any(folder.iterdir()):
-            say(f"{stage}: {folder} is not continued: {why}")
+            say(f"{stage}: cannot continue from {folder}: {why}")
             self.keep_as_previous(folder)
         folder.mkdir(parents=True, exist_ok=True)
         mark(folder, inputs)

@@ -19,7 +19,7 @@ MAX_PERPLEXITY_INCREASE = 0.03
 
 def cost_too_much(report: Report) -> bool:
     """Says whether, from tuned to quantized, a metric fell by more than two standard errors (or by
-    a point, if its error is unknown), or a perplexity rose by more than 3 %."""
+    a point, if its error is unknown), or a perplexity rose by more than 3%."""
     tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
     for task, metric in metrics_of({"tuned": tuned}):
         error = float_at(report, "changes", task, metric, "stderr")

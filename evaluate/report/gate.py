@@ -63,11 +63,11 @@ def verdict_lines(report: Report) -> list[str]:
     lines = []
     for check in checks:
         perplexity = check["name"].startswith("perplexity ")
-        quantity, unit = ("increase", "%") if perplexity else ("drop", "points")
+        quantity, unit = ("increase", "%") if perplexity else ("drop", " points")
         if check["name"].startswith(DIFFERING):
             quantity, unit = "share", "%"
         value, limit = (
-            MISSING if check[key] is None else f"{100 * check[key]:.2f} {unit}"
+            MISSING if check[key] is None else f"{100 * check[key]:.2f}{unit}"
             for key in ("value", "limit")
         )
         outcome = "passed" if check["passed"] else "FAILED"

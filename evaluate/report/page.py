@@ -134,7 +134,7 @@ def _verdict(report: Report) -> dict[str, Any]:
         )
     lines += [*verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
-        lines.append("The recipe sets no gate: no limit for what quantization may cost.")
+        lines.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     return {"state": state, "headline": headline, "lines": lines}
 
 

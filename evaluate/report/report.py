@@ -116,7 +116,7 @@ def divergence_lines(report: Report) -> list[str]:
     return [
         f"Quantized vs. tuned, over {divergence.get('tokens')} tokens: KL divergence "
         f"{shown(divergence.get('kl'))} nats per token{rounding}; "
-        f"the most likely token is the same in {agreement} % of positions"
+        f"the most likely token is the same at {agreement}% of positions"
     ]
 
 

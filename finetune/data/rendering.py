@@ -92,10 +92,10 @@ class Rendering:
             same = len(commonprefix([prompt, truncated]))
             raise UserError(
                 f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
-                f"but writes this one without it ({truncated[same:][:40]!r}), so the model would "
-                "be asked with a prompt that it was not trained on: give a model.chat_template "
-                "whose generation prompt is what it writes before an answer: one that opens no "
-                "thought, or keeps them"
+                f"but writes {truncated[same:][:40]!r} where this row has its answer, so the model "
+                "would be asked with a prompt that it was not trained on: give a "
+                "model.chat_template that writes the same in both cases: one that opens no "
+                "thought, or one that keeps thoughts"
             )
         last_word = _end_of_content(row, index, truncated, start)
         end = self._end or answer_end(self.tokenizer, self.data)
@@ -109,9 +109,9 @@ class Rendering:
         if not text.startswith(truncated[:stop]):
             raise UserError(
                 f"{row.where}: the chat template writes earlier turns differently once later ones "
-                "follow, so the answers cannot be told apart: use rows of one answer, a "
-                "model.chat_template that only appends, or data.loss_on=all, with which "
-                "prompts are targets, too"
+                "follow, so the answers cannot be told apart: use rows with one answer, a "
+                "model.chat_template that only appends, or data.loss_on=all, which makes "
+                "prompts targets, too"
             )
         return start, stop
 
@@ -276,7 +276,7 @@ def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
             raise UserError(
                 f"{row.where}: the chat template leaves {word[:40]!r} out of the answer, as "
                 "those of reasoning models do with thoughts: give a model.chat_template that keeps "
-                "it, or take it out of the row"
+                "it, or remove it from the row"
             )
         start = at + len(word)
     return start

@@ -122,7 +122,7 @@ class MlxLm:
     """A model in mlx-lm, with a cache of one sequence.
 
     Without a Mac's GPU, it computes in float32: in bfloat16, MLX's kernels for a CPU also sum in
-    bfloat16, which is 8 times as slow and moved the logits of SmolLM2-135M by 4 to 13 %.
+    bfloat16, which is 8 times as slow and moved the logits of SmolLM2-135M by 4 to 13%.
     """
 
     def __init__(self, folder: Path) -> None:

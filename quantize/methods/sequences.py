@@ -83,13 +83,13 @@ def calibration_sequences(
             break
     if len(ids) < 2:
         raise UserError(
-            f"quantize.calibration: {len(rows)} rows have {len(ids)} tokens, nothing to calibrate "
+            f"quantize.calibration: {len(rows)} rows have {len(ids)} tokens, too few to calibrate "
             "on: name more text in quantize.calibration.data, or set quantize.method=rtn"
         )
     if len(ids) < length:
         say(
-            f"quantize: calibrating on {len(ids)} tokens, all that {len(rows)} rows have: "
-            "quantize.calibration.data can name more text"
+            f"quantize: calibrating on all {len(ids)} tokens of {len(rows)} rows, which are fewer "
+            "than the recipe asks for: quantize.calibration.data can name more text"
         )
         length = len(ids)
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)

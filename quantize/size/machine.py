@@ -82,7 +82,7 @@ def named_gpu(text: str) -> Machine:
         return Machine(text, bytes_of(text, "--gpu"), "gpu")
     except UserError:
         raise UserError(
-            f"--gpu: {text!r} is none of {', '.join(GPUS)}; or say its memory, such as 24GB"
+            f"--gpu: {text!r}: expected one of {', '.join(GPUS)}, or its memory, such as 24GB"
         ) from None
 
 
@@ -102,7 +102,7 @@ def bytes_of(text: str, option: str) -> int:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in UNITS:
         raise UserError(
-            f"{option}: {text!r} is no size: expected a number with MB, GB, MiB or GiB, such as 6GB"
+            f"{option}: {text!r}: expected a number with MB, GB, MiB or GiB, such as 6GB"
         )
     return int(float(match[1]) * UNITS[match[2].upper()])
 

@@ -99,7 +99,7 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
     elif recipe.quantize.budget:
         show(
             f"quantize.budget: {recipe.quantize.budget} bits per weight: the plan is chosen by "
-            "measured sensitivity in the stage quantize; once that has run, it is shown here"
+            "measured sensitivity in the stage quantize; after that stage, it is shown here"
         )
         return
     dtype, shapes = shipped_dtype(recipe.quantize, config), layer_shapes(config)
@@ -110,7 +110,7 @@ def show_plan(recipe: Recipe, run: RunDir, every: bool = False) -> None:
     for line in _totals(plan, sizes, whole, config):
         show(line)
     if ratios:
-        show(f"signal to noise: of the weights in {run.quantized}, {record['method']}")
+        show(f"signal-to-noise ratios: of the weights in {run.quantized}, {record['method']}")
 
 
 def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:

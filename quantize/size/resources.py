@@ -46,7 +46,7 @@ def show_resources(
         each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
         show(
             f"\npeak memory on {each}{machine.name}, which has {_gb(machine.memory)}, for rows of "
-            f"{recipe.data.max_length:,} tokens (data.max_length):"
+            f"{recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
         )
         for stage in stages:
             memory = memory_of(stage, recipe, config, machine)
@@ -59,7 +59,7 @@ def show_resources(
                 f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
             )
     for folder, size in _disk(recipe, run, config, stages).items():
-        show(f"\ndisk: {_gb(size)} in {folder}; {_gb(free_disk(folder))} are free")
+        show(f"\ndisk: {_gb(size)} in {folder}; {_gb(free_disk(folder))} is free")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
 
@@ -105,12 +105,12 @@ def refuse_what_cannot_finish(
             problems.append(_too_much(stage, memory, machine, hint))
     for folder, needed in _disk(recipe, run, config, stages).items():
         if needed > (free := free_disk(folder)):
-            problems.append(f"disk: {_gb(needed)} are needed for {folder}; {_gb(free)} are free")
+            problems.append(f"disk: {folder} needs {_gb(needed)}; {_gb(free)} is free")
     if problems:
         raise UserError(
             "this run cannot finish here:\n  "
             + "\n  ".join(problems)
-            + "\n`finequant plan` shows the estimate; --force starts in spite of it"
+            + "\n`finequant plan` shows the estimate; --force starts anyway"
         )
 
 
@@ -177,7 +177,7 @@ def _hint(
         "qat": ", or a smaller data.max_length",
         "evaluate": ", or a smaller max_length of evaluate.perplexity",
     }
-    return f"none of its settings fits: take a machine with more memory{shorter.get(stage, '')}"
+    return f"no setting makes it fit: use a machine with more memory{shorter.get(stage, '')}"
 
 
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -222,7 +222,7 @@ def _too_much(stage: str, memory: Memory, machine: Machine, hint: str) -> str:
     most = sorted(memory, key=memory.get, reverse=True)[:2]
     largest = " and ".join(f"{_gb(memory[name])} for {name}" for name in most)
     return (
-        f"{stage}: {_gb(sum(memory.values()))} of memory, of them {largest}; "
+        f"{stage}: {_gb(sum(memory.values()))} of memory, including {largest}; "
         f"{machine.name} has {_gb(machine.memory)}: {hint}"
     )
 

@@ -55,8 +55,8 @@ def run(
     launch: Annotated[
         Path | None,
         typer.Option(
-            help="a configuration of accelerate for training, calibration and evaluation, or the "
-            "name of one that comes with finequant, such as several_gpus"
+            help="an accelerate configuration for training, calibration, evaluation: a file, or "
+            "the name of one that comes with finequant, such as several_gpus"
         ),
     ] = None,
     force: Annotated[
@@ -87,7 +87,9 @@ def run(
         if not ran:
             stages_left = [*chain(*remaining)]
             refuse_early(loaded, directory, stages_left, launch, force, _start_importing)
-        left = f", {duration(sum(seconds))} left if all takes as long as before" if seconds else ""
+        left = (
+            f", {duration(sum(seconds))} left if all goes as fast as last time" if seconds else ""
+        )
         say(f"[{number}/{len(steps)}] {', '.join(stale)}{left}")
         for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
             say(f"  because {change}")

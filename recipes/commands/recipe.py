@@ -38,12 +38,14 @@ def init(
         str | None, typer.Option(metavar="COLUMN", help="column of the answer")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="split to train on, where the rows have several")
+        str | None, typer.Option(help="split to train on, if the rows have several")
     ] = None,
     subset: Annotated[
         str | None, typer.Option(help="configuration of a Hub dataset that has several")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="the recipe; default: named after data")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="file to write; default: named after data")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a commented recipe for your rows, and show what the model will see."""
@@ -75,7 +77,7 @@ def init(
         raise
     write_schema(target.parent)
     file = shlex.quote(str(target))
-    say(f"init: {target} written: a recipe to change as you like")
+    say(f"init: wrote {target}, a recipe that you can edit")
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
 
 
@@ -195,11 +197,11 @@ def plan(
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="show one row per layer")] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="also for this GPU: a name such as H100, or 24GB")
+        str | None, typer.Option(help="also plan for this GPU: a name such as H100, or 24GB")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="how many GPUs")] = 1,
     sharded: Annotated[
-        bool, typer.Option(help="in training, FSDP splits the base over them")
+        bool, typer.Option(help="FSDP splits the base over the GPUs in training")
     ] = False,
     device_memory: Annotated[
         str | None, typer.Option(help="memory of the target device, such as 6GB")
@@ -208,9 +210,9 @@ def plan(
         int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
     ] = None,
 ) -> None:
-    """Show what each layer becomes, and how much memory and disk everything takes.
+    """Show the bits of each layer, and the memory and disk that the stages take.
 
-    Reads configurations only; after quantization, it also shows signal-to-noise ratios.
+    Reads no weights and no rows; after quantization, it also shows signal-to-noise ratios.
     """
     from finequant.quantize.size.machine import bytes_of, named_gpu
     from finequant.recipes.command_line import quiet_libraries
@@ -237,14 +239,14 @@ def validate(
         bool, typer.Option("--deep", help="also check rows, texts, tokenizer, and tasks")
     ] = False,
 ) -> None:
-    """Check a recipe; with --deep, also rows, texts, tokenizer and tasks."""
+    """Check a recipe; with --deep, also its rows, texts, tokenizer and tasks."""
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
     loaded = load_recipe(recipe, overrides or [])
     if deep:
         preflight(loaded, RunDir.of(loaded))
-    print(f"{recipe}: a valid recipe, {loaded.name}")
+    print(f"{recipe} is a valid recipe: {loaded.name}")
 
 
 def schema(

@@ -31,11 +31,11 @@ def report(
     run = RunDir.of(recipe) if recipe else RunDir(where)
     for file in (run.report, run.predictions):
         if not file.exists():
-            raise UserError(f"{file}: missing: run `finequant evaluate RECIPE` first")
+            raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")
     print_table(json.loads(run.report.read_text(encoding="utf-8")))
     for stage in stages_of(recipe) if recipe else ():
         for change in run.what_changed(recipe, stage) or ():
-            say(f"report: of an earlier state: since {stage} ran, {change}")
+            say(f"report: out of date: since {stage} ran, {change}")
     try:
         write_page(run.root)
     except OSError as error:  # a run directory that only others may write
@@ -81,7 +81,7 @@ def sweep(
         Literal["tuned", "base"], typer.Option(help="what to quantize; base needs no training")
     ] = "tuned",
 ) -> None:
-    """Measure other settings of quantization -> sweep/"""
+    """Measure other quantization settings -> sweep/"""
     from finequant.evaluate.sweep import sweep as measure
 
     measure(recipe, overrides or [], model)

@@ -60,7 +60,7 @@ def publish(
     overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="upload without asking")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="write publish/ of the run directory and stop")
+        bool, typer.Option("--dry-run", help="write the files to publish/, and do not upload")
     ] = False,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="publish the adapter, not the quantized model")
@@ -70,7 +70,7 @@ def publish(
         typer.Option(metavar="NAME", help="publish despite this failed check; the card says so"),
     ] = None,
     into_existing: Annotated[
-        bool, typer.Option("--into-existing", help="allow a repository with files from elsewhere")
+        bool, typer.Option("--into-existing", help="allow a repository that has other files")
     ] = False,
 ) -> None:
     """Upload to the Hugging Face Hub, with a card that says what was measured."""

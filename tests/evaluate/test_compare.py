@@ -192,7 +192,7 @@ def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):
     capsys.readouterr()
     print_report([str(recipe_file), "train.learning_rate=1e-2", "quantize.bits=8"])
     said = capsys.readouterr().err
-    assert "report: of an earlier state: since quantize ran, quantize.bits: 4 -> 8" in said
+    assert "report: out of date: since quantize ran, quantize.bits: 4 -> 8" in said
 
 
 def print_report(arguments: list[str]) -> None:

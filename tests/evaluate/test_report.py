@@ -141,9 +141,7 @@ def test_the_gate_counts_answers_of_exports_that_differ(report):
     ]
     assert [check["passed"] for check in checks] == [True, False]
     report["gate"] = {"checks": checks}
-    assert verdict_lines(report)[0].endswith(
-        "answers that differ, gguf, share 2.00 %, limit 2.00 %"
-    )
+    assert verdict_lines(report)[0].endswith("answers that differ, gguf, share 2.00%, limit 2.00%")
     row = next(row for row in comparison_rows(report)[1] if row[0].startswith("same answers"))
     assert row[1:] == ["–", "–", "–", "98.0", "–", "–"]
 
@@ -217,7 +215,7 @@ def test_markdown_holds_every_number(report, tmp_path):
         assert f"| {' | '.join(row)} |" in markdown
     for number in ("8,192", "61.2500", "1.8750", "0.0812 ± 0.0031", "87.1 ± 0.5", "seed 7"):
         assert number in markdown
-    assert "Gate passed: perplexity text, increase 22.22 %, limit 30.00 %" in markdown
+    assert "Gate passed: perplexity text, increase 22.22%, limit 30.00%" in markdown
     assert "FAILED: accuracy held_out json_match, drop 3.00 points, limit 2.00 points" in markdown
     assert "`finequant run recipe.yaml`" in markdown
     assert "torch 2.13.0" in markdown

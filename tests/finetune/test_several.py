@@ -93,8 +93,8 @@ ENDS = (
 @pytest.mark.parametrize(
     ("stage", "resumed"),
     [
-        ("uneven", "train: going on from {}/checkpoints/checkpoint-2"),
-        ("adapter learns", "train: going on from {}/checkpoints/qat/steps/checkpoint-2"),
+        ("uneven", "train: continuing from {}/checkpoints/checkpoint-2"),
+        ("adapter learns", "train: continuing from {}/checkpoints/qat/steps/checkpoint-2"),
         ("gptq", "quantizing model.layers.1."),
         ("evaluated", "evaluate: base: measured before, unchanged"),
     ],

@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(recipe_file, capsys):
     (adapter.parent / "manifest.json").unlink()
     capsys.readouterr()
     train(recipe_file, *steps)
-    assert "going on from" in capsys.readouterr().err
+    assert "continuing from" in capsys.readouterr().err
     assert (adapter / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
@@ -122,7 +122,7 @@ def test_another_micro_batch_resumes_from_the_last_checkpoint(recipe_file, tmp_p
     capsys.readouterr()
     smaller = ["train.micro_batch_size=1", "train.gradient_checkpointing=true"]
     train(recipe_file, *steps, *smaller, "train.logging_steps=1")
-    assert "going on from" in capsys.readouterr().err
+    assert "continuing from" in capsys.readouterr().err
     assert relative_difference(undisturbed, weights(adapter)) < 1e-6
 
 
@@ -151,7 +151,7 @@ def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
     adapter = train(recipe_file, "train.max_steps=2", "train.save_steps=1", "lora.rank=8")
     said = capsys.readouterr()
     assert "made with other inputs" in said.err
-    assert "going on from" not in said.err
+    assert "continuing from" not in said.err
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
     kept = adapter.parent / "previous" / "adapter-1" / "adapter_config.json"
     assert json.loads(kept.read_text())["r"] == 4

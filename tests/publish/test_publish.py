@@ -377,7 +377,7 @@ def test_an_export_of_another_quantization_is_refused(recipe):
     entries["gguf"]["inputs"]["quantized/"] = "sha256:another"
     manifest.write_text(json.dumps(entries), encoding="utf-8")
     message = refused(in_process, recipe, "--dry-run")
-    assert "gguf: not made from what is here now: the content of quantized/ changed" in message
+    assert "gguf: not made from the present inputs: the content of quantized/ changed" in message
     assert "finequant export RECIPE --to gguf" in message
     del entries["gguf"]
     manifest.write_text(json.dumps(entries), encoding="utf-8")
@@ -402,7 +402,7 @@ def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe):
     overruled = [word for name in failed for word in ("--overrule-gate", name)]
     dry_run(*strict, *overruled)
     text = (folder_of(recipe) / "README.md").read_text(encoding="utf-8")
-    assert "gate of its recipe failed, and was overruled" in text
+    assert "gate of the recipe failed, and the publisher of this model overruled it" in text
     assert "Gate FAILED: perplexity held_out" in text
 
 

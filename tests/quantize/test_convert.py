@@ -182,7 +182,7 @@ def test_an_adapter_of_another_base_is_refused(quantize, recipe_file, llama):
     folder = quantize()
     other = llama("other", hidden_size=96, intermediate_size=192)
     # By the manifest; then, like an adapter that came without one, by its shapes.
-    for words in ("not made from what is here now: model.base", f"not an adapter of {other}"):
+    for words in ("not made from the present inputs: model.base", f"not an adapter of {other}"):
         assert words in refused(convert, [str(recipe_file), f"model.base={other}"])
         (folder.parent / "manifest.json").unlink(missing_ok=True)
 

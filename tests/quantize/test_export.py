@@ -696,7 +696,7 @@ def test_onnx_refuses_groups_that_no_block_divides(make, llama):
 
 
 def test_mlx_is_compared_in_float32_without_a_gpu(make):
-    """mlx's CPU kernels sum in bfloat16, which moves a deep model's logits by 13 %."""
+    """mlx's CPU kernels sum in bfloat16, which moves a deep model's logits by 13%."""
     run = make("quantize.dtype=bfloat16", "quantize.scale_dtype=bfloat16", to=("mlx",))
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["mlx"]["logit_difference"] < 1e-5

@@ -149,7 +149,7 @@ def test_head_and_embedding_follow_their_keys(keys, head, embedding, unties):
         ),
         (
             {"budget": 2.9, "scale_dtype": "float32"},
-            "quantize.budget: 2.9 bits per weight are too few, the plan takes at least 3.000",
+            "quantize.budget: 2.9 bits per weight are too few: the plan takes at least 3.000",
         ),
         ({"budget": 4, "layers": {"*": {"bits": 8}}}, "the plan takes at least 8.500"),
     ],

@@ -215,7 +215,7 @@ def test_a_good_recipe_passes_and_its_lengths_are_known(recipe_file, capsys):
     assert 10 < lengths.prompt < max(lengths.training)
     assert lengths.scored == 64  # the windows of the corpus
     run.validate(recipe_file, deep=True)
-    assert "a valid recipe, tiny" in capsys.readouterr().out
+    assert " is a valid recipe: tiny" in capsys.readouterr().out
     assert [path.name for path in Path(recipe.output_dir).iterdir()] == ["data"]
 
 

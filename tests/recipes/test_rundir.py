@@ -228,7 +228,7 @@ def test_stages_called_by_hand_refuse_what_was_made_from_an_earlier_artifact(fol
         with pytest.raises(UserError) as caught:
             run.require_for(stage, recipe)
         assert str(caught.value).startswith(
-            "run/quantized: not made from what is here now: the content of adapter/ changed: "
+            "run/quantized: not made from the present inputs: the content of adapter/ changed: "
             "run `finequant quantize RECIPE` again"
         )
     finish(recipe, run, "quantize")
