@@ -224,7 +224,7 @@ NOTES = re.compile("<!-- notes .*<!-- /notes -->", re.DOTALL)
 
 PAGE = """# The programs that people use
 
-Written by `make clients`: each export of `{recipe}` ran in somebody else's program, without
+Written by `make clients`: each export of `{recipe}` ran in a program that is not part of
 finequant, and is compared with `quantized/` in transformers, whose figures are in parentheses.
 
 {equal}
@@ -237,7 +237,7 @@ finequant, and is compared with `quantized/` in transformers, whose figures are 
   recipe's metric.
 - **KL**: divergence from `quantized/` after unfinished answers, in nats per token.
 
-Programs differ in how they round activations, if they do. The weights are the same in all of them:
+Programs differ in whether and how they round activations. The weights are the same in all of them:
 `finequant export` checks that every code in every file is equal.
 
 {costs}

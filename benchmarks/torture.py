@@ -289,12 +289,12 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
     changes = SHORTENED if arguments.assistant else SHORT
     base = " The base was saved as safetensors first: its GGUF file takes longer to read."
     lines = [
-        f"{same} of {len(kills)} killed runs ended with the hashes of an undisturbed one.",
+        f"{same} of {len(kills)} killed runs ended with the same hashes as an undisturbed run.",
         "",
         f"All stages of `finequant run` with {', '.join(f'`{change}`' for change in changes)} took "
         f"{seconds:.0f} s undisturbed. Each run was killed at a random moment, by SIGKILL to its "
-        "whole process group, and started again by the same command. Every file of adapter/ and "
-        "quantized/ was compared, and report.json without the seconds of training. "
+        "whole process group, and then restarted with the same command. Afterwards, every file of "
+        "adapter/ and quantized/ was compared, and report.json without the seconds of training. "
         f"Seed {arguments.seed}, on {date.today():%B %d, %Y}."
         f"{base if arguments.assistant else ''}",
         "",
@@ -314,7 +314,7 @@ def kills_section(arguments: argparse.Namespace, kills: list[Kill], seconds: flo
 def tests_section(examples: int, tests: list[tuple[str, str, float]]) -> str:
     lines = [
         f"{examples} examples of each kind of input. Each had to end with exit code 0 or 2, "
-        "without a traceback, and without touching a file. On a disk that is full or read-only, "
+        "without a traceback, and without changing a file. On a disk that is full or read-only, "
         "the command had to end with one message, and to succeed once there was room.",
         "",
         "| test | outcome |",

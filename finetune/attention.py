@@ -2,8 +2,8 @@
 that all rows share, such as a system message, is computed once.
 
 For rows of a few hundred tokens, which fine-tuning has, the backward pass of torch's fused
-attention takes 5 to 30 times longer than these plain products (torch 2.13, CPU). To be removed once
-it is as fast.
+attention takes 5 to 30 times longer than these plain products (torch 2.13, CPU). Remove this
+file once it is as fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run uses one snapshot of what it takes from the Hub: branches and tags become commits."""
+"""Pins what a run takes from the Hub: branches and tags become commits."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from finequant.recipes.schema import Recipe
 
 HEAD = """# Every key
 
-Written by `finequant schema --markdown` from `recipes/schema.py`. A key is given in the recipe,
-or on the command line as `section.key=value`, which wins. Paths start at the recipe's folder.
-A list of one needs no brackets, except in `lora.target_modules` and `evaluate.choices`.
+Written by `finequant schema --markdown` from `recipes/schema.py`. Set a key in the recipe, or
+on the command line as `section.key=value`, which takes precedence. Paths start at the recipe's
+folder. A list with one entry needs no brackets, except in `lora.target_modules` and
+`evaluate.choices`.
 """
 
 

@@ -145,7 +145,7 @@ class Data(Section):
         description="sources of training rows"
     )
     validation: Sources = Field(
-        default_factory=list, description="sources of the rows for the loss during training"
+        default_factory=list, description="sources of the rows on which training measures the loss"
     )
     test: Sources = Field(
         default_factory=list, description="sources of the held-out rows that models answer"
@@ -184,8 +184,9 @@ class Data(Section):
     )
     same_rows: Literal["prompt", "row"] | None = Field(
         None,
-        description="when rows count as the same in splits, overlap, and duplicates: same prompt, "
-        "or same answer too; default: prompt, or row if training has fewer than 10 prompts",
+        description="when rows count as the same in splits, overlap, and duplicates; prompt: if "
+        "the prompts are equal; row: if the answers are, too; default: prompt, or row if training "
+        "has fewer than 10 prompts",
     )
     duplicates: Literal["keep", "drop"] = Field(
         "keep", description="what to do with repeated training rows"
@@ -352,7 +353,7 @@ class Calibration(Section):
     length: Annotated[int, Field(gt=1)] = Field(512, description="tokens per sequence")
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="optimizer steps per block that then train it to reproduce the float block's "
+        description="optimizer steps that train each block to reproduce the float block's "
         "output; 0: none",
     )
     scale_steps: Annotated[int, Field(ge=0)] = Field(
@@ -441,7 +442,8 @@ class Quantize(Section):
     )
     scale: Literal["max", "search"] = Field(
         "search",
-        description="scales for rtn and gptq: from the largest weight, or with the least error",
+        description="scales for rtn and gptq; max: from a group's largest weight; search: those "
+        "with the least error",
     )
     calibration: Calibration = Field(
         Calibration(), description="text for a calibrated method, and for a budget"
@@ -563,7 +565,8 @@ class Evaluate(Section):
         description="metrics for answers to the held-out rows",
     )
     choices: list[str] | Literal["completions"] | None = Field(
-        None, description="for multiple_choice: a list of answers, or all that occur in the data"
+        None,
+        description="for multiple_choice: a list of answers, or `completions`: all in the data",
     )
     limit: Positive | None = Field(None, description="use the first N held-out rows only")
     max_new_tokens: Positive = Field(128, description="maximum tokens of an answer")
@@ -603,13 +606,13 @@ class Publish(Section):
     repo_id: HubId | None = Field(None, description="repository: your-name/model-name")
     private: bool = Field(True, description="create a private repository")
     license: Annotated[str, Field(pattern=LICENSE)] | None = Field(
-        None, description="the base's license, as the Hub names it; default: what the base says"
+        None, description="the base's license, as the Hub names it; default: the one it states"
     )
     license_name: str | None = Field(None, description="name of the license if it is `other`")
     license_link: str | None = Field(None, description="link to the license if it is `other`")
     license_folder: str | None = Field(
         None,
-        description="folder with the base's LICENSE, NOTICE, and USE_POLICY; default: the base's",
+        description="folder with LICENSE, NOTICE, and USE_POLICY, if they are not beside the base",
     )
     base_model: HubId | None = Field(
         None, description="Hub id of the base, if model.base is a folder or a package"

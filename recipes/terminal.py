@@ -1,5 +1,5 @@
-"""What a command says while it works: lines that stay, and in a terminal one line below them that
-says what is being done, how far it is, and how long it will take."""
+"""Prints what a command is doing: lines that stay and, in a terminal, a status line below them
+with the progress and the time that is left."""
 
 from __future__ import annotations
 

@@ -175,16 +175,18 @@ def recipe_text(
     folder = target.parent.resolve()
     parts = "".join(f"  {part}:\n{_source(source, folder)}" for part, source in sources.items())
     if "test" not in sources:
-        parts += "  test_fraction: 0.1              # rows that are held out, never trained on\n"
+        parts += "  test_fraction: 0.1              # share of rows that is held out\n"
     if system := _system(look):
         parts += f"  system: {_quoted(system)}\n"
-    parts += "  max_length: 1024                # tokens of a row; `finequant data` shows lengths\n"
+    parts += "  max_length: 1024                # maximum tokens of a row; see `finequant data`\n"
     if look.task != "text":
-        parts += "  long_rows: drop                 # longer rows are left out; truncate: cut off\n"
+        parts += (
+            "  long_rows: drop                 # longer rows are left out; truncate cuts them\n"
+        )
     else:
         parts += "  long_rows: split                # a longer text becomes several rows\n"
         if count < FEW_TEXTS and "validation" not in sources:
-            parts += "  validation_fraction: 0          # these are few texts\n"
+            parts += "  validation_fraction: 0          # too few texts to hold some out\n"
     effort = "best" if device().type == "cuda" else "balanced"
     file = shlex.quote(target.name)
     return (
@@ -195,7 +197,7 @@ def recipe_text(
         "model:\n"
         f"  base: {_quoted(_base(base, folder))}\n\n"
         f"data:\n{parts}"
-        "  overlap: drop                   # rows that are also held out are not trained on\n\n"
+        "  overlap: drop                   # training rows that are also held out are dropped\n\n"
         "train:\n"
         "  epochs: 2\n"
         "  batch_size: 16\n"
@@ -221,7 +223,7 @@ def _evaluate(look: Look) -> str:
     if look.task == "text":
         return (
             "  metrics: []                     # texts have no answers; perplexity is measured\n"
-            "  limit: 300                      # held-out texts that are measured\n"
+            "  limit: 300                      # measure at most 300 held-out texts\n"
             "  gate:\n"
             "    max_perplexity_increase: 0.05 # quantized may lose five percent\n"
         )
@@ -235,7 +237,7 @@ def _evaluate(look: Look) -> str:
     return (
         f"  metrics: [{', '.join(metrics)}]\n{choices}"
         f"  max_new_tokens: {min(512, max(8, longest // 2))}\n"
-        "  limit: 300                      # held-out rows that are answered\n"
+        "  limit: 300                      # answer at most 300 held-out rows\n"
         "  gate:\n"
         "    max_accuracy_drop: 0.02       # quantized may lose two points\n"
     )

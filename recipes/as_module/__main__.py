@@ -1,4 +1,4 @@
-"""`python -m finequant`: the command, where no script of that name is on the path."""
+"""`python -m finequant`: the command, for environments whose scripts are not on the path."""
 
 from finequant.recipes.run import main
 

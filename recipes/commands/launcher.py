@@ -1,7 +1,7 @@
 """`python -m finequant.recipes.commands.launcher MODULE ...`: starts processes as torchrun or
 accelerate does, and ends with the exit code of the one that failed first.
 
-By themselves, these launchers end with 1, and print forty lines below the one that says why.
+On their own, these launchers exit with 1 and print forty lines after the one that says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Refuses, before the first stage starts, what a later one would refuse."""
+"""Finds, before the first stage starts, everything that would stop a later one."""
 
 from __future__ import annotations
 
