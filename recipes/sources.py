@@ -11,10 +11,14 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files that hold rows; a .txt file is one text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes that may follow one of those."""
-
-
 PARALLEL = re.compile(r"\{(\w+(?:,\w+)+)\}")
 """Braces in the name of text files that each hold a column, with a row in each line."""
+
+
+def kind_of(file: Path) -> tuple[str, str]:
+    """Returns the suffix of the format, and that of the compression, if any."""
+    last = file.suffix.lower()
+    return (file.with_suffix("").suffix.lower(), last) if last in COMPRESSIONS else (last, "")
 
 
 def is_pattern(name: str | Path) -> bool:

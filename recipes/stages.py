@@ -12,7 +12,7 @@ from finequant.recipes.freshness import Inputs, content_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Quantize, Recipe
-from finequant.recipes.sources import matching_files
+from finequant.recipes.sources import kind_of, matching_files
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,17 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and key != "model.base" and Path(inputs[key]).is_absolute():
             files = matching_files(Path(inputs[key]))
-            inputs[key] = " ".join(f"sha256:{content_hash(file)}" for file in files)
+            inputs[key] = " ".join(map(_content_and_kind, files))
     if "model.base" in inputs:
         inputs["model.base"] = base_hash(recipe.model)
     return inputs
+
+
+def _content_and_kind(path: Path) -> str:
+    """Returns the hash of a file or folder and, because it decides how a file is read, the suffix:
+    the same lines are one text in a .txt file, and a row each in a .jsonl file."""
+    suffixes = "".join(kind_of(path)) if path.is_file() else ""
+    return f"sha256:{content_hash(path)}{suffixes}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

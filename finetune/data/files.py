@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.sources import COMPRESSIONS
+from finequant.recipes.sources import kind_of
 from finequant.recipes.terminal import Progress
 
 LARGE = 2**26
@@ -70,12 +70,6 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # such as 5000 digits, or 1000 brackets
         raise BadRowError(f"{where}: this JSON cannot be read: {error}") from None
-
-
-def kind_of(file: Path) -> tuple[str, str]:
-    """Returns the suffix of the format, and that of the compression, if any."""
-    last = file.suffix.lower()
-    return (file.with_suffix("").suffix.lower(), last) if last in COMPRESSIONS else (last, "")
 
 
 class _TrackedFile(io.FileIO):

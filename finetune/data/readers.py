@@ -12,12 +12,11 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finequant.finetune.data.class_labels import with_label_names
+from finequant.finetune.data.arrow_values import restored
 from finequant.finetune.data.files import (
     BadRowError,
     Read,
     Unparsed,
-    kind_of,
     line_that_breaks,
     open_text,
     parsed,
@@ -26,7 +25,7 @@ from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, rea
 from finequant.finetune.data.table_files import read_arrow, read_csv
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Source
-from finequant.recipes.sources import COMPRESSIONS, TABLES, matching_files, parallel_files
+from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
 from finequant.recipes.terminal import tracked
 
 Content = TypeVar("Content")
@@ -159,7 +158,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
         dataset = dataset[split]
     if not len(dataset):
         raise UserError(f"{folder}: no rows in this folder")
-    rows = with_label_names(_tracked(folder.name, dataset), dataset.features)
+    rows = restored(_tracked(folder.name, dataset), dataset.features)
     for index, row in enumerate(rows):
         yield f"{folder.name}[{index}]", row
 
@@ -177,7 +176,7 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
             streaming=source.streaming,
         )
         rows = islice(dataset, source.limit) if source.streaming else _tracked(name, dataset)
-        for index, row in enumerate(with_label_names(rows, dataset.features)):
+        for index, row in enumerate(restored(rows, dataset.features)):
             yield f"{name}[{index}]", row
     if index < 0:
         raise UserError(f"data: no rows in the dataset {name}, split {source.split}")

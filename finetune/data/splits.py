@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finequant.finetune.data.columns import columns_of
-from finequant.finetune.data.files import BadRowError, Unparsed, kind_of, parsed
+from finequant.finetune.data.files import BadRowError, Unparsed, parsed
 from finequant.finetune.data.pool import computed, in_batches
 from finequant.finetune.data.readers import files_of_no_split, read_unparsed
 from finequant.finetune.data.row import Row
@@ -26,6 +26,7 @@ from finequant.finetune.data.table import (
 )
 from finequant.recipes.errors import UserError, counted, listed
 from finequant.recipes.schema import Data, Source
+from finequant.recipes.sources import kind_of
 
 FEW_PROMPTS = 10
 """Rows with fewer distinct prompts cannot be split by prompt: data.same_rows is then `row`."""

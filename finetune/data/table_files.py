@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finequant.finetune.data.class_labels import features_of, with_label_names
+from finequant.finetune.data.arrow_values import features_of, restored
 from finequant.finetune.data.files import BadRowError, Unparsed, open_text
 from finequant.recipes.errors import UserError
 
@@ -75,7 +75,7 @@ def read_arrow(path: Path, kind: str) -> Iterator[Unparsed]:
     index = 0
     try:
         for batch in _batches(path, kind):
-            for row in with_label_names(batch.to_pylist(), features_of(batch.schema)):
+            for row in restored(batch.to_pylist(), features_of(batch.schema)):
                 yield f"{path.name}[{index}]", row
                 index += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -83,6 +83,20 @@ def test_changed_files_are_read_again(recipe_file, recipe):
     assert len(prepared_splits(recipe).train) == len(before.train) - 1
 
 
+def test_a_file_that_is_renamed_to_another_kind_is_read_as_that_kind(recipe_file):
+    """The same lines are one text in a .txt file, and a row each in a .jsonl file."""
+    lines = recipe_file.parent / "train.jsonl"
+    lines.with_name("again.jsonl").write_bytes(lines.read_bytes())
+    lines.with_name("again.txt").write_bytes(lines.read_bytes())
+    named = [
+        load_recipe(recipe_file, ["data.validation=test.jsonl", f"data.train=again.{kind}"])
+        for kind in ("txt", "jsonl")
+    ]
+    read = [prepared_splits(recipe).train for recipe in named]
+    assert read == [load_splits(recipe.data, recipe.seed).train for recipe in named]
+    assert [len(rows) for rows in read] == [1, 48]
+
+
 def test_a_damaged_table_is_made_again(recipe):
     before = list(prepared_splits(recipe).train)
     (table,) = Path(recipe.output_dir).glob("data/rows-*/rows.arrow")

@@ -1,4 +1,5 @@
-"""Replaces the numbers of Hugging Face's ClassLabel columns by the names that they stand for."""
+"""Gives rows of Arrow tables the values that they had before: names of labels in place of numbers,
+and no keys that only other rows have."""
 
 from __future__ import annotations
 
@@ -11,17 +12,36 @@ if TYPE_CHECKING:
 Decode = Callable[[Any], Any]
 
 
-def with_label_names(
+def restored(
     rows: Iterable[dict[str, Any]], features: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
-    """Yields the rows with names in place of numbers; -1, which means no label, becomes None.
+    """Yields the rows with names in place of the numbers of ClassLabel columns; -1, which means no
+    label, becomes None. In lists, such as those of messages and tools, keys without a value go.
 
     features: types of the columns, as `datasets` describes them; None if they are not known.
     """
     decoders = {name: _decoder(feature) for name, feature in (features or {}).items()}
     decoders = {name: decode for name, decode in decoders.items() if decode}
     for row in rows:
-        yield row | {name: decode(row.get(name)) for name, decode in decoders.items()}
+        row = row | {name: decode(row.get(name)) for name, decode in decoders.items()}
+        yield {name: without_absent_keys(value) for name, value in row.items()}
+
+
+def without_absent_keys(value: Any, is_listed: bool = False) -> Any:
+    """Leaves out keys whose value is None in everything that a list holds.
+
+    Arrow gives all structs of a list the keys of all, in every row: a call without arguments comes
+    with those of every other function.
+    """
+    if isinstance(value, dict):
+        return {
+            key: without_absent_keys(part, is_listed)
+            for key, part in value.items()
+            if not (is_listed and part is None)
+        }
+    if isinstance(value, list):
+        return [without_absent_keys(part, True) for part in value]
+    return value
 
 
 def features_of(schema: pyarrow.Schema) -> Mapping[str, Any] | None:
