@@ -47,15 +47,13 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
     return value
 
 
-def text_of(row: dict[str, Any], column: str, where: str, default: str | None = None) -> str:
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
     """Returns a value as text; anything but text is written as JSON.
 
     Raises:
-        BadRowError: for a missing column or value without a default, or one that JSON cannot write.
+        BadRowError: for a missing column or value, or one that JSON cannot write.
     """
-    value = default if default is not None and row.get(column) is None else None
-    if value is None:
-        value = value_of(row, column, where)
+    value = value_of(row, column, where)
     if value is None:
         raise BadRowError(f"{where}: {column} is null; the columns are {columns_of(row)}")
     if isinstance(value, str):

@@ -25,9 +25,9 @@ ROLES = {
 }
 KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Keys that are passed to the template as they are."""
-FLAGS = ("weight", "train", "training")
+FLAGS = ("weight", "train", "training", "loss")
 """Keys that say whether an answer is a target: OpenAI's and mistral-finetune's weight, axolotl's
-train."""
+train, ms-swift's and XTuner's loss."""
 READ = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT, *FLAGS}
 UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 
@@ -35,7 +35,7 @@ UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 def read_messages(turns: Any, where: str) -> tuple[list[Message], set[str]]:
     """Returns the messages, and the keys of turns that are not read.
 
-    Answers that are not targets (`weight: 0`, `train: false`) get `learned: False`.
+    Answers that are not targets (`weight: 0`, `train: false`, `loss: false`) get `learned: False`.
 
     Raises:
         BadRowError: for what is not a list of turns, or a turn that cannot be read.
@@ -209,7 +209,7 @@ def check_messages(messages: list[Message], where: str) -> None:
         message["role"] != "assistant" or not message.get("learned", True)
         for message in messages[1:]
     ):
-        raise BadRowError(f"{where}: no answer to learn: all have weight 0 or train false")
+        raise BadRowError(f"{where}: no answer to learn: all have weight 0, or train or loss false")
     for message in messages:
         texts = [message["content"]] if len(message) == 2 else strings_of(message)
         for text in texts:

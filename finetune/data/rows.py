@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +31,7 @@ FORMATS = (
     ("alpaca", {"instruction", "output"}, {"input", "context", "history"}),
     ("alpaca", {"instruction", "response"}, {"input", "context", "history"}),
 )
-EXCLUDED = "answers excluded from the loss (weight 0, train false, or part of a prompt)"
+EXCLUDED = "answers excluded from the loss (weight 0, train or loss false, or part of a prompt)"
 SIDES = (("prompt", "user"), ("completion", "assistant"))
 """Fields of a row, and who speaks in them."""
 CHAT_COLUMNS = ("messages", "conversations")
@@ -118,7 +120,7 @@ class RowReader:
             self.findings.counts[
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
             ] += 1
-        tools = read_tools(self._cell("tools", row, where), where)
+        tools = read_tools(self._tools(row, where), where)
         return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
 
     def _text(self, where: str, row: dict[str, Any]) -> Row:
@@ -180,6 +182,10 @@ class RowReader:
         turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
         return [_message(role, content) for pair in turns for role, content in pair]
 
+    def _tools(self, row: dict[str, Any], where: str) -> Any:
+        """Returns the function definitions; OpenAI's name before `tools` was `functions`."""
+        return self._cell("tools", row, where) or self._cell("functions", row, where)
+
     def _cell(self, name: str, row: dict[str, Any], where: str) -> Any:
         """Returns the value of a field: from the column that the recipe maps to it, or from the
         column of that name, unless it is mapped to another field."""
@@ -192,13 +198,16 @@ class RowReader:
     ) -> str:
         """Returns a field as text, by the recipe's `columns`: a column or a template of columns."""
         template = self.source.columns.get(name)
-        if template is None and default is not None and name in self._mapped:
-            return default
         if template is None:
-            template = name
-        elif "{" in template:
+            is_absent = name in self._mapped or row.get(name) is None
+            if default is not None and is_absent:
+                return default
+            return text_of(row, name, where)
+        if "{" in template:
             return self._filled(name, template, row, where)
-        return text_of(row, template, where, default)
+        if default is not None and value_of(row, template, where) is None:
+            return default
+        return text_of(row, template, where)
 
     def _filled(self, name: str, template: str, row: dict[str, Any], where: str) -> str:
         texts = {path: text_of(row, path, where) for path in PLACEHOLDER.findall(template)}
@@ -211,8 +220,7 @@ class RowReader:
         return text if all(texts.values()) else text.strip()  # no blank lines beside an empty text
 
     def _note_unread(self, row: dict[str, Any]) -> None:
-        flags = [isinstance(row.get(name), bool) for name in WANTED]
-        columns = (*row, row.get("weight") in (0, 1), *flags)
+        columns = (*row, *self._flags_of(row))
         if columns not in self._seen_columns:
             self._seen_columns.add(columns)
             known = self._known_columns(row)
@@ -223,12 +231,10 @@ class RowReader:
         return mapped_columns(self.source.columns)
 
     def _known_columns(self, row: dict[str, Any]) -> set[str]:
-        known = {name for name in WANTED if isinstance(row.get(name), bool)}
-        if row.get("weight") in (0, 1):
-            known.add("weight")
+        known = set(self._flags_of(row))
         if self.form == "text":
             return known | {"text"}
-        known |= {"system", "tools"}
+        known |= {"system", "tools", "functions"}
         if self.form == "messages":
             return known | {chat_column(row) or CHAT_COLUMNS[0]}
         for form, needed, more in FORMATS:
@@ -238,13 +244,20 @@ class RowReader:
 
     def _left_out(self, row: dict[str, Any]) -> str:
         """Says why the row's own columns leave it out; empty if they do not."""
-        weight = row.get("weight")
-        if "weight" not in self._mapped and isinstance(weight, (int, float)) and weight == 0:
-            return "weight 0"
-        for name in WANTED:
-            if name not in self._mapped and row.get(name) is False:
-                return f"{name} false"
-        return ""
+        flags = self._flags_of(row)
+        out = (name for name, wanted in flags.items() if not wanted and name not in self._mapped)
+        name = next(out, "")
+        return name and f"{name} {'0' if name == 'weight' else 'false'}"
+
+    def _flags_of(self, row: dict[str, Any]) -> dict[str, bool]:
+        """Maps the row's own `weight` and labels to whether they keep the row; without those that
+        are neither 0 or 1, nor false or true. CSV files have them as text."""
+        values = {name: _parsed(row.get(name)) for name in ("weight", *WANTED)}
+        return {
+            name: bool(value)
+            for name, value in values.items()
+            if value in (0, 1) and (name == "weight") != isinstance(value, bool)
+        }
 
 
 def mapped_columns(columns: dict[str, str]) -> set[str]:
@@ -319,6 +332,14 @@ def _check_media(messages: list[Message], row: dict[str, Any], where: str) -> No
                 raise BadRowError(
                     f"{where}: a message refers to column {column} by <{kind}>: only text is read"
                 )
+
+
+def _parsed(value: Any) -> Any:
+    """Returns the number or truth value that a text stands for; anything else as it is."""
+    if isinstance(value, str) and len(value) < 6:
+        with suppress(ValueError):
+            return json.loads(value.lower())
+    return value
 
 
 def _is_pair(pair: Any) -> bool:

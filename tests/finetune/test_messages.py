@@ -51,6 +51,20 @@ def test_system_and_history_of_alpaca_are_turns(tmp_path):
     assert len(splits.notes) == 1
 
 
+def test_a_system_message_inside_a_column_is_read(tmp_path):
+    columns = {"prompt": "q", "completion": "a", "system": "meta.system"}
+    rows = [{"q": f"q{n}", "a": "b", "meta": {"system": who}} for n, who in enumerate(("S", None))]
+    splits = load(tmp_path, rows, columns=columns, system="Default.")
+    assert said(splits) == ["system: S", "user: q0", "assistant: b"]
+    assert said(splits, 1)[0] == "system: Default."
+
+
+def test_a_misspelled_column_of_system_messages_is_named(tmp_path):
+    columns = {"prompt": "q", "completion": "a", "system": "sytem"}
+    with pytest.raises(UserError, match="rows.jsonl:1: no column sytem; .*did you mean system"):
+        load(tmp_path, [{"q": "c", "a": "d", "system": "S"}], columns=columns)
+
+
 CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 
@@ -158,7 +172,9 @@ def test_a_column_that_the_recipe_reads_is_not_read_as_something_else(tmp_path):
 # Weights and labels
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}]
+)
 @pytest.mark.parametrize("form", ["messages", "conversations"])
 def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     from finequant.finetune.data.tokens import IGNORED, encode
@@ -180,7 +196,8 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     assert read.targets == [3]
     assert all(set(message) == {"role", "content"} for message in read.messages)
     assert splits.notes[1:] == [
-        "rows.jsonl: answers excluded from the loss (weight 0, train false, or part of a prompt): 1"
+        "rows.jsonl: answers excluded from the loss (weight 0, train or loss false, or part of a "
+        "prompt): 1"
     ]
     for loss_on in ("assistant", "all"):
         data = Data(train="rows.jsonl", loss_on=loss_on)
@@ -197,7 +214,7 @@ def test_an_answer_can_be_left_out_of_the_loss(tmp_path, tokenizer, flag, form):
     [
         ({"weight": 0.5}, "weight of a message is 0.5, expected 0 or 1"),
         ({"train": "false"}, "train of a message is 'false', expected true or false"),
-        ({"weight": 0}, "no answer to learn: all have weight 0 or train false"),
+        ({"weight": 0}, "no answer to learn: all have weight 0, or train or loss false"),
     ],
 )
 def test_an_unsupported_weight_is_refused(tmp_path, flag, message):
@@ -216,6 +233,21 @@ def test_a_row_can_be_left_out_by_its_own_column(tmp_path, column):
     assert splits.notes[1:] == [
         f"rows.jsonl: rows left out ({column} {'0' if column == 'weight' else 'false'}): 2"
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "reason"),
+    [
+        ("weight", ["0", "1", "0.0"], "weight 0"),
+        ("label", ["False", "True", "false"], "label false"),
+    ],
+)
+def test_a_row_of_a_csv_file_can_be_left_out(tmp_path, column, cells, reason):
+    lines = [f"prompt,completion,{column}", *(f"a{n},b,{cell}" for n, cell in enumerate(cells))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    splits = load_splits(Data(train=str(tmp_path / "rows.csv"), validation_fraction=0.0), 0)
+    assert said(splits) == ["user: a1", "assistant: b"]
+    assert splits.notes[1:] == [f"rows.csv: rows left out ({reason}): 2"]
 
 
 def test_a_weight_or_label_of_another_kind_is_named(tmp_path):

@@ -329,6 +329,7 @@ FORMS: dict[str, dict[str, Any]] = {
         ],
         "tools": [LAMP],
     },
+    "OpenAI's functions": {"messages": TURNS, "functions": [LAMP]},
     "arguments as values, definitions as text": {"messages": TURNS, "tools": json.dumps([TOOL])},
     "flat calls": {
         "messages": [TURNS[0], {"role": "assistant", "tool_calls": [CALL]}, *TURNS[2:]],
@@ -380,6 +381,33 @@ def test_every_form_of_a_call_is_the_same_conversation(tmp_path, form):
             made.pop("id", None)
     assert kept == TURNS
     assert len(splits.notes) == 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_a_table_adds_nothing_to_calls_and_definitions(tmp_path, kind):
+    """Arrow gives each call the arguments of all functions, as None. trl removes them as well; a
+    null in a JSON file is an argument."""
+    from datasets import Dataset
+    from trl.trainer.utils import remove_none_values
+
+    def asks(name: str, **arguments: Any) -> dict[str, Any]:
+        parameters = {key: {"type": "string", f"of {name}": key} for key in arguments}
+        return {
+            "messages": [turn("user", name), call({"name": name, "arguments": arguments})],
+            "tools": [{"name": name, "parameters": {"properties": parameters}}],
+        }
+
+    rows = [asks("lamp", room="blue"), asks("add", a="1", b="2"), asks("stop")]
+    table, path = Dataset.from_list(rows), tmp_path / f"rows.{kind}"
+    assert table[0]["tools"][0]["parameters"]["properties"]["a"] is None
+    assert [remove_none_values(row)["tools"] for row in table][:2] == [r["tools"] for r in rows][:2]
+    table.to_parquet(path) if kind == "parquet" else table.save_to_disk(str(path))
+    read = load_splits(Data(train=str(path), validation_fraction=0.0), 0).train
+    expected = load(tmp_path, *rows).train
+    assert [row.messages for row in read] == [row.messages for row in expected]
+    assert [row.tools for row in read][:2] == [row.tools for row in expected][:2]
+    (given,) = load(tmp_path, asks("lamp", room=None)).train
+    assert given.messages[1]["tool_calls"][0]["function"]["arguments"] == {"room": None}
 
 
 def test_several_calls_of_sharegpt_are_read(tmp_path):
