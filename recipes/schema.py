@@ -502,7 +502,8 @@ class Corpus(Section):
         description="name in the report"
     )
     source: str = Field(
-        description="text file, .jsonl, .json, .csv, .parquet, or Hub dataset id", min_length=1
+        description="text file; file or folder of rows, as for data.train; or Hub dataset id",
+        min_length=1,
     )
     config: str | None = Field(None, description="Hub dataset configuration")
     split: str = Field("test", description="Hub dataset split")

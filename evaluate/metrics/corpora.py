@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import NamedTuple
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
-
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
+from finequant.recipes.sources import TABLES, kind_of
 
 
 class Document(NamedTuple):
@@ -54,7 +54,7 @@ def read_texts(corpus: Corpus) -> list[str]:
         UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
     path = Path(corpus.source)
-    if path.is_absolute() and path.suffix not in TABLES:
+    if path.is_absolute() and not path.is_dir() and kind_of(path)[0] not in TABLES:
         texts = [_read_text(path, corpus)]
     else:
         texts = _read_rows(corpus)
@@ -70,10 +70,14 @@ def _where(corpus: Corpus) -> str:
 
 
 def _read_text(path: Path, corpus: Corpus) -> str:
+    from finequant.finetune.data.files import open_text
+
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{_where(corpus)}: cannot be read: {error.strerror}") from None
+        with open_text(path) as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{_where(corpus)}: cannot be read: {reason}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{_where(corpus)}: not UTF-8 text at byte {error.start}: save it as UTF-8"

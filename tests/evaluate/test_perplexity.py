@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -222,11 +223,36 @@ def test_documents_are_read_from_files_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["r.ndjson", "R.JSONL", "r.json.gz", "r.tsv", "r.csv", "r.arrow", "folder/r.jsonl", "t.txt.gz"],
+)
+def test_a_corpus_may_be_any_file_that_training_reads(tmp_path, name):
+    import pyarrow
+
+    path, rows = tmp_path / name, [{"text": "first"}, {"text": "second é"}]
+    path.parent.mkdir(exist_ok=True)
+    if name == "r.arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    elif name == "t.txt.gz":
+        path.write_bytes(gzip.compress("first\n\nsecond é".encode()))
+    else:
+        is_table = path.suffix in (".tsv", ".csv")
+        lines = ["text", "first", "second é"] if is_table else [json.dumps(row) for row in rows]
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    source = path.parent if name.startswith("folder") else path
+    assert read_corpus(corpus_of(source)) == [Document("first\n\nsecond é", 3, 16)]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "settings", "message"),
     [
         ("empty.txt", b" \n", {}, "empty.txt: contains no text"),
         ("empty.raw", b" \n", {"documents": "wikitext"}, "empty.raw: contains no text"),
         ("latin.txt", b"caf\xe9", {}, "latin.txt: not UTF-8 text at byte 3"),
+        ("cut.txt.gz", gzip.compress(b"a lamp")[:-4], {}, "cut.txt.gz: cannot be read: "),
         ("absent.txt", None, {}, "absent.txt: cannot be read: No such file"),
         ("rows.jsonl", b'{"a": "x", "b": 2}\n', {}, "rows.jsonl:1: .*'text': it has a, b"),
         ("rows.jsonl", b'{"a": "x", "b": 2}\n', {"column": "b"}, "column 'b': it is 2"),
