@@ -122,8 +122,8 @@ def export_one(
         doing(f"export: {name}: computing logits from the file")
         difference = check_logits(entry, entry.logits(folder, prompts), reference)
         size = entry.size(folder)
-    scales_note = "scales too" if scales == 0 else f"scales rounded by at most {scales:.2%}"
-    say(f"export: {name}: all {len(stored.rounded)} layers have the same codes, {scales_note}")
+    scales_note = "the same scales" if scales == 0 else f"scales rounded by at most {scales:.2%}"
+    say(f"export: {name}: all {len(stored.rounded)} layers have the same codes and {scales_note}")
     say(
         f"export: {name}: logits differ from quantized/ by {difference:.1%} (root mean square"
         f"{'' if entry.activations == 'int8' else ', with float activations'})"

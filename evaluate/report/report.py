@@ -112,7 +112,9 @@ def divergence_lines(report: Report) -> list[str]:
     agreement = shown_score(100)(divergence.get("top1_agreement"))
     shown = shown_score(1, digits=4)
     floor = divergence.get("floor")
-    rounding = f" (from logits in the shipped dtype alone: {shown(floor)})" if floor else ""
+    rounding = (
+        f" (rounding logits to the shipped dtype alone gives {shown(floor)})" if floor else ""
+    )
     return [
         f"Quantized vs. tuned, over {divergence.get('tokens')} tokens: KL divergence "
         f"{shown(divergence.get('kl'))} nats per token{rounding}; "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-FIGURES = ("rows", "repeated", "tokens", "learned", "median", "95%", "longest")
+FIGURES = ("rows", "repeated", "tokens", "targets", "median", "95%", "longest")
 EXTREMES = 3
 FEW_ANSWERS = 20
 PAGE_ROWS = 50

@@ -86,8 +86,8 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
             f"only files of {', '.join(named)}: {NAME_SPLIT}, or name a file" if named else EXPECTED
         )
         if not named and any(kind_of(file)[0] == ".txt" for file in folder.iterdir()):
-            what = f"for its texts, name the pattern {folder}/*.txt"
-        raise UserError(f"{folder}: no file of rows for {split} in this folder; {what}")
+            what = f"for its texts, name the pattern '{folder}/*.txt'"
+        raise UserError(f"{folder}: this folder has no file of rows for {split}; {what}")
     for file in files:
         yield from _read_file(file, split)
 

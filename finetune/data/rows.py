@@ -44,8 +44,9 @@ WANTED = ("label", "kto_tag")
 PAIR = {"chosen", "rejected"}
 PREFERENCES = (
     "preference pairs (chosen, rejected) are not supported; write the chosen answer as the last "
-    "message of its conversation, or map it: columns: {prompt: ..., completion: chosen}, or "
-    "columns: {messages: chosen} where it is a whole conversation"
+    "message of its conversation, or map it: columns: {prompt: ..., completion: chosen} (with "
+    "`finequant init`: --prompt COLUMN --completion chosen), or columns: {messages: chosen} if it "
+    "is a whole conversation"
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 MEDIA = re.compile("<(image|audio|video)>")

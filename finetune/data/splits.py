@@ -116,7 +116,9 @@ class _Reading:
         self.notes.append(f"{name}: {counted(count, 'row')}, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
         if files := files_of_no_split(source):
-            self.notes.append(f"{name}: files of no split, not read: {columns_of(files)}")
+            self.notes.append(
+                f"{name}: files that belong to no split, not read: {columns_of(files)}"
+            )
         if findings.unread:
             self.notes.append(f"{name}: not read: {', '.join(findings.unread)}")
         for what, rows in (("repairs", findings.repaired), ("bad rows dropped", bad)):

@@ -54,7 +54,8 @@ def init(
     for word in overrides or []:
         if "=" not in word:
             raise UserError(
-                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data FILE"
+                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data "
+                "FILE, and put a pattern in quotes"
             )
     # Not asked for by the option, which would ask before a misspelled one is refused.
     data = data or Path(typer.prompt("File with your rows"))
@@ -68,7 +69,7 @@ def init(
     look = write_recipe(data, test, base, task, target, given, split, subset)
     if look.columns:
         chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
-        left = f"; `columns` leaves out {columns_of(look.unread)}" if look.unread else ""
+        left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
     try:
         _try(target, overrides or [])

@@ -184,7 +184,7 @@ def test_a_report_is_printed_again_where_nothing_can_be_written(finished, recipe
     assert "held_out" in said.out
     assert "report.html: cannot be written (Is a directory)" in said.err
     assert not said.err.rstrip().endswith("report.html")
-    assert "earlier state" not in said.err
+    assert "out of date" not in said.err
 
 
 def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):

@@ -501,7 +501,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         b"PK",
         ["rows.xlsx: expected a file that ends in .jsonl", "Excel: save the sheet as CSV UTF-8"],
     ),
-    "empty folder": ("rows", None, ["rows: no file of rows for train in this folder"]),
+    "empty folder": ("rows", None, ["rows: this folder has no file of rows for train"]),
     "unknown columns": (
         "rows.jsonl",
         '{"frage": "ask", "antwort": "say"}',

@@ -19,7 +19,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Data
 
-HEADINGS = ["split", "rows", "repeated", "tokens", "learned", "median", "95%", "longest"]
+HEADINGS = ["split", "rows", "repeated", "tokens", "targets", "median", "95%", "longest"]
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ def test_a_signal_to_one_process_saves_the_step_of_all(folder):
     assert "stopped by SIGTERM: step 3 is saved" in said
     codes, (said, _) = results(folder, "gone on")
     assert codes == [0, 0]
-    assert f"going on from {folder / 'stopped' / 'checkpoints' / 'checkpoint-3'}" in said
+    assert f"continuing from {folder / 'stopped' / 'checkpoints' / 'checkpoint-3'}" in said
     stopped, undisturbed = (folder / name / WEIGHTS for name in ("stopped", "undisturbed"))
     assert stopped.read_bytes() == undisturbed.read_bytes()
 
@@ -342,7 +342,7 @@ def test_fsdp_resumes_with_its_optimizer(sharded, folder):
     assert results(folder, "scales learn, taught, ended")[0] == [143, 143]
     alone, (two,) = sharded("scales learn, taught")
     _, (said, _) = results(folder, "scales learn, taught")
-    assert f"going on from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
+    assert f"continuing from {two / 'checkpoints' / 'qat' / 'steps' / 'checkpoint-2'}" in said
     assert difference(trained_parameters(two), trained_parameters(alone)) < 1e-4
 
 

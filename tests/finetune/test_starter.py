@@ -400,7 +400,7 @@ def test_a_pattern_of_texts_is_read_and_a_folder_of_them_names_it(tmp_path):
     texts.mkdir()
     for name in "abc":
         (texts / f"{name}.txt").write_text(name, encoding="utf-8")
-    with pytest.raises(UserError, match=r"for its texts, name the pattern .*/texts/\*.txt$"):
+    with pytest.raises(UserError, match=r"for its texts, name the pattern '.*/texts/\*.txt'$"):
         write_recipe(texts, None, None, None, target)
     write_recipe(texts / "*.txt", None, None, None, target)
     recipe = load_recipe(target)

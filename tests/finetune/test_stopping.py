@@ -89,7 +89,7 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     assert not (recipe_file.parent / "run" / "adapter").exists()
     capsys.readouterr()
     assert train(recipe_file, *overrides) == expected
-    assert "train: going on from" in capsys.readouterr().err
+    assert "train: continuing from" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -129,8 +129,8 @@ def test_an_incomplete_checkpoint_is_not_resumed(recipe_file, undisturbed, capsy
     capsys.readouterr()
     assert train(recipe_file, *steps) == expected
     said = capsys.readouterr().err
-    assert "checkpoint-9 is incomplete (" in said
-    assert f"going on from {run / 'checkpoints' / 'checkpoint-6'}" in said
+    assert "checkpoint-9, which is incomplete (" in said
+    assert f"continuing from {run / 'checkpoints' / 'checkpoint-6'}" in said
 
 
 def test_the_older_of_two_checkpoints_goes_once_the_newer_is_complete(recipe_file):

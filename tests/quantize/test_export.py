@@ -513,7 +513,7 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
         assert torch.equal(tensors[f"{name}.scale"], scale)
     assert run.manifest()["toy"]["coded_layers"] == 15
     assert run.what_changed(recipe, "toy") == []
-    assert "toy: all 15 layers have the same codes, scales too" in capsys.readouterr().err
+    assert "toy: all 15 layers have the same codes and the same scales" in capsys.readouterr().err
     scores = measure_export("toy", recipe, run, None, None)["scores"]  # without a runtime
     assert scores["size_bytes"] == (run.exports / "toy" / "model.safetensors").stat().st_size
     assert "only its size is measured: no runtime is known here" in capsys.readouterr().err

@@ -66,11 +66,11 @@ def test_a_recipe_that_cannot_be_used_is_not_kept(init_rows):
     code, printed = init_rows(rows)
     assert code == 2
     assert "rows.jsonl:41" in printed
-    assert "rows.yaml written" not in printed
+    assert "init: wrote" not in printed
     assert not [*Path().glob("*.yaml"), *Path().glob("*.json")]
     code, printed = init_rows(rows, "data.bad_rows=drop", "data.train.0.limit=30")
     assert code == 0
-    assert "init: rows.yaml written" in printed
+    assert "init: wrote rows.yaml" in printed
     recipe = load_recipe("rows.yaml")
     assert (recipe.data.bad_rows, recipe.data.train[0].limit) == ("drop", 30)
     assert Path("recipe.schema.json").exists()

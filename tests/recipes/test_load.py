@@ -330,7 +330,7 @@ def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
         ("lora.rank=!!python/object:os.system {}", "!!python/object:os.system is not understood"),
         ("name=2024-05-01", "date is not understood (value '2024-05-01')"),
         ("name.first=a", "command line: name.first=a: the recipe has no name.first"),
-        ("publish.repo_id=me", "publish.repo_id: expected a repository of the Hub: your-name/"),
+        ("publish.repo_id=me", "publish.repo_id: expected a Hub repository: your-name/"),
         ("publish.license=MIT", "publish.license: expected a license as the Hub names it"),
         ("publish.language=[English]", "expected a code of two or three letters such as en"),
         ("evaluate.metrics=f1,rouge", "; write a list in brackets: [f1,rouge]"),
