@@ -71,7 +71,7 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["", *models, "quantized vs tuned"], rows
 
 
-FILE_LABEL = "file in MB (torchao's keeps each code in a byte)"
+FILE_LABEL = "file in MB (torchao's format takes a byte per code)"
 
 
 def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:

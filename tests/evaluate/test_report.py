@@ -157,7 +157,7 @@ def test_files_that_are_not_packed_have_a_line_of_their_own(report):
     assert comparison_rows(report)[1][:4] == [
         ["size in MB, packed (lower is better)", "269.1", "269.1", "132.3", "-50.8%"],
         ["bits per weight, packed (lower is smaller)", "16.00", "16.00", "7.87", "-50.8%"],
-        ["file in MB (torchao's keeps each code in a byte)", "98.4", "–", "204.0", "–"],
+        ["file in MB (torchao's format takes a byte per code)", "98.4", "–", "204.0", "–"],
         ["inputs of linear layers", "float", "–", "int8", "–"],
     ]
 
