@@ -65,6 +65,8 @@ def parse_json(text: str, where: str, expected: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
+        python = "{'" in text  # as `str` writes objects
+        expected += "; write it with json.dumps, not with str" if python else ""
         raise BadRowError(
             f"{where}: broken JSON at column {error.colno}{line}: {error.msg}; expected {expected}"
         ) from None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from finequant.finetune.data.arrow_values import restored
 from finequant.finetune.data.files import (
     BadRowError,
+    Line,
     Read,
     Unparsed,
     line_that_breaks,
@@ -267,7 +268,10 @@ def _rows_of(path: Path, kind: str, split: str) -> Iterator[Unparsed]:
 def _read_text(path: Path) -> Iterator[Unparsed]:
     with open_text(path) as file:
         text = file.read()
-    if text.strip():
+    lines = text.strip().splitlines()
+    if lines and isinstance(parsed(Line(lines[0], str(path))), dict):
+        raise UserError(f"{path}: this text is JSON: rename the file to {path.stem}.jsonl")
+    if lines:
         yield path.name, {"text": text}
 
 

@@ -37,6 +37,8 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                         f"{path}:{start}: {len(cells)} columns, where the header has "
                         f"{len(header)}: quote cells that contain a {_name(separator)}"
                     )
+                elif cells == header:
+                    row = BadRowError(f"{path}:{start}: repeats the header: remove this line")
                 yield f"{path.name}:{start}", row
         except csv.Error as error:
             raise UserError(
@@ -62,6 +64,8 @@ def _name(separator: str) -> str:
 
 
 def _unique(header: list[str], where: str) -> list[str]:
+    if header.count("") > 1:  # empty columns of a spreadsheet
+        header = [name or f"Unnamed: {at}" for at, name in enumerate(header)]  # as pandas does
     repeated = next((name for name in header if header.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"{where}: two columns are called {repeated!r}: rename one of them")

@@ -336,3 +336,40 @@ def test_a_missing_field_is_named(tmp_path, path, message):
     source = {"source": str(tmp_path / "rows.jsonl"), "columns": columns}
     with pytest.raises(UserError, match=message):
         load_splits(Data(train=[source], validation_fraction=0.0), 0)
+
+
+def test_a_header_that_is_repeated_is_a_bad_row(tmp_path):
+    """As in tables that were joined by `cat`."""
+    (tmp_path / "rows.csv").write_text("text,label\na,b\ntext,label\nc,d\n", encoding="utf-8")
+    rows = [row for _, row in read_source(Source(source=str(tmp_path / "rows.csv")))]
+    assert (rows[0], rows[2]) == ({"text": "a", "label": "b"}, {"text": "c", "label": "d"})
+    assert str(rows[1]).endswith("rows.csv:3: repeats the header: remove this line")
+
+
+def test_empty_columns_of_a_spreadsheet_are_named_as_pandas_does(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label,,\na,b,,c\n", encoding="utf-8")
+    assert read_rows(file)[0][1] == {
+        "text": "a",
+        "label": "b",
+        "Unnamed: 2": "",
+        "Unnamed: 3": "c",
+    }
+
+
+def test_json_lines_under_the_name_of_a_text_are_refused(tmp_path):
+    file = tmp_path / "rows.txt"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.txt: this text is JSON: rename .* to rows.jsonl"):
+        read_rows(file)
+    for text in ("{a} is a text", "12\n13\n", "[1]"):
+        file.write_text(text, encoding="utf-8")
+        assert read_rows(file)[0][1] == {"text": text}
+
+
+def test_lists_that_python_wrote_are_named(tmp_path, tiny_base):
+    file = tmp_path / "rows.csv"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text(f'messages\n"{turns}"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"role and content; write it with json.dumps, not with"):
+        load_splits(Data(train=str(file)), 0)
