@@ -114,7 +114,7 @@ class Source(Section):
         Field(
             default_factory=dict,
             description="where to find each field: a column, a path such as answers.text[0] or "
-            "choices[gold], where the column gold holds a number, or a template such as "
+            "choices[gold], where the column gold holds a number or letter, or a template such as "
             "'Question: {question}'",
         )
     )

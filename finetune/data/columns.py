@@ -12,12 +12,14 @@ from finequant.finetune.data.files import BadRowError, parse_json, shown
 
 STEP = re.compile(r"\.([^.\[\]]+)|\[([^.\[\]]+)\]")
 """A step of a path: the name of a field, or the number of an entry, which a column may hold."""
+LETTER = re.compile("[A-Z]")
+"""The number of an entry, as tests with several choices write it."""
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
 def value_of(row: dict[str, Any], path: str, where: str) -> Any:
     """Returns a column, or a field inside it, such as `answers.text[0]`; in `choices[gold]`, the
-    column `gold` says which entry.
+    column `gold` says which entry, by its number from 0 or a letter from A.
 
     Raises:
         BadRowError: naming what is missing, and what the row has instead.
@@ -39,6 +41,8 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
             value, name = value[key], f"{name}.{key}"
         else:
             number = index if index.isdecimal() else str(value_of(row, index, where))
+            if LETTER.fullmatch(number):
+                number = str(ord(number) - ord("A"))
             is_list = isinstance(value, list)
             if not is_list or not number.isdecimal() or int(number) >= len(value):
                 has = f"{len(value)} entries" if is_list else shown(value)
@@ -69,6 +73,11 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
         raise BadRowError(
             f"{where}: {column} is {shown(value)}, expected text: convert it or remove the row"
         ) from None
+
+
+def joined(columns: list[str]) -> str:
+    """Returns a column, or the template of several, with an empty line between them."""
+    return columns[0] if len(columns) == 1 else "\n\n".join(f"{{{name}}}" for name in columns)
 
 
 def columns_of(row: Iterable[Any], most: int = 30) -> str:

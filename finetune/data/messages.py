@@ -70,6 +70,32 @@ def turns_in(value: Any) -> list[dict[str, Any]] | None:
     return value if is_turns else None
 
 
+def transcript(turns: list[dict[str, Any]], where: str) -> str:
+    """Returns a conversation as text, one turn on each line: "user: Who?".
+
+    Raises:
+        BadRowError: for a turn that cannot be read.
+    """
+    messages, _ = read_messages(turns, where)
+    return "\n".join(
+        f"{turn['role']}: {turn['content'] or json.dumps(turn.get('tool_calls', ''))}"
+        for turn in messages
+    )
+
+
+def calls_of(value: Any) -> list[dict[str, Any]]:
+    """Returns the calls in a list, or its JSON text, of nothing else, such as [{"name": ...,
+    "arguments": ...}]; none for any other value."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    calls = value if isinstance(value, list) else [value]
+    is_calls = all(
+        isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in calls
+    )
+    return calls if is_calls else []
+
+
 def _is_turn(turn: Any) -> bool:
     """Says whether this has a known role, and something said or called."""
     return (

@@ -14,11 +14,13 @@ from finequant.finetune.data.columns import STEP, columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError, parse_json, shown
 from finequant.finetune.data.messages import (
     Message,
+    calls_of,
     check_characters,
     check_messages,
     read_messages,
     read_tools,
     repair_messages,
+    transcript,
     turns_in,
 )
 from finequant.finetune.data.row import Row
@@ -31,14 +33,23 @@ FORMATS = (
     ("alpaca", {"instruction", "output"}, {"input", "context", "history"}),
     ("alpaca", {"instruction", "response"}, {"input", "context", "history"}),
 )
+MISSING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
+"""What programs write for a missing value."""
 EXCLUDED = "answers excluded from the loss (weight 0, train or loss false, or part of a prompt)"
 SIDES = (("prompt", "user"), ("completion", "assistant"))
 """Fields of a row, and who speaks in them."""
 CHAT_COLUMNS = ("messages", "conversations")
 MAYBE_CHAT = ("conversation", "dialogue", "dialog", "chat", "turns")
 """Columns that hold a conversation or, in other datasets, text."""
-ANSWERS = ("answer", "category", "label", "intent", "summary", "target", "completion", "output")
+ANSWERS = (
+    *("answer", "response", "completion", "output", "reply", "solution", "target", "summary"),
+    *("highlight", "assistant", "category", "label", "intent"),
+)
 """Columns that are usually the answer to what another column holds."""
+SYSTEMS = ("system", "system_prompt")
+"""Columns with a row's own system message."""
+BESIDE = {*SYSTEMS, "tools", "functions"}
+"""Columns that are read in every layout but plain text."""
 WANTED = ("label", "kto_tag")
 """KTO's columns: false marks an answer that people did not want."""
 PAIR = {"chosen", "rejected"}
@@ -46,7 +57,7 @@ PREFERENCES = (
     "preference pairs (chosen, rejected) are not supported; write the chosen answer as the last "
     "message of its conversation, or map it: columns: {prompt: ..., completion: chosen} (with "
     "`finequant init`: --prompt COLUMN --completion chosen), or columns: {messages: chosen} if it "
-    "is a whole conversation"
+    "is a list of messages (with init: --completion chosen)"
 )
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 MEDIA = re.compile("<(image|audio|video)>")
@@ -110,11 +121,15 @@ class RowReader:
         check_messages(messages, where)
         _check_media(messages, row, where)
         self.findings.repaired += [f"{where}: {what}" for what in done]
-        system = self._text_of("system", row, where, "") or self.data.system
+        mapped = "system" in self.source.columns
+        name = next((name for name in SYSTEMS if name in row and not mapped), "system")
+        system = self._text_of(name, row, where, "") or self.data.system
         if system and messages[0]["role"] != "system":
             check_characters(system, where)
             messages.insert(0, _message("system", system))
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
+        if MISSING.fullmatch(messages[-1]["content"].strip()):
+            self.findings.counts["answers that may be missing values (NaN, null, None, NA)"] += 1
         if excluded:
             self.findings.counts[EXCLUDED] += len(excluded)
         if messages[0]["role"] == "assistant":
@@ -138,6 +153,12 @@ class RowReader:
             asked, answered = self._alpaca(where, row)
         else:
             asked, answered = (self._turns(*side, where, row) for side in SIDES)
+            if asked[-1]["role"] == "assistant":
+                column = self.source.columns.get("prompt", "prompt")
+                raise BadRowError(
+                    f"{where}: {column} ends with an answer, and the completion is another: for "
+                    f"what is about a conversation, map its text: prompt: '{{{column}}}'"
+                )
         for message in asked:
             if message["role"] == "assistant":
                 message["learned"] = False
@@ -157,7 +178,10 @@ class RowReader:
         column = self.source.columns.get(field, field)
         if "{" not in column and (turns := turns_in(value_of(row, column, where))):
             return self._read(turns, column, where)
-        return [_message(role, self._text_of(field, row, where))]
+        text = self._text_of(field, row, where)
+        if role == "assistant" and self._tools(row, where) and (calls := calls_of(text)):
+            return self._read([{"role": role, "content": None, "tool_calls": calls}], column, where)
+        return [_message(role, text)]
 
     def _chat(self, where: str, row: dict[str, Any]) -> list[Message]:
         column = self.source.columns.get("messages") or chat_column(row) or CHAT_COLUMNS[0]
@@ -205,20 +229,10 @@ class RowReader:
                 return default
             return text_of(row, name, where)
         if "{" in template:
-            return self._filled(name, template, row, where)
+            return text_from(row, template, where)
         if default is not None and value_of(row, template, where) is None:
             return default
         return text_of(row, template, where)
-
-    def _filled(self, name: str, template: str, row: dict[str, Any], where: str) -> str:
-        texts = {path: text_of(row, path, where) for path in PLACEHOLDER.findall(template)}
-        if not texts:
-            raise UserError(
-                f"{where}: columns.{name}: {template!r} names no column; write {{COLUMN}} "
-                f"with one of {columns_of(row)}"
-            )
-        text = PLACEHOLDER.sub(lambda match: texts[match[1]], template)
-        return text if all(texts.values()) else text.strip()  # no blank lines beside an empty text
 
     def _note_unread(self, row: dict[str, Any]) -> None:
         columns = (*row, *self._flags_of(row))
@@ -235,7 +249,7 @@ class RowReader:
         known = set(self._flags_of(row))
         if self.form == "text":
             return known | {"text"}
-        known |= {"system", "tools", "functions"}
+        known |= BESIDE
         if self.form == "messages":
             return known | {chat_column(row) or CHAT_COLUMNS[0]}
         for form, needed, more in FORMATS:
@@ -275,6 +289,30 @@ def mapped_paths(columns: dict[str, str]) -> list[str]:
         for template in columns.values()
         for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
     ]
+
+
+def text_from(row: dict[str, Any], template: str, where: str) -> str:
+    """Returns a column as text, or a template filled with columns, conversations as transcripts.
+
+    Raises:
+        BadRowError: for a value that cannot be text.
+        UserError: for a template that names no column.
+    """
+    if "{" not in template:
+        return text_of(row, template, where)
+    texts = {path: _text_at(row, path, where) for path in PLACEHOLDER.findall(template)}
+    if not texts:
+        raise UserError(
+            f"{where}: columns: {template!r} names no column; write {{COLUMN}} with one of "
+            f"{columns_of(row)}"
+        )
+    text = PLACEHOLDER.sub(lambda match: texts[match[1]], template)
+    return text if all(texts.values()) else text.strip()  # no blank lines beside an empty text
+
+
+def _text_at(row: dict[str, Any], path: str, where: str) -> str:
+    turns = turns_in(value_of(row, path, where))
+    return transcript(turns, f"{where}: {path}") if turns else text_of(row, path, where)
 
 
 def layout_of(row: dict[str, Any]) -> str | None:

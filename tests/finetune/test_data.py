@@ -570,7 +570,7 @@ def test_parquet_values_that_are_not_text_are_refused(tmp_path):
     [
         ({"prompt": "q", "completion": "x"}, "rows.jsonl:1: no column x; the columns are q, a"),
         ({"prompt": "{q} {x}", "completion": "a"}, "rows.jsonl:1: no column x; the columns are"),
-        ({"prompt": "Ask: {}", "completion": "a"}, "columns.prompt: 'Ask: {}' names no column"),
+        ({"prompt": "Ask: {}", "completion": "a"}, "columns: 'Ask: {}' names no column"),
         ({"messages": "x"}, "rows.jsonl:1: no column x; the columns are q, a"),
         ({"text": "x"}, "rows.jsonl:1: no column x; the columns are q, a"),
     ],

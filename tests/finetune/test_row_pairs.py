@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from typing import Any
 
 import pytest
 
 from finequant.finetune.data.files import BadRowError
+from finequant.finetune.data.row import Row
 from finequant.finetune.data.rows import RowReader
 from finequant.recipes.schema import Data, Source
 
@@ -109,6 +111,30 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         {"prompt": [{"role": "Judge", "content": "Who?"}], "completion": "Ada"},
         "prompt is a list of messages, expected text",
     ),
+    "a conversation that the completion is about": (
+        {"prompt": "{talk}", "completion": "gist"},
+        {"talk": [{"role": "user", "content": "Who?"}, answer()], "gist": "Ada"},
+        {"talk": [{"role": "user", "content": None}, answer()], "gist": "Ada"},
+        "talk: a user message whose content is not text",
+    ),
+    "a conversation that the completion goes on with": (
+        {"prompt": "talk", "completion": "gist"},
+        {"talk": [{"role": "user", "content": "Who?"}], "gist": "Ada"},
+        {"talk": [{"role": "user", "content": "Who?"}, answer()], "gist": "Ada"},
+        "talk ends with an answer, and the completion is another",
+    ),
+    "calls as the completion": (
+        {},
+        {"prompt": "Who?", "completion": '[{"name": "f", "arguments": {}}]', "tools": [TOOL]},
+        {"prompt": "Who?", "completion": '[{"name": "f", "arguments": 1}]', "tools": [TOOL]},
+        "arguments of the call f: expected an object",
+    ),
+    "a letter as the number of a choice": (
+        {"prompt": "q", "completion": "choices[gold]"},
+        {"q": "Who?", "choices": ["Her", "Ada"], "gold": "B"},
+        {"q": "Who?", "choices": ["Her", "Ada"], "gold": "C"},
+        "no entry 2 in choices: 2 entries",
+    ),
     "earlier turns": (
         {},
         {"instruction": "And?", "output": "Ada", "history": [["Who?", "Her"]]},
@@ -177,3 +203,46 @@ def test_the_good_row_is_read_and_the_faulty_one_is_named(name):
         reader.read("rows.jsonl:2", wrong)
     assert str(error.value).startswith("rows.jsonl:2: ")
     assert message in str(error.value)
+
+
+def read(row: dict[str, Any], **columns: str) -> tuple[Row | None, RowReader]:
+    reader = RowReader(Source(source="/rows.jsonl", columns=columns), Data(train="/rows.jsonl"))
+    return reader.read("rows.jsonl:1", row), reader
+
+
+def test_calls_are_calls_only_with_tools():
+    """Of other JSON, also in their form, the text is the answer."""
+    calls = '[{"name": "f", "arguments": {"a": 1}}]'
+    for more, is_call in (({"tools": [TOOL]}, True), ({"tools": ""}, False), ({}, False)):
+        row, _ = read({"prompt": "Who?", "completion": calls, **more})
+        assert bool(row.messages[1].get("tool_calls")) == is_call
+        assert (row.messages[1]["content"] == calls) != is_call
+    row, _ = read({"prompt": "Who?", "completion": '["f"]', "tools": [TOOL]})
+    assert row.messages[1]["content"] == '["f"]'
+
+
+def test_a_conversation_in_a_template_is_its_transcript():
+    talk = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada"}]
+    for value in (talk, json.dumps(talk)):
+        row, _ = read({"talk": value, "gist": "her"}, prompt="Sum up:\n{talk}", completion="gist")
+        assert row.messages[0]["content"] == "Sum up:\nuser: Who?\nassistant: Ada"
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_rows_own_system_message_is_read_in_every_layout(column):
+    pair = {"prompt": "Who?", "completion": "Ada"}
+    for row in (pair, chat(answer()), {"q": "Who?", "a": "Ada"}):
+        columns = {"prompt": "q", "completion": "a"} if "q" in row else {}
+        read_row, reader = read({**row, column: "Be brief."}, **columns)
+        assert read_row.messages[0] == {"role": "system", "content": "Be brief."}
+        assert not reader.findings.unread
+        assert read({**row, column: None}, **columns)[0].messages[0]["role"] == "user"
+    row, _ = read({"a": "Who?", column: "Be brief."}, prompt="a", completion=column)
+    assert [turn["role"] for turn in row.messages] == ["user", "assistant"]
+
+
+def test_words_for_a_missing_value_are_counted():
+    row = {"prompt": "Who?", "completion": "Nan"}
+    for text, count in (("NaN", 1), ("n/a ", 1), ("None", 1), ("Nana", 0), ("no", 0)):
+        _, reader = read({**row, "completion": text})
+        assert reader.findings.counts.total() == count
