@@ -1,53 +1,62 @@
-"""Guesses what rows are for: which column is the question and which the answer, and the task."""
+"""Guesses what rows are for: texts, conversations, or questions and answers, and which task."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from finequant.finetune.data.columns import columns_of, text_of, value_of
+from finequant.finetune.data.columns import columns_of, value_of
 from finequant.finetune.data.files import BadRowError
-from finequant.finetune.data.messages import turns_in
+from finequant.finetune.data.guess_columns import (
+    SHORT,
+    cells,
+    columns_of_pair,
+    is_label,
+    is_prose,
+    left_out,
+    named_like,
+    right_choice,
+    unread_columns,
+    with_names,
+)
+from finequant.finetune.data.messages import ROLES, calls_of, turns_in
 from finequant.finetune.data.rows import (
     ANSWERS,
     PAIR,
     PREFERENCES,
     SIDES,
+    chat_column,
     layout_of,
-    mapped_columns,
     mapped_paths,
+    text_from,
 )
 from finequant.recipes.errors import UserError
 
-Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract"]
+Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"]
 
-QUESTIONS = ("question", "query", "text", "sentence", "dialogue", "document", "article", "input")
-CHOICES = ("choice", "option", "candidate", "ending", "alternative", "distractor")
-"""Words in the name of a list whose first item need not be the right one."""
-NUMBERS = (*ANSWERS, "gold", "correct", "index")
-"""Words in the name of a column with the number of the right choice."""
-CHOOSE = (
-    "; --completion '{}[NUMBER]' takes the choice whose number, from 0, is in column NUMBER; where "
-    "no column has it, write the right choice into a column first"
-)
-CALLS = ("tool_calls", "function_call", "<tool_call>")
-"""What a conversation with function calls contains, in one layout or another."""
+CALL = re.compile(r'<tool_call>\s*\{\s*"')
+"""A call that is written out as JSON in the text of a turn."""
 LANGUAGE = re.compile("[a-z]{2}([-_][A-Za-z]{2,4})?")
 """A column that holds the texts of a language, such as en or pt_BR."""
-SHORT = 40
-"""Characters of a label on average, at most."""
+WRITTEN_OUT = re.compile(
+    r"\b(human|user|instruction)\b\W{0,3}:.*\b(assistant|bot|ai|gpt|response)\b\W{0,3}:"
+    r"|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|\[\|human\|\]",
+    re.IGNORECASE | re.DOTALL,
+)
+"""The speakers, or the tokens of a chat template, in a text that is a whole conversation."""
+MOST_WORDS = 8
+"""Words in the name of a column."""
 
 
 @dataclass(frozen=True)
 class Look:
     """What was guessed from the rows."""
 
-    task: Task | Literal["text"]
+    task: Task
     columns: dict[str, str]
     """The source's `columns`; empty for rows of a known layout."""
     answers: list[str]
@@ -68,162 +77,202 @@ def look_at(
         UserError: listing the columns, if they do not say which is which.
     """
     first = rows[0]
+    if task == "text":
+        return _texts(first, data, columns)
     known = None if columns else layout_of(first)
     if known == "messages" or (known and any(turns_in(first.get(side)) for side, _ in SIDES)):
-        calls = any(mark in json.dumps(row, default=str) for row in rows for mark in CALLS)
-        return Look(task or ("tools" if calls else "chat"), {}, [])
+        return _chats(rows, task, chat_column(first) or "completion", {})
+    if known == "prompt_completion":
+        flat, pair = [cells(row, ()) for row in rows], {side: side for side, _ in SIDES}
+        _refuse_left_out(left_out(rows, flat, pair), rows, data, pair)
     if known not in (None, "text"):
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
-        return Look(task or _task_of(answers, name), {}, answers)
-    if first.keys() >= PAIR and "completion" not in columns:
-        raise UserError(f"{data}: {PREFERENCES}")
-    if list(cells(first, ())) == ["text"] and not columns:
+        return Look(task or _task_of(rows, answers, name), {}, answers)
+    _refuse(rows, data, columns)
+    if known == "text" and _are_texts(rows):
+        _refuse_written_out(rows, ["text"], data)
         if task:
             raise UserError(f"--task {task}: the rows of {data} are texts, without answers")
         return Look("text", {}, [])
-    if chosen := _right_choice(rows):
-        columns = {"completion": chosen, **columns}
+    if chat := _only_chat(first, columns):
+        return _chats(rows, task, chat, {"messages": chat})
+    return _pairs(rows, data, task, columns)
+
+
+def _texts(row: dict[str, Any], data: str, columns: dict[str, str]) -> Look:
+    column = columns.get("completion", "text")
+    texts = cells(row, ())
+    if "prompt" in columns or column not in texts:
+        raise UserError(
+            "--task text: name the column of the texts by --completion COLUMN, without --prompt; "
+            f"the columns of {data} with text are {columns_of(texts)}"
+        )
+    return Look("text", {"text": column}, [])
+
+
+def _chats(
+    rows: Sequence[dict[str, Any]], task: Task | None, path: str, columns: dict[str, str]
+) -> Look:
+    """path: the column of the conversations, or of their last turns."""
+    calls = any(_calls(turn) for row in rows for turn in _last_turn(row, path))
+    unread = unread_columns(rows, columns) if columns else []
+    return Look(task or ("tools" if calls else "chat"), columns, [], unread)
+
+
+def _last_turn(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """Returns the last turn of a conversation, which models will be asked for."""
+    with suppress(BadRowError):
+        return (turns_in(value_of(row, path, "")) or [])[-1:]
+    return []
+
+
+def _calls(turn: dict[str, Any]) -> bool:
+    """Says whether a turn calls functions, in one layout or another."""
+    if turn.get("tool_calls") or turn.get("function_call") or turn.get("from") == "function_call":
+        return True
+    return any(bool(CALL.search(text)) for text in turn.values() if isinstance(text, str))
+
+
+def _pairs(
+    rows: Sequence[dict[str, Any]], data: str, task: Task | None, given: dict[str, str]
+) -> Look:
+    number = right_choice(rows)
+    columns = {"completion": number, **given} if number else given
     flat = [cells(row, columns.values()) for row in rows]
-    chosen = columns_of_pair(flat, data, columns)
-    answers = [str(row.get(chosen["completion"])) for row in flat]
-    task = task or _task_of(answers, chosen["completion"], chosen["prompt"])
-    return Look(task, chosen, answers, _unread(rows, chosen))
+    try:
+        chosen = columns_of_pair(flat, data, columns)
+    except UserError:
+        _refuse_written_out(rows, list(flat[0]), data)
+        raise
+    if "completion" not in columns:
+        chosen = with_names(flat, chosen)
+    if "prompt" not in given:
+        _refuse_left_out(left_out(rows, flat, chosen), rows, data, chosen)
+    if _ends_in_answer(rows[0], chosen["prompt"]):
+        chosen["prompt"] = f"{{{chosen['prompt']}}}"  # as text: what follows is no further turn
+    answers = [_answer(row, chosen["completion"]) for row in rows]
+    task = task or _task_of(rows, answers, chosen["completion"], chosen["prompt"])
+    return Look(task, chosen, answers, unread_columns(rows, chosen))
 
 
-def columns_of_pair(
-    rows: Sequence[dict[str, str]], data: str, given: dict[str, str]
-) -> dict[str, str]:
-    """Returns the columns of prompt and completion: as given, by their names, or by their values.
-
-    A column that never changes is no question. The first item of a list holds the answer only if
-    its name says so: the first of several choices need not be the right one. Instructions come
-    before the question that goes with them.
+def _refuse_left_out(
+    left: list[str], rows: Sequence[dict[str, Any]], data: str, columns: dict[str, str]
+) -> None:
+    """Refuses columns that leave out what may belong to the question or the answer.
 
     Raises:
-        UserError: listing the columns, if they do not say which is which.
+        UserError: saying how to put it into either, or to leave it out.
     """
-    texts = list(rows[0])
-    varied = [name for name in texts if len(rows) == 1 or _distinct(rows, name) > 1]
-    items = [name for name in texts if "[0]" in name]
-    choices = [name for name in items if any(word in name.lower() for word in CHOICES)]
-    instruction = next((n for n in texts if n.lower() in ("instruction", "instructions")), None)
-    question = given.get("prompt") or _named(varied, QUESTIONS) or instruction
-    answer = given.get("completion") or _named([n for n in texts if n not in choices], ANSWERS)
-    if question is None and answer is None:
-        question, answer = _text_and_label(
-            [{name: text for name, text in row.items() if name not in items} for row in rows]
-        )
-    if answer is None and question is not None:
-        rest = [name for name in varied if name != question and name not in items]
-        answer = min(rest, key=lambda name: _distinct(rows, name), default=None)
-    if question is None and answer is not None:
-        rest = [name for name in texts if name != answer]
-        question = max(rest, key=lambda name: _distinct(rows, name), default=None)
-    if question is None or answer is None:
-        raise UserError(
-            f"{data}: which column is the question and which the answer? The columns with text "
-            f"are {columns_of(texts)}: add --prompt COLUMN --completion COLUMN"
-            + (CHOOSE.format(choices[0].partition("[0]")[0]) if choices else "")
-        )
-    for option, name in given.items():
-        if name not in texts and "{" not in name:
-            raise UserError(
-                f"--{option}: {data} has no column {name!r} with text; expected one of "
-                f"{columns_of(texts)}"
-            )
-    if "prompt" not in given and instruction not in (None, question, answer):
-        question = f"{{{instruction}}}\n\n{{{question}}}"
-    return {"prompt": question, "completion": answer}
+    if not left:
+        return
+    asked, answer = mapped_paths({"prompt": columns["prompt"]}), columns["completion"]
+    order = list(dict.fromkeys(name for row in rows for name in row))
+    every = sorted([*asked, *left], key=lambda path: order.index(re.split(r"[.\[]", path)[0]))
+    alone, more = (" ".join(f"--prompt {name}" for name in names) for names in (asked, every))
+    raise UserError(
+        f"{data}: prompt {columns_of(asked)} and completion {answer} leave out "
+        f"{columns_of(left)}. If the model should read it, add {more}; if it should write it, "
+        f"--completion {left[0]} --completion {answer}; if neither, {alone}"
+    )
 
 
-def _right_choice(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Finds a list of choices and the column with the number of the right one: choices[gold]."""
+def _answer(row: dict[str, Any], template: str) -> str:
+    with suppress(BadRowError):
+        return text_from(row, template, "")
+    return ""
 
-    def reads(path: str) -> bool:
-        with suppress(BadRowError):
-            return all(isinstance(value_of(row, path, ""), str) for row in rows)
-        return False
 
+def _ends_in_answer(row: dict[str, Any], path: str) -> bool:
+    """Says whether this is a conversation that ends with the assistant's turn."""
+    speakers = [turn.get("role", turn.get("from")) for turn in _last_turn(row, path)]
+    return [ROLES[str(speaker).lower()] for speaker in speakers] == ["assistant"]
+
+
+def _refuse(rows: Sequence[dict[str, Any]], data: str, columns: dict[str, str]) -> None:
+    """Refuses rows whose columns say that they are no pairs, unless it is known how to read them.
+
+    Raises:
+        UserError: saying what to write instead.
+    """
     first = rows[0]
-    numbers = [name for name in first if any(word in name.lower() for word in NUMBERS)]
-    lists = [name for name, value in first.items() if isinstance(value, list)]
-    paths = [f"{choices}[{number}]" for choices in lists for number in numbers]
-    right = [path for path in paths if reads(path)]
-    return right[0] if len(right) == 1 else None
+    if first.keys() >= PAIR and "completion" not in columns:
+        raise UserError(f"{data}: {PREFERENCES}")
+    if columns:
+        return
+    speaker = str(first.get("role", first.get("from"))).lower()
+    if speaker in {*ROLES, "prompter"}:
+        raise UserError(
+            f"{data}: each row is one message of a conversation: write all messages of a "
+            'conversation into one row: {"messages": [{"role": "user", "content": ...}, ...]}'
+        )
+    names = [str(name) for name in first if name]
+    as_values = [name for name in names if any(row.get(name) == name for row in rows)]
+    if as_values or (names and all(map(_is_no_name, names)) and not all(map(_is_number, names))):
+        raise UserError(
+            f"{data}: the first line should name the columns, but seems to be a row: "
+            f"{columns_of(as_values or names)}; write a line such as text,label above it, or, if "
+            "these are names, add --prompt COLUMN --completion COLUMN"
+        )
 
 
-def _unread(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """Lists the columns, fields of columns, and entries of lists that `columns` does not read."""
-    mapped, paths = mapped_columns(columns), mapped_paths(columns)
-    whole = {re.sub(r"\[.*?\]", "[0]", path) for path in paths}  # as `_texts` writes them
-    fields = [path for path, _ in _texts(rows[0]) if path not in rows[0]]
-    unread = []
-    for name in rows[0]:
-        inside = [path for path in fields if re.split(r"[.\[]", path)[0] == name]
-        if name not in mapped:
-            unread.append(name)
-        elif name not in whole:
-            unread += [path for path in inside if path not in whole]
-    lists = dict.fromkeys(path.partition("[0]")[0] for path in paths if "[0]" in path)
-    return unread + [f"{name}[1] and so on" for name in lists if _has_more(rows, name)]
+def _is_no_name(name: str) -> bool:
+    name = name.strip()
+    return len(name.split()) > MOST_WORDS or _is_number(name) or name.endswith((".", "!", "?"))
 
 
-def _has_more(rows: Sequence[dict[str, Any]], path: str) -> bool:
-    """Says whether a list has more than one entry in any row."""
-    lengths = []
-    for row in rows:
-        with suppress(BadRowError):
-            value = value_of(row, path, "")
-            lengths.append(len(value) if isinstance(value, list) else 0)
-    return max(lengths, default=0) > 1
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?\d+([.,]\d+)*", text.strip()))
 
 
-def cells(row: dict[str, Any], given: Iterable[str]) -> dict[str, str]:
-    """Returns the texts of a row, and also, as text, the columns that are given and numbers whose
-    column is named like an answer, such as label."""
-    flat = dict(_texts(row))
-    labels = [name for name, value in row.items() if isinstance(value, (int, float))]
-    for name in (*(label for label in labels if label.lower() in ANSWERS), *given):
-        with suppress(BadRowError):
-            flat.setdefault(name, text_of(row, name, ""))
-    return flat
+def _are_texts(rows: Sequence[dict[str, Any]]) -> bool:
+    """Says whether no column beside `text` can be a question or an answer."""
+    others = dict.fromkeys(name for row in rows for name in row if name != "text")
+    values = {name: [row.get(name) for row in rows] for name in others}
+    return not named_like(list(others), (*ANSWERS, "question", "query")) and not any(
+        any(isinstance(value, list) and value for value in column)
+        or (
+            not any(isinstance(value, dict) for value in column)
+            and (is_label(texts := list(map(str, column))) or is_prose(texts))
+        )
+        for column in values.values()
+    )
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the texts of a row, nested ones too, by the paths that `columns` takes."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list) and value and path:
-        yield from _texts(value[0], f"{path}[0]")
+def _refuse_written_out(rows: Sequence[dict[str, Any]], names: list[str], data: str) -> None:
+    """Refuses texts that hold whole conversations: the model would learn the questions, too.
+
+    Raises:
+        UserError: naming the column.
+    """
+    for name in names:
+        texts = [text for row in rows if isinstance(text := row.get(name), str)]
+        if texts and fmean(bool(WRITTEN_OUT.search(text)) for text in texts) > 0.5:
+            raise UserError(
+                f"{data}: each text of {name} is a whole conversation: write it as a list of "
+                'messages, {"messages": [{"role": "user", "content": ...}, {"role": "assistant", '
+                f'"content": ...}}]}}; to learn the questions, too, --task text --completion {name}'
+            )
 
 
-def _named(columns: list[str], words: Sequence[str]) -> str | None:
-    """Finds a column whose name is, or else contains, one of these words; earlier words win."""
-    lower = {name.lower(): name for name in columns}
-    for word in words:
-        if word in lower:
-            return lower[word]
-    return next((lower[name] for word in words for name in lower if word in name), None)
+def _only_chat(row: dict[str, Any], columns: dict[str, str]) -> str | None:
+    """Finds the conversation to learn: the one that is given as completion, or the only one.
+
+    A conversation beside an answer, such as its summary, is what the answer is about.
+    """
+    chats = [path for path in cells(row, ()) if turns_in(value_of(row, path, ""))]
+    if columns:
+        given = columns.get("completion")
+        return given if set(columns) == {"completion"} and given in chats else None
+    return chats[0] if len(chats) == 1 and not named_like(list(row), ANSWERS) else None
 
 
-def _text_and_label(rows: Sequence[dict[str, str]]) -> tuple[str, str] | tuple[None, None]:
-    """Finds the column with the longest texts, and the only other one with few different values."""
-    length = {name: fmean(len(row.get(name, "")) for row in rows) for name in rows[0]}
-    question = max(length, key=length.__getitem__, default="")
-    labels = [name for name in length if 1 < _distinct(rows, name) <= len(rows) // 4]
-    return (question, labels[0]) if len(labels) == 1 and labels != [question] else (None, None)
-
-
-def _distinct(rows: Sequence[dict[str, str]], name: str) -> int:
-    return len({str(row.get(name)) for row in rows})
-
-
-def _task_of(answers: list[str], name: str, prompt: str = "") -> Task:
+def _task_of(
+    rows: Sequence[dict[str, Any]], answers: list[str], name: str, prompt: str = ""
+) -> Task:
     """Guesses the task from the answers and the columns of answer and question."""
+    if "tools" in rows[0] and any(map(calls_of, answers)):
+        return "tools"
     if all(answer.lstrip().startswith(("{", "[")) for answer in answers):
         return "extract"
     if "summar" in name.lower():

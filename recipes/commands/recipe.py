@@ -28,14 +28,16 @@ def init(
         str | None, typer.Option(help="Hub id, folder, or package:MODULE/FILE.gguf")
     ] = None,
     task: Annotated[
-        Literal["classify", "chat", "tools", "summarize", "translate", "extract"] | None,
+        Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"] | None,
         typer.Option(help="what the model is to do; default: guessed from the rows"),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="column of the question")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="column of the question; several are joined"),
     ] = None,
     completion: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="column of the answer")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="column of the answer; several are joined"),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="split to train on, if the rows have several")
@@ -60,26 +62,40 @@ def init(
     # Not asked for by the option, which would ask before a misspelled one is refused.
     data = data or Path(typer.prompt("File with your rows"))
     doing(f"init: reading {data}")
-    from finequant.finetune.data.columns import columns_of
+    from finequant.finetune.data.columns import columns_of, joined
     from finequant.finetune.data.starter import default_target, write_recipe, write_schema
 
     target = to or default_target(data)
     columns = {"prompt": prompt, "completion": completion}
-    given = {field: name for field, name in columns.items() if name}
+    given = {field: joined(names) for field, names in columns.items() if names}
     look = write_recipe(data, test, base, task, target, given, split, subset)
     if look.columns:
         chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
         left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
+    if look.task == "classify" and all(map(str.isdecimal, look.answers)):
+        say("init: the answers are numbers: if they stand for names, write those into a column")
+    before = _files_of_run(target)
     try:
         _try(target, overrides or [])
     except BaseException:
+        for path in sorted(_files_of_run(target) - before, reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         target.unlink()  # so that the same command works once the cause is mended
         raise
     write_schema(target.parent)
     file = shlex.quote(str(target))
     say(f"init: wrote {target}, a recipe that you can edit")
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
+
+
+def _files_of_run(target: Path) -> set[Path]:
+    """Lists what is in the folder of a recipe's rows, and the folders that hold it."""
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    data = RunDir.of(load_recipe(target)).data
+    return {path for path in (data, *data.parents, *data.rglob("*")) if path.exists()}
 
 
 def _try(target: Path, overrides: list[str]) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import write_jsonl
 
 from finequant.evaluate.check import check_rows
 from finequant.finetune.data import starter
+from finequant.finetune.data.columns import joined
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.starter import write_recipe
 from finequant.recipes.errors import UserError
@@ -23,6 +25,12 @@ CALL = {
     "role": "assistant",
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
+
+
+def chat(n: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "no"}]
+
+
 KINDS = {
     "labels under names that say nothing": (
         [{"Nr": f"{n}", "Nachricht": f"wo ist {n}?", "K": "ab"[n % 2]} for n in range(40)],
@@ -72,9 +80,9 @@ KINDS = {
         ("what is 0?", ("0 it is " * 9)),
     ),
     "short answers": (
-        [{"context": f"the town {n} is", "continuation": f"town{n}a"} for n in range(40)],
+        [{"context": f"the town {n} is", "continuation": f"town {n} a"} for n in range(40)],
         ["exact_match", "f1"],
-        ("the town 0 is", "town0a"),
+        ("the town 0 is", "town 0 a"),
     ),
     "solutions": (
         [{"question": f"{n} + 1?", "answer": f"Add one.\n#### {n + 1}"} for n in range(40)],
@@ -92,14 +100,6 @@ KINDS = {
         ["f1", "rouge"],
         ("Name 0\n\nabout 0", "0 is " * 9),
     ),
-    "choices and the number of the right one": (
-        [
-            {"choices": ["no", f"{n} is " * 9], "query": f"what is {n}?", "gold": int(n % 3 == 0)}
-            for n in range(40)
-        ],
-        ["exact_match", "f1"],
-        ("what is 0?", "0 is " * 9),
-    ),
     "endings and a label that is their number": (
         [
             {"ctx": f"he is {n}", "endings": ["no", "yes"], "label": str(n % 2), "activity": "go"}
@@ -107,6 +107,64 @@ KINDS = {
         ],
         ["exact_match", "multiple_choice"],
         ("he is 0", "no"),
+    ),
+    "passages and questions": (
+        [
+            {"passage": f"in {n} it was", "question": f"was {n}?", "answer": n % 2 == 0}
+            for n in range(40)
+        ],
+        ["exact_match", "multiple_choice"],
+        ("in 0 it was\n\nwas 0?", "true"),
+    ),
+    "names beside the numbers of labels": (
+        [{"text": f"is {n}", "label": n % 2, "label_text": ("a", "b")[n % 2]} for n in range(40)],
+        ["exact_match", "multiple_choice"],
+        ("is 0", "a"),
+    ),
+    "summaries of conversations": (
+        [{"chat": [*chat(n), *chat(n)], "summary": f"no to {n}"} for n in range(40)],
+        ["rouge"],
+        ("user: say 0\nassistant: no\nuser: say 0\nassistant: no", "no to 0"),
+    ),
+    "conversations and the answer to them": (
+        [{"chat": chat(n)[:1], "reply": f"{n} is so " * 9} for n in range(40)],
+        ["f1", "rouge"],
+        ("say 0", "0 is so " * 9),
+    ),
+    "a conversation in a column of another name": (
+        [{"n": n, "body": {"my_chat": chat(n)}} for n in range(40)],
+        ["f1", "rouge"],
+        ("say 0", "no"),
+    ),
+    "a conversation as the text of a cell": (
+        [{"n": n, "my_chat": json.dumps(chat(n))} for n in range(40)],
+        ["f1", "rouge"],
+        ("say 0", "no"),
+    ),
+    "calls in a column": (
+        [
+            {
+                "query": f"call {n}",
+                "answers": json.dumps([{"name": "f", "arguments": {"n": n}}]),
+                "tools": json.dumps([{"name": "f", "description": "", "parameters": {}}]),
+            }
+            for n in range(40)
+        ],
+        ["tool_call_match"],
+        ("call 0", ""),
+    ),
+    "calls, and then an answer in words": (
+        [
+            {"messages": [{"role": "user", "content": f"call {n}"}, CALL, *chat(n)]}
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("call 0", ""),
+    ),
+    "turns without calls in a table, which has a key for them": (
+        [{"messages": [{**turn, "tool_calls": None} for turn in chat(n)]} for n in range(40)],
+        ["f1", "rouge"],
+        ("say 0", "no"),
     ),
     "summaries": (
         [{"dialogue": f"A: {n}\nB: no", "summary": f"no to {n}"} for n in range(40)],
@@ -191,6 +249,183 @@ def test_columns_and_task_are_guessed(tmp_path, kind):
     row = next(row for part in splits[:3] for row in part if row.where.endswith(":1"))
     asked = [message for message in row.messages if message["role"] != "system"]
     assert (asked[0]["content"], asked[1].get("content")) == (question, answer)
+
+
+def words(n: int, name: str) -> str:
+    """Returns a sentence that no other row or column has."""
+    return f"the {name} of row {n} is here"
+
+
+def unlike(*names: str) -> list[dict[str, Any]]:
+    return [{name: words(n, name) for name in names} for n in range(40)]
+
+
+def with_labels(rows: list[dict[str, Any]], name: str = "label") -> list[dict[str, Any]]:
+    return [{**row, name: "ab"[n % 2]} for n, row in enumerate(rows)]
+
+
+REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
+    # rows, the message, and columns that the message suggests, if any
+    "two texts of a label": (
+        with_labels(unlike("premise", "hypothesis")),
+        "text are premise, hypothesis, label: add --prompt COLUMN",
+        {"prompt": joined(["premise", "hypothesis"])},
+    ),
+    "two numbered texts of a label": (
+        with_labels(unlike("sentence1", "sentence2")),
+        "completion label leave out sentence2. .*add --prompt sentence1 --prompt sentence2",
+        {"prompt": joined(["sentence1", "sentence2"])},
+    ),
+    "a reasoning": (
+        unlike("question", "reasoning", "answer"),
+        "leave out reasoning.*--completion reasoning --completion answer; if neither, --prompt",
+        {"prompt": "question", "completion": joined(["reasoning", "answer"])},
+    ),
+    "a text beside prompt and completion": (
+        unlike("background", "prompt", "completion"),
+        "leave out background. .*add --prompt background --prompt prompt",
+        {"prompt": joined(["background", "prompt"])},
+    ),
+    "choices by letter in columns": (
+        with_labels(unlike("question", "A", "B"), "answer"),
+        "completion answer leave out A, B",
+        {"prompt": joined(["question", "A", "B"])},
+    ),
+    "choices in an object": (
+        [
+            {
+                "question": words(n, "q"),
+                "choices": {"text": [f"{n}", "b"]},
+                "answerKey": "ab"[n % 2],
+            }
+            for n in range(40)
+        ],
+        "completion answerKey leave out choices. .*--prompt question --prompt choices",
+        {"prompt": joined(["question", "choices"])},
+    ),
+    "documents in a list": (
+        [{**row, "documents": [row["question"]]} for row in unlike("question", "answer")],
+        "leave out documents",
+        {"prompt": joined(["documents", "question"])},
+    ),
+    "several questions in a row": (
+        [
+            {"turns": [{"question": words(n, i), "answer": words(n, f"a{i}")} for i in "ab"]}
+            for n in range(40)
+        ],
+        "leave out turns",
+        {},
+    ),
+    "only keys, links and dates beside a question": (
+        [
+            {"question": words(n, "q"), "uri": f"https://example/{n}", "day": f"2024-01-{n}"}
+            for n in range(40)
+        ],
+        "which column is the question and which the answer",
+        {},
+    ),
+    "two answers": (
+        unlike("question", "answer_a", "answer_b"),
+        "which column is the question and which the answer",
+        {"prompt": "question", "completion": "answer_b"},
+    ),
+    "a title": (unlike("title", "text"), "without answers, --task text", {}),
+    "numbers beside a text": (
+        [{"text": words(n, "text"), "stars": n % 5} for n in range(40)],
+        "without answers, --task text",
+        {"prompt": "text", "completion": "stars"},
+    ),
+    "conversations written out": (
+        [{"text": f"### Human: {words(n, 'a')}### Assistant: ah"} for n in range(40)],
+        "each text of text is a whole conversation: write it as a list of messages",
+        {},
+    ),
+    "conversations written out in a column of another name": (
+        [{"chosen": f"\n\nHuman: {words(n, 'a')}\n\nAssistant: ah"} for n in range(40)],
+        "each text of chosen is a whole conversation.*--task text --completion chosen",
+        {},
+    ),
+    "messages as rows": (
+        [{"role": ["prompter", "assistant"][n % 2], "text": f"{n} a"} for n in range(40)],
+        "each row is one message of a conversation",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_columns_that_may_belong_to_a_question_are_asked_for(tmp_path, kind):
+    """The model would learn answers to something that it never saw."""
+    rows, message, columns = REFUSED[kind]
+    file, target = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "mine.yaml"
+    if message:
+        with pytest.raises(UserError, match=message):
+            write_recipe(file, None, None, None, target)
+    if columns:
+        look = write_recipe(file, None, None, None, target, columns)
+        assert columns.items() <= look.columns.items()
+        assert load_splits(load_recipe(target, ["data.bad_rows=drop"]).data, 0).train
+
+
+def test_an_answer_that_the_first_row_lacks_is_found(tmp_path):
+    rows = [
+        {"key": f"k{n}", "question": words(n, "q"), "answers": {"text": ["a", "b"][: n % 2]}}
+        for n in range(40)
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.columns == {"prompt": "question", "completion": "answers.text[0]"}
+
+
+@pytest.mark.parametrize("column", ["text", "content", "meta.text"])
+def test_texts_can_be_asked_for(tmp_path, column):
+    rows = [{"text": f"{n}", "content": f"c {n}", "meta": {"text": f"m {n}"}} for n in range(40)]
+    file, target = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "mine.yaml"
+    with pytest.raises(UserError, match="--task text: .* with text are text, content, meta.text"):
+        write_recipe(file, None, None, "text", target, {"completion": "texts"})
+    write_recipe(file, None, None, "text", target, {"completion": column})
+    recipe = load_recipe(target)
+    assert (recipe.evaluate.metrics, recipe.data.train[0].columns) == ([], {"text": column})
+    assert load_splits(recipe.data, 0).train[0].text
+
+
+def test_texts_with_keys_links_and_dates_are_texts(tmp_path):
+    rows = [
+        {"text": f"{n} a", "url": f"https://a/{n}", "timestamp": "2019-04-25", "meta": {"set": "a"}}
+        for n in range(40)
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert write_recipe(file, None, None, None, tmp_path / "mine.yaml").task == "text"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "ham,see you there\nspam,win now\nham,where?\n",
+        "What is it?,It is that.\nWho is it?,It is her.\n",
+        "4,1467810369,a b c d e f g h i\n0,1467810372,b c d e f g h i j\n",
+    ],
+)
+def test_a_table_without_a_line_of_names_is_refused(tmp_path, lines):
+    file = tmp_path / "rows.csv"
+    file.write_text(lines, encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.csv: the first line should name the columns, but"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_questions_as_names_of_columns_can_be_given(tmp_path):
+    file, names = tmp_path / "rows.csv", ("What do you ask?", "What is the answer?")
+    file.write_text(",".join(names) + "\n" + "".join(f"{n} a,b {n}\n" for n in range(20)))
+    columns = dict(zip(("prompt", "completion"), names, strict=True))
+    assert write_recipe(file, None, None, None, tmp_path / "m.yaml", columns).columns == columns
+
+
+def test_the_chosen_conversation_of_a_pair_can_be_given(tmp_path):
+    rows = [{"prompt": f"say {n}", "chosen": chat(n), "rejected": chat(n)} for n in range(20)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = {"completion": "chosen"}
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml", given)
+    assert look.columns == {"messages": "chosen"}
 
 
 def test_a_table_with_test_rows_gives_both_splits(tmp_path):
@@ -326,9 +561,14 @@ def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name
     rows = [{"query": f"what is {n}?", name: ["no", f"{n}"], "gold": 1} for n in range(40)]
     rows[20]["gold"] = gold
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    if gold == 1:
-        look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
-        assert look.columns == {"prompt": "query", "completion": f"{name}[gold]"}
+    if gold in (1, "B"):
+        with pytest.raises(
+            UserError, match=rf"add --prompt query --prompt {name}; .* --prompt query$"
+        ):
+            write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+        asked = {"prompt": joined(["query", name])}
+        look = write_recipe(file, None, None, None, tmp_path / "mine.yaml", asked)
+        assert look.columns == asked | {"completion": f"{name}[gold]"}
         assert look.unread == []
     else:
         with pytest.raises(UserError, match=rf"which column is .*--completion '{name}\[NUMBER\]'"):

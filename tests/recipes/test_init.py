@@ -76,6 +76,39 @@ def test_a_recipe_that_cannot_be_used_is_not_kept(init_rows):
     assert Path("recipe.schema.json").exists()
 
 
+def test_a_failed_init_removes_only_what_it_made(init_rows):
+    bad = [*pairs(40), {"prompt": "Is it?", "completion": ""}]
+    assert init_rows(bad)[0] == 2
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+    too_long = [{"prompt": "open the red door " * 400, "completion": f"{n} a"} for n in range(9)]
+    assert init_rows(too_long)[0] == 2  # once the rows are read
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+    assert init_rows(pairs(40))[0] == 0
+    Path("rows.yaml").unlink()
+    before = sorted(Path("runs").rglob("*"))
+    assert init_rows(bad)[0] == 2
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_columns_are_joined_by_repeating_an_option(init_rows):
+    rows = [{"a": f"in {n}", "b": f"was {n}?", "c": f"at {n}", "d": f"no {n}"} for n in range(40)]
+    code, printed = init_rows(
+        rows, "--prompt", "a", "--prompt", "b", "--completion", "c", "--completion", "d"
+    )
+    assert code == 0
+    assert "prompt is '{a}\\n\\n{b}', completion is '{c}\\n\\n{d}'" in printed
+    columns = {"prompt": "{a}\n\n{b}", "completion": "{c}\n\n{d}"}
+    assert load_recipe("rows.yaml").data.train[0].columns == columns
+
+
+def test_labels_that_are_numbers_get_a_word(init_rows):
+    rows = [{"text": f"it is {n}", "label": n % 2} for n in range(40)]
+    message = "init: the answers are numbers"
+    assert message in init_rows(rows)[1]
+    rows = [{**row, "label": "ab"[row["label"]]} for row in rows]
+    assert message not in init_rows(rows, "--to", "other.yaml")[1]
+
+
 def test_a_recipe_of_the_users_is_kept_as_it_is(init_rows):
     Path("rows.yaml").write_text("mine", encoding="utf-8")
     code, printed = init_rows([{"prompt": "Is it?", "completion": ""}])
