@@ -271,7 +271,7 @@ def _task_of(
     rows: Sequence[dict[str, Any]], answers: list[str], name: str, prompt: str = ""
 ) -> Task:
     """Guesses the task from the answers and the columns of answer and question."""
-    if "tools" in rows[0] and any(map(calls_of, answers)):
+    if {"tools", "functions"} & rows[0].keys() and any(map(calls_of, answers)):
         return "tools"
     if all(answer.lstrip().startswith(("{", "[")) for answer in answers):
         return "extract"

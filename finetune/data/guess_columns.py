@@ -12,7 +12,7 @@ from typing import Any
 from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.messages import calls_of, transcript, turns_in
-from finequant.finetune.data.rows import ANSWERS, SYSTEMS, mapped_columns, mapped_paths
+from finequant.finetune.data.rows import ANSWERS, BESIDE, mapped_columns, mapped_paths
 from finequant.recipes.errors import UserError
 
 QUESTIONS = (
@@ -133,7 +133,7 @@ def left_out(
         texts = _column(flat, path)
         is_choice = any(word in path.lower() for word in CHOICES)
         is_answer = _top(path) in alike and not named_like([path.rpartition(".")[2]], QUESTIONS)
-        if _is_in(read, path) or is_answer or _top(path) in (*SYSTEMS, "tools", "history"):
+        if _is_in(read, path) or is_answer or _top(path) in {*BESIDE, "history"}:
             continue
         if len(set(texts)) == 1 < len(rows):
             continue
@@ -151,7 +151,7 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
     unread = []
     for name in rows[0]:
         inside = [path for path in fields if _top(path) == name]
-        if name not in (*mapped, *SYSTEMS, "tools"):
+        if name not in mapped | BESIDE:
             unread.append(name)
         elif name not in whole:
             unread += [path for path in inside if not _is_in(whole, path)]
