@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -169,12 +170,17 @@ def _refuse_left_out(
     asked, answer = mapped_paths({"prompt": columns["prompt"]}), columns["completion"]
     order = list(dict.fromkeys(name for row in rows for name in row))
     every = sorted([*asked, *left], key=lambda path: order.index(re.split(r"[.\[]", path)[0]))
-    alone, more = (" ".join(f"--prompt {name}" for name in names) for names in (asked, every))
+    fewest, most = (_options("prompt", names) for names in (asked, every))
     raise UserError(
         f"{data}: prompt {columns_of(asked)} and completion {answer} leave out "
-        f"{columns_of(left)}. If the model should read it, add {more}; if it should write it, "
-        f"--completion {left[0]} --completion {answer}; if neither, {alone}"
+        f"{columns_of(left)}. If the model should read it, add {most}; if it should write it, "
+        f"{_options('completion', [left[0], answer])}; if neither, {fewest}"
     )
+
+
+def _options(name: str, columns: list[str]) -> str:
+    """Returns options as a shell takes them."""
+    return " ".join(f"--{name} {shlex.quote(column)}" for column in columns)
 
 
 def _answer(row: dict[str, Any], template: str) -> str:

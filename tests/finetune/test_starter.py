@@ -303,6 +303,11 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
         "completion answerKey leave out choices. .*--prompt question --prompt choices",
         {"prompt": joined(["question", "choices"])},
     ),
+    "names with spaces": (
+        unlike("the question", "Some Docs", "the answer"),
+        "leave out Some Docs. .*--prompt 'the question' --prompt 'Some Docs'; if it should write",
+        {"prompt": joined(["the question", "Some Docs"])},
+    ),
     "documents in a list": (
         [{**row, "documents": [row["question"]]} for row in unlike("question", "answer")],
         "leave out documents",
