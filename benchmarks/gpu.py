@@ -190,7 +190,7 @@ def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
 
 def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     """Times a block with the recipe's default calibration; weights are read from memory."""
-    from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.calibrate import Calibrator
     from finequant.quantize.methods.method import load_method
     from finequant.quantize.scheme import layer_plan
     from finequant.recipes.schema import Calibration, Quantize
@@ -210,7 +210,8 @@ def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
         reset()
         times = [time.monotonic()]
         method = load_method("gptq")
-        for piece in calibrate(method, weights, two, sequences, plan, torch.bfloat16):
+        calibrator = Calibrator(method, weights, two, sequences, plan, torch.bfloat16)
+        for piece in calibrator.pieces():
             if piece.layer.endswith("down_proj"):
                 times.append(time.monotonic())
         figure = f"{times[2] - times[1]:.2f} s a block"

@@ -15,8 +15,8 @@ from finequant.finetune.processes import decided_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, weights_of
 from finequant.quantize.checkpoint.streaming import Target, write_data_free, write_pieces
 from finequant.quantize.methods import rtn
-from finequant.quantize.methods.calibrate import calibrate
-from finequant.quantize.methods.method import Calibrated, load_method
+from finequant.quantize.methods.calibrate import Calibrator, none_known
+from finequant.quantize.methods.method import Calibrated, DataFree, load_method
 from finequant.quantize.methods.sequences import for_the_method, sequences_of
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import Plan, is_calibrated, layer_plan
@@ -44,12 +44,12 @@ def quantize_layers(
     dtype: the dtype of the shipped model's arithmetic.
     sequences: token ids [rows, length] for a calibrated method.
     """
-    method, later = load_method(quantize.method), []
+    method = load_method(quantize.method)
+    data_free = method if isinstance(method, DataFree) else rtn.METHOD
+    later = set()
     if isinstance(method, Calibrated):
-        later = [
-            f"{name}.weight" for name in plan if plan[name] and is_calibrated(name, plan[name])
-        ]
-    data_free = rtn.METHOD if isinstance(method, Calibrated) else method
+        layers = (name for name in plan if plan[name] and is_calibrated(name, plan[name]))
+        later = {f"{name}.weight" for name in layers}
     where, accelerator = device(), Lock()
 
     def rounding(layer: str, rows: slice, weight: torch.Tensor) -> Rounded:
@@ -59,18 +59,16 @@ def quantize_layers(
             return data_free.quantize(weight.to(where), plan[layer]).cpu()
 
     def write_others() -> None:
-        names = [name for name in target.shapes if name not in set(later)]
+        names = [name for name in target.shapes if name not in later]
         write_data_free(target, weights, names, rounding, whole=not data_free.by_rows)
-
-    def known(layer: str, rows: slice) -> Rounded | None:
-        return target.known(layer, rows)
 
     decided_by_first(write_others)
     if isinstance(method, Calibrated) and later:
         calibration = quantize.calibration
         text, steps = for_the_method(sequences, calibration), calibration.steps
-        pieces = calibrate(method, weights, config, text, plan, dtype, known, steps)
-        write_pieces(target, weights, pieces)
+        known = target.known if target else none_known
+        calibrator = Calibrator(method, weights, config, text, plan, dtype, known, steps)
+        write_pieces(target, weights, calibrator.pieces())
 
 
 def round_model(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,68 +44,56 @@ def none_known(name: str, rows: slice) -> Rounded | None:
     return None
 
 
-@torch.no_grad()
-def calibrate(
-    method: Calibrated,
-    weights: Weights,
-    config: DecoderConfig,
-    sequences: torch.Tensor,
-    plan: Plan,
-    dtype: torch.dtype,
-    known: Callable[[str, slice], Rounded | None] = none_known,
-    steps: int = 0,
-) -> Iterator[Piece]:
-    """Yields codes and scales of the linear layers that the plan rounds, as soon as it has them.
-
-    weights: the float model's, by name; read a block at a time.
-    sequences: token ids [rows, length].
-    dtype: the shipped model's; activations are computed in it, or in float32 where the processor
-        only emulates it.
-    known: returns codes and scales that an earlier call computed, or None; a block whose layers are
-        all known is only run. Only the first process calls it.
-    steps: the number of steps that train each block after its layers are quantized.
-    """
-    computes = arithmetic_dtype(dtype)
-    calibration = _Calibration(method, weights, config, sequences, plan, computes, known, steps)
-    blocks = config.num_hidden_layers
-    for number in tracked(range(blocks), "quantize: calibrating, block", blocks):
-        yield from calibration.block(number)
-    if plan[HEAD] and is_calibrated(HEAD, plan[HEAD]):
-        doing("quantize: calibrating, head")
-        yield from calibration.head()
-
-
-class _Calibration:
+@dataclass
+class Calibrator:
     """Passes activations through the float and the quantized model, and quantizes each block.
 
     A block and the statistics of its inputs are freed before the next block is read.
     """
 
-    def __init__(
-        self,
-        method: Calibrated,
-        weights: Weights,
-        config: DecoderConfig,
-        sequences: torch.Tensor,
-        plan: Plan,
-        dtype: torch.dtype,
-        known: Callable[[str, slice], Rounded | None],
-        steps: int,
-    ) -> None:
-        self._weights, self._config, self._plan, self._dtype = weights, config, plan, dtype
-        self._method, self._known, self._steps = method, known, steps
-        self._device = device()
-        batches = share(sequences).split(max(1, TOKENS // sequences.shape[1]))
-        shipped = _rounded_rows(weights, plan[EMBEDDING], dtype)
-        self._exact = [embed(weights, ids).to(self._device, dtype) for ids in batches]
-        self._quantized = [embed(shipped, ids).to(self._device, dtype) for ids in batches]
-        self._rotary = rotary_of(config, self._exact[0])
+    method: Calibrated
+    weights: Weights
+    """The float model's, by name; read a block at a time."""
+    config: DecoderConfig
+    sequences: torch.Tensor
+    """Token ids [rows, length]."""
+    plan: Plan
+    dtype: torch.dtype
+    """The shipped model's; activations are computed in it, or in float32 where the processor only
+    emulates it."""
+    known: Callable[[str, slice], Rounded | None] = none_known
+    """Returns codes and scales that an earlier call computed, or None; a block whose layers are all
+    known is only run. Only the first process calls it."""
+    steps: int = 0
+    """The number of steps that train each block after its layers are quantized."""
 
-    def block(self, number: int) -> Iterator[Piece]:
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        self._arithmetic, self._device = arithmetic_dtype(self.dtype), device()
+        batches = share(self.sequences).split(max(1, TOKENS // self.sequences.shape[1]))
+        shipped = _rounded_rows(self.weights, self.plan[EMBEDDING], self._arithmetic)
+        self._exact, self._quantized = (
+            [embed(weights, ids).to(self._device, self._arithmetic) for ids in batches]
+            for weights in (self.weights, shipped)
+        )
+        self._rotary = rotary_of(self.config, self._exact[0])
+
+    @torch.no_grad()
+    def pieces(self) -> Iterator[Piece]:
+        """Yields codes and scales of the linear layers that the plan rounds, as soon as it has
+        them."""
+        blocks = self.config.num_hidden_layers
+        for number in tracked(range(blocks), "quantize: calibrating, block", blocks):
+            yield from self._block(number)
+        if self.plan[HEAD] and is_calibrated(HEAD, self.plan[HEAD]):
+            doing("quantize: calibrating, head")
+            yield from self._head()
+
+    def _block(self, number: int) -> Iterator[Piece]:
         """Quantizes the block's layers, and advances the activations to its outputs."""
-        block = decoder_block(self._config, number, self._weights, self._dtype).to(self._device)
+        block = decoder_block(self.config, number, self.weights, self._arithmetic).to(self._device)
         prefix = f"model.layers.{number}."
-        names = [name for name in block_layers(self._config) if self._plan[prefix + name]]
+        names = [name for name in block_layers(self.config) if self.plan[prefix + name]]
         results = {name: self._known_to_first(prefix + name, WHOLE) for name in names}
         if all(results.values()):
             self._advance(self._exact, block)
@@ -113,11 +102,11 @@ class _Calibration:
                 results[piece.layer.removeprefix(prefix)] = piece.rounded
                 yield piece._replace(rounded=piece.rounded.cpu())
         for name, rounded in results.items():
-            _install(block.get_submodule(name), rounded, self._dtype)
+            _install(block.get_submodule(name), rounded, self._arithmetic)
         self._advance(self._quantized, block)
 
     def _known_to_first(self, layer: str, rows: slice) -> Rounded | None:
-        return decided_by_first(lambda: self._known(layer, rows))
+        return decided_by_first(lambda: self.known(layer, rows))
 
     def _advance(self, states: list[torch.Tensor], block: torch.nn.Module) -> None:
         """Replaces hidden states by the block's outputs, a batch at a time."""
@@ -134,7 +123,7 @@ class _Calibration:
         start: dict[str, TrainedLayer] = {}
         # The copy shares the parameters of the float block until its layers are quantized.
         quantized_block = deepcopy(block, {id(shared): shared for shared in block.parameters()})
-        for sharing in anatomy(self._config).inputs:
+        for sharing in anatomy(self.config).inputs:
             layers = [name for name in sharing.layers if name in names]
             if not layers:
                 continue
@@ -142,20 +131,20 @@ class _Calibration:
             for together in self._rounded_at_once(prefix, layers):
                 parts = [self._float_weight(block, prefix, name) for name in together]
                 weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-                scheme = self._plan[prefix + together[0]]
+                scheme = self.plan[prefix + together[0]]
                 rounded = self._rounded(weight, statistics, scheme)
                 rows = [len(part) for part in parts]
                 codes, scales = (tensor.split(rows) for tensor in rounded)
                 for name, part, *pair in zip(together, parts, codes, scales, strict=True):
-                    _install(quantized_block.get_submodule(name), Rounded(*pair), self._dtype)
-                    if self._steps:
+                    _install(quantized_block.get_submodule(name), Rounded(*pair), self._arithmetic)
+                    if self.steps:
                         start[name] = TrainedLayer(part, Rounded(*pair), scheme)
                     else:
                         yield Piece(prefix + name, WHOLE, Rounded(*pair), part.cpu())
         self._advance(self._exact, block)
         if start:
             trained = reconstruct(
-                block, start, self._quantized, self._exact, self._rotary, self._steps
+                block, start, self._quantized, self._exact, self._rotary, self.steps
             )
             for name, rounded in trained.items():
                 yield Piece(prefix + name, WHOLE, rounded, None)
@@ -164,7 +153,7 @@ class _Calibration:
         self, block: torch.nn.Module, quantized_block: torch.nn.Module, layer: str
     ) -> Statistics:
         """Computes the statistics of a layer's inputs in both blocks."""
-        statistics = self._method.statistics()
+        statistics = self.method.statistics()
         for quantized, exact in zip(self._quantized, self._exact, strict=True):
             rounded = quantize_activations(self._input(quantized_block, layer, quantized))
             statistics.add(rounded, self._input(block, layer, exact))
@@ -180,7 +169,7 @@ class _Calibration:
         codes = weight.new_zeros(weight.shape, dtype=torch.int8)
         scale = weight.new_zeros(len(weight), groups, dtype=scheme.scale_dtype)
         rows = rows_of_share(len(weight))
-        codes[rows], scale[rows] = self._method.quantize(weight[rows], statistics, scheme)
+        codes[rows], scale[rows] = self.method.quantize(weight[rows], statistics, scheme)
         add_up((codes, scale))
         return Rounded(codes, scale)
 
@@ -207,7 +196,7 @@ class _Calibration:
             return [[name] for name in names]
         groups: dict[LayerScheme | None, list[str]] = {}
         for name in names:
-            groups.setdefault(self._plan[prefix + name], []).append(name)
+            groups.setdefault(self.plan[prefix + name], []).append(name)
         return list(groups.values())
 
     def _float_weight(self, block: torch.nn.Module, prefix: str, name: str) -> torch.Tensor:
@@ -218,27 +207,27 @@ class _Calibration:
         weight = block.get_submodule(name).weight
         if weight.dtype == torch.float32:
             return weight.detach()
-        read = filled(self._weights, f"{prefix}{name}.weight", weight.shape, torch.float32)
+        read = filled(self.weights, f"{prefix}{name}.weight", weight.shape, torch.float32)
         return read.to(self._device)
 
-    def head(self) -> Iterator[Piece]:
+    def _head(self) -> Iterator[Piece]:
         """Quantizes the head a few rows at a time: it may be larger than a block."""
-        statistics = self._method.statistics()
+        statistics = self.method.statistics()
         while self._exact:  # frees each batch once it is summed
             quantized, exact = (
-                normed(self._config, self._weights, hidden.pop(0))
+                normed(self.config, self.weights, hidden.pop(0))
                 for hidden in (self._quantized, self._exact)
             )
             statistics.add(quantize_activations(quantized), exact)
         add_up(statistics.sums)
-        pieces = list(row_slices((self._config.vocab_size, self._config.hidden_size)))
-        rows = rows_at_once(self._config.hidden_size, self._device)
+        pieces = list(row_slices((self.config.vocab_size, self.config.hidden_size)))
+        rows = rows_at_once(self.config.hidden_size, self._device)
         step = max(1, rows // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
             rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
             if self._known_to_first(HEAD, rows) is None:
-                weight = self._weights(f"{HEAD}.weight", rows)
-                rounded = self._rounded(weight.to(self._device), statistics, self._plan[HEAD])
+                weight = self.weights(f"{HEAD}.weight", rows)
+                rounded = self._rounded(weight.to(self._device), statistics, self.plan[HEAD])
                 yield Piece(HEAD, rows, rounded.cpu(), weight)
 
 

@@ -38,7 +38,7 @@ from finequant.finetune.train import main
 from finequant.finetune.trainer import LoraTrainer
 from finequant.quantize.convert import main as quantize
 from finequant.quantize.methods import reconstruct
-from finequant.quantize.methods.calibrate import _Calibration
+from finequant.quantize.methods.calibrate import Calibrator
 from finequant.quantize.training import model as aware_model
 from finequant.quantize.training import scales
 from finequant.quantize.training import train as aware_stage
@@ -149,7 +149,7 @@ def fsdp() -> Iterator[None]:
 @contextmanager
 def at_block(number: int | None, do: Callable[[], None] | None = None) -> Iterator[None]:
     """Calls `do` when a process reaches the block; prints each block that is quantized."""
-    whole = _Calibration._quantize
+    whole = Calibrator._quantize
 
     def _quantize(self, block, prefix, names):
         if prefix == f"model.layers.{number}.":
@@ -157,9 +157,9 @@ def at_block(number: int | None, do: Callable[[], None] | None = None) -> Iterat
         print(f"quantizing {prefix}", file=sys.stderr)
         return whole(self, block, prefix, names)
 
-    _Calibration._quantize = _quantize
+    Calibrator._quantize = _quantize
     yield
-    _Calibration._quantize = whole
+    Calibrator._quantize = whole
 
 
 @contextmanager

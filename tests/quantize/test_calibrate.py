@@ -107,7 +107,7 @@ def test_a_zero_weight_stays_zero():
 def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.calibrate import Calibrator
     from finequant.quantize.scheme import layer_plan
     from finequant.recipes.schema import Quantize
 
@@ -122,10 +122,10 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
         return model.get_parameter(name).detach()[rows]
 
     def found(steps: int) -> dict[str, Rounded]:
-        pieces = calibrate(
+        calibrator = Calibrator(
             METHOD, weights, model.config, sequences, plan, torch.float32, steps=steps
         )
-        return {piece.layer: piece.rounded for piece in pieces}
+        return {piece.layer: piece.rounded for piece in calibrator.pieces()}
 
     def error(layers: dict[str, Rounded]) -> float:
         ours = AutoModelForCausalLM.from_pretrained(tiny_base)
@@ -148,7 +148,7 @@ def test_a_trained_block_is_nearer_to_the_float_block_and_repeatable(tiny_base):
 def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from finequant.quantize.methods.calibrate import calibrate
+    from finequant.quantize.methods.calibrate import Calibrator
     from finequant.quantize.methods.method import Calibrated
     from finequant.quantize.scheme import layer_plan
     from finequant.recipes.schema import Quantize
@@ -166,16 +166,15 @@ def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
 
     method = Calibrated(Kept, lambda weight, _, scheme: round_to_nearest(weight, *scheme))
     weights = dict(model.named_parameters())
-    pieces = list(
-        calibrate(
-            method,
-            lambda name, rows: weights[name].detach()[rows],
-            model.config,
-            sequences,
-            plan,
-            torch.float32,
-        )
+    calibrator = Calibrator(
+        method,
+        lambda name, rows: weights[name].detach()[rows],
+        model.config,
+        sequences,
+        plan,
+        torch.float32,
     )
+    pieces = list(calibrator.pieces())
     shared = ["q_proj", "o_proj", "gate_proj", "down_proj"] * model.config.num_hidden_layers
     assert len(inputs) == len(shared)
 
@@ -263,10 +262,10 @@ def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):
 
     monkeypatch.setattr(calibrate, "device", lambda: torch.device("meta"))
     sequences = torch.randint(300, (4, 16))
-    pieces = calibrate.calibrate(
+    calibrator = calibrate.Calibrator(
         METHOD, base.weights, base.config, sequences, plan, torch.float32, known
     )
-    assert not list(pieces)  # no codes are computed again
+    assert not list(calibrator.pieces())  # no codes are computed again
     assert sorted(asked) == sorted(name for name in plan if plan[name])
 
 
@@ -281,10 +280,10 @@ def test_a_process_without_sequences_takes_part(tiny_base, monkeypatch):
     base = open_base(Model(base=str(tiny_base)))
     plan = layer_plan(Quantize(), base.config)
     sequences = torch.randint(300, (1, 16))
-    pieces = list(
-        calibrate.calibrate(METHOD, base.weights, base.config, sequences, plan, torch.float32)
+    calibrator = calibrate.Calibrator(
+        METHOD, base.weights, base.config, sequences, plan, torch.float32
     )
-    assert {piece.layer for piece in pieces} == {name for name in plan if plan[name]}
+    assert {piece.layer for piece in calibrator.pieces()} == {name for name in plan if plan[name]}
 
 
 def textbook_gptq(

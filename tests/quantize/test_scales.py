@@ -71,7 +71,7 @@ def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
         patched.setattr(scales, "train_scales", interrupted)
         convert(arguments)
     with monkeypatch.context() as patched:
-        patched.setattr(calibrate._Calibration, "_quantize", interrupted)
+        patched.setattr(calibrate.Calibrator, "_quantize", interrupted)
         convert(arguments)
     quantized = recipe_file.parent / "run" / "quantized"
     assert not (quantized / "start").exists()
