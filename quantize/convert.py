@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.quantize.prompts import check_prompts
+from finequant.quantize.logits import check_prompts, relative_difference
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir
@@ -237,7 +237,7 @@ def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, 
     """
     if shipped is None:
         return {}
-    error = ((shipped - tuned).norm() / tuned.norm()).item()
+    error = relative_difference(shipped, tuned)
     say(f"quantize: rounding changes the logits by {error:.1%} (root mean square)")
     return {"logit_error": error}
 

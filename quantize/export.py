@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import Format, to_install
-from finequant.quantize.prompts import check_prompts
+from finequant.quantize.logits import check_prompts, last_logits, relative_difference
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, refuse_all, report_user_errors
 from finequant.recipes.rundir import RunDir
@@ -218,10 +218,6 @@ def check_logits(entry: Format, logits: torch.Tensor, reference: Reference) -> f
     return difference
 
 
-def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((logits - expected).norm() / expected.norm()).item()
-
-
 def check_exports(
     quantize: Quantize, config: DecoderConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -257,7 +253,6 @@ def _reference(stored: QuantizedCheckpoint, prompts: list[list[int]]) -> Referen
     from transformers import AutoModelForCausalLM
 
     from finequant.quantize.checkpoint.blocks import float_logits
-    from finequant.quantize.merge.adapter import last_logits
 
     model = AutoModelForCausalLM.from_pretrained(stored.folder).eval()
     return Reference(

@@ -263,7 +263,7 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     from finequant.finetune.gguf_base import parsed_once
-    from finequant.quantize.merge.adapter import last_logits
+    from finequant.quantize.logits import last_logits
 
     file = file_in(folder)
     with parsed_once():

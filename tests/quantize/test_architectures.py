@@ -20,7 +20,8 @@ from finequant.finetune.architecture import ARCHITECTURES, anatomy, layer_shapes
 from finequant.finetune.model import load_config, load_tokenizer
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_checkpoint
-from finequant.quantize.merge.adapter import Adapter, last_logits, merged_weights, open_base
+from finequant.quantize.logits import last_logits
+from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.model import float_model
 from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.budget import within_budget

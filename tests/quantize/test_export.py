@@ -436,7 +436,8 @@ def outliers(llama) -> Path:
 
 def test_an_export_is_not_blamed_for_the_error_of_int8_activations(make, outliers, capsys):
     from finequant.quantize.checkpoint.stored import read_checkpoint
-    from finequant.quantize.export import _reference, relative_difference
+    from finequant.quantize.export import _reference
+    from finequant.quantize.logits import relative_difference
 
     run = make(f"model.base={outliers}", "quantize.method=rtn", to=("gguf", "compressed-tensors"))
     entries = json.loads((run / "manifest.json").read_text())
