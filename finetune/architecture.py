@@ -175,6 +175,11 @@ def anatomy(config: DecoderConfig) -> Anatomy:
     return _ANATOMIES[key]
 
 
+def rotary_embedding(config: DecoderConfig) -> torch.nn.Module:
+    """Makes the module that computes cosines and sines of positions, which no file contains."""
+    return type(anatomy(config).model.model.rotary_emb)(config)
+
+
 def _shared_inputs(model: Decoder) -> list[SharedInput]:
     """Runs a block without weights, and groups its linear layers by the tensor that they read."""
     import torch

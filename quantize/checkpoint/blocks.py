@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
 
-from finequant.finetune.architecture import EMBEDDING, HEAD, NORM, anatomy, causal_without_mask
+from finequant.finetune.architecture import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    anatomy,
+    causal_without_mask,
+    rotary_embedding,
+)
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 
@@ -56,9 +63,17 @@ def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
 
 def rotary_of(config: DecoderConfig, hidden: torch.Tensor) -> Rotary:
     """Computes cosines and sines for hidden states [rows, length, hidden], on their device."""
-    rotary = type(anatomy(config).model.model.rotary_emb)(config)
+    rotary = rotary_embedding(config)
     cos, sin = rotary(torch.empty(0, dtype=hidden.dtype), torch.arange(hidden.shape[1])[None])
     return cos.to(hidden.device), sin.to(hidden.device)
+
+
+def run_block(
+    block: torch.nn.Module, hidden: Iterable[torch.Tensor], rotary: Iterable[Rotary]
+) -> list[torch.Tensor]:
+    """Computes a block's outputs for hidden states [rows, length, hidden] of several lengths."""
+    pairs = zip(hidden, rotary, strict=True)
+    return [block(states, position_embeddings=angles) for states, angles in pairs]
 
 
 def normed(config: DecoderConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,9 +93,9 @@ def norm_and_head(config: DecoderConfig, weights: Weights, dtype: torch.dtype) -
     return block
 
 
-def head_logits(weights: Weights, shape: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
+def head_logits(config: DecoderConfig, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     """Computes logits [rows, vocabulary] of normed states [rows, hidden], part by part."""
-    name = f"{HEAD}.weight"
+    name, shape = f"{HEAD}.weight", (config.vocab_size, config.hidden_size)
     parts = [linear(hidden, weights(name, rows).to(hidden)) for rows in row_slices(shape)]
     return torch.cat(parts, dim=-1)
 
@@ -93,7 +108,6 @@ def float_logits(config: DecoderConfig, weights: Weights, prompts: list[list[int
     rotary = [rotary_of(config, states) for states in hidden]
     for number in range(config.num_hidden_layers):
         block = decoder_block(config, number, weights, torch.float32).to(device())
-        pairs = zip(hidden, rotary, strict=True)
-        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+        hidden = run_block(block, hidden, rotary)
     last = normed(config, weights, torch.cat([states[:, -1] for states in hidden]))
-    return head_logits(weights, (config.vocab_size, config.hidden_size), last).cpu()
+    return head_logits(config, weights, last).cpu()

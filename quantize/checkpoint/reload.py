@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
-from finequant.quantize.checkpoint.reading import Weights, filled
+from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of, run_block
+from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
+from finequant.quantize.checkpoint.writing import weight_bytes
 from finequant.quantize.rounding import quantize_activations
 from finequant.quantize.scheme import HEAD, Plan
 from finequant.recipes.errors import CRASHES, UserError
@@ -53,8 +54,7 @@ def blocks_that_fit(checkpoint: Checkpoint, config: DecoderConfig) -> int:
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values())
     # Python with its libraries; the largest layer in float32 and in the model's dtype.
     fixed = PROCESS_BYTES + largest * (4 + checkpoint.dtype.itemsize)
-    total = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
-    room = (available_memory() - fixed) / max(1, total)
+    room = (available_memory() - fixed) / max(1, weight_bytes(checkpoint.folder))
     every = config.num_hidden_layers
     return every if room >= 1 else max(1, int(room * every))
 
@@ -83,8 +83,7 @@ def shipped_logits(
         for name, module in block.named_modules():
             if plan.get(f"model.layers.{number}.{name}"):
                 module.register_forward_pre_hook(lambda _, x: (quantize_activations(x[0]),))
-        pairs = zip(hidden, rotary, strict=True)
-        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+        hidden = run_block(block, hidden, rotary)
     hidden = [normed(config, weights, states) for states in hidden]
     if plan[HEAD]:
         hidden = [quantize_activations(states) for states in hidden]
@@ -106,20 +105,18 @@ def check_quantized(
         UserError: if not.
     """
     for name in checkpoint.shapes:
-        if not checkpoint.has(name, slice(None)):
+        if not checkpoint.has(name, WHOLE):
             raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
-    every, config = base.config.num_hidden_layers, base.config
+    config = base.config
     return_freed_memory()  # calibration leaves up to as much as the model takes
     blocks = blocks_that_fit(checkpoint, config)
     expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
     checkpoint.finish()
     check_reload(expected, checkpoint.folder, prompts, blocks)
-    what = (
-        "the logits are"
-        if blocks == every
-        else (f"the logits of the first {blocks} of {every} blocks, for which there is memory, are")
-    )
-    say(f"quantize: reloaded in a fresh process, {what} the same, bit for bit")
+    every, part = config.num_hidden_layers, ""
+    if blocks < every:
+        part = f" of the first {blocks} of {every} blocks, for which there is memory,"
+    say(f"quantize: reloaded in a fresh process, the logits{part} are the same, bit for bit")
     return blocks, expected
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from finequant.finetune.architecture import anatomy, head_dim
+from finequant.finetune.architecture import head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
@@ -178,8 +178,7 @@ class Embedding(nn.Module):
 
 def rotations(config: DecoderConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes cosine and sine [length, head_dim] of every position."""
-    positions = torch.arange(length)[None]
-    cos, sin = type(anatomy(config).model.model.rotary_emb)(config)(torch.zeros(1), positions)
+    cos, sin = rotary_embedding(config)(torch.zeros(1), torch.arange(length)[None])
     return cos[0], sin[0]
 
 

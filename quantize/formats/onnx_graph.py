@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import anatomy, head_dim
+from finequant.finetune.architecture import head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
@@ -249,7 +249,6 @@ def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
 
 def rotary_tables(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Computes cosine and sine of every position, each float32 [length, head_dim / 2]."""
-    rotary = type(anatomy(config).model.model.rotary_emb)(config)
-    tables = rotary(torch.zeros(1), torch.arange(length)[None])
+    tables = rotary_embedding(config)(torch.zeros(1), torch.arange(length)[None])
     cos, sin = (table[0, :, : head_dim(config) // 2].numpy() for table in tables)
     return cos, sin

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.finetune.device import device
-from finequant.quantize.checkpoint.blocks import float_logits
+from finequant.quantize.checkpoint.blocks import float_logits, run_block
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights
 from finequant.recipes.errors import UserError
 
@@ -62,7 +62,7 @@ def tuned_logits(base: Base, folder: Path, prompts: list[list[int]]) -> torch.Te
     rotary = [(cos.to(device()), sin.to(device())) for cos, sin in angles]
     for number, layer in enumerate(model.layers):
         with _in_memory(tuned, layer, f".layers.{number}.", folder):
-            hidden = _run(layer, hidden, rotary)
+            hidden = run_block(layer, hidden, rotary)
     last = model.norm(torch.cat([states[:, -1].cpu() for states in hidden]))
     with _in_memory(tuned, head, ".lm_head.", folder):
         return head(last.to(device())).float().cpu()
@@ -109,8 +109,3 @@ def _in_memory(
     module.to(device())
     yield
     module.to("meta" if offloaded else "cpu")
-
-
-def _run(block: torch.nn.Module, hidden: list[torch.Tensor], rotary: list) -> list[torch.Tensor]:
-    pairs = zip(hidden, rotary, strict=True)
-    return [block(states, position_embeddings=angles) for states, angles in pairs]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import skeleton
+from finequant.finetune.architecture import rotary_embedding, skeleton
 from finequant.quantize.checkpoint.reading import Weights, filled, read_into
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
@@ -40,18 +40,27 @@ def merged_model(
 
 def float_model(base: Base, weights: Weights, dtype: torch.dtype) -> Decoder:
     """Builds the model like `from_pretrained`, without a tensor being in memory twice."""
-    config = deepcopy(base.config)
-    config.dtype = dtype
-    model = skeleton(config).to(dtype)
+    model = _skeleton(base, dtype)
     # All weights are allocated before the first is read; else the buffers that reading allocates
     # and frees would leave gaps between them.
     model.to_empty(device="cpu").tie_weights()
     for name, parameter in model.named_parameters():
         read_into(parameter.detach(), weights, name)
-    rotary = model.model.rotary_emb  # its frequencies are in no file
-    model.model.rotary_emb = type(rotary)(config)
-    model.generation_config = base.generation_config
+    _complete(model, base)
     return model.requires_grad_(False).eval()
+
+
+def _skeleton(base: Base, dtype: torch.dtype) -> Decoder:
+    """Makes the base's model in `dtype`, without memory for its weights."""
+    config = deepcopy(base.config)
+    config.dtype = dtype
+    return skeleton(config).to(dtype)
+
+
+def _complete(model: Decoder, base: Base) -> None:
+    """Adds what is in no file of weights: the rotary frequencies, and how to generate."""
+    model.model.rotary_emb = rotary_embedding(model.config)
+    model.generation_config = base.generation_config
 
 
 class Offloaded(Mapping[str, torch.Tensor]):
@@ -88,9 +97,7 @@ def spread_model(
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device
 
-    config = deepcopy(base.config)
-    config.dtype = arithmetic
-    model = skeleton(config).to(arithmetic)
+    model = _skeleton(base, arithmetic)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     offloaded = Offloaded(
         list(shapes), lambda name: filled(weights, name, shapes[name], dtype).to(arithmetic)
@@ -103,8 +110,6 @@ def spread_model(
         elif where != DISK:
             set_module_tensor_to_device(model, name, where, offloaded[name])
     model.tie_weights()
-    rotary = model.model.rotary_emb  # its frequencies are in no file
-    model.model.rotary_emb = type(rotary)(config)
-    model.generation_config = base.generation_config
+    _complete(model, base)
     dispatch_model(model, device_map, main, offloaded, offload_index={})
     return model

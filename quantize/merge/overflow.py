@@ -15,6 +15,7 @@ from finequant.quantize.checkpoint.blocks import (
     head_logits,
     normed,
     rotary_of,
+    run_block,
 )
 from finequant.quantize.checkpoint.reading import Weights
 from finequant.recipes.errors import UserError
@@ -42,11 +43,10 @@ def check_range(
             full = f"model.layers.{number}.{name}".rstrip(".")
             module.register_forward_pre_hook(partial(_look_at_inputs, full))
             module.register_forward_hook(partial(_look_at_outputs, full))
-        pairs = zip(hidden, rotary, strict=True)
-        hidden = [block(states, position_embeddings=angles) for states, angles in pairs]
+        hidden = run_block(block, hidden, rotary)
     last = normed(config, weights, torch.cat([states[:, -1] for states in hidden]))
     _look(f"the outputs of {NORM}", (last,))
-    logits = head_logits(weights, (config.vocab_size, config.hidden_size), last)
+    logits = head_logits(config, weights, last)
     _look(f"the outputs of {HEAD}", (logits,))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import skeleton
+from finequant.finetune.architecture import rotary_embedding, skeleton
 from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
@@ -85,8 +85,7 @@ def assembled(
         model.set_submodule(name, make(name, None if bias is None else bias.detach()))
     if config.tie_word_embeddings and not unties_head(plan):
         model.tie_weights()
-    rotary = model.model.rotary_emb  # no file has its frequencies
-    model.model.rotary_emb = type(rotary)(config)
+    model.model.rotary_emb = rotary_embedding(config)
     return model
 
 
