@@ -247,6 +247,13 @@ class Lora(Section):
             raise ValueError(f"orthogonal initialization needs an even rank, not {self.rank}")
         return self
 
+    def targets(self, layer: str) -> bool:
+        """Says whether a linear layer gets a LoRA; like peft, compares target modules with the end
+        of its name, and leaves out the head unless it is named."""
+        if self.target_modules == "all-linear":
+            return layer != "lm_head"
+        return any(f".{layer}".endswith(f".{target}") for target in self.target_modules)
+
 
 def micro_batch_size(batch_size: int) -> int:
     """Returns the largest divisor of the batch size up to 8."""

@@ -64,14 +64,11 @@ def components(config: DecoderConfig) -> dict[str, int]:
 
 def trainable(lora: Lora, config: DecoderConfig) -> int:
     """Counts the weights of the adapter."""
-    total = 0
-    for name, (rows, columns) in layer_shapes(config).items():
-        aimed = lora.target_modules == "all-linear" or any(
-            f".{name}".endswith(f".{target}") for target in lora.target_modules
-        )
-        if aimed and name not in (HEAD, EMBEDDING):
-            total += lora.rank * (rows + columns) + (rows if lora.use_dora else 0)
-    return total
+    return sum(
+        lora.rank * (rows + columns) + (rows if lora.use_dora else 0)
+        for name, (rows, columns) in layer_shapes(config).items()
+        if name not in (HEAD, EMBEDDING) and lora.targets(name)
+    )
 
 
 def block_sizes(config: DecoderConfig) -> list[int]:

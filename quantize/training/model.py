@@ -14,7 +14,7 @@ from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
 from finequant.quantize.rounding import Rounded, latent_weights
-from finequant.quantize.scheme import EMBEDDING, HEAD, Plan, untie_head, unties_head
+from finequant.quantize.scheme import EMBEDDING, Plan, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,
@@ -27,7 +27,7 @@ from finequant.quantize.training.fake_quantize import (
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder, DecoderConfig
     from finequant.quantize.checkpoint.stored import StoredLayers
-    from finequant.recipes.schema import Lora, Recipe
+    from finequant.recipes.schema import Recipe
 
 
 def fake_quantized_model(
@@ -120,7 +120,7 @@ def _fake_quantized(
     shared = {"float_weight": float_weight, "bias": bias}
     if training.learns == "scales":
         return FakeQuantScales(start, bits, dtype, **shared)
-    if not _has_lora(name, lora):
+    if not lora.targets(name):
         return FakeQuantLinear(start, bits, dtype, **shared)
     return FakeQuantLora(
         start,
@@ -141,10 +141,3 @@ def _latent(name: str, weights: Weights, start: Rounded, dtype: torch.dtype) -> 
         piece = Rounded(start.codes[rows], start.scale[rows])
         latent[rows] = latent_weights(weights(name, rows), piece, dtype)
     return latent
-
-
-def _has_lora(name: str, lora: Lora) -> bool:
-    """Says whether a layer gets a LoRA; like peft, compares target modules with ends of names."""
-    if lora.target_modules == "all-linear":
-        return name != HEAD
-    return any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
