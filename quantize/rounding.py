@@ -29,7 +29,6 @@ MAX_DISTANCE = 0.49
 """Maximum distance of a latent weight from its code, in steps of the scale; less than a half, so
 that it rounds to that code even when the latent weight is stored in float16."""
 
-
 CODES = "codes.safetensors"
 """The file in trained_codes/ that holds codes and scales of every quantized layer."""
 
@@ -120,7 +119,7 @@ def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _scales(
-    groups: torch.Tensor, low: int, high: int, rule: str, importance: torch.Tensor | None = None
+    groups: torch.Tensor, low: int, high: int, rule: str, importance: torch.Tensor | None
 ) -> torch.Tensor:
     largest = groups.abs().amax(-1).div_(max((high - low) / 2, 1.0))
     largest.clamp_(min=torch.finfo(torch.float32).smallest_normal)

@@ -45,7 +45,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """Rows and tokens, which the first stage that needs them writes and the others read."""
+        """Returns the folder of rows and tokens, which the first stage that needs them writes."""
         return self.root / "data"
 
     @property
@@ -78,7 +78,7 @@ class RunDir:
 
     @property
     def predictions(self) -> Path:
-        """The held-out rows with every model's answers."""
+        """Returns the file of the held-out rows with every model's answers."""
         return self.root / "predictions.jsonl"
 
     @property

@@ -20,7 +20,7 @@ import torch
 from finequant.finetune.architecture import architecture, head_dim
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
-from finequant.quantize.formats.format import CONTEXT, Format
+from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
@@ -236,7 +236,7 @@ def read_back(
         codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
         step = stored.group_size(layer) // BLOCK if layer in stored.rounded else 1
         rounded[layer] = Rounded(codes, scale[:, ::step])
-    if HEAD not in rounded and HEAD not in floats and HEAD in stored.rounded:
+    if HEAD not in rounded and HEAD in stored.rounded:
         rounded[HEAD] = rounded[EMBEDDING]
     return rounded, floats
 
@@ -309,7 +309,7 @@ def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
-    def __init__(self, file: Path, context: int = CONTEXT) -> None:
+    def __init__(self, file: Path, context: int) -> None:
         from llama_cpp import Llama, llama_get_logits_ith
 
         threads = torch.get_num_threads()

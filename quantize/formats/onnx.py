@@ -26,8 +26,6 @@ SMALLEST_BLOCK = 16
 SINGLE_FILE = 1_900_000_000
 """Bytes of weights up to which they are inside the model file: a protocol buffer holds 2 GB."""
 
-LARGEST_HALF = 65504.0
-
 
 def check_fits(contents: Contents) -> None:
     """Refuses what MatMulNBits cannot hold.
@@ -54,7 +52,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
     tables = [*(scale for _, scale in stored.rounded.values()), *stored.floats.values()]
     largest = max(table.abs().max().item() for table in tables)
-    if largest > LARGEST_HALF:
+    if largest > torch.finfo(torch.float16).max:
         raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
     length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
     model = Decoder(stored, length).model()
@@ -81,11 +79,6 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[str, Any]:
     """Makes genai_config.json, by which onnxruntime-genai runs the model."""
     config = stored.config
-    cache = {
-        f"{when}_{part}_names": f"{name}.%d.{part}"
-        for when, name in (("past", "past_key_values"), ("present", "present"))
-        for part in ("key", "value")
-    }
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": file,
@@ -94,10 +87,17 @@ def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[st
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads,
-        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask"}
-        | {key: name for key, name in cache.items() if key.startswith("past")},
-        "outputs": {"logits": "logits"}
-        | {key: name for key, name in cache.items() if key.startswith("present")},
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
     ends = stored.end_tokens
     first = {} if config.bos_token_id is None else {"bos_token_id": config.bos_token_id}

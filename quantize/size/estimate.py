@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from finequant.finetune.architecture import head_dim, parameter_count
 from finequant.finetune.gguf_base import is_dequantized
 from finequant.quantize.scheme import layer_plan, shipped_dtype
 from finequant.quantize.size.evaluating import evaluation_memory
 from finequant.quantize.size.machine import Machine
+from finequant.quantize.size.plan import model_size
 from finequant.quantize.size.quantizing import aware_memory, quantize_memory
 from finequant.quantize.size.terms import MB, Lengths, Memory, longest, trainable
 from finequant.quantize.size.training import optimizer_bytes, training_memory
@@ -44,8 +47,6 @@ def memory_of(
 
 def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
     """Computes the bytes that a stage needs in the run directory, temporary files included."""
-    from finequant.quantize.size.plan import model_size
-
     adapter, dtype = trainable(recipe.lora, config), shipped_dtype(recipe.quantize, config)
     each = adapter * (4 + optimizer_bytes(recipe.train.optimizer))
     checkpoints = each * (recipe.train.save_total_limit + 1)
@@ -67,7 +68,7 @@ def dequantized_bytes(model: Model, config: DecoderConfig) -> int:
     return 4 * parameter_count(config)
 
 
-def cache_bytes(config: DecoderConfig, tokens: int, dtype_bytes: int = 2) -> int:
-    """Computes the bytes of the key-value cache of one sequence."""
+def cache_bytes(config: DecoderConfig, tokens: int) -> int:
+    """Computes the bytes of the key-value cache of one sequence, in half precision."""
     width = config.num_key_value_heads * head_dim(config)
-    return 2 * config.num_hidden_layers * width * tokens * dtype_bytes
+    return 2 * config.num_hidden_layers * width * tokens * torch.float16.itemsize

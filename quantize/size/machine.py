@@ -45,8 +45,8 @@ class Machine(NamedTuple):
     """Whether FSDP splits the weights over the GPUs in training."""
 
     def training_dtype(self, precision: str) -> str:
-        """`bfloat16` or `float32`, as `training_precision` chooses here, or would on a GPU that is
-        not here."""
+        """Returns `bfloat16` or `float32`, as `training_precision` chooses here, or would on a GPU
+        that is not here."""
         import torch
 
         from finequant.finetune.device import training_precision
@@ -87,17 +87,17 @@ def named_gpu(text: str) -> Machine:
 
 
 def _letters(name: str) -> str:
-    """`RTX 4090` and `rtx-4090` -> `rtx4090`."""
+    """Reduces `RTX 4090` and `rtx-4090` to `rtx4090`."""
     return re.sub(r"[\s_-]", "", name).lower()
 
 
 def bytes_of(text: str, option: str) -> int:
-    """`6GB` -> 6,000,000,000.
+    """Parses a size in bytes: `6GB` is 6,000,000,000.
 
-    option: of the command line, named in the error.
+    option: the option of the command line that gives it, for the error.
 
     Raises:
-        UserError: for what is no size.
+        UserError: for a text that is no size.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in UNITS:

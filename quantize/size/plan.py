@@ -154,7 +154,7 @@ def _table(
 
 
 def _rows(plan: Plan, every: bool) -> list[tuple[str, list[str]]]:
-    """Titles, and the names of the layers that they stand for."""
+    """Returns the titles of the rows, each with the names of the layers that it stands for."""
     kinds: dict[str, dict[LayerScheme | None, list[str]]] = {}
     for name, scheme in plan.items():
         kind = name if every else re.sub(r"^model\.layers\.\d+\.", "", name)
@@ -167,7 +167,7 @@ def _rows(plan: Plan, every: bool) -> list[tuple[str, list[str]]]:
 
 
 def _blocks(names: list[str]) -> str:
-    """Their numbers: 0-3,7."""
+    """Lists the numbers of the layers' blocks as ranges, such as 0-3,7."""
     ranges: list[list[int]] = []
     for number in (int(name.split(".")[2]) for name in names):
         if ranges and number == ranges[-1][1] + 1:
@@ -200,7 +200,7 @@ def _totals(
 
 
 def _print(table: Table) -> None:
-    """In full width where there is no terminal to fit; in one, names are broken, never figures."""
+    """Prints in full width where there is no terminal; in one, breaks names, never figures."""
     console = Console()
     close()
     if console.is_terminal:
