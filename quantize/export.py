@@ -8,7 +8,6 @@ Without --to: the formats of quantize.exports.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -91,12 +90,13 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     if "torchao" in formats:
         say(f"export: torchao: {run.quantized} is already in this format")
     stored = read_checkpoint(run.quantized)
-    prompts, reference = [], None
-    for entry in fitting_formats(formats, stored.contents):
-        if reference is None:
-            doing(f"export: computing logits of {run.quantized}, to compare exports with")
-            prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
-            reference = _reference(stored, prompts)
+    entries = fitting_formats(formats, stored.contents)
+    if not entries:
+        return
+    doing(f"export: computing logits of {run.quantized}, to compare exports with")
+    prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
+    reference = _reference(stored, prompts)
+    for entry in entries:
         export_one(recipe, run, entry, stored, prompts, reference)
 
 
@@ -163,12 +163,13 @@ def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Roun
         exact = expected.scale.float()
         # Half precision's subnormal numbers, below 6e-5, are 6e-8 apart.
         beyond = (scale.float() - exact).abs() - 2.0**-24
-        worst = max(worst, (beyond / exact.abs()).max().item())
-        if not worst <= SCALE_ROUNDING:
+        rounding = (beyond / exact.abs()).max().item()
+        if not rounding <= SCALE_ROUNDING:  # nor is it NaN
             raise UserError(
-                f"{name}: scales of {layer} differ by {worst:.1%}: the file is not kept"
+                f"{name}: scales of {layer} differ by {rounding:.1%}: the file is not kept"
             )
-    return max(worst, 0.0)
+        worst = max(worst, rounding)
+    return worst
 
 
 def check_floats(name: str, stored: QuantizedCheckpoint, exported: dict[str, torch.Tensor]) -> None:
@@ -261,4 +262,4 @@ def _reference(stored: QuantizedCheckpoint, prompts: list[list[int]]) -> Referen
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

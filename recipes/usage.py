@@ -36,8 +36,10 @@ class Stopwatch:
 
 def peak_memory() -> int:
     """Returns the peak resident memory of this process in bytes, without GPU memory."""
-    if LINUX_STATUS.exists():  # on Linux, getrusage starts with the peak of the parent process
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+)", LINUX_STATUS.read_text(), re.M)[1])
+    status = LINUX_STATUS.read_text() if LINUX_STATUS.exists() else ""
+    # On Linux, getrusage starts with the peak of the parent process. gVisor writes no VmHWM.
+    if high_water_mark := re.search(r"^VmHWM:\s*(\d+)", status, re.M):
+        return 1024 * int(high_water_mark[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -407,6 +407,7 @@ def test_an_altered_export_is_refused(make, tmp_path):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import check_codes
     from finequant.quantize.formats.compressed_tensors import read_back
+    from finequant.quantize.rounding import Rounded
     from finequant.recipes.errors import UserError
 
     run = make(to=("compressed-tensors",))
@@ -415,8 +416,13 @@ def test_an_altered_export_is_refused(make, tmp_path):
     shutil.copytree(run / "exports" / "compressed-tensors", folder)
     assert check_codes("x", stored, read_back(folder, stored)[0]) == 0
     altered(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight_packed", 77)
+    exported, _ = read_back(folder, stored)
     with pytest.raises(UserError, match=r"codes of model\.layers\.0\.mlp\.up_proj differ"):
-        check_codes("x", stored, read_back(folder, stored)[0])
+        check_codes("x", stored, exported)
+    codes, scale = stored.rounded["lm_head"]
+    exported = stored.rounded | {"lm_head": Rounded(codes, torch.full_like(scale, torch.nan))}
+    with pytest.raises(UserError, match=r"scales of lm_head differ by nan%"):
+        check_codes("x", stored, exported)
 
 
 @pytest.fixture

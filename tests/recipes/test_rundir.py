@@ -391,6 +391,16 @@ sys.exit(subprocess.run([sys.executable, "-c", {child!r}]).returncode)
     assert 10**7 < int(done.stdout) < 256 * (2 << 20)
 
 
+def test_peak_memory_is_known_where_the_kernel_does_not_count_it(tmp_path, monkeypatch):
+    """As in a container of gVisor, which writes the file without this line."""
+    from finequant.recipes import usage
+
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmSize:\t2048 kB\nVmRSS:\t1024 kB\n")
+    monkeypatch.setattr(usage, "LINUX_STATUS", status)
+    assert usage.peak_memory() > 10**7
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps little")
 def test_freed_memory_that_the_c_library_keeps_can_be_returned():
     """What is allocated last pins the memory below it."""
