@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.report import divergence_lines
-from finequant.evaluate.report.table import comparison_rows, markdown_table
+from finequant.evaluate.report.table import bullets, comparison_rows, markdown_table
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
 from finequant.quantize.formats.snippet import fenced
+from finequant.recipes.load import as_yaml
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def card_text(
         _overruled(report) if kind == QUANTIZED else "",
         f"## Measured\n\n{_measured(report, kind)}",
         f"## Load it\n\n{loading(recipe, report, kind, files)}",
-        f"## Limits\n\n{_bullets(_limits(recipe, report, kind, exports))}",
+        f"## Limits\n\n{bullets(_limits(recipe, report, kind, exports))}",
         f"## License\n\n{_license(license, recipe)}",
         f"## Recipe\n\n{REPEAT}\n\n{fenced('yaml', _yaml(recipe))}",
         f"## Made with\n\n{_versions(report)}",
@@ -145,9 +146,9 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         "of the row-by-row differences. `report.json` has every figure.",
     ]
     if kind == QUANTIZED:
-        parts.append(_bullets([*divergence_lines(report), *verdict_lines(report)]))
+        parts.append(bullets([*divergence_lines(report), *verdict_lines(report)]))
         if untried := advice(report):
-            parts.append(f"Settings of the recipe that would cost less:\n\n{_bullets(untried)}")
+            parts.append(f"Settings of the recipe that would cost less:\n\n{bullets(untried)}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -204,14 +205,6 @@ def _versions(report: dict[str, Any]) -> str:
 
 
 def _yaml(recipe: Recipe) -> str:
-    from io import StringIO
-
-    from ruamel.yaml import YAML
-
-    yaml, text = YAML(), StringIO()
-    yaml.dump(recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True), text)
-    return text.getvalue().strip()
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    """Writes the keys of a recipe that are not the defaults."""
+    set_keys = recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
+    return as_yaml(set_keys).strip()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from finequant.quantize.formats.naming import license_metadata
+from finequant.quantize.formats.naming import base_license, license_on_card
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Model, Recipe
 
@@ -38,17 +38,17 @@ def license_of(recipe: Recipe) -> License:
             missing, or the name of a model made from a Llama does not begin with "Llama".
     """
     publish, folder = recipe.publish, _base_folder(recipe.model)
-    metadata = license_metadata(recipe.model, folder)
-    base_license = metadata.get("license")
-    license = publish.license or base_license
+    metadata = license_on_card(folder) if folder else base_license(recipe.model)
+    stated = metadata.get("license")
+    license = publish.license or stated
     if license is None:
         raise UserError(
             f"publish.license: {recipe.model.base} does not state its license: give it as the Hub "
             "names it (apache-2.0, llama3.2, ...); it is on the page the base came from"
         )
-    if base_license not in (None, license):
+    if stated not in (None, license):
         raise UserError(
-            f"publish.license: {license}, but {recipe.model.base} says {base_license}: a derived "
+            f"publish.license: {license}, but {recipe.model.base} says {stated}: a derived "
             "model keeps the license of its base"
         )
     name, link = (

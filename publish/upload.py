@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from finequant.publish.loading import ADAPTER
+from finequant.recipes.artifact import SUMS, file_hash
 from finequant.recipes.errors import OutsideError, UserError, listed
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -105,8 +108,6 @@ def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from finequant.recipes.terminal import say
-
     api, repo_id = HfApi(), recipe.publish.repo_id
     with report_hub_errors(recipe):
         if remote.commit is None:
@@ -151,8 +152,7 @@ def verify(recipe: Recipe, files: dict[str, Path], commit: str) -> None:
 def _same(path: Path, remote: RepoFile) -> bool:
     """Compares a large file by its SHA-256, and a small one by git's hash."""
     if remote.lfs:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
+        return file_hash(path) == remote.lfs.sha256
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
 
@@ -162,8 +162,6 @@ def _published(
 ) -> list[str]:
     """Lists what the recipe of this name published there before, if it was the same kind."""
     from ruamel.yaml import YAML, YAMLError
-
-    from finequant.publish.publish import SUMS
 
     if not {"recipe.yaml", SUMS} <= {*files}:
         return []
@@ -178,7 +176,7 @@ def _published(
     lines = sums.read_text(encoding="utf-8").splitlines()
     names = [name for line in lines if (name := line.partition("  ")[2])]
     same = isinstance(content, dict) and content.get("name") == recipe.name
-    return names if same and ("adapter_config.json" in names) == (kind == "adapter") else []
+    return names if same and ("adapter_config.json" in names) == (kind == ADAPTER) else []
 
 
 def _may_not_write(recipe: Recipe) -> str:

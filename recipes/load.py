@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from io import StringIO
 from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -86,10 +87,14 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
             holder[at[-1]] = CHATML_TOOLS.name
         elif Path(holder[at[-1]]).is_absolute():
             holder[at[-1]] = os.path.relpath(holder[at[-1]], path.parent.resolve())
-    yaml = YAML()
-    yaml.default_flow_style = False
-    with path.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
+    path.write_text(as_yaml(content), encoding="utf-8")
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """Writes plain Python objects as YAML, in the order of their keys."""
+    text = StringIO()
+    YAML().dump(content, text)
+    return text.getvalue()
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, Any]:

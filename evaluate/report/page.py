@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
+from finequant.recipes.load import as_yaml
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200
@@ -100,7 +100,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         sizes=_sizes(report),
         stages=_stages(report),
         versions=", ".join(f"{key} {value}" for key, value in report.get("versions", {}).items()),
-        recipe=_yaml(report.get("recipe") or {}),
+        recipe=as_yaml(report.get("recipe") or {}),
         # An unescaped "<" could end the script element.
         data=Markup(data.replace("<", "\\u003c")),
         script=Markup(script),
@@ -260,12 +260,3 @@ def _stages(report: Report) -> list[dict[str, str]]:
         for name, stage in (report.get("stages") or {}).items()
         if {"seconds", "peak_memory_bytes"} <= stage.keys()
     ]
-
-
-def _yaml(recipe: dict[str, Any]) -> str:
-    from ruamel.yaml import YAML
-
-    yaml, stream = YAML(), io.StringIO()
-    yaml.default_flow_style = False
-    yaml.dump(recipe, stream)
-    return stream.getvalue()

@@ -25,6 +25,7 @@ from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, draw_plot
 from finequant.evaluate.report.table import (
     MISSING,
+    bullets,
     comparison_rows,
     markdown_table,
     print_rows,
@@ -54,12 +55,17 @@ def print_table(report: Report) -> None:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes plots/, report.md, and finally report.json (infinite or NaN: null)."""
+    """Writes plots/, report.md, and finally report.json."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {name for name, draw in DRAWINGS.items() if draw_plot(draw, report, folder, name)}
     replace_text(folder / "report.md", _markdown(report, plots))
+    write_json(report, folder / "report.json")
+
+
+def write_json(report: Report, file: Path) -> None:
+    """Writes a report; infinite or NaN becomes null, which JSON has."""
     content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(folder / "report.json", content + "\n")
+    replace_text(file, content + "\n")
 
 
 def _markdown(report: Report, plots: set[str]) -> str:
@@ -77,8 +83,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "± is one standard error; for a change, that of the row-by-row differences.",
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
-        _bullets([*divergence_lines(report), *verdict_lines(report)]),
-        f"## What would help\n\n{_bullets(advice(report))}" if advice(report) else "",
+        bullets([*divergence_lines(report), *verdict_lines(report)]),
+        f"## What would help\n\n{bullets(advice(report))}" if advice(report) else "",
         _worst_layers(report),
         image_link(plots, "layers", "Signal-to-noise ratio of each quantized layer"),
         _normalizers(report),
@@ -87,10 +93,6 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _arithmetic(report: Report) -> str:

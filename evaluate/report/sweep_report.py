@@ -6,14 +6,13 @@ addition to their scores, these have `settings` and `packed_bits_per_weight`.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.plots import COLORS, MARKERS, draw_plot, new_figure
-from finequant.evaluate.report.report import image_link
+from finequant.evaluate.report.report import image_link, write_json
 from finequant.evaluate.report.table import (
     MISSING,
     markdown_table,
@@ -24,7 +23,6 @@ from finequant.evaluate.report.table import (
 from finequant.evaluate.report.values import (
     Report,
     corpora_of,
-    finite_only,
     float_at,
     metrics_of,
     to_percent,
@@ -49,12 +47,11 @@ standard error. Points in the plot are labeled with their bits per code; ↑ mea
 
 
 def write_sweep(report: Report, folder: Path) -> None:
-    """Writes plots/sweep.png, sweep.md, and finally sweep.json (infinite or NaN: null)."""
+    """Writes plots/sweep.png, sweep.md, and finally sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {"sweep"} if draw_plot(draw_sweep, report, folder, "sweep") else set()
     replace_text(folder / "sweep.md", _markdown(report, plots))
-    content = json.dumps(finite_only(report), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(folder / "sweep.json", content + "\n")
+    write_json(report, folder / "sweep.json")
 
 
 def print_sweep(report: Report) -> None:

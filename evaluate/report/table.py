@@ -168,6 +168,11 @@ def markdown_table(header: list[str], rows: list[list[str]], align: str = "---:"
     )
 
 
+def bullets(lines: list[str]) -> str:
+    """Makes a list in Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def shown_number(value: float | None, digits: int = 2) -> str:
     if value is None:
         return MISSING

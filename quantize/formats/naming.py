@@ -77,19 +77,15 @@ def base_name(recipe: Recipe) -> str:
 def base_license(model: Model) -> dict[str, str | None]:
     """Reads the license of a base that is on this machine; {} for a Hub id."""
     folder, file = locate_base(model)
-    return license_metadata(model, None if file else folder) if folder else {}
+    if folder and file:
+        return {"license": _gguf_license(folder / file)}
+    return license_on_card(folder) if folder else {}
 
 
-def license_metadata(model: Model, folder: Path | None) -> dict[str, str | None]:
-    """Reads license, license_name, and license_link from the base's card or GGUF file.
-
-    folder: the one with the card; None for a GGUF file.
-    """
+def license_on_card(folder: Path) -> dict[str, str | None]:
+    """Reads license, license_name, and license_link from the model card in a folder, if any."""
     from huggingface_hub import ModelCard
 
-    if folder is None:
-        base, file = locate_base(model)
-        return {"license": _gguf_license(base / file)}
     card = folder / "README.md"
     if not card.exists():
         return {}
