@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.evaluate.models import MODELS
+from finequant.evaluate.models import GREEDY, MODELS
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import pinned
@@ -221,12 +221,9 @@ def transformers_chat_model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,  # overrides the model's own sampling defaults
-                top_p=None,
-                top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=Writer(write),
+                **GREEDY,
             )
         new = output[0, ids.shape[1] :].tolist()
         seconds = time.monotonic() - started

@@ -68,8 +68,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     join_processes()
     decided_by_first(lambda: run.require_for("evaluate", recipe))
     inputs = run.inputs(recipe, "evaluate") if is_first() else {}  # hashes the base
-    if recipe.evaluate.tasks:
-        check_tasks(recipe.evaluate)
+    check_tasks(recipe.evaluate)
     splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     measured = measure_all(recipe, run, material)

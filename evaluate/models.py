@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "tuned", "quantized")
 
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+"""Arguments of `generate` that override whatever the base's generation_config.json says."""
+
 
 def load_model(
     name: str,

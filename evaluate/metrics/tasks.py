@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from finequant.evaluate.check import check_task_files
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.evaluate.metrics.text_metrics import Score, mean
+from finequant.evaluate.models import GREEDY
 from finequant.finetune.data.turns import configured_ends, until_end
 from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError, listed, refuse_all
@@ -70,8 +71,6 @@ def lm_eval_tasks(
     Raises:
         UserError: for an unknown task, or one that cannot be loaded or run as the recipe says.
     """
-    if not evaluate.tasks:
-        return {}
     from finequant.evaluate.metrics.lm_eval_model import SharedContextLM
 
     results = {}
@@ -191,12 +190,8 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,  # overrides the model's own sampling defaults, meaningless here
-        top_p=None,
-        top_k=None,
         pad_token_id=pad,
+        **GREEDY,
     )
     new = [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     # Cleaning up spaces would turn " ." into "."; the reference may contain " .".
