@@ -159,6 +159,14 @@ class StoredLayers:
         return Rounded(*(self._files[name].read(name) for name in names))
 
 
+def write_config(stored: QuantizedCheckpoint, folder: Path, changes: dict[str, Any]) -> None:
+    """Writes config.json with some changes, and without its description of torchao's tensors."""
+    config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    text = json.dumps(config | changes, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
 def copy_beside(stored: QuantizedCheckpoint, folder: Path) -> None:
     """Copies tokenizer, chat templates and records, but no weights, configuration or recipe."""
     ignored = shutil.ignore_patterns(*NOT_COPIED)

@@ -4,13 +4,12 @@ it, with activations in float (https://github.com/vllm-project/compressed-tensor
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
@@ -77,9 +76,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     if EMBEDDING in stored.rounded:  # embeddings cannot be packed: it gets the same values in float
         floats[f"{EMBEDDING}.weight"] = stored.rounded[EMBEDDING].dequantize(stored.dtype)
     save_torch_state_dict(packed | floats, folder)
-    config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(stored)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(stored, folder, {"quantization_config": quantization_config(stored)})
     copy_beside(stored, folder)
     weights = sum(stored.rounded[name].codes.numel() for name in _linear(stored))
     return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in packed.values()) / weights}

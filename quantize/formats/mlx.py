@@ -4,14 +4,13 @@ group a scale and a bias of -8 (or -128) times the scale, so that a weight is co
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.compressed_tensors import pack
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
@@ -59,24 +58,21 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         tensors[f"{name}.biases"] = scales * -(2 ** (bits - 1))
     save_torch_state_dict(tensors | stored.floats, folder, metadata={"format": "mlx"})
     copy_beside(stored, folder)
-    text = json.dumps(config(stored), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(stored, folder, _mlx_keys(stored))
     weights = sum(stored.rounded[name].codes.numel() for name in layers)
     return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in tensors.values()) / weights}
 
 
-def config(stored: QuantizedCheckpoint) -> dict[str, Any]:
-    """Makes config.json: quantization, and rotary positions under the names mlx-lm reads."""
-    described = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
-    del described["quantization_config"]
+def _mlx_keys(stored: QuantizedCheckpoint) -> dict[str, Any]:
+    """Returns keys of config.json: quantization, and rotary positions by the names mlx-lm reads."""
     layer = min(stored.rounded, key=(HEAD, EMBEDDING).__contains__)  # one of a block, if any is
     common = {"group_size": _block(stored.group_size(layer)), "bits": _bits(stored, layer)}
     rotary = dict(stored.config.rope_parameters)
-    described |= {"rope_theta": rotary.pop("rope_theta"), "quantization": common}
+    keys = {"rope_theta": rotary.pop("rope_theta"), "quantization": common}
     if rotary["rope_type"] != "default":
-        described["rope_scaling"] = rotary
+        keys["rope_scaling"] = rotary
     tied = HEAD not in stored.rounded and f"{HEAD}.weight" not in stored.floats
-    return described | {"tie_word_embeddings": tied or stored.shares_table}
+    return keys | {"tie_word_embeddings": tied or stored.shares_table}
 
 
 def _bits(stored: QuantizedCheckpoint, name: str) -> int:

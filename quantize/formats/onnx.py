@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finequant.finetune.architecture import head_dim
-from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
+from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
@@ -63,10 +63,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE
     onnx.save(model, file, save_as_external_data=outside, location=f"{file.name}_data")
     copy_beside(stored, folder)
-    config = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
-    del config["quantization_config"]
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "genai_config.json", genai_config(stored, file.name, length))
+    write_config(stored, folder, {})
+    text = json.dumps(genai_config(stored, file.name, length), indent=2) + "\n"
+    (folder / "genai_config.json").write_text(text, encoding="utf-8")
     codes = {
         tensor.name: len(tensor.raw_data)
         for tensor in model.graph.initializer
@@ -125,10 +124,6 @@ def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[st
             "top_p": 1.0,
         },
     }
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_back(
