@@ -12,6 +12,7 @@ import torch
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -69,7 +70,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     packed: dict[str, torch.Tensor] = {}
     for name, bits in _linear(stored).items():
         codes, scale = stored.rounded[name]
-        packed[f"{name}.weight_packed"] = pack(codes, bits)
+        packed[f"{name}.weight_packed"] = pack_words(codes, bits)
         packed[f"{name}.weight_scale"] = _rounded_scale(scale, stored.dtype)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape)
     floats = dict(stored.floats)
@@ -85,17 +86,6 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 def _rounded_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounds the scales as `from_pretrained` and vLLM will; float32 holds them as they are."""
     return scale.contiguous() if dtype == torch.float32 else scale.to(dtype)
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs int8 codes [out, in] into int32 [out, in x bits / 32]: offset binary, lowest bits
-    first."""
-    count = 32 // bits
-    values = codes.to(torch.int32) + 2 ** (bits - 1)
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % count))
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    # Bits of different codes do not overlap, so summing combines them; the top bit is the sign.
-    return (values.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
 
 
 def quantization_config(stored: QuantizedCheckpoint) -> dict[str, Any]:

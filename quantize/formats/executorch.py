@@ -17,6 +17,7 @@ from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.executorch_graph import Decoder
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.naming import file_stem
+from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING
@@ -169,21 +170,14 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
     for name, (codes, scale) in stored.rounded.items():
         if name == EMBEDDING:
             continue
-        packed = constants.get(_digest(_pack(codes)))
+        packed = constants.get(_digest(pack_nibbles(codes)))
         scales = constants.get(f"scale_{_digest(scale.to(torch.bfloat16))}")
         if packed is None or scales is None:
             raise UserError(f"executorch: the file lacks the codes of {name}: it is not kept")
-        halves = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
-        unpacked = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+        nibbles = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
-        layers[name] = Rounded(unpacked, read)
+        layers[name] = Rounded(unpack_nibbles(nibbles), read)
     return layers, None
-
-
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Packs codes into uint8 [out, in / 2]: code + 8, the first of two in the low half."""
-    offset = (codes + 8).to(torch.uint8)
-    return offset[:, ::2] | offset[:, 1::2] << 4
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
-from finequant.quantize.formats.compressed_tensors import pack
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -53,7 +53,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         bits, group = _bits(stored, name), stored.group_size(name)
         # mlx-lm computes in the dtype of the embedding's scales.
         scales = scale.to(stored.dtype).repeat_interleave(group // _block(group), dim=1)
-        tensors[f"{name}.weight"] = pack(codes, bits).view(torch.uint32)
+        tensors[f"{name}.weight"] = pack_words(codes, bits).view(torch.uint32)
         tensors[f"{name}.scales"] = scales
         tensors[f"{name}.biases"] = scales * -(2 ** (bits - 1))
     save_torch_state_dict(tensors | stored.floats, folder, metadata={"format": "mlx"})

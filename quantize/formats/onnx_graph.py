@@ -13,6 +13,7 @@ import torch
 
 from finequant.finetune.architecture import head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
+from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -235,8 +236,7 @@ def packed(codes: torch.Tensor, block: int, bits: int) -> np.ndarray:
     if bits == 8:
         offset = (codes.to(torch.int16) + 128).to(torch.uint8)
         return offset.unflatten(1, (-1, block)).numpy()
-    offset = (codes + 8).to(torch.uint8)
-    return (offset[:, ::2] | offset[:, 1::2] << 4).unflatten(1, (-1, block // 2)).numpy()
+    return pack_nibbles(codes).unflatten(1, (-1, block // 2)).numpy()
 
 
 def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
@@ -244,7 +244,7 @@ def unpacked(data: np.ndarray, bits: int) -> torch.Tensor:
     values = torch.from_numpy(data.copy()).flatten(1)
     if bits == 8:
         return (values.to(torch.int16) - 128).to(torch.int8)
-    return torch.stack([values & 15, values >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+    return unpack_nibbles(values)
 
 
 def rotary_tables(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
