@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.finetune.architecture import parameter_count
 from finequant.finetune.model import load_config
@@ -37,8 +37,8 @@ def show_resources(
     context: tokens of its key-value cache; default: `data.max_length`.
     """
     config = load_config(recipe.model)
-    parts = components(config)
-    show(f"\nparameters: {parameter_count(config):,}: " + _listed(parts))
+    parts = ", ".join(f"{name} {count:,}" for name, count in components(config).items() if count)
+    show(f"\nparameters: {parameter_count(config):,}: {parts}")
     adapter = trainable(recipe.lora, config)
     show(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
     stages = [stage for stage in stages_of(recipe) if stage in STAGES]
@@ -49,15 +49,10 @@ def show_resources(
             f"{recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
         )
         for stage in stages:
-            memory = memory_of(stage, recipe, config, machine)
-            total, fits = sum(memory.values()), ""
-            if total > machine.memory:
-                hint = _hint(stage, recipe, config, machine, None)
-                fits = f" does not fit: {hint}:"
-            named = {name: _gb(size) for name, size in memory.items()}
-            show(
-                f"  {stage}: {_gb(total)}:{fits} " + ", ".join(f"{n} {s}" for n, s in named.items())
-            )
+            attempt = _Attempt(stage, recipe, config, machine, None)
+            fits = "" if attempt.fits else f" does not fit: {attempt.hint()}:"
+            parts = ", ".join(f"{name} {_gb(size)}" for name, size in attempt.memory.items())
+            show(f"  {stage}: {_gb(sum(attempt.memory.values()))}:{fits} {parts}")
     for folder, size in _disk(recipe, run, config, stages).items():
         show(f"\ndisk: {_gb(size)} in {folder}; {_gb(free_disk(folder))} is free")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
@@ -99,10 +94,9 @@ def refuse_what_cannot_finish(
     """
     config, problems = load_config(recipe.model), []
     for stage in stages:
-        memory = memory_of(stage, recipe, config, machine, lengths)
-        if sum(memory.values()) > machine.memory:
-            hint = _hint(stage, recipe, config, machine, lengths)
-            problems.append(_too_much(stage, memory, machine, hint))
+        attempt = _Attempt(stage, recipe, config, machine, lengths)
+        if not attempt.fits:
+            problems.append(_too_much(attempt))
     for folder, needed in _disk(recipe, run, config, stages).items():
         if needed > (free := free_disk(folder)):
             problems.append(f"disk: {folder} needs {_gb(needed)}; {_gb(free)} is free")
@@ -130,54 +124,60 @@ def settings_that_fit(
     """Returns the cheapest overrides with which as many of these stages as possible fit."""
     config, changes = load_config(recipe.model), {}
     for stage in stages:
-        smaller = _what_fits(stage, recipe, config, machine, lengths) or {}
+        attempt = _Attempt(stage, recipe, config, machine, lengths)
+        smaller = attempt.changes_that_fit() or {}
         recipe, changes = _with(recipe, smaller), changes | smaller
     return changes
 
 
-def _what_fits(
-    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
-) -> dict[str, Any] | None:
-    """Returns the cheapest overrides with which the stage fits; None if there are none, or if a
-    launcher that shards the float base is better."""
-    for changes in ({}, *_smaller(stage, recipe)):
-        # An adapter trained on a base in nf4 is a different one.
-        if "model.load" in changes and _fits_sharded(stage, recipe, config, machine, lengths):
-            return None
-        if _fits(stage, _with(recipe, changes), config, machine, lengths):
-            return changes
-    return None
+class _Attempt(NamedTuple):
+    """A stage of a recipe on a machine."""
 
+    stage: str
+    recipe: Recipe
+    config: DecoderConfig
+    machine: Machine
+    lengths: Lengths | None
 
-def _fits(
-    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
-) -> bool:
-    return sum(memory_of(stage, recipe, config, machine, lengths).values()) <= machine.memory
+    @property
+    def memory(self) -> Memory:
+        return memory_of(*self)
 
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= self.machine.memory
 
-def _fits_sharded(
-    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
-) -> bool:
-    shards = machine.gpus > 1 and recipe.model.load == "float"
-    return shards and _fits(stage, recipe, config, machine._replace(sharded=True), lengths)
+    @property
+    def fits_sharded(self) -> bool:
+        """Says whether the stage fits if a launcher shards the float base over the GPUs."""
+        shards = self.machine.gpus > 1 and self.recipe.model.load == "float"
+        return shards and self._replace(machine=self.machine._replace(sharded=True)).fits
 
+    def changes_that_fit(self) -> dict[str, Any] | None:
+        """Returns the cheapest overrides with which the stage fits; None if there are none, or if a
+        launcher that shards the float base is better."""
+        for changes in ({}, *_smaller(self.stage, self.recipe)):
+            # An adapter trained on a base in nf4 is a different one.
+            if "model.load" in changes and self.fits_sharded:
+                return None
+            if self._replace(recipe=_with(self.recipe, changes)).fits:
+                return changes
+        return None
 
-def _hint(
-    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths | None
-) -> str:
-    """Suggests the cheapest overrides, or a launcher, with which a stage would fit."""
-    changes = _what_fits(stage, recipe, config, machine, lengths)
-    if changes is not None:
-        settings = (f"{key}={str(value).lower()}" for key, value in changes.items())
-        return f"it fits with {' '.join(settings)}"
-    if _fits_sharded(stage, recipe, config, machine, lengths):
-        return "it fits with --launch fsdp"
-    shorter = {
-        "train": ", or a smaller data.max_length",
-        "qat": ", or a smaller data.max_length",
-        "evaluate": ", or a smaller max_length of evaluate.perplexity",
-    }
-    return f"no setting makes it fit: use a machine with more memory{shorter.get(stage, '')}"
+    def hint(self) -> str:
+        """Suggests the cheapest overrides, or a launcher, with which the stage would fit."""
+        changes = self.changes_that_fit()
+        if changes is not None:
+            settings = (f"{key}={str(value).lower()}" for key, value in changes.items())
+            return f"it fits with {' '.join(settings)}"
+        if self.fits_sharded:
+            return "it fits with --launch fsdp"
+        shorter = {
+            "train": ", or a smaller data.max_length",
+            "qat": ", or a smaller data.max_length",
+            "evaluate": ", or a smaller max_length of evaluate.perplexity",
+        }.get(self.stage, "")
+        return f"no setting makes it fit: use a machine with more memory{shorter}"
 
 
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -218,17 +218,14 @@ def _divisors(number: int) -> list[int]:
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 
-def _too_much(stage: str, memory: Memory, machine: Machine, hint: str) -> str:
+def _too_much(attempt: _Attempt) -> str:
+    memory, machine = attempt.memory, attempt.machine
     most = sorted(memory, key=memory.get, reverse=True)[:2]
     largest = " and ".join(f"{_gb(memory[name])} for {name}" for name in most)
     return (
-        f"{stage}: {_gb(sum(memory.values()))} of memory, including {largest}; "
-        f"{machine.name} has {_gb(machine.memory)}: {hint}"
+        f"{attempt.stage}: {_gb(sum(memory.values()))} of memory, including {largest}; "
+        f"{machine.name} has {_gb(machine.memory)}: {attempt.hint()}"
     )
-
-
-def _listed(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
 
 
 def _gb(size: int) -> str:
