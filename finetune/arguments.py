@@ -11,7 +11,7 @@ from trl import SFTConfig
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import TIMEOUT, number_of_processes, sharding
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Recipe, Train
 
 
 def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTConfig:
@@ -24,18 +24,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
     train = recipe.train
     on_cpu, packing = trains_on_cpu(), recipe.data.packing
     _refuse_launch(on_cpu)
-    absent = [name for name in train.report_to if importlib.util.find_spec(name) is None]
-    if absent:
-        names = " ".join(absent)
-        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
-    processes = number_of_processes()
-    per_step = train.micro_batch_size * processes
-    if train.batch_size % per_step:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} rows cannot be shared by {processes} "
-            f"processes in micro-batches of {train.micro_batch_size}: "
-            f"use a multiple of {per_step}, or a smaller train.micro_batch_size"
-        )
+    _refuse_absent_trackers(train)
     # transformers' "constant" ignores the warm-up.
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     try:
@@ -46,7 +35,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             max_steps=train.max_steps or -1,
             per_device_train_batch_size=train.micro_batch_size,
             per_device_eval_batch_size=train.micro_batch_size,
-            gradient_accumulation_steps=train.batch_size // per_step,
+            gradient_accumulation_steps=_accumulation_steps(train),
             learning_rate=train.learning_rate,
             lr_scheduler_type=schedule,
             # A share of all steps: that is how transformers reads a number below one.
@@ -86,6 +75,29 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
 
 def _when(steps: int | None) -> str:
     return "steps" if steps else "epoch"
+
+
+def _refuse_absent_trackers(train: Train) -> None:
+    if absent := [name for name in train.report_to if importlib.util.find_spec(name) is None]:
+        names = " ".join(absent)
+        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
+
+
+def _accumulation_steps(train: Train) -> int:
+    """Computes how many micro-batches of each process make up a batch.
+
+    Raises:
+        UserError: if the processes cannot share a batch equally.
+    """
+    processes = number_of_processes()
+    at_once = train.micro_batch_size * processes
+    if train.batch_size % at_once:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} rows cannot be shared by {processes} "
+            f"processes in micro-batches of {train.micro_batch_size}: "
+            f"use a multiple of {at_once}, or a smaller train.micro_batch_size"
+        )
+    return train.batch_size // at_once
 
 
 def _refuse_launch(on_cpu: bool) -> None:

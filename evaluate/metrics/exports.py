@@ -19,7 +19,7 @@ from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.divergence import predict
 from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
-from finequant.quantize.formats.format import CONTEXT, Runtime
+from finequant.quantize.formats.format import CONTEXT, Format, Runtime
 from finequant.quantize.formats.formats import FORMATS
 from finequant.recipes.errors import UserError
 from finequant.recipes.rundir import RunDir
@@ -50,47 +50,71 @@ def measure_export(
     Returns:
         The measurement of `measure_model` and, as "parity", the result of `compared`.
     """
-    from transformers import AutoModelForCausalLM
-
-    from finequant.evaluate.measure import measure_model
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
 
     entry, folder = FORMATS[name], run.exports / name
     size = entry.size(folder)
-    bits = 8 * size / parameter_count(load_config(recipe.model))
-    scores: dict[str, Any] = {"size_bytes": size, "bits_per_weight": bits}
-    scores["activations"] = entry.activations
+    sizes = {
+        "size_bytes": size,
+        "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
+        "activations": entry.activations,
+    }
     unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"
     if missing := unwanted or entry.missing_runtime():
         say(f"evaluate: {name}: only its size is measured: {missing}")
-        return {"scores": scores | {"perplexity": {}, "tasks": {}}, "answers": []}
-    if entry.is_checkpoint:
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        with torch.no_grad():
-            model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
-        measurement, _ = measure_model(name, model, recipe, material, size)
-        work, batch_size = f"{name}: comparing with quantized", recipe.evaluate.batch_size
-        logs = predict(model, reference().corpora, batch_size, work).logs
-        parity = compared(entry, folder, recipe, material, reference(), logs)
-        del model
-        measurement["scores"]["speed"] = speed(name, folder)
-        return measurement | {"parity": parity}
+        return {"scores": sizes | {"perplexity": {}, "tasks": {}}, "answers": []}
+    measure = _measure_checkpoint if entry.is_checkpoint else _measure_in_runtime
+    scores, answers, logs = measure(entry, folder, recipe, material, reference().corpora)
+    parity = compared(entry, folder, recipe, material, reference(), logs)
+    scores = sizes | scores | {"speed": speed(name, folder)}
+    return {"scores": scores, "answers": answers, "parity": parity}
+
+
+Measured = tuple[dict[str, Any], list[str], torch.Tensor]
+"""Scores, answers to the held-out rows, and log-probabilities [scored tokens, vocabulary] on the
+sequences that exports are compared on."""
+
+
+def _measure_checkpoint(
+    entry: Format,
+    folder: Path,
+    recipe: Recipe,
+    material: Material,
+    compared_on: dict[str, list[ScoredSequence]],
+) -> Measured:
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.measure import measure_model
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
+    measured, _ = measure_model(entry.name, model, recipe, material, entry.size(folder))
+    work = f"{entry.name}: comparing with quantized"
+    predictions = predict(model, compared_on, recipe.evaluate.batch_size, work)
+    return measured["scores"], measured["answers"], predictions.logs
+
+
+def _measure_in_runtime(
+    entry: Format,
+    folder: Path,
+    recipe: Recipe,
+    material: Material,
+    compared_on: dict[str, list[ScoredSequence]],
+) -> Measured:
     runtime = entry.open_runtime(folder, _context(recipe, material))
-    scores["perplexity"] = {
-        corpus: perplexities(nll_sum(runtime, texts[0], f"{name}: {corpus}"), *texts, corpus)
+    perplexity = {
+        corpus: perplexities(nll_sum(runtime, texts[0], f"{entry.name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
     }
-    scores["tasks"], answers = _answers(name, runtime, recipe, material)
+    tasks, answers = _answers(entry.name, runtime, recipe, material)
     logs = [
         log_softmax(logits, dim=-1)
-        for sequence in chain(*reference().corpora.values())
+        for sequence in chain(*compared_on.values())
         for logits, _ in scored_logits(runtime, sequence)
     ]
-    parity = compared(entry, folder, recipe, material, reference(), torch.stack(logs))
-    del runtime
-    scores["speed"] = speed(name, folder)
-    return {"scores": scores, "answers": answers, "parity": parity}
+    return {"perplexity": perplexity, "tasks": tasks}, answers, torch.stack(logs)
 
 
 def _context(recipe: Recipe, material: Material) -> int:
