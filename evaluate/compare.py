@@ -99,7 +99,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
     )
     from finequant.finetune.processes import decided_by_first, is_first
 
-    measured, predictions = {}, None
+    measured, tuned = {}, None
     memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS if is_first()}
     before = decided_by_first(lambda: {name: memo.value() for name, memo in memos.items()})
     for name in MODELS:
@@ -110,13 +110,14 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             continue
         say(f"evaluate: {name}: loading")
         model = load_model(name, recipe, run, material.probes[0], material.ends, material.lengths())
-        tuned = predictions
         if before[name] is not None:
             measured[name], predictions = before[name], predicted(name, model, recipe, material)
         else:
             size = size_bytes(name, model, recipe, run)
             measured[name], predictions = measure_model(name, model, recipe, material, size)
-        if name == "quantized" and is_first():
+        if name == "tuned":
+            tuned = predictions
+        elif name == "quantized" and is_first():
             logs, decode = predictions.logs, material.tokenizer.decode
             compared = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
             sequences = list(chain(*compared.values()))

@@ -14,6 +14,7 @@ from finequant.recipes.terminal import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.data.table import Rows
 
 SCALE_TOKENS = 1024
 """Tokens of an optimizer step that trains scales."""
@@ -60,25 +61,12 @@ def calibration_sequences(
     Raises:
         UserError: if they have fewer than two tokens.
     """
-    from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.tokens import encode
 
-    calibration = recipe.quantize.calibration
-    data = recipe.data
-    if calibration.data:
-        data = data.model_copy(
-            update={
-                "train": calibration.data,
-                "validation": [],
-                "test": [],
-                "validation_fraction": 0.0,
-            }
-        )
-    rows = prepared_splits(recipe.model_copy(update={"data": data})).train
+    rows, length, ids = _calibration_rows(recipe), recipe.quantize.calibration.length, []
     generator = torch.Generator().manual_seed(recipe.seed)
-    length, ids = calibration.length, []
     for index in torch.randperm(len(rows), generator=generator).tolist():
-        ids += encode(rows[index], tokenizer, data, whole=True).input_ids
+        ids += encode(rows[index], tokenizer, recipe.data, whole=True).input_ids
         if len(ids) >= max(tokens, length):
             break
     if len(ids) < 2:
@@ -95,3 +83,13 @@ def calibration_sequences(
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
     return sequences[chosen[: max(1, tokens // length)]]
+
+
+def _calibration_rows(recipe: Recipe) -> Rows:
+    """Returns the rows of `quantize.calibration.data` or, without it, the training rows."""
+    from finequant.finetune.data.prepared import prepared_splits
+
+    if sources := recipe.quantize.calibration.data:
+        only = {"train": sources, "validation": [], "test": [], "validation_fraction": 0.0}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
+    return prepared_splits(recipe).train
