@@ -72,42 +72,56 @@ def run(
     launch = locate_launch(launch) if launch else None
     loaded, commits = pinned(load_recipe(recipe, overrides or []))
     os.environ[COMMITS] = json.dumps(commits)  # for the stages
-    directory, stages = RunDir.of(loaded), stages_of(loaded)
-    say(f"{loaded.name}: {', '.join(stages)}, in {directory.root}")
-    started, ran, steps = time.monotonic(), False, _steps(stages)
+    directory, started = RunDir.of(loaded), time.monotonic()
+    say(f"{loaded.name}: {', '.join(stages_of(loaded))}, in {directory.root}")
+    code = _run_stale(loaded, directory, [str(recipe), *(overrides or [])], launch, force)
+    if code is None:
+        passed = _show_report(directory)
+        say(f"nothing to do: {directory.root} is up to date")
+        sys.exit(0 if passed else 1)
+    say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
+    _say_what_next(loaded, directory, code == 0)
+    sys.exit(code)
+
+
+def _run_stale(
+    recipe: Recipe, directory: RunDir, arguments: list[str], launch: Path | None, force: bool
+) -> int | None:
+    """Runs the stages that are not up to date, and exits if one of them fails.
+
+    arguments: the recipe and its overrides, for the stages' own command lines.
+
+    Returns:
+        0, 1 if the gate failed, or None if all stages are up to date.
+    """
+    from finequant.recipes.stages import stages_of
+
+    steps, code = _steps(stages_of(recipe)), None
     for number, step in enumerate(steps, start=1):
-        changes = {stage: directory.what_changed(loaded, stage) for stage in step}
+        position = f"{number}/{len(steps)}"
+        changes = {stage: directory.what_changed(recipe, stage) for stage in step}
         stale = [stage for stage in step if changes[stage] != []]
         if current := [stage for stage in step if changes[stage] == []]:
-            say(f"[{number}/{len(steps)}] {', '.join(current)}: up to date")
+            say(f"[{position}] {', '.join(current)}: up to date")
         if not stale:
             continue
         remaining = [stale, *steps[number:]]
-        seconds = _seconds(directory, remaining)
-        if not ran:
+        if code is None:
             stages_left = [*chain(*remaining)]
-            refuse_early(loaded, directory, stages_left, launch, force, _start_importing)
+            refuse_early(recipe, directory, stages_left, launch, force, _start_importing)
+        seconds = _seconds(directory, remaining)
         left = (
             f", {duration(sum(seconds))} left if all goes as fast as last time" if seconds else ""
         )
-        say(f"[{number}/{len(steps)}] {', '.join(stale)}{left}")
+        say(f"[{position}] {', '.join(stale)}{left}")
         for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
             say(f"  because {change}")
-        position = json.dumps([f"{number}/{len(steps)}", seconds])
-        launcher, changed = _launched(stale[0], loaded, launch)
-        code = _start(stale, position, [str(recipe), *(overrides or []), *changed], launcher)
-        gate_failed = code == 1 and directory.what_changed(loaded, step[-1]) == []
+        launcher, changed = _launched(stale[0], recipe, launch)
+        code = _start(stale, json.dumps([position, seconds]), [*arguments, *changed], launcher)
+        gate_failed = code == 1 and directory.what_changed(recipe, step[-1]) == []
         if code and not gate_failed:
             sys.exit(code)
-        ran = True
-    if ran:
-        say(f"done in {duration(time.monotonic() - started)}; the page to open: {directory.page}")
-        _say_what_next(loaded, directory, code == 0)
-        sys.exit(code)
-    passed = _show_report(directory)
-    say(f"nothing to do: {directory.root} is up to date")
-    if not passed:
-        sys.exit(1)
+    return code
 
 
 def _steps(stages: list[str]) -> list[list[str]]:
