@@ -20,6 +20,7 @@ import torch
 from torch import distributed
 
 from finequant.recipes.errors import UserError
+from finequant.recipes.terminal import is_first
 
 Item, Value = TypeVar("Item"), TypeVar("Value")
 Items = TypeVar("Items", bound="Sequence | torch.Tensor")
@@ -41,10 +42,6 @@ LAUNCHERS = {
     None: "one process, torchrun or recipes/accelerate/several_gpus.yaml",
 }
 """How the weights are split -> what launches such processes."""
-
-
-def is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def number_of_processes() -> int:

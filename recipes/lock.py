@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from finequant.recipes.errors import UserError
+from finequant.recipes.terminal import is_first
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -32,7 +33,7 @@ def hold(root: Path) -> None:
     """
     from filelock import FileLock, Timeout
 
-    if os.environ.get("RANK", "0") != "0" or root.resolve() in _held:
+    if not is_first() or root.resolve() in _held:
         return
     lock = FileLock(root / NAME, blocking=False, thread_local=False)
     try:

@@ -37,6 +37,11 @@ _line: tqdm | None = None
 """The status line, the last one of the terminal, if there is something on it."""
 
 
+def is_first() -> bool:
+    """Says whether this is the first of the processes that work together, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def restart_clock() -> None:
     """Starts to count the seconds of a stage."""
     global _started
@@ -45,7 +50,7 @@ def restart_clock() -> None:
 
 def say(message: str) -> None:
     """Prints a line that stays, from the first process only."""
-    if not _is_first():
+    if not is_first():
         return
     if _line is not None and not _line.total:
         close()  # what the status line says is done by now
@@ -193,7 +198,7 @@ def _open(text: str, total: int | None = None) -> tqdm:
         leave=False,
         dynamic_ncols=True,
         file=sys.stderr,
-        disable=not (_is_first() and sys.stderr.isatty()),
+        disable=not (is_first() and sys.stderr.isatty()),
     )
     return _line
 
@@ -214,8 +219,3 @@ def _left_of_run(rest: float) -> str:
         return ""
     rest = max(rest, seconds[0] - (time.monotonic() - _started))
     return f" (run {duration(rest + sum(seconds[1:]))})"
-
-
-def _is_first() -> bool:
-    """Says whether this is the first of the processes that train together, which speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
