@@ -50,7 +50,6 @@ def train(recipe: Recipe, run: RunDir) -> None:
     """
     from finequant.finetune.architecture import check_window
     from finequant.finetune.data.prepared import prepared_splits
-    from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, is_first, require_shared
     from finequant.finetune.stopping import last_checkpoint, run_trainer
@@ -75,11 +74,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     weights = transformed(weights, config, recipe.quantize)
     dtype = shipped_dtype(recipe.quantize, config)
-    if arithmetic_dtype(dtype) != dtype:
-        say(
-            "qat: steps compute in bfloat16, as the shipped model does, which this processor only "
-            "emulates: several times slower than quantize.dtype=float32"
-        )
+    _say_if_emulated(dtype)
     arguments = _arguments(recipe, run)
     require_shared(run.root)
     tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
@@ -111,6 +106,16 @@ def _check_supported(recipe: Recipe) -> None:
         )
 
 
+def _say_if_emulated(dtype: torch.dtype) -> None:
+    from finequant.finetune.device import arithmetic_dtype
+
+    if arithmetic_dtype(dtype) != dtype:
+        say(
+            "qat: steps compute in bfloat16, as the shipped model does, which this processor only "
+            "emulates: several times slower than quantize.dtype=float32"
+        )
+
+
 def starting_codes(
     recipe: Recipe,
     run: RunDir,
@@ -139,7 +144,7 @@ def starting_codes(
     decided_by_first(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
     with entered_by_first(run.writing(folder, recipe, inputs)) as partial:
         checkpoint = write_quantized(partial, base, weights, quantize, dtype, sequences)
-        decided_by_first(lambda: checkpoint.finish())
+        decided_by_first(lambda: checkpoint.finish())  # it is None in the others
     decided_by_first(lambda: run.record(recipe, STARTING_CODES, inputs))
     return folder
 
