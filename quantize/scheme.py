@@ -231,6 +231,11 @@ def unties_head(plan: Plan) -> bool:
     return plan[HEAD] is not None or plan[EMBEDDING] is not None
 
 
+def keeps_tied_head(plan: Plan, config: DecoderConfig) -> bool:
+    """Says whether the base ties its head to the embedding, and the plan leaves it so."""
+    return config.tie_word_embeddings and not unties_head(plan)
+
+
 def shares_table(quantize: Quantize, plan: Plan, config: DecoderConfig) -> bool:
     """Says whether a tied head keeps the embedding's codes, which a format may then hold once.
 

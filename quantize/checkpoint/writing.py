@@ -38,6 +38,7 @@ from finequant.quantize.scheme import (
     LayerScheme,
     Plan,
     cast_weights,
+    keeps_tied_head,
     quantization_config,
     unties_head,
 )
@@ -311,7 +312,7 @@ def stored_shapes(
     shapes: dict[str, tuple[int, ...]], config: DecoderConfig, plan: Plan
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a checkpoint's parameters; a head that stays tied is not among them."""
-    tied = config.tie_word_embeddings and not unties_head(plan)
+    tied = keeps_tied_head(plan, config)
     return {
         name: shape for name, shape in shapes.items() if not (tied and name == f"{HEAD}.weight")
     }

@@ -31,7 +31,7 @@ from finequant.finetune.architecture import (
 )
 from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights
 from finequant.quantize.methods.transform import Transform
-from finequant.quantize.scheme import Plan, unties_head
+from finequant.quantize.scheme import Plan, keeps_tied_head
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check(plan: Plan, config: DecoderConfig) -> None:
     Raises:
         UserError: for a head that stays tied.
     """
-    if config.tie_word_embeddings and not unties_head(plan):
+    if keeps_tied_head(plan, config):
         raise UserError(
             "quantize.rotate: the head is tied to the embedding, and would need weights of its "
             "own: set quantize.head=quantize, or quantize.rotate=false"

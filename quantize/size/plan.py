@@ -19,11 +19,11 @@ from finequant.quantize.scheme import (
     HEAD,
     LayerScheme,
     Plan,
+    keeps_tied_head,
     layer_plan,
     packed_bits,
     shares_table,
     shipped_dtype,
-    unties_head,
 )
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import changes
@@ -78,7 +78,7 @@ def model_size(
 
 def _own_weights(plan: Plan, config: DecoderConfig) -> list[str]:
     """Lists all layers except a head that shares the embedding's weights."""
-    tied = config.tie_word_embeddings and not unties_head(plan)
+    tied = keeps_tied_head(plan, config)
     return [name for name in plan if not (tied and name == HEAD)]
 
 

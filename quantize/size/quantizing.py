@@ -12,7 +12,7 @@ from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import TOKENS
 from finequant.quantize.methods.method import ROWS
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
-from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan, shipped_dtype, unties_head
+from finequant.quantize.scheme import EMBEDDING, HEAD, keeps_tied_head, layer_plan, shipped_dtype
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.terms import (
     MB,
@@ -83,7 +83,7 @@ def _stored(
             code = 1 if name in (HEAD, EMBEDDING) else start  # no adapter moves them
             scale = scheme.scale_dtype.itemsize / scheme.group_size
             stored[name] = int(math.prod(shape) * (code + scale + (size if teacher else 0)))
-        elif name != HEAD or unties_head(plan) or not config.tie_word_embeddings:
+        elif name != HEAD or not keeps_tied_head(plan, config):
             stored[name] = math.prod(shape) * size
     return stored | {"": (parts["norms"] + parts["biases"]) * size}
 

@@ -14,7 +14,7 @@ from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
 from finequant.quantize.rounding import Rounded, latent_weights
-from finequant.quantize.scheme import EMBEDDING, Plan, untie_head, unties_head
+from finequant.quantize.scheme import EMBEDDING, Plan, keeps_tied_head, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,
@@ -83,7 +83,7 @@ def assembled(
     for name in filter(plan.get, plan):
         bias = getattr(model.get_submodule(name), "bias", None)
         model.set_submodule(name, make(name, None if bias is None else bias.detach()))
-    if config.tie_word_embeddings and not unties_head(plan):
+    if keeps_tied_head(plan, config):
         model.tie_weights()
     model.model.rotary_emb = rotary_embedding(config)
     return model
