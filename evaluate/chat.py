@@ -150,31 +150,31 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     from finequant.quantize.size.terms import Lengths
 
     doing(f"chat: {name}: loading")
-    if name not in MODELS:
-        return load_export(name, recipe, run)
     tokenizer = load_tokenizer(recipe.model)
-    prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
+    if name not in MODELS:
+        return load_export(name, recipe, run, tokenizer, ends)
+    prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     model = load_model(name, recipe, run, prompt, ends, Lengths([], scored=0, prompt=0))
     return transformers_chat_model(model, tokenizer, recipe)
 
 
-def load_export(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
+def load_export(
+    name: str, recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> ChatModel:
     """Opens an export in its own runtime.
+
+    ends: token ids that end an answer.
 
     Raises:
         UserError: if the runtime is not installed.
     """
     from finequant.evaluate.metrics.exports import greedy_tokens
-    from finequant.finetune.data.turns import end_tokens
-    from finequant.finetune.model import load_tokenizer
 
     entry = exports_with_a_runtime()[name]
     if missing := entry.missing_runtime():
         raise UserError(f"{name}: its runtime is not installed: {missing}")
     runtime = entry.open_runtime(run.exports / entry.name)
-    tokenizer = load_tokenizer(recipe.model)
-    ends = end_tokens(recipe.model, recipe.data, tokenizer)
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []

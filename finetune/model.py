@@ -42,16 +42,16 @@ def load_config(model: Model) -> DecoderConfig:
 
     config = _from_pretrained(AutoConfig, model)
     check_architecture(config, model.base)
-    if getattr(config, "quantization_config", None) and not model.base.endswith(".gguf"):
+    if model.base.endswith(".gguf"):
+        import torch
+
+        config.dtype = torch.bfloat16  # more precise than the file's few bits per weight
+        return config
+    if getattr(config, "quantization_config", None):
         raise UserError(
             f"model.base: {model.base} is already quantized; name the float model it was made from"
         )
-    if not model.base.endswith(".gguf"):
-        return as_stored(config, model)
-    import torch
-
-    config.dtype = torch.bfloat16  # more precise than the file's few bits per weight
-    return config
+    return as_stored(config, model)
 
 
 def load_generation_config(model: Model) -> GenerationConfig:

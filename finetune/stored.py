@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from finequant.finetune.architecture import DecoderConfig
 
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+TABLES = ("lm_head.weight", "embed_tokens.weight")
+"""The ends of the names of head and embedding."""
+
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ROWS = 4096
 """Rows of a tensor that are read at a time."""
@@ -107,7 +109,7 @@ def _dtype(files: Stamps) -> torch.dtype | None:
 def _has_own_head(files: Stamps) -> bool:
     """Says whether the head differs from the embedding, in which case transformers unties it."""
     tensors = _tensors(files)
-    tables = [tensors[name] for name in tensors if name.endswith((HEAD, EMBEDDING))]
+    tables = [tensors[name] for name in tensors if name.endswith(TABLES)]
     if len(tables) < 2:
         return False
     first, second = tables

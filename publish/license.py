@@ -118,7 +118,9 @@ def _with_notice(
     documents: dict[str, bytes], license: str, folder: Path | None
 ) -> dict[str, bytes]:
     """Adds the NOTICE file that the license quotes, if the base has none."""
-    present = {start: name for name in documents for start in DOCUMENTS if _begins(name, start)}
+    present = {
+        start: name for name in documents for start in DOCUMENTS if name.upper().startswith(start)
+    }
     text = documents.get(present.get("LICENSE") or present.get("LICENCE") or "", b"")
     notice = NOTICE.search(text.decode("utf-8", "replace"))
     if "NOTICE" not in present and notice:
@@ -138,10 +140,6 @@ def _with_notice(
             "base's page on the Hub into a folder, and set publish.license_folder=FOLDER"
         )
     return documents
-
-
-def _begins(name: str, start: str) -> bool:
-    return name.upper().startswith(start)
 
 
 def _check_name(repo_id: str | None) -> None:

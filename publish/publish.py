@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.publish.license import License
 from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
 from finequant.recipes.artifact import SUMS, replace_text
 from finequant.recipes.errors import UserError, listed
@@ -176,7 +175,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
     from finequant.publish.card import card_text
     from finequant.publish.license import license_of
 
-    license: License = license_of(recipe)
+    license = license_of(recipe)
     shown = without_folders(recipe)
     with run.writing(run.publication, shown) as folder:
         if kind == ADAPTER:

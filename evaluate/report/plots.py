@@ -92,11 +92,8 @@ def _comparison(report: Report) -> Figure | None:
             for task, metric in metrics_of(models)
         },
     }
-    panels = {
-        label: kept
-        for label, groups in panels.items()
-        if (kept := {name: bars for name, bars in groups.items() if any(map(_has_height, bars))})
-    }
+    panels = {label: _with_heights(groups) for label, groups in panels.items()}
+    panels = {label: groups for label, groups in panels.items() if groups}
     if not panels:
         return None
     widths = [1 + 0.55 * len(groups) * len(models) for groups in panels.values()]
@@ -118,8 +115,13 @@ def _bar(model: dict[str, Any], scale: float, *keys: str) -> tuple[float, float]
     return scale * height, scale * error if finite(error) else 0.0
 
 
-def _has_height(bar: tuple[float, float]) -> bool:
-    return math.isfinite(bar[0])
+def _with_heights(groups: dict[str, list]) -> dict[str, list]:
+    """Leaves out groups in which no bar has a height."""
+    return {
+        name: bars
+        for name, bars in groups.items()
+        if any(math.isfinite(height) for height, _ in bars)
+    }
 
 
 def _bars(axes: Axes, groups: dict[str, list], models: list[str], may_be_log: bool) -> None:

@@ -219,7 +219,7 @@ class Checkpoint:
     ) -> None:
         tensors = rounded or (weight.to(self.dtype),)
         if not tensors[-1].isfinite().all():
-            raise UserError(self._beyond(name, tensors[-1].dtype))
+            raise UserError(self._not_finite(name, tensors[-1].dtype))
         for key, tensor in zip(self.stored(name), tensors, strict=True):
             descriptor, entry = self.entries[key]
             write_rows(descriptor, entry, piece, tensor)
@@ -229,8 +229,8 @@ class Checkpoint:
         os.write(self._journal, json.dumps([name, piece.start, *written]).encode() + b"\n")
         self._written[name, piece.start] = written
 
-    def _beyond(self, name: str, dtype: torch.dtype) -> str:
-        """Makes the message for numbers that a dtype cannot represent."""
+    def _not_finite(self, name: str, dtype: torch.dtype) -> str:
+        """Writes the message about a number that the dtype cannot represent."""
         subject = f"a scale of {name}" if name in self.plan else name
         key = "scale_dtype" if name in self.plan else "dtype"
         kind = str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from finequant.quantize.checkpoint.streaming import Target, write_data_free, wri
 from finequant.quantize.methods import rtn
 from finequant.quantize.methods.calibrate import Calibrator, none_known
 from finequant.quantize.methods.method import Calibrated, DataFree, load_method
-from finequant.quantize.methods.sequences import for_the_method, sequences_of
+from finequant.quantize.methods.sequences import sequences_for_method, sequences_of
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import Plan, is_calibrated, layer_plan
 from finequant.recipes.schema import Quantize, Recipe
@@ -65,7 +65,7 @@ def quantize_layers(
     decided_by_first(write_others)
     if isinstance(method, Calibrated) and later:
         calibration = quantize.calibration
-        text, steps = for_the_method(sequences, calibration), calibration.steps
+        text, steps = sequences_for_method(sequences, calibration), calibration.steps
         known = target.known if target else none_known
         calibrator = Calibrator(method, weights, config, text, plan, dtype, known, steps)
         write_pieces(target, weights, calibrator.pieces())

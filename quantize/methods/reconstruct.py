@@ -66,15 +66,10 @@ class TrainedLayer:
 
     def __init__(self, weight: torch.Tensor, start: Rounded, scheme: LayerScheme) -> None:
         """Takes the float model's weight [out, in], and the codes and scales to start from."""
-        self._bits, self._scale, self._scale_dtype = (
-            scheme.bits,
-            start.scale.float(),
-            start.scale.dtype,
-        )
-        self.latent_weights = latent_weights(weight, start, torch.float32)
-        self.latent_weights = self.latent_weights.unflatten(
-            1, (self._scale.shape[1], -1)
-        ).requires_grad_()
+        self._bits, self._scale_dtype = scheme.bits, start.scale.dtype
+        self._scale = start.scale.float()
+        latent = latent_weights(weight, start, torch.float32)
+        self.latent_weights = latent.unflatten(1, (self._scale.shape[1], -1)).requires_grad_()
         self.factor = torch.ones_like(self._scale).requires_grad_()
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:

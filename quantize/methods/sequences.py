@@ -46,7 +46,7 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
     return calibration_sequences(recipe, tokenizer, tokens)
 
 
-def for_the_method(sequences: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+def sequences_for_method(sequences: torch.Tensor, calibration: Calibration) -> torch.Tensor:
     """Returns the first of `sequences`: as many tokens as the method reads."""
     return sequences[: max(1, calibration.tokens // calibration.length)]
 

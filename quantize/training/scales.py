@@ -59,7 +59,9 @@ def train_scales(
     """
     model = _model(weights, config, rounded, plan, arithmetic_dtype(dtype)).to(device())
     modules = {name: model.get_submodule(name) for name in rounded}
-    learned = [module.scale_delta for module in modules.values() if _learns(module)]
+    learned = [
+        module.scale_delta for module in modules.values() if isinstance(module, FakeQuantScales)
+    ]
     optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
@@ -78,10 +80,6 @@ def train_scales(
         optimizer.zero_grad()
         schedule.step()
     return {name: module.rounded() for name, module in modules.items()}
-
-
-def _learns(module: torch.nn.Module) -> bool:
-    return isinstance(module, FakeQuantScales)
 
 
 @torch.no_grad()

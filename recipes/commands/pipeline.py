@@ -45,9 +45,6 @@ LAUNCHER = "finequant.recipes.commands.launcher"
 FORK_SERVER_LOST = 255
 """The exit code that multiprocessing returns for a process whose fork server is gone."""
 
-LAUNCHED = ("train", "qat", "quantize", "evaluate")
-"""Stages in which several processes can share the work; `quantize` does if it calibrates."""
-
 
 def run(
     recipe: RecipePath,
@@ -166,12 +163,16 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
     """Returns the launcher of the stage's processes, and the overrides of the recipe that it needs.
 
     That is accelerate if `launch` is given, and otherwise torchrun on all GPUs, or, in training, on
-    as many as can share a step's rows. A single process evaluates a model that is spread over GPUs.
+    as many as can share a step's rows. A single process exports, quantizes without calibration, and
+    evaluates a model that is spread over GPUs.
     """
-    if stage not in LAUNCHED or (stage == "quantize" and not _calibrates(recipe)):
+    if stage not in MODULES or (stage == "evaluate" and _spreads(recipe)):
         return [], []
-    if stage == "evaluate" and _spreads(recipe):
-        return [], []
+    if stage == "quantize":
+        from finequant.quantize.methods.sequences import calibrates  # only now: it imports torch
+
+        if not calibrates(recipe):
+            return [], []
     if launch:
         return ["accelerate.commands.launch", "--config_file", str(launch), "--module"], []
     import torch
@@ -189,12 +190,6 @@ def _launched(stage: str, recipe: Recipe, launch: Path | None) -> tuple[list[str
     say(f"{stage}: on {processes} of {gpus} GPUs")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return torchrun, overrides
-
-
-def _calibrates(recipe: Recipe) -> bool:
-    from finequant.quantize.methods.sequences import calibrates  # only now: it imports torch
-
-    return calibrates(recipe)
 
 
 def _spreads(recipe: Recipe) -> bool:

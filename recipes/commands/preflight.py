@@ -63,7 +63,9 @@ def preflight(
     lengths = check_tokens(recipe, splits)
     if recipe.evaluate.tasks:
         doing("checks: loading lm-eval and its tasks")
-        _check_tasks(recipe)
+        from finequant.evaluate.metrics.tasks import load_tasks
+
+        load_tasks(recipe.evaluate)
     from finequant.quantize.convert import check_base_range  # only now: it imports torch
 
     check_base_range(recipe)
@@ -114,13 +116,6 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
         ]
     )
     return material.lengths(training)
-
-
-def _check_tasks(recipe: Recipe) -> None:
-    """Loads the recipe's tasks with their data, which needs lm-eval's index of 10,000 files."""
-    from finequant.evaluate.metrics.tasks import load_tasks
-
-    load_tasks(recipe.evaluate)
 
 
 def refuse_split_weights(recipe: Recipe, launch: Path | None) -> None:
