@@ -207,7 +207,8 @@ def exports(recipe: Recipe, run: RunDir) -> list[Path]:
     Raises:
         UserError: for an export of a different quantized/ than the one here.
     """
-    folders = sorted(path for path in run.exports.glob("*") if path.suffix != ".partial")
+    interrupted = (".partial", ".replaced")  # as `RunDir.writing` names folders in between
+    folders = sorted(path for path in run.exports.glob("*") if path.suffix not in interrupted)
     for folder in folders:
         if folder.name not in run.manifest():
             raise UserError(

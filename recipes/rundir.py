@@ -301,7 +301,7 @@ class RunDir:
         while (kept := folder / f"{target.name}-{number}").exists():
             number += 1
         target.rename(kept)
-        print(f"kept the earlier {target.name} as {kept}")
+        say(f"kept the earlier {target.name} as {kept}")
 
     def record(self, recipe: Recipe, stage: str, inputs: dict[str, Any], **figures: Any) -> None:
         """Marks the stage as done: writes its manifest entry and the resolved recipe."""

@@ -162,7 +162,7 @@ def test_checkpoints_of_an_unfinished_training_are_kept(recipe_file, capsys):
     (adapter.parent / "manifest.json").unlink()
     train(recipe_file, "train.max_steps=2", "train.save_steps=1", "lora.rank=8")
     kept = adapter.parent / "previous" / "checkpoints-1"
-    assert f"kept the earlier checkpoints as {kept}" in capsys.readouterr().out
+    assert f"kept the earlier checkpoints as {kept}" in capsys.readouterr().err
     assert (kept / "checkpoint-2" / "optimizer.pt").exists()
 
 

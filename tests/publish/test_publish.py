@@ -385,6 +385,16 @@ def test_an_export_of_another_quantization_is_refused(recipe):
     assert "gguf: nothing says that it was made from this quantized/" in message
 
 
+def test_what_a_killed_export_leaves_is_not_published(tmp_path):
+    """A kill while an earlier export is being removed leaves a part of that one."""
+    from finequant.publish.publish import exports
+    from finequant.recipes.rundir import RunDir
+
+    for name in ("gguf.partial", "gguf.replaced"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+    assert exports(None, RunDir(tmp_path)) == []
+
+
 def test_a_failed_gate_blocks_until_it_is_overruled_by_name(recipe):
     from finequant.evaluate.compare import main as compare
 

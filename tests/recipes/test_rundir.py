@@ -315,7 +315,7 @@ def test_earlier_adapters_are_kept_and_other_artifacts_replaced(folder, capsys):
     for content in ("one", "two", "three"):
         write(run.adapter, content)
         write(run.quantized, content)
-    assert "kept the earlier adapter as run/previous/adapter-1" in capsys.readouterr().out
+    assert "kept the earlier adapter as run/previous/adapter-1" in capsys.readouterr().err
     kept = {path.name: (path / "weights").read_text("utf-8") for path in previous.iterdir()}
     assert kept == {"adapter-1": "one", "adapter-2": "two"}
     for artifact in (run.adapter, run.quantized):
