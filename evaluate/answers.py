@@ -31,13 +31,12 @@ def changes(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Computes the changes in metrics from tuned to quantized, paired row by row."""
-    from finequant.evaluate.metrics.text_metrics import METRICS, paired_changes
+    from finequant.evaluate.metrics.text_metrics import paired_changes
 
     if not material.rows:
         return {}
-    generated = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
     answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
-    return {HELD_OUT: paired_changes(*answers, material.references, generated)}
+    return {HELD_OUT: paired_changes(*answers, material.references, recipe.evaluate.metrics)}
 
 
 def right_by(metrics: list[str]) -> str | None:

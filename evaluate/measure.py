@@ -60,13 +60,12 @@ def _held_out(
 ) -> tuple[list[str], dict[str, Any]]:
     """Answers the held-out rows; returns the answers and their scores by metric."""
     from finequant.evaluate.metrics.tasks import answer, multiple_choice
-    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
+    from finequant.evaluate.metrics.text_metrics import score_answers
 
     evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     answers = answer(*asked, evaluate.max_new_tokens, evaluate.batch_size, f"{name}: answers")
-    generated = [metric for metric in evaluate.metrics if metric in METRICS]
-    scores = score_answers(answers, material.references, generated)
+    scores = score_answers(answers, material.references, evaluate.metrics)
     if "multiple_choice" in evaluate.metrics:
         scores["multiple_choice"] = multiple_choice(
             *asked,

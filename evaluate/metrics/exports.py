@@ -128,7 +128,7 @@ def _answers(
     name: str, runtime: Runtime, recipe: Recipe, material: Material
 ) -> tuple[dict[str, Any], list[str]]:
     from finequant.evaluate.inputs import HELD_OUT
-    from finequant.evaluate.metrics.text_metrics import METRICS, score_answers
+    from finequant.evaluate.metrics.text_metrics import score_answers
 
     if not material.prompts:
         return {}, []
@@ -138,8 +138,8 @@ def _answers(
         greedy_answer(runtime, material.tokenizer, prompt, material.ends, limit)
         for prompt in tracked(material.prompts, f"evaluate: {name}: answers", len(material.prompts))
     ]
-    wanted = [metric for metric in recipe.evaluate.metrics if metric in METRICS]
-    return {HELD_OUT: score_answers(answers, material.references, wanted)}, answers
+    scores = score_answers(answers, material.references, recipe.evaluate.metrics)
+    return {HELD_OUT: scores}, answers
 
 
 def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str) -> float:

@@ -96,18 +96,19 @@ def predicting_states(
     longest = max(len(sequence.ids) for sequence in sequences)
     if model.device.type == "cpu" and model.dtype == torch.float32 and longest <= SHORT:
         return _states_end_to_end(model, sequences)
-
-    def padded(rows: list[list[int]]) -> torch.Tensor:
-        rows = [torch.tensor(row) for row in rows]
-        return pad_sequence(rows, batch_first=True).to(model.device)  # [batch, length - 1]
-
     # The last token is only predicted; as an input, it could exceed the model's positions by one.
-    inputs = padded([sequence.ids[:-1] for sequence in sequences])
-    targets = padded([sequence.ids[1:] for sequence in sequences])
-    scored = padded([sequence.scored[1:] for sequence in sequences])
+    inputs = padded([sequence.ids[:-1] for sequence in sequences], model.device)
+    targets = padded([sequence.ids[1:] for sequence in sequences], model.device)
+    scored = padded([sequence.scored[1:] for sequence in sequences], model.device)
     # No mask is needed: padding comes after the scored tokens, and attention is causal.
     states = model.model(input_ids=inputs, use_cache=False)
     return states.last_hidden_state[scored], targets[scored], scored.sum(dim=1).tolist()
+
+
+def padded(rows: Sequence[list[int]], device: torch.device, padding: int = 0) -> torch.Tensor:
+    """Makes a tensor [rows, longest] of rows of different lengths, padded at their ends."""
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
 
 
 def _states_end_to_end(

@@ -16,9 +16,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from finequant.evaluate.metrics.perplexity import log_probabilities
+from finequant.evaluate.metrics.perplexity import log_probabilities, padded
 from finequant.finetune.processes import shared_out
 from finequant.recipes.terminal import tracked_batches
 
@@ -173,17 +172,13 @@ def _predicting_states(model: PreTrainedModel, rows: list[_Row]) -> torch.Tensor
         owners.append([owner for owner, part in enumerate(parts) for _ in part])
         predicting.append([offset >= end - 1 for offset in range(len(ids[-1]))])
 
-    def padded(values: list[list[int]], padding: int = 0) -> torch.Tensor:
-        values = [torch.tensor(value) for value in values]
-        return pad_sequence(values, batch_first=True, padding_value=padding).to(model.device)
-
     states = model.model(
-        input_ids=padded(ids),
-        attention_mask=_mask(padded(owners, -1), model.dtype),
-        position_ids=padded(positions),
+        input_ids=padded(ids, model.device),
+        attention_mask=_mask(padded(owners, model.device, padding=-1), model.dtype),
+        position_ids=padded(positions, model.device),
         use_cache=False,
     )
-    return states.last_hidden_state[padded(predicting)]
+    return states.last_hidden_state[padded(predicting, model.device)]
 
 
 def _mask(owners: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

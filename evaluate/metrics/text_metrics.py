@@ -25,12 +25,12 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 def score_answers(
     answers: list[str], references: list[str], metrics: list[str]
 ) -> dict[str, Score]:
-    """Scores answers with each of `metrics`, which are keys of METRICS: {metric: score}.
+    """Scores answers with each of `metrics` that is a key of METRICS: {metric: score}.
 
     Raises:
         UserError: for json_match if a reference is not JSON.
     """
-    return {metric: METRICS[metric](answers, references) for metric in metrics}
+    return {metric: METRICS[metric](answers, references) for metric in metrics if metric in METRICS}
 
 
 def paired_changes(
@@ -39,7 +39,7 @@ def paired_changes(
     """Computes how much metrics change between two models' answers, row by row: {metric: score}.
 
     The standard error is that of the mean difference: rows that both models answer alike add
-    nothing to it. Metrics that are not means over rows are left out.
+    nothing to it. Metrics that are not means over rows of answers are left out.
     """
     rows = list(zip(before, after, references, strict=True))
     return {
@@ -51,7 +51,7 @@ def paired_changes(
             ]
         )
         for metric in metrics
-        if metric not in (*OUT_OF_100, "tool_call_recall")
+        if metric in METRICS and metric not in (*OUT_OF_100, "tool_call_recall")
     }
 
 

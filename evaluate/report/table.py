@@ -44,9 +44,9 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         row("bits per weight, packed (lower is smaller)", shown_number, _ratio, "bits"),
     ]
     if any("file" in model for model in models.values()):
-        rows.append(row(FILE_LABEL, _megabytes, lambda *_: MISSING, "file"))
+        rows.append(row(FILE_LABEL, _megabytes, _no_change, "file"))
     if any("activations" in model for model in models.values()):
-        rows.append(row("inputs of linear layers", _text, lambda *_: MISSING, "activations"))
+        rows.append(row("inputs of linear layers", _text, _no_change, "activations"))
     for corpus in corpora_of(models):
         label = f"perplexity per token, {corpus} (lower is better)"
         rows.append(row(label, shown_number, _ratio, "perplexity", corpus, "token"))
@@ -61,10 +61,10 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         rows.append(row(label, shown_score(scale), _points(scale, error), "tasks", task, metric))
     if any("parity" in model for model in models.values()):
         label = "same answers as quantized in % (higher is better)"
-        rows.append(row(label, _percent, lambda *_: MISSING, "parity", "same_answers"))
+        rows.append(row(label, _percent, _no_change, "parity", "same_answers"))
     for label, shown, key in PARITIES:
         if any(value_at(model, "parity", key) is not None for model in models.values()):
-            rows.append(row(label, shown, lambda *_: MISSING, "parity", key))
+            rows.append(row(label, shown, _no_change, "parity", key))
     for label, shown, key in SPEEDS:
         if any(value_at(model, "speed", key) for model in models.values()):
             rows.append(row(label, shown, _ratio, "speed", key))
@@ -82,6 +82,10 @@ def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:
     # Up to 1 % is the header of the file.
     differs = file and size and abs(file / size - 1) > 0.01
     return shown | ({"file": file} if differs else {})
+
+
+def _no_change(tuned: object, quantized: object) -> str:
+    return MISSING
 
 
 def _megabytes(size: int | None) -> str:
