@@ -28,7 +28,7 @@ Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
-HELP = "/new starts over, /quit or an empty line ends, /help shows this again"
+HELP = "/new starts over, /quit or an empty line ends the chat, /help shows this again"
 
 
 class Answer(NamedTuple):

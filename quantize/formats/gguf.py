@@ -54,7 +54,7 @@ def check_fits(contents: Contents) -> None:
         )
     pre_tokenizer(contents.tokenizer)
     if (kind := contents.config.rope_parameters["rope_type"]) not in ("default", "llama3"):
-        raise UserError(f"gguf: rotary scaling {kind!r} is not written; expected none or llama3")
+        raise UserError(f"gguf: no export with rotary scaling {kind!r}; expected none or llama3")
 
 
 def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:

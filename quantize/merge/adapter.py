@@ -113,15 +113,15 @@ class Adapter:
             if (value := config.get(key)) not in (None, False, "none", [], {}):
                 raise UserError(
                     f"{folder}: cannot be merged: it has {feature} ({key}: {value}); expected "
-                    "matrices of LoRA, rsLoRA or DoRA only: train without"
+                    "matrices of LoRA, rsLoRA or DoRA only: train without it"
                 )
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
         matched = {key: pattern.fullmatch(key) for key in self._file.entries}
         # With a LoRA for the head, peft also saves the head that it was given.
         if matched.pop(HEAD_COPY, 0) is None and not self._is_the_bases(HEAD_COPY, base):
             raise UserError(
-                f"{folder}: cannot be merged: it brings a {HEAD} that is not that of {name}: "
-                "train without, or name the base it was trained on"
+                f"{folder}: cannot be merged: its {HEAD} differs from that of {name}: "
+                "train without one, or name the base that the adapter was trained on"
             )
         if unknown := [key for key, match in matched.items() if not match]:
             raise UserError(
@@ -132,8 +132,8 @@ class Adapter:
         if HEAD in self.layers and base.config.tie_word_embeddings:
             raise UserError(
                 f"{folder}: cannot be merged: it changes {HEAD}, which the base ties to its "
-                "embedding, so that both would change: save the base with a head of its own "
-                "(tie_word_embeddings: false), or train without"
+                "embedding, so that both would change: save the base with a separate head "
+                "(tie_word_embeddings: false), or train without a LoRA for the head"
             )
         self._scaling = {layer: _scaling(config, layer) for layer in self.layers}
         for layer in sorted(self.layers):
@@ -157,10 +157,10 @@ class Adapter:
         a, b = entries.get(f"{prefix}A.weight"), entries.get(f"{prefix}B.weight")
         shape = shapes.get(f"{layer}.weight")
         if shape is None or a is None or b is None:
-            raise UserError(f"{refused}: {layer} is in one of them only")
+            raise UserError(f"{refused}: {layer} is in only one of the two")
         if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
             raise UserError(
-                f"{refused}: {layer} is {' x '.join(map(str, shape))} there, and "
+                f"{refused}: {layer} is {' x '.join(map(str, shape))} in the base, and "
                 f"{b.shape[0]} x {a.shape[1]} in the adapter"
             )
         if a.shape[0] != rank:
@@ -169,7 +169,7 @@ class Adapter:
             )
         for key in entries:
             if key.startswith(prefix) and not self.read(key).isfinite().all():
-                raise UserError(f"{folder}: cannot be merged: numbers in {key} are not finite")
+                raise UserError(f"{folder}: cannot be merged: {key} has values that are not finite")
 
     def add(self, layer: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
         """Returns rows of the merged weight, from float32 rows of the base's, which it overwrites.
