@@ -84,13 +84,13 @@ def test_changed_files_are_read_again(recipe_file, recipe):
 
 
 def test_a_file_that_is_renamed_to_another_kind_is_read_as_that_kind(recipe_file):
-    """The same lines are one text in a .txt file, and a row each in a .jsonl file."""
-    lines = recipe_file.parent / "train.jsonl"
-    lines.with_name("again.jsonl").write_bytes(lines.read_bytes())
-    lines.with_name("again.txt").write_bytes(lines.read_bytes())
+    """The same lines are one text in a .txt file, and a row each in a .csv file."""
+    lines = "prompt,completion\n" + "".join(f"Is {n} even?,It is {n}.\n" for n in range(48))
+    for kind in ("txt", "csv"):
+        (recipe_file.parent / f"again.{kind}").write_text(lines, encoding="utf-8")
     named = [
         load_recipe(recipe_file, ["data.validation=test.jsonl", f"data.train=again.{kind}"])
-        for kind in ("txt", "jsonl")
+        for kind in ("txt", "csv")
     ]
     read = [prepared_splits(recipe).train for recipe in named]
     assert read == [load_splits(recipe.data, recipe.seed).train for recipe in named]
