@@ -148,7 +148,9 @@ def _measured(report: dict[str, Any], kind: str) -> str:
     if kind == QUANTIZED:
         parts.append(bullets([*divergence_lines(report), *verdict_lines(report)]))
         if untried := advice(report):
-            parts.append(f"Settings of the recipe that would cost less:\n\n{bullets(untried)}")
+            parts.append(
+                f"Changes to the recipe that would cost less accuracy:\n\n{bullets(untried)}"
+            )
     return "\n\n".join(part for part in parts if part)
 
 

@@ -28,5 +28,7 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="other values, such as train.epochs=2"),
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE]...", help="overrides of the recipe, such as train.epochs=2"
+    ),
 ]
