@@ -239,7 +239,8 @@ def _are_texts(rows: Sequence[dict[str, Any]]) -> bool:
         any(isinstance(value, list) and value for value in column)
         or (
             not any(isinstance(value, dict) for value in column)
-            and (is_label(texts := list(map(str, column))) or is_prose(texts))
+            and len(set(texts := list(map(str, column)))) > 1
+            and (is_label(texts) or is_prose(texts))
         )
         for column in values.values()
     )

@@ -151,7 +151,9 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
     unread = []
     for name in rows[0]:
         inside = [path for path in fields if _top(path) == name]
-        if name not in mapped | BESIDE:
+        if name in BESIDE:
+            continue
+        if name not in mapped:
             unread.append(name)
         elif name not in whole:
             unread += [path for path in inside if not _is_in(whole, path)]

@@ -20,6 +20,7 @@ from finequant.finetune.data.messages import (
     read_messages,
     read_tools,
     repair_messages,
+    strings_of,
     transcript,
     turns_in,
 )
@@ -137,6 +138,9 @@ class RowReader:
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
             ] += 1
         tools = read_tools(self._tools(row, where), where)
+        if tools and _defines(messages[0], tools):
+            self.findings.counts["tools not given again: the system message defines them"] += 1
+            tools = ()
         return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
 
     def _text(self, where: str, row: dict[str, Any]) -> Row:
@@ -379,6 +383,12 @@ def _parsed(value: Any) -> Any:
         with suppress(ValueError):
             return json.loads(value.lower())
     return value
+
+
+def _defines(message: Message, tools: tuple[dict[str, Any], ...]) -> bool:
+    """Says whether a system message holds every text of the functions' definitions."""
+    texts = strings_of([tool["function"] for tool in tools])
+    return message["role"] == "system" and all(text in message["content"] for text in texts)
 
 
 def _is_pair(pair: Any) -> bool:

@@ -246,3 +246,13 @@ def test_words_for_a_missing_value_are_counted():
     for text, count in (("NaN", 1), ("n/a ", 1), ("None", 1), ("Nana", 0), ("no", 0)):
         _, reader = read({**row, "completion": text})
         assert reader.findings.counts.total() == count
+
+
+def test_tools_that_the_system_message_holds_are_not_repeated():
+    """Hermes' rows have them in both; a message that only mentions them is no definition."""
+    turns = chat(answer())["messages"]
+    for system, count in ((json.dumps([TOOL]), 0), ("Use look_up.", 1), ("", 1)):
+        first = {"role": "system", "content": f"Functions: {system}"}
+        tools = [{"type": "function", "function": TOOL}]
+        row, _ = read({"messages": [first, *turns], "tools": tools})
+        assert len(row.tools) == count

@@ -396,7 +396,13 @@ def test_texts_can_be_asked_for(tmp_path, column):
 
 def test_texts_with_keys_links_and_dates_are_texts(tmp_path):
     rows = [
-        {"text": f"{n} a", "url": f"https://a/{n}", "timestamp": "2019-04-25", "meta": {"set": "a"}}
+        {
+            "text": f"{n} a",
+            "url": f"https://a/{n}",
+            "day": "2019-04-25",
+            "lang": "en",
+            "meta": {"set": "a"},
+        }
         for n in range(40)
     ]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
