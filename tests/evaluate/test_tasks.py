@@ -21,8 +21,10 @@ from finequant.evaluate.metrics.tasks import (
     multiple_choice,
 )
 from finequant.evaluate.metrics.text_metrics import paired_changes, score_answers
+from finequant.finetune.data.splits import load_splits
+from finequant.finetune.data.tokens import answer_text, encode_prompt
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Evaluate
+from finequant.recipes.schema import Data, Evaluate
 
 TEXTS = [
     "open the red door at 1 o'clock",
@@ -332,6 +334,56 @@ def test_a_task_that_needs_a_missing_chat_template_is_refused(tokenizer):
     check_chat_template(Evaluate(tasks=["mine"]), SimpleNamespace(chat_template=None))
     with pytest.raises(UserError, match="mine: apply_chat_template is set, but this base"):
         check_chat_template(Evaluate(tasks=[task]), SimpleNamespace(chat_template=None))
+
+
+GOLD = """\
+task: gold
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+
+
+def test_the_right_one_of_a_rows_choices_is_that_of_lm_eval(model, tokenizer, tmp_path):
+    """Every row has the same choices in another order, and the number of the right one."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    names = ["red", "green", "blue", "grey"]
+    rows = [
+        {"query": f"{TEXTS[n % 4]} {n}", "choices": names[n % 4 :] + names[: n % 4], "gold": gold}
+        for n, gold in enumerate([0, 3, 1, 2, 2, 0, 3, 1, 1, 2, 0, 3])
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "gold.yaml").write_text(GOLD.format(data=file))
+    columns = {"prompt": "query", "completion": "choices[gold]"}
+    data = Data.model_validate(
+        {"train": [{"source": str(file), "columns": columns}], "validation_fraction": 0}
+    )
+    read = load_splits(data, 0).train
+    prompts = [encode_prompt(row, tokenizer, data) for row in read]
+    references = [answer_text(row, tokenizer, data) for row in read]
+    scores = multiple_choice(model, tokenizer, prompts, references, names, 4, "")
+    theirs = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=["gold"],
+        task_manager=small_task_manager(str(tmp_path)),
+        apply_chat_template=True,
+    )["results"]["gold"]
+    assert 0 < theirs["acc,none"] < 1
+    expected = {"value": theirs["acc,none"], "stderr": theirs["acc_stderr,none"], "n": 12}
+    assert scores == pytest.approx(expected)
+    # Another entry of the lists would be right in other rows.
+    off = [row["choices"][row["gold"] - 1] for row in rows]
+    assert multiple_choice(model, tokenizer, prompts, off, names, 4, "") != scores
 
 
 @pytest.mark.slow
