@@ -146,6 +146,9 @@ def export_one(
 def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Rounded]) -> float:
     """Compares codes and scales; returns the largest relative rounding of a scale.
 
+    Scales below 1/256 of their layer's largest count as that much: half precision's subnormal
+    numbers, below 6e-5, are 6e-8 apart, which such scales may lose.
+
     Raises:
         UserError: if a layer is missing or unexpected, a code differs, or a scale differs by more
             than SCALE_ROUNDING.
@@ -160,13 +163,15 @@ def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Roun
         expected = stored.rounded[layer]
         if not torch.equal(codes, expected.codes):
             raise UserError(f"{name}: codes of {layer} differ once read back: the file is not kept")
-        exact = expected.scale.float()
-        # Half precision's subnormal numbers, below 6e-5, are 6e-8 apart.
-        beyond = (scale.float() - exact).abs() - 2.0**-24
-        rounding = (beyond / exact.abs()).max().item()
+        matters = codes.unflatten(1, (scale.shape[1], -1)).any(-1)  # others multiply zeros
+        exact, read = (part.float() * matters for part in (expected.scale, scale))
+        largest = exact.abs().max()
+        size = exact.abs().clamp_min(largest / 256).clamp_min(torch.finfo().tiny)
+        rounding = ((read - exact).abs() / size).max().item()
         if not rounding <= SCALE_ROUNDING:  # nor is it NaN
             raise UserError(
-                f"{name}: scales of {layer} differ by {rounding:.1%}: the file is not kept"
+                f"{name}: scales of {layer}, of at most {largest:.2g}, differ by {rounding:.1%}: "
+                "the file is not kept"
             )
         worst = max(worst, rounding)
     return worst

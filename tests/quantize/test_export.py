@@ -7,6 +7,7 @@ import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,6 +402,26 @@ def altered(file: Path, name: str, byte: int) -> None:
     start, _ = json.loads(content[8 : 8 + header])[name]["data_offsets"]
     content[8 + header + start + byte] ^= 1
     file.write_bytes(content)
+
+
+def test_scales_that_half_precision_cannot_hold_are_refused():
+    """Its smallest numbers are 6e-8 apart, which matters unless the layer has larger scales."""
+    from finequant.quantize.export import check_codes
+    from finequant.quantize.rounding import Rounded
+    from finequant.recipes.errors import UserError
+
+    def check(*scales: float, code: int = 1) -> float:
+        scale = torch.tensor([scales])
+        exact = Rounded(torch.full((1, 32 * len(scales)), code, dtype=torch.int8), scale)
+        stored = SimpleNamespace(rounded={"up_proj": exact})
+        return check_codes("gguf", stored, {"up_proj": exact._replace(scale=scale.half())})
+
+    assert check(0.5, 2.0**-24) == 0
+    assert 0 < check(0.1, 1e-8) < 2**-11
+    assert check(1e-8, 1e-8, code=0) == 0
+    for lost in (2e-7, 2e-8):
+        with pytest.raises(UserError, match="scales of up_proj, of at most 2e-0., differ by"):
+            check(lost, lost)
 
 
 def test_an_altered_export_is_refused(make, tmp_path):
