@@ -275,7 +275,7 @@ class RowReader:
         return {
             name: bool(value)
             for name, value in values.items()
-            if value in (0, 1) and (name == "weight") != isinstance(value, bool)
+            if value in (0, 1) and (name == "weight" or isinstance(value, bool))
         }
 
 

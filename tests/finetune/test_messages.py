@@ -239,6 +239,7 @@ def test_a_row_can_be_left_out_by_its_own_column(tmp_path, column):
     ("column", "cells", "reason"),
     [
         ("weight", ["0", "1", "0.0"], "weight 0"),
+        ("weight", ["false", "TRUE", "0"], "weight 0"),
         ("label", ["False", "True", "false"], "label false"),
     ],
 )
