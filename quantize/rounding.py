@@ -112,10 +112,12 @@ def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns scales in the dtype that is stored, all of them positive.
 
     Without a limit, the scale of a group of zeros would round to zero in float16, and its codes
-    would be NaN. A scale too large for the dtype becomes infinite; the checkpoint refuses it.
+    would be NaN. And XNNPACK loads no program with a scale that is subnormal in bfloat16. A scale
+    too large for the dtype becomes infinite; the checkpoint refuses it.
     """
     limits = torch.finfo(dtype)
-    return scale.clamp(min=limits.smallest_normal * limits.eps).to(dtype)
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.bfloat16).smallest_normal)
+    return scale.clamp(min=least).to(dtype)
 
 
 def _scales(

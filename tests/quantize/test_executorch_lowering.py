@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finequant.quantize.rounding import Rounded
+from finequant.quantize.rounding import Rounded, stored_scale
 
 INPUTS, OUTPUTS, GROUP = 64, 48, 32
 
@@ -43,7 +43,9 @@ def test_a_quantized_layer_computes_what_torchaos_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
     codes = torch.randint(-8, 8, (OUTPUTS, INPUTS), dtype=torch.int8)
-    scale = torch.rand(OUTPUTS, INPUTS // GROUP).to(torch.bfloat16).float()
+    scale = torch.rand(OUTPUTS, INPUTS // GROUP)
+    codes[0], scale[0] = 0, 0  # such as the head's row of a padding token
+    scale = stored_scale(scale, torch.bfloat16).float()
     bias = 10 * torch.randn(OUTPUTS)
     stored = SimpleNamespace(
         rounded={"linear": Rounded(codes, scale)}, floats={"linear.bias": bias}

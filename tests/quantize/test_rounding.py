@@ -1,11 +1,11 @@
-"""Activations as the shipped model rounds them."""
+"""Activations as the shipped model rounds them, and scales that every runtime takes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from finequant.quantize.rounding import quantize_activations
+from finequant.quantize.rounding import quantize_activations, round_to_nearest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -29,3 +29,13 @@ def test_activations_are_rounded_as_torchao_does_bit_for_bit(dtype):
         assert torch.equal(quantize_activations(case), expected(case))
         assert torch.equal(case, before)
     assert len(quantize_activations(values[0, 5]).unique()) > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["max", "search"])
+def test_the_scale_of_a_group_of_zeros_is_a_normal_number(dtype, rule):
+    """The head's row of a padding token is zeros; XNNPACK refuses the program with its scale."""
+    codes, scale = round_to_nearest(torch.zeros(2, 64), 4, 32, rule, dtype)
+    assert not codes.any()
+    assert scale.dtype == dtype
+    assert scale.to(torch.bfloat16).min() >= torch.finfo(torch.bfloat16).smallest_normal
