@@ -12,7 +12,7 @@ from finequant.recipes.freshness import Inputs, content_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Quantize, Recipe
-from finequant.recipes.sources import kind_of, matching_files
+from finequant.recipes.sources import TABLES, kind_of, matching_files
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
 
 
 def _content_and_kind(path: Path) -> str:
-    """Returns the hash of a file or folder and, because it decides how a file is read, the suffix:
-    the same lines are one text in a .txt file, and a row each in a .jsonl file."""
-    suffixes = "".join(kind_of(path)) if path.is_file() else ""
-    return f"sha256:{content_hash(path)}{suffixes}"
+    """Returns the hash of a file or folder, and the suffix of a file that is not a table: the same
+    lines are one text in a .txt file, and a row each in a .csv file."""
+    kind = kind_of(path)[0] if path.is_file() else ""
+    return f"sha256:{content_hash(path)}{'' if kind in TABLES else kind}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
