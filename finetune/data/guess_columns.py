@@ -27,6 +27,8 @@ NUMBERS = (*ANSWERS, "gold", "correct", "index")
 """Words in the name of a column with the number or letter of the right choice."""
 IDS = {"id", "idx", "index", "uuid", "rejected"}
 """Words in the name of a column that is neither question nor answer."""
+DETAILS = {"topic", "title", "type", "subject", "source", "author", "level", "original"}
+"""Words in the name of a column that says something about a row, and is left out with a note."""
 CHOOSE = (
     "; --completion '{}[NUMBER]' takes the choice whose number, from 0, or letter is in column "
     "NUMBER; where no column has it, write the right choice into a column first"
@@ -137,7 +139,9 @@ def left_out(
             continue
         if len(set(texts)) == 1 < len(rows):
             continue
-        if not IDS & _words(path) and not is_label(texts) and (is_choice or is_prose(texts)):
+        if (IDS | DETAILS) & _words(path) or is_label(texts):
+            continue
+        if is_choice or is_prose(texts):
             inside = _top(path) in map(_top, asked)
             left.append(path.partition("[")[0] if inside else _top(path))
     return list(dict.fromkeys(left)) + _further(rows, asked)

@@ -596,6 +596,19 @@ def test_what_the_columns_leave_out_is_named(tmp_path):
     assert look.unread == ["id", "more[0].score", "more[1] and so on"]
 
 
+@pytest.mark.parametrize(
+    "names", [("dialogue", "summary", "topic"), ("query", "response", "original_question")]
+)
+def test_what_only_describes_a_row_is_left_out_with_a_note(tmp_path, names):
+    """As in DialogSum and MetaMathQA."""
+    file = tmp_path / "rows.jsonl"
+    lines = (json.dumps(row) + "\n" for row in unlike(*names))
+    file.write_text("".join(lines), encoding="utf-8")
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.columns == {"prompt": names[0], "completion": names[1]}
+    assert look.unread == [names[2]]
+
+
 def test_a_column_that_never_changes_is_neither_question_nor_answer(tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [
