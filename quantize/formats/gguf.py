@@ -25,6 +25,7 @@ from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokeniz
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
 from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -75,7 +76,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     writer.add_type(GGUFType.MODEL)
     metadata(recipe, stored.config).set_gguf_meta_model(writer)
     _add_config(writer, stored.config, kind)
-    adds_bos = add_tokenizer(writer, stored)
+    tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
+    first = {ids[0] for ids in check_prompts(recipe, tokenizer)}
+    adds_bos = add_tokenizer(writer, stored, rows_have_bos=tokenizer.bos_token_id in first)
     names = _tensor_names(stored.config)
     size = _add_rounded(writer, stored, names)
     for name, tensor in stored.floats.items():
@@ -89,7 +92,6 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     writer.write_tensors_to_file()
     writer.close()
     shutil.copy2(stored.folder / "quantization.json", folder)
-    tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
     text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     weights = sum(

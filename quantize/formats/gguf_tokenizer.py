@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
+def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint, rows_have_bos: bool) -> bool:
     """Adds tokens, merges, special tokens and the chat template.
+
+    rows_have_bos: whether the rows that the model was trained on begin with the
+        beginning-of-sequence token.
 
     Returns:
         Whether llama.cpp will put the beginning-of-sequence token in front of every text.
@@ -34,10 +37,13 @@ def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint) -> bool:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
-    special.add_special_token.setdefault("bos", False)  # else llama.cpp puts one in front
+    # Without the key, or with the tokenizer's, llama.cpp would put one before every chat, also where
+    # the chat template, and so training, has none.
+    adds_bos = rows_have_bos and special.add_special_token.get("bos", False)
+    special.add_special_token["bos"] = adds_bos
     special.special_token_ids |= _end_of_turn(stored, special.special_token_ids.get("eos"))
     special.add_to_gguf(writer, quiet=True)
-    return bool(special.add_special_token["bos"])
+    return adds_bos
 
 
 def _end_of_turn(stored: QuantizedCheckpoint, eos: int | None) -> dict[str, int]:

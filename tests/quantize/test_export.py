@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
@@ -220,6 +221,27 @@ def test_gguf_loads_with_its_tokenizer(make, tokenizer, tied_head):
     assert inside.chat_template == tokenizer.chat_template
     assert inside.bos_token == tokenizer.bos_token
     assert inside.eos_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("in_template", [False, True])
+def test_llama_cpp_puts_a_bos_before_chats_only_if_training_did(
+    make, llama, tokenizer, in_template
+):
+    """Llama's tokenizers put one before every text, but a ChatML template has none."""
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+
+    changed, bos = copy.deepcopy(tokenizer), tokenizer.bos_token
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    if in_template:
+        changed.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    base = llama("adding")
+    changed.save_pretrained(base)
+    run = make(f"model.base={base}", to=("gguf",))
+    field = GGUFReader(gguf_file(run)).fields["tokenizer.ggml.add_bos_token"]
+    assert field.contents() is in_template
 
 
 def test_gguf_metadata_describe_the_model(make):
