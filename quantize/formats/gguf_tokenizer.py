@@ -37,8 +37,8 @@ def add_tokenizer(writer: GGUFWriter, stored: QuantizedCheckpoint, rows_have_bos
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(stored.folder, load_merges=True, n_vocab=size)
-    # Without the key, or with the tokenizer's, llama.cpp would put one before every chat, also where
-    # the chat template, and so training, has none.
+    # Without the key, or with that of Llama's tokenizers, llama.cpp would put one before every
+    # chat, even if the chat template, and so training, has none.
     adds_bos = rows_have_bos and special.add_special_token.get("bos", False)
     special.add_special_token["bos"] = adds_bos
     special.special_token_ids |= _end_of_turn(stored, special.special_token_ids.get("eos"))
