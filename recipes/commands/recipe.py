@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,6 +66,8 @@ def init(
     doing(f"init: reading {data}")
     from finequant.finetune.data.columns import columns_of, joined
     from finequant.finetune.data.starter import default_target, write_recipe, write_schema
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
 
     target = to or default_target(data)
     columns = {"prompt": prompt, "completion": completion}
@@ -75,12 +79,10 @@ def init(
         say(f"init: {chosen}{left}")
     if look.task == "classify" and all(map(str.isdecimal, look.answers)):
         say("init: the answers are numbers: if they stand for names, write those into a column")
-    before = _files_of_run(target)
     try:
-        _try(target, overrides or [])
+        with _undone_on_error(RunDir.of(load_recipe(target, overrides or [])).data):
+            _try(target, overrides or [])
     except BaseException:
-        for path in sorted(_files_of_run(target) - before, reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         target.unlink()  # so that the same command works once the cause is mended
         raise
     write_schema(target.parent)
@@ -89,13 +91,22 @@ def init(
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
 
 
-def _files_of_run(target: Path) -> set[Path]:
-    """Lists what is in the folder of a recipe's rows, and the folders that hold it."""
-    from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
+@contextmanager
+def _undone_on_error(folder: Path) -> Iterator[None]:
+    """Removes what was made in a folder, with the new folders above it, if an error follows."""
 
-    data = RunDir.of(load_recipe(target)).data
-    return {path for path in (data, *data.parents, *data.rglob("*")) if path.exists()}
+    def contents() -> set[Path]:
+        paths = (folder, *folder.parents, *folder.rglob("*"))
+        return {path for path in paths if path.exists()}
+
+    before = contents()
+    try:
+        yield
+    except BaseException:
+        for path in sorted(contents() - before, reverse=True):
+            with suppress(OSError):  # a folder that holds something else stays
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
 
 
 def _try(target: Path, overrides: list[str]) -> None:
@@ -109,7 +120,6 @@ def _try(target: Path, overrides: list[str]) -> None:
     from finequant.recipes.load import add_to_file, load_recipe, values_of
 
     if overrides:
-        load_recipe(target, overrides)  # refuses what is wrong in them
         add_to_file(target, values_of(overrides), "given to init")
     splits = _splits(load_recipe(target))
     _write_tools(target, splits)

@@ -90,6 +90,16 @@ def test_a_failed_init_removes_only_what_it_made(init_rows):
     assert sorted(Path("runs").rglob("*")) == before
 
 
+def test_a_failed_init_keeps_what_a_named_run_directory_holds(init_rows):
+    notes = Path("mine/data/notes.txt")
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine", encoding="utf-8")
+    rows = [*pairs(40), {"prompt": "Is it?", "completion": ""}]
+    assert init_rows(rows, "output_dir=mine")[0] == 2
+    assert sorted(Path("mine").rglob("*")) == [notes.parent, notes]
+    assert not [*Path().glob("*.yaml")]
+
+
 def test_columns_are_joined_by_repeating_an_option(init_rows):
     rows = [{"a": f"in {n}", "b": f"was {n}?", "c": f"at {n}", "d": f"no {n}"} for n in range(40)]
     code, printed = init_rows(
