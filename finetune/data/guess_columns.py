@@ -27,8 +27,8 @@ NUMBERS = (*ANSWERS, "gold", "correct", "index")
 """Words in the name of a column with the number or letter of the right choice."""
 IDS = {"id", "idx", "index", "uuid", "rejected"}
 """Words in the name of a column that is neither question nor answer."""
-DETAILS = {"topic", "title", "type", "subject", "source", "author", "level", "original"}
-"""Words in the name of a column that says something about a row, and is left out with a note."""
+DETAILS = {"topic", "type", "source", "author", "level", "original"}
+"""Words in the name of a column that describes the row, and is left out with a note."""
 CHOOSE = (
     "; --completion '{}[NUMBER]' takes the choice whose number, from 0, or letter is in column "
     "NUMBER; where no column has it, write the right choice into a column first"
