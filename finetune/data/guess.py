@@ -20,6 +20,7 @@ from finequant.finetune.data.guess_columns import (
     is_prose,
     left_out,
     named_like,
+    rated_answers,
     right_choice,
     unread_columns,
     with_names,
@@ -150,6 +151,12 @@ def _pairs(
         chosen = with_names(flat, chosen)
     if "prompt" not in given:
         _refuse_left_out(left_out(rows, flat, chosen), rows, data, chosen)
+    answer = chosen["completion"]
+    if "completion" not in given and (several := rated_answers(rows, answer)):
+        raise UserError(
+            f"{data}: each row has several {several}: if the first is always right, add "
+            f"--completion {shlex.quote(answer)}; if not, write the best one into a column first"
+        )
     if _ends_in_answer(rows[0], chosen["prompt"]):
         chosen["prompt"] = f"{{{chosen['prompt']}}}"  # as text: what follows is no further turn
     answers = [_answer(row, chosen["completion"]) for row in rows]

@@ -167,17 +167,24 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
 def _further(rows: Sequence[dict[str, Any]], paths: list[str]) -> list[str]:
     """Lists the lists of whose entries these paths read only the first, although there are more."""
     lists = dict.fromkeys(path.partition("[0]")[0] for path in paths if "[0]" in path)
-    return [name for name in lists if _has_more(rows, name)]
+    return [name for name in lists if max(_lengths(rows, name), default=0) > 1]
 
 
-def _has_more(rows: Sequence[dict[str, Any]], path: str) -> bool:
-    """Says whether a list has more than one entry in any row."""
+def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
+    """Finds a list of objects that always has several, of which the answer is in the first, such as
+    completions of several models."""
+    name, _, inside = answer.partition("[0].")
+    return name if inside and min(_lengths(rows, name), default=0) > 1 else None
+
+
+def _lengths(rows: Sequence[dict[str, Any]], path: str) -> list[int]:
+    """Returns the number of entries of a list, or 0 for anything else, in each row that has it."""
     lengths = []
     for row in rows:
         with suppress(BadRowError):
             value = value_of(row, path, "")
             lengths.append(len(value) if isinstance(value, list) else 0)
-    return max(lengths, default=0) > 1
+    return lengths
 
 
 def cells(row: dict[str, Any], given: Iterable[str]) -> dict[str, str]:

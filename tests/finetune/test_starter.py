@@ -321,6 +321,14 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
         "leave out turns",
         {},
     ),
+    "answers of several models": (
+        [
+            {**row, "completions": [{"response": words(n, "a")}, {"response": "bad"}]}
+            for n, row in enumerate(unlike("instruction"))
+        ],
+        r"several completions: if the first .* --completion 'completions\[0\].response'; if not",
+        {"completion": "completions[0].response"},
+    ),
     "only keys, links and dates beside a question": (
         [
             {"question": words(n, "q"), "uri": f"https://example/{n}", "day": f"2024-01-{n}"}
