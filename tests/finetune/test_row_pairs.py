@@ -211,7 +211,7 @@ def read(row: dict[str, Any], **columns: str) -> tuple[Row | None, RowReader]:
 
 
 def test_calls_are_calls_only_with_tools():
-    """Of other JSON, also in their form, the text is the answer."""
+    """Any other JSON is learned as text, even if it looks like a call."""
     calls = '[{"name": "f", "arguments": {"a": 1}}]'
     for more, is_call in (({"tools": [TOOL]}, True), ({"tools": ""}, False), ({}, False)):
         row, _ = read({"prompt": "Who?", "completion": calls, **more})
