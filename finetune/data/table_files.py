@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finequant.finetune.data.arrow_values import features_of, restored
 from finequant.finetune.data.files import BadRowError, Unparsed, open_text
 from finequant.recipes.errors import UserError
+from finequant.recipes.terminal import say
 
 CSV_CELL_LIMIT = 2**27
 SEPARATORS = ",;\t|"
+Quotes = Literal["text", "around cells", "unclear"]
 
 
 def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
     csv.field_size_limit(CSV_CELL_LIMIT)
     header: list[str] = []
-    end = 0
+    end, is_checked = 0, False
     with open_text(path, newline="", is_tracked=True) as file:
         separator = "\t" if kind == ".tsv" else _separator(path)
-        reader = csv.reader(file, strict=True, delimiter=separator)
+        quotes = _quotes(path, separator)
+        quoting = csv.QUOTE_NONE if quotes == "text" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, strict=True, delimiter=separator, quoting=quoting)
         try:
             for cells in reader:
                 # A quoted cell may contain line breaks; a row's location is its first line.
@@ -33,17 +38,82 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                     continue
                 row: dict[str, Any] | BadRowError = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
+                    remedy = "remove it from" if quotes == "text" else "quote"
                     row = BadRowError(
                         f"{path}:{start}: {len(cells)} columns, where the header has "
-                        f"{len(header)}: quote cells that contain a {_name(separator)}"
+                        f"{len(header)}: {remedy} cells that contain a {_name(separator)}"
                     )
                 elif cells == header:
                     row = BadRowError(f"{path}:{start}: repeats the header: remove this line")
+                elif not is_checked and _are_rows(cells, separator):
+                    _report_open_quote(f"{path}:{start}", end, is_sure=quotes == "unclear")
+                    is_checked = True
                 yield f"{path.name}:{start}", row
         except csv.Error as error:
             raise UserError(
                 f"{path}:{end + 1}: broken CSV: {error}: a stray quote? Double it inside a cell"
             ) from None
+
+
+def _quotes(path: Path, separator: str) -> Quotes:
+    """Says what quotes are in a file: around cells, which may then contain separators and line
+    breaks, or text like any other character, as in most TSV files of public datasets.
+
+    A line with as many cells as the header, and a stray quote in one of them, was written without
+    quoting, unless a quoted cell of several lines begins or ends there: then another of its lines
+    has fewer cells, or quotes are doubled. Without quoting, texts cannot contain a comma: a file
+    with commas and nothing but stray quotes is unclear.
+    """
+    lines: Counter[str] = Counter()
+    columns = 0
+    with open_text(path, newline="") as file:
+        for line in file:
+            if (columns and '"' not in line) or not line.strip() or line.startswith("sep="):
+                continue
+            cells = line.rstrip("\r\n").split(separator)
+            columns = columns or len(cells)
+            if len(cells) != columns or any('""' in cell.strip('"') for cell in cells):
+                lines["quoted"] += 1
+            elif all(map(_is_enclosed, cells)):
+                lines["enclosed"] += '"' in line
+            elif '\\"' not in line:  # a quote in a quoted cell, as R escapes it
+                lines["stray"] += 1
+    if separator == "\t" and columns > 1 and lines["stray"] > lines["quoted"]:
+        return "text"
+    return "around cells" if lines["quoted"] or lines["enclosed"] else "unclear"
+
+
+def _is_enclosed(cell: str) -> bool:
+    """Says whether a cell has quotes around it, with those inside it doubled, or has none."""
+    inside = cell[1:-1].replace('""', "")
+    return '"' not in cell or (len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside)
+
+
+def _are_rows(cells: list[str], separator: str) -> bool:
+    """Says whether each line of a row that spans several could be a row by itself."""
+    lines = separator.join(cells).split("\n")
+    return len(cells) > 1 < len(lines) and all(
+        len(parts := line.split(separator)) == len(cells) and all(map(str.strip, parts))
+        for line in lines
+    )
+
+
+def _report_open_quote(where: str, end: int, is_sure: bool) -> None:
+    """Reports a row that spans several lines, each of which could be a row by itself.
+
+    Raises:
+        UserError: if no cell of the file shows that quotes are put around cells.
+    """
+    if is_sure:
+        raise UserError(
+            f"{where}: a cell begins with a quote that only line {end} closes, although each line "
+            "could be a row by itself: put quotes around the cell and double those inside it, or "
+            "write JSON Lines"
+        )
+    say(
+        f"data: {where}: a quote makes one row of the lines up to {end}, although each could be a "
+        "row by itself: if they are rows, double the quote and put quotes around its cell"
+    )
 
 
 def _separator(path: Path) -> str:

@@ -86,6 +86,46 @@ def rows_of(path: Path, split: str = "train") -> list[dict[str, Any]]:
     return [row for _, row in read_source(Source(source=str(path), split=split))]
 
 
+# file: (content, the texts that it holds)
+QUOTES = {
+    "unquoted.tsv": ('"Hello he said\tpos\nfoo said "\tneg\n', ['"Hello he said', 'foo said "']),
+    "unquoted within.tsv": ('"Hello"\tpos\n"a" b\tneg\n', ['"Hello"', '"a" b']),
+    "unquoted with a bad line.tsv": (
+        '"Hello he\tpos\nfoo "\tneg\n"so"\n' + 'so "he\tpos\n',
+        ['"Hello he', 'foo "', None, 'so "he'],
+    ),
+    "quoted.tsv": ('"a\tb"\tpos\n"a ""b"" c\nd"\tneg\n', ["a\tb", 'a "b" c\nd']),
+    "all quoted.tsv": ('"a\nb"\t"pos"\n"c"\t"neg"\n', ["a\nb", "c"]),
+    "quoted.csv": ('"Hi Tom, thanks\nBob",pos\n"a, b",neg\n', ["Hi Tom, thanks\nBob", "a, b"]),
+    "only a letter.csv": ('"Dear Sir,\nBob",pos\n', ["Dear Sir,\nBob"]),
+    "inches.csv": ('5" pipe,pos\nHe said "hi",neg\n', ['5" pipe', 'He said "hi"']),
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_quotes_are_around_cells_or_text_as_the_file_was_written(tmp_path, name):
+    content, texts = QUOTES[name]
+    first = "text,label\n".replace(",", "\t" if name.endswith(".tsv") else ",")
+    (tmp_path / name).write_text(first + content)
+    rows = rows_of(tmp_path / name)
+    assert [isinstance(row, dict) and row["text"] or None for row in rows] == texts
+
+
+def test_the_last_column_may_span_lines(tmp_path):
+    (tmp_path / "rows.tsv").write_text('label\ttext\npos\t"a\nb"\nneg\t"a ""b"" c\nd"\n')
+    assert [row["text"] for row in rows_of(tmp_path / "rows.tsv")] == ["a\nb", 'a "b" c\nd']
+
+
+def test_a_quote_that_makes_one_row_of_two_is_reported(tmp_path, capsys):
+    rows = 'text,label\nyes,pos\n"Hello he said,pos\nfoo said ",neg\nno,neg\n'
+    (tmp_path / "rows.csv").write_text(rows)
+    with pytest.raises(UserError, match="rows.csv:3: a cell begins with a quote that only line 4"):
+        rows_of(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text(rows + '"yes, and no",neg\n')  # quotes are around cells
+    assert len(rows_of(tmp_path / "rows.csv")) == 4
+    assert "rows.csv:3: a quote makes one row of the lines up to 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_format_gives_the_same_rows(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
