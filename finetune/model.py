@@ -12,6 +12,7 @@ from finequant.finetune.gguf_base import dequantized, described
 from finequant.finetune.stored import as_stored, stored_weights
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
+from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Model
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def from_pretrained(auto_class: type, model: Model, source: Path | str, **option
         options["use_safetensors"] = True
         # Otherwise transformers asks a bot to convert the weights, and loads its pull request.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    if not isinstance(source, Path):
+        offline_reason()
     try:
         return auto_class.from_pretrained(
             source,
@@ -221,7 +224,8 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, RevisionNotFoundError):
             return "the model has no such branch, tag or commit"
         if isinstance(cause, LocalEntryNotFoundError):
-            return "not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            reason = offline_reason() or "the connection broke"
+            return f"not in the cache, and the Hub cannot be reached ({reason})"
     message = " ".join(str(error).split())
     if isinstance(error, (SafetensorError, JSONDecodeError, FileNotFoundError)):
         return f"a file is missing or damaged, copy or download it again ({message})"

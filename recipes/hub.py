@@ -1,10 +1,11 @@
-"""Pins what a run takes from the Hub: branches and tags become commits."""
+"""Pins what a run takes from the Hub: branches and tags become commits; and does without it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ COMMITS = "FINEQUANT_COMMITS"
 """The environment variable by which `finequant run` tells its stages what it resolved."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CONNECT_SECONDS = 10
 
 
 def pinned(recipe: Recipe, recorded: dict[str, str] | None = None) -> tuple[Recipe, dict[str, str]]:
@@ -55,6 +57,7 @@ def _resolved(kind: str, repository: str, revision: str) -> str | None:
     from huggingface_hub import snapshot_download
 
     doing(f"asking the Hub for {repository}")
+    offline_reason()
     try:
         folder = snapshot_download(
             repository,
@@ -66,3 +69,34 @@ def _resolved(kind: str, repository: str, revision: str) -> str | None:
     except Exception:
         return None
     return Path(folder).name if COMMIT.fullmatch(Path(folder).name) else None
+
+
+@cache
+def offline_reason() -> str:
+    """Says why the Hub cannot be reached, and makes its libraries use only their cache then; empty
+    if it can be.
+
+    Without a connection, they would ask six times for each file, which takes half a minute. Once
+    connected, they repeat requests as ever.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import build_hf_headers
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    reason = ""
+    for pause in (0, 1):
+        time.sleep(pause)
+        try:
+            get_session().head(
+                constants.ENDPOINT, headers=build_hf_headers(), timeout=CONNECT_SECONDS
+            )
+        except HTTPError as error:
+            if not type(error).__name__.startswith("Connect"):  # ConnectError, ConnectTimeout
+                return ""
+            reason = str(error) or type(error).__name__
+        else:
+            return ""
+    constants.HF_HUB_OFFLINE = True  # `datasets` copies it when it is imported
+    return reason

@@ -25,6 +25,7 @@ from finequant.finetune.data.files import (
 from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, read_json_file
 from finequant.finetune.data.table_files import read_arrow, read_csv
 from finequant.recipes.errors import UserError
+from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
 from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
 from finequant.recipes.terminal import tracked
@@ -165,6 +166,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
 
 
 def _read_hub(source: Source) -> Iterator[Unparsed]:
+    offline_reason()  # before `datasets` is imported
     from datasets import load_dataset
 
     name, index = source.source, -1
@@ -184,6 +186,7 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
 
 
 def _splits_on_hub(source: Source) -> list[str]:
+    offline_reason()
     from datasets import get_dataset_split_names
 
     with _errors_of_hub(source.source):
@@ -204,6 +207,8 @@ def _errors_of_hub(name: str) -> Iterator[None]:
         )
         if "Config" in reason:  # "Config name is missing", "BuilderConfig ... not found"
             advice = "choose by `name` of the source, or by --subset of `finequant init`"
+        if offline := offline_reason():
+            advice = f"it is not in the cache, and the Hub cannot be reached ({offline})"
         raise UserError(f"data: cannot load the dataset {name}: {reason}; {advice}") from None
 
 

@@ -295,3 +295,30 @@ def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training
     hub.close()
     first, _ = pins(HF_HUB_OFFLINE="1")
     assert first[0] == moved  # the last commit that was seen
+
+
+# Prints why a base and a dataset that are not in the cache cannot be loaded.
+ASKS = """
+from finequant.finetune.data.readers import read_source
+from finequant.finetune.model import load_config
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Model, Source
+
+for load in (
+    lambda: load_config(Model(base="acme/misspelled")),
+    lambda: next(read_source(Source(source="acme/misspelled"))),
+):
+    try:
+        load()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_file(hub, on_hub):
+    hub.close()
+    result = on_hub("-c", ASKS)
+    base, rows = result.stdout.splitlines()
+    for message in (base, rows):
+        assert "not in the cache, and the Hub cannot be reached ([Errno" in message
+    assert "Retrying" not in result.stderr
