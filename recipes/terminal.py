@@ -156,7 +156,10 @@ class Progress:
 
 
 def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Yields the items, and shows how many of `total` are done."""
+    """Yields the items, and shows how many of `total` are done; nothing if there are none."""
+    if not total:
+        yield from items
+        return
     progress = Progress(what, total)
     try:
         for done, item in enumerate(items, 1):
@@ -167,7 +170,9 @@ def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
 
 
 def tracked_batches(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
-    """Yields the batches, and shows how many of their items are done."""
+    """Yields the batches, and shows how many of their items are done; nothing without batches."""
+    if not batches:
+        return
     progress, done = Progress(what, sum(map(len, batches))), 0
     try:
         for batch in batches:

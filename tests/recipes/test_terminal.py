@@ -84,6 +84,16 @@ def test_bars_of_libraries_are_not_shown():
     assert in_a_terminal(LIBRARIES) == "done\r\n"
 
 
+EMPTY = """
+from finequant.recipes.terminal import tracked, tracked_batches
+list(tracked([], "rows", 0)), list(tracked_batches([], "evaluate: perplexity"))
+"""
+
+
+def test_a_terminal_shows_no_progress_of_nothing():
+    assert in_a_terminal(EMPTY) == ""
+
+
 def test_a_terminal_that_does_not_know_its_width_has_80_columns():
     lines = screen(in_a_terminal(LOOP, columns=0))
     assert max(map(len, lines)) in range(60, 81)
