@@ -6,6 +6,7 @@ conversation comes out differently, no template is written, and the Modelfile sa
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ SYSTEM, ASKED, ANSWERED, ASKED_NEXT = (
     "\u27eaV\u27eb",
 )
 """Contents that occur in no chat template, to find where each message begins and ends."""
+
+CLOSING = re.compile(r'"""\s*[\r\n]')
+"""Quotes within a text that Ollama takes for its end: those that end a line. There is no way to
+escape them (`ParseFile` of https://github.com/ollama/ollama/blob/main/parser/parser.go)."""
 
 Message = dict[str, str]
 
@@ -90,7 +95,12 @@ def modelfile(
             "# No TEMPLATE: the model's chat template could not be translated for Ollama, which\n"
             "# then picks the most similar one that it knows: check what it sends to the model."
         )
-    if system:
+    if system and CLOSING.search(system):
+        lines.append(
+            "# No SYSTEM: a line of the system message ends in three quotes, which Ollama would\n"
+            "# take for the end of the message: send it with each conversation."
+        )
+    elif system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(ends)]
     return "\n".join(lines) + "\n"

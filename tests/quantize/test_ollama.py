@@ -82,3 +82,29 @@ def test_the_derived_template_renders_the_same_texts_as_jinja(tokenizer):
     ]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert turns.render(messages) == expected
+
+
+def as_ollama_reads(text: str) -> dict[str, str]:
+    """Reads the commands with a value in three quotes, which end where a line ends in three."""
+    commands, name, value = {}, "", ""
+    for line in text.splitlines(keepends=True):
+        if not name and line[0] != "#":
+            name, _, line = line.partition(" ")
+        value += line if name else ""
+        quoted = value.strip()
+        if not quoted.startswith('"""') or (len(quoted) > 5 and quoted.endswith('"""')):
+            commands[name] = quoted[3:-3]
+            name, value = "", ""
+    return commands
+
+
+@pytest.mark.parametrize("system", ['Say "no".', 'Say "no"', 'a """ b\n"""c', '"', "a\n\nb"])
+def test_ollama_reads_the_quotes_of_a_system_message(tokenizer, system):
+    assert as_ollama_reads(modelfile("m.gguf", tokenizer, system, [2], False))["SYSTEM"] == system
+
+
+@pytest.mark.parametrize("system", ['"""\na\n"""\nb', 'Quote by """ \r\nalways.'])
+def test_a_system_message_that_ollama_would_cut_is_left_out_with_a_comment(tokenizer, system):
+    text = modelfile("m.gguf", tokenizer, system, [2], False)
+    assert "# No SYSTEM: a line of the system message ends in three quotes" in text
+    assert "SYSTEM" not in as_ollama_reads(text)
