@@ -2,7 +2,8 @@
 
 A message has `role` (system, user, assistant or tool) and `content` (text), and may have
 `tool_calls`, `tool_call_id`, `name` and reasoning. Known forms are OpenAI's `role` and `content`,
-ShareGPT's `from` and `value` with `function_call` and `observation`, and content in parts.
+ShareGPT's `from` and `value` with `function_call` and `observation`, and content in parts, which
+Gemini calls `parts`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 FLAGS = ("weight", "train", "training", "loss")
 """Keys that say whether an answer is a target: OpenAI's and mistral-finetune's weight, axolotl's
 train, ms-swift's and XTuner's loss."""
-READ = {"role", "from", "content", "value", "tool_calls", "function_call", *KEPT, *FLAGS}
+READ = {"role", "from", "content", "value", "parts", "tool_calls", "function_call", *KEPT, *FLAGS}
 UNREADABLE = re.compile(r"[\0\ud800-\udfff]")
 
 
@@ -101,7 +102,7 @@ def _is_turn(turn: Any) -> bool:
     return (
         isinstance(turn, dict)
         and str(turn.get("role", turn.get("from"))).lower() in ROLES
-        and bool({"content", "value", "tool_calls", "function_call"} & turn.keys())
+        and bool({"content", "value", "parts", "tool_calls", "function_call"} & turn.keys())
     )
 
 
@@ -111,6 +112,10 @@ def _message(turn: dict[str, Any], where: str) -> Message:
     if role is None:
         raise BadRowError(f"{where}: role {speaker!r}: expected system, user, assistant or tool")
     content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls")
+    if content is None and isinstance(turn.get("parts"), list):
+        content = list(map(_typed, turn["parts"]))
+    elif role != "tool" and isinstance(content, list):  # Bedrock's parts have no type
+        content = [_typed(part) if _is_untyped(part) else part for part in content]
     if speaker == "function_call":
         content, calls = None, parse_json(str(content), f"{where}: function_call", "a call")
     elif "function_call" in turn:  # OpenAI's form before tool_calls
@@ -140,6 +145,32 @@ def _text(content: Any, role: str, calls: bool, where: str) -> str:
     if role == "tool" and content is not None:
         return json.dumps(content, ensure_ascii=False)
     raise BadRowError(f"{where}: {_a(role)} message whose content is not text: {shown(content)}")
+
+
+def _is_untyped(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and "type" not in part
+
+
+def _typed(part: Any) -> Any:
+    """Returns a part in OpenAI's form; its type is the key of what it holds, such as inlineData."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        return part
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = next((key for key in part if key != "text"), "")
+    return {"type": kind} if kind else {"type": "text", **part}
+
+
+def system_text(value: Any, where: str) -> str:
+    """Returns a system message that is a list of parts, as Anthropic's and Bedrock's, or an object
+    with one, as Gemini's.
+
+    Raises:
+        BadRowError: for parts that are not text.
+    """
+    turn = value if isinstance(value, dict) else {"content": value}
+    return _message({**turn, "role": "system"}, where)["content"]
 
 
 def _a(role: str) -> str:

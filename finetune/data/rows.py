@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import cycle
 from typing import Any
 
 from finequant.finetune.data.columns import STEP, columns_of, text_of, value_of
@@ -21,6 +22,7 @@ from finequant.finetune.data.messages import (
     read_tools,
     repair_messages,
     strings_of,
+    system_text,
     transcript,
     turns_in,
 )
@@ -39,15 +41,16 @@ MISSING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
 EXCLUDED = "answers excluded from the loss (weight 0, train or loss false, or part of a prompt)"
 SIDES = (("prompt", "user"), ("completion", "assistant"))
 """Fields of a row, and who speaks in them."""
+SPEAKERS = ("user", "assistant")
 CHAT_COLUMNS = ("messages", "conversations")
-MAYBE_CHAT = ("conversation", "dialogue", "dialog", "chat", "turns")
+MAYBE_CHAT = ("contents", "conversation", "dialogue", "dialog", "chat", "turns")
 """Columns that hold a conversation or, in other datasets, text."""
 ANSWERS = (
     *("answer", "response", "completion", "output", "reply", "solution", "target", "summary"),
     *("highlight", "assistant", "category", "label", "intent"),
 )
 """Columns that are usually the answer to what another column holds."""
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
 """Columns with a row's own system message."""
 BESIDE = {*SYSTEMS, "tools", "functions"}
 """Columns that are read in every layout but plain text."""
@@ -122,9 +125,7 @@ class RowReader:
         check_messages(messages, where)
         _check_media(messages, row, where)
         self.findings.repaired += [f"{where}: {what}" for what in done]
-        mapped = "system" in self.source.columns
-        name = next((name for name in SYSTEMS if name in row and not mapped), "system")
-        system = self._text_of(name, row, where, "") or self.data.system
+        system = self._system(row, where) or self.data.system
         if system and messages[0]["role"] != "system":
             check_characters(system, where)
             messages.insert(0, _message("system", system))
@@ -192,12 +193,22 @@ class RowReader:
         turns = value_of(row, column, where)
         if isinstance(turns, str):  # a cell of a CSV file
             turns = parse_json(turns, f"{where}: {column}", "a list of role and content")
+        if column == "conversations" and isinstance(turns, list) and _are_texts(turns):
+            turns = [_message(role, text) for role, text in zip(cycle(SPEAKERS), turns)]  # LIMA's
         return self._read(turns, column, where)
 
     def _read(self, turns: Any, column: str, where: str) -> list[Message]:
         messages, unread = read_messages(turns, f"{where}: {column}")
         self.findings.unread |= dict.fromkeys(f"{key} of messages" for key in sorted(unread))
         return messages
+
+    def _system(self, row: dict[str, Any], where: str) -> str:
+        mapped = "system" in self.source.columns
+        name = next((name for name in SYSTEMS if name in row and not mapped), "system")
+        value = row.get(name)
+        if not mapped and name not in self._mapped and isinstance(value, (list, dict)):
+            return system_text(value, f"{where}: {name}")
+        return self._text_of(name, row, where, "")
 
     def _history(self, row: dict[str, Any], where: str) -> list[Message]:
         """Returns earlier turns, which LLaMA-Factory writes as pairs of question and answer."""
@@ -208,7 +219,7 @@ class RowReader:
             raise BadRowError(
                 f"{where}: history: expected pairs of question and answer, found {shown(pairs)}"
             )
-        turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
+        turns = [zip(SPEAKERS, pair, strict=True) for pair in pairs]
         return [_message(role, content) for pair in turns for role, content in pair]
 
     def _tools(self, row: dict[str, Any], where: str) -> Any:
@@ -391,8 +402,12 @@ def _defines(message: Message, tools: tuple[dict[str, Any], ...]) -> bool:
     return message["role"] == "system" and all(text in message["content"] for text in texts)
 
 
+def _are_texts(items: list[Any]) -> bool:
+    return all(isinstance(item, str) for item in items)
+
+
 def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
+    return isinstance(pair, list) and len(pair) == 2 and _are_texts(pair)
 
 
 def _message(role: str, content: str) -> Message:

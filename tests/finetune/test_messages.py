@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from finequant.finetune.data.files import BadRowError
+from finequant.finetune.data.rows import RowReader
 from finequant.finetune.data.splits import Splits, load_splits
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Data
+from finequant.recipes.schema import Data, Source
 
 
 def load(folder: Path, rows: list[dict[str, Any]], validation: float = 0.0, **keys: Any) -> Splits:
@@ -465,3 +467,56 @@ def test_prompts_that_differ_in_case_are_different(tmp_path):
     held.write_text('{"prompt": "FIX: a word", "completion": "A WORD"}\n')
     rows = [{"prompt": f"Fix: {w}", "completion": w.upper()} for w in ("a word", "another")]
     assert len(load(tmp_path, rows, test=str(held)).train) == 2
+
+
+GEMINI = [
+    {"role": "user", "parts": [{"text": "Who?"}]},
+    {"role": "model", "parts": [{"text": "I."}, {"text": "You."}]},
+]
+BEDROCK = [
+    {"role": "user", "content": [{"text": "Who?"}]},
+    {"role": "assistant", "content": [{"text": "I."}, {"text": "You."}]},
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"contents": GEMINI, "systemInstruction": {"role": "user", "parts": [{"text": "Say."}]}},
+        {"contents": GEMINI, "system_instruction": {"parts": ["Say."]}},
+        {"messages": BEDROCK, "system": [{"text": "Say."}]},
+        {"messages": BEDROCK, "system": [{"type": "text", "text": "Say."}]},
+        {"conversations": ["Who?", "I.\nYou."], "system": "Say."},
+    ],
+)
+def test_contents_in_parts_and_alternating_texts_are_conversations(row):
+    read = RowReader(Source(source="r"), Data(train=[{"source": "r"}])).read("r:1", row)
+    assert [(turn["role"], turn["content"]) for turn in read.messages] == [
+        ("system", "Say."),
+        ("user", "Who?"),
+        ("assistant", "I.\nYou."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"contents": [{"role": "user", "parts": [{"inlineData": {}}]}, GEMINI[1]]},
+            "r:1: contents: a user message with a part 'inlineData': only text is read",
+        ),
+        (
+            {"contents": [GEMINI[0], {"role": "model", "parts": [{"text": "I", "thought": True}]}]},
+            "an assistant message with a part 'thought': only text is read",
+        ),
+        (
+            {"messages": BEDROCK, "system": [{"type": "image", "source": {}}]},
+            "r:1: system: a system message with a part 'image': only text is read",
+        ),
+        ({"conversations": ["Who?"]}, "the turns are user; expected an answer"),
+    ],
+)
+def test_parts_that_are_not_text_are_refused(row, message):
+    with pytest.raises(BadRowError) as error:
+        RowReader(Source(source="r"), Data(train=[{"source": "r"}])).read("r:1", row)
+    assert message in str(error.value)
