@@ -146,6 +146,12 @@ def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+def shown(value: Any) -> str:
+    """Formats a value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def listed(problems: list[str], most: int = 20) -> str:
     """Lists one problem per line; beyond `most`, only says how many more there are."""
     rest = len(problems) - most

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from finequant.recipes.errors import UserError, listed
+from finequant.recipes.errors import UserError, listed, shown
 from finequant.recipes.locate import CHATML_TOOLS, is_run, locate_recipe
 from finequant.recipes.schema import HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
@@ -155,7 +155,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
     if not isinstance(tree, CommentedMap):
         raise UserError(
             f"{path}: expected a mapping of sections (name, model, data, ...), "
-            f"found {_shown(tree) if tree is not None else 'nothing'}"
+            f"found {shown(tree) if tree is not None else 'nothing'}"
         )
     origins: dict[Location, str] = {(): str(path)}
     return _plain(tree, (), str(path), origins), origins
@@ -198,7 +198,7 @@ def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> 
     tag = getattr(getattr(node, "tag", None), "value", None) or type(node).__name__
     raise UserError(
         f"{_origin(origins, at)}: {_dotted(at)}: {tag.replace('tag:yaml.org,2002:', '!!')} is not "
-        f"understood (value {_shown(str(node))}): write a number, true, false or text in quotes"
+        f"understood (value {shown(str(node))}): write a number, true, false or text in quotes"
     )
 
 
@@ -251,13 +251,13 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
         missing = item["type"] == "missing"
         at = tuple(item["loc"]) if missing else _in_document(tuple(item["loc"]), document)
         if item["type"] == "extra_forbidden":
-            message = f"unknown key (value {_shown(item['input'])}){_did_you_mean(at)}"
+            message = f"unknown key (value {shown(item['input'])}){_did_you_mean(at)}"
         elif missing:
             message = "this key is required"
         else:
             message = _expectation(item["msg"])
             if item["type"] != "value_error" or not isinstance(item["input"], dict):
-                message += f" (value {_shown(item['input'])}){_other_spelling(item)}"
+                message += f" (value {shown(item['input'])}){_other_spelling(item)}"
         problems.setdefault(at, []).append(message)
     return [
         f"{_origin(origins, at)}: {_dotted(at) or 'recipe'}: {'; or '.join(messages)}"
@@ -290,11 +290,6 @@ def _other_spelling(item: ErrorDetails) -> str:
     except ValueError:
         return ""
     return "; write it without quotes" if item["type"] in ("int_type", "float_type") else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _summary(path: Path, problems: list[str]) -> str:

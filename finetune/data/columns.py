@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from finequant.finetune.data.files import BadRowError, parse_json, shown
+from finequant.finetune.data.files import BadRowError, parse_json
+from finequant.recipes.errors import shown
 
 STEP = re.compile(r"\.([^.\[\]]+)|\[([^.\[\]]+)\]")
 """A step of a path: the name of a field, or the number of an entry, which a column may hold."""
 LETTER = re.compile("[A-Z]")
 """The number of an entry, as tests with several choices write it."""
+MAX_NAMES = 30
+"""Maximum number of columns that a message names."""
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
@@ -80,8 +83,8 @@ def joined(columns: list[str]) -> str:
     return columns[0] if len(columns) == 1 else "\n\n".join(f"{{{name}}}" for name in columns)
 
 
-def columns_of(row: Iterable[Any], most: int = 30) -> str:
-    """Lists the names of the columns, for a message."""
+def columns_of(row: Iterable[Any]) -> str:
+    """Lists the names of the columns, for a message; beyond MAX_NAMES, only says how many."""
     names = [str(name) or "''" for name in row]
-    rest = len(names) - most
-    return (", ".join(names[:most]) or "none") + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - MAX_NAMES
+    return (", ".join(names[:MAX_NAMES]) or "none") + (f" and {rest} more" if rest > 0 else "")

@@ -10,7 +10,7 @@ import lzma
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, shown
 from finequant.recipes.sources import kind_of
 from finequant.recipes.terminal import Progress
 
@@ -47,12 +47,6 @@ def _parsed_object(line: str, where: str) -> dict[str, Any] | BadRowError:
     if not isinstance(row, dict):
         return BadRowError(f"{where}: expected a JSON object on each line, found {shown(row)}")
     return row
-
-
-def shown(value: Any) -> str:
-    """Formats a value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finequant.finetune.data.files import BadRowError, Line, Unparsed, open_text, shown
-from finequant.recipes.errors import UserError
+from finequant.finetune.data.files import BadRowError, Line, Unparsed, open_text
+from finequant.recipes.errors import UserError, shown
 
 SPLITS = {
     "train": {"train", "training"},

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from finequant.finetune.data.files import BadRowError, shown
+from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.messages import Message
+from finequant.recipes.errors import shown
 
 
 def _listed(value: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import Any
 
 from finequant.finetune.data.columns import STEP, columns_of, text_of, value_of
-from finequant.finetune.data.files import BadRowError, parse_json, shown
+from finequant.finetune.data.files import BadRowError, parse_json
 from finequant.finetune.data.messages import (
     Message,
     calls_of,
@@ -27,7 +27,7 @@ from finequant.finetune.data.messages import (
     turns_in,
 )
 from finequant.finetune.data.row import Row
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, shown
 from finequant.recipes.schema import Data, Source
 
 FORMATS = (
