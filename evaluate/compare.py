@@ -27,7 +27,7 @@ from finequant.recipes.freshness import versions
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import exports_of
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
 
@@ -57,12 +57,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     from finequant.evaluate.report.report import print_table, write_report
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_tokenizer
-    from finequant.finetune.processes import (
-        decided_by_first,
-        is_first,
-        join_processes,
-        leave_processes,
-    )
+    from finequant.finetune.processes import decided_by_first, join_processes, leave_processes
 
     watch = Stopwatch()
     join_processes()
@@ -92,12 +87,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
 
 def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, dict[str, Any]]:
     """Measures each model, one in memory at a time; reuses earlier measurements."""
-    from finequant.evaluate.metrics.divergence import (
-        divergence,
-        passages,
-        reference_sequences,
-    )
-    from finequant.finetune.processes import decided_by_first, is_first
+    from finequant.evaluate.metrics.divergence import divergence, passages, reference_sequences
+    from finequant.finetune.processes import decided_by_first
 
     measured, tuned = {}, None
     memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS if is_first()}
@@ -156,7 +147,7 @@ def report_of(
     measured: the measurement of each model and export by its key in the report.
     """
     from finequant.evaluate.report.gate import gate
-    from finequant.finetune.device import arithmetic_dtype
+    from finequant.finetune.device import arithmetic_dtype, dtype_name
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import shipped_dtype
 
@@ -174,7 +165,7 @@ def report_of(
         "divergence": measured["quantized"]["divergence"],
         "passages": measured["quantized"]["passages"],
         "right_by": right_by(recipe.evaluate.metrics),
-        "arithmetic": str(computes).removeprefix("torch."),
+        "arithmetic": dtype_name(computes),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": samples(recipe, material, measured),
         "training": _read_json(run.adapter / "training_log.json"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.inputs import HELD_OUT, Material
 from finequant.recipes.schema import Recipe
-from finequant.recipes.terminal import say
+from finequant.recipes.terminal import is_first, say
 
 if TYPE_CHECKING:
     from finequant.evaluate.metrics.divergence import Predictions
@@ -85,7 +85,7 @@ def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> 
     from torch import empty
 
     from finequant.evaluate.metrics.divergence import Predictions, predict, reference_sequences
-    from finequant.finetune.processes import decided_by_first, is_first
+    from finequant.finetune.processes import decided_by_first
 
     corpora = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
     predictions = Predictions(empty(0), empty(0), {})

@@ -241,6 +241,7 @@ def _bytes_on_disk(model: Decoder, plan: Plan, dtype: torch.dtype) -> int:
 def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Makes the float model's entry; its size counts floats, even for a packed GGUF base."""
     from finequant.finetune.architecture import parameter_count
+    from finequant.finetune.device import dtype_name
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import shipped_dtype
 
@@ -249,7 +250,7 @@ def _float_entry(measurement: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     bits = 8.0 * dtype.itemsize
     return measurement["scores"] | {
         "settings": {},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "size_bytes": parameter_count(config) * dtype.itemsize,
         "bits_per_weight": bits,
         "packed_bytes": parameter_count(config) * dtype.itemsize,

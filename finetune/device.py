@@ -82,6 +82,11 @@ def arithmetic_dtype(shipped: torch.dtype) -> torch.dtype:
     return torch.float32 if shipped == torch.bfloat16 and not _bf16()[0] else shipped
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype as recipes and config.json write it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Multiplies `rows` [..., out] by `weight` [out, in].
 

@@ -43,7 +43,7 @@ def load_config(model: Model) -> DecoderConfig:
 
     config = _from_pretrained(AutoConfig, model)
     check_architecture(config, model.base)
-    if model.base.endswith(".gguf"):
+    if model.is_gguf:
         import torch
 
         config.dtype = torch.bfloat16  # more precise than the file's few bits per weight
@@ -112,7 +112,7 @@ def load_base(model: Model, dtype: torch.dtype, **options: object) -> Decoder:
             f"model.base: {model.base} has a LoRA adapter in it (adapter_config.json), which "
             "transformers adds to the base: name a folder without one"
         )
-    if not model.base.endswith(".gguf"):  # a Hub model's files have been downloaded only now
+    if not model.is_gguf:  # a Hub model's files have been downloaded only now
         base.config.tie_word_embeddings = as_stored(config, model).tie_word_embeddings
     base.config.name_or_path = model.base
     return base
@@ -139,7 +139,7 @@ def load_weights(model: Model, source: Path | str, **options: object) -> Decoder
     return base
 
 
-def load_on_disk(model: Model, has_embedding: bool = True) -> Decoder:
+def load_on_disk(model: Model, has_embedding: bool) -> Decoder:
     """Loads a base in float32 exactly as plain `from_pretrained` does, including its config.json.
 
     The weights stay in their safetensors files: accelerate reads them for each use.

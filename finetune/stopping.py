@@ -10,12 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 
-from finequant.finetune.processes import (
-    LAUNCHERS,
-    decided_by_first,
-    number_of_processes,
-    sharding,
-)
+from finequant.finetune.processes import LAUNCHERS, decided_by_first, number_of_processes, sharding
 from finequant.recipes.artifact import differences, remove
 from finequant.recipes.errors import UserError
 from finequant.recipes.interrupt import Interrupted, StopRequest, deferred_signals

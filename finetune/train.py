@@ -18,7 +18,7 @@ from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import counted, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -49,16 +49,16 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.arguments import training_arguments
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import generation_config, save_tokenizer
-    from finequant.finetune.device import training_precision
+    from finequant.finetune.device import dtype_name, training_precision
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.finetune.processes import decided_by_first, is_first, require_shared
+    from finequant.finetune.processes import decided_by_first, require_shared
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
     check_window(recipe, load_config(recipe.model))
     dtype, reason = training_precision(recipe.train.precision)
     base_in = ", the base in nf4" if recipe.model.load == "nf4" else ""
-    say(f"train: {str(dtype).removeprefix('torch.')}, {reason}{base_in}")
+    say(f"train: {dtype_name(dtype)}, {reason}{base_in}")
     tokenizer = load_tokenizer(recipe.model)
     arguments = training_arguments(recipe, run.checkpoints, dtype)
     require_shared(run.root)
@@ -92,12 +92,7 @@ def fine_tune(
     from finequant.finetune.adapter import changes_the_base, save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
     from finequant.finetune.nf4 import load_trained_base
-    from finequant.finetune.processes import (
-        decided_by_first,
-        entered_by_first,
-        is_first,
-        sharding,
-    )
+    from finequant.finetune.processes import decided_by_first, entered_by_first, sharding
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer, gathered_weights
 

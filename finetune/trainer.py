@@ -21,11 +21,7 @@ from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
 from finequant.finetune.kernels import use_liger
-from finequant.finetune.processes import (
-    decided_by_first,
-    gathered,
-    refuse,
-)
+from finequant.finetune.processes import decided_by_first, gathered, refuse
 from finequant.finetune.stopping import last_checkpoint, record_launcher
 from finequant.finetune.training_status import ShowsTraining
 from finequant.recipes.artifact import differences, seal

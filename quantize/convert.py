@@ -16,7 +16,7 @@ from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def quantize(recipe: Recipe, run: RunDir) -> None:
         decided_by_first,
         entered_by_first,
         first_before_others,
-        is_first,
         join_processes,
         require_shared,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.processes import decided_by_first, is_first
+from finequant.finetune.processes import decided_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights
 from finequant.quantize.checkpoint.streaming import write_data_free
 from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
@@ -16,7 +16,7 @@ from finequant.quantize.rounding import CODES, Rounded, save_rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan
 from finequant.recipes.artifact import remove
 from finequant.recipes.schema import Quantize
-from finequant.recipes.terminal import say
+from finequant.recipes.terminal import is_first, say
 
 if TYPE_CHECKING:
     from finequant.quantize.merge.adapter import Base

@@ -20,7 +20,7 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
         UserError: if the package, its file, or the local folder does not exist, or if the name is
             not a valid Hub id.
     """
-    if model.base.startswith("package:"):
+    if model.is_gguf:
         return _locate_in_package(model.base)
     if Path(model.base).is_absolute():
         if not (Path(model.base) / "config.json").is_file():

@@ -94,6 +94,11 @@ class Model(Section):
         "bitsandbytes); the adapter is merged into the float base either way",
     )
 
+    @property
+    def is_gguf(self) -> bool:
+        """Says whether the base is a GGUF file inside an installed package."""
+        return self.base.startswith("package:")
+
 
 class Source(Section):
     """A source of rows: a Hub dataset; a local file (JSON, JSON Lines, CSV, TSV, Parquet, Arrow, or

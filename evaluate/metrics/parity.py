@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.evaluate.metrics.divergence import (
-    Predictions,
-    kl,
-    predict,
-    reference_sequences,
-)
+from finequant.evaluate.metrics.divergence import Predictions, kl, predict, reference_sequences
 from finequant.finetune.data.tokens import prompt_text
 from finequant.quantize.formats.format import Format
 from finequant.recipes.rundir import RunDir

@@ -32,13 +32,7 @@ from finequant.evaluate.report.table import (
     shown_number,
     shown_score,
 )
-from finequant.evaluate.report.values import (
-    Report,
-    corpora_of,
-    finite,
-    finite_only,
-    value_at,
-)
+from finequant.evaluate.report.values import Report, corpora_of, finite, finite_only, value_at
 from finequant.recipes.artifact import replace_text
 
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample

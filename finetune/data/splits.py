@@ -16,14 +16,7 @@ from finequant.finetune.data.pool import computed, in_batches
 from finequant.finetune.data.readers import files_of_no_split, read_unparsed
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.rows import Findings, RowReader
-from finequant.finetune.data.table import (
-    ROWS_AT_ONCE,
-    TABLE,
-    Hashes,
-    Rows,
-    TableWriter,
-    hashed,
-)
+from finequant.finetune.data.table import ROWS_AT_ONCE, TABLE, Hashes, Rows, TableWriter, hashed
 from finequant.recipes.errors import UserError, counted, listed
 from finequant.recipes.schema import Data, Source
 from finequant.recipes.sources import kind_of

@@ -20,6 +20,7 @@ import torch
 from xxhash import xxh3_64
 
 from finequant.finetune.architecture import architecture_name
+from finequant.finetune.device import dtype_name
 from finequant.quantize.checkpoint.reading import (
     WHOLE,
     Entry,
@@ -233,9 +234,8 @@ class Checkpoint:
         """Writes the message about a number that the dtype cannot represent."""
         subject = f"a scale of {name}" if name in self.plan else name
         key = "scale_dtype" if name in self.plan else "dtype"
-        kind = str(dtype).removeprefix("torch.")
         return (
-            f"quantize.{key}: {subject} is not a finite number in {kind},"
+            f"quantize.{key}: {subject} is not a finite number in {dtype_name(dtype)},"
             f" whose largest is {torch.finfo(dtype).max:.4g}: set quantize.{key}=bfloat16"
         )
 
@@ -322,7 +322,7 @@ def write_config(base: Base, plan: Plan, dtype: torch.dtype, folder: Path) -> No
     """Writes config.json and generation_config.json, as `save_pretrained` does."""
     config = deepcopy(base.config)
     config.name_or_path = ""  # it may be a path of this machine
-    config.dtype = str(dtype).removeprefix("torch.")
+    config.dtype = dtype_name(dtype)
     config.architectures = [architecture_name(config)]
     if unties_head(plan):
         config.tie_word_embeddings = False

@@ -14,12 +14,7 @@ import torch
 
 from finequant.finetune.model import load_base, load_on_disk
 from finequant.finetune.stored import weight_files
-from finequant.quantize.checkpoint.reading import (
-    WHOLE,
-    TensorFile,
-    Weights,
-    row_slices,
-)
+from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Model

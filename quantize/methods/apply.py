@@ -35,7 +35,7 @@ def quantize_layers(
     plan: Plan,
     quantize: Quantize,
     dtype: torch.dtype,
-    sequences: torch.Tensor | None = None,
+    sequences: torch.Tensor | None,
 ) -> None:
     """Quantizes the layers of the plan, and writes all parameters of the target.
 

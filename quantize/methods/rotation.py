@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    anatomy,
-    architecture,
-    head_dim,
-)
+from finequant.finetune.architecture import EMBEDDING, HEAD, NORM, anatomy, architecture, head_dim
 from finequant.quantize.checkpoint.reading import MIN_ROWS, WHOLE, Weights
 from finequant.quantize.methods.transform import Transform
 from finequant.quantize.scheme import Plan, keeps_tied_head

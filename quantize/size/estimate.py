@@ -63,7 +63,7 @@ def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
 
 def dequantized_bytes(model: Model, config: DecoderConfig) -> int:
     """Computes the bytes that a GGUF base will need in the user's cache; 0 if it is there."""
-    if not model.base.endswith(".gguf") or is_dequantized(model):
+    if not model.is_gguf or is_dequantized(model):
         return 0
     return 4 * parameter_count(config)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.usage import total_memory
+
+if TYPE_CHECKING:
+    import torch
 
 GPUS = {
     "T4": 16,
@@ -44,18 +47,18 @@ class Machine(NamedTuple):
     sharded: bool = False
     """Whether FSDP splits the weights over the GPUs in training."""
 
-    def training_dtype(self, precision: str) -> str:
-        """Returns `bfloat16` or `float32`, as `training_precision` chooses here, or would on a GPU
-        that is not here."""
+    def training_dtype(self, precision: str) -> torch.dtype:
+        """Returns bfloat16 or float32, as `training_precision` chooses here, or would on a GPU that
+        is not here."""
         import torch
 
         from finequant.finetune.device import training_precision
 
         if precision != "auto" and self.kind == "gpu":
-            return {"bf16": "bfloat16", "fp32": "float32"}[precision]
+            return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         if self.name in GPUS or (self.kind == "gpu" and not torch.cuda.is_available()):
-            return "float32" if self.name in WITHOUT_BF16 else "bfloat16"
-        return str(training_precision(precision)[0]).removeprefix("torch.")
+            return torch.float32 if self.name in WITHOUT_BF16 else torch.bfloat16
+        return training_precision(precision)[0]
 
 
 def this_machine() -> Machine:

@@ -32,7 +32,7 @@ def fits_one_device(
 
 
 def device_map_of(
-    recipe: Recipe, config: DecoderConfig, lengths: Lengths | None = None
+    recipe: Recipe, config: DecoderConfig, lengths: Lengths | None
 ) -> DeviceMap | None:
     """Distributes a model over this process's devices; returns None if the first one holds all."""
     machine = this_machine()

@@ -60,8 +60,7 @@ def aware_memory(
     tokens = step_tokens(recipe, lengths, machine)
     targets = min(tokens, TARGETS_AT_ONCE)
     logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
-    dtype = str(shipped).removeprefix("torch.")
-    step = step_memory("qat", recipe, config, machine, dtype, tokens, weights, learned, logits)
+    step = step_memory("qat", recipe, config, machine, size, tokens, weights, learned, logits)
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
     calibration = peak_memory("qat", machine, _calibration(recipe, config, machine), {})
@@ -153,7 +152,6 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
     arithmetic = arithmetic_bytes(recipe, config, machine)
     stored = _stored(recipe, config, arithmetic, 1, teacher=True)
     weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
-    dtype = {2: "bfloat16", 4: "float32"}[arithmetic]
     tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
     taught = recipe.quantize.calibration.tokens // machine.gpus
     return peak_memory(
@@ -166,7 +164,7 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
         },
         {
             "activations": int(
-                tokens * saved_per_token(recipe, config, dtype) * config.num_hidden_layers
+                tokens * saved_per_token(recipe, config, arithmetic) * config.num_hidden_layers
             ),
             "logits": int(LOGITS_TOKENS * config.vocab_size * TAUGHT_LOGITS),
         },

@@ -81,13 +81,8 @@ def arithmetic_bytes(recipe: Recipe, config: DecoderConfig, machine: Machine) ->
     """Returns the bytes of a number in the shipped model's arithmetic, which is float32 where
     bfloat16 is emulated."""
     shipped = shipped_dtype(recipe.quantize, config)
-    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == "float32"
+    emulated = shipped == torch.bfloat16 and machine.training_dtype("auto") == torch.float32
     return 4 if emulated else shipped.itemsize
-
-
-def number_bytes(dtype: str) -> int:
-    """Returns the bytes of a number in this dtype."""
-    return {"bfloat16": 2, "float32": 4}[dtype]
 
 
 def peak_memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:

@@ -10,23 +10,17 @@ from finequant.finetune import nf4
 from finequant.finetune.architecture import head_dim, parameter_count
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.size.machine import Machine
-from finequant.quantize.size.terms import (
-    Lengths,
-    Memory,
-    components,
-    number_bytes,
-    peak_memory,
-    trainable,
-)
+from finequant.quantize.size.terms import Lengths, Memory, components, peak_memory, trainable
 from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
-# Bytes per token that a decoder block keeps for the backward pass, with LoRA on all linear layers:
-# factors of hidden size, query width, intermediate size and rank, counted by saved_tensors_hooks.
-SAVED = {"bfloat16": (18.4, 10.4, 8.2, 14), "float32": (16.0, 16.2, 16.0, 28)}
+SAVED = {2: (18.4, 10.4, 8.2, 14), 4: (16.0, 16.2, 16.0, 28)}
+"""Bytes of a number in training -> bytes per token that a decoder block keeps for the backward
+pass, with LoRA on all linear layers: factors of hidden size, query width, intermediate size and
+rank, counted by saved_tensors_hooks."""
 
 LIGER = 0.65
 """Share of SAVED with Liger's kernels: 0.60 and 0.64 for the 8B and 1B shapes (docs/speed.md)."""
@@ -49,7 +43,7 @@ def training_memory(
 ) -> Memory:
     """Estimates the memory of a training step, in each process, on the micro-batch with the most
     tokens."""
-    dtype = machine.training_dtype(recipe.train.precision)
+    size = machine.training_dtype(recipe.train.precision).itemsize
     tokens = step_tokens(recipe, lengths, machine)
     if machine.kind == "gpu":
         loss = 4 * tokens * config.hidden_size + 2 * math.prod(
@@ -58,17 +52,17 @@ def training_memory(
     else:
         targets = tokens if recipe.data.loss_on == "all" else int(tokens * LEARNED)
         loss = min(targets, TARGETS_AT_ONCE) * config.vocab_size * LOGITS
-    weights, parts = parameter_count(config) * number_bytes(dtype), components(config)
+    weights, parts = parameter_count(config) * size, components(config)
     if recipe.model.load == "nf4":
-        weights -= int((parts["attention"] + parts["mlp"]) * (number_bytes(dtype) - nf4.BITS / 8))
+        weights -= int((parts["attention"] + parts["mlp"]) * (size - nf4.BITS / 8))
     learned = trainable(recipe.lora, config)
     if machine.sharded:  # gathered: embedding, head, the head again for the loss, and two blocks
         block = (parts["attention"] + parts["mlp"]) // config.num_hidden_layers
         gathered = 3 * parts["embedding"] + 2 * block
-        weights = weights // machine.gpus + gathered * number_bytes(dtype)
+        weights = weights // machine.gpus + gathered * size
         learned //= machine.gpus
-    step = step_memory("train", recipe, config, machine, dtype, tokens, weights, learned, loss)
-    if machine.kind == "gpu" or not recipe.model.base.endswith(".gguf"):
+    step = step_memory("train", recipe, config, machine, size, tokens, weights, learned, loss)
+    if machine.kind == "gpu" or not recipe.model.is_gguf:
         return step
     return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
 
@@ -96,19 +90,26 @@ def step_memory(
     recipe: Recipe,
     config: DecoderConfig,
     machine: Machine,
-    dtype: str,
+    size: int,
     tokens: int,
     weights: int,
     learned: int,
     logits: int,
 ) -> Memory:
+    """Estimates a training step of `train` or `qat`.
+
+    size: bytes of a number in the model's arithmetic.
+    tokens: of the micro-batch, in each process.
+    weights, logits: bytes that they take.
+    learned: the number of trained parameters.
+    """
     train, blocks = recipe.train, config.num_hidden_layers
-    saved = saved_per_token(recipe, config, dtype)
+    saved = saved_per_token(recipe, config, size)
     if stage == "train" and _takes_liger(recipe, machine):
         saved *= LIGER
     activations = tokens * saved * blocks
     if train.gradient_checkpointing:
-        activations = tokens * (saved + blocks * config.hidden_size * number_bytes(dtype))
+        activations = tokens * (saved + blocks * config.hidden_size * size)
     return peak_memory(
         stage,
         machine,
@@ -128,8 +129,12 @@ def _takes_liger(recipe: Recipe, machine: Machine) -> bool:
     return machine.kind == "gpu" and (kernels == "liger" or (kernels == "auto" and is_there))
 
 
-def saved_per_token(recipe: Recipe, config: DecoderConfig, dtype: str) -> float:
-    hidden, query, inner, rank = SAVED[dtype]
+def saved_per_token(recipe: Recipe, config: DecoderConfig, size: int) -> float:
+    """Estimates the bytes per token that a decoder block keeps for the backward pass.
+
+    size: bytes of a number in the model's arithmetic.
+    """
+    hidden, query, inner, rank = SAVED[size]
     return (
         hidden * config.hidden_size
         + query * config.num_attention_heads * head_dim(config)

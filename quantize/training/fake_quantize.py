@@ -30,13 +30,7 @@ from torch.nn.functional import embedding, linear
 
 from finequant.finetune.device import product
 from finequant.finetune.processes import whole
-from finequant.quantize.rounding import (
-    Rounded,
-    SharedInputs,
-    code_range,
-    row_chunks,
-    stored_scale,
-)
+from finequant.quantize.rounding import Rounded, SharedInputs, code_range, row_chunks, stored_scale
 
 _shared_inputs = SharedInputs()
 

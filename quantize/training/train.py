@@ -16,7 +16,7 @@ from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STARTING_CODES
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.architecture import check_window
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.finetune.processes import decided_by_first, is_first, require_shared
+    from finequant.finetune.processes import decided_by_first, require_shared
     from finequant.finetune.stopping import last_checkpoint, run_trainer
     from finequant.finetune.trainer import build_trainer
     from finequant.quantize.checkpoint.stored import StoredLayers
@@ -173,7 +173,6 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
 def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
     """Rounds each layer in all processes, each of which may hold a part of it, and drops what it
     was rounded from; only the first process keeps the codes."""
-    from finequant.finetune.processes import is_first
     from finequant.quantize.training.model import fake_quantized_layers
 
     rounded, model = {}, trainer.accelerator.unwrap_model(trainer.model)

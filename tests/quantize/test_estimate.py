@@ -303,8 +303,8 @@ def test_gpus_are_known_by_name_and_by_memory():
         assert named_gpu(text) == Machine("RTX 4090", 24 * 10**9, "gpu")
     assert named_gpu("A100-40GB").memory == 40 * 10**9
     assert named_gpu("24GB") == Machine("24GB", 24 * 10**9, "gpu")
-    assert named_gpu("T4").training_dtype("auto") == "float32"
-    assert named_gpu("H100").training_dtype("auto") == "bfloat16"
+    assert named_gpu("T4").training_dtype("auto") == torch.float32
+    assert named_gpu("H100").training_dtype("auto") == torch.bfloat16
     with pytest.raises(UserError, match="--gpu: 'H1000': expected one of T4, V100"):
         named_gpu("H1000")
 
