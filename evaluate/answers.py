@@ -16,15 +16,15 @@ def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]
         {NAME: {"same_answers": share of identical answers, "n": rows, "same_prompts", "kl"}}
     """
     reference = measured["quantized"]["answers"]
-    parities = {}
+    results = {}
     for name in measured.keys() - MODELS:
         answers, parity = measured[name]["answers"], dict(measured[name].get("parity", {}))
         if reference and len(answers) == len(reference):
             same = sum(map(str.__eq__, answers, reference))
             parity |= {"same_answers": same / len(reference), "n": len(reference)}
         if parity:
-            parities[name] = parity
-    return parities
+            results[name] = parity
+    return results
 
 
 def changes(
@@ -66,21 +66,8 @@ def predictions(
     return rows
 
 
-def samples(
-    recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Samples held-out rows at even intervals, with the models' answers."""
-    total = len(material.rows)
-    count = min(recipe.evaluate.samples, total)
-    return [
-        {
-            "prompt": material.rows[index].messages[-2]["content"],
-            "reference": material.references[index],
-            "answers": {
-                name: measurement["answers"][index]
-                for name, measurement in measured.items()
-                if measurement["answers"]
-            },
-        }
-        for index in (number * total // count for number in range(count))
-    ]
+def samples(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Samples `count` of the rows that `predictions` returns, or all, at even intervals."""
+    count = min(count, len(rows))
+    chosen = (rows[number * len(rows) // count] for number in range(count))
+    return [{key: row[key] for key in ("prompt", "reference", "answers")} for row in chosen]

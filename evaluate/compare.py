@@ -72,8 +72,8 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
         return True
     measured |= measure_exports(recipe, run, material)
     doing("evaluate: writing the report")
-    report = report_of(recipe, run, material, measured)
     rows = predictions(recipe, material, measured)
+    report = report_of(recipe, run, material, measured, rows)
     run.keep_edited("evaluate")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(run.predictions, "".join(lines))
@@ -140,11 +140,16 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
 
 
 def report_of(
-    recipe: Recipe, run: RunDir, material: Material, measured: dict[str, dict[str, Any]]
+    recipe: Recipe,
+    run: RunDir,
+    material: Material,
+    measured: dict[str, dict[str, Any]],
+    rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Collects the content of report.json.
 
     measured: the measurement of each model and export by its key in the report.
+    rows: what `predictions` returns.
     """
     from finequant.evaluate.report.gate import gate
     from finequant.finetune.device import arithmetic_dtype, dtype_name
@@ -167,7 +172,7 @@ def report_of(
         "right_by": right_by(recipe.evaluate.metrics),
         "arithmetic": dtype_name(computes),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
-        "samples": samples(recipe, material, measured),
+        "samples": samples(rows, recipe.evaluate.samples),
         "training": _read_json(run.adapter / "training_log.json"),
         "gate": gate(models, recipe.evaluate.gate),
     }

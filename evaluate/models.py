@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finequant.quantize.size.terms import Lengths
 
 MODELS = ("base", "tuned", "quantized")
+"""The models of every run; further ones in a report are exports."""
 
 GREEDY = {
     "do_sample": False,

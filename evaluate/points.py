@@ -25,12 +25,9 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        further = [f"{key} {value}" for key, value in list(self.settings.items())[3:]]
-        bits, group_size = (
-            f"{self.settings['bits']} bits",
-            f"groups of {self.settings['group_size']}",
-        )
-        return ", ".join([self.settings["method"], bits, group_size, *further])
+        (_, method), (_, bits), (_, group_size), *further = self.settings.items()
+        scheme = [method, f"{bits} bits", f"groups of {group_size}"]
+        return ", ".join([*scheme, *(f"{key} {value}" for key, value in further)])
 
 
 def read_points(path: Path, overrides: Sequence[str]) -> list[Point]:

@@ -38,13 +38,11 @@ def read_corpus(corpus: Corpus) -> list[Document]:
         UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
     texts = read_texts(corpus)
+    if corpus.documents == "wikitext":
+        return list(_articles(texts[0]))
     if corpus.documents == "file":
         texts = ["\n\n".join(texts)]
-    if corpus.documents == "wikitext":
-        documents = list(_articles(texts[0]))
-    else:
-        documents = [count(text) for text in texts if text.strip()]
-    return documents
+    return [count(text) for text in texts if text.strip()]
 
 
 def read_texts(corpus: Corpus) -> list[str]:

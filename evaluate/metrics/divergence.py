@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import log_softmax
 
+from finequant.evaluate.metrics.batches import batches_by_length
 from finequant.evaluate.metrics.corpora import Document
 from finequant.evaluate.metrics.perplexity import (
     LOGITS_CHUNK,
     ScoredSequence,
-    batches_by_length,
     predicting_states,
+    scored_lengths,
 )
 from finequant.recipes.terminal import tracked_batches
 
@@ -44,12 +45,14 @@ def reference_sequences(
 ) -> dict[str, list[ScoredSequence]]:
     """Takes the first sequences of each corpus, in turn, until at least `tokens` are scored."""
     chosen: dict[str, list[ScoredSequence]] = {name: [] for name in corpora}
-    scored, number, longest = 0, 0, max((len(items) for items, _ in corpora.values()), default=0)
-    while scored < tokens and number < longest:
+    scored = 0
+    for number in range(max((len(sequences) for sequences, _ in corpora.values()), default=0)):
+        if scored >= tokens:
+            break
         for name, (sequences, _) in corpora.items():
-            chosen[name] += sequences[number : number + 1]
-            scored += sum(sum(sequence.scored) for sequence in sequences[number : number + 1])
-        number += 1
+            for sequence in sequences[number : number + 1]:
+                chosen[name].append(sequence)
+                scored += sum(sequence.scored)
     return chosen
 
 
@@ -66,7 +69,7 @@ def predict(
     ends = list(accumulate(counts))
     logs = torch.empty(sum(counts), model.config.vocab_size)
     rounding, losses = torch.zeros(2, len(logs), dtype=torch.float64)
-    batches = batches_by_length(sequences, batch_size)
+    batches = batches_by_length(scored_lengths(sequences), batch_size)
     for batch in tracked_batches(batches, f"evaluate: {description}"):
         hidden, targets, _ = predicting_states(model, [sequences[index] for index in batch])
         positions = torch.cat([torch.arange(ends[i] - counts[i], ends[i]) for i in batch])

@@ -108,7 +108,7 @@ def _measure_in_runtime(
         corpus: perplexities(nll_sum(runtime, texts[0], f"{entry.name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
     }
-    tasks, answers = _answers(entry.name, runtime, recipe, material)
+    answers, tasks = _held_out(entry.name, runtime, recipe, material)
     logs = [
         log_softmax(logits, dim=-1)
         for sequence in chain(*compared_on.values())
@@ -124,14 +124,15 @@ def _context(recipe: Recipe, material: Material) -> int:
     return max([*scored, *asked], default=CONTEXT)
 
 
-def _answers(
+def _held_out(
     name: str, runtime: Runtime, recipe: Recipe, material: Material
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[list[str], dict[str, Any]]:
+    """Answers the held-out rows; returns the answers, and their scores as tasks of the report."""
     from finequant.evaluate.inputs import HELD_OUT
     from finequant.evaluate.metrics.text_metrics import score_answers
 
     if not material.prompts:
-        return {}, []
+        return [], {}
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     limit = recipe.evaluate.max_new_tokens
     answers = [
@@ -139,7 +140,7 @@ def _answers(
         for prompt in tracked(material.prompts, f"evaluate: {name}: answers", len(material.prompts))
     ]
     scores = score_answers(answers, material.references, recipe.evaluate.metrics)
-    return {HELD_OUT: scores}, answers
+    return answers, {HELD_OUT: scores}
 
 
 def nll_sum(runtime: Runtime, sequences: list[ScoredSequence], description: str) -> float:

@@ -17,12 +17,11 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
+from finequant.evaluate.metrics.batches import batches_by_length, in_batches
 from finequant.evaluate.metrics.corpora import Document, count
 from finequant.finetune import attention
-from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Corpus
-from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,24 +55,18 @@ def negative_log_likelihoods(
     `model` is a decoder in evaluation mode (for a PeftModel, its `get_base_model()`).
     Memory: the hidden states of a batch, and LOGITS_CHUNK rows of logits.
     """
-    batches = batches_by_length(sequences, batch_size)
+    batches = batches_by_length(scored_lengths(sequences), batch_size)
 
-    def work(share: Sequence[list[int]]) -> list[list[float]]:
-        tracked = tracked_batches(share, f"evaluate: {description}")
-        return [_nll(model, [sequences[index] for index in batch]) for batch in tracked]
+    def compute(batch: list[int]) -> list[float]:
+        return _nll(model, [sequences[index] for index in batch])
 
-    totals = dict(zip(chain(*batches), chain(*shared_out(batches, work)), strict=True))
+    totals = dict(zip(chain(*batches), in_batches(batches, compute, description), strict=True))
     return [totals.get(index, 0.0) for index in range(len(sequences))]
 
 
-def batches_by_length(sequences: list[ScoredSequence], batch_size: int) -> list[list[int]]:
-    """Puts the indices of the sequences with scored tokens into batches of about equal lengths.
-
-    Longest first: if a batch does not fit into memory, it fails right away.
-    """
-    order = [index for index, sequence in enumerate(sequences) if any(sequence.scored)]
-    order.sort(key=lambda index: len(sequences[index].ids), reverse=True)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def scored_lengths(sequences: list[ScoredSequence]) -> dict[int, int]:
+    """Returns the lengths of the sequences that have scored tokens, by index."""
+    return {index: len(item.ids) for index, item in enumerate(sequences) if any(item.scored)}
 
 
 @torch.inference_mode()

@@ -11,15 +11,12 @@ context, so the model computes the same as for context + continuation by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from finequant.evaluate.metrics.batches import in_batches
 from finequant.evaluate.metrics.perplexity import log_probabilities, padded
-from finequant.finetune.processes import shared_out
-from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,14 +71,9 @@ def log_likelihoods(
         batch has fewer contexts.
     """
     batches = _batches(_rows(asked), batch_size)
-
-    def work(share: Sequence[list[_Row]]) -> list[list[Likelihood]]:
-        return [
-            _score(model, batch) for batch in tracked_batches(share, f"evaluate: {description}")
-        ]
-
+    scores = in_batches(batches, lambda batch: _score(model, batch), description)
     indices = [index for batch in batches for row in batch for index in row.requests]
-    likelihoods = dict(zip(indices, chain(*shared_out(batches, work)), strict=True))
+    likelihoods = dict(zip(indices, scores, strict=True))
     return [likelihoods[index] for index in range(len(asked))]
 
 

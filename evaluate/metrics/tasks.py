@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
@@ -22,14 +22,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.check import check_task_files
+from finequant.evaluate.metrics.batches import batches_by_length, in_batches
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.evaluate.metrics.text_metrics import Score, mean
 from finequant.evaluate.models import GREEDY
 from finequant.finetune.data.turns import configured_ends, until_end
-from finequant.finetune.processes import shared_out
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
-from finequant.recipes.terminal import say, tracked_batches
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -113,17 +113,12 @@ def answer(
 
     Stops at the end tokens of the generation configuration, as plain `generate` does.
     """
-    # Longest first: memory runs out right away or never.
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_by_length(dict(enumerate(map(len, prompts))), batch_size)
 
-    def work(share: Sequence[list[int]]) -> list[list[str]]:
-        return [
-            _greedy(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)
-            for rows in tracked_batches(share, f"evaluate: {description}")
-        ]
+    def compute(rows: list[int]) -> list[str]:
+        return _greedy(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)
 
-    answers = dict(zip(order, chain(*shared_out(batches, work)), strict=True))
+    answers = dict(zip(chain(*batches), in_batches(batches, compute, description), strict=True))
     return [answers[row] for row in range(len(prompts))]
 
 

@@ -14,10 +14,13 @@ from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from finequant.evaluate.report.values import OUT_OF_100
 from finequant.recipes.errors import UserError
 
 Score = dict[str, float | int | None]
+
+OUT_OF_100 = ("bleu", "chrf")
+"""Metrics from 0 to 100; all others are fractions of 1."""
+
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A number; a hyphen after a digit or word is no sign: 8-3, GPT-4."""
 

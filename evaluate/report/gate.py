@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.table import MISSING
 from finequant.evaluate.report.values import (
     Report,
@@ -46,7 +47,7 @@ def gate(models: dict[str, Any], limits: Gate) -> dict[str, Any]:
             checks.append(_check(f"accuracy {task} {metric}", limits.max_accuracy_drop, drop))
     if limits.min_same_answers is not None:
         for name in models:
-            if name not in ("base", "tuned", "quantized"):
+            if name not in MODELS:
                 differing = 1 - float_at(models, name, "parity", "same_answers")
                 checks.append(_check(f"{DIFFERING}{name}", 1 - limits.min_same_answers, differing))
     return {"passed": all(check["passed"] for check in checks), "checks": checks}

@@ -11,6 +11,7 @@ from math import comb, prod
 from pathlib import Path
 from typing import Any
 
+from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, svg
@@ -157,7 +158,7 @@ def _figures(report: Report) -> str | None:
     if chosen is None:
         return None
     values = dict(zip(header, chosen, strict=True))
-    models = [f"{name} {values[name]}" for name in ("base", "tuned", "quantized") if name in values]
+    models = [f"{name} {values[name]}" for name in MODELS if name in values]
     return f"{chosen[0].partition(' (')[0]}: {', '.join(models)} ({chosen[-1]})."
 
 

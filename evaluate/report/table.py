@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MISSING = "–"
+FILE_LABEL = "file in MB (torchao's format takes a byte per code)"
 
 
 def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -69,9 +70,6 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         if any(value_at(model, "speed", key) for model in models.values()):
             rows.append(row(label, shown, _ratio, "speed", key))
     return ["", *models, "quantized vs tuned"], rows
-
-
-FILE_LABEL = "file in MB (torchao's format takes a byte per code)"
 
 
 def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:

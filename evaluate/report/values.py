@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-Report = dict[str, Any]
+from finequant.evaluate.metrics.text_metrics import OUT_OF_100
 
-OUT_OF_100 = ("bleu", "chrf")
-"""Metrics from 0 to 100; all others are fractions of 1."""
+Report = dict[str, Any]
 
 
 def corpora_of(models: dict[str, Any]) -> list[str]:
@@ -28,6 +27,7 @@ def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def to_percent(metric: str) -> int:
+    """Returns the factor that turns a metric into percent, or leaves one out of 100 as it is."""
     return 1 if metric in OUT_OF_100 else 100
 
 
