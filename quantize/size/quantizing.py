@@ -21,6 +21,7 @@ from finequant.quantize.size.terms import (
     arithmetic_bytes,
     block_sizes,
     components,
+    largest,
     peak_memory,
     trainable,
 )
@@ -64,7 +65,7 @@ def aware_memory(
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
     calibration = peak_memory("qat", machine, _calibration(recipe, config, machine), {})
-    return max(step, calibration, key=lambda m: sum(m.values()))
+    return largest(step, calibration)
 
 
 def _stored(
@@ -95,6 +96,7 @@ def _formed(recipe: Recipe, config: DecoderConfig, size: int) -> dict[str, int]:
 
 
 def _scales(recipe: Recipe, config: DecoderConfig) -> int:
+    """Counts the scales of all layers, which training may change."""
     plan, shapes = layer_plan(recipe.quantize, config), layer_shapes(config)
     return sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
 
@@ -140,11 +142,10 @@ def quantize_memory(
         phases.append(_sensitivity(recipe, config, dtype))
     if quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
-    largest = max(phases, key=lambda phase: sum(phase.values()))
-    memory = peak_memory("quantize", machine, {**fixed, **largest}, {})
+    memory = peak_memory("quantize", machine, fixed | largest(*phases), {})
     if not quantize.calibration.scale_steps or quantize.training:
         return memory
-    return max(memory, _scale_training(recipe, config, machine), key=lambda m: sum(m.values()))
+    return largest(memory, _scale_training(recipe, config, machine))
 
 
 def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:

@@ -45,16 +45,16 @@ def show_resources(
     for machine in filter(None, (this_machine(), gpu)):
         each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
         show(
-            f"\npeak memory on {each}{machine.name}, which has {_gb(machine.memory)}, for rows of "
-            f"{recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
+            f"\npeak memory on {each}{machine.name}, which has {_shown(machine.memory)}, for rows "
+            f"of {recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
         )
         for stage in stages:
             attempt = _Attempt(stage, recipe, config, machine, None)
             fits = "" if attempt.fits else f" does not fit: {attempt.hint()}:"
-            parts = ", ".join(f"{name} {_gb(size)}" for name, size in attempt.memory.items())
-            show(f"  {stage}: {_gb(sum(attempt.memory.values()))}:{fits} {parts}")
+            parts = ", ".join(f"{name} {_shown(size)}" for name, size in attempt.memory.items())
+            show(f"  {stage}: {_shown(sum(attempt.memory.values()))}:{fits} {parts}")
     for folder, size in _disk(recipe, run, config, stages).items():
-        show(f"\ndisk: {_gb(size)} in {folder}; {_gb(free_disk(folder))} is free")
+        show(f"\ndisk: {_shown(size)} in {folder}; {_shown(free_disk(folder))} is free")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
 
 
@@ -63,7 +63,7 @@ def _show_sizes(
 ) -> None:
     """Prints the sizes with the recipe's bits, and then with the same bits for all layers."""
     cache = cache_bytes(config, context)
-    show(f"\nquantized, packed, with {_gb(cache)} of key-value cache for {context:,} tokens:")
+    show(f"\nquantized, packed, with {_shown(cache)} of key-value cache for {context:,} tokens:")
     chosen = recipe.quantize
     sizes = {} if chosen.budget else {"as the recipe says": chosen}
     plain = chosen.model_dump() | {"layers": {}, "budget": None}
@@ -71,10 +71,10 @@ def _show_sizes(
     for name, quantize in sizes.items():
         dtype = shipped_dtype(quantize, config)
         size = model_size(layer_plan(quantize, config), config, dtype, quantize).packed
-        line = f"  {name}: {_gb(size)}, with the cache {_gb(size + cache)}"
+        line = f"  {name}: {_shown(size)}, with the cache {_shown(size + cache)}"
         if device_memory:
             fits = "fits" if size + cache <= device_memory else "does not fit"
-            line += f": {fits} into {_gb(device_memory)}"
+            line += f": {fits} into {_shown(device_memory)}"
         show(line)
 
 
@@ -99,7 +99,7 @@ def refuse_what_cannot_finish(
             problems.append(_too_much(attempt))
     for folder, needed in _disk(recipe, run, config, stages).items():
         if needed > (free := free_disk(folder)):
-            problems.append(f"disk: {folder} needs {_gb(needed)}; {_gb(free)} is free")
+            problems.append(f"disk: {folder} needs {_shown(needed)}; {_shown(free)} is free")
     if problems:
         raise UserError(
             "this run cannot finish here:\n  "
@@ -221,12 +221,13 @@ def _divisors(number: int) -> list[int]:
 def _too_much(attempt: _Attempt) -> str:
     memory, machine = attempt.memory, attempt.machine
     most = sorted(memory, key=memory.get, reverse=True)[:2]
-    largest = " and ".join(f"{_gb(memory[name])} for {name}" for name in most)
+    largest = " and ".join(f"{_shown(memory[name])} for {name}" for name in most)
     return (
-        f"{attempt.stage}: {_gb(sum(memory.values()))} of memory, including {largest}; "
-        f"{machine.name} has {_gb(machine.memory)}: {attempt.hint()}"
+        f"{attempt.stage}: {_shown(sum(memory.values()))} of memory, including {largest}; "
+        f"{machine.name} has {_shown(machine.memory)}: {attempt.hint()}"
     )
 
 
-def _gb(size: int) -> str:
+def _shown(size: int) -> str:
+    """Formats a number of bytes in GB or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

@@ -85,6 +85,11 @@ def arithmetic_bytes(recipe: Recipe, config: DecoderConfig, machine: Machine) ->
     return 4 if emulated else shipped.itemsize
 
 
+def largest(*phases: Memory) -> Memory:
+    """Returns the phase that takes the most memory."""
+    return max(phases, key=lambda phase: sum(phase.values()))
+
+
 def peak_memory(stage: str, machine: Machine, lasting: Memory, passing: Memory) -> Memory:
     """Adds the process itself, and memory that the allocator holds without using it."""
     process = CUDA_CONTEXT if machine.kind == "gpu" else PROCESS[stage]

@@ -10,7 +10,14 @@ from finequant.finetune import nf4
 from finequant.finetune.architecture import head_dim, parameter_count
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.quantize.size.machine import Machine
-from finequant.quantize.size.terms import Lengths, Memory, components, peak_memory, trainable
+from finequant.quantize.size.terms import (
+    Lengths,
+    Memory,
+    components,
+    largest,
+    peak_memory,
+    trainable,
+)
 from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Recipe
 
@@ -64,7 +71,7 @@ def training_memory(
     step = step_memory("train", recipe, config, machine, size, tokens, weights, learned, loss)
     if machine.kind == "gpu" or not recipe.model.is_gguf:
         return step
-    return max(step, _dequantizing(recipe, config, machine), key=lambda m: sum(m.values()))
+    return largest(step, _dequantizing(recipe, config, machine))
 
 
 def _dequantizing(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Memory:
