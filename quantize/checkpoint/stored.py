@@ -74,6 +74,12 @@ class QuantizedCheckpoint(NamedTuple):
         return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
     @property
+    def unshared(self) -> dict[str, Rounded]:
+        """Returns codes and scales by layer, without a head that shares the embedding's table."""
+        skipped = HEAD if self.shares_table else None
+        return {name: rounded for name, rounded in self.rounded.items() if name != skipped}
+
+    @property
     def packed_bytes(self) -> int:
         """Counts the bytes of the model with tightly packed codes, as in most exports.
 
@@ -81,8 +87,7 @@ class QuantizedCheckpoint(NamedTuple):
         """
         codes = sum(
             math.ceil(rounded.codes.numel() * self.bits[name] / 8) + rounded.scale.nbytes
-            for name, rounded in self.rounded.items()
-            if not (name == HEAD and self.shares_table)
+            for name, rounded in self.unshared.items()
         )
         return codes + sum(tensor.nbytes for tensor in self.floats.values())
 

@@ -27,7 +27,6 @@ LAYOUT = "pack-quantized"
 BITS = (4, 8)
 """Bits per code that divide 32; every version packs these alike."""
 
-
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that vLLM computes as one, with one scheme."""
 
@@ -49,7 +48,6 @@ def check_fits(contents: Contents) -> None:
             f"compressed-tensors: layers of {', '.join(map(str, others))} bits; expected 4 or 8: "
             "change quantize.bits, quantize.layers or quantize.budget"
         )
-
     for block in dict.fromkeys(name.rpartition(".")[0] for name in contents.bits):
         for fused in FUSED:
             schemes = {contents.scheme(f"{block}.{kind}") for kind in fused}

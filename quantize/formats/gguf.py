@@ -94,11 +94,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     shutil.copy2(stored.folder / "quantization.json", folder)
     text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    weights = sum(
-        rounded.codes.numel()
-        for name, rounded in stored.rounded.items()
-        if not (name == HEAD and stored.shares_table)
-    )
+    weights = sum(rounded.codes.numel() for rounded in stored.unshared.values())
     return {"bits_per_rounded_weight": 8 * size / weights}
 
 
@@ -116,9 +112,7 @@ def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorN
     from gguf import GGMLQuantizationType
 
     size = 0
-    for name, rounded in stored.rounded.items():
-        if name == HEAD and stored.shares_table:  # without output.weight, token_embd is the head
-            continue
+    for name, rounded in stored.unshared.items():  # without output.weight, token_embd is the head
         four_bits = stored.bits[name] <= 4
         kind = GGMLQuantizationType.Q4_0 if four_bits else GGMLQuantizationType.Q8_0
         codes = permuted(rounded.codes, name, stored.config)

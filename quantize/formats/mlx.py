@@ -13,7 +13,7 @@ import torch
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
-from finequant.quantize.formats.packing import pack_words
+from finequant.quantize.formats.packing import pack_words, packed_width
 from finequant.quantize.formats.snippet import fenced, pip_install
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -47,10 +47,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     from huggingface_hub import save_torch_state_dict
 
     tensors: dict[str, torch.Tensor] = {}
-    layers = [name for name in stored.rounded if not (name == HEAD and stored.shares_table)]
-    for name in layers:
-        codes, scale = stored.rounded[name]
-        bits, group = _bits(stored, name), stored.group_size(name)
+    layers = stored.unshared
+    for name, (codes, scale) in layers.items():
+        bits, group = packed_width(stored.bits[name]), stored.group_size(name)
         # mlx-lm computes in the dtype of the embedding's scales.
         scales = scale.to(stored.dtype).repeat_interleave(group // _block(group), dim=1)
         tensors[f"{name}.weight"] = pack_words(codes, bits).view(torch.uint32)
@@ -59,14 +58,17 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     save_torch_state_dict(tensors | stored.floats, folder, metadata={"format": "mlx"})
     copy_beside(stored, folder)
     write_config(stored, folder, _mlx_keys(stored))
-    weights = sum(stored.rounded[name].codes.numel() for name in layers)
+    weights = sum(rounded.codes.numel() for rounded in layers.values())
     return {"bits_per_rounded_weight": 8 * sum(t.nbytes for t in tensors.values()) / weights}
 
 
 def _mlx_keys(stored: QuantizedCheckpoint) -> dict[str, Any]:
     """Returns keys of config.json: quantization, and rotary positions by the names mlx-lm reads."""
     layer = min(stored.rounded, key=(HEAD, EMBEDDING).__contains__)  # one of a block, if any is
-    common = {"group_size": _block(stored.group_size(layer)), "bits": _bits(stored, layer)}
+    common = {
+        "group_size": _block(stored.group_size(layer)),
+        "bits": packed_width(stored.bits[layer]),
+    }
     rotary = dict(stored.config.rope_parameters)
     keys = {"rope_theta": rotary.pop("rope_theta"), "quantization": common}
     if rotary["rope_type"] != "default":
@@ -75,11 +77,8 @@ def _mlx_keys(stored: QuantizedCheckpoint) -> dict[str, Any]:
     return keys | {"tie_word_embeddings": tied or stored.shares_table}
 
 
-def _bits(stored: QuantizedCheckpoint, name: str) -> int:
-    return 4 if stored.bits[name] <= 4 else 8
-
-
 def _block(group_size: int) -> int:
+    """Returns the largest group size of MLX's kernels that divides this one."""
     return next(size for size in GROUP_SIZES if group_size % size == 0)
 
 
@@ -98,7 +97,7 @@ def read_back(
         scales, biases = (
             arrays.pop(f"{name}.{part}").astype(mx.float32) for part in ("scales", "biases")
         )
-        group, bits = _block(stored.group_size(name)), _bits(stored, name)
+        group, bits = _block(stored.group_size(name)), packed_width(stored.bits[name])
         words = arrays.pop(f"{name}.weight")
         values = _torch(mx.dequantize(words, scales, biases, group, bits))
         scale = _torch(scales)

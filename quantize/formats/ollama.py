@@ -41,13 +41,11 @@ class Turns(NamedTuple):
     def render(self, messages: list[Message]) -> str:
         """Renders a conversation as Ollama does with `go_template`."""
         begin = "" if messages[0]["role"] == "system" else self.unasked
-        parts = [
-            getattr(self, message["role"])[0]
-            + message["content"]
-            + getattr(self, message["role"])[1]
-            for message in messages
-        ]
-        return begin + "".join(parts) + self.answer
+        body = ""
+        for message in messages:
+            opening, closing = getattr(self, message["role"])
+            body += opening + message["content"] + closing
+        return begin + body + self.answer
 
     def without_bos(self, bos: str) -> Turns:
         """Returns the texts without the beginning-of-sequence token, for a file that adds it."""

@@ -16,6 +16,7 @@ from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_besid
 from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
+from finequant.quantize.formats.packing import packed_width
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -146,7 +147,7 @@ def read_back(
     if EMBEDDING in stored.rounded:
         name = HEAD if f"{EMBEDDING}.codes" not in tensors else EMBEDDING
         data, scale = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
-        bits = 8 if stored.bits[EMBEDDING] > 4 else 4
+        bits = packed_width(stored.bits[EMBEDDING])
         rounded[EMBEDDING] = _grouped(data, scale, bits, stored, EMBEDDING)
     floats = {
         name: torch.from_numpy(tensors[name].copy()) for name in stored.floats if name in tensors

@@ -13,7 +13,7 @@ import torch
 
 from finequant.finetune.architecture import head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
-from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
+from finequant.quantize.formats.packing import pack_nibbles, packed_width, unpack_nibbles
 from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Decoder:
     def _codes(self, name: str) -> tuple[str, str, int, int]:
         """Adds codes and scales of a layer; returns their names, the block and the bits."""
         rounded, group = self._stored.rounded[name], self._stored.group_size(name)
-        block, bits = block_size(group), 4 if self._stored.bits[name] <= 4 else 8
+        block, bits = block_size(group), packed_width(self._stored.bits[name])
         codes = packed(rounded.codes, block, bits)
         scale = rounded.scale.float().repeat_interleave(group // block, dim=1).numpy()
         scales = self._half(f"{name}.scales", scale.reshape(-1))

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def packed_width(bits: int) -> int:
+    """Returns the width, 4 or 8 bits, in which formats with only these two store a code."""
+    return 4 if bits <= 4 else 8
+
+
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs int8 codes [out, in] into int32 [out, in x bits / 32], lowest bits first.
 
