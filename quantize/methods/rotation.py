@@ -49,56 +49,69 @@ def rotated(weights: Weights, config: DecoderConfig) -> Weights:
 
     weights: the float model's; its head is not tied, or is read as if it were not.
     """
-    stream, values = orthogonal(config.hidden_size), orthogonal(head_dim(config))
-    inputs = anatomy(config).inputs
-    norms = {layer: shared.norm for shared in inputs for layer in shared.layers}
-    norms[HEAD] = NORM
-    gives_values, reads_values = architecture(config).values
-    lock = Lock()  # when several threads rotate rows of a layer, one of them reads it
+    return _Rotation(weights, config).rows
 
-    @lru_cache(maxsize=2)
-    def whole(name: str) -> torch.Tensor:
-        return weights(name, WHOLE).float()
 
-    def writer(name: str, rows: slice) -> torch.Tensor:
-        with lock:
-            layer = whole(name)
-        rotated_rows = stream[:, rows].T @ layer
-        if name.endswith(f"{reads_values}.weight"):
-            rotated_rows = (rotated_rows.unflatten(1, (-1, len(values))) @ values).flatten(1)
-        return rotated_rows
+class _Rotation:
+    """The rotated model, whose rows are computed when they are read.
 
-    def reader(name: str, rows: slice, norm: str | None) -> torch.Tensor:
-        weight = weights(name, rows).float()
-        if name.endswith(f"{gives_values}.weight"):
-            weight = (values.T @ weight.unflatten(0, (-1, len(values)))).flatten(0, 1)
-        if norm:
-            weight = weight * weights(f"{norm}.weight", WHOLE).float()
-        return weight @ stream
+    A layer inside a block is known by its name there, such as `mlp.up_proj`.
+    """
 
-    def bias(name: str, inside: str) -> torch.Tensor:
-        whole_bias = weights(name, WHOLE).float()
-        if inside == gives_values:
-            return (whole_bias.unflatten(0, (-1, len(values))) @ values).flatten()
-        return stream.T @ whole_bias if norms[inside] is None else whole_bias
+    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+        self._weights = weights
+        self._stream, self._values = orthogonal(config.hidden_size), orthogonal(head_dim(config))
+        inputs = anatomy(config).inputs
+        self._norms = {layer: shared.norm for shared in inputs for layer in shared.layers}
+        self._norms[HEAD] = NORM
+        self._gives_values, self._reads_values = architecture(config).values
+        self._lock = Lock()  # when several threads rotate rows of a layer, one of them reads it
+        self._whole = lru_cache(maxsize=2)(lambda name: weights(name, WHOLE).float())
 
-    def rotated_rows(name: str, rows: slice) -> torch.Tensor:
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Returns float32 rows of a parameter of the rotated model."""
         layer, _, kind = name.rpartition(".")
         block, inside = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", layer).groups()
         if kind == "bias":
-            return bias(name, inside)[rows]
-        if inside in norms.values():  # a norm, whose weights are folded into the layers after it
-            return torch.ones_like(weights(name, rows), dtype=torch.float32)
-        if layer != EMBEDDING and inside not in norms:  # a norm of queries or keys
-            return weights(name, rows).float()
-        if layer != EMBEDDING and norms[inside] is None:
-            return writer(name, rows)
-        norm = None if layer == EMBEDDING else f"{block or ''}{norms[inside]}"
-        step = math.lcm(MIN_ROWS, len(values)) if inside == gives_values else MIN_ROWS
+            return self._bias(name, inside)[rows]
+        if inside in self._norms.values():  # its weights are folded into the layers after it
+            return torch.ones_like(self._weights(name, rows), dtype=torch.float32)
+        if layer != EMBEDDING and inside not in self._norms:  # a norm of queries or keys
+            return self._weights(name, rows).float()
+        if layer != EMBEDDING and self._norms[inside] is None:
+            return self._writer(name, rows)
+        norm = None if layer == EMBEDDING else f"{block or ''}{self._norms[inside]}"
+        gives_values = inside == self._gives_values
+        step = math.lcm(MIN_ROWS, len(self._values)) if gives_values else MIN_ROWS
         wider, inner = _aligned(rows, step)
-        return reader(name, wider, norm)[inner]
+        return self._reader(name, wider, norm)[inner]
 
-    return rotated_rows
+    def _writer(self, name: str, rows: slice) -> torch.Tensor:
+        """Rotates rows of a layer that writes to the residual stream, each from the whole layer."""
+        with self._lock:
+            layer = self._whole(name)
+        rotated_rows = self._stream[:, rows].T @ layer
+        if name.endswith(f"{self._reads_values}.weight"):
+            heads = rotated_rows.unflatten(1, (-1, len(self._values)))
+            rotated_rows = (heads @ self._values).flatten(1)
+        return rotated_rows
+
+    def _reader(self, name: str, rows: slice, norm: str | None) -> torch.Tensor:
+        """Rotates rows of a layer that reads the residual stream, and folds its norm into them."""
+        weight = self._weights(name, rows).float()
+        if name.endswith(f"{self._gives_values}.weight"):
+            heads = weight.unflatten(0, (-1, len(self._values)))
+            weight = (self._values.T @ heads).flatten(0, 1)
+        if norm:
+            weight = weight * self._weights(f"{norm}.weight", WHOLE).float()
+        return weight @ self._stream
+
+    def _bias(self, name: str, inside: str) -> torch.Tensor:
+        """Rotates a whole bias of a layer that gives values or writes to the residual stream."""
+        bias = self._weights(name, WHOLE).float()
+        if inside == self._gives_values:
+            return (bias.unflatten(0, (-1, len(self._values))) @ self._values).flatten()
+        return self._stream.T @ bias if self._norms[inside] is None else bias
 
 
 def _aligned(rows: slice, step: int) -> tuple[slice, slice]:
