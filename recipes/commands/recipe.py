@@ -16,6 +16,7 @@ from finequant.recipes.commands.preflight import check_tokens, preflight
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
+    from finequant.finetune.data.guess import Look
     from finequant.finetune.data.splits import Splits
     from finequant.recipes.schema import Recipe
 
@@ -55,16 +56,11 @@ def init(
     """Write a commented recipe for your rows, and show what the model will see."""
     from finequant.recipes.terminal import doing, say
 
-    for word in overrides or []:
-        if "=" not in word:
-            raise UserError(
-                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data "
-                "FILE, and put a pattern in quotes"
-            )
+    _refuse_words(overrides or [])
     # Not asked for by the option, which would ask before a misspelled one is refused.
     data = data or Path(typer.prompt("File with your rows"))
     doing(f"init: reading {data}")
-    from finequant.finetune.data.columns import columns_of, joined
+    from finequant.finetune.data.columns import joined
     from finequant.finetune.data.starter import default_target, write_recipe, write_schema
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
@@ -73,12 +69,7 @@ def init(
     columns = {"prompt": prompt, "completion": completion}
     given = {field: joined(names) for field, names in columns.items() if names}
     look = write_recipe(data, test, base, task, target, given, split, subset)
-    if look.columns:
-        chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
-        left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
-        say(f"init: {chosen}{left}")
-    if look.task == "classify" and all(map(str.isdecimal, look.answers)):
-        say("init: the answers are numbers: if they stand for names, write those into a column")
+    _say_choices(look)
     try:
         with _undone_on_error(RunDir.of(load_recipe(target, overrides or [])).data):
             _try(target, overrides or [])
@@ -89,6 +80,29 @@ def init(
     file = shlex.quote(str(target))
     say(f"init: wrote {target}, a recipe that you can edit")
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
+
+
+def _refuse_words(overrides: list[str]) -> None:
+    """Refuses what is no override, such as the files that a shell makes of a pattern."""
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(
+                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data "
+                "FILE, and put a pattern in quotes"
+            )
+
+
+def _say_choices(look: Look) -> None:
+    """Prints which columns `init` chose and which it left out, and a doubt about the answers."""
+    from finequant.finetune.data.columns import columns_of
+    from finequant.recipes.terminal import say
+
+    if look.columns:
+        chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
+        left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
+        say(f"init: {chosen}{left}")
+    if look.task == "classify" and all(map(str.isdecimal, look.answers)):
+        say("init: the answers are numbers: if they stand for names, write those into a column")
 
 
 @contextmanager
