@@ -75,33 +75,27 @@ class File(NamedTuple):
         return max(sum(entry.bytes_of(WHOLE)) for entry in self.entries.values())
 
 
-def layout(
-    shapes: dict[str, tuple[int, ...]],
-    plan: Plan,
-    dtype: torch.dtype,
-    shard_bytes: int = SHARD_BYTES,
-) -> list[File]:
+def layout(shapes: dict[str, tuple[int, ...]], plan: Plan, dtype: torch.dtype) -> list[File]:
     """Lays out the files of a checkpoint, byte for byte except for the tensors' content.
 
     shapes: shapes of the parameters to write, by name, in the model's order.
     dtype: the dtype of parameters that stay in float.
     """
     shards: list[dict] = [{}]
-    room = shard_bytes
+    room = SHARD_BYTES
     for name, shape in shapes.items():
         stored = _stored_as(name, shape, plan.get(name.removesuffix(".weight")), dtype)
         size = sum(math.prod(part) * kind.itemsize for kind, part in stored.values())
         if shards[-1] and size > room:
             shards.append({})
-            room = shard_bytes
+            room = SHARD_BYTES
         shards[-1][name] = stored
         room -= size
     files, metadata = [], _metadata(list(shapes), plan, dtype)
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         tensors = {key: value for stored in shard.values() for key, value in stored.items()}
-        start = header(tensors, metadata)
-        files.append(File(f"model{suffix}.safetensors", *start))
+        files.append(File(f"model{suffix}.safetensors", *header(tensors, metadata)))
     return files
 
 
@@ -140,7 +134,6 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]],
         plan: Plan,
         dtype: torch.dtype,
-        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
         self._slices = {name: list(row_slices(shape)) for name, shape in shapes.items()}
@@ -148,7 +141,7 @@ class Checkpoint:
         self.entries: dict[str, tuple[int, Entry]] = {}
         self._files: dict[str, TensorFile] = {}
         self._descriptors: list[int] = []
-        for file in layout(shapes, plan, dtype, shard_bytes):
+        for file in layout(shapes, plan, dtype):
             self._open(file)
         self._written = self._read_journal()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -269,7 +262,8 @@ class Checkpoint:
         if name not in self.plan:
             return None
         records = [self._written[name, rows.start] for rows in self.pieces(name)]
-        power, noise = (math.fsum(getattr(p, key) for p in records) for key in ("power", "noise"))
+        power = math.fsum(record.power for record in records)
+        noise = math.fsum(record.noise for record in records)
         return round(10 * math.log10(power / noise), 2) if noise else math.inf
 
     def finish(self) -> None:

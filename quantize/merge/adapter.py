@@ -99,7 +99,7 @@ class Adapter:
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             self._file = TensorFile(folder / "adapter_model.safetensors")
-            self._scaling = {None: _scaling(config, None)}
+            _scaling(config, None)  # raises for a file that does not describe a LoRA
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not an adapter of {name}: {reason}") from None
@@ -148,6 +148,11 @@ class Adapter:
         )
 
     def _check(self, layer: str, shapes: dict, rank: int, refused: str, folder: Path) -> None:
+        """Refuses matrices of a layer that do not fit its weight, or are not finite.
+
+        rank: the one that adapter_config.json says.
+        refused: the beginning of messages.
+        """
         entries, prefix = self._file.entries, f"{PREFIX}{layer}.lora_"
         a, b = entries.get(f"{prefix}A.weight"), entries.get(f"{prefix}B.weight")
         shape = shapes.get(f"{layer}.weight")

@@ -80,7 +80,7 @@ def within_budget(
         return recipe
     plan = layer_plan(quantize, config)
     free = {name: plan[name] for name in undecided(quantize, plan)}
-    sequences = calibration_sequences(recipe, tokenizer, recipe.quantize.calibration.tokens)
+    sequences = calibration_sequences(recipe, tokenizer, quantize.calibration.tokens)
     sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
     say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
     loss_increases = sensitivity(weights, config, sequences, free, dtype, recipe.seed)
@@ -169,6 +169,8 @@ def _drawn_gradient(logits: torch.Tensor, seed: int) -> torch.Tensor:
 def _loss_increases(
     weights: Weights, prefix: str, seen: Seen, schemes: dict[str, LayerScheme]
 ) -> LossIncreases:
+    """Estimates what rounding each layer in `seen` to each number of bits costs, by half the mean
+    of (g . dW x)^2; `prefix` comes before the names in the plan."""
     loss_increases: LossIncreases = {}
     for name, (x, gradient) in seen.items():
         if scheme := schemes.get(prefix + name):

@@ -221,8 +221,8 @@ class Calibrator:
             statistics.add(quantize_activations(quantized), exact)
         add_up(statistics.sums)
         pieces = list(row_slices((self.config.vocab_size, self.config.hidden_size)))
-        rows = rows_at_once(self.config.hidden_size, self._device)
-        step = max(1, rows // (pieces[0].stop - pieces[0].start))
+        at_once = rows_at_once(self.config.hidden_size, self._device)
+        step = max(1, at_once // (pieces[0].stop - pieces[0].start))
         for first in range(0, len(pieces), step):
             rows = slice(pieces[first].start, pieces[first : first + step][-1].stop)
             if self._known_to_first(HEAD, rows) is None:

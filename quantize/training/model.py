@@ -97,6 +97,7 @@ def _empty(layer: FakeQuantized) -> None:
 
 
 def fake_quantized_layers(model: torch.nn.Module) -> dict[str, FakeQuantized]:
+    """Returns the fake-quantized layers of a model by name."""
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, FakeQuantized)}
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finequant.quantize.checkpoint import reading as tensors
+from finequant.quantize.checkpoint import writing
 from finequant.quantize.checkpoint.reading import TensorFile, header, row_slices
 from finequant.quantize.checkpoint.writing import (
     JOURNAL,
@@ -115,7 +116,7 @@ SCALE_STEPS = "quantize.calibration.scale_steps=2"
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_pieces_are_what_a_whole_model_gives(
-    llama, opened, recipe_file, tokenizer, tmp_path, overrides, tied
+    llama, opened, recipe_file, tokenizer, tmp_path, monkeypatch, overrides, tied
 ):
     """Codes and scales are the same in any number of files, and `from_pretrained` reads them."""
     recipe = load_recipe(recipe_file, [*PIECES, *overrides])
@@ -138,7 +139,8 @@ def test_pieces_are_what_a_whole_model_gives(
         found = written.rounded(f"{name}.weight", slice(None))
         assert torch.equal(found.codes, rounded.codes), name
         assert torch.equal(found.scale, rounded.scale), name
-    several = Checkpoint(tmp_path, shapes, plan, torch.bfloat16, shard_bytes=40_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 40_000)
+    several = Checkpoint(tmp_path, shapes, plan, torch.bfloat16)
     for name in shapes:
         rounded = expected.get(name.removesuffix(".weight"))
         several.write(name, slice(None), weights(name, slice(None)), rounded)
