@@ -14,7 +14,8 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
-from finequant.finetune.data.files import BadRowError, parse_json, shown
+from finequant.finetune.data.files import BadRowError, parse_json
+from finequant.recipes.errors import shown
 
 Message = dict[str, Any]
 
