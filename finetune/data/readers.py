@@ -201,14 +201,13 @@ def _errors_of_hub(name: str) -> Iterator[None]:
     # These are its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        offline = offline_reason()
+        network = f"the network ({offline})" if offline else "the network"
         advice = (
-            "check its id, name, split and revision, the network, and `hf auth login` if it is "
-            "gated"
+            f"check its id, name, split and revision, {network}, and `hf auth login` if it is gated"
         )
         if "Config" in reason:  # "Config name is missing", "BuilderConfig ... not found"
             advice = "choose by `name` of the source, or by --subset of `finequant init`"
-        if offline := offline_reason():
-            advice = f"it is not in the cache, and the Hub cannot be reached ({offline})"
         raise UserError(f"data: cannot load the dataset {name}: {reason}; {advice}") from None
 
 

@@ -319,6 +319,6 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_file(hub, on_hub):
     hub.close()
     result = on_hub("-c", ASKS)
     base, rows = result.stdout.splitlines()
-    for message in (base, rows):
-        assert "not in the cache, and the Hub cannot be reached ([Errno" in message
+    assert "not in the cache, and the Hub cannot be reached ([Errno" in base
+    assert "check its id, name, split and revision, the network ([Errno" in rows
     assert "Retrying" not in result.stderr
