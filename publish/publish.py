@@ -215,7 +215,10 @@ def exports(recipe: Recipe, run: RunDir) -> list[Path]:
                 f"{folder}: nothing says that it was made from this quantized/: run "
                 f"`{command_of(folder.name)}` again, or delete it"
             )
-        run.require(folder.name, recipe)
+        try:
+            run.require(folder.name, recipe)
+        except UserError as error:
+            raise UserError(f"{error}\nor delete {folder}, which is then not published") from None
     return folders
 
 

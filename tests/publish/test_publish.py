@@ -379,10 +379,14 @@ def test_an_export_of_another_quantization_is_refused(recipe):
     message = refused(in_process, recipe, "--dry-run")
     assert "gguf: not made from the present inputs: the content of quantized/ changed" in message
     assert "finequant export RECIPE --to gguf" in message
+    assert f"or delete {manifest.parent / 'exports' / 'gguf'}, which is then not pub" in message
     del entries["gguf"]
     manifest.write_text(json.dumps(entries), encoding="utf-8")
     message = refused(in_process, recipe, "--dry-run")
     assert "gguf: nothing says that it was made from this quantized/" in message
+    shutil.rmtree(manifest.parent / "exports" / "gguf")
+    dry_run(recipe)
+    assert (folder_of(recipe) / "README.md").is_file()
 
 
 def test_what_a_killed_export_leaves_is_not_published(tmp_path):
