@@ -132,7 +132,10 @@ def check_current(recipe: Recipe, run: RunDir) -> None:
         run.require_intact(stage)
         changes = run.what_changed(recipe, stage)
         if changes is None:
-            raise UserError(f"publish: {stage} did not finish here: run `finequant run RECIPE`")
+            raise UserError(
+                f"publish: manifest.json does not say that {stage} finished: run `finequant run "
+                "RECIPE`, or copy the whole run directory from the machine where it did"
+            )
         if changes:
             raise UserError(
                 f"publish: the report does not match what would be published: since {stage} ran\n"

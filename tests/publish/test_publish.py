@@ -389,6 +389,16 @@ def test_an_export_of_another_quantization_is_refused(recipe):
     assert (folder_of(recipe) / "README.md").is_file()
 
 
+def test_an_adapter_that_came_without_its_manifest_is_refused(recipe):
+    manifest = recipe.parent / "run" / "manifest.json"
+    entries = json.loads(manifest.read_text(encoding="utf-8"))
+    del entries["train"]
+    manifest.write_text(json.dumps(entries), encoding="utf-8")
+    message = refused(in_process, recipe, "--dry-run")
+    assert "manifest.json does not say that train finished" in message
+    assert "copy the whole run directory from the machine where it did" in message
+
+
 def test_what_a_killed_export_leaves_is_not_published(tmp_path):
     """A kill while an earlier export is being removed leaves a part of that one."""
     from finequant.publish.publish import exports
