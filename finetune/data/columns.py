@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from string import ascii_uppercase
 from typing import Any
 
 from finequant.finetune.data.files import BadRowError, parse_json
@@ -17,6 +18,8 @@ LETTER = re.compile("[A-Z]")
 """The number of an entry, as tests with several choices write it."""
 MAX_NAMES = 30
 """Maximum number of columns that a message names."""
+PLACEHOLDER = re.compile(r"\{([^{}]+?)(?::(lines|letters))?\}")
+"""A column or path in a template, and how to write a list of texts."""
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
@@ -78,9 +81,32 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
         ) from None
 
 
+def lines_of(row: dict[str, Any], path: str, form: str, where: str) -> str:
+    """Returns the texts of a list, one a line; if `form` is letters, each after its letter: A. ...
+
+    Raises:
+        BadRowError: for a value that is no list of texts, or too long for the alphabet.
+    """
+    items = value_of(row, path, where)
+    if isinstance(items, str):  # a cell of a CSV file
+        items = parse_json(items, f"{where}: {path}", "a list of texts")
+    if not isinstance(items, list) or not all(isinstance(x, (str, int, float)) for x in items):
+        raise BadRowError(f"{where}: {path}:{form} is {shown(items)}, expected a list of texts")
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
+    if form == "letters":
+        if len(texts) > len(ascii_uppercase):
+            raise BadRowError(
+                f"{where}: {path}:letters has {len(texts)} texts, expected at most 26"
+            )
+        texts = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
+    return "\n".join(texts)
+
+
 def joined(columns: list[str]) -> str:
     """Returns a column, or the template of several, with an empty line between them."""
-    return columns[0] if len(columns) == 1 else "\n\n".join(f"{{{name}}}" for name in columns)
+    if len(columns) == 1 and not columns[0].endswith((":lines", ":letters")):
+        return columns[0]
+    return "\n\n".join(f"{{{name}}}" for name in columns)
 
 
 def columns_of(row: Iterable[Any]) -> str:

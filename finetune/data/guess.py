@@ -13,6 +13,7 @@ from typing import Any, Literal
 from finequant.finetune.data.columns import columns_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.guess_columns import (
+    CHOICES,
     SHORT,
     cells,
     columns_of_pair,
@@ -177,12 +178,18 @@ def _refuse_left_out(
     asked, answer = mapped_paths({"prompt": columns["prompt"]}), columns["completion"]
     order = list(dict.fromkeys(name for row in rows for name in row))
     every = sorted([*asked, *left], key=lambda path: order.index(re.split(r"[.\[]", path)[0]))
+    every.sort(key=lambda path: any(word in path.lower() for word in CHOICES))  # those come last
+    every = [f"{path}:lines" if _is_list_of_texts(rows[0].get(path)) else path for path in every]
     fewest, most = (_options("prompt", names) for names in (asked, every))
     raise UserError(
         f"{data}: prompt {columns_of(asked)} and completion {answer} leave out "
         f"{columns_of(left)}. If the model should read it, add {most}; if it should write it, "
         f"{_options('completion', [left[0], answer])}; if neither, {fewest}"
     )
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _options(name: str, columns: list[str]) -> str:

@@ -11,7 +11,14 @@ from functools import cached_property
 from itertools import cycle
 from typing import Any
 
-from finequant.finetune.data.columns import STEP, columns_of, text_of, value_of
+from finequant.finetune.data.columns import (
+    PLACEHOLDER,
+    STEP,
+    columns_of,
+    lines_of,
+    text_of,
+    value_of,
+)
 from finequant.finetune.data.files import BadRowError, parse_json
 from finequant.finetune.data.messages import (
     Message,
@@ -63,7 +70,6 @@ PREFERENCES = (
     "`finequant init`: --prompt COLUMN --completion chosen), or columns: {messages: chosen} if it "
     "is a list of messages (with init: --completion chosen)"
 )
-PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 MEDIA = re.compile("<(image|audio|video)>")
 """Placeholders by which messages of LLaVA and LLaMA-Factory refer to a column with a file."""
 
@@ -302,12 +308,13 @@ def mapped_paths(columns: dict[str, str]) -> list[str]:
     return [
         path
         for template in columns.values()
-        for path in (PLACEHOLDER.findall(template) if "{" in template else [template])
+        for path, _ in (PLACEHOLDER.findall(template) if "{" in template else [(template, "")])
     ]
 
 
 def text_from(row: dict[str, Any], template: str, where: str) -> str:
-    """Returns a column as text, or a template filled with columns, conversations as transcripts.
+    """Returns a column as text, or a template filled with columns: conversations as transcripts,
+    and lists as JSON, unless their placeholder says otherwise.
 
     Raises:
         BadRowError: for a value that cannot be text.
@@ -315,17 +322,20 @@ def text_from(row: dict[str, Any], template: str, where: str) -> str:
     """
     if "{" not in template:
         return text_of(row, template, where)
-    texts = {path: _text_at(row, path, where) for path in PLACEHOLDER.findall(template)}
+    matches = PLACEHOLDER.finditer(template)
+    texts = {match[0]: _text_at(row, match[1], match[2], where) for match in matches}
     if not texts:
         raise UserError(
             f"{where}: columns: {template!r} names no column; write {{COLUMN}} with one of "
             f"{columns_of(row)}"
         )
-    text = PLACEHOLDER.sub(lambda match: texts[match[1]], template)
+    text = PLACEHOLDER.sub(lambda match: texts[match[0]], template)
     return text if all(texts.values()) else text.strip()  # no blank lines beside an empty text
 
 
-def _text_at(row: dict[str, Any], path: str, where: str) -> str:
+def _text_at(row: dict[str, Any], path: str, form: str | None, where: str) -> str:
+    if form:
+        return lines_of(row, path, form, where)
     turns = turns_in(value_of(row, path, where))
     return transcript(turns, f"{where}: {path}") if turns else text_of(row, path, where)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finequant.finetune.data.columns import joined
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.rows import RowReader
@@ -135,6 +136,24 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         {"q": "Who?", "choices": ["Her", "Ada"], "gold": "C"},
         "no entry 2 in choices: 2 entries",
     ),
+    "choices with letters": (
+        {"prompt": "{q}\n\n{choices:letters}", "completion": "choices[gold]"},
+        {"q": "Who?", "choices": ["Her", "Ada"], "gold": 1},
+        {"q": "Who?", "choices": {"A": "Her"}, "gold": 1},
+        "choices:letters is {'A': 'Her'}, expected a list of texts",
+    ),
+    "a list in a cell of JSON, in lines": (
+        {"prompt": "{facts.known:lines}\n\n{q}", "completion": "a"},
+        {"q": "Who?", "facts": '{"known": ["Born 1815", 1843]}', "a": "Ada"},
+        {"q": "Who?", "facts": '{"known": [["Born", "1815"]]}', "a": "Ada"},
+        "facts.known:lines is [['Born', '1815']], expected a list of texts",
+    ),
+    "more choices than letters": (
+        {"prompt": "{choices:letters}", "completion": "a"},
+        {"choices": ["b"] * 26, "a": "Ada"},
+        {"choices": ["b"] * 27, "a": "Ada"},
+        "choices:letters has 27 texts, expected at most 26",
+    ),
     "earlier turns": (
         {},
         {"instruction": "And?", "output": "Ada", "history": [["Who?", "Her"]]},
@@ -221,11 +240,33 @@ def test_calls_are_calls_only_with_tools():
     assert row.messages[1]["content"] == '["f"]'
 
 
+def test_columns_are_joined_into_a_template():
+    for columns, expected in (
+        (["q"], "q"),
+        (["Q: {q} {n}"], "Q: {q} {n}"),
+        (["choices:lines"], "{choices:lines}"),
+        (["q", "choices:letters"], "{q}\n\n{choices:letters}"),
+    ):
+        assert joined(columns) == expected
+
+
 def test_a_conversation_in_a_template_is_its_transcript():
     talk = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada"}]
     for value in (talk, json.dumps(talk)):
         row, _ = read({"talk": value, "gist": "her"}, prompt="Sum up:\n{talk}", completion="gist")
         assert row.messages[0]["content"] == "Sum up:\nuser: Who?\nassistant: Ada"
+
+
+def test_a_list_in_a_template_is_written_as_its_placeholder_says():
+    row = {"q": "Who?", "facts": {"known": ["Born 1815", 1843]}, "choices": ["Her", "Ada"]}
+    for template, text in (
+        ("{choices:letters}", "A. Her\nB. Ada"),
+        ("{q}\n\n{facts.known:lines}", "Who?\n\nBorn 1815\n1843"),
+        ("{choices:lines} or {choices}", 'Her\nAda or ["Her", "Ada"]'),
+    ):
+        read_row, reader = read(row, prompt=template, completion="choices[1]")
+        assert [turn["content"] for turn in read_row.messages] == [text, "Ada"]
+        assert "choices" not in reader.findings.unread
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

@@ -291,6 +291,14 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
         "completion answer leave out A, B",
         {"prompt": joined(["question", "A", "B"])},
     ),
+    "choices in a list": (
+        [
+            {"options": [words(n, "a"), words(n, "b")], "answer": "AB"[n % 2], **row}
+            for n, row in enumerate(unlike("question"))
+        ],
+        "leave out options. .*add --prompt question --prompt options:lines; if it should",
+        {"prompt": joined(["question", "options:lines"])},
+    ),
     "choices in an object": (
         [
             {
@@ -582,10 +590,10 @@ def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if gold in (1, "B"):
         with pytest.raises(
-            UserError, match=rf"add --prompt query --prompt {name}; .* --prompt query$"
+            UserError, match=rf"add --prompt query --prompt {name}:lines; .* --prompt query$"
         ):
             write_recipe(file, None, None, None, tmp_path / "mine.yaml")
-        asked = {"prompt": joined(["query", name])}
+        asked = {"prompt": joined(["query", f"{name}:lines"])}
         look = write_recipe(file, None, None, None, tmp_path / "mine.yaml", asked)
         assert look.columns == asked | {"completion": f"{name}[gold]"}
         assert look.unread == []
