@@ -73,11 +73,11 @@ def _resolved(kind: str, repository: str, revision: str) -> str | None:
 
 @cache
 def offline_reason() -> str:
-    """Says why the Hub cannot be reached, and makes its libraries use only their cache then; empty
-    if it can be.
+    """Says why the Hub cannot be reached, in which case its libraries use only their cache from now
+    on; returns an empty text if it can be reached.
 
-    Without a connection, they would ask six times for each file, which takes half a minute. Once
-    connected, they repeat requests as ever.
+    Without a connection, the libraries would ask six times for each file, which takes half a
+    minute. With one, they repeat failed requests as before.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
