@@ -18,8 +18,10 @@ LETTER = re.compile("[A-Z]")
 """The number of an entry, as tests with several choices write it."""
 MAX_NAMES = 30
 """Maximum number of columns that a message names."""
-PLACEHOLDER = re.compile(r"\{([^{}]+?)(?::(lines|letters))?\}")
-"""A column or path in a template, and how to write a list of texts."""
+FORMS = ("lines", "letters")
+"""Forms in which a template writes a list of texts."""
+PLACEHOLDER = re.compile(rf"\{{([^{{}}]+?)(?::({'|'.join(FORMS)}))?\}}")
+"""A column or path in a template, and its form."""
 NESTED = re.compile(rf"([^.\[\]]+)((?:{STEP.pattern})+)")
 
 
@@ -104,7 +106,7 @@ def lines_of(row: dict[str, Any], path: str, form: str, where: str) -> str:
 
 def joined(columns: list[str]) -> str:
     """Returns a column, or the template of several, with an empty line between them."""
-    if len(columns) == 1 and not columns[0].endswith((":lines", ":letters")):
+    if len(columns) == 1 and not columns[0].endswith(tuple(f":{form}" for form in FORMS)):
         return columns[0]
     return "\n\n".join(f"{{{name}}}" for name in columns)
 

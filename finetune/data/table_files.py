@@ -24,7 +24,7 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
     end, is_checked = 0, False
     with open_text(path, newline="", is_tracked=True) as file:
         separator = "\t" if kind == ".tsv" else _separator(path)
-        quotes = _quotes(path, separator)
+        quotes = _quotes(path, separator) if separator == "\t" else None
         quoting = csv.QUOTE_NONE if quotes == "text" else csv.QUOTE_MINIMAL
         reader = csv.reader(file, strict=True, delimiter=separator, quoting=quoting)
         try:
@@ -46,7 +46,8 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                 elif cells == header:
                     row = BadRowError(f"{path}:{start}: repeats the header: remove this line")
                 elif not is_checked and _are_rows(cells, separator):
-                    _report_open_quote(f"{path}:{start}", end, is_sure=quotes == "unclear")
+                    is_sure = (quotes or _quotes(path, separator)) == "unclear"
+                    _report_open_quote(f"{path}:{start}", end, is_sure)
                     is_checked = True
                 yield f"{path.name}:{start}", row
         except csv.Error as error:

@@ -243,6 +243,7 @@ def test_calls_are_calls_only_with_tools():
 def test_columns_are_joined_into_a_template():
     for columns, expected in (
         (["q"], "q"),
+        (["lines"], "lines"),
         (["Q: {q} {n}"], "Q: {q} {n}"),
         (["choices:lines"], "{choices:lines}"),
         (["q", "choices:letters"], "{q}\n\n{choices:letters}"),
