@@ -299,9 +299,17 @@ def _seconds(directory: RunDir, steps: list[list[str]]) -> list[float]:
 
 
 def _show_report(directory: RunDir) -> bool:
-    """Prints the table of the last evaluation, and returns whether its gate passed."""
+    """Prints the table of the last evaluation, and returns whether its gate passed.
+
+    The stage is finished before its page is written: a kill or a full disk in between leaves the
+    page of an earlier evaluation, or none.
+    """
     from finequant.evaluate.report.report import print_table
+    from finequant.recipes.commands.results import rewrite_page
 
     report = json.loads(directory.report.read_text(encoding="utf-8"))
     print_table(report)
+    page, finished = directory.page, directory.manifest_file.stat().st_mtime_ns
+    if not page.exists() or page.stat().st_mtime_ns < finished:
+        rewrite_page(directory)
     return report["gate"]["passed"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.errors import UserError
+
+if TYPE_CHECKING:
+    from finequant.recipes.rundir import RunDir
 
 
 def report(
@@ -19,7 +22,6 @@ def report(
     """Print the table of the last evaluation; with --open, show its page."""
     import webbrowser
 
-    from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import print_table
     from finequant.recipes.load import load_recipe
     from finequant.recipes.locate import is_run
@@ -36,15 +38,23 @@ def report(
     for stage in stages_of(recipe) if recipe else ():
         for change in run.what_changed(recipe, stage) or ():
             say(f"report: out of date: since {stage} ran, {change}")
-    try:
-        write_page(run.root)
-    except OSError as error:  # a run directory that only others may write
-        say(f"report: {run.page}: cannot be written ({error.strerror})")
+    rewrite_page(run)
     if not run.page.is_file():
         return
     say(f"report: {run.page}")
     if show:
         webbrowser.open(run.page.resolve().as_uri())
+
+
+def rewrite_page(run: RunDir) -> None:
+    """Writes report.html from the files of the run, if the run directory is writable."""
+    from finequant.evaluate.report.page import write_page
+    from finequant.recipes.terminal import say
+
+    try:
+        write_page(run.root)
+    except OSError as error:  # a run directory that only others may write
+        say(f"report: {run.page}: cannot be written ({error.strerror})")
 
 
 def chat(

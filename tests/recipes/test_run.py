@@ -265,6 +265,26 @@ SHORT = [
 ]
 
 
+def test_a_page_that_an_evaluation_could_not_write_is_written_by_the_next_run(
+    recipe_file, tmp_path, here, stages_here
+):
+    """The page comes after the manifest, which it shows: a full disk or a kill may part them."""
+    arguments = [str(recipe_file), "train.max_steps=1", "evaluate.divergence_tokens=64"]
+    page = tmp_path / "run" / "report.html"
+    blocked = page.with_name("report.html.partial")
+    blocked.mkdir(parents=True)
+    assert here("run", *arguments).returncode != 0
+    assert (tmp_path / "run" / "report.json").exists() and not page.exists()
+    blocked.rmdir()
+    assert "nothing to do" in here("run", *arguments).stderr
+    whole = page.read_bytes()
+
+    page.write_text("of an earlier evaluation", encoding="utf-8")
+    os.utime(page, ns=(0, 0))
+    assert "nothing to do" in here("run", *arguments).stderr
+    assert page.read_bytes() == whole
+
+
 @pytest.mark.slow
 def test_the_quickstart_runs_and_its_result_loads(tmp_path, here, stages_here, capfd):
     """Runs all stages on the real model, shortened (the gate fails); then the README's Python."""
