@@ -222,7 +222,7 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
         at = (*at, _index(holder, parts[-1]))
         holder[at[-1]] = value
     except (IndexError, TypeError):
-        raise UserError(f"{where}: the recipe has no {_dotted(at)}") from None
+        raise UserError(f"{where}: the recipe has no {_dotted(at)}{_instead(holder, at)}") from None
     if at in OTHER_NAME:
         holder.pop(OTHER_NAME[at], None)
     for stale in [known for known in origins if known[: len(at)] == at]:
@@ -236,6 +236,17 @@ def _override_value(text: str, at: Location, where: str) -> Any:
     except Exception:  # not YAML, so plain text
         return text
     return _plain(tree, at, where, {(): where})
+
+
+def _instead(holder: Any, at: Location) -> str:
+    """Says what stands where an override expects a section, and how to set a key there."""
+    parent = _dotted(at[:-1])
+    if isinstance(holder, list):
+        return f": {parent} is a list of {len(holder)}, whose first entry is {parent}.0"
+    where = f": {parent} is {shown(holder)}"
+    if parent.startswith("data."):  # a source without its keys
+        return f"{where}: write '{parent}={{source: {holder}, ...}}'"
+    return where
 
 
 def _index(holder: Any, part: str) -> str | int:

@@ -334,6 +334,8 @@ def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
         ("publish.license=MIT", "publish.license: expected a license as the Hub names it"),
         ("publish.language=[English]", "expected a code of two or three letters such as en"),
         ("evaluate.metrics=f1,rouge", "; write a list in brackets: [f1,rouge]"),
+        ("data.train.limit=5", "data.train is 'rows.jsonl': write 'data.train={source: rows.jsonl"),
+        ("data.test.limit=5", "data.test is a list of 1, whose first entry is data.test.0"),
         ("data.test.2.limit=5", "command line: data.test.2.limit=5: the recipe has no data.test.2"),
         ("data.test.-1.limit=5", "the recipe has no data.test.-1"),
         ("data.test.0.limt=5", "command line: data.test.0.limt: unknown key (value 5)"),
