@@ -23,6 +23,7 @@ from finequant.finetune.data.guess_columns import (
     named_like,
     rated_answers,
     right_choice,
+    top_of,
     unread_columns,
     with_names,
 )
@@ -177,7 +178,7 @@ def _refuse_left_out(
         return
     asked, answer = mapped_paths({"prompt": columns["prompt"]}), columns["completion"]
     order = list(dict.fromkeys(name for row in rows for name in row))
-    every = sorted([*asked, *left], key=lambda path: order.index(re.split(r"[.\[]", path)[0]))
+    every = sorted([*asked, *left], key=lambda path: order.index(top_of(rows, path)))
     every.sort(key=lambda path: any(word in path.lower() for word in CHOICES))  # those come last
     every = [f"{path}:lines" if _is_list_of_texts(rows[0].get(path)) else path for path in every]
     fewest, most = (_options("prompt", names) for names in (asked, every))

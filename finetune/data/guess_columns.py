@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -128,22 +129,24 @@ def left_out(
     """
     asked = mapped_paths({"prompt": columns["prompt"]})
     answered = mapped_paths({"completion": columns["completion"]})
-    answered = [path for path in answered if path == _as_items(path)]  # not choices[gold]
-    read, left = {*asked, *map(_as_items, asked), *answered}, []
-    alike = set(map(_top, answered)) - set(map(_top, asked))
+    top = partial(top_of, rows)
+    whole = [path for path in answered if path in (_as_items(path), top(path))]  # no choices[gold]
+    named = [name for name in columns.values() if name in rows[0]]  # such as {answer}
+    read, left = {*named, *asked, *map(_as_items, asked), *whole}, []
+    alike = set(map(top, whole)) - set(map(top, asked))
     for path in dict.fromkeys(path for row in flat for path in row):
         texts = _column(flat, path)
         is_choice = any(word in path.lower() for word in CHOICES)
-        is_answer = _top(path) in alike and not named_like([path.rpartition(".")[2]], QUESTIONS)
-        if _is_in(read, path) or is_answer or _top(path) in {*BESIDE, "history"}:
+        is_answer = top(path) in alike and not named_like([path.rpartition(".")[2]], QUESTIONS)
+        if _is_in(read, path) or is_answer or top(path) in {*BESIDE, "history"}:
             continue
         if len(set(texts)) == 1 < len(rows):
             continue
         if (IDS | DETAILS) & _words(path) or is_label(texts):
             continue
         if is_choice or is_prose(texts):
-            inside = _top(path) in map(_top, asked)
-            left.append(path.partition("[")[0] if inside else _top(path))
+            inside = top(path) in map(top, asked)
+            left.append(path.partition("[")[0] if inside else top(path))
     return list(dict.fromkeys(left)) + _further(rows, asked)
 
 
@@ -154,7 +157,7 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
     fields = [path for path, _ in _texts(rows[0]) if path not in rows[0]]
     unread = []
     for name in rows[0]:
-        inside = [path for path in fields if _top(path) == name]
+        inside = [path for path in fields if top_of(rows, path) == name]
         if name in BESIDE:
             continue
         if name not in mapped:
@@ -225,9 +228,9 @@ def _is_in(paths: Iterable[str], path: str) -> bool:
     return any(path == whole or path.startswith((f"{whole}.", f"{whole}[")) for whole in paths)
 
 
-def _top(path: str) -> str:
-    """Returns the column that a path begins with."""
-    return re.split(r"[.\[]", path)[0]
+def top_of(rows: Sequence[dict[str, Any]], path: str) -> str:
+    """Returns the column that a path begins with; its name may itself have dots and brackets."""
+    return path if any(path in row for row in rows) else re.split(r"[.\[]", path)[0]
 
 
 def _words(name: str) -> set[str]:

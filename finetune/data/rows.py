@@ -300,7 +300,7 @@ def mapped_columns(columns: dict[str, str]) -> set[str]:
     """Returns the columns that the recipe's `columns` read."""
     paths = mapped_paths(columns)
     numbers = {index for path in paths for _, index in STEP.findall(path)}
-    return {*paths, *numbers, *(re.split(r"[.\[]", path)[0] for path in paths)}
+    return {*columns.values(), *paths, *numbers, *(re.split(r"[.\[]", path)[0] for path in paths)}
 
 
 def mapped_paths(columns: dict[str, str]) -> list[str]:
@@ -320,7 +320,7 @@ def text_from(row: dict[str, Any], template: str, where: str) -> str:
         BadRowError: for a value that cannot be text.
         UserError: for a template that names no column.
     """
-    if "{" not in template:
+    if "{" not in template or template in row:
         return text_of(row, template, where)
     matches = PLACEHOLDER.finditer(template)
     texts = {match[0]: _text_at(row, match[1], match[2], where) for match in matches}

@@ -111,6 +111,22 @@ def test_columns_are_joined_by_repeating_an_option(init_rows):
     assert load_recipe("rows.yaml").data.train[0].columns == columns
 
 
+@pytest.mark.parametrize(
+    "names", [("my.question", "{answer}"), ("question [en]", "the answer [en]")]
+)
+def test_names_of_columns_may_look_like_paths_and_templates(init_rows, names):
+    question, answer = names
+    rows = [{question: f"ask {n}", answer: f"say {n}"} for n in range(40)]
+    code, printed = init_rows(rows)
+    assert code == 0
+    assert f"prompt is {question!r}, completion is {answer!r}\n" in printed
+    assert "assistant\nsay " in printed
+    more = [{**row, "more.of it": f"{row[answer]}, too"} for row in rows]
+    code, printed = init_rows(more, "--to", "other.yaml")
+    assert code == 2
+    assert f"prompt {question} and completion {answer} leave out more.of it. If" in printed
+
+
 def test_labels_that_are_numbers_get_a_word(init_rows):
     rows = [{"text": f"it is {n}", "label": n % 2} for n in range(40)]
     message = "init: the answers are numbers"
