@@ -45,10 +45,16 @@ def report_user_errors() -> Iterator[None]:
     from finequant.recipes.interrupt import Interrupted, erase_line, interruptible
 
     # Signals stay handled until the last line is written: by default they end a process silently.
-    with interruptible():
+    with interruptible() as request:
         try:
             with _lines_for_errors():
-                yield
+                try:
+                    yield
+                except Exception as error:
+                    # Some libraries catch whatever ends an import in them, and fail without it later.
+                    if request.number is None:
+                        raise
+                    raise Interrupted(request.number) from error
         except Interrupted as stop:
             erase_line()  # the terminal has echoed ^C there
             _print(stop)

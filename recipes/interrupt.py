@@ -44,14 +44,16 @@ class StopRequest:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Makes signals raise Interrupted in the block."""
+def interruptible() -> Iterator[StopRequest]:
+    """Makes signals raise Interrupted in the block, which can also see whether one came."""
+    request = StopRequest()
 
     def stop(number: int) -> None:
+        request.number = number
         raise Interrupted(number)
 
     with _handled(stop):
-        yield
+        yield request
 
 
 @contextmanager

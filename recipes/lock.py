@@ -50,6 +50,17 @@ def hold(root: Path) -> None:
     _held[root.resolve()] = lock
 
 
+def check_free(root: Path) -> None:
+    """Checks that no other process holds the lock, without keeping it.
+
+    Raises:
+        UserError: naming the process that does.
+    """
+    if (root / NAME).exists() and root.resolve() not in _held:
+        hold(root)
+        release()
+
+
 def check_writable(root: Path) -> None:
     """Checks that the directory can be created and written to, without creating it.
 

@@ -91,6 +91,7 @@ def _run_stale(
     Returns:
         0, 1 if the gate failed, or None if all stages are up to date.
     """
+    from finequant.recipes import lock
     from finequant.recipes.stages import stages_of
 
     steps, code = _steps(stages_of(recipe)), None
@@ -104,6 +105,7 @@ def _run_stale(
             continue
         remaining = [stale, *steps[number:]]
         if code is None:
+            lock.check_free(directory.root)
             stages_left = [*chain(*remaining)]
             refuse_early(recipe, directory, stages_left, launch, force, _start_importing)
         seconds = _seconds(directory, remaining)

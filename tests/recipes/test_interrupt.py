@@ -138,6 +138,27 @@ def test_a_signal_while_the_last_line_is_made_still_prints_one_line(error):
     assert stderr.count("\n") == 1
 
 
+SWALLOWS = """
+import time
+from finequant.recipes.errors import report_user_errors
+with report_user_errors():
+    print('ready', flush=True)
+    try:
+        time.sleep(30)
+    except BaseException:  # as numpy does while it is imported
+        pass
+    raise ModuleNotFoundError("Could not import module 'LlamaConfig'")
+"""
+
+
+def test_a_failure_of_a_library_that_a_signal_interrupted_is_an_interruption():
+    process = start(SWALLOWS)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143
+    assert said == "stopped by SIGTERM: run the same command again to continue from here\n"
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_work_in_progress_is_saved_first(number):
     process = start(SAVES, "0")

@@ -51,6 +51,24 @@ def test_the_second_process_is_refused_and_told_of_the_first(tmp_path, other):
     assert "wait for it to finish, stop it, or choose another output_dir" in message
 
 
+def test_a_second_run_is_refused_before_its_checks(recipe_file, tmp_path, other, here, monkeypatch):
+    monkeypatch.setattr("finequant.recipes.commands.pipeline.refuse_early", pytest.fail)
+    said = here("run", str(recipe_file))
+    assert said.returncode == 2
+    assert f"run is in use by process {other.pid} on" in said.stderr
+
+
+def test_looking_whether_a_directory_is_free_leaves_it_so(tmp_path):
+    lock.check_free(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    lock.hold(tmp_path / "run")
+    lock.check_free(tmp_path / "run")
+    assert tmp_path / "run" in lock._held
+    lock.release()
+    lock.check_free(tmp_path / "run")
+    assert not lock._held
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_lock_ends_with_its_process(tmp_path, other, number):
     other.send_signal(number)
