@@ -51,7 +51,7 @@ def report_user_errors() -> Iterator[None]:
                 try:
                     yield
                 except Exception as error:
-                    # Some libraries catch whatever ends an import in them, and fail without it later.
+                    # Some libraries catch whatever ends an import in them, and fail later.
                     if request.number is None:
                         raise
                     raise Interrupted(request.number) from error
