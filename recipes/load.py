@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarbool import ScalarBoolean
 
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError, listed, shown
 from finequant.recipes.locate import CHATML_TOOLS, is_run, locate_recipe
 from finequant.recipes.schema import HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
@@ -87,7 +88,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
             holder[at[-1]] = CHATML_TOOLS.name
         elif Path(holder[at[-1]]).is_absolute():
             holder[at[-1]] = os.path.relpath(holder[at[-1]], path.parent.resolve())
-    path.write_text(as_yaml(content), encoding="utf-8")
+    replace_text(path, as_yaml(content))
 
 
 def as_yaml(content: dict[str, Any]) -> str:

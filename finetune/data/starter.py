@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from finequant.finetune.data.guess import Look, Task, look_at
 from finequant.finetune.data.guess_columns import SHORT, cells, columns_of_pair, named_like
 from finequant.finetune.data.readers import read_source, splits_of
 from finequant.finetune.device import device
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
 from finequant.recipes.schema import HUB_ID, Recipe, Source
@@ -92,9 +94,10 @@ def write_recipe(
     text = recipe_text(look, sources, len(rows), base, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
+        replace_text(target, text)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         reason = error.strerror or error
         raise UserError(
             f"{target}: cannot be written: {reason}; choose another name: --to FILE.yaml"
@@ -106,7 +109,7 @@ def write_schema(folder: Path) -> None:
     """Writes the schema that recipes in this folder name, for editors, unless it is there."""
     schema = folder / SCHEMA
     if not schema.exists():
-        schema.write_text(json.dumps(Recipe.model_json_schema(), indent=1), encoding="utf-8")
+        replace_text(schema, json.dumps(Recipe.model_json_schema(), indent=1))
 
 
 def default_target(data: Path) -> Path:

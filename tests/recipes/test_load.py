@@ -451,6 +451,17 @@ def test_written_recipe_is_the_same_from_another_folder(recipe_file, tmp_path, l
     assert "source: ../../../train.jsonl" in text
 
 
+def test_a_written_recipe_is_replaced_as_a_whole(write, tmp_path):
+    """In a run directory that was copied here, it is the only one: a kill must not halve it."""
+    copy, other_name = tmp_path / "copy.yaml", tmp_path / "before.yaml"
+    write_recipe(load_recipe(write()), copy)
+    before = copy.read_bytes()
+    other_name.hardlink_to(copy)
+    write_recipe(load_recipe(write(), ["seed=5"]), copy)
+    assert load_recipe(copy).seed == 5
+    assert other_name.read_bytes() == before
+
+
 @pytest.mark.parametrize("text", ["no", "~", "", "2e-4", "a: b", "- x", " pad ", "ü\u2028\n\n x\n"])
 def test_any_text_survives_writing(write, tmp_path, text):
     recipe = load_recipe(write(), [f"data.system={json.dumps(text)}"])

@@ -98,3 +98,15 @@ def test_a_read_only_disk_gives_one_message(recipe_file, disk):
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     done = run("train", recipe_file, disk)
     assert done.returncode == 0, done.stderr
+
+
+def test_init_works_again_once_a_full_disk_has_space(recipe_file, tiny_base, disk):
+    rows, new = recipe_file.with_name("train.jsonl"), disk / "new.yaml"
+    command = [sys.executable, "-m", "finequant.recipes.run", "init", f"output_dir={disk / 'run'}"]
+    command += ["--data", str(rows), "--base", str(tiny_base), "--to", str(new)]
+    ballast = fill(disk, 0)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert "no space left on the disk: free some space" in one_error(done, 1)
+    ballast.unlink()
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    assert new.read_text(encoding="utf-8").startswith("#")
