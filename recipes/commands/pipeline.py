@@ -151,8 +151,10 @@ def _run_stage(module: str, arguments: list[str], position: str) -> None:
 
 def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     """Names the commands that may follow a run; a model that failed its gate is not shipped."""
-    repo = f"publish.repo_id={recipe.publish.repo_id or f'YOUR-NAME/{recipe.name}'}"
-    take = f"publish {directory.root} --dry-run {repo}"
+    base = Path(recipe.publish.base_model or recipe.model.base).name.removeprefix("Meta-")
+    mark = "Llama-" if base.startswith("Llama") else ""  # Meta's license wants it in front
+    repo = recipe.publish.repo_id or f"YOUR-NAME/{mark}{recipe.name.removeprefix(mark)}"
+    take = f"publish {directory.root} --dry-run publish.repo_id={repo}"
     if not recipe.quantize.exports:
         take = f"export {directory.root} --to gguf"
     lines = [f"report {directory.root} --open", f"chat {directory.root}"]

@@ -103,3 +103,23 @@ def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", str(recipe_file)])
     assert capsys.readouterr().err.endswith(f"  finequant export {run} --to gguf\n")
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", "Llama-tiny"),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-tiny"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tiny"),
+    ],
+)
+def test_the_repository_that_a_run_suggests_has_a_name_that_the_license_allows(
+    recipe_file, monkeypatch, capsys, base, name
+):
+    from finequant.recipes.commands import pipeline
+
+    monkeypatch.setattr(pipeline, "_start", lambda *_: 0)
+    monkeypatch.setattr(pipeline, "refuse_early", lambda *_: None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", str(recipe_file), "quantize.exports=[gguf]", f"publish.base_model={base}"])
+    assert capsys.readouterr().err.endswith(f"publish.repo_id=YOUR-NAME/{name}\n")
