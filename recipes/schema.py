@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -657,7 +658,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of splits, row order, adapter initialization, and dropout"
     )
-    output_dir: str | None = Field(None, description="run directory; default: runs/NAME")
+    output_dir: str | None = Field(
+        None, description="run directory, as seen from where the command runs; default: runs/NAME"
+    )
     model: Model = Field(description="the base model")
     data: Data = Field(description="training and evaluation rows")
     lora: Lora = Field(Lora(), description="the adapter")
@@ -665,6 +668,14 @@ class Recipe(Section):
     quantize: Quantize = Field(Quantize(), description="how the merged model is quantized")
     evaluate: Evaluate = Field(Evaluate(), description="what is measured")
     publish: Publish = Field(Publish(), description="where the result is published")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _home_in_full(cls, folder: str | None) -> str | None:
+        try:
+            return str(Path(folder).expanduser()) if folder else folder
+        except RuntimeError:
+            raise ValueError("no such user: write the folder's whole path") from None
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:

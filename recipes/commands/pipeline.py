@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,10 +155,11 @@ def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     base = Path(recipe.publish.base_model or recipe.model.base).name.removeprefix("Meta-")
     mark = "Llama-" if base.startswith("Llama") else ""  # Meta's license wants it in front
     repo = recipe.publish.repo_id or f"YOUR-NAME/{mark}{recipe.name.removeprefix(mark)}"
-    take = f"publish {directory.root} --dry-run publish.repo_id={repo}"
+    run = shlex.quote(str(directory.root))
+    take = f"publish {run} --dry-run publish.repo_id={repo}"
     if not recipe.quantize.exports:
-        take = f"export {directory.root} --to gguf"
-    lines = [f"report {directory.root} --open", f"chat {directory.root}"]
+        take = f"export {run} --to gguf"
+    lines = [f"report {run} --open", f"chat {run}"]
     if passed:
         lines.append(take)
     say("\n".join(["next:", *(f"  finequant {line}" for line in lines)]))

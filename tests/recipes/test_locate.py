@@ -100,9 +100,10 @@ def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     assert opened == f"  finequant report {run} --open"
     assert chatted == f"  finequant chat {run}"
     assert taken.startswith(f"  finequant publish {run} --dry-run publish.repo_id=")
+    spaced = f"{run} of today"  # as a shell takes it
     with pytest.raises(SystemExit, match="0"):
-        main(["run", str(recipe_file)])
-    assert capsys.readouterr().err.endswith(f"  finequant export {run} --to gguf\n")
+        main(["run", str(recipe_file), f"output_dir={spaced}"])
+    assert capsys.readouterr().err.endswith(f"  finequant export '{spaced}' --to gguf\n")
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,14 @@ def test_other_settings_are_named_and_used(folder, capsys):
     )
 
 
+def test_a_tilde_in_output_dir_is_the_home(folder, monkeypatch):
+    """A shell expands it only at the start of a word, so not after `output_dir=`."""
+    monkeypatch.setenv("HOME", str(folder))
+    assert load(folder, "output_dir=~/here")[1].root == folder / "here"
+    with pytest.raises(UserError, match="output_dir: no such user: .*whole path .value '~no-body"):
+        load(folder, "output_dir=~no-body/here")
+
+
 @pytest.mark.parametrize(("stage", "name"), [("train", "adapter"), ("evaluate", "report.md")])
 def test_a_deleted_output_is_made_again(folder, stage, name):
     finish(*load(folder))
