@@ -30,6 +30,16 @@ from finequant.recipes.schema import Source
 from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
 from finequant.recipes.terminal import tracked
 
+SIGNATURES = {
+    b"\x1f\x8b": ("a gzip file", "rename it to {}.gz"),
+    b"BZh": ("a bzip2 file", "rename it to {}.bz2"),
+    b"\xfd7zXZ": ("an xz file", "rename it to {}.xz"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "rename it to {}.zst"),
+    b"PK\x03\x04": ("an Excel file or a ZIP archive", "save the sheet as CSV UTF-8, or unpack it"),
+    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
+}
+"""First bytes of a file that is no text -> what it is, and what to do; {} is its name."""
+
 Content = TypeVar("Content")
 EXPECTED = (
     f"expected a file that ends in {', '.join(TABLES)} or .txt (or in one of them and "
@@ -246,6 +256,7 @@ def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:
             empty = False
             yield item
     except UnicodeDecodeError as error:
+        _refuse_misnamed(path)
         where = f"{path}:{line_that_breaks(path, error.encoding)}"
         raise UserError(
             f"{where}: not {error.encoding.upper()} text: save the file as UTF-8 "
@@ -256,6 +267,21 @@ def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if empty:
         raise UserError(f"{path}: no rows in this file")
+
+
+def _refuse_misnamed(path: Path) -> None:
+    """Refuses a file that its first bytes show to be of another kind than its name says.
+
+    Raises:
+        UserError: saying what it is, and what to do.
+    """
+    if kind_of(path)[1]:
+        return
+    with path.open("rb") as file:
+        start = file.read(8)
+    for signature, (kind, advice) in SIGNATURES.items():
+        if start.startswith(signature):
+            raise UserError(f"{path}: {kind}, whatever its name says: {advice.format(path.name)}")
 
 
 def _rows_of(path: Path, kind: str, split: str) -> Iterator[Unparsed]:

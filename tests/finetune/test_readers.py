@@ -290,6 +290,21 @@ UNREADABLE = {
     "plain.jsonl.gz": (LINES.encode(), ["plain.jsonl.gz: cannot be read: Not a gzipped file"]),
     "plain.csv.xz": (table(), ["plain.csv.xz: cannot be read: "]),
     "plain.csv.zst": (table(), ["plain.csv.zst: cannot be read: "]),
+    "packed.jsonl": (
+        FILES["rows.jsonl.gz"],
+        ["packed.jsonl: a gzip file, whatever its name says: rename it to packed.jsonl.gz"],
+    ),
+    "sheet.csv": (
+        b"PK\x03\x04\x14\x00\x06\x00\x08\x00\x00\x00!\xff",
+        [
+            "sheet.csv: an Excel file or a ZIP archive, ",
+            "save the sheet as CSV UTF-8, or unpack it",
+        ],
+    ),
+    "table.json": (
+        b"PAR1\x15\x04\x15\x90\xff",
+        ["table.json: a Parquet file, ", "let its name end in .parquet"],
+    ),
     "ansi.csv": (
         "prompt;completion\r\nOù?;là\r\n".encode("cp1252"),
         ["ansi.csv:2: not UTF-8 text: save the file as UTF-8 (in Excel: CSV UTF-8)"],
