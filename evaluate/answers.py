@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from finequant.evaluate.inputs import HELD_OUT, Material
@@ -43,6 +44,23 @@ def right_by(metrics: list[str]) -> str | None:
     """Returns the first metric that calls an answer either right or wrong; None without one."""
     decides = ("json_match", "tool_call_match", "number_match", "exact_match")
     return next((metric for metric in metrics if metric in decides), None)
+
+
+def most_frequent(references: list[str], metrics: list[str]) -> dict[str, float | int] | None:
+    """Counts the rows that a model gets right which gives everyone the most frequent answer.
+
+    The answer itself, which quotes the rows, is not returned.
+
+    Returns:
+        {"share": of the rows, "n": rows}; None unless some answers repeat and exact_match or
+        multiple_choice, which such a model can satisfy, is measured.
+    """
+    if not {"exact_match", "multiple_choice"} & set(metrics) or not references:
+        return None
+    counts = Counter(reference.strip() for reference in references)
+    if len(counts) > len(references) // 2:
+        return None
+    return {"share": max(counts.values()) / len(references), "n": len(references)}
 
 
 def predictions(

@@ -16,7 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finequant.evaluate.answers import changes, parities, predictions, right_by, samples
+from finequant.evaluate.answers import (
+    changes,
+    most_frequent,
+    parities,
+    predictions,
+    right_by,
+    samples,
+)
 from finequant.evaluate.inputs import Material, prepare
 from finequant.evaluate.measure import measure_model, predicted
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
@@ -170,6 +177,7 @@ def report_of(
         "divergence": measured["quantized"]["divergence"],
         "passages": measured["quantized"]["passages"],
         "right_by": right_by(recipe.evaluate.metrics),
+        "most_frequent": most_frequent(material.references, recipe.evaluate.metrics),
         "arithmetic": dtype_name(computes),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": samples(rows, recipe.evaluate.samples),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
-from finequant.evaluate.report.report import divergence_lines
+from finequant.evaluate.report.report import baseline_lines, divergence_lines
 from finequant.evaluate.report.table import bullets, comparison_rows, markdown_table
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
@@ -144,6 +144,7 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         markdown_table(header, rows),
         "All models are measured on the same inputs. ± is one standard error; for a change, that "
         "of the row-by-row differences. `report.json` has every figure.",
+        *baseline_lines(report),
     ]
     if kind == QUANTIZED:
         parts.append(bullets([*divergence_lines(report), *verdict_lines(report)]))

@@ -15,7 +15,7 @@ from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, svg
-from finequant.evaluate.report.report import divergence_lines
+from finequant.evaluate.report.report import baseline_lines, divergence_lines
 from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.recipes.artifact import replace_text
@@ -133,7 +133,7 @@ def _verdict(report: Report) -> dict[str, Any]:
             "Tuned is no better than base: train longer, or look at the training rows and their "
             "target tokens with `finequant data`."
         )
-    lines += [*verdict_lines(report), *divergence_lines(report)]
+    lines += [*baseline_lines(report), *verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
         lines.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     return {"state": state, "headline": headline, "lines": lines}

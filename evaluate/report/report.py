@@ -1,15 +1,17 @@
 """The report of a run: report.json, report.md, plots/, and the table in the terminal.
 
 A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "passages",
-"right_by", "arithmetic", "layers", "samples", "training", "gate"}`; all but `models` may be
-missing. `models` maps base, tuned, quantized (and exports) to `{"size_bytes", "bits_per_weight",
-"activations", "perplexity": {CORPUS: {"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC:
-{"value", "stderr", "n"}}}}`. These sizes are of files; `packed_bytes` and `packed_bits_per_weight`
-count the weights in the dtype they are measured in, and each code at its own bits. Exports also
-have `"speed": {"prompt", "decoding": tokens per second, "peak_memory_bytes"}` and, compared with
-quantized, `"parity": {"same_answers", "n", "same_prompts", "kl"}`. `changes` holds `{TASK: {METRIC:
-{"value", "stderr", "n"}}}`, from tuned to quantized, paired row by row. `right_by` is the metric
-that calls an answer right or wrong, `arithmetic` the dtype that the models computed in.
+"right_by", "most_frequent", "arithmetic", "layers", "samples", "training", "gate"}`; all but
+`models` may be missing. `models` maps base, tuned, quantized (and exports) to `{"size_bytes",
+"bits_per_weight", "activations", "perplexity": {CORPUS: {"token", "word", "byte", "tokens"}},
+"tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`. These sizes are of files; `packed_bytes` and
+`packed_bits_per_weight` count the weights in the dtype they are measured in, and each code at its
+own bits. Exports also have `"speed": {"prompt", "decoding": tokens per second,
+"peak_memory_bytes"}` and, compared with quantized, `"parity": {"same_answers", "n", "same_prompts",
+"kl"}`. `changes` holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized,
+paired row by row. `right_by` is the metric that calls an answer right or wrong, `most_frequent`
+(`{"share", "n"}`) what always giving the most frequent answer would score, `arithmetic` the dtype
+that the models computed in.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from finequant.evaluate.report.table import (
 from finequant.evaluate.report.values import Report, corpora_of, finite, finite_only, value_at
 from finequant.recipes.artifact import replace_text
 
+MIN_SHARE = 0.2  # below it, no model is mistaken for a good one that always gives the same answer
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
 
 
 def print_table(report: Report) -> None:
     """Prints the comparison, the divergence, the gate's verdict and what would help to stdout."""
     console = print_rows(*comparison_rows(report))
-    lines = [*divergence_lines(report), *verdict_lines(report)]
+    lines = [*baseline_lines(report), *divergence_lines(report), *verdict_lines(report)]
     if changes := advice(report):
         lines += ["What would help:", *(f"- {line}" for line in changes)]
     for line in lines:
@@ -75,6 +78,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         markdown_table(*comparison_rows(report)),
         f"All models are measured on the same inputs{_arithmetic(report)}. "
         "± is one standard error; for a change, that of the row-by-row differences.",
+        "\n\n".join(baseline_lines(report)),
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         bullets([*divergence_lines(report), *verdict_lines(report)]),
@@ -98,6 +102,17 @@ def _widths(quantize: dict[str, Any]) -> str:
     if quantize.get("layers") or quantize.get("budget"):
         return "by the layer plan in quantized/quantization.json"
     return f"to {quantize.get('bits')} bits in groups of {quantize.get('group_size')}"
+
+
+def baseline_lines(report: Report) -> list[str]:
+    """Says what always giving the most frequent answer would score, if that is a fifth or more."""
+    frequent = report.get("most_frequent") or {}
+    if not frequent.get("share", 0) >= MIN_SHARE:
+        return []
+    return [
+        "A model that always gives the most frequent reference answer is right in "
+        f"{shown_number(100 * frequent['share'], 1)}% of the {frequent['n']} held-out rows."
+    ]
 
 
 def divergence_lines(report: Report) -> list[str]:

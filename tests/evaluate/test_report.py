@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from finequant.evaluate.answers import most_frequent
 from finequant.evaluate.report.gate import gate, verdict_lines
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.evaluate.report.table import comparison_rows
@@ -269,6 +270,30 @@ def test_a_divergence_over_no_tokens_is_not_shown(report, capsys, tokens, lines)
     report["divergence"]["tokens"] = tokens
     print_table(report)
     assert capsys.readouterr().out.count("KL divergence") == lines
+
+
+@pytest.mark.parametrize(
+    ("references", "metrics", "expected"),
+    [
+        (["yes", "no", "yes ", "maybe", "yes", "no"], ["exact_match"], {"share": 0.5, "n": 6}),
+        (["yes", "no", "yes", "no"], ["f1", "multiple_choice"], {"share": 0.5, "n": 4}),
+        (["yes", "no", "yes", "no"], ["f1"], None),
+        (["a", "b", "c", "a"], ["exact_match"], None),  # no labels: almost all differ
+        ([], ["exact_match"], None),
+    ],
+)
+def test_a_model_that_always_answers_alike_is_scored(references, metrics, expected):
+    assert most_frequent(references, metrics) == expected
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.552, 1), (0.013, 0)])
+def test_the_report_says_what_always_answering_alike_scores(report, tmp_path, capsys, share, times):
+    report["most_frequent"] = {"share": share, "n": 500}
+    write_report(report, tmp_path)
+    print_table(report)
+    line = f"most frequent reference answer is right in {100 * share:.1f}% of the 500 held-out rows"
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").count(line) == times
+    assert capsys.readouterr().out.count(line) == times
 
 
 def test_samples_cannot_break_the_table(report, tmp_path):
