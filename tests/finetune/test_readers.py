@@ -285,6 +285,10 @@ def test_a_new_match_of_a_pattern_makes_training_stale(recipe_file):
 
 
 # file: (content, what the message says)
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 UNREADABLE = {
     "cut.jsonl.gz": (FILES["rows.jsonl.gz"][:-20], ["cut.jsonl.gz: cannot be read: ", "end"]),
     "plain.jsonl.gz": (LINES.encode(), ["plain.jsonl.gz: cannot be read: Not a gzipped file"]),
@@ -305,6 +309,9 @@ UNREADABLE = {
         b"PAR1\x15\x04\x15\x90\xff",
         ["table.json: a Parquet file, ", "let its name end in .parquet"],
     ),
+    "cloned.jsonl": (LFS_POINTER, ["cloned.jsonl: a Git LFS pointer", "`git lfs pull`"]),
+    "cloned.csv": (LFS_POINTER, ["cloned.csv: a Git LFS pointer", "`git lfs pull`"]),
+    "cloned.parquet": (LFS_POINTER, ["cloned.parquet: a Git LFS pointer", "`git lfs pull`"]),
     "ansi.csv": (
         "prompt;completion\r\nOù?;là\r\n".encode("cp1252"),
         ["ansi.csv:2: not UTF-8 text: save the file as UTF-8 (in Excel: CSV UTF-8)"],
