@@ -287,6 +287,7 @@ def _expectation(message: str) -> str:
         ("^Value error, ", ""),
         ("^Input should be", "expected"),
         ("^(String|List) should", "expected to"),
+        ("a valid boolean.*", "true or false"),
         (r"a valid dictionary( or instance of \w+)?", "a mapping of keys to values"),
     ):
         message = re.sub(theirs, ours, message)

@@ -100,14 +100,15 @@ def bytes_of(text: str, option: str) -> int:
     option: the option of the command line that gives it, for the error.
 
     Raises:
-        UserError: for a text that is no size.
+        UserError: for a text that is no size, or zero.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in UNITS:
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
         raise UserError(
             f"{option}: {text!r}: expected a number with MB, GB, MiB or GiB, such as 6GB"
         )
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
 
 
 def free_disk(folder: Path) -> int:

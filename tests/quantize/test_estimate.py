@@ -292,7 +292,7 @@ def test_sizes_are_parsed(text, size):
     assert bytes_of(text, "--gpu") == size
 
 
-@pytest.mark.parametrize("text", ["", "six", "6", "6XB", "GB", "-1GB"])
+@pytest.mark.parametrize("text", ["", "six", "6", "6XB", "GB", "-1GB", "0GB", "0"])
 def test_invalid_sizes_are_refused(text):
     with pytest.raises(UserError, match="--device-memory: .*: expected a number with"):
         bytes_of(text, "--device-memory")

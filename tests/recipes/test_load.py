@@ -97,7 +97,7 @@ WRONG = {
     "fraction for a count": ("lora: {rank: 1.5}", 6, "lora.rank", "valid integer (value 1.5)"),
     "bool for a number": ("lora: {rank: true}", 6, "lora.rank", "valid integer (value True)"),
     "number for a text": ("  system: 3", 6, "data.system", "valid string (value 3)"),
-    "no for a bool": ("  packing: no", 6, "data.packing", "valid boolean (value 'no')"),
+    "no for a bool": ("  packing: no", 6, "data.packing", "expected true or false (value 'no')"),
     "section without keys": ("lora:", 6, "lora", "a mapping of keys to values (value None)"),
     "list for a section": ("lora: [8]", 6, "lora", "a mapping of keys to values (value [8])"),
     "mapping for a text": ("  system: {a: b}", 6, "data.system", "string (value {'a': 'b'})"),
