@@ -47,7 +47,7 @@ def right_by(metrics: list[str]) -> str | None:
 
 
 def most_frequent(references: list[str], metrics: list[str]) -> dict[str, float | int] | None:
-    """Counts the rows that a model gets right which gives everyone the most frequent answer.
+    """Returns what a model would score that always gives the most frequent answer.
 
     The answer itself, which quotes the rows, is not returned.
 
