@@ -583,7 +583,9 @@ class Evaluate(Section):
         None,
         description="for multiple_choice: a list of answers, or `completions`: all in the data",
     )
-    limit: Positive | None = Field(None, description="use the first N held-out rows only")
+    limit: Positive | None = Field(
+        None, description="use this many held-out rows, chosen by the seed"
+    )
     max_new_tokens: Positive = Field(128, description="maximum tokens of an answer")
     batch_size: Positive = Field(16, description="sequences per forward pass")
     divergence_tokens: Positive = Field(

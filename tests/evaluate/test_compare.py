@@ -129,6 +129,31 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
     assert report_of(recipe_file)["models"]["base"]["tasks"]["held_out"]["exact_match"]["n"] == 4
 
 
+def test_a_limit_chooses_from_all_rows_of_a_sorted_test_file(recipe_file):
+    from finequant.evaluate.check import check_rows
+    from finequant.finetune.data.splits import load_splits
+    from finequant.recipes.load import load_recipe
+
+    rows = [
+        {"prompt": f"question {number}", "completion": f"class {number // 20}"}
+        for number in range(200)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (recipe_file.parent / "test.jsonl").write_text(lines, encoding="utf-8")
+
+    def chosen(limit: int, seed: int) -> list[int]:
+        recipe = load_recipe(recipe_file, [f"evaluate.limit={limit}", f"seed={seed}"])
+        held_out = check_rows(recipe, load_splits(recipe.data, recipe.seed))
+        return [int(row.messages[0]["content"].removeprefix("question ")) for row in held_out]
+
+    first = chosen(60, seed=0)
+    assert len(set(first)) == 60
+    assert first == sorted(first) == chosen(60, seed=0)
+    assert {number // 20 for number in first} == set(range(10))
+    assert first != chosen(60, seed=1)
+    assert chosen(200, seed=0) == chosen(999, seed=0) == list(range(200))
+
+
 @pytest.mark.parametrize("damage", ["edited", "truncated"])
 def test_a_measurement_that_changed_since_it_was_written_is_refused(finished, recipe_file, damage):
     from finequant.evaluate.compare import main as compare
