@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import accumulate, chain, islice
+from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,13 +44,17 @@ class Predictions(NamedTuple):
 def reference_sequences(
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]], tokens: int
 ) -> dict[str, list[ScoredSequence]]:
-    """Takes the first sequences of each corpus, in turn, until at least `tokens` are scored."""
+    """Takes sequences of each corpus, in turn, until at least `tokens` are scored.
+
+    The order is random, but the same in each call: rows of a test file may be sorted by class.
+    """
+    shuffled = {name: Random(0).sample(these, len(these)) for name, (these, _) in corpora.items()}
     chosen: dict[str, list[ScoredSequence]] = {name: [] for name in corpora}
     scored = 0
-    for number in range(max((len(sequences) for sequences, _ in corpora.values()), default=0)):
+    for number in range(max(map(len, shuffled.values()), default=0)):
         if scored >= tokens:
             break
-        for name, (sequences, _) in corpora.items():
+        for name, sequences in shuffled.items():
             for sequence in sequences[number : number + 1]:
                 chosen[name].append(sequence)
                 scored += sum(sequence.scored)

@@ -324,7 +324,7 @@ def test_predictions_are_in_the_order_of_the_sequences_whatever_their_lengths(ti
     assert together.losses["b"] == pytest.approx([*by_hand[1:], 0.0], abs=1e-4)
 
 
-def test_sequences_for_the_comparison_are_the_first_of_each_corpus():
+def test_sequences_for_the_comparison_are_from_all_parts_of_each_corpus():
     from finequant.evaluate.metrics.divergence import reference_sequences
     from finequant.evaluate.metrics.perplexity import ScoredSequence
 
@@ -332,6 +332,11 @@ def test_sequences_for_the_comparison_are_the_first_of_each_corpus():
     corpora = {"few": ([short], []), "many": ([long] * 5, []), "empty": ([], [])}
     assert reference_sequences(corpora, 20) == {"few": [short], "many": [long] * 2, "empty": []}
     assert reference_sequences(corpora, 10**6) == {"few": [short], "many": [long] * 5, "empty": []}
+    by_class = [ScoredSequence([number] * 2, [False, True]) for number in range(100)]
+    chosen = reference_sequences({"rows": (by_class, [])}, 30)["rows"]
+    assert chosen == reference_sequences({"rows": (by_class, [])}, 30)["rows"]
+    assert {sequence.ids[0] // 25 for sequence in chosen} == {0, 1, 2, 3}
+    assert len({sequence.ids[0] for sequence in chosen}) == 30
 
 
 def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
