@@ -245,7 +245,7 @@ def _instead(holder: Any, at: Location) -> str:
     if isinstance(holder, list):
         return f": {parent} is a list of {len(holder)}, whose first entry is {parent}.0"
     where = f": {parent} is {shown(holder)}"
-    if parent.startswith("data."):  # a source without its keys
+    if at[0] == "data" and at[1] in ("train", "validation", "test"):  # a source without its keys
         return f"{where}: write '{parent}={{source: {holder}, ...}}'"
     return where
 

@@ -348,6 +348,11 @@ def test_wrong_override_is_refused(write, override, says):
     assert says in refusal(path, override)
 
 
+def test_only_a_source_is_said_to_take_keys(write):
+    message = refusal(write(f"{RECIPE}  system: Be brief.\n"), "data.system.limit=5")
+    assert message.endswith("the recipe has no data.system.limit: data.system is 'Be brief.'")
+
+
 def test_defaults_then_file_then_command_line(write):
     path = write(f"{RECIPE}train: {{max_steps: 5, epochs: 2}}\n")
     recipe = load_recipe(path, ["train.max_steps=7", "train.max_steps=9", "lora.rank=4"])
