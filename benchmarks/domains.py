@@ -168,14 +168,17 @@ def _require(data: Path) -> None:
 def _paired(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """Formats the number of rows, right answers in %, and their difference in points, with its
     paired error."""
-    from finequant.evaluate.metrics.text_metrics import exact_match, paired_changes
+    from finequant.evaluate.metrics.text_metrics import paired_changes, score_answers
 
     references = [row["reference"] for row in rows]
     tuned, quantized = ([row["answers"][name] for row in rows] for name in ("tuned", "quantized"))
-    shares = [exact_match(answers, references)["value"] for answers in (tuned, quantized)]
-    change = paired_changes(tuned, quantized, references, ["exact_match"])["exact_match"]
+    metric = "exact_match"
+    scores = [
+        score_answers(answers, references, [metric])[metric] for answers in (tuned, quantized)
+    ]
+    change = paired_changes(tuned, quantized, references, [metric])[metric]
     points = f"{100 * change['value']:+.2f} ± {100 * change['stderr']:.2f}"
-    return str(len(rows)), *(f"{100 * share:.1f}" for share in shares), points
+    return str(len(rows)), *(f"{100 * score['value']:.1f}" for score in scores), points
 
 
 ENDINGS = {

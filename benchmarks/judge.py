@@ -16,7 +16,7 @@ import torch
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.inputs import prepare
 from finequant.evaluate.metrics.tasks import answer
-from finequant.evaluate.metrics.text_metrics import METRICS
+from finequant.evaluate.metrics.text_metrics import score_answers
 from finequant.evaluate.models import load_model
 from finequant.evaluate.report.table import markdown_table
 from finequant.finetune.architecture import parameter_count
@@ -148,7 +148,8 @@ class Judge:
         expected = self.answers[: len(texts)]
         references = self.material.references[: len(texts)]
         right, before = (
-            100 * METRICS[self.metric](given, references)["value"] for given in (texts, expected)
+            100 * score_answers(given, references, [self.metric])[self.metric]["value"]
+            for given in (texts, expected)
         )
         return [share(texts, expected), f"{right:.1f} ({before:.1f})"]
 

@@ -37,7 +37,8 @@ def changes(
     if not material.rows:
         return {}
     answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
-    return {HELD_OUT: paired_changes(*answers, material.references, recipe.evaluate.metrics)}
+    metrics = recipe.evaluate.metrics
+    return {HELD_OUT: paired_changes(*answers, material.references, metrics, material.groups)}
 
 
 def right_by(metrics: list[str]) -> str | None:
@@ -67,7 +68,7 @@ def predictions(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Collects every model's answers to the held-out rows, and which of them are right."""
-    from finequant.evaluate.metrics.text_metrics import METRICS
+    from finequant.evaluate.metrics.text_metrics import is_right
 
     metric = right_by(recipe.evaluate.metrics)
     answering = {name: model["answers"] for name, model in measured.items() if model["answers"]}
@@ -75,9 +76,7 @@ def predictions(
     for index, (row, reference) in enumerate(zip(material.rows, material.references, strict=True)):
         answers = {name: texts[index] for name, texts in answering.items()}
         right = {
-            name: METRICS[metric]([answer], [reference])["value"] == 1
-            for name, answer in answers.items()
-            if metric
+            name: is_right(metric, answer, reference) for name, answer in answers.items() if metric
         }
         prompt = row.messages[-2]["content"]
         rows.append({"prompt": prompt, "reference": reference, "answers": answers, "right": right})

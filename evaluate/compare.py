@@ -119,7 +119,8 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             logs, decode = predictions.logs, material.tokenizer.decode
             compared = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
             sequences = list(chain(*compared.values()))
-            measured[name]["divergence"] = divergence(tuned.logs, logs, tuned.rounding)
+            counts = [sum(sequence.scored) for sequence in sequences]
+            measured[name]["divergence"] = divergence(tuned.logs, logs, tuned.rounding, counts)
             measured[name]["passages"] = passages(tuned.logs, logs, sequences, decode)
         if is_first():
             memos[name].keep(measured[name])

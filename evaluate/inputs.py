@@ -33,6 +33,9 @@ class Material:
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]
     rows: list[Row]
     prompts: list[list[int]]
+    groups: list[int]
+    """A number for each row. Rows share it if their prompts are equal, or if they are answers of
+    the same conversation: their scores are not independent."""
     references: list[str]
     choices: list[str]
     probes: list[list[int]]
@@ -93,10 +96,20 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         corpora,
         asked,
         prompts,
+        _groups(asked, prompts),
         references,
         _choices(recipe, chain(splits.train, asked)),
         prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
     )
+
+
+def _groups(rows: list[Row], prompts: list[list[int]]) -> list[int]:
+    """Numbers the distinct first prompts of the conversations that the rows are from."""
+    first: dict[str, list[int]] = {}
+    number: dict[tuple[int, ...], int] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        first.setdefault(row.where, prompt)
+    return [number.setdefault(tuple(first[row.where]), len(number)) for row in rows]
 
 
 def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:

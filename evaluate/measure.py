@@ -65,7 +65,7 @@ def _held_out(
     evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     answers = answer(*asked, evaluate.max_new_tokens, evaluate.batch_size, f"{name}: answers")
-    scores = score_answers(answers, material.references, evaluate.metrics)
+    scores = score_answers(answers, material.references, evaluate.metrics, material.groups)
     if "multiple_choice" in evaluate.metrics:
         scores["multiple_choice"] = multiple_choice(
             *asked,
@@ -73,6 +73,7 @@ def _held_out(
             material.choices,
             evaluate.batch_size,
             f"{name}: multiple choice",
+            material.groups,
         )
     return answers, scores
 

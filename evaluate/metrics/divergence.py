@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import accumulate, chain, islice
 from random import Random
@@ -19,6 +19,7 @@ from finequant.evaluate.metrics.perplexity import (
     predicting_states,
     scored_lengths,
 )
+from finequant.evaluate.metrics.text_metrics import mean
 from finequant.recipes.terminal import tracked_batches
 
 if TYPE_CHECKING:
@@ -103,19 +104,24 @@ def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
 
 
 def divergence(
-    tuned: torch.Tensor, quantized: torch.Tensor, rounding: torch.Tensor
+    tuned: torch.Tensor,
+    quantized: torch.Tensor,
+    rounding: torch.Tensor,
+    counts: Sequence[int] | None = None,
 ) -> dict[str, object]:
     """Computes the mean KL(tuned || quantized) in nats, and how often their top tokens agree.
 
     tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens.
     rounding: the KL divergence [tokens] of the tuned model from itself with logits in the shipped
         dtype; its mean is the floor below which a KL divergence is meaningless.
+    counts: tokens of each sequence, whose errors are not independent; None: all tokens are.
     """
+    groups = [group for group, count in enumerate(counts or [1] * len(tuned)) for _ in range(count)]
     same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
     return {
-        "kl": _mean(kl(tuned, quantized)),
-        "floor": _mean(rounding),
-        "top1_agreement": _mean(same),
+        "kl": _mean(kl(tuned, quantized), groups),
+        "floor": _mean(rounding, groups),
+        "top1_agreement": _mean(same, groups),
         "tokens": len(tuned),
     }
 
@@ -158,8 +164,8 @@ def kl(exact: torch.Tensor, approximate: torch.Tensor) -> torch.Tensor:
     return torch.cat(sums)
 
 
-def _mean(values: torch.Tensor) -> dict[str, float | None]:
-    n = len(values)
-    if n < 2:
-        return {"value": values.mean().item() if n else None, "stderr": None}
-    return {"value": values.mean().item(), "stderr": (values.std() / n**0.5).item()}
+def _mean(values: torch.Tensor, groups: list[int]) -> dict[str, float | None]:
+    if not len(values):
+        return {"value": None, "stderr": None}
+    score = mean(values.tolist(), groups)
+    return {"value": score["value"], "stderr": score["stderr"]}

@@ -135,11 +135,13 @@ def _held_out(
         return [], {}
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     limit = recipe.evaluate.max_new_tokens
-    answers = [
-        greedy_answer(runtime, material.tokenizer, prompt, material.ends, limit)
-        for prompt in tracked(material.prompts, f"evaluate: {name}: answers", len(material.prompts))
-    ]
-    scores = score_answers(answers, material.references, recipe.evaluate.metrics)
+    distinct = dict.fromkeys(map(tuple, material.prompts))
+    texts = {
+        prompt: greedy_answer(runtime, material.tokenizer, list(prompt), material.ends, limit)
+        for prompt in tracked(distinct, f"evaluate: {name}: answers", len(distinct))
+    }
+    answers = [texts[tuple(prompt)] for prompt in material.prompts]
+    scores = score_answers(answers, material.references, recipe.evaluate.metrics, material.groups)
     return answers, {HELD_OUT: scores}
 
 

@@ -111,15 +111,19 @@ def answer(
 ) -> list[str]:
     """Answers prompts of token ids greedily; returns stripped texts without special tokens.
 
-    Stops at the end tokens of the generation configuration, as plain `generate` does.
+    Stops at the end tokens of the generation configuration, as plain `generate` does. Equal prompts
+    are answered once.
     """
-    batches = batches_by_length(dict(enumerate(map(len, prompts))), batch_size)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    batches = batches_by_length(dict(enumerate(map(len, distinct))), batch_size)
 
-    def compute(rows: list[int]) -> list[str]:
-        return _greedy(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)
+    def compute(batch: list[int]) -> list[str]:
+        asked = [list(distinct[index]) for index in batch]
+        return _greedy(model, tokenizer, asked, max_new_tokens)
 
-    answers = dict(zip(chain(*batches), in_batches(batches, compute, description), strict=True))
-    return [answers[row] for row in range(len(prompts))]
+    texts = dict(zip(chain(*batches), in_batches(batches, compute, description), strict=True))
+    answers = {prompt: texts[index] for index, prompt in enumerate(distinct)}
+    return [answers[tuple(prompt)] for prompt in prompts]
 
 
 def multiple_choice(
@@ -130,10 +134,13 @@ def multiple_choice(
     choices: list[str],
     batch_size: int,
     description: str,
+    groups: list[int] | None = None,
 ) -> Score:
     """Measures how often the reference is the most likely of `choices` after its prompt.
 
     Log-likelihoods are summed over a choice's tokens; ties go to the first choice.
+
+    groups: a number for each prompt, as for `text_metrics.mean`.
 
     Raises:
         UserError: for a reference that is not among the choices, or a choice without tokens.
@@ -151,7 +158,8 @@ def multiple_choice(
     logs = [likelihood.log for likelihood in likelihoods]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
     picks = [choices[row.index(max(row))] for row in rows]
-    return mean([pick == reference for pick, reference in zip(picks, references, strict=True)])
+    right = [float(pick == reference) for pick, reference in zip(picks, references, strict=True)]
+    return mean(right, groups)
 
 
 def continuations(

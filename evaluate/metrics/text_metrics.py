@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections import Counter
-from collections.abc import Callable
-from statistics import fmean, stdev
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache
+from statistics import fmean
 from typing import Any
 
 from finequant.recipes.errors import UserError
@@ -26,101 +27,140 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def score_answers(
-    answers: list[str], references: list[str], metrics: list[str]
+    answers: list[str],
+    references: list[str],
+    metrics: list[str],
+    groups: Sequence[int] | None = None,
 ) -> dict[str, Score]:
-    """Scores answers with each of `metrics` that is a key of METRICS: {metric: score}.
+    """Scores answers with each of `metrics` that is defined here: {metric: score}.
+
+    groups: a number for each row, as for `mean`.
 
     Raises:
         UserError: for json_match if a reference is not JSON.
     """
-    return {metric: METRICS[metric](answers, references) for metric in metrics if metric in METRICS}
+    if "json_match" in metrics:
+        _check_json(references)
+    scores = {}
+    for metric in metrics:
+        if metric in ROW_METRICS:
+            scores[metric] = mean(_by_row(metric, answers, references), groups)
+        elif metric in CORPUS_METRICS:
+            scores[metric] = CORPUS_METRICS[metric](answers, references)
+        elif metric == "tool_call_recall":
+            scores[metric] = tool_call_recall(answers, references, groups)
+    return scores
 
 
 def paired_changes(
-    before: list[str], after: list[str], references: list[str], metrics: list[str]
+    before: list[str],
+    after: list[str],
+    references: list[str],
+    metrics: list[str],
+    groups: Sequence[int] | None = None,
 ) -> dict[str, Score]:
     """Computes how much metrics change between two models' answers, row by row: {metric: score}.
 
     The standard error is that of the mean difference: rows that both models answer alike add
-    nothing to it. Metrics that are not means over rows of answers are left out.
+    nothing to it. Metrics that are not means over rows are left out.
+
+    groups: a number for each row, as for `mean`.
     """
-    rows = list(zip(before, after, references, strict=True))
-    return {
-        metric: mean(
-            [
-                METRICS[metric]([later], [reference])["value"]
-                - METRICS[metric]([earlier], [reference])["value"]
-                for earlier, later, reference in rows
-            ]
-        )
-        for metric in metrics
-        if metric in METRICS and metric not in (*OUT_OF_100, "tool_call_recall")
-    }
+    changes = {}
+    for metric in metrics:
+        if metric in ROW_METRICS:
+            scored = (_by_row(metric, answers, references) for answers in (before, after))
+            differences = [later - earlier for earlier, later in zip(*scored, strict=True)]
+            changes[metric] = mean(differences, groups)
+    return changes
 
 
-def exact_match(answers: list[str], references: list[str]) -> Score:
-    """Counts answers that equal the reference after stripping whitespace at both ends."""
-    return mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])
+def is_right(metric: str, answer: str, reference: str) -> bool:
+    """Says whether an answer has the full score of a metric in ROW_METRICS."""
+    return ROW_METRICS[metric](answer, reference) == 1
 
 
-def json_match(answers: list[str], references: list[str]) -> Score:
-    """Counts answers with equal JSON values: key order, whitespace, and 1 or 1.0 do not matter."""
-    expected = [canonical_json(reference) for reference in references]
-    if None in expected:
-        row = expected.index(None)
-        raise UserError(
-            f"held-out row {row + 1}: the reference is not JSON: {references[row][:80]!r}\n"
-            "json_match needs JSON in every row; correct it or remove json_match from "
-            "evaluate.metrics."
-        )
-    pairs = zip(answers, expected, strict=True)
-    return mean([canonical_json(answer) == value for answer, value in pairs])
+def _by_row(metric: str, answers: list[str], references: list[str]) -> list[float]:
+    return [float(ROW_METRICS[metric](a, r)) for a, r in zip(answers, references, strict=True)]
 
 
-def number_match(answers: list[str], references: list[str]) -> Score:
-    """Counts answers whose last number equals the reference's, as a solution ends in its result:
-    1,000 and 1000.0 are equal. If the reference has no number, the answer must have none either."""
-    pairs = zip(answers, references, strict=True)
-    return mean([_last_number(a) == _last_number(r) for a, r in pairs])
+def _check_json(references: list[str]) -> None:
+    for row, reference in enumerate(references, 1):
+        if canonical_json(reference) is None:
+            raise UserError(
+                f"held-out row {row}: the reference is not JSON: {reference[:80]!r}\n"
+                "json_match needs JSON in every row; correct it or remove json_match from "
+                "evaluate.metrics."
+            )
 
 
-def tool_call_match(answers: list[str], references: list[str]) -> Score:
-    """Counts answers that make exactly the reference's calls, in any order: same names, and equal
-    arguments. If the reference makes no call, the answer must make none either."""
-    pairs = zip(answers, references, strict=True)
-    return mean([Counter(calls_in(a)) == Counter(calls_in(r)) for a, r in pairs])
+def exact_match(answer: str, reference: str) -> bool:
+    """Says whether an answer equals the reference after stripping whitespace at both ends."""
+    return answer.strip() == reference.strip()
 
 
-def tool_call_recall(answers: list[str], references: list[str]) -> Score:
-    """Computes the share of the references' calls that the answers make; there is at least one."""
-    made: list[bool] = []
-    for answer, reference in zip(answers, references, strict=True):
-        unmatched = Counter(calls_in(answer))
-        for call in calls_in(reference):
-            made.append(unmatched[call] > 0)
-            unmatched[call] -= 1
-    return mean(made)
+def json_match(answer: str, reference: str) -> bool:
+    """Says whether JSON values are equal: key order, whitespace, and 1 or 1.0 do not matter."""
+    return canonical_json(answer) == canonical_json(reference)
 
 
-def f1(answers: list[str], references: list[str]) -> Score:
+def number_match(answer: str, reference: str) -> bool:
+    """Says whether an answer's last number equals the reference's, as a solution ends in its
+    result: 1,000 and 1000.0 are equal. If the reference has no number, the answer must have none
+    either."""
+    return _last_number(answer) == _last_number(reference)
+
+
+def tool_call_match(answer: str, reference: str) -> bool:
+    """Says whether an answer makes exactly the reference's calls, in any order: same names, and
+    equal arguments. If the reference makes no call, the answer must make none either."""
+    return Counter(calls_in(answer)) == Counter(calls_in(reference))
+
+
+def f1(answer: str, reference: str) -> float:
     """Computes the token F1 of SQuAD's evaluation script (version 2: two empty texts agree)."""
-
-    def score(answer: str, reference: str) -> float:
-        ours, theirs = _squad_tokens(answer), _squad_tokens(reference)
-        if not ours or not theirs:
-            return ours == theirs
-        return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
-
-    return mean([score(a, r) for a, r in zip(answers, references, strict=True)])
+    ours, theirs = _squad_tokens(answer), _squad_tokens(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
 
 
-def rouge(answers: list[str], references: list[str]) -> Score:
+def rouge(answer: str, reference: str) -> float:
     """Computes ROUGE-L F1 without stemming. rouge_score ignores all but a-z and 0-9."""
+    return _rouge_scorer().score(reference, answer)["rougeL"].fmeasure
+
+
+@cache
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(answers, references, strict=True)
-    return mean([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs])
+    return RougeScorer(["rougeL"])
+
+
+ROW_METRICS: dict[str, Callable[[str, str], float]] = {
+    metric.__name__: metric
+    for metric in (exact_match, json_match, number_match, f1, tool_call_match, rouge)
+}
+"""Metrics that are means over rows: each scores an answer against its reference."""
+
+
+def tool_call_recall(
+    answers: list[str], references: list[str], groups: Sequence[int] | None = None
+) -> Score:
+    """Computes the share of the references' calls that the answers make; there is at least one.
+
+    groups: a number for each row, as for `mean`; calls of the same row share it.
+    """
+    groups = groups or range(len(references))
+    made: list[float] = []
+    group_of_call: list[int] = []
+    for answer, reference, group in zip(answers, references, groups, strict=True):
+        unmatched = Counter(calls_in(answer))
+        for call in calls_in(reference):
+            made.append(float(unmatched[call] > 0))
+            group_of_call.append(group)
+            unmatched[call] -= 1
+    return mean(made, group_of_call)
 
 
 def bleu(answers: list[str], references: list[str]) -> Score:
@@ -137,30 +177,29 @@ def chrf(answers: list[str], references: list[str]) -> Score:
     return _sacrebleu(CHRF(), answers, references)
 
 
-METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {
-    metric.__name__: metric
-    for metric in (
-        exact_match,
-        json_match,
-        number_match,
-        f1,
-        tool_call_match,
-        tool_call_recall,
-        rouge,
-        bleu,
-        chrf,
-    )
-}
+CORPUS_METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {"bleu": bleu, "chrf": chrf}
 
 
-def mean(values: list[float]) -> Score:
-    """Computes the mean and its standard error, the sample standard deviation / sqrt(n)."""
-    n = len(values)
-    return {"value": fmean(values), "stderr": stdev(values) / n**0.5 if n > 1 else None, "n": n}
+def mean(values: Sequence[float], groups: Sequence[int] | None = None) -> Score:
+    """Computes the mean and its standard error, clustered as in arXiv:2411.00640.
+
+    groups: a number for each value. Values with the same number, such as the scores of an answer
+        against three references, are not independent of each other. None: all values are, and the
+        error is the sample standard deviation / sqrt(n).
+    """
+    n, average = len(values), fmean(values)
+    sums: dict[int, float] = defaultdict(float)
+    for value, group in zip(values, groups or range(n), strict=True):
+        sums[group] += value - average
+    stderr = None
+    if len(sums) > 1:
+        stderr = (len(sums) / (len(sums) - 1) * sum(total**2 for total in sums.values())) ** 0.5 / n
+    return {"value": average, "stderr": stderr, "n": n}
 
 
 def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
-    """Computes a corpus score; the standard error is from sacrebleu's seeded bootstrap (1,000)."""
+    """Computes a corpus score; the standard error is from sacrebleu's seeded bootstrap (1,000),
+    which takes all rows to be independent."""
     n = len(answers)
     score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
     # _ci is half the width of the 95% interval: 1.96 standard errors of a normal distribution.

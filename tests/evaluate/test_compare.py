@@ -271,6 +271,11 @@ def test_divergence_equals_a_calculation_by_hand():
     assert found["kl"]["value"] == pytest.approx(by_hand / 2)
     assert found["top1_agreement"]["value"] == 0.5
     assert found["floor"]["value"] == 0.5
+    # Two equal tokens of a sequence are no more certain than one.
+    twice = (logs.repeat_interleave(2, dim=0) for logs in (tuned, quantized))
+    repeated = divergence(*twice, torch.tensor([0.25, 0.25, 0.75, 0.75]), [2, 2])
+    assert repeated["tokens"] == 4
+    assert repeated["kl"] == pytest.approx(found["kl"])
 
 
 def test_divergence_is_of_float32_logits_beside_the_rounding_of_shipped_ones(tiny_base):

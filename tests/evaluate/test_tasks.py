@@ -20,7 +20,7 @@ from finequant.evaluate.metrics.tasks import (
     lm_eval_tasks,
     multiple_choice,
 )
-from finequant.evaluate.metrics.text_metrics import paired_changes, score_answers
+from finequant.evaluate.metrics.text_metrics import mean, paired_changes, score_answers
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import answer_text, encode_prompt
 from finequant.recipes.errors import UserError
@@ -82,6 +82,19 @@ def test_batched_answers_equal_single_ones_in_order(model, tokenizer, prompts):
     assert answer(model, tokenizer, [], 12, 2, "answers") == []
 
 
+def test_equal_prompts_are_answered_once(model, tokenizer, prompts, monkeypatch):
+    expected, asked = answer(model, tokenizer, prompts, 4, 2, "answers"), []
+
+    def generate(*, input_ids, **settings):
+        asked.append(len(input_ids))
+        return type(model).generate(model, input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", generate)
+    found = answer(model, tokenizer, prompts + prompts[::-1], 4, 2, "answers")
+    assert found == expected + expected[::-1]
+    assert sum(asked) == len(prompts)
+
+
 def test_answers_stop_before_either_end_token(model, tokenizer, prompts):
     """An end token that is not special is no part of the answer, either."""
     whole = answer(model, tokenizer, prompts[:1], 6, 1, "answers")[0]
@@ -107,6 +120,26 @@ def test_exact_match_and_its_standard_error():
     expected = {"value": 0.5, "stderr": pytest.approx(math.sqrt(1 / 12)), "n": 4}
     assert score == {"exact_match": expected}
     assert score_answers(["a"], ["a"], ["exact_match"])["exact_match"]["stderr"] is None
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "f1", "rouge", "tool_call_recall"])
+def test_repeating_rows_makes_no_score_more_certain(metric):
+    """So the error of scores against several references is that of so many distinct prompts."""
+    call = '{{"name": "{}", "arguments": {{}}}}'.format
+    answers, references = [call("a"), call("b"), call("x"), ""], [*map(call, "abcd")]
+    once = score_answers(answers, references, [metric])[metric]
+    assert once["stderr"] > 0
+    thrice = (answers * 3, references * 3, [metric])
+    grouped = score_answers(*thrice, groups=[0, 1, 2, 3] * 3)[metric]
+    assert grouped == {"value": once["value"], "stderr": pytest.approx(once["stderr"]), "n": 12}
+    assert score_answers(*thrice)[metric]["stderr"] < 0.6 * once["stderr"]
+    assert score_answers(*thrice, groups=[0] * 12)[metric]["stderr"] is None
+
+
+def test_errors_of_groups_of_different_sizes_equal_those_of_statsmodels():
+    """statsmodels 0.15: OLS(values, ones).fit(cov_type="cluster", cov_kwds={"groups": groups})."""
+    values, groups = [1, 0, 0, 1, 1, 0.5], [5, 5, 3, 3, 3, 9]
+    assert mean(values, groups)["stderr"] == pytest.approx(0.06364688465216443)
 
 
 def test_f1_normalizes_as_squad_does():
@@ -202,6 +235,10 @@ def test_changes_are_paired_by_row():
     assert list(found) == ["exact_match", "f1"]  # bleu is not a mean over rows
     # 0, -1, +1, -1: their mean, and their sample standard deviation over the square root of 4
     assert found["exact_match"] == {"value": -0.25, "stderr": pytest.approx(0.478714), "n": 4}
+    grouped = paired_changes(
+        before * 2, after * 2, references * 2, ["exact_match"], [0, 1, 2, 3] * 2
+    )
+    assert grouped["exact_match"]["stderr"] == pytest.approx(0.478714)
     same = paired_changes(before, before, references, ["exact_match"])["exact_match"]
     assert same == {"value": 0, "stderr": 0, "n": 4}
 

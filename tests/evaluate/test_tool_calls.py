@@ -73,12 +73,13 @@ TEMPLATE = (
 )
 
 
-def prepared(recipe_file, call: str):
+def prepared(recipe_file, call: str, conversations=(TURNS,)):
     from finequant.evaluate.inputs import prepare
     from finequant.finetune.model import load_tokenizer
 
     rows = [{"prompt": "open", "completion": "done"}, {"prompt": "shut", "completion": "done"}]
-    (recipe_file.parent / "test.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
+    test = "".join(json.dumps({"messages": turns}) + "\n" for turns in conversations)
+    (recipe_file.parent / "test.jsonl").write_text(test)
     (recipe_file.parent / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (recipe_file.parent / "t.jinja").write_text(TEMPLATE.replace("CALL", call))
     recipe = load_recipe(recipe_file, ["model.chat_template=t.jinja"])
@@ -93,6 +94,15 @@ def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
     call = '{"name": "lamp", "arguments": {"room": "blue"}}'
     assert material.references == [f"<call>{call}</call>", "lit"]
     assert calls_in(material.references[0]) == calls_in(call)
+
+
+def test_answers_of_a_conversation_or_to_the_same_prompt_share_a_group(recipe_file):
+    prompt = [{"role": "user", "content": "dim"}]
+    rows = [TURNS, *([*prompt, TURNS[3] | {"content": text}] for text in ("a", "b")), TURNS[:2]]
+    rows.append([TURNS[0] | {"content": "dark"}, TURNS[3]])
+    template = "<call>{{ call.function | tojson }}</call>"
+    material = prepared(recipe_file, template, rows)
+    assert material.groups == [0, 0, 1, 1, 0, 2]
 
 
 @pytest.mark.parametrize("metric", ["tool_call_match", "tool_call_recall"])
