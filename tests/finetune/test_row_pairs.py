@@ -11,7 +11,7 @@ import pytest
 from finequant.finetune.data.columns import joined
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.row import Row
-from finequant.finetune.data.rows import RowReader
+from finequant.finetune.data.rows import SYSTEMS, RowReader
 from finequant.recipes.schema import Data, Source
 
 TOOL = {"name": "look_up", "parameters": {"type": "object"}}
@@ -279,6 +279,8 @@ def test_a_rows_own_system_message_is_read_in_every_layout(column):
         assert read_row.messages[0] == {"role": "system", "content": "Be brief."}
         assert not reader.findings.unread
         assert read({**row, column: None}, **columns)[0].messages[0]["role"] == "user"
+        read_row, _ = read({**dict.fromkeys(SYSTEMS), **row, column: "Be brief."}, **columns)
+        assert read_row.messages[0]["content"] == "Be brief."
     row, _ = read({"a": "Who?", column: "Be brief."}, prompt="a", completion=column)
     assert [turn["role"] for turn in row.messages] == ["user", "assistant"]
 

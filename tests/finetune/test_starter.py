@@ -388,6 +388,32 @@ def test_columns_that_may_belong_to_a_question_are_asked_for(tmp_path, kind):
         assert load_splits(load_recipe(target, ["data.bad_rows=drop"]).data, 0).train
 
 
+def test_a_sorted_file_is_seen_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(starter, "ROWS", 80)
+    half = range(100)
+    late = {
+        "classes": [
+            {"text": words(n, "t"), "label": kind, "label_text": ["bad", "good"][kind]}
+            for kind in (0, 1)
+            for n in half
+        ],
+        "calls": [*({"messages": chat(n)} for n in half)]
+        + [{"messages": [chat(n)[0], CALL]} for n in half],
+        "lengths": [{"question": words(n, "q"), "answer": "word " * n} for n in range(1, 200)],
+        "numbers": [{"question": words(n, "q"), "answer": f"{n}"} for n in half]
+        + [{"question": words(n, "q"), "answer": f"many {words(n, 'a')}"} for n in half],
+    }
+    recipes = {}
+    for kind, rows in late.items():
+        file = write_jsonl(tmp_path / f"{kind}.jsonl", rows)
+        write_recipe(file, None, None, None, tmp_path / f"{kind}.yaml")
+        recipes[kind] = load_recipe(tmp_path / f"{kind}.yaml")
+    assert recipes["classes"].data.train[0].columns["completion"] == "label_text"
+    assert recipes["calls"].evaluate.metrics == ["tool_call_match"]
+    assert recipes["lengths"].evaluate.max_new_tokens > 400
+    assert recipes["numbers"].evaluate.metrics != ["number_match"]
+
+
 def test_an_answer_that_the_first_row_lacks_is_found(tmp_path):
     rows = [
         {"key": f"k{n}", "question": words(n, "q"), "answers": {"text": ["a", "b"][: n % 2]}}
@@ -750,11 +776,20 @@ def test_the_test_rows_of_a_folder_with_several_splits_are_its_test_split(tmp_pa
 
 @pytest.mark.parametrize(
     ("column", "system"),
-    [("meta.topic_name", "Name the topic name of the text."), ("kinds[0].topic", None)],
+    [
+        ("meta.topic_name", "Name the topic name of the text."),
+        ("kinds[0].topic", None),
+        ("label_text", "Name the label of the text."),
+    ],
 )
 def test_the_system_message_names_the_label_by_a_word(tmp_path, column, system):
     rows = [
-        {"text": f"{n}", "meta": {"topic_name": "ab"[n % 2]}, "kinds": [{"topic": "ab"[n % 2]}]}
+        {
+            "text": f"{n}",
+            "meta": {"topic_name": (topic := "ab"[n % 2])},
+            "kinds": [{"topic": topic}],
+            "label_text": topic,
+        }
         for n in range(40)
     ]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
