@@ -17,6 +17,7 @@ from finequant.finetune.data.guess_columns import (
     SHORT,
     cells,
     columns_of_pair,
+    filled,
     is_label,
     is_prose,
     left_out,
@@ -180,7 +181,8 @@ def _refuse_left_out(
     order = list(dict.fromkeys(name for row in rows for name in row))
     every = sorted([*asked, *left], key=lambda path: order.index(top_of(rows, path)))
     every.sort(key=lambda path: any(word in path.lower() for word in CHOICES))  # those come last
-    every = [f"{path}:lines" if _is_list_of_texts(rows[0].get(path)) else path for path in every]
+    first = filled(rows)
+    every = [f"{path}:lines" if _is_list_of_texts(first.get(path)) else path for path in every]
     fewest, most = (_options("prompt", names) for names in (asked, every))
     raise UserError(
         f"{data}: prompt {columns_of(asked)} and completion {answer} leave out "
@@ -293,7 +295,7 @@ def _task_of(
     rows: Sequence[dict[str, Any]], answers: list[str], name: str, prompt: str = ""
 ) -> Task:
     """Guesses the task from the answers and the columns of answer and question."""
-    if {"tools", "functions"} & rows[0].keys() and any(map(calls_of, answers)):
+    if {"tools", "functions"} & filled(rows).keys() and any(map(calls_of, answers)):
         return "tools"
     if all(answer.lstrip().startswith(("{", "[")) for answer in answers):
         return "extract"

@@ -94,7 +94,7 @@ def with_names(rows: Sequence[dict[str, str]], columns: dict[str, str]) -> dict[
     numbers = _column(rows, columns["completion"])
     if not all(number.isdecimal() for number in numbers):
         return columns
-    others = {n: _column(rows, n) for n in rows[0] if n not in columns.values()}
+    others = {n: _column(rows, n) for n in filled(rows) if n not in columns.values()}
     for name, texts in others.items():
         pairs = set(zip(numbers, texts, strict=True))
         is_names = is_label(texts) and not any(map(str.isdecimal, texts))
@@ -111,7 +111,7 @@ def right_choice(rows: Sequence[dict[str, Any]]) -> str | None:
             return all(isinstance(value_of(row, path, ""), str) for row in rows)
         return False
 
-    first = rows[0]
+    first = filled(rows)
     numbers = [name for name in first if any(word in name.lower() for word in NUMBERS)]
     lists = [name for name, value in first.items() if isinstance(value, list)]
     paths = [f"{choices}[{number}]" for choices in lists for number in numbers]
@@ -154,9 +154,9 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
     """Lists the columns, fields of columns, and entries of lists that `columns` does not read."""
     mapped, paths = mapped_columns(columns), mapped_paths(columns)
     whole = {*map(_as_items, paths)}
-    fields = [path for path, _ in _texts(rows[0]) if path not in rows[0]]
-    unread = []
-    for name in rows[0]:
+    first, unread = filled(rows), []
+    fields = [path for path, _ in _texts(first) if path not in first]
+    for name in first:
         inside = [path for path in fields if top_of(rows, path) == name]
         if name in BESIDE:
             continue
@@ -171,6 +171,15 @@ def _further(rows: Sequence[dict[str, Any]], paths: list[str]) -> list[str]:
     """Lists the lists of whose entries these paths read only the first, although there are more."""
     lists = dict.fromkeys(path.partition("[0]")[0] for path in paths if "[0]" in path)
     return [name for name in lists if max(_lengths(rows, name), default=0) > 1]
+
+
+def filled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a row that has every column, each with the first value that is not empty."""
+    first: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            first[name] = first.get(name) or value
+    return first
 
 
 def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
@@ -266,7 +275,7 @@ def _only(names: Iterable[str]) -> str | None:
 
 def _text_and_label(rows: Sequence[dict[str, str]]) -> tuple[str, str] | tuple[None, None]:
     """Finds the column with the longest texts, and the only other one with few different values."""
-    length = {name: fmean(map(len, _column(rows, name))) for name in rows[0]}
+    length = {name: fmean(map(len, _column(rows, name))) for name in filled(rows)}
     question = max(length, key=length.__getitem__, default="")
     labels = [name for name in length if is_label(_column(rows, name))]
     return (question, labels[0]) if len(labels) == 1 and labels != [question] else (None, None)

@@ -414,6 +414,19 @@ def test_a_sorted_file_is_seen_as_a_whole(tmp_path, monkeypatch):
     assert recipes["numbers"].evaluate.metrics != ["number_match"]
 
 
+def test_columns_that_the_first_row_lacks_are_named(tmp_path):
+    rows: list[dict[str, Any]] = unlike("question", "answer")
+    for n, row in enumerate(rows[1:]):
+        row |= {"source": "ab"[n % 2], "note": {"kind": "ab"[n % 2]}}
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.unread == ["source", "note"]
+    for n, row in enumerate(rows[1:]):
+        row["choices"] = [words(n, "b"), words(n, "c")]
+    with pytest.raises(UserError, match="--prompt choices:lines"):
+        write_recipe(write_jsonl(file, rows), None, None, None, tmp_path / "other.yaml")
+
+
 def test_an_answer_that_the_first_row_lacks_is_found(tmp_path):
     rows = [
         {"key": f"k{n}", "question": words(n, "q"), "answers": {"text": ["a", "b"][: n % 2]}}
