@@ -12,7 +12,8 @@ import torch
 
 from finequant.finetune.architecture import head_dim, parameter_count
 from finequant.finetune.gguf_base import is_dequantized
-from finequant.quantize.scheme import layer_plan, shipped_dtype
+from finequant.quantize.formats.packing import packed_width
+from finequant.quantize.scheme import Plan, layer_plan, shipped_dtype
 from finequant.quantize.size.evaluating import evaluation_memory
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.plan import model_size
@@ -20,6 +21,7 @@ from finequant.quantize.size.quantizing import aware_memory, quantize_memory
 from finequant.quantize.size.terms import MB, Lengths, Memory, longest, trainable
 from finequant.quantize.size.training import optimizer_bytes, training_memory
 from finequant.recipes.schema import Model, Recipe
+from finequant.recipes.stages import STAGES
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
@@ -46,19 +48,33 @@ def memory_of(
 
 
 def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
-    """Computes the bytes that a stage needs in the run directory, temporary files included."""
+    """Computes the bytes that a stage, or an export, needs in the run directory, temporary files
+    included."""
     adapter, dtype = trainable(recipe.lora, config), shipped_dtype(recipe.quantize, config)
     each = adapter * (4 + optimizer_bytes(recipe.train.optimizer))
     checkpoints = each * (recipe.train.save_total_limit + 1)
     if stage == "train":
         return 4 * adapter + checkpoints
-    size = model_size(layer_plan(recipe.quantize, config), config, dtype).disk
+    plan = layer_plan(recipe.quantize, config)
+    size = model_size(plan, config, dtype).disk
     if stage == "qat":  # its starting codes and the trained ones
         return 2 * size + checkpoints
     if stage == "quantize":
         merged = parameter_count(config) * dtype.itemsize if recipe.quantize.keep_merged else 0
         return size + merged
+    if stage not in STAGES:
+        return model_size(_exported(plan), config, dtype).packed
     return 50 * MB
+
+
+def _exported(plan: Plan) -> Plan:
+    """Returns a plan as large as any format stores this one: codes of 4 or 8 bits, and four bytes a
+    group of 32, MLX's scale and bias, or two of ONNX's smallest blocks."""
+    wide = {"group_size": 32, "scale_dtype": torch.float32}
+    return {
+        name: scheme and scheme._replace(bits=packed_width(scheme.bits), **wide)
+        for name, scheme in plan.items()
+    }
 
 
 def dequantized_bytes(model: Model, config: DecoderConfig) -> int:

@@ -41,14 +41,14 @@ def show_resources(
     show(f"\nparameters: {parameter_count(config):,}: {parts}")
     adapter = trainable(recipe.lora, config)
     show(f"trainable: {adapter:,}, {100 * adapter / parameter_count(config):.2f}%")
-    stages = [stage for stage in stages_of(recipe) if stage in STAGES]
+    stages = stages_of(recipe)
     for machine in filter(None, (this_machine(), gpu)):
         each = f"each of {machine.gpus} x " if machine.gpus > 1 else ""
         show(
             f"\npeak memory on {each}{machine.name}, which has {_shown(machine.memory)}, for rows "
             f"of {recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
         )
-        for stage in stages:
+        for stage in (stage for stage in stages if stage in STAGES):
             attempt = _Attempt(stage, recipe, config, machine, None)
             fits = "" if attempt.fits else f" does not fit: {attempt.hint()}:"
             parts = ", ".join(f"{name} {_shown(size)}" for name, size in attempt.memory.items())
@@ -87,13 +87,14 @@ def refuse_what_cannot_finish(
 ) -> None:
     """Refuses, before the first of these stages starts, what this machine cannot finish.
 
+    stages: those to come, exports included; the memory of exports is not estimated.
     lengths: of the recipe's rows; default: the longest that the recipe allows.
 
     Raises:
         UserError: if one of them takes more memory than there is, or all of them more disk.
     """
     config, problems = load_config(recipe.model), []
-    for stage in stages:
+    for stage in (stage for stage in stages if stage in STAGES):
         attempt = _Attempt(stage, recipe, config, machine, lengths)
         if not attempt.fits:
             problems.append(_too_much(attempt))

@@ -38,11 +38,9 @@ def refuse_early(
     if not force:
         from finequant.quantize.size.machine import this_machine
         from finequant.quantize.size.resources import refuse_what_cannot_finish
-        from finequant.recipes.stages import STAGES
 
-        large = [stage for stage in stages if stage in STAGES]
         machine = this_machine()._replace(sharded=_sharding(launch) is not None)
-        refuse_what_cannot_finish(recipe, directory, large, machine, lengths)
+        refuse_what_cannot_finish(recipe, directory, stages, machine, lengths)
 
 
 def preflight(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -363,6 +364,21 @@ def test_too_little_disk_is_refused(recipe_file, monkeypatch):
     recipe = load_recipe(recipe_file)
     with pytest.raises(UserError, match="disk: .* needs .*; 0.0 MB is free"):
         refuse_what_cannot_finish(recipe, RunDir.of(recipe), ["quantize"], SMALL)
+
+
+def test_disk_includes_the_exports(plan, recipe_file, monkeypatch):
+    exports = "quantize.exports=[gguf, mlx]"
+    shown = [plan(LLAMA_3_70B, *more) for more in ([], [exports])]
+    plain, whole = (float(re.search(r"disk: ([0-9.]+) GB", text)[1]) for text in shown)
+    # 70.6 billion weights: 4.5 bits each in GGUF, 5 in MLX, 16 in the embedding
+    assert 82 < whole - plain < 92
+
+    recipe, stages = load_recipe(recipe_file), ["train", "quantize", "evaluate"]
+    config = load_base(recipe.model, torch.float32).config
+    needed = sum(disk_of(stage, recipe, config) for stage in stages)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    refuse_what_cannot_finish(recipe, RunDir.of(recipe), stages, SMALL)
+    assert "this run cannot finish here" in refused(main, ["run", str(recipe_file), exports])
 
 
 def test_disk_includes_the_cache_of_a_gguf_base_until_it_exists(recipe_file, monkeypatch, capsys):
