@@ -37,7 +37,7 @@ def card_text(
     sections = [
         f"---\n{metadata(recipe, report, license, kind)}\n---",
         f"# {name}",
-        "**Built with Llama**" if license.is_llama else "",
+        f"**{license.line}**" if license.line else "",
         recipe.publish.description or "",
         _introduction(recipe, report, kind),
         _overruled(report) if kind == QUANTIZED else "",

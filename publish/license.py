@@ -14,8 +14,24 @@ from finequant.recipes.schema import Model, Recipe
 DOCUMENTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """Prefixes of the files that are published along with a model."""
 
-# Section 1.b of the Llama 3 to 4 community licenses quotes what the NOTICE file must say.
+# Section 1.b of the Llama 2 to 4 community licenses quotes what the NOTICE file must say.
 NOTICE = re.compile(r"[\"“]([^\"“”]*?is licensed under[^\"“”]*?Rights\s+Reserved\.?)[\"”]")
+
+
+class Demand(NamedTuple):
+    """What section 1.b.i of a Llama license demands of a model that is made from a Llama."""
+
+    line: str
+    """The line that the model's page must show prominently; "" if none."""
+    start: str
+    """The beginning of the model's name; "" for any."""
+
+
+DEMANDS = {
+    "llama2": Demand("", ""),
+    "llama3": Demand("Built with Meta Llama 3", "Llama-3"),
+}
+SINCE_LLAMA_3_1 = Demand("Built with Llama", "Llama")
 
 
 class License(NamedTuple):
@@ -25,7 +41,8 @@ class License(NamedTuple):
     """The license as the Hub names it: apache-2.0, llama3.2, other."""
     name: str | None
     link: str | None
-    is_llama: bool
+    line: str
+    """What the model's page must show prominently; "" if nothing."""
     documents: dict[str, bytes]
     """Files to publish along with the model: name -> content."""
 
@@ -35,7 +52,7 @@ def license_of(recipe: Recipe) -> License:
 
     Raises:
         UserError: if it is unknown, the recipe names another one, a Llama's license files are
-            missing, or the name of a model made from a Llama does not begin with "Llama".
+            missing, or the name of a model made from a Llama does not begin as it must.
     """
     publish, folder = recipe.publish, _base_folder(recipe.model)
     metadata = license_on_card(folder) if folder else base_license(recipe.model)
@@ -54,7 +71,8 @@ def license_of(recipe: Recipe) -> License:
     name, link = (
         getattr(publish, key) or metadata.get(key) for key in ("license_name", "license_link")
     )
-    is_llama = (name if license == "other" and name else license).startswith("llama")
+    kind = name if license == "other" and name else license
+    is_llama, line = kind.startswith("llama"), ""
     if _comes_from_meta(recipe, folder) and not is_llama:
         raise UserError(
             f"publish.license: {license}, but the base is by meta-llama: give the license that its "
@@ -63,9 +81,19 @@ def license_of(recipe: Recipe) -> License:
     where = Path(publish.license_folder) if publish.license_folder else folder
     documents = _documents(where)
     if is_llama:
-        _check_name(publish.repo_id)
+        line, start = DEMANDS.get(kind, SINCE_LLAMA_3_1)
+        _check_name(publish.repo_id, start)
         documents = _with_notice(documents, license, where)
-    return License(license, name, link, is_llama, documents)
+    return License(license, name, link, line, documents)
+
+
+def likely_start(base: str) -> str:
+    """Guesses, from the name of the base, how the name of a model made from it must begin."""
+    name = base.removeprefix("Meta-")
+    if not name.startswith("Llama"):
+        return ""
+    generation = re.match(r"Llama-?(\d)(?![.\d])", name)
+    return DEMANDS.get(f"llama{generation and generation[1]}", SINCE_LLAMA_3_1).start
 
 
 def _base_folder(model: Model) -> Path | None:
@@ -142,10 +170,11 @@ def _with_notice(
     return documents
 
 
-def _check_name(repo_id: str | None) -> None:
+def _check_name(repo_id: str | None, start: str) -> None:
     name = (repo_id or "/").split("/")[1]
-    if name and not name.startswith("Llama"):
+    if name and not re.sub("[-_.]", "", name).startswith(start.replace("-", "")):
         raise UserError(
             f"publish.repo_id: {repo_id}: the base's license demands that the name of every model "
-            f"made from it begins with Llama: such as {repo_id.split('/')[0]}/Llama-{name}"
+            f"made from it begins with {start.replace('-', ' ')}: such as "
+            f"{repo_id.split('/')[0]}/{start}-{name.removeprefix('Llama-')}"
         )

@@ -152,9 +152,11 @@ def _run_stage(module: str, arguments: list[str], position: str) -> None:
 
 def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     """Names the commands that may follow a run; a model that failed its gate is not shipped."""
-    base = Path(recipe.publish.base_model or recipe.model.base).name.removeprefix("Meta-")
-    mark = "Llama-" if base.startswith("Llama") else ""  # Meta's license wants it in front
-    repo = recipe.publish.repo_id or f"YOUR-NAME/{mark}{recipe.name.removeprefix(mark)}"
+    from finequant.publish.license import likely_start
+
+    start = likely_start(Path(recipe.publish.base_model or recipe.model.base).name)
+    name = recipe.name if recipe.name.startswith(start) else f"{start}-{recipe.name}"
+    repo = recipe.publish.repo_id or f"YOUR-NAME/{name}"
     run = shlex.quote(str(directory.root))
     take = f"publish {run} --dry-run publish.repo_id={repo}"
     if not recipe.quantize.exports:

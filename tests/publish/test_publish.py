@@ -483,6 +483,34 @@ def test_the_requirements_of_llamas_license_are_met(recipe, papers):
     assert "publish.license_folder" in message
 
 
+@pytest.mark.parametrize(
+    ("license", "start", "line"),
+    [
+        ("llama2", "", None),
+        ("llama3", "Llama-3-", "Built with Meta Llama 3"),
+        ("llama3.1", "Llama-", "Built with Llama"),
+    ],
+)
+def test_each_generation_of_llama_has_its_own_demands(recipe, papers, license, start, line):
+    """https://ai.meta.com/llama/license/, https://www.llama.com/llama3/license/, and so on."""
+    command = (
+        recipe,
+        "--dry-run",
+        f"publish.license={license}",
+        f"publish.license_folder={papers}",
+    )
+    if start:
+        message = refused(in_process, *command)
+        assert f"begins with {start[:-1].replace('-', ' ')}: such as alice/{start}tiny" in message
+    if license == "llama3":
+        message = refused(in_process, *command, "publish.repo_id=alice/Llama-tiny")
+        assert "such as alice/Llama-3-tiny" in message
+        dry_run(*command, "publish.repo_id=alice/Llama3_tiny")
+    dry_run(*command, f"publish.repo_id=alice/{start}tiny")
+    page = (folder_of(recipe) / "README.md").read_text(encoding="utf-8")
+    assert (f"\n**{line}**\n" in page) if line else ("Built with" not in page)
+
+
 def test_a_base_of_meta_is_a_llama_whatever_the_recipe_says(recipe):
     message = refused(in_process, recipe, "--dry-run", "publish.base_model=meta-llama/Llama-3.2-1B")
     assert "the base is by meta-llama" in message

@@ -110,7 +110,9 @@ def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     ("base", "name"),
     [
         ("meta-llama/Llama-3.2-1B-Instruct", "Llama-tiny"),
-        ("meta-llama/Meta-Llama-3-8B", "Llama-tiny"),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-3-tiny"),
+        ("meta-llama/Meta-Llama-3.1-8B", "Llama-tiny"),
+        ("meta-llama/Llama-2-7b-hf", "tiny"),
         ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tiny"),
     ],
 )
