@@ -35,6 +35,8 @@ FORMS = {
     LICENSE: "expected a license as the Hub names it, such as apache-2.0",
 }
 """The patterns of the schema, in words."""
+MOST_ENTRIES = 100_000
+"""Keys and list entries in a recipe: with aliases of aliases, a few lines stand for billions."""
 Location = tuple[str | int, ...]
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -142,6 +144,11 @@ def without_folders(recipe: Recipe) -> Recipe:
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
     """Returns the document as plain Python objects, and `file:line` for every key in it."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # such as /dev/stdin
+        raise UserError(
+            f"{path}: not a file: each stage reads the recipe again, and paths start at its "
+            "folder: write the recipe into a file"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -177,9 +184,14 @@ def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> 
     `train: {epochs: 2}` on line 3 gives {"train": {"epochs": 2}}, and origins[("train", "epochs")]
     is "recipe.yaml:3".
     """
+    where = f"{_origin(origins, at)}: {_dotted(at[:3])}..."
     if len(at) > 50:
-        where = f"{_origin(origins, at)}: {_dotted(at[:3])}..."
         raise UserError(f"{where}: nested too deeply, or inside itself")
+    if len(origins) > MOST_ENTRIES:
+        raise UserError(
+            f"{where}: more than {MOST_ENTRIES:,} keys and entries, counted again where an alias "
+            "(*name) repeats them: shorten the recipe"
+        )
     if isinstance(node, (CommentedMap, CommentedSeq)) and node.tag.value is None:
         items = node.items() if isinstance(node, CommentedMap) else enumerate(node)
         plain = {}

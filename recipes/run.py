@@ -6,17 +6,20 @@ finequant train recipes/chat.yaml train.epochs=2
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from finequant.recipes.commands.pipeline import run
 from finequant.recipes.commands.recipe import data, init, plan, schema, validate
 from finequant.recipes.commands.results import chat, report, sweep
 from finequant.recipes.commands.single import evaluate, export, publish, qat, quantize, train
-from finequant.recipes.errors import report_user_errors
+from finequant.recipes.errors import UserError, report_user_errors
 
 # Commands import libraries where they use them, so that `--help` answers in under a second.
 app = typer.Typer(
@@ -54,7 +57,23 @@ def options(
 
 def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
-        app(argv)
+        try:
+            sys.exit(app(argv, prog_name="finequant", standalone_mode=False))
+        except TyperException as error:
+            if error.format_message():  # empty after the help, which `finequant` alone prints
+                raise UserError(_next_step(error)) from None
+            sys.exit(error.exit_code)
+        except typer.Abort:  # the end of the input, where a question was asked
+            sys.exit("\nAborted.")
+
+
+def _next_step(error: TyperException) -> str:
+    """Returns the message of a wrong command line, with what to do next."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if key := re.match(r"--?(\w+(\.\w+)+)", getattr(error, "option_name", "")):
+        return f"{message}: a key of the recipe has no dashes: write {key[1]}=VALUE"
+    command = context.command_path if context else "finequant"
+    return f"{message}{' ' if message.endswith('?') else '; '}`{command} --help` shows its usage"
 
 
 if __name__ == "__main__":

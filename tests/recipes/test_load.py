@@ -1,6 +1,7 @@
 """Reading recipes: refusals and their messages, and the meaning of keys and values."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -271,6 +272,13 @@ WHOLE_FILES = {
     "13th month": (RECIPE + "x: 2024-13-01\n", "not valid YAML: month must be in 1..12"),
     "too many digits": (RECIPE + f"seed: {'9' * 5000}\n", "not valid YAML: Exceeds the limit"),
     "too deep": (RECIPE + "lora: " + "[" * 3000 + "]" * 3000, "not valid YAML: maximum recursion"),
+    "aliases of aliases": (
+        RECIPE
+        + "  template_arguments:\n    l0: &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        # 1 + 9 lines, and ten billion entries
+        + "".join(f"    l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+        "data.template_arguments.l4...: more than 100,000 keys and entries, counted again where",
+    ),
     "inside itself": ("&a\nname: *a\n", "recipe.yaml:2: name.name.name...: nested too deeply"),
     "stopping without validation": (
         RECIPE + "  validation_fraction: 0.0\ntrain: {early_stopping_patience: 1}\n",
@@ -307,6 +315,12 @@ def test_all_errors_are_listed_at_once(write):
         "command line: model.bse: unknown key (value 'x'); did you mean model.base?",
     ):
         assert part in message
+
+
+def test_what_can_be_read_only_once_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "stdin")
+    with pytest.raises(UserError, match="stdin: not a file: each stage reads the recipe again"):
+        load_recipe(tmp_path / "stdin")
 
 
 def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):

@@ -178,6 +178,32 @@ print(*{"torch", "transformers", "datasets", "lm_eval", "matplotlib"} & set(sys.
     assert done.stdout.splitlines()[-1].split() == ["loaded"], done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["run", "r.yaml", "--lora.rank=8"],
+            "--lora.rank: a key of the recipe has no dashes: write",
+        ),
+        (["plan", "r.yaml", "--gpuz", "4090"], "No such option: --gpuz"),
+        (["run"], "Missing argument 'RECIPE'; `finequant run --help` shows its usage"),
+        (
+            ["runn"],
+            "No such command 'runn'. Did you mean 'run'? `finequant --help` shows its usage",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_the_next_step(capsys, arguments, says):
+    from finequant.recipes.run import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert line.startswith("error: ")
+    assert says in line
+
+
 SHIPPED = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*.yaml")])
 
 
