@@ -29,14 +29,22 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_hash(path: Path, file_hash: FileHash = file_hash) -> str:
-    """Returns the SHA-256 of a file, or of a folder's relative names and contents."""
+def content_hash(
+    path: Path,
+    file_hash: FileHash = file_hash,
+    is_content: Callable[[Path], bool] = lambda name: True,
+) -> str:
+    """Returns the SHA-256 of a file, or of a folder's relative names and contents.
+
+    is_content: whether a file of the folder counts, by its relative name.
+    """
     if path.is_file():
         return file_hash(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name not in NOT_CONTENT:
-            digest.update(f"{file.relative_to(path)}\0{file_hash(file)}\0".encode())
+        name = file.relative_to(path)
+        if file.is_file() and file.name not in NOT_CONTENT and is_content(name):
+            digest.update(f"{name}\0{file_hash(file)}\0".encode())
     return digest.hexdigest()
 
 

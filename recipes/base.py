@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.freshness import content_hash
+from finequant.recipes.freshness import input_hash
 from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.schema import Model
 
@@ -56,7 +56,7 @@ def base_hash(model: Model) -> str:
     folder, file = locate_base(model)
     if folder is None:
         return f"{model.base}@{model.revision or 'main'}"
-    return f"sha256:{content_hash(folder / file if file else folder)}"
+    return f"sha256:{input_hash(folder / file if file else folder)}"
 
 
 def _locate_in_package(base: str) -> tuple[Path, str]:

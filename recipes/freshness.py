@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -61,10 +62,15 @@ def changes(old: Inputs, new: Inputs, recipe: dict[str, Any] | None = None) -> d
 
 def _change(key: str, old: Any, new: Any, value: Any) -> str:
     """Describes a changed input; a file or folder by its name, as its hash would say nothing."""
-    if str(old).startswith("sha256:") and str(new).startswith("sha256:"):
+    was_local, is_local = (str(entry).startswith("sha256:") for entry in (old, new))
+    if was_local and is_local:
         return (
             f"{key}: the content of {value} changed" if value else f"the content of {key} changed"
         )
+    if key.endswith("/"):  # an artifact
+        return f"{key} is new" if is_local else f"{key} is no longer used"
+    old = "a file or folder" if was_local else old
+    new = f"{new[:19]} ({value})" if is_local and value else new
     return f"{key}: {old} -> {new}"
 
 
@@ -192,6 +198,22 @@ def known_hash(file: Path) -> str:
 
 content_hash = partial(artifact.content_hash, file_hash=known_hash)
 """Returns the SHA-256 of a file or folder, without reading again what is large and unchanged."""
+
+NOT_READ = re.compile(
+    r"\..*|__pycache__|(licen[cs]e|notice|copying|readme|use_policy)(\.(txt|rst))?|.*\.(md|pdf)",
+    re.IGNORECASE,
+)
+"""Names of files and folders that no stage reads in a base or a folder of rows or tasks: hidden
+ones, such as .DS_Store and .git, caches, licenses and documents."""
+
+
+def input_hash(path: Path) -> str:
+    """Returns the SHA-256 of a user's file, or of what stages may read of a user's folder."""
+
+    def is_read(name: Path) -> bool:
+        return not any(map(NOT_READ.fullmatch, name.parts))
+
+    return content_hash(path, is_content=is_read)
 
 
 def _stamp(file: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ RESUME_HINT = "run the same command again to continue from here"
 
 
 class Interrupted(BaseException):
-    """Raised when a signal stops the command; the message says what happened to the work.
+    """Raised when a signal stops the command; the message says what happened to the work, if any.
 
     Not a KeyboardInterrupt, for which typer would exit with 130 whatever the signal, and silently.
     """
@@ -33,7 +33,8 @@ class Interrupted(BaseException):
         return 128 + self.number
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}: {self.args[0]}"
+        name, message = signal.Signals(self.number).name, self.args[0]
+        return f"stopped by {name}" + (f": {message}" if message else "")
 
 
 class StopRequest:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -20,6 +21,7 @@ from finequant.recipes.commands.recipe import data, init, plan, schema, validate
 from finequant.recipes.commands.results import chat, report, sweep
 from finequant.recipes.commands.single import evaluate, export, publish, qat, quantize, train
 from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.interrupt import Interrupted
 
 # Commands import libraries where they use them, so that `--help` answers in under a second.
 app = typer.Typer(
@@ -34,9 +36,26 @@ PANELS = {
     "A single stage": (train, qat, quantize, export, evaluate),
     "After a run: its results": (report, chat, sweep, publish),
 }
+NOTHING_TO_CONTINUE = (init, validate, data, plan, schema, report, chat)
+
+
+def _without_hint(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes a signal end a command without the advice to run it again to continue."""
+
+    @wraps(command)
+    def stops(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except Interrupted as stop:
+            raise Interrupted(stop.number, "") from None
+
+    return stops
+
+
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        ends = _without_hint(command) if command in NOTHING_TO_CONTINUE else command
+        app.command(rich_help_panel=panel)(ends)
 
 
 def _print_version(wanted: bool) -> None:

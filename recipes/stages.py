@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.recipes.base import base_hash
-from finequant.recipes.freshness import Inputs, content_hash
+from finequant.recipes.freshness import Inputs, input_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Quantize, Recipe
@@ -207,7 +207,7 @@ def _content_and_kind(path: Path) -> str:
     """Returns the hash of a file or folder, and the suffix of a file that is not a table: the same
     lines are one text in a .txt file, and a row each in a .csv file."""
     kind = kind_of(path)[0] if path.is_file() else ""
-    return f"sha256:{content_hash(path)}{'' if kind in TABLES else kind}"
+    return f"sha256:{input_hash(path)}{'' if kind in TABLES else kind}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

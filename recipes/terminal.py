@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -40,6 +42,12 @@ _line: tqdm | None = None
 def is_first() -> bool:
     """Says whether this is the first of the processes that work together, which speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def as_argument(path: Path) -> str:
+    """Writes a path as a shell takes it, also one that would be read as an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def restart_clock() -> None:

@@ -146,7 +146,8 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_table(file: Path) -> bool:
-    return file.is_file() and kind_of(file)[0] in TABLES
+    """Says whether a file in a folder holds rows; hidden ones are not read, such as ._rows.csv."""
+    return file.is_file() and kind_of(file)[0] in TABLES and not file.name.startswith(".")
 
 
 def _words(file: Path) -> set[str]:

