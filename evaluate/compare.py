@@ -179,6 +179,7 @@ def report_of(
         "passages": measured["quantized"]["passages"],
         "right_by": right_by(recipe.evaluate.metrics),
         "most_frequent": most_frequent(material.references, recipe.evaluate.metrics),
+        "cut_answers": material.cut,
         "arithmetic": dtype_name(computes),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": samples(rows, recipe.evaluate.samples),

@@ -8,7 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Evaluate, Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,8 @@ class Material:
     choices: list[str]
     probes: list[list[int]]
     """Token ids on which a loaded model is checked: prompts, or training rows if there are none."""
+    cut: dict[str, int]
+    """What `cut_answers` returns."""
 
     def lengths(self, training: list[int] | None = None) -> Lengths:
         """Returns the lengths that the memory of activations depends on.
@@ -90,6 +93,9 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
     read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
     check_lengths(recipe, positions, read, longest_scored(corpora))
+    cut = cut_answers(recipe.evaluate, references, tokenizer)
+    if cut:
+        say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")
     return Material(
         tokenizer,
         end_tokens(recipe.model, recipe.data, tokenizer),
@@ -100,6 +106,35 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         references,
         _choices(recipe, chain(splits.train, asked)),
         prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
+        cut,
+    )
+
+
+def cut_answers(
+    evaluate: Evaluate, references: list[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int]:
+    """Counts the reference answers that are longer than evaluate.max_new_tokens.
+
+    Returns:
+        {"longer": answers, "n": all answers, "longest": tokens, "limit": tokens}; empty if none is
+        longer, or no metric reads the answers.
+    """
+    if not references or not set(evaluate.metrics) - {"multiple_choice"}:
+        return {}
+    tokens = tokenizer(references, add_special_tokens=False)["input_ids"]
+    lengths, limit = list(map(len, tokens)), evaluate.max_new_tokens
+    longer = sum(length > limit for length in lengths)
+    counts = {"longer": longer, "n": len(lengths), "longest": max(lengths), "limit": limit}
+    return counts if longer else {}
+
+
+def cut_line(cut: dict[str, int]) -> str:
+    """Says in words what `cut_answers` counted."""
+    are = "is" if cut["longer"] == 1 else "are"
+    return (
+        f"answers are cut after {cut['limit']} tokens, but {cut['longer']} of the {cut['n']} "
+        f"reference answers {are} longer, up to {cut['longest']} tokens: no model can give them "
+        "whole"
     )
 
 

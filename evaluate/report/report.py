@@ -1,17 +1,18 @@
 """The report of a run: report.json, report.md, plots/, and the table in the terminal.
 
 A report is a plain dict, `{"recipe", "versions", "models", "changes", "divergence", "passages",
-"right_by", "most_frequent", "arithmetic", "layers", "samples", "training", "gate"}`; all but
-`models` may be missing. `models` maps base, tuned, quantized (and exports) to `{"size_bytes",
-"bits_per_weight", "activations", "perplexity": {CORPUS: {"token", "word", "byte", "tokens"}},
-"tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`. These sizes are of files; `packed_bytes` and
-`packed_bits_per_weight` count the weights in the dtype they are measured in, and each code at its
-own bits. Exports also have `"speed": {"prompt", "decoding": tokens per second,
+"right_by", "most_frequent", "cut_answers", "arithmetic", "layers", "samples", "training",
+"gate"}`; all but `models` may be missing. `models` maps base, tuned, quantized (and exports) to
+`{"size_bytes", "bits_per_weight", "activations", "perplexity": {CORPUS: {"token", "word", "byte",
+"tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`. These sizes are of files;
+`packed_bytes` and `packed_bits_per_weight` count the weights in the dtype they are measured in, and
+each code at its own bits. Exports also have `"speed": {"prompt", "decoding": tokens per second,
 "peak_memory_bytes"}` and, compared with quantized, `"parity": {"same_answers", "n", "same_prompts",
 "kl"}`. `changes` holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from tuned to quantized,
 paired row by row. `right_by` is the metric that calls an answer right or wrong, `most_frequent`
-(`{"share", "n"}`) what always giving the most frequent answer would score, `arithmetic` the dtype
-that the models computed in.
+(`{"share", "n"}`) what always giving the most frequent answer would score, `cut_answers`
+(`{"longer", "n", "longest", "limit"}`) how many reference answers are longer than what is
+generated, `arithmetic` the dtype that the models computed in.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from finequant.evaluate.inputs import cut_line
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, draw_plot
@@ -105,14 +107,18 @@ def _widths(quantize: dict[str, Any]) -> str:
 
 
 def baseline_lines(report: Report) -> list[str]:
-    """Says what always giving the most frequent answer would score, if that is a fifth or more."""
-    frequent = report.get("most_frequent") or {}
-    if not frequent.get("share", 0) >= MIN_SHARE:
-        return []
-    return [
-        "A model that always gives the most frequent reference answer is right in "
-        f"{shown_number(100 * frequent['share'], 1)}% of the {frequent['n']} held-out rows."
-    ]
+    """Says what always giving the most frequent answer would score, if that is a fifth or more, and
+    how many answers no model could give, because they are longer than what is generated."""
+    frequent, lines = report.get("most_frequent") or {}, []
+    if frequent.get("share", 0) >= MIN_SHARE:
+        lines.append(
+            "A model that always gives the most frequent reference answer is right in "
+            f"{shown_number(100 * frequent['share'], 1)}% of the {frequent['n']} held-out rows."
+        )
+    if cut := report.get("cut_answers"):
+        line = cut_line(cut)
+        lines.append(f"{line[0].upper()}{line[1:]}.")
+    return lines
 
 
 def divergence_lines(report: Report) -> list[str]:

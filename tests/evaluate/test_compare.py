@@ -248,6 +248,30 @@ def test_without_held_out_rows_models_are_checked_on_training_rows(recipe_file):
     assert len(material.probes) == 2
 
 
+@pytest.mark.parametrize("metrics", ["[exact_match]", "[multiple_choice]"])
+def test_answers_that_are_longer_than_what_is_generated_are_counted(recipe_file, capsys, metrics):
+    from finequant.evaluate.inputs import prepare
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import load_recipe
+
+    def prepared(limit: int):
+        settings = [f"evaluate.metrics={metrics}", "evaluate.choices=completions"]
+        recipe = load_recipe(recipe_file, [*settings, f"evaluate.max_new_tokens={limit}"])
+        splits = load_splits(recipe.data, recipe.seed)
+        return prepare(recipe, splits, load_tokenizer(recipe.model))
+
+    material, said = prepared(1), capsys.readouterr().err
+    if metrics == "[multiple_choice]":  # it compares likelihoods
+        assert not material.cut
+        return
+    tokens = material.tokenizer(material.references, add_special_tokens=False)["input_ids"]
+    longest = max(map(len, tokens))
+    assert material.cut == {"longer": 8, "n": 8, "longest": longest, "limit": 1}
+    assert f"no model can give them whole; set evaluate.max_new_tokens={longest}" in said
+    assert not prepared(longest).cut
+
+
 @pytest.mark.slow
 def test_the_report_has_multiple_choice_and_text_metrics(finished):
     report = finished(

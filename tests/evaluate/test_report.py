@@ -296,6 +296,17 @@ def test_the_report_says_what_always_answering_alike_scores(report, tmp_path, ca
     assert capsys.readouterr().out.count(line) == times
 
 
+def test_the_report_says_how_many_answers_are_longer_than_what_is_generated(
+    report, tmp_path, capsys
+):
+    report["cut_answers"] = {"longer": 1, "n": 500, "longest": 30, "limit": 24}
+    write_report(report, tmp_path)
+    print_table(report)
+    line = "Answers are cut after 24 tokens, but 1 of the 500 reference answers is longer, up to 30"
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").count(line) == 1
+    assert capsys.readouterr().out.count(line) == 1
+
+
 def test_samples_cannot_break_the_table(report, tmp_path):
     nasty = [
         "a | b",
