@@ -7,8 +7,8 @@ residual stream, after the weights of each norm are folded into the layers that 
 rotates each head's values.
 
 SmoothQuant (https://arxiv.org/abs/2211.10438) and AWQ (https://arxiv.org/abs/2306.00978) scale
-channels instead. They are not used here because they depend on calibration data and only move
-outliers between activations and weights, while a rotation spreads both.
+channels instead, which moves outliers between activations and weights, while a rotation spreads
+both. On top of a rotation, scaling the inputs of down_proj did not help (docs/what-helped.md).
 """
 
 from __future__ import annotations
