@@ -38,6 +38,13 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     assert not [message for message in messages if message not in sources]
 
 
+def test_the_group_sizes_of_the_troubleshooting_page_divide_every_layer():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"576 and 1,536 allow (.*?);", text)
+    sizes = [size for size in range(32, 257) if 576 % size == 1536 % size == 0]
+    assert list(map(int, re.findall(r"\d+", listed))) == sizes
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 

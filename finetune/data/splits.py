@@ -106,7 +106,8 @@ class _Reading:
             self.bad += bad
         self.read.add(_content(source))
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
-        self.notes.append(f"{name}: {counted(count, 'row')}, format {form}{weight}")
+        first = " (the first ones)" if source.streaming and count == source.limit else ""
+        self.notes.append(f"{name}: {counted(count, 'row')}{first}, format {form}{weight}")
         self.notes += [f"{name}: {what}: {number}" for what, number in findings.counts.items()]
         if files := files_of_no_split(source):
             self.notes.append(

@@ -607,6 +607,18 @@ def test_a_dataset_of_the_hub_is_read(monkeypatch):
         load(asked)
 
 
+def test_a_stream_that_is_cut_is_said_to_be_its_first_rows(monkeypatch):
+    import datasets
+
+    def load_dataset(*_: object, **keys: object):
+        return datasets.Dataset.from_list([{"messages": TURNS}] * 5).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for limit, said in ((3, "3 rows (the first ones)"), (9, "5 rows")):
+        notes = load({"source": "org/name", "streaming": True, "limit": limit}).notes
+        assert notes[0] == f"name: {said}, format messages"
+
+
 def test_one_row_cannot_be_split(tmp_path):
     with pytest.raises(UserError, match="no rows are left to train on; .*validation_fraction"):
         load(write(tmp_path / "rows.jsonl", numbered(0, 1)), validation_fraction=0.05)
