@@ -80,7 +80,10 @@ def _when(steps: int | None) -> str:
 def _refuse_absent_trackers(train: Train) -> None:
     if absent := [name for name in train.report_to if importlib.util.find_spec(name) is None]:
         names = " ".join(absent)
-        raise UserError(f"train.report_to: not installed: {names}; pip install {names}")
+        raise UserError(
+            f"train.report_to: not installed: {names}; pip install {names}, or set "
+            "train.report_to=[]"
+        )
 
 
 def _accumulation_steps(train: Train) -> int:

@@ -220,7 +220,7 @@ FORMAT = Format(
     snippet=snippet,
     runtime=lambda folder, context: Transformers(folder),
     weights="*.safetensors",
-    runtime_packages={"compressed_tensors": "'finequant[compressed-tensors]'"},
+    runtime_packages={"compressed_tensors": "compressed-tensors"},
     activations="float",
     is_checkpoint=True,
 )

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -218,6 +219,21 @@ def test_every_shipped_recipe_is_valid(recipe):
         _, *problems = str(error).splitlines()
         for problem in problems or [str(error)]:
             assert re.search(r"no such file or folder: \S*shared/data/", problem)
+
+
+def test_every_shipped_recipe_runs_with_what_a_plain_install_brings():
+    """As the README and the Dockerfile install it, without the extras of pyproject.toml."""
+    from finequant.quantize.formats.formats import FORMATS
+    from finequant.recipes.load import load_recipe
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split("[>=]", requirement)[0] for requirement in project["dependencies"]}
+    for file in ROOT.glob("recipes/*.yaml"):
+        recipe = load_recipe(file)
+        exports = [name for name in recipe.quantize.exports if name != "torchao"]
+        needed = {wheel for name in exports for wheel in FORMATS[name].packages.values()}
+        assert needed | set(recipe.train.report_to) <= installed, file
+        assert recipe.model.load == "float", file
 
 
 def test_validate_checks_a_recipe_and_schema_prints_json(recipe_file, here):
