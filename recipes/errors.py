@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from subprocess import CompletedProcess
 from typing import Any
 
 CRASHES = {
@@ -18,6 +19,13 @@ CRASHES = {
     signal.SIGFPE: "crashed in a library (SIGFPE)",
 }
 """Signals that end a process before it can say so -> what happened to it."""
+
+
+def why_failed(process: CompletedProcess[str]) -> str:
+    """Says what ended a process: a signal, or else the last line of its stderr."""
+    if crash := CRASHES.get(-process.returncode):
+        return f"it {crash}"
+    return (process.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 class UserError(Exception):

@@ -21,7 +21,7 @@ from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Format, Runtime
 from finequant.quantize.formats.formats import FORMATS
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, why_failed
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say, tracked
@@ -86,10 +86,13 @@ def _measure_checkpoint(
     from transformers import AutoModelForCausalLM
 
     from finequant.evaluate.measure import measure_model
+    from finequant.finetune.device import arithmetic_dtype
+    from finequant.quantize.scheme import cast_weights
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
+    model = cast_weights(model, arithmetic_dtype(model.dtype))  # as the other models
     measured, _ = measure_model(entry.name, model, recipe, material, entry.size(folder))
     work = f"{entry.name}: comparing with quantized"
     predictions = predict(model, compared_on, recipe.evaluate.batch_size, work)
@@ -211,8 +214,7 @@ def speed(name: str, folder: Path) -> dict[str, float | int]:
     command = [sys.executable, "-m", "finequant.evaluate.metrics.exports", name, str(folder)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"evaluate: {name}: cannot be timed: {reason}")
+        raise UserError(f"evaluate: {name}: cannot be timed: {why_failed(process)}")
     return json.loads(process.stdout.splitlines()[-1])
 
 

@@ -97,7 +97,14 @@ def _markdown(report: Report, plots: set[str]) -> str:
 
 def _arithmetic(report: Report) -> str:
     dtype = report.get("arithmetic")
-    return f", in {dtype} arithmetic" if dtype else ""
+    return f", in {dtype} arithmetic{exports_apart(report)}" if dtype else ""
+
+
+def exports_apart(report: Report) -> str:
+    """Says that a program which runs an export computes in its own way, if one was measured."""
+    if not any("speed" in model for model in report["models"].values()):
+        return ""
+    return " (exports: as the programs that run them compute)"
 
 
 def _widths(quantize: dict[str, Any]) -> str:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from conftest import EXECUTORCH, refused
 
-from finequant.evaluate.metrics.exports import greedy_answer, nll
+from finequant.evaluate.metrics.exports import greedy_answer, nll, speed
 from finequant.evaluate.metrics.perplexity import ScoredSequence
 from finequant.quantize.formats.compressed_tensors import Transformers
+from finequant.recipes.errors import UserError
+from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):
@@ -38,6 +47,43 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
     expected = answer(model, tokenizer, [prompt], 12, 1, "test")
     ends = [tokenizer.eos_token_id]
     assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, ends, 12)] == expected
+
+
+def test_a_checkpoint_is_measured_in_the_arithmetic_of_the_other_models(
+    recipe_file, train_once, monkeypatch
+):
+    from finequant.evaluate import measure
+    from finequant.evaluate.metrics.exports import measure_export
+    from finequant.evaluate.metrics.parity import Reference
+    from finequant.finetune import device
+    from finequant.quantize.convert import main as convert
+    from finequant.quantize.export import main as export
+
+    arguments = [str(recipe_file), "train.max_steps=2", "quantize.dtype=bfloat16"]
+    arguments.append("quantize.exports=compressed-tensors")
+    train_once(arguments)
+    convert(arguments)
+    export(arguments)
+
+    class MeasuredError(Exception):
+        pass
+
+    def record(name: str, model: PreTrainedModel, *_: object) -> None:
+        raise MeasuredError(model.dtype)
+
+    monkeypatch.setattr(measure, "measure_model", record)
+    recipe, nothing = load_recipe(recipe_file, arguments[1:]), Reference({}, None)
+    for native, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(device, "_bf16", lambda native=native: (native, "this CPU"))
+        with pytest.raises(MeasuredError, match=dtype):
+            measure_export("compressed-tensors", recipe, RunDir.of(recipe), None, lambda: nothing)
+
+
+def test_a_killed_timing_is_not_explained_by_a_warning(monkeypatch, tmp_path):
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "W1128 this is deprecated\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(UserError, match="timed: it was killed, perhaps out of memory"):
+        speed("gguf", tmp_path)
 
 
 @pytest.fixture

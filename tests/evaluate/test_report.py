@@ -76,6 +76,18 @@ def table_lines(markdown: str, first_header: str) -> list[str]:
     return markdown[start:].split("\n\n")[0].strip().split("\n")
 
 
+def test_the_arithmetic_is_that_of_the_models_which_transformers_runs(report, tmp_path):
+    report["arithmetic"] = "float32"
+    for export, sentence in (
+        ({}, "on the same inputs, in float32 arithmetic. "),
+        ({"size_bytes": 1}, "on the same inputs, in float32 arithmetic. "),
+        ({"speed": {"prompt": 9}}, "float32 arithmetic (exports: as the programs that run them"),
+    ):
+        report["models"]["gguf"] = export
+        write_report(report, tmp_path)
+        assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("quantized", "passed"), [(20.9, True), (21.0, True), (21.1, False), (19.0, True)]
 )
