@@ -64,7 +64,9 @@ def _steps(quantize: dict[str, Any]) -> list[str | None]:
         else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '
         "scales on your answers and on the tuned model's predictions",
         None
-        if quantize.get("layers") or (quantize.get("bits") or 0) >= 6
+        if quantize.get("layers")
+        or (quantize.get("bits") or 0) >= 6
+        or quantize.get("head", "quantize") != "quantize"
         else 'quantize.layers="{lm_head: {bits: 8}}": keeps the head at 8 bits; '
         "`finequant sweep` shows what more bits for all layers would bring",
     ]

@@ -11,11 +11,12 @@ from math import comb, prod
 from pathlib import Path
 from typing import Any
 
+from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, svg
-from finequant.evaluate.report.report import baseline_lines, divergence_lines
+from finequant.evaluate.report.report import baseline_lines, divergence_lines, exports_apart
 from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.recipes.artifact import replace_text
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 MAX_LABELS = 200
 """Maximum number of distinct references that count as labels; with more, they are texts."""
 
+HEAD = "lm_head"
 SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -113,7 +115,9 @@ def _made_of(report: Report) -> str:
     recipe = report.get("recipe") or {}
     source = f"{value_at(recipe, 'model', 'base')}, seed {recipe.get('seed')}"
     arithmetic = report.get("arithmetic")
-    return source + (f", measured in {arithmetic} arithmetic" if arithmetic else "")
+    if not arithmetic:
+        return source
+    return f"{source}, measured in {arithmetic} arithmetic{exports_apart(report)}"
 
 
 def _verdict(report: Report) -> dict[str, Any]:
@@ -129,9 +133,11 @@ def _verdict(report: Report) -> dict[str, Any]:
         headline, state = "Quantization cost no more than its error bars", "good"
     lines = [figures] if figures else []
     if _gained_nothing(report):
+        lower = _perplexity(report, "tuned") < _perplexity(report, "base")
         lines.append(
-            "Tuned is no better than base: train longer, or look at the training rows and their "
-            "target tokens with `finequant data`."
+            "Tuned is no better than base in any accuracy"
+            f"{', though its perplexity on the held-out rows is lower' if lower else ''}: train "
+            "longer, or look at the training rows and their target tokens with `finequant data`."
         )
     lines += [*baseline_lines(report), *verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
@@ -147,6 +153,10 @@ def _gained_nothing(report: Report) -> bool:
         for pair in pairs
     ]
     return bool(values) and all(tuned <= base for base, tuned in values)
+
+
+def _perplexity(report: Report, name: str) -> float:
+    return float_at(report, "models", name, "perplexity", HELD_OUT, "token")
 
 
 def _figures(report: Report) -> str | None:
@@ -231,14 +241,12 @@ def _sizes(report: Report) -> list[dict[str, Any]]:
     if not layers or size != size:
         return []
     scale_bytes = SCALE_BYTES[value_at(report, "recipe", "quantize", "scale_dtype") or "float32"]
-    weights = [prod(layer["shape"]) for layer in layers]
-    groups = [n // layer["group_size"] for n, layer in zip(weights, layers, strict=True)]
-    parts = {"scales": sum(groups) * scale_bytes}
-    for layer, n in zip(layers, weights, strict=True):
-        kind = layer["name"].rpartition(".")[2]
-        label = f"codes of {kind}, {layer['bits']} bits"
-        parts[label] = parts.get(label, 0) + n * layer["bits"] / 8
-    parts["embedding and norms, in float"] = max(0, size - sum(parts.values()))
+    parts = _packed_parts(layers, scale_bytes)
+    if sum(parts.values()) > size:  # the head shares the embedding's table, which is packed once
+        parts = _packed_parts([layer for layer in layers if layer["name"] != HEAD], scale_bytes)
+    floats = [layer["name"].rpartition(".")[2] for layer in report["layers"] if layer not in layers]
+    in_float = f"{', '.join(dict.fromkeys([*floats, 'norms']))}, in float"
+    parts[in_float] = max(0, size - sum(parts.values()))
     largest = max(parts.values())
     total = {"label": "total, packed", "megabytes": f"{sum(parts.values()) / 1e6:,.1f}"}
     return [
@@ -249,6 +257,18 @@ def _sizes(report: Report) -> list[dict[str, Any]]:
         }
         for label, part in sorted(parts.items(), key=lambda item: -item[1])
     ] + [total | {"percent": 0}]
+
+
+def _packed_parts(layers: list[dict[str, Any]], scale_bytes: int) -> dict[str, float]:
+    """Returns the bytes of all scales, and of the codes of each kind of layer."""
+    weights = [prod(layer["shape"]) for layer in layers]
+    groups = [n // layer["group_size"] for n, layer in zip(weights, layers, strict=True)]
+    parts: dict[str, float] = {"scales": sum(groups) * scale_bytes}
+    for layer, n in zip(layers, weights, strict=True):
+        kind = layer["name"].rpartition(".")[2]
+        label = f"codes of {kind}, {layer['bits']} bits"
+        parts[label] = parts.get(label, 0) + n * layer["bits"] / 8
+    return parts
 
 
 def _stages(report: Report) -> list[dict[str, str]]:

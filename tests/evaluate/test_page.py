@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finequant.evaluate.report.advice import advice
-from finequant.evaluate.report.page import page, write_page
+from finequant.evaluate.report.page import _sizes, page, write_page
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.recipes.errors import UserError
 
@@ -121,6 +121,43 @@ def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     assert "no better than base" not in text
     judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
     assert "Tuned is no better than base" in page(judged, rows())
+
+
+def test_bytes_add_up_to_the_packed_size_and_are_called_what_they_are():
+    judged, n = report(), 1024 * 1024
+    table = {"shape": [1024, 1024], "bits": 8, "group_size": 32}
+    embedding, head = table | {"name": "model.embed_tokens"}, table | {"name": "lm_head"}
+    down = table | {"name": "model.layers.0.mlp.down_proj", "bits": 4}
+    packed = {4: n * (4 + 1) / 8, 8: n * (8 + 1) / 8}
+    for layers, size, in_float in (
+        ([down, head, embedding], packed[4] + 2 * packed[8], "norms, in float"),
+        ([down, head, embedding], packed[4] + packed[8], "norms, in float"),  # a shared table
+        (
+            [down, head, embedding | {"group_size": None}],
+            packed[4] + packed[8] + 2 * n,
+            "embed_tokens, norms, in float",
+        ),
+    ):
+        judged["layers"] = layers
+        judged["models"]["quantized"]["packed_bytes"] = size + 200_000
+        parts = {part["label"]: part["megabytes"] for part in _sizes(judged)}
+        assert parts["total, packed"] == f"{(size + 200_000) / 1e6:,.1f}"
+        assert in_float in parts
+
+
+def test_tuned_is_not_said_to_be_no_better_where_its_perplexity_fell():
+    judged = report()
+    judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
+    fell = "in any accuracy, though its perplexity on the held-out rows is lower: train longer"
+    assert f"Tuned is no better than base {fell}" in page(judged, rows())
+    judged["models"]["base"]["perplexity"] = judged["models"]["tuned"]["perplexity"]
+    assert "Tuned is no better than base in any accuracy: train longer" in page(judged, rows())
+
+
+@pytest.mark.parametrize("head", [8, "float"])
+def test_no_advice_for_a_head_that_has_more_bits_already(head):
+    assert any("lm_head" in line for line in advice(report(head="quantize")))
+    assert not any("lm_head" in line for line in advice(report(head=head)))
 
 
 def test_advice_is_in_the_terminal_and_in_the_report(tmp_path, capsys):
