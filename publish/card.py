@@ -172,7 +172,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         for pair in metrics_of(models)
     ]
     if smallest := min(filter(None, scored), default=0):
-        limits.append(f"Accuracies are over {smallest} rows or more: note their standard errors.")
+        limits.append(f"Accuracies were measured on at least {smallest} rows: note their errors.")
     if kind == QUANTIZED and not report["gate"]["checks"]:
         limits.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     if kind == QUANTIZED:
