@@ -24,6 +24,7 @@ def measure_model(
         {"scores": size, perplexity, and tasks as in report.json, "answers": to the held-out rows},
         and the result of `predicted`.
     """
+    from finequant.evaluate.metrics.divergence import in_random_order
     from finequant.evaluate.metrics.perplexity import measure
     from finequant.evaluate.metrics.tasks import lm_eval_tasks
     from finequant.finetune.architecture import parameter_count
@@ -34,12 +35,13 @@ def measure_model(
     perplexity = {
         corpus: measure(
             model,
-            *texts,
+            in_random_order(sequences),  # `predicted` has the losses of the first ones
+            documents,
             evaluate.batch_size,
             f"{name}: perplexity, {corpus}",
             predictions.losses[corpus],
         )
-        for corpus, texts in material.corpora.items()
+        for corpus, (sequences, documents) in material.corpora.items()
     }
     if material.prompts:
         answers, tasks[HELD_OUT] = _held_out(name, model, recipe, material)

@@ -42,14 +42,17 @@ class Predictions(NamedTuple):
     dtype."""
 
 
+def in_random_order(sequences: list[ScoredSequence]) -> list[ScoredSequence]:
+    """Shuffles sequences, the same way in each call: rows of a test file may be sorted by class."""
+    return Random(0).sample(sequences, len(sequences))
+
+
 def reference_sequences(
     corpora: dict[str, tuple[list[ScoredSequence], list[Document]]], tokens: int
 ) -> dict[str, list[ScoredSequence]]:
-    """Takes sequences of each corpus, in turn, until at least `tokens` are scored.
-
-    The order is random, but the same in each call: rows of a test file may be sorted by class.
-    """
-    shuffled = {name: Random(0).sample(these, len(these)) for name, (these, _) in corpora.items()}
+    """Takes sequences of each corpus, in turn and `in_random_order`, until at least `tokens` are
+    scored."""
+    shuffled = {name: in_random_order(these) for name, (these, _) in corpora.items()}
     chosen: dict[str, list[ScoredSequence]] = {name: [] for name in corpora}
     scored = 0
     for number in range(max(map(len, shuffled.values()), default=0)):

@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,6 +367,24 @@ def test_sequences_for_the_comparison_are_from_all_parts_of_each_corpus():
     assert chosen == reference_sequences({"rows": (by_class, [])}, 30)["rows"]
     assert {sequence.ids[0] // 25 for sequence in chosen} == {0, 1, 2, 3}
     assert len({sequence.ids[0] for sequence in chosen}) == 30
+
+
+def test_each_sequence_counts_once_whichever_are_compared(recipe_file):
+    from finequant.evaluate.measure import measure_model
+    from finequant.evaluate.metrics.corpora import count
+    from finequant.evaluate.metrics.perplexity import ScoredSequence, measure
+    from finequant.finetune.model import load_base
+    from finequant.recipes.load import load_recipe
+
+    recipe = load_recipe(recipe_file, ["evaluate.divergence_tokens=8"])
+    model = load_base(recipe.model, torch.float32).eval()
+    ids = [[3 + number, 5, 9 + 7 * number, 11][: 2 + number % 3] for number in range(20)]
+    sequences = [ScoredSequence(row, [False] + [True] * (len(row) - 1)) for row in ids]
+    corpora = {"text": (sequences, [count("some words")])}
+    material = SimpleNamespace(corpora=corpora, prompts=[])
+    measured, _ = measure_model("base", model, recipe, material, 1)
+    expected = measure(model, *corpora["text"], 4, "test")
+    assert measured["scores"]["perplexity"]["text"] == pytest.approx(expected)
 
 
 def test_words_and_bytes_of_truncated_rows_are_those_that_are_scored(recipe_file, tokenizer):
