@@ -70,6 +70,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "quantize"}),
         "versions": versions(),
         "swept": swept,
+        "adapter": run.manifest()["train"]["outputs"]["adapter"] if swept == "tuned" else None,
         "models": {FLOAT: _float_entry(measured[FLOAT], recipe)}
         | {point.name: _entry(measured[point.name], point) for point in points},
     }

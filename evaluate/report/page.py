@@ -40,7 +40,10 @@ def write_page(folder: Path) -> None:
     report = _read(folder / "report.json")
     report["stages"] = _read(folder / "manifest.json")
     if (folder / "sweep" / "sweep.json").exists():
-        report["sweep"] = _read(folder / "sweep" / "sweep.json")
+        sweep = _read(folder / "sweep" / "sweep.json")
+        adapter = value_at(report, "stages", "train", "outputs", "adapter")
+        is_current = sweep["swept"] == "base" or sweep.get("adapter") == adapter
+        report["sweep" if is_current else "earlier_sweep"] = sweep
     rows = _read(folder / "predictions.jsonl", _lines)
     replace_text(folder / "report.html", page(report, rows))
 
@@ -66,7 +69,8 @@ def _read(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
 def page(report: Report, rows: list[dict[str, Any]]) -> str:
     """Renders the page; texts from the data are escaped, so that they cannot run.
 
-    report: as in report.json, with the manifest as "stages", and sweep.json as "sweep".
+    report: as in report.json, with the manifest as "stages", and sweep.json as "sweep" or, if it
+        was measured on an earlier adapter, as "earlier_sweep".
     rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
         "right": {model: bool}}.
     """
@@ -95,6 +99,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
             for name, figure in figures.items()
             if figure
         },
+        earlier_sweep="earlier_sweep" in report,
         answers=bool(rows),
         metric=report.get("right_by"),
         flips=flips(rows),

@@ -1,7 +1,8 @@
 """The report of a sweep: sweep.json, sweep.md, plots/, and the table in the terminal.
 
 It is a report as in report.py, whose `models` are the float model and one model for each point. In
-addition to their scores, these have `settings` and `packed_bits_per_weight`.
+addition to their scores, these have `settings` and `packed_bits_per_weight`. `swept` is base or
+tuned, and `adapter` the hash of the adapter of tuned.
 """
 
 from __future__ import annotations

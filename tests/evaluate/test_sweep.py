@@ -165,6 +165,7 @@ def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, train_on
     for key, value in report["quantized"].items():
         assert point[key] == value, key
     assert point["bits_per_weight"] == manifest["quantize"]["bits_per_weight"]
+    assert sweeps["adapter"] == manifest["train"]["outputs"]["adapter"]
     float_ = sweeps["models"]["float"]
     assert float_["perplexity"] == report["tuned"]["perplexity"]
     assert float_["tasks"] == report["tuned"]["tasks"]
@@ -253,6 +254,34 @@ def test_infinite_and_nan_scores_are_drawn_and_printed(tmp_path, capsys, extreme
     point = json.loads((tmp_path / "sweep.json").read_text())["models"]["2"]
     kept = extreme if math.isfinite(extreme) else None
     assert point["perplexity"]["text"]["token"] == kept
+
+
+@pytest.mark.plots
+def test_a_sweep_of_an_earlier_adapter_is_not_on_the_page(tmp_path):
+    from finequant.evaluate.report.page import write_page
+
+    models = {"base": scored(9.0), "tuned": scored(5.0), "quantized": scored(6.0)}
+    report = report_of(scored(5.0), scored(6.0, method="rtn", bits=4, group_size=32))
+    files = {
+        "report.json": {"models": models},
+        "manifest.json": {"train": {"inputs": {}, "outputs": {"adapter": "now"}}},
+        "predictions.jsonl": {"prompt": "a", "reference": "b", "answers": {}, "right": {}},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    for swept, adapter, is_shown in (
+        ("base", None, True),
+        ("tuned", "now", True),
+        ("tuned", "before", False),
+    ):
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        write_sweep(report | {"swept": swept, "adapter": adapter}, tmp_path / "sweep")
+        write_page(tmp_path)
+        shown = (
+            (tmp_path / "report.html").read_text(encoding="utf-8").partition("<h2>Sweep</h2>")[2]
+        )
+        assert shown.lstrip().startswith("<figure>") == is_shown
+        assert ("The last sweep measured an earlier adapter" in shown) != is_shown
 
 
 def test_empty_panels_are_left_out():
