@@ -92,8 +92,8 @@ def likely_start(base: str) -> str:
     name = base.removeprefix("Meta-")
     if not name.startswith("Llama"):
         return ""
-    generation = re.match(r"Llama-?(\d)(?![.\d])", name)
-    return DEMANDS.get(f"llama{generation and generation[1]}", SINCE_LLAMA_3_1).start
+    generation = re.match(r"Llama-?(\d(\.\d)?)", name)
+    return DEMANDS.get(f"llama{generation[1]}" if generation else "", SINCE_LLAMA_3_1).start
 
 
 def _base_folder(model: Model) -> Path | None:
