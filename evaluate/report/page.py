@@ -19,6 +19,7 @@ from finequant.evaluate.report.plots import DRAWINGS, svg
 from finequant.evaluate.report.report import baseline_lines, divergence_lines, exports_apart
 from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
+from finequant.finetune.architecture import HEAD
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import as_yaml
@@ -27,7 +28,6 @@ HERE = Path(__file__).parent
 MAX_LABELS = 200
 """Maximum number of distinct references that count as labels; with more, they are texts."""
 
-HEAD = "lm_head"
 SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -42,7 +42,7 @@ def write_page(folder: Path) -> None:
     if (folder / "sweep" / "sweep.json").exists():
         sweep = _read(folder / "sweep" / "sweep.json")
         adapter = value_at(report, "stages", "train", "outputs", "adapter")
-        is_current = sweep["swept"] == "base" or sweep.get("adapter") == adapter
+        is_current = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
         report["sweep" if is_current else "earlier_sweep"] = sweep
     rows = _read(folder / "predictions.jsonl", _lines)
     replace_text(folder / "report.html", page(report, rows))
