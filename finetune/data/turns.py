@@ -108,9 +108,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path)
     """Saves the tokenizer of a model that was trained on `data`.
 
     The token that ends an answer becomes the EOS, for programs that only stop at the tokenizer's
-    EOS, unless texts or conversations would then be tokenized differently.
+    EOS, unless texts or conversations would then be tokenized differently. The chat template gets
+    `data.template_arguments` as defaults, because other programs render prompts without them.
     """
     end = answer_end(tokenizer, data)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = _with_defaults(tokenizer.chat_template, data.template_arguments)
     saved = copy.deepcopy(tokenizer)
     if end.token and end.id != tokenizer.eos_token_id:
         saved.eos_token = end.token
@@ -118,6 +121,31 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data, folder: Path)
             saved = tokenizer
     saved.save_pretrained(folder)
     _help_other_readers(folder / "tokenizer_config.json")
+
+
+def _with_defaults(template: Any, arguments: dict[str, Any]) -> Any:
+    """Puts assignments in front of a chat template, or of each of several in a mapping by name."""
+    if isinstance(template, dict):
+        return {name: _with_defaults(text, arguments) for name, text in template.items()}
+    if not template:
+        return template
+    defaults = "".join(
+        f"{{% if {key} is not defined %}}{{% set {key} = {_literal(value)} %}}{{% endif %}}"
+        for key, value in arguments.items()
+        if key.isidentifier()  # a template can name no other
+    )
+    # Templates are rendered with trim_blocks: the line break after a tag is not written.
+    return f"{defaults}\n{template}" if defaults else template
+
+
+def _literal(value: Any) -> str:
+    """Writes a value of a recipe as Jinja does: JSON, but for the name of nothing."""
+    if isinstance(value, dict):
+        entries = (f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items())
+        return f"{{{', '.join(entries)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_literal(item) for item in value)}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _help_other_readers(file: Path) -> None:

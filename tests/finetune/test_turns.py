@@ -186,6 +186,35 @@ def test_the_end_is_the_saved_tokenizers_eos(ended, tmp_path):
     assert encode_prompt(row, saved, data()) == encode_prompt(row, tokenizer, data())
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_saved_template_has_the_recipes_arguments_as_defaults(ended, tmp_path, named):
+    """Other programs render prompts without them: a Llama 3.2 would be told another date."""
+    from transformers import AutoTokenizer
+
+    shown = "{% if date_string is not defined %}{% set date_string = 'today' %}{% endif %}"
+    shown += "\n{{ date_string }} {{ thinks is false }} {{ parts | tojson }} {{ other is none }}\n"
+    arguments = {
+        "date_string": '26 "Jul" 2024\n%} é \\ 😀',
+        "thinks": False,
+        "parts": [1, None, {"a": [True, 0.5], "%}": "x"}],
+        "other": None,
+        "not-a-name": 1,
+    }
+    tokenizer = ended(
+        {"default": shown + ending("<|im_end|>")} if named else shown + ending("<|im_end|>")
+    )
+    before = copy.deepcopy(tokenizer.chat_template)
+    save_tokenizer(tokenizer, data(template_arguments=arguments), tmp_path)
+    assert tokenizer.chat_template == before
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "open"}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, **arguments)
+    assert arguments["date_string"] in expected
+    assert saved.apply_chat_template(turns, tokenize=False) == expected
+    other = saved.apply_chat_template(turns, tokenize=False, date_string="now")
+    assert other == expected.replace(arguments["date_string"], "now")
+
+
 @pytest.mark.parametrize("kind", ["template", "texts"])
 def test_eos_stays_where_ids_depend_on_it(ended, tmp_path, kind):
     from tokenizers.processors import TemplateProcessing
