@@ -22,7 +22,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError, listed, shown
 from finequant.recipes.locate import CHATML_TOOLS, is_run, locate_recipe
-from finequant.recipes.schema import HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
+from finequant.recipes.schema import EFFORTS, HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
 LOCAL_SUFFIXES = (*TABLES, *COMPRESSIONS, ".txt", ".raw", ".jinja")
@@ -54,6 +54,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document, origins = _read_yaml(path)
     if is_run(given):
         document["output_dir"] = str(given)
+    if any(override.startswith("quantize.effort=") for override in overrides):
+        _leave_out_what_effort_decides(document)
     for override in overrides:
         _apply_override(document, origins, override)
     try:
@@ -213,6 +215,19 @@ def _plain(node: Any, at: Location, file: str, origins: dict[Location, str]) -> 
         f"{_origin(origins, at)}: {_dotted(at)}: {tag.replace('tag:yaml.org,2002:', '!!')} is not "
         f"understood (value {shown(str(node))}): write a number, true, false or text in quotes"
     )
+
+
+def _leave_out_what_effort_decides(document: dict[str, Any]) -> None:
+    """Drops the file's own values of the keys that `quantize.effort` decides: an effort on the
+    command line would not change them, least of all in a run's recipe, which has every key."""
+    section = document.get("quantize")
+    for decided in EFFORTS.values() if isinstance(section, dict) else ():
+        for key, value in decided.items():
+            inner = section.get(key)
+            if isinstance(value, dict) and isinstance(inner, dict):
+                section[key] = {name: inner[name] for name in inner if name not in value}
+            else:
+                section.pop(key, None)
 
 
 def _apply_override(document: dict[str, Any], origins: dict[Location, str], override: str) -> None:

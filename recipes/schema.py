@@ -165,7 +165,9 @@ class Data(Section):
     )
     system: str | None = Field(None, description="system message for rows that have none")
     template_arguments: dict[str, Any] = Field(
-        default_factory=dict, description="variables of the chat template, such as date_string"
+        default_factory=dict,
+        description="variables of the chat template, such as date_string; "
+        "the template of the shipped model has them as defaults",
     )
     max_length: Positive = Field(1024, description="maximum tokens of a row, or of a pack")
     long_rows: Literal["truncate", "drop", "error", "split"] = Field(

@@ -9,7 +9,7 @@ import pytest
 
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe, without_folders, write_recipe
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Calibration, Recipe
 
 RECIPE = """\
 name: tiny
@@ -374,6 +374,21 @@ def test_defaults_then_file_then_command_line(write):
     assert recipe.train.epochs == 2
     assert recipe.lora.rank == 4
     assert recipe.lora.alpha == 32
+
+
+def test_an_effort_on_the_command_line_replaces_what_the_file_says_of_its_keys(write, tmp_path):
+    """A run's own recipe has every key: `quantize.effort=best` would change nothing there."""
+    calibration = "calibration: {tokens: 512, length: 64, steps: 5}"
+    path = write(f"{RECIPE}quantize: {{method: rtn, rotate: false, scale: max, {calibration}}}\n")
+    assert load_recipe(path).quantize.method == "rtn"
+    written = tmp_path / "resolved.yaml"
+    write_recipe(load_recipe(path), written)
+    for file in (path, written):
+        best = load_recipe(file, ["quantize.effort=best", "quantize.calibration.steps=7"]).quantize
+        assert (best.method, best.rotate, best.scale) == ("gptq", True, "max")
+        assert best.calibration == Calibration(tokens=32768, length=64, steps=7, scale_steps=100)
+        fast = load_recipe(file, ["quantize.method=hqq", "quantize.effort=fast"]).quantize
+        assert (fast.method, fast.rotate, fast.calibration.steps) == ("hqq", False, 0)
 
 
 def test_overrides_are_yaml_values(write):
