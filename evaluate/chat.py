@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.evaluate.models import GREEDY, MODELS
-from finequant.recipes.command_line import quiet_libraries
+from finequant.recipes.command_line import open_run, quiet_libraries
 from finequant.recipes.errors import UserError
-from finequant.recipes.hub import pinned
 from finequant.recipes.interrupt import Interrupted
-from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import close, doing, say
@@ -85,13 +83,6 @@ def chat(
         del chat_model
     close()
     show(answers)
-
-
-def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
-    """Returns the recipe and the run directory, given either of them."""
-    recipe = load_recipe(where, overrides)
-    run = RunDir.of(recipe)
-    return pinned(recipe, run.commits_of("train"))[0], run
 
 
 def available(run: RunDir) -> list[str]:

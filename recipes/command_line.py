@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finequant.recipes.hub import pinned
@@ -47,6 +48,19 @@ def read_command_line(
     run.hold()
     recipe, commits = pinned(recipe, None if first_stage else run.commits_of("train"))
     return recipe, replace(run, commits=commits)
+
+
+def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
+    """Returns the recipe and the run directory, given either of them.
+
+    Hub revisions become the commits that training used: with branches in their place, all stages
+    would seem to be out of date.
+    """
+    from finequant.recipes.rundir import RunDir
+
+    recipe = load_recipe(where, overrides)
+    run = RunDir.of(recipe)
+    return pinned(recipe, run.commits_of("train"))[0], run
 
 
 def use_cores() -> None:

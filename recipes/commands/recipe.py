@@ -213,14 +213,19 @@ def data(
 
 
 def _splits(recipe: Recipe) -> Splits:
-    """Reads the rows, and refuses bad ones before the libraries are loaded, which takes seconds."""
+    """Reads the rows, and refuses bad ones before the libraries are loaded, which takes seconds.
+
+    Those of a branch on the Hub are the ones that it has now: `prepared_splits` would not see that
+    it has moved.
+    """
     from finequant.recipes.command_line import quiet_libraries
+    from finequant.recipes.hub import pinned
     from finequant.recipes.terminal import doing
 
     doing("data: reading the rows")
     from finequant.finetune.data.prepared import prepared_splits
 
-    splits = prepared_splits(recipe)
+    splits = prepared_splits(pinned(recipe)[0])
     doing("data: loading datasets and transformers")
     quiet_libraries()
     return splits
@@ -280,12 +285,13 @@ def validate(
     ] = False,
 ) -> None:
     """Check a recipe; with --deep, also its rows, texts, tokenizer and tasks."""
+    from finequant.recipes.hub import pinned
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
     loaded = load_recipe(recipe, overrides or [])
     if deep:
-        preflight(loaded, RunDir.of(loaded))
+        preflight(pinned(loaded)[0], RunDir.of(loaded))
     print(f"{recipe} is a valid recipe: {loaded.name}")
 
 

@@ -23,14 +23,13 @@ def report(
     import webbrowser
 
     from finequant.evaluate.report.report import print_table
-    from finequant.recipes.load import load_recipe
+    from finequant.recipes.command_line import open_run
     from finequant.recipes.locate import is_run
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.stages import stages_of
     from finequant.recipes.terminal import say
 
-    recipe = None if is_run(where) else load_recipe(where, overrides or [])
-    run = RunDir.of(recipe) if recipe else RunDir(where)
+    recipe, run = (None, RunDir(where)) if is_run(where) else open_run(where, overrides or [])
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")

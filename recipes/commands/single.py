@@ -76,10 +76,8 @@ def publish(
     """Upload to the Hugging Face Hub, with a card that says what was measured."""
     from finequant.publish.publish import Options
     from finequant.publish.publish import publish as stage
-    from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
+    from finequant.recipes.command_line import open_run
 
-    loaded = load_recipe(recipe, overrides or [])
     overruled = tuple(overrule_gate or ())
     options = Options(yes, dry_run, adapter_only, overruled, into_existing)
-    stage(loaded, RunDir.of(loaded), options)
+    stage(*open_run(recipe, overrides or []), options)

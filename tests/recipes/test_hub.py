@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pyarrow
 import pytest
@@ -295,6 +296,58 @@ def test_a_moved_branch_is_a_change_and_later_stages_take_the_commit_of_training
     hub.close()
     first, _ = pins(HF_HUB_OFFLINE="1")
     assert first[0] == moved  # the last commit that was seen
+
+
+RECIPE = """
+name: hub
+model: {base: acme/tiny-llama}
+data: {train: acme/rows, validation_fraction: 0.25, test_fraction: 0.2}
+train: {max_steps: 1, batch_size: 4}
+quantize: {effort: fast}
+evaluate: {metrics: [exact_match], max_new_tokens: 1}
+publish: {license: apache-2.0, repo_id: acme/published}
+"""
+
+# argv: commands, each as JSON. Runs them all in this process, and prints each one's exit code.
+COMMANDS = """
+import json, sys
+from finequant.recipes.run import main
+
+for command in map(json.loads, sys.argv[1:]):
+    code = 0
+    try:
+        main(command)
+    except SystemExit as end:
+        code = end.code or 0
+    print(command[0], "ends with", code)
+"""
+
+
+@pytest.mark.slow
+def test_commands_on_a_recipe_know_the_commits_of_its_branches(hub, on_hub, repositories, tmp_path):
+    """A report is not out of date, and a model can be published; new rows are shown."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+
+    def commands(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+        done = on_hub("-c", COMMANDS, *map(json.dumps, commands), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        codes = [f"{command[0]} ends with 0" for command in commands]
+        assert [line for line in done.stdout.splitlines() if "ends with" in line] == codes, done
+        return done
+
+    stages = [[stage, "recipe.yaml"] for stage in ("train", "quantize", "evaluate")]
+    after = [["report", "recipe.yaml"], ["publish", "recipe.yaml", "--dry-run"]]
+    before = commands(["data", "recipe.yaml"], *stages, *after)
+    assert "Say 9." not in before.stdout
+    assert "report: out of date" not in before.stderr
+
+    more = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(9, 18)]
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more" / "train.jsonl", more)
+    hub.add("acme/rows", tmp_path / "more", "datasets")
+    moved = commands(["data", "recipe.yaml", "--rows", "9"], *after)
+    assert "Say 17." in moved.stdout
+    assert "report: out of date" not in moved.stderr
 
 
 # Prints why a base and a dataset that are not in the cache cannot be loaded.
