@@ -45,7 +45,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
     """
     evaluate = recipe.evaluate
     test = _chosen(splits.test, evaluate.limit, recipe.seed)
-    answers = {row.where: row.messages[-1]["content"] for row in test if row.messages}
+    answers = [(row.where, row.messages[-1]["content"]) for row in test if row.messages]
     refuse_all(
         [
             partial(_check_something_to_measure, evaluate, test),
@@ -112,13 +112,11 @@ def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
         )
 
 
-def _check_references(evaluate: Evaluate, answers: dict[str, str]) -> None:
+def _check_references(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
     if "json_match" not in evaluate.metrics:
         return
     broken = [
-        f"{where}: {answer!r:.80}"
-        for where, answer in answers.items()
-        if canonical_json(answer) is None
+        f"{where}: {answer!r:.80}" for where, answer in answers if canonical_json(answer) is None
     ]
     if broken:
         raise UserError(
@@ -140,15 +138,13 @@ def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
         )
 
 
-def _check_choices(evaluate: Evaluate, answers: dict[str, str]) -> None:
+def _check_choices(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
     if "multiple_choice" not in evaluate.metrics or evaluate.choices == "completions":
         return
     if "" in evaluate.choices:
         raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
     unknown = [
-        f"{where}: {answer!r:.80}"
-        for where, answer in answers.items()
-        if answer not in evaluate.choices
+        f"{where}: {answer!r:.80}" for where, answer in answers if answer not in evaluate.choices
     ]
     if unknown:
         raise UserError(

@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         corpora,
         asked,
         prompts,
-        _groups(asked, prompts),
+        _groups([len(asked_rows(row)) for row in rows], prompts),
         references,
         _choices(recipe, chain(splits.train, asked)),
         prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
@@ -138,13 +138,17 @@ def cut_line(cut: dict[str, int]) -> str:
     )
 
 
-def _groups(rows: list[Row], prompts: list[list[int]]) -> list[int]:
-    """Numbers the distinct first prompts of the conversations that the rows are from."""
-    first: dict[str, list[int]] = {}
+def _groups(answers: list[int], prompts: list[list[int]]) -> list[int]:
+    """Numbers the distinct first prompts of the conversations; returns the number of each prompt's.
+
+    answers: how many of the prompts, which are in order, each conversation has.
+    """
     number: dict[tuple[int, ...], int] = {}
-    for row, prompt in zip(rows, prompts, strict=True):
-        first.setdefault(row.where, prompt)
-    return [number.setdefault(tuple(first[row.where]), len(number)) for row in rows]
+    groups: list[int] = []
+    for count in filter(None, answers):
+        first = tuple(prompts[len(groups)])
+        groups += [number.setdefault(first, len(number))] * count
+    return groups
 
 
 def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]]]) -> int:

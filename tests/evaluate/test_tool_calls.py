@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import write_jsonl
 
 from finequant.evaluate.check import check_rows
 from finequant.evaluate.metrics.text_metrics import calls_in, paired_changes, score_answers
@@ -103,6 +104,24 @@ def test_answers_of_a_conversation_or_to_the_same_prompt_share_a_group(recipe_fi
     template = "<call>{{ call.function | tojson }}</call>"
     material = prepared(recipe_file, template, rows)
     assert material.groups == [0, 0, 1, 1, 0, 2]
+
+
+def test_rows_of_files_with_the_same_name_are_told_apart(recipe_file):
+    from finequant.evaluate.inputs import prepare
+    from finequant.finetune.model import load_tokenizer
+
+    for language, answer in (("de", "aus"), ("en", "on")):
+        folder = recipe_file.parent / language
+        folder.mkdir()
+        write_jsonl(folder / "test.jsonl", [{"prompt": f"{language} lamp", "completion": answer}])
+    sources = "data.test=[de/test.jsonl, en/test.jsonl]"
+    recipe = load_recipe(recipe_file, [sources])
+    splits = load_splits(recipe.data, recipe.seed)
+    assert prepare(recipe, splits, load_tokenizer(recipe.model)).groups == [0, 1]
+
+    choices = ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[on, off]"]
+    with pytest.raises(UserError, match="answers of 1 held-out rows are not among .*\n.* 'aus'"):
+        check_rows(load_recipe(recipe_file, [sources, *choices]), splits)
 
 
 @pytest.mark.parametrize("metric", ["tool_call_match", "tool_call_recall"])
