@@ -47,8 +47,12 @@ class SavesWhenStopped(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         self._number = self._signal()
-        if self._number and control.should_evaluate and args.load_best_model_at_end:
-            raise Interrupted(self._number)  # resumes from an earlier checkpoint, evaluates again
+        by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
+        is_evaluated = control.should_evaluate or (by_epoch and float(state.epoch).is_integer())
+        if self._number and is_evaluated and args.load_best_model_at_end:
+            # A checkpoint saved now would not be compared with the best one. The command resumes
+            # from an earlier one, and evaluates this step.
+            raise Interrupted(self._number)
         control.should_log |= self._number > 0  # logs the losses since the last entry, then saves
 
     def on_log(self, args, state, control, **_) -> None:

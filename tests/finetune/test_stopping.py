@@ -92,6 +92,33 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     assert "train: continuing from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", ["train.epochs=2", "train.max_steps=9"])
+def test_the_best_epoch_is_kept_although_a_signal_came_at_its_end(
+    recipe_file, undisturbed, monkeypatch, limit
+):
+    from finequant.finetune.training_status import ShowsTraining
+
+    patience = ["train.early_stopping_patience=3", "train.learning_rate=0.05", limit]
+    whole, expected = undisturbed(*patience)
+    log = json.loads((whole / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+    (_, first), (last_step, last) = [
+        (entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry
+    ]
+    assert last < first
+    stopped = []
+
+    def stop_once(self, args, state, control, **_) -> None:
+        if state.global_step == last_step and not stopped:
+            stopped.append(state.global_step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShowsTraining, "on_step_end", stop_once)
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file, *patience)
+    assert exit_.value.code == 130
+    assert train(recipe_file, *patience) == expected
+
+
 @pytest.mark.slow
 def test_a_signal_saves_the_current_step(recipe_file):
     """This holds even if no checkpoint is due before the end of an epoch."""
