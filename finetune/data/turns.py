@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUESTION, ANSWER = "question", "finequant answers"
+DATE = {"date_string": "26 Jul 2024"}
+"""The variable by which the templates of Llama 3 take a date, and the one that they write if the
+program that renders them knows none."""
 
 
 class AnswerEnd(NamedTuple):
@@ -50,6 +53,41 @@ def _answer_end(
     added = tokenizer.added_tokens_decoder
     end = next((token for token in ids if token in added or token == tokenizer.eos_token_id), None)
     return AnswerEnd(written, None if end is None else tokenizer.decode([end]), end)
+
+
+def date_note(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
+    """Returns a warning if the chat template writes today's date; None if it does not."""
+    if not _writes_today(tokenizer, data):
+        return None
+    arguments = ", ".join(f"{name}: {value}" for name, value in DATE.items())
+    fixed = f"set data.template_arguments={{{arguments}}}"
+    return (
+        "the chat template writes today's date: tomorrow, the same rows become other tokens, and "
+        "measurements of both days do not compare the same prompts; "
+        + (fixed if takes_date(tokenizer, data) else "give a model.chat_template without it")
+    )
+
+
+def takes_date(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
+    """Says whether the chat template writes today's date unless DATE is among its variables."""
+    dated = data.model_copy(update={"template_arguments": data.template_arguments | DATE})
+    return _writes_today(tokenizer, data) and not _writes_today(tokenizer, dated)
+
+
+def _writes_today(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
+    """Compares conversations that are rendered with two different clocks."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    clocks = (
+        f"{{% macro strftime_now(format) %}}{day} {{{{ format }}}}{{% endmacro %}}{template}"
+        for day in ("Monday", "Tuesday")
+    )
+    first, second = (
+        _rendered(tokenizer, data.system, data.template_arguments | {"chat_template": clock}, 1)
+        for clock in clocks
+    )
+    return first != second
 
 
 def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> list[int]:

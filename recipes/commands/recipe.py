@@ -136,6 +136,7 @@ def _try(target: Path, overrides: list[str]) -> None:
         add_to_file(target, values_of(overrides), "given to init")
     splits = _splits(load_recipe(target))
     _write_tools(target, splits)
+    _write_date(target, splits)
     recipe = load_recipe(target)
     _show(recipe, splits, 3)
     check_rows(recipe, splits)
@@ -173,6 +174,18 @@ def _write_tools(target: Path, splits: Splits) -> None:
             "init: the base's own chat template leaves out tools: "
             f"model.chat_template: {CHATML_TOOLS.name}, which comes with finequant"
         )
+
+
+def _write_date(target: Path, splits: Splits) -> None:
+    """Sets a date in a recipe's file, if the chat template would write today's."""
+    from finequant.finetune.data.turns import DATE, takes_date
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import add_to_file, load_recipe
+
+    recipe = load_recipe(target)
+    if splits.train[0].messages and takes_date(load_tokenizer(recipe.model), recipe.data):
+        values = {f"data.template_arguments.{name}": value for name, value in DATE.items()}
+        add_to_file(target, values, "otherwise the chat template writes today's date")
 
 
 def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:

@@ -11,6 +11,7 @@ from finequant.finetune.data.row import Row
 from finequant.finetune.data.tokens import IGNORED, encode, encode_prompt
 from finequant.finetune.data.turns import (
     answer_end,
+    date_note,
     end_tokens,
     generation_config,
     save_tokenizer,
@@ -241,3 +242,27 @@ def test_a_template_that_refuses_a_plain_conversation_gives_no_traceback(ended, 
     assert answer_end(tokenizer, data(system="Be brief.")).token == "<|im_end|>"
     save_tokenizer(tokenizer, data(system="Be brief."), tmp_path)
     save_tokenizer(tokenizer, data(), tmp_path)
+
+
+TODAY = "{{ strftime_now('%d %b %Y') }}"
+LLAMA_3_2 = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+LLAMA_3_2 += "{% endif %}{{ date_string }}\n"
+DATES = {
+    "none": ("", {}, None),
+    "today": (TODAY, {}, "give a model.chat_template without it"),
+    "today, or a date that is given": (LLAMA_3_2, {}, "date_string: 26 Jul 2024}"),
+    "a date that is given": (LLAMA_3_2, {"date_string": "1 May 2025"}, None),
+    "today without a system message": (
+        "{% if messages[0].role != 'system' %}" + TODAY + "{% endif %}",
+        {},
+        "give a model.chat_template without it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATES)
+def test_a_template_that_writes_the_date_of_today_is_noticed(ended, case):
+    begin, arguments, advice = DATES[case]
+    tokenizer = ended(begin + ending("<|im_end|>"))
+    note = date_note(tokenizer, Data(train=["rows"], template_arguments=arguments))
+    assert note is None if advice is None else note.endswith(advice)

@@ -195,6 +195,19 @@ def test_a_template_of_tools_is_not_named_for_a_base_without_its_tokens(init_row
     assert not Path("rows.yaml").exists()
 
 
+def test_a_template_that_would_write_the_date_of_today_gets_another(init_rows, tiny_base):
+    shutil.copytree(tiny_base, "base")
+    (template,) = Path("base").glob("*.jinja")
+    today = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    dated = today + "{% endif %}{{ date_string }}\n" + template.read_text(encoding="utf-8")
+    template.write_text(dated, encoding="utf-8")
+    code, printed = init_rows(pairs(40), "--base", "base")
+    assert code == 0
+    assert "26 Jul 2024" in printed
+    assert "today" not in printed
+    assert load_recipe("rows.yaml").data.template_arguments == {"date_string": "26 Jul 2024"}
+
+
 def test_texts_have_no_answers_to_compare(init_rows):
     code, _ = init_rows([{"text": f"Text {n} is a text."} for n in range(40)])
     assert code == 0
