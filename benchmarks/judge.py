@@ -15,6 +15,7 @@ import torch
 
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.inputs import prepare
+from finequant.evaluate.measure import memo_of
 from finequant.evaluate.metrics.tasks import answer
 from finequant.evaluate.metrics.text_metrics import score_answers
 from finequant.evaluate.models import load_model
@@ -107,7 +108,7 @@ class Judge:
         evaluate, material = self.recipe.evaluate, self.material
         model = load_model("quantized", self.recipe, self.run, self.probes[0], material.ends)
         logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
-        if measured := self.run.memo(self.recipe, "measurements/quantized").value():
+        if measured := memo_of(self.recipe, self.run, "quantized").value():
             return measured["answers"], torch.stack(logits)
         limits = (evaluate.max_new_tokens, evaluate.batch_size, "answers of quantized")
         return answer(model, self.tokenizer, material.prompts, *limits), torch.stack(logits)

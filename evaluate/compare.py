@@ -25,7 +25,7 @@ from finequant.evaluate.answers import (
     samples,
 )
 from finequant.evaluate.inputs import Material, prepare
-from finequant.evaluate.measure import measure_model, predicted
+from finequant.evaluate.measure import arithmetic, measure_model, memo_of, predicted
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
@@ -33,7 +33,7 @@ from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.freshness import versions
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
-from finequant.recipes.stages import exports_of
+from finequant.recipes.stages import MEASURING_CODE, exports_of
 from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
@@ -98,7 +98,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
     from finequant.finetune.processes import decided_by_first
 
     measured, tuned = {}, None
-    memos = {name: run.memo(recipe, f"measurements/{name}") for name in MODELS if is_first()}
+    memos = {name: memo_of(recipe, run, name) for name in MODELS if is_first()}
     before = decided_by_first(lambda: {name: memo.value() for name, memo in memos.items()})
     for name in MODELS:
         needs_reference = name == "tuned" and before["quantized"] is None
@@ -137,7 +137,7 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
 
     measured, reference = {}, cache(partial(quantized_reference, recipe, run, material))
     for name in exports_of(recipe):
-        memo = run.memo(recipe, f"measurements/{name}")
+        memo = memo_of(recipe, run, name)
         if measurement := memo.value():
             say(f"evaluate: {name}: measured before, unchanged")
         else:
@@ -160,19 +160,16 @@ def report_of(
     rows: what `predictions` returns.
     """
     from finequant.evaluate.report.gate import gate
-    from finequant.finetune.device import arithmetic_dtype, dtype_name
-    from finequant.finetune.model import load_config
-    from finequant.quantize.scheme import shipped_dtype
 
     models = {name: measurement["scores"] for name, measurement in measured.items()}
     for name, size in packed_sizes(recipe, run).items():
         models[name] |= size
     for name, parity in parities(measured).items():
         models[name] |= {"parity": parity}
-    computes = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
     return {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
+        "measuring_code": MEASURING_CODE,
         "models": models,
         "changes": changes(recipe, material, measured),
         "divergence": measured["quantized"]["divergence"],
@@ -180,7 +177,7 @@ def report_of(
         "right_by": right_by(recipe.evaluate.metrics),
         "most_frequent": most_frequent(material.references, recipe.evaluate.metrics),
         "cut_answers": material.cut,
-        "arithmetic": dtype_name(computes),
+        **arithmetic(recipe),
         "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
         "samples": samples(rows, recipe.evaluate.samples),
         "training": _read_json(run.adapter / "training_log.json"),

@@ -1,16 +1,38 @@
-"""Measures one loaded model: perplexity, answers to the held-out rows, and tasks."""
+"""Measures one loaded model: perplexity, answers to the held-out rows, and tasks.
+
+Whoever changes a figure here, or in what this calls, raises `recipes.stages.MEASURING_CODE`.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.inputs import HELD_OUT, Material
+from finequant.recipes.freshness import Inputs, Memo
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import is_first, say
 
 if TYPE_CHECKING:
     from finequant.evaluate.metrics.divergence import Predictions
     from finequant.finetune.architecture import Decoder
+
+
+def memo_of(recipe: Recipe, run: RunDir, name: str) -> Memo:
+    """Returns the file of a model's or an export's measurement."""
+    memo = run.memo(recipe, f"measurements/{name}")
+    return memo._replace(inputs=memo.inputs | arithmetic(recipe))
+
+
+def arithmetic(recipe: Recipe) -> Inputs:
+    """Returns the dtype that this machine computes in, as an input of measurements: those that are
+    compared must have the same, also if the run directory comes from another machine."""
+    from finequant.finetune.device import arithmetic_dtype, dtype_name
+    from finequant.finetune.model import load_config
+    from finequant.quantize.scheme import shipped_dtype
+
+    dtype = arithmetic_dtype(shipped_dtype(recipe.quantize, load_config(recipe.model)))
+    return {"arithmetic": dtype_name(dtype)}
 
 
 def measure_model(

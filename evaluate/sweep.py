@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finequant.evaluate.measure import arithmetic, memo_of
 from finequant.evaluate.points import Point, check_plans, read_points
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.freshness import Memo, digest, versions
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import MEASURING_CODE
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import Stopwatch
 
@@ -69,6 +71,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "quantize"}),
         "versions": versions(),
+        "measuring_code": MEASURING_CODE,
         "swept": swept,
         "adapter": run.manifest()["train"]["outputs"]["adapter"] if swept == "tuned" else None,
         "models": {FLOAT: _float_entry(measured[FLOAT], recipe)}
@@ -81,9 +84,10 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
 
 def _jobs(points: list[Point], run: RunDir, swept: str) -> list[Job]:
     """Lists the jobs: the float model, whose measurement `evaluate` shares, and each point."""
-    inputs = [run.inputs(point.recipe, f"sweep/{swept}") for point in points]
+    computes = arithmetic(points[0].recipe)
+    inputs = [run.inputs(point.recipe, f"sweep/{swept}") | computes for point in points]
     return [
-        Job(None, run.memo(points[0].recipe, f"measurements/{swept}")),
+        Job(None, memo_of(points[0].recipe, run, swept)),
         *(
             Job(point, Memo(run.root / "sweep" / f"{digest(made_from)}.json", made_from))
             for point, made_from in zip(points, inputs, strict=True)

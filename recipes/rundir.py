@@ -26,7 +26,15 @@ from finequant.recipes.freshness import (
 )
 from finequant.recipes.load import write_recipe
 from finequant.recipes.schema import Recipe
-from finequant.recipes.stages import command_of, flat, recipe_inputs, row_of, stage_of, writer_of
+from finequant.recipes.stages import (
+    MEASURING_CODE,
+    command_of,
+    flat,
+    recipe_inputs,
+    row_of,
+    stage_of,
+    writer_of,
+)
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import peak_gpu_memory, peak_memory
 
@@ -124,7 +132,8 @@ class RunDir:
         """Returns everything that decides the stage's result: recipe keys and hashes of files."""
         row = stage_of(stage, recipe)
         artifacts = {f"{name}/": f"sha256:{content_hash(self.root / name)}" for name in row.reads}
-        return recipe_inputs(recipe, row.keys, row.without) | artifacts
+        code = {"measuring_code": MEASURING_CODE} if row.measures else {}
+        return recipe_inputs(recipe, row.keys, row.without) | artifacts | code
 
     def memo(self, recipe: Recipe, name: str) -> Memo:
         """Returns the file of a value in the table of stages, such as measurements/base."""
@@ -144,12 +153,12 @@ class RunDir:
     def _changes(self, entry: dict[str, Any], recipe: Recipe, stage: str) -> dict[str, str]:
         """Maps each input that differs from a manifest entry's to a sentence about it.
 
-        A key that is newer than the entry only counts if the recipe sets it.
+        A key of the recipe that is newer than the entry only counts if the recipe sets it.
         """
-        inputs, set_keys = self.inputs(recipe, stage), _values(recipe, exclude_defaults=True)
-        changed = changes(entry["inputs"], inputs, _values(recipe))
-        known = entry["inputs"].keys() | set_keys.keys()
-        return {key: why for key, why in changed.items() if key in known or key.endswith("/")}
+        inputs, values = self.inputs(recipe, stage), _values(recipe)
+        changed = changes(entry["inputs"], inputs, values)
+        known = entry["inputs"].keys() | _values(recipe, exclude_defaults=True).keys()
+        return {key: why for key, why in changed.items() if key in known or key not in values}
 
     def has(self, stage: str) -> bool:
         """Says whether all outputs of the stage exist, whoever made them."""

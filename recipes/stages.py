@@ -14,6 +14,11 @@ from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.sources import TABLES, kind_of, matching_files
 
+MEASURING_CODE = 1
+"""The version of the code that measures. Raise it with every change after which the same weights
+and rows may get another figure, as when a bug in a metric is fixed: then no earlier measurement is
+used again, and reports that contain one are out of date."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -31,6 +36,8 @@ class Stage:
     """Keys that bind the result: with another value of one of them, it is refused."""
     calibrates: bool = False
     """Whether the stage also reads the training rows if the method calibrates."""
+    measures: bool = False
+    """Whether MEASURING_CODE decides the result, too."""
 
 
 # They affect the adapter only through rounding (1e-7) and dropout's random numbers, as the number
@@ -90,6 +97,7 @@ STAGES = {
         keys=EVALUATED,
         reads=("adapter", "quantized", "exports"),
         writes=("report.json", "report.md", "predictions.jsonl"),  # report.html repeats them
+        measures=True,
     ),
 }
 """All stages but the exports; `qat`, quantization-aware training, only runs if the recipe asks.
@@ -109,11 +117,13 @@ PARTS = {
         writes=("checkpoints/qat/start",),
         calibrates=True,
     ),
-    "measurements/base": Stage(EVALUATED, NOT_MEASURED),
-    "measurements/tuned": Stage(EVALUATED, NOT_MEASURED, ("adapter",)),
-    "measurements/quantized": Stage(EVALUATED, NOT_MEASURED, ("adapter", "quantized")),
-    "sweep/base": Stage(SWEPT, NOT_SWEPT),
-    "sweep/tuned": Stage(SWEPT, NOT_SWEPT, ("adapter",)),
+    "measurements/base": Stage(EVALUATED, NOT_MEASURED, measures=True),
+    "measurements/tuned": Stage(EVALUATED, NOT_MEASURED, ("adapter",), measures=True),
+    "measurements/quantized": Stage(
+        EVALUATED, NOT_MEASURED, ("adapter", "quantized"), measures=True
+    ),
+    "sweep/base": Stage(SWEPT, NOT_SWEPT, measures=True),
+    "sweep/tuned": Stage(SWEPT, NOT_SWEPT, ("adapter",), measures=True),
 }
 
 EXPORT_KEYS = {
@@ -140,7 +150,7 @@ def row_of(name: str) -> Stage:
         return row
     kind, _, export = name.rpartition("/")
     if kind:
-        return Stage(EVALUATED, ONLY_SHOWN, (f"exports/{export}",))
+        return Stage(EVALUATED, ONLY_SHOWN, (f"exports/{export}",), measures=True)
     return Stage(EXPORT_KEYS.get(name, ()), (), ("quantized",), (f"exports/{name}",))
 
 

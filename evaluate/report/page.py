@@ -42,7 +42,9 @@ def write_page(folder: Path) -> None:
     if (folder / "sweep" / "sweep.json").exists():
         sweep = _read(folder / "sweep" / "sweep.json")
         adapter = value_at(report, "stages", "train", "outputs", "adapter")
-        is_current = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
+        same_adapter = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
+        same_code = sweep.get("measuring_code", 0) >= report.get("measuring_code", 0)
+        is_current = same_adapter and same_code
         report["sweep" if is_current else "earlier_sweep"] = sweep
     rows = _read(folder / "predictions.jsonl", _lines)
     replace_text(folder / "report.html", page(report, rows))
@@ -70,7 +72,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
     """Renders the page; texts from the data are escaped, so that they cannot run.
 
     report: as in report.json, with the manifest as "stages", and sweep.json as "sweep" or, if it
-        was measured on an earlier adapter, as "earlier_sweep".
+        was measured on an earlier adapter or by earlier code, as "earlier_sweep".
     rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
         "right": {model: bool}}.
     """

@@ -12,6 +12,9 @@ import pytest
 import torch
 from conftest import refused
 
+from finequant.recipes.load import load_recipe
+from finequant.recipes.stages import MEASURING_CODE
+
 
 @pytest.fixture(scope="module")
 def runs_before(tmp_path_factory) -> tuple[dict[tuple[str, ...], Path], Path]:
@@ -172,6 +175,23 @@ def test_a_measurement_that_changed_since_it_was_written_is_refused(finished, re
     file.unlink()
     compare(arguments)
     assert report_of(recipe_file) == first
+
+
+def test_models_measured_in_another_dtype_are_measured_again(
+    finished, recipe_file, monkeypatch, capsys
+):
+    """A run directory may come from a machine that computes in bfloat16."""
+    from finequant.evaluate import measure
+    from finequant.evaluate.compare import main as compare
+
+    report = finished()
+    assert report["measuring_code"] == MEASURING_CODE
+    dtype = measure.arithmetic(load_recipe(recipe_file))
+    assert report["arithmetic"] == dtype["arithmetic"]
+    monkeypatch.setattr(measure, "arithmetic", lambda _: {"arithmetic": "another"})
+    capsys.readouterr()
+    compare([str(recipe_file), "train.learning_rate=1e-2"])
+    assert "measured before" not in capsys.readouterr().err
 
 
 def test_a_new_quantization_measures_only_the_quantized_model(finished, recipe_file, capsys):

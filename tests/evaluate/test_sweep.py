@@ -263,7 +263,7 @@ def test_a_sweep_of_an_earlier_adapter_is_not_on_the_page(tmp_path):
     models = {"base": scored(9.0), "tuned": scored(5.0), "quantized": scored(6.0)}
     report = report_of(scored(5.0), scored(6.0, method="rtn", bits=4, group_size=32))
     files = {
-        "report.json": {"models": models},
+        "report.json": {"models": models, "measuring_code": 2},
         "manifest.json": {"train": {"inputs": {}, "outputs": {"adapter": "now"}}},
         "predictions.jsonl": {"prompt": "a", "reference": "b", "answers": {}, "right": {}},
     }
@@ -273,8 +273,10 @@ def test_a_sweep_of_an_earlier_adapter_is_not_on_the_page(tmp_path):
         ("base", None, True),
         ("tuned", "now", True),
         ("tuned", "before", False),
+        ("base", None, False),
     ):
         (tmp_path / "sweep").mkdir(exist_ok=True)
+        report["measuring_code"] = 1 if (swept, is_shown) == ("base", False) else 2
         write_sweep(report | {"swept": swept, "adapter": adapter}, tmp_path / "sweep")
         write_page(tmp_path)
         shown = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finequant.recipes import rundir
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import content_hash
 from finequant.recipes.load import load_recipe
@@ -450,6 +451,34 @@ print(kept, resident() - start)
     kept, left = map(int, done.stdout.split())
     assert kept > 150 * 10**6
     assert left < 50 * 10**6
+
+
+def test_a_report_is_out_of_date_once_the_measuring_code_gives_other_figures(folder, monkeypatch):
+    recipe, run = load(folder)
+    finish(recipe, run)
+    code = rundir.MEASURING_CODE
+    monkeypatch.setattr(rundir, "MEASURING_CODE", code + 1)
+    again = {"train": [], "quantize": [], "evaluate": [f"measuring_code: {code} -> {code + 1}"]}
+    assert changes(folder) == again
+    manifest = run.manifest()
+    del manifest["evaluate"]["inputs"]["measuring_code"]  # as before there was a number
+    run.manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert changes(folder)["evaluate"] == [f"measuring_code: absent -> {code + 1}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["measurements/base", "measurements/tuned", "measurements/quantized", "measurements/gguf"]
+    + ["sweep/base", "sweep/tuned"],
+)
+def test_no_measurement_of_earlier_measuring_code_is_used_again(folder, monkeypatch, name):
+    recipe, run = load(folder)
+    for artifact in ("adapter", "quantized", "exports/gguf"):
+        (run.root / artifact).mkdir(parents=True)
+    run.memo(recipe, name).keep({"perplexity": 2.5})
+    assert run.memo(recipe, name).value() == {"perplexity": 2.5}
+    monkeypatch.setattr(rundir, "MEASURING_CODE", rundir.MEASURING_CODE + 1)
+    assert run.memo(recipe, name).value() is None
 
 
 def test_settings_of_memory_and_logging_do_not_change_the_adapter(folder):
