@@ -24,7 +24,7 @@ from finequant.finetune.data.files import (
 )
 from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, read_json_file
 from finequant.finetune.data.table_files import read_arrow, read_csv
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, counted
 from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
@@ -315,13 +315,14 @@ def _read_parallel(columns: dict[str, Path]) -> Iterator[Unparsed]:
     for number, lines in enumerate(zip_longest(*lines_of_files), start=1):
         if None in lines:
             raise UserError(
-                f"{files[lines.index(None)]}: ends after {number - 1} lines, but others of "
-                f"{', '.join(columns)} go on: each line of one belongs to a line of the others"
+                f"{files[lines.index(None)]}: ends after {counted(number - 1, 'line')}, but others "
+                f"of {', '.join(columns)} go on: each line of one belongs to a line of the others"
             )
         yield f"{files[0].name}:{number}", dict(zip(columns, lines, strict=True))
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with open_text(file) as opened:
+    # A carriage return inside a line is white space, or each line after it would get another's.
+    with open_text(file, newline="\n") as opened:
         for line in opened:
-            yield line.rstrip("\n")
+            yield line.rstrip("\r\n")

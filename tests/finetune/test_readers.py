@@ -251,11 +251,16 @@ def test_lines_of_parallel_files_are_rows(tmp_path, tiny_base):
     ]
 
 
+def test_a_carriage_return_inside_a_line_does_not_shift_the_lines_of_parallel_files(tmp_path):
+    rows = rows_of(parallel(tmp_path, en="A\rB\nC\n", de="a b\nc\r d\n"))
+    assert rows == [{"en": "A\rB", "de": "a b"}, {"en": "C", "de": "c\r d"}]
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 lines, but others of en, de"),
-        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 lines, but others of en, de"),
+        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 line, but others of en, de"),
+        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 line, but others of en, de"),
         ({"en": "a\n"}, "pairs.de.gz: cannot be read: No such file"),
         ({"en": "a\n", "de": ""}, "pairs.de.gz: no rows in this file"),
     ],
