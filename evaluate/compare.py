@@ -133,11 +133,11 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
     """Measures each format that the recipe exports; the result maps report keys to measurements."""
     from finequant.evaluate.metrics.exports import measure_export
     from finequant.evaluate.metrics.parity import quantized_reference
-    from finequant.quantize.formats.formats import report_key
+    from finequant.quantize.formats.formats import FORMATS, report_key
 
     measured, reference = {}, cache(partial(quantized_reference, recipe, run, material))
     for name in exports_of(recipe):
-        memo = memo_of(recipe, run, name)
+        memo = memo_of(recipe, run, name, runtime=FORMATS[name].runtime_versions())
         if measurement := memo.value():
             say(f"evaluate: {name}: measured before, unchanged")
         else:

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
 
 
-def memo_of(recipe: Recipe, run: RunDir, name: str) -> Memo:
-    """Returns the file of a model's or an export's measurement."""
+def memo_of(recipe: Recipe, run: RunDir, name: str, **further: Any) -> Memo:
+    """Returns the file of a model's or an export's measurement.
+
+    further: what it depends on, besides the table of stages and `arithmetic`.
+    """
     memo = run.memo(recipe, f"measurements/{name}")
-    return memo._replace(inputs=memo.inputs | arithmetic(recipe))
+    return memo._replace(inputs=memo.inputs | arithmetic(recipe) | further)
 
 
 def arithmetic(recipe: Recipe) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from finequant.evaluate.report.values import (
@@ -19,19 +20,26 @@ MAX_PERPLEXITY_INCREASE = 0.03
 
 def cost_too_much(report: Report) -> bool:
     """Says whether, from tuned to quantized, a metric fell by more than two standard errors (or by
-    a point, if its error is unknown), or a perplexity rose by more than 3%."""
+    a point, if its error is unknown), a perplexity rose by more than 3%, or a number was lost, as
+    when the perplexity of quantized is infinite or NaN."""
     tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
     for task, metric in metrics_of({"tuned": tuned}):
         error = float_at(report, "changes", task, metric, "stderr")
-        drop = float_at(tuned, "tasks", task, metric, "value")
-        drop -= float_at(quantized, "tasks", task, metric, "value")
+        before, after = (float_at(m, "tasks", task, metric, "value") for m in (tuned, quantized))
+        drop = before - after
         if drop > 2 * error or (error != error and drop * to_percent(metric) > 1):
             return True
-    return any(
-        float_at(quantized, "perplexity", corpus, "token")
-        > (1 + MAX_PERPLEXITY_INCREASE) * float_at(tuned, "perplexity", corpus, "token")
-        for corpus in corpora_of({"tuned": tuned})
-    )
+        if _is_lost(before, after):
+            return True
+    for corpus in corpora_of({"tuned": tuned}):
+        before, after = (float_at(m, "perplexity", corpus, "token") for m in (tuned, quantized))
+        if after > (1 + MAX_PERPLEXITY_INCREASE) * before or _is_lost(before, after):
+            return True
+    return False
+
+
+def _is_lost(before: float, after: float) -> bool:
+    return math.isfinite(before) and not math.isfinite(after)
 
 
 def advice(report: Report) -> list[str]:

@@ -11,12 +11,16 @@ from math import comb, prod
 from pathlib import Path
 from typing import Any
 
-from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, svg
-from finequant.evaluate.report.report import baseline_lines, divergence_lines, exports_apart
+from finequant.evaluate.report.report import (
+    baseline_lines,
+    divergence_lines,
+    exports_apart,
+    tuning_lines,
+)
 from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.finetune.architecture import HEAD
@@ -139,31 +143,11 @@ def _verdict(report: Report) -> dict[str, Any]:
     else:
         headline, state = "Quantization cost no more than its error bars", "good"
     lines = [figures] if figures else []
-    if _gained_nothing(report):
-        lower = _perplexity(report, "tuned") < _perplexity(report, "base")
-        lines.append(
-            "Tuned is no better than base in any accuracy"
-            f"{', though its perplexity on the held-out rows is lower' if lower else ''}: train "
-            "longer, or look at the training rows and their target tokens with `finequant data`."
-        )
-    lines += [*baseline_lines(report), *verdict_lines(report), *divergence_lines(report)]
+    lines += [*tuning_lines(report), *baseline_lines(report)]
+    lines += [*verdict_lines(report), *divergence_lines(report)]
     if not value_at(report, "gate", "checks"):
         lines.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     return {"state": state, "headline": headline, "lines": lines}
-
-
-def _gained_nothing(report: Report) -> bool:
-    """Says whether every accuracy is the same, or lower, after fine-tuning."""
-    pairs = metrics_of(report["models"])
-    values = [
-        [float_at(report, "models", name, "tasks", *pair, "value") for name in ("base", "tuned")]
-        for pair in pairs
-    ]
-    return bool(values) and all(tuned <= base for base, tuned in values)
-
-
-def _perplexity(report: Report, name: str) -> float:
-    return float_at(report, "models", name, "perplexity", HELD_OUT, "token")
 
 
 def _figures(report: Report) -> str | None:
@@ -201,8 +185,11 @@ def flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _labels(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Counts right answers of each label, if the references are labels: few, and repeated."""
-    counts = Counter(row["reference"] for row in rows)
+    """Counts right answers of each label, if the references are labels: few, and repeated.
+
+    None if no metric calls answers right or wrong, as `multiple_choice` by itself does not.
+    """
+    counts = Counter(row["reference"] for row in rows if row["right"])
     if not 1 < len(counts) <= min(MAX_LABELS, len(rows) // 2):
         return None
 

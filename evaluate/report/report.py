@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import html
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
-from finequant.evaluate.inputs import cut_line
+from finequant.evaluate.inputs import HELD_OUT, cut_line
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DRAWINGS, draw_plot
@@ -37,7 +38,15 @@ from finequant.evaluate.report.table import (
     shown_number,
     shown_score,
 )
-from finequant.evaluate.report.values import Report, corpora_of, finite, finite_only, value_at
+from finequant.evaluate.report.values import (
+    Report,
+    corpora_of,
+    finite,
+    finite_only,
+    float_at,
+    metrics_of,
+    value_at,
+)
 from finequant.recipes.artifact import replace_text
 
 MIN_SHARE = 0.2  # below it, no model is mistaken for a good one that always gives the same answer
@@ -47,7 +56,8 @@ MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
 def print_table(report: Report) -> None:
     """Prints the comparison, the divergence, the gate's verdict and what would help to stdout."""
     console = print_rows(*comparison_rows(report))
-    lines = [*baseline_lines(report), *divergence_lines(report), *verdict_lines(report)]
+    lines = [*tuning_lines(report), *baseline_lines(report)]
+    lines += [*divergence_lines(report), *verdict_lines(report)]
     if changes := advice(report):
         lines += ["What would help:", *(f"- {line}" for line in changes)]
     for line in lines:
@@ -81,7 +91,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         markdown_table(*comparison_rows(report)),
         f"All models are measured on the same inputs{_arithmetic(report)}. "
         "± is one standard error; for a change, that of the row-by-row differences.",
-        "\n\n".join(baseline_lines(report)),
+        "\n\n".join([*tuning_lines(report), *baseline_lines(report)]),
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
         "## What quantization changed",
         bullets([*divergence_lines(report), *verdict_lines(report)]),
@@ -127,6 +137,27 @@ def baseline_lines(report: Report) -> list[str]:
         line = cut_line(cut)
         lines.append(f"{line[0].upper()}{line[1:]}.")
     return lines
+
+
+def tuning_lines(report: Report) -> list[str]:
+    """Says in one line if fine-tuning raised no accuracy on the held-out rows or, where these were
+    not asked, on any task; else []."""
+    pairs = metrics_of(report["models"])
+    asked = [pair for pair in pairs if pair[0] == HELD_OUT] or pairs
+    base, tuned = (report["models"].get(name) for name in ("base", "tuned"))
+    values = [
+        [float_at(model, "tasks", *pair, "value") for model in (base, tuned)] for pair in asked
+    ]
+    if not values or not all(after <= before for before, after in values):
+        return []
+    perplexities = (float_at(m, "perplexity", HELD_OUT, "token") for m in (base, tuned))
+    on_rows = "on the held-out rows"
+    which, there = (f" {on_rows}", "there") if asked != pairs else ("", on_rows)
+    though = f", though its perplexity {there} is lower" if operator.gt(*perplexities) else ""
+    return [
+        f"Tuned is no better than base in any accuracy{which}{though}: train longer, or look at "
+        "the training rows and their target tokens with `finequant data`."
+    ]
 
 
 def divergence_lines(report: Report) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,14 @@ class Format:
         if self.runtime is None:
             return "no runtime is known here"
         return to_install(self.runtime_packages)
+
+    def runtime_versions(self) -> dict[str, str | None]:
+        """Returns the version of each package that `runtime` needs, None for a missing one."""
+        known = packages_distributions()
+        return {
+            module: version(known[module][0]) if module in known else None
+            for module in self.runtime_packages
+        }
 
     def logits(self, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
         """Computes logits [prompts, vocabulary] after the last token of each prompt, with code that

@@ -86,6 +86,24 @@ def test_a_killed_timing_is_not_explained_by_a_warning(monkeypatch, tmp_path):
         speed("gguf", tmp_path)
 
 
+def test_an_export_is_measured_once_its_runtime_is_installed(recipe_file, monkeypatch, capsys):
+    """Where it was missing, only the size was measured."""
+    from finequant.evaluate import compare
+    from finequant.evaluate.metrics import exports
+    from finequant.quantize.formats import format
+
+    recipe = load_recipe(recipe_file, ["quantize.exports=[gguf]"])
+    run, calls = RunDir.of(recipe), []
+    (run.exports / "gguf").mkdir(parents=True)
+    monkeypatch.setattr(exports, "measure_export", lambda *_: {"calls": calls.append(1)})
+    for installed in ({}, {"llama_cpp": ["torch"]}):
+        monkeypatch.setattr(format, "packages_distributions", lambda now=installed: now)
+        compare.measure_exports(recipe, run, None)
+        compare.measure_exports(recipe, run, None)
+    assert len(calls) == 2
+    assert capsys.readouterr().err.count("gguf: measured before, unchanged") == 2
+
+
 @pytest.fixture
 def arguments(recipe_file, executorch_run, train_once, name) -> list[str]:
     """The arguments for a run with the export: its recipe, and overrides."""

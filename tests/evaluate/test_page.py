@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
-from finequant.evaluate.report.advice import advice
+from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.page import _sizes, page, write_page
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.recipes.errors import UserError
@@ -121,6 +123,47 @@ def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     assert "no better than base" not in text
     judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
     assert "Tuned is no better than base" in page(judged, rows())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+@pytest.mark.parametrize(
+    "keys", [("perplexity", "held_out", "token"), ("tasks", "held_out", "exact_match", "value")]
+)
+def test_a_number_that_quantized_lost_is_a_cost(bad, keys):
+    judged = report(0.9)
+    assert not cost_too_much(judged)
+    *path, last = ("models", "quantized", *keys)
+    reduce(dict.__getitem__, path, judged)[last] = bad
+    assert cost_too_much(judged)
+    text = page(judged, rows())
+    assert "Quantization cost no more than its error bars" not in text
+
+
+def test_no_table_of_labels_where_no_metric_calls_answers_right_or_wrong():
+    assert "<h2>By label</h2>" in page(report(), rows())
+    unjudged = [row | {"right": {}} for row in rows()]
+    assert "<h2>By label</h2>" not in page(report(), unjudged)
+
+
+def test_the_terminal_and_report_md_say_if_tuning_gained_nothing_on_the_held_out_rows(
+    tmp_path, capsys
+):
+    judged = report(0.9)
+    print_table(judged)
+    assert "no better than base" not in capsys.readouterr().out
+    for name, value in (("base", 0.3), ("tuned", 0.4), ("quantized", 0.4)):  # another task
+        model_ = judged["models"][name]
+        model_["tasks"] = {"held_out": {"exact_match": {"value": 0.0, "stderr": 0.0, "n": 100}}}
+        model_["tasks"]["arc_easy"] = {"acc": {"value": value, "stderr": 0.1, "n": 20}}
+    line = (
+        "Tuned is no better than base in any accuracy on the held-out rows, though its perplexity "
+        "there is lower: train longer"
+    )
+    print_table(judged)
+    assert line in " ".join(capsys.readouterr().out.split())
+    write_report(judged, tmp_path)
+    assert line in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert line in page(judged, rows())
 
 
 def test_bytes_add_up_to_the_packed_size_and_are_called_what_they_are():
