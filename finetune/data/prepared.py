@@ -17,10 +17,11 @@ import numpy as np
 
 from finequant.finetune.data.splits import Splits, load_splits
 from finequant.finetune.data.table import TABLE, TOKEN_KEYS, Hashes, Rows, open_table
-from finequant.recipes.artifact import remove
-from finequant.recipes.freshness import digest, made_once
+from finequant.recipes.artifact import content_hash, remove
+from finequant.recipes.freshness import Inputs, digest, made_once
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.sources import matching_files
 from finequant.recipes.stages import recipe_inputs
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import Stopwatch
@@ -49,9 +50,7 @@ def prepared_splits(recipe: Recipe) -> Splits:
     Raises:
         UserError: for whatever `load_splits` refuses.
     """
-    without = tuple(f"data.{key}" for key in TOKEN_KEYS)
-    # Another version may read the same sources otherwise.
-    inputs = recipe_inputs(recipe, ("seed", "data"), without) | {"finequant": version("finequant")}
+    inputs = _inputs(recipe)
     folder = RunDir.of(recipe).data / f"rows-{digest(inputs)}"
     try:
         made_once(folder, inputs, partial(_write, recipe))
@@ -62,6 +61,23 @@ def prepared_splits(recipe: Recipe) -> Splits:
         return load_splits(recipe.data, recipe.seed)
     _remove_oldest(folder.parent)
     return _opened(folder)
+
+
+def _inputs(recipe: Recipe) -> Inputs:
+    """Returns what decides the rows and, with another file's name, where they are said to be.
+
+    Another version of finequant, or of a clone, may read the same sources otherwise.
+    """
+    without = tuple(f"data.{key}" for key in TOKEN_KEYS)
+    code = content_hash(Path(__file__).parent, is_content=lambda name: name.suffix == ".py")
+    data = recipe.data
+    paths = [Path(source.source) for source in (*data.train, *data.validation, *data.test)]
+    files = [file for path in paths if path.is_absolute() for file in matching_files(path)]
+    return recipe_inputs(recipe, ("seed", "data"), without) | {
+        "finequant": version("finequant"),
+        "code": code,
+        "files": [file.name for file in files],
+    }
 
 
 def _write(recipe: Recipe, folder: Path) -> None:

@@ -76,6 +76,23 @@ def test_another_version_reads_again(recipe, unread, monkeypatch):
         prepared_splits(recipe)
 
 
+def test_other_code_of_the_same_version_reads_again(recipe, unread, monkeypatch):
+    """A clone is updated more often than its version."""
+    prepared_splits(recipe)
+    unread()
+    monkeypatch.setattr(prepared, "content_hash", lambda *_, **__: "other")
+    with pytest.raises(TypeError):
+        prepared_splits(recipe)
+
+
+def test_rows_of_a_renamed_file_are_said_to_be_there(recipe_file, recipe):
+    prepared_splits(recipe)
+    (recipe_file.parent / "train.jsonl").rename(recipe_file.parent / "renamed.jsonl")
+    again = prepared_splits(load_recipe(recipe_file, ["data.train=renamed.jsonl"]))
+    assert again.train[0].where == "renamed.jsonl:1"
+    assert again.notes[0].startswith("renamed.jsonl: ")
+
+
 def test_changed_files_are_read_again(recipe_file, recipe):
     before = prepared_splits(recipe)
     file = recipe_file.parent / "train.jsonl"
