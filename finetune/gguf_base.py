@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from finequant.recipes.artifact import content_hash
 from finequant.recipes.base import base_hash, locate_base
-from finequant.recipes.freshness import cache_folder, made_once
+from finequant.recipes.freshness import Inputs, cache_folder, made_once
 from finequant.recipes.schema import Model
 from finequant.recipes.terminal import say
 
@@ -25,7 +26,8 @@ def described(model: Model) -> Path:
     Raises:
         UserError: if the file cannot be read, or its pre-tokenizer is not known.
     """
-    return _kept(model, "description", _describe)
+    code = content_hash(Path(__file__).with_name("pre_tokenizers.py"))
+    return _kept(model, "description", _describe, {"pre_tokenizers": code})
 
 
 def dequantized(model: Model) -> Path:
@@ -34,7 +36,7 @@ def dequantized(model: Model) -> Path:
     Raises:
         UserError: if the file cannot be read.
     """
-    return _kept(model, "weights", _dequantize)
+    return _kept(model, "weights", _dequantize, {})
 
 
 def is_dequantized(model: Model) -> bool:
@@ -61,8 +63,9 @@ def parsed_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = read, named
 
 
-def _kept(model: Model, part: str, make: Callable[[Model, Path], None]) -> Path:
-    inputs = {"model.base": base_hash(model)}
+def _kept(model: Model, part: str, make: Callable[[Model, Path], None], code: Inputs) -> Path:
+    """code: what the folder depends on besides the file."""
+    inputs = {"model.base": base_hash(model)} | code
     return made_once(_folder(model, part), inputs, lambda partial: make(model, partial))
 
 

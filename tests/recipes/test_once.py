@@ -90,6 +90,20 @@ def test_a_dequantized_base_is_what_transformers_reads(gguf, tmp_path):
     assert load_tokenizer(Model(base=gguf))(text).input_ids == ids
 
 
+def test_a_tokenizer_of_earlier_code_is_read_again(gguf, monkeypatch):
+    """A wrong pre-tokenizer would stay in the user's cache after it was corrected."""
+    from finequant.finetune import gguf_base
+    from finequant.recipes.schema import Model
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(gguf_base, "content_hash", lambda _: "earlier", raising=False)
+        folder = gguf_base.described(Model(base=gguf))
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    artifact.seal(folder)
+    assert gguf_base.described(Model(base=gguf)) == folder
+    assert (folder / "tokenizer.json").read_text(encoding="utf-8") != "{}"
+
+
 def test_a_gguf_file_without_all_tensors_is_refused_each_time(
     gguf, tiny_base, tmp_path, monkeypatch
 ):
