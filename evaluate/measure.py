@@ -101,6 +101,7 @@ def _held_out(
             evaluate.batch_size,
             f"{name}: multiple choice",
             material.groups,
+            material.ends,
         )
     return answers, scores
 

@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +135,16 @@ def multiple_choice(
     batch_size: int,
     description: str,
     groups: list[int] | None = None,
+    ends: Sequence[int] = (),
 ) -> Score:
     """Measures how often the reference is the most likely of `choices` after its prompt.
 
-    Log-likelihoods are summed over a choice's tokens; ties go to the first choice.
+    Log-likelihoods are summed over a choice's tokens; ties go to the first choice. If a choice
+    begins another, as 1 begins 10, the token that ends an answer is scored after each choice, too:
+    without it, 10 could never be more likely than 1.
 
     groups: a number for each prompt, as for `text_metrics.mean`.
+    ends: token ids that end an answer, the usual one first.
 
     Raises:
         UserError: for a reference that is not among the choices, or a choice without tokens.
@@ -153,7 +157,14 @@ def multiple_choice(
             )
     if "" in choices:
         raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
-    asked = [item for prompt in prompts for item in continuations(tokenizer, prompt, choices)]
+    # In this order, a choice that begins others comes right before one of them.
+    in_order = pairwise(sorted(set(choices)))
+    end = list(ends[:1]) if any(after.startswith(before) for before, after in in_order) else []
+    asked = [
+        Continuation(prompt, item.ids + end)
+        for prompt in prompts
+        for item in continuations(tokenizer, prompt, choices)
+    ]
     likelihoods = log_likelihoods(model, asked, batch_size, description)
     logs = [likelihood.log for likelihood in likelihoods]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]

@@ -260,6 +260,27 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
     assert score == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
 
 
+def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prompts, monkeypatch):
+    """Every further token lowers a likelihood: without an end, "at" would beat "at the" always."""
+    at, end, asked = ids_of(tokenizer, "at"), tokenizer.eos_token_id, []
+
+    def unlikely_to_end_after_at(_: object, these: list, *__: object) -> list[Likelihood]:
+        asked[:] = [item.ids for item in these]
+        return [Likelihood(-len(ids) - 9.0 * (ids == [*at, end]), False) for ids in asked]
+
+    monkeypatch.setattr(tasks, "log_likelihoods", unlikely_to_end_after_at)
+    for references, choices, value in (
+        (["at the"], ["red", "at the", "at"], 0.0),  # "red" is shorter
+        (["at the"], ["at", "at the"], 1.0),
+        (["at"], ["at", "the"], 1.0),
+    ):
+        ends = (end, end + 1)
+        arguments = (prompts[:1], references, choices, 1, "", None, ends)
+        assert multiple_choice(model, tokenizer, *arguments)["value"] == value
+        begins = "at the" in choices
+        assert asked == [ids_of(tokenizer, text) + [end] * begins for text in choices]
+
+
 def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
