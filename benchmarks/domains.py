@@ -139,7 +139,7 @@ def answers(
             recipe = recipe.model_copy(update={"output_dir": str(folder / f"seed-{seed}")})
             run_stages(recipe, "train", "quantize", "evaluate")
             text = RunDir.of(recipe).predictions.read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
+            rows = [json.loads(line) for line in text.split("\n") if line]
             changed = flips(rows)
             table.append(
                 (
@@ -167,16 +167,18 @@ def _require(data: Path) -> None:
 
 def _paired(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """Formats the number of rows, right answers in %, and their difference in points, with its
-    paired error."""
+    paired error, clustered by prompt: each seed asks the same ones."""
     from finequant.evaluate.metrics.text_metrics import paired_changes, score_answers
 
     references = [row["reference"] for row in rows]
+    numbers = {prompt: number for number, prompt in enumerate({row["prompt"] for row in rows})}
+    groups = [numbers[row["prompt"]] for row in rows]
     tuned, quantized = ([row["answers"][name] for row in rows] for name in ("tuned", "quantized"))
     metric = "exact_match"
     scores = [
         score_answers(answers, references, [metric])[metric] for answers in (tuned, quantized)
     ]
-    change = paired_changes(tuned, quantized, references, [metric])[metric]
+    change = paired_changes(tuned, quantized, references, [metric], groups)[metric]
     points = f"{100 * change['value']:+.2f} ± {100 * change['stderr']:.2f}"
     return str(len(rows)), *(f"{100 * score['value']:.1f}" for score in scores), points
 
