@@ -241,7 +241,7 @@ def tasks(overrides: Overrides = None, limit: int | None = None, data: Path = DA
     }
     rows = []
     for label, make in makes.items():
-        scores = lm_eval_tasks(make(), tokenizer, recipe.evaluate, recipe.seed)
+        scores, _ = lm_eval_tasks(make(), tokenizer, recipe.evaluate, recipe.seed)
         values = [100 * scores[f"{name}_file"]["acc"]["value"] for name in names]
         rows.append((label, *(f"{value:.1f}" for value in (*values, sum(values) / len(values)))))
         say(" ".join(rows[-1]))

@@ -31,14 +31,20 @@ def parities(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]
 def changes(
     recipe: Recipe, material: Material, measured: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Computes the changes in metrics from tuned to quantized, paired row by row."""
-    from finequant.evaluate.metrics.text_metrics import paired_changes
+    """Computes the changes in metrics from tuned to quantized, paired by row or document."""
+    from finequant.evaluate.metrics.text_metrics import mean_change, paired_changes
 
-    if not material.rows:
-        return {}
-    answers = (measured[name]["answers"] for name in ("tuned", "quantized"))
-    metrics = recipe.evaluate.metrics
-    return {HELD_OUT: paired_changes(*answers, material.references, metrics, material.groups)}
+    tuned, quantized = (measured[name] for name in ("tuned", "quantized"))
+    changed: dict[str, Any] = {}
+    if material.rows:
+        answers = (tuned["answers"], quantized["answers"], material.references)
+        changed[HELD_OUT] = paired_changes(*answers, recipe.evaluate.metrics, material.groups)
+    for task, metrics in tuned["by_item"].items():
+        groups = material.groups if task == HELD_OUT else None
+        for metric in metrics.keys() & quantized["by_item"][task].keys():
+            values = (metrics[metric], quantized["by_item"][task][metric])
+            changed.setdefault(task, {})[metric] = mean_change(*values, groups)
+    return changed
 
 
 def right_by(metrics: list[str]) -> str | None:

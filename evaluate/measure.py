@@ -46,8 +46,9 @@ def measure_model(
     size: bytes of the model's weights on disk.
 
     Returns:
-        {"scores": size, perplexity, and tasks as in report.json, "answers": to the held-out rows},
-        and the result of `predicted`.
+        {"scores": size, perplexity, and tasks as in report.json, "answers": to the held-out rows,
+        "by_item": values of scores that are means and cannot be computed from the answers}, and the
+        result of `predicted`.
     """
     from finequant.evaluate.metrics.divergence import in_random_order
     from finequant.evaluate.metrics.perplexity import measure
@@ -55,7 +56,7 @@ def measure_model(
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.model import load_config
 
-    evaluate, answers, tasks = recipe.evaluate, [], {}
+    evaluate, answers, tasks, by_item = recipe.evaluate, [], {}, {}
     predictions = predicted(name, model, recipe, material)
     perplexity = {
         corpus: measure(
@@ -69,9 +70,11 @@ def measure_model(
         for corpus, (sequences, documents) in material.corpora.items()
     }
     if material.prompts:
-        answers, tasks[HELD_OUT] = _held_out(name, model, recipe, material)
+        answers, tasks[HELD_OUT], by_item[HELD_OUT] = _held_out(name, model, recipe, material)
     if evaluate.tasks:
-        tasks |= lm_eval_tasks(model, material.tokenizer, evaluate, recipe.seed)
+        scores, values = lm_eval_tasks(model, material.tokenizer, evaluate, recipe.seed)
+        tasks |= scores
+        by_item |= values
     scores = {
         "size_bytes": size,
         "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
@@ -79,31 +82,33 @@ def measure_model(
         "perplexity": perplexity,
         "tasks": tasks,
     }
-    return {"scores": scores, "answers": answers}, predictions
+    return {"scores": scores, "answers": answers, "by_item": by_item}, predictions
 
 
 def _held_out(
     name: str, model: Decoder, recipe: Recipe, material: Material
-) -> tuple[list[str], dict[str, Any]]:
-    """Answers the held-out rows; returns the answers and their scores by metric."""
+) -> tuple[list[str], dict[str, Any], dict[str, list[float]]]:
+    """Answers the held-out rows; returns the answers, their scores by metric, and by metric the
+    values of rows that are not computed from the answers."""
     from finequant.evaluate.metrics.tasks import answer, multiple_choice
-    from finequant.evaluate.metrics.text_metrics import score_answers
+    from finequant.evaluate.metrics.text_metrics import mean, score_answers
 
     evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)
     say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
     answers = answer(*asked, evaluate.max_new_tokens, evaluate.batch_size, f"{name}: answers")
     scores = score_answers(answers, material.references, evaluate.metrics, material.groups)
+    by_row = {}
     if "multiple_choice" in evaluate.metrics:
-        scores["multiple_choice"] = multiple_choice(
+        by_row["multiple_choice"] = multiple_choice(
             *asked,
             material.references,
             material.choices,
             evaluate.batch_size,
             f"{name}: multiple choice",
-            material.groups,
             material.ends,
         )
-    return answers, scores
+        scores["multiple_choice"] = mean(by_row["multiple_choice"], material.groups)
+    return answers, scores, by_row
 
 
 def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> Predictions:

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import chain, pairwise
 from numbers import Real
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from finequant.evaluate.check import check_task_files
 from finequant.evaluate.metrics.batches import batches_by_length, in_batches
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
-from finequant.evaluate.metrics.text_metrics import Score, mean
+from finequant.evaluate.metrics.text_metrics import Score
 from finequant.evaluate.models import GREEDY
 from finequant.finetune.data.turns import configured_ends, until_end
 from finequant.recipes.errors import UserError, listed, refuse_all
@@ -60,10 +61,14 @@ def check_tasks(evaluate: Evaluate) -> None:
         )
 
 
+ByItem = dict[str, dict[str, list[float]]]
+"""{task: {metric: values of a document, or a held-out row, each}}, for metrics that are means."""
+
+
 def lm_eval_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate, seed: int
-) -> dict[str, dict[str, Score]]:
-    """Scores a loaded model on `evaluate.tasks`: {task: {metric: score}}.
+) -> tuple[dict[str, dict[str, Score]], ByItem]:
+    """Scores a loaded model on `evaluate.tasks`: {task: {metric: score}}, and values by document.
 
     A group with an aggregate score (mmlu) is one entry; other groups and tags become one entry for
     each of their tasks. Metrics where lower is better are left out.
@@ -73,7 +78,8 @@ def lm_eval_tasks(
     """
     from finequant.evaluate.metrics.lm_eval_model import SharedContextLM
 
-    results = {}
+    scores: dict[str, dict[str, Score]] = {}
+    by_item: ByItem = {}
     loaded = load_tasks(evaluate)
     with _quiet_lm_eval():
         wrapped = SharedContextLM(
@@ -81,8 +87,12 @@ def lm_eval_tasks(
         )
         for task, objects in zip(evaluate.tasks, loaded, strict=True):
             say(f"evaluate: lm-eval task {task.task}")
-            results |= _run(wrapped, task, objects, evaluate.task_folder, seed)
-    return results
+            output = _run(wrapped, task, objects, evaluate.task_folder, seed)
+            for name in _names(task, output):
+                better = output["higher_is_better"].get(name, {})
+                if metrics := _scores(output["results"][name], better):
+                    scores[name], by_item[name] = metrics, _by_document(name, metrics, output)
+    return scores, by_item
 
 
 def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
@@ -134,16 +144,14 @@ def multiple_choice(
     choices: list[str],
     batch_size: int,
     description: str,
-    groups: list[int] | None = None,
     ends: Sequence[int] = (),
-) -> Score:
-    """Measures how often the reference is the most likely of `choices` after its prompt.
+) -> list[float]:
+    """Says of each prompt whether its reference is the most likely of `choices` (1.0 or 0.0).
 
     Log-likelihoods are summed over a choice's tokens; ties go to the first choice. If a choice
     begins another, as 1 begins 10, the token that ends an answer is scored after each choice, too:
     without it, 10 could never be more likely than 1.
 
-    groups: a number for each prompt, as for `text_metrics.mean`.
     ends: token ids that end an answer, the usual one first.
 
     Raises:
@@ -169,8 +177,7 @@ def multiple_choice(
     logs = [likelihood.log for likelihood in likelihoods]
     rows = [logs[start : start + len(choices)] for start in range(0, len(logs), len(choices))]
     picks = [choices[row.index(max(row))] for row in rows]
-    right = [float(pick == reference) for pick, reference in zip(picks, references, strict=True)]
-    return mean(right, groups)
+    return [float(pick == reference) for pick, reference in zip(picks, references, strict=True)]
 
 
 def continuations(
@@ -279,30 +286,56 @@ def _refusal(task: Task, leaves: list[Any]) -> str | None:
 
 def _run(
     wrapped: Any, task: Task, objects: list[Any], folder: str | None, seed: int
-) -> dict[str, dict[str, Score]]:
-    """Runs one entry of `evaluate.tasks`: {task: {metric: score}}."""
+) -> dict[str, Any]:
+    """Runs one entry of `evaluate.tasks`, and returns lm-eval's results and samples."""
     from lm_eval import evaluator
 
     # lm-eval asks git for a commit, and git prints "fatal" outside of a repository.
     evaluator.get_git_commit_hash = lambda: None
-    output = evaluator.simple_evaluate(
+    return evaluator.simple_evaluate(
         wrapped,
         tasks=objects,
         num_fewshot=task.num_fewshot,
         limit=task.limit,
         apply_chat_template=task.apply_chat_template,
         bootstrap_iters=BOOTSTRAP_DRAWS,
-        log_samples=False,
+        log_samples=True,
         task_manager=_task_manager(folder),
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    names = [task.task] if task.task in output.get("groups", {}) else output["results"]
-    better = output["higher_is_better"]
-    scores = {name: _scores(output["results"][name], better.get(name, {})) for name in names}
-    return {name: metrics for name, metrics in scores.items() if metrics}
+
+
+def _names(task: Task, output: dict[str, Any]) -> list[str]:
+    """Lists the results to report: a group's own, or those of each task."""
+    return [task.task] if task.task in output.get("groups", {}) else list(output["results"])
+
+
+def _by_document(
+    name: str, scores: dict[str, Score], output: dict[str, Any]
+) -> dict[str, list[float]]:
+    """Returns the values of documents, for each score of a task or group that is their mean."""
+    by_document = {}
+    for metric, score in scores.items():
+        plain, _, filtered_by = metric.removesuffix(")").partition(" (")
+        values = [
+            sample.get(plain)
+            for leaf in _leaves(name, output["group_subtasks"])
+            for sample in sorted(output["samples"].get(leaf, []), key=lambda s: s["doc_id"])
+            if sample["filter"] == (filtered_by or "none")
+        ]
+        numeric = [float(value) for value in values if isinstance(value, Real)]
+        if values and len(numeric) == len(values) and math.isclose(fmean(numeric), score["value"]):
+            by_document[metric] = numeric
+    return by_document
+
+
+def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
+    """Lists the tasks of a group, whose children can be groups, too; of a task, only itself."""
+    tasks = [task for child in children.get(name, ()) for task in _leaves(child, children)]
+    return list(dict.fromkeys(tasks)) or [name]
 
 
 def _scores(row: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, Score]:

@@ -43,12 +43,10 @@ def score_answers(
         _check_json(references)
     scores = {}
     for metric in metrics:
-        if metric in ROW_METRICS:
-            scores[metric] = mean(_by_row(metric, answers, references), groups)
-        elif metric in CORPUS_METRICS:
+        if metric in CORPUS_METRICS:
             scores[metric] = CORPUS_METRICS[metric](answers, references)
-        elif metric == "tool_call_recall":
-            scores[metric] = tool_call_recall(answers, references, groups)
+        elif metric in MEANS:
+            scores[metric] = mean(*_by_item(metric, answers, references, groups))
     return scores
 
 
@@ -61,18 +59,29 @@ def paired_changes(
 ) -> dict[str, Score]:
     """Computes how much metrics change between two models' answers, row by row: {metric: score}.
 
-    The standard error is that of the mean difference: rows that both models answer alike add
-    nothing to it. Metrics that are not means over rows are left out.
+    Metrics that are not means over rows or calls are left out.
 
     groups: a number for each row, as for `mean`.
     """
     changes = {}
     for metric in metrics:
-        if metric in ROW_METRICS:
-            scored = (_by_row(metric, answers, references) for answers in (before, after))
-            differences = [later - earlier for earlier, later in zip(*scored, strict=True)]
-            changes[metric] = mean(differences, groups)
+        if metric in MEANS:
+            earlier, _ = _by_item(metric, before, references, groups)
+            later, clusters = _by_item(metric, after, references, groups)
+            changes[metric] = mean_change(earlier, later, clusters)
     return changes
+
+
+def mean_change(
+    before: Sequence[float], after: Sequence[float], groups: Sequence[int] | None = None
+) -> Score:
+    """Computes the mean of the differences between two models' values for the same items.
+
+    The standard error is that of this mean: items with equal values add nothing to it.
+
+    groups: a number for each item, as for `mean`.
+    """
+    return mean([later - earlier for earlier, later in zip(before, after, strict=True)], groups)
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
@@ -80,8 +89,14 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
     return ROW_METRICS[metric](answer, reference) == 1
 
 
-def _by_row(metric: str, answers: list[str], references: list[str]) -> list[float]:
-    return [float(ROW_METRICS[metric](a, r)) for a, r in zip(answers, references, strict=True)]
+def _by_item(
+    metric: str, answers: list[str], references: list[str], groups: Sequence[int] | None
+) -> tuple[list[float], Sequence[int] | None]:
+    """Returns the values whose mean a metric is, and a number for each, as for `mean`."""
+    if metric == "tool_call_recall":
+        return _by_call(answers, references, groups)
+    score = ROW_METRICS[metric]
+    return [float(score(a, r)) for a, r in zip(answers, references, strict=True)], groups
 
 
 def _check_json(references: list[str]) -> None:
@@ -144,13 +159,15 @@ ROW_METRICS: dict[str, Callable[[str, str], float]] = {
 """Metrics that are means over rows: each scores an answer against its reference."""
 
 
-def tool_call_recall(
-    answers: list[str], references: list[str], groups: Sequence[int] | None = None
-) -> Score:
-    """Computes the share of the references' calls that the answers make; there is at least one.
+MEANS = (*ROW_METRICS, "tool_call_recall")
+"""Metrics that are means over rows or, tool_call_recall, over the references' calls."""
 
-    groups: a number for each row, as for `mean`; calls of the same row share it.
-    """
+
+def _by_call(
+    answers: list[str], references: list[str], groups: Sequence[int] | None
+) -> tuple[list[float], list[int]]:
+    """Says of each of the references' calls whether the answer makes it (1.0 or 0.0); all calls of
+    a row have the row's number."""
     groups = groups or range(len(references))
     made: list[float] = []
     group_of_call: list[int] = []
@@ -160,7 +177,7 @@ def tool_call_recall(
             made.append(float(unmatched[call] > 0))
             group_of_call.append(group)
             unmatched[call] -= 1
-    return mean(made, group_of_call)
+    return made, group_of_call
 
 
 def bleu(answers: list[str], references: list[str]) -> Score:

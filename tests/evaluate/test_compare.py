@@ -304,6 +304,12 @@ def test_the_report_has_multiple_choice_and_text_metrics(finished):
     scores = report["models"]["tuned"]["tasks"]["held_out"]
     assert set(scores) == {"multiple_choice", "f1", "rouge", "bleu", "chrf", "json_match"}
     assert all(score["n"] == 4 for score in scores.values())
+    changes, quantized = report["changes"]["held_out"], report["models"]["quantized"]["tasks"]
+    assert set(changes) == {"multiple_choice", "f1", "rouge", "json_match"}
+    for metric, change in changes.items():
+        difference = quantized["held_out"][metric]["value"] - scores[metric]["value"]
+        assert change["value"] == pytest.approx(difference)
+        assert change["stderr"] >= 0
 
 
 def test_divergence_equals_a_calculation_by_hand():

@@ -256,8 +256,8 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
     picks = [max(choices, key=lambda c: likelihood(p, c)) for p in prompts]  # noqa: B023
     wrong = choices[(choices.index(picks[3]) + 1) % 4]
     references = [*picks[:3], wrong, picks[4]]
-    score = multiple_choice(model, tokenizer, prompts, references, choices, 3, "choices")
-    assert score == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
+    right = multiple_choice(model, tokenizer, prompts, references, choices, 3, "choices")
+    assert mean(right) == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
 
 
 def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prompts, monkeypatch):
@@ -275,8 +275,8 @@ def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prom
         (["at"], ["at", "the"], 1.0),
     ):
         ends = (end, end + 1)
-        arguments = (prompts[:1], references, choices, 1, "", None, ends)
-        assert multiple_choice(model, tokenizer, *arguments)["value"] == value
+        arguments = (prompts[:1], references, choices, 1, "", ends)
+        assert multiple_choice(model, tokenizer, *arguments) == [value]
         begins = "at the" in choices
         assert asked == [ids_of(tokenizer, text) + [end] * begins for text in choices]
 
@@ -321,8 +321,8 @@ def test_choices_are_tokenized_as_lm_eval_does(tokenizer):
 def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
     found = [Likelihood(log, False) for log in (-2.0, -1.0, -1.0)]
     monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: found)
-    score = multiple_choice(model, tokenizer, prompts[:1], ["at"], ["red", "at", "the"], 1, "")
-    assert score["value"] == 1
+    right = multiple_choice(model, tokenizer, prompts[:1], ["at"], ["red", "at", "the"], 1, "")
+    assert right == [1]
 
 
 def test_a_reference_outside_the_choices_is_named(model, tokenizer, prompts):
@@ -429,7 +429,7 @@ def test_the_right_one_of_a_rows_choices_is_that_of_lm_eval(model, tokenizer, tm
     read = load_splits(data, 0).train
     prompts = [encode_prompt(row, tokenizer, data) for row in read]
     references = [answer_text(row, tokenizer, data) for row in read]
-    scores = multiple_choice(model, tokenizer, prompts, references, names, 4, "")
+    right = multiple_choice(model, tokenizer, prompts, references, names, 4, "")
     theirs = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=["gold"],
@@ -438,10 +438,10 @@ def test_the_right_one_of_a_rows_choices_is_that_of_lm_eval(model, tokenizer, tm
     )["results"]["gold"]
     assert 0 < theirs["acc,none"] < 1
     expected = {"value": theirs["acc,none"], "stderr": theirs["acc_stderr,none"], "n": 12}
-    assert scores == pytest.approx(expected)
+    assert mean(right) == pytest.approx(expected)
     # Another entry of the lists would be right in other rows.
     off = [row["choices"][row["gold"] - 1] for row in rows]
-    assert multiple_choice(model, tokenizer, prompts, off, names, 4, "") != scores
+    assert mean(multiple_choice(model, tokenizer, prompts, off, names, 4, "")) != mean(right)
 
 
 @pytest.mark.slow
@@ -450,18 +450,21 @@ def test_a_users_task_scores_as_in_lm_eval_itself(model, tokenizer, task_folder)
     from lm_eval.models.huggingface import HFLM
 
     evaluate = Evaluate(tasks=["colour_of_thing"], task_folder=task_folder, batch_size=4)
-    ours = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
-    theirs = simple_evaluate(
+    ours, by_item = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    output = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
         tasks=["colour_of_thing"],
         task_manager=tasks._task_manager(task_folder),
-    )["results"]["colour_of_thing"]
+    )
+    theirs = output["results"]["colour_of_thing"]
     assert set(ours["colour_of_thing"]) == {"acc", "acc_norm"}
     for metric, score in ours["colour_of_thing"].items():
         stderr = theirs[f"{metric}_stderr,none"]
         assert score == {"value": theirs[f"{metric},none"], "stderr": stderr, "n": 11}
+        samples = {row["doc_id"]: row[metric] for row in output["samples"]["colour_of_thing"]}
+        assert by_item["colour_of_thing"][metric] == [samples[index] for index in range(11)]
     limited = Evaluate(tasks=[{"task": "colour_of_thing", "limit": 1}], task_folder=task_folder)
-    acc = lm_eval_tasks(model, tokenizer, limited, seed=3)["colour_of_thing"]["acc"]
+    acc = lm_eval_tasks(model, tokenizer, limited, seed=3)[0]["colour_of_thing"]["acc"]
     assert (acc["stderr"], acc["n"]) == (None, 1)
 
 
@@ -482,7 +485,34 @@ def test_scores_name_filters_and_leave_out_losses():
     }
 
 
-@pytest.mark.slow
+def sample(document, filtered_by, **values):
+    return {"doc_id": document, "filter": filtered_by, **values}
+
+
+def test_only_values_whose_mean_is_the_score_are_kept_by_document():
+    output = {
+        "group_subtasks": {"group": ["part"], "part": ["one", "other"]},
+        "samples": {
+            "one": [sample(1, "none", acc=1.0, f1=(0, 1)), sample(0, "none", acc=0.0, f1=(1, 1))],
+            "other": [sample(0, "none", acc=1, f1=(0, 0))],
+            "filtered": [
+                sample(document, filtered_by, exact_match=value)
+                for filtered_by, value in (("strict", 0), ("flexible", 1))
+                for document in (0, 1)
+            ],
+        },
+    }
+    scores = {"acc": {"value": 2 / 3}, "f1": {"value": 0.5}}
+    assert tasks._by_document("group", scores, output) == {"acc": [0, 1, 1]}
+    scores["acc"]["value"] = 3 / 4  # the mean over the two tasks, not over the documents
+    assert tasks._by_document("group", scores, output) == {}
+    scores = {"exact_match (strict)": {"value": 0}, "exact_match (flexible)": {"value": 1}}
+    assert tasks._by_document("filtered", scores, output) == {
+        "exact_match (strict)": [0, 0],
+        "exact_match (flexible)": [1, 1],
+    }
+
+
 @pytest.mark.slow  # lm-eval reads 10,000 files
 def test_unknown_tasks_are_named_with_a_suggestion(task_folder):
     evaluate = Evaluate(tasks=["colour_of_thin", "arc_esay"], task_folder=task_folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from conftest import write_jsonl
@@ -58,7 +59,11 @@ def test_several_calls_are_scored_by_answer_and_by_call():
     assert (scores["tool_call_recall"]["value"], scores["tool_call_recall"]["n"]) == (0.8, 5)
     changes = paired_changes(answers, references, references, list(scores))
     assert changes["tool_call_match"]["value"] == 0.75
-    assert list(changes) == ["tool_call_match"]
+    # By row, 0 of 2, 0 of 1, and 1 of 2 calls are made only by the references: their deviations
+    # from the mean change are -0.4, -0.2 and 0.6, of 3 rows and 5 calls.
+    clustered = math.sqrt(3 / 2 * (0.4**2 + 0.2**2 + 0.6**2)) / 5
+    expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(clustered), "n": 5}
+    assert changes["tool_call_recall"] == expected
 
 
 TURNS = [
