@@ -33,9 +33,11 @@ class SavesWhenStopped(TrainerCallback):
     def __init__(self, trainer: LoraTrainer, request: StopRequest) -> None:
         self.trainer, self.request = trainer, request
         self._number = 0
+        self.tokens_before = 0
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Evaluates the checkpoint that training resumes from if its evaluation was cut off."""
+        self.tokens_before = state.num_input_tokens_seen
         step, when = state.global_step, args.eval_strategy
         if not step or when == IntervalStrategy.NO:
             return
@@ -79,9 +81,12 @@ def run_trainer(trainer: LoraTrainer, checkpoint: str | None) -> None:
         Interrupted: after a signal, with the last step saved.
     """
     with deferred_signals() as request:
-        trainer.add_callback(SavesWhenStopped(trainer, request))
+        callback = SavesWhenStopped(trainer, request)
+        trainer.add_callback(callback)
         return_freed_memory()  # loading and calibration leave some
         trainer.train(resume_from_checkpoint=checkpoint)
+        # The last entry has the seconds of this call, and the tokens of all.
+        trainer.state.log_history[-1]["tokens_before"] = callback.tokens_before
 
 
 def last_checkpoint(arguments: SFTConfig, quiet: bool = False) -> str | None:

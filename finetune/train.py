@@ -122,13 +122,11 @@ def fine_tune(
 
 
 def training_figures(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the number of steps, and the tokens per second."""
+    """Returns the number of steps, and the tokens per second since training last resumed."""
     last = [entry for entry in log if "train_runtime" in entry][-1]
     seconds = max(float(last["train_runtime"]), 1e-9)
-    return {
-        "steps": last["step"],
-        "tokens_per_second": round(last["num_input_tokens_seen"] / seconds, 1),
-    }
+    tokens = last["num_input_tokens_seen"] - last.get("tokens_before", 0)
+    return {"steps": last["step"], "tokens_per_second": round(tokens / seconds, 1)}
 
 
 if __name__ == "__main__":

@@ -237,6 +237,10 @@ def test_a_killed_run_leaves_a_log_of_all_steps(recipe_file):
     train(recipe_file, *steps)
     log = json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    seen = {entry["step"]: entry["num_input_tokens_seen"] for entry in log if "loss" in entry}
+    figures = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["train"]
+    tokens = figures["tokens_per_second"] * log[-1]["train_runtime"]
+    assert tokens == pytest.approx(seen[6] - seen[4], rel=1e-3)
 
 
 def test_an_interrupted_validation_is_in_the_log_of_the_whole_run(recipe_file, monkeypatch):
