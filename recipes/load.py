@@ -111,7 +111,7 @@ def values_of(overrides: Sequence[str]) -> dict[str, Any]:
 def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
     """Sets keys such as `lora.rank` in a recipe's file; keeps everything else, comments included.
 
-    comment: written beside each of the keys.
+    comment: written beside each of the keys, but not of entries of lists.
     """
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, sys.maxsize
@@ -125,8 +125,11 @@ def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
                 section = section[int(part)]
             else:
                 section = section.setdefault(part, CommentedMap())
-        section.pop(name, None)
-        section.insert(0, name, value, comment)
+        if isinstance(section, list):  # an entry has no room for a comment
+            section[int(name)] = value
+        else:
+            section.pop(name, None)
+            section.insert(0, name, value, comment)
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(document, file)
 

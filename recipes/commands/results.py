@@ -29,7 +29,9 @@ def report(
     from finequant.recipes.stages import stages_of
     from finequant.recipes.terminal import say
 
-    recipe, run = (None, RunDir(where)) if is_run(where) else open_run(where, overrides or [])
+    recipe, run = None, RunDir(where)
+    if overrides or not is_run(where):
+        recipe, run = open_run(where, overrides or [])
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")

@@ -237,9 +237,10 @@ def test_a_report_is_printed_again_where_nothing_can_be_written(finished, recipe
 def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):
     finished()
     capsys.readouterr()
-    print_report([str(recipe_file), "train.learning_rate=1e-2", "quantize.bits=8"])
-    said = capsys.readouterr().err
-    assert "report: out of date: since quantize ran, quantize.bits: 4 -> 8" in said
+    for where in (recipe_file, recipe_file.parent / "run"):
+        print_report([str(where), "train.learning_rate=1e-2", "quantize.bits=8"])
+        said = capsys.readouterr().err
+        assert "report: out of date: since quantize ran, quantize.bits: 4 -> 8" in said
 
 
 def print_report(arguments: list[str]) -> None:

@@ -208,6 +208,12 @@ def test_a_template_that_would_write_the_date_of_today_gets_another(init_rows, t
     assert load_recipe("rows.yaml").data.template_arguments == {"date_string": "26 Jul 2024"}
 
 
+def test_an_entry_of_a_list_may_be_given(init_rows):
+    code, _ = init_rows(pairs(40), "evaluate.metrics.0=bleu")
+    assert code == 0
+    assert load_recipe("rows.yaml").evaluate.metrics[0] == "bleu"
+
+
 def test_texts_have_no_answers_to_compare(init_rows):
     code, _ = init_rows([{"text": f"Text {n} is a text."} for n in range(40)])
     assert code == 0
