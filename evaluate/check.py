@@ -16,6 +16,7 @@ from finequant.evaluate.metrics.corpora import read_texts
 from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
+from finequant.recipes.task_files import read_task_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,14 +180,10 @@ def check_task_files(evaluate: Evaluate) -> None:
 
 def _broken(file: Path) -> str | None:
     """Says why a task file cannot be read; None if it can."""
-    import yaml  # lm-eval's own YAML library, so that the error is the same
+    import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Leaves `!function` and other tags unread."""
-
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     try:
-        content = yaml.load(file.read_bytes(), Loader)
+        content = read_task_file(file)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: month 13 of a date
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)

@@ -13,6 +13,7 @@ from finequant.recipes.load import path_fields
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.sources import TABLES, kind_of, matching_files
+from finequant.recipes.task_files import local_data
 
 MEASURING_CODE = 2
 """The version of the code that measures. Raise it with every change after which the same weights
@@ -207,6 +208,8 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and key != "model.base" and Path(inputs[key]).is_absolute():
             files = matching_files(Path(inputs[key]))
+            if key == "evaluate.task_folder":
+                files = [*files, *local_data(Path(inputs[key]))]
             inputs[key] = " ".join(map(_content_and_kind, files))
     if "model.base" in inputs:
         inputs["model.base"] = base_hash(recipe.model)

@@ -177,6 +177,29 @@ def test_a_changed_file_is_named_by_the_stages_it_affects(folder, name):
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        "dataset_path: json\ndataset_kwargs: {data_files: {test: rows/test.jsonl}}",
+        "dataset_path: json\ndataset_kwargs: {data_files: [HERE/rows/t*.jsonl]}",
+        "dataset_path: csv\ndataset_kwargs: {data_dir: rows}\ndoc_to_text: !function own.text",
+        "dataset_path: HERE/rows",
+    ],
+)
+def test_data_of_a_task_are_an_input_wherever_they_are(folder, data):
+    rows = folder / "rows" / "test.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("{}", encoding="utf-8")
+    task = f"task: own\n{data}\n".replace("HERE", str(folder))
+    (folder / "tasks" / "own.yaml").write_text(task, encoding="utf-8")
+    (folder / "tasks" / "broken.yaml").write_text("task: [", encoding="utf-8")
+    finish(*load(folder))
+    assert changes(folder)["evaluate"] == []
+    rows.write_text('{"a": 1}', encoding="utf-8")
+    named = f"evaluate.task_folder: the content of {folder / 'tasks'} changed"
+    assert changes(folder) == {"train": [], "quantize": [], "evaluate": [named]}
+
+
+@pytest.mark.parametrize(
     "name", ["base/LICENSE.txt", "base/.DS_Store", "base/.git/HEAD", "tasks/README.md"]
 )
 def test_what_no_stage_reads_is_no_change(folder, name):
