@@ -53,14 +53,17 @@ def read_command_line(
 def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
     """Returns the recipe and the run directory, given either of them.
 
-    Hub revisions become the commits that training used: with branches in their place, all stages
-    would seem to be out of date.
+    Hub revisions become the commits that the stages used, the first one that did: with branches in
+    their place, all stages would seem to be out of date.
     """
     from finequant.recipes.rundir import RunDir
+    from finequant.recipes.stages import stages_of
 
     recipe = load_recipe(where, overrides)
-    run = RunDir.of(recipe)
-    return pinned(recipe, run.commits_of("train"))[0], run
+    run, commits = RunDir.of(recipe), {}
+    for stage in reversed(stages_of(recipe)):
+        commits |= run.commits_of(stage)
+    return pinned(recipe, commits)[0], run
 
 
 def use_cores() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from finequant.recipes import rundir
+from finequant.recipes.command_line import open_run
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import content_hash
 from finequant.recipes.load import load_recipe
@@ -513,3 +514,28 @@ def test_settings_of_memory_and_logging_do_not_change_the_adapter(folder):
     for other in ("train.batch_size=8", "train.precision=fp32", "train.warmup=0.5"):
         (change,) = run.what_changed(load(folder, other)[0], "train")
         assert change.startswith(other.partition("=")[0])
+
+
+def test_a_run_is_opened_at_the_commits_of_its_stages(tmp_path, monkeypatch):
+    """A text to measure on may have been added after training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finequant.recipes.hub._resolved", lambda *_: "0" * 40)
+    Path("recipe.yaml").write_text(
+        "name: r\nmodel: {base: acme/llama}\ndata: {train: acme/rows}\n"
+        "evaluate: {perplexity: [{name: text, source: acme/text}]}\n",
+        encoding="utf-8",
+    )
+    base, text = "models/acme/llama@main", "datasets/acme/text@main"
+    commits = {
+        "train": {base: "a" * 40},
+        "evaluate": {base: "b" * 40, text: "c" * 40},
+    }
+    manifest = {
+        stage: {"inputs": {}, "outputs": {}, "commits": commits[stage]} for stage in commits
+    }
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    recipe, _ = open_run(Path("recipe.yaml"), [])
+    assert recipe.model.revision == "a" * 40
+    assert recipe.evaluate.perplexity[0].revision == "c" * 40
+    assert recipe.data.train[0].revision == "0" * 40
