@@ -52,6 +52,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
             partial(_check_something_to_measure, evaluate, test),
             partial(_check_gate, evaluate, test),
             partial(_check_references, evaluate, answers),
+            partial(_check_lengths_for_bleu, evaluate, answers),
             partial(_check_some_calls, evaluate, test),
             partial(_check_choices, evaluate, answers),
         ]
@@ -123,6 +124,21 @@ def _check_references(evaluate: Evaluate, answers: list[tuple[str, str]]) -> Non
         raise UserError(
             f"evaluate.metrics: json_match needs JSON, but the answers of {len(broken)} held-out "
             "rows are not JSON: correct them, or remove json_match\n  " + listed(broken, most=10)
+        )
+
+
+def _check_lengths_for_bleu(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
+    """Refuses bleu, which counts sequences of four words, where even right answers score 0."""
+    if "bleu" not in evaluate.metrics or not answers:
+        return
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    longest = max(len(Tokenizer13a()(answer).split()) for _, answer in answers)
+    if longest < 4:
+        raise UserError(
+            "evaluate.metrics: bleu counts sequences of four words, but no answer of the held-out "
+            f"rows has more than {longest}, so even the right ones would score 0: use exact_match "
+            "or chrf"
         )
 
 

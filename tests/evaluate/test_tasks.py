@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finequant.evaluate import check
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.check import check_chat_template
 from finequant.evaluate.metrics import tasks
@@ -279,6 +280,17 @@ def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prom
         assert multiple_choice(model, tokenizer, *arguments) == [value]
         begins = "at the" in choices
         assert asked == [ids_of(tokenizer, text) + [end] * begins for text in choices]
+
+
+def test_bleu_is_refused_where_right_answers_would_score_0():
+    evaluate = Evaluate(metrics=["exact_match", "bleu"])
+    short, long = ("a.jsonl:1", "on fire, now"), ("a.jsonl:2", "the red door, please")
+    assert score_answers([short[1][:7]], [short[1][:7]], ["bleu"])["bleu"]["value"] == 0
+    with pytest.raises(UserError, match="rows has more than 2, so even the right ones"):
+        check._check_lengths_for_bleu(evaluate, [("a.jsonl:1", short[1][:7])])
+    for answers in ([short], [short, long], []):
+        check._check_lengths_for_bleu(evaluate, answers)
+    check._check_lengths_for_bleu(Evaluate(), [("a.jsonl:1", "on")])
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
