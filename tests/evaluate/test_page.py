@@ -80,6 +80,20 @@ def test_flips_labels_and_sizes_are_counted():
     assert "Answers by quantized that match none of these labels: 5." in text
 
 
+def test_advice_quotes_the_documented_perplexities():
+    """The methods as the recipe's defaults set them: a search for scales comes with both."""
+    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+\.\d+) \|$", text, re.MULTILINE))
+    figures = {
+        "fast": float(rows["rtn, scale: search"]),
+        "balanced": float(rows["gptq, scale: search, rotated"]),
+        "best": float(rows["`effort: best`, rotated, bfloat16 scales"]),
+    }
+    balanced, best = advice(report(0.8))[:2]
+    assert "{fast:.1f} -> {balanced:.1f}".format(**figures) in balanced
+    assert "{balanced:.1f} -> {best:.1f}".format(**figures) in best
+
+
 @pytest.mark.parametrize(
     ("quantized", "quantize", "expected"),
     [
