@@ -19,8 +19,8 @@ class Entry(NamedTuple):
 
 
 METHODS: dict[str, Entry] = {
-    "rtn": Entry("round to nearest", "finequant.quantize.methods.rtn"),
-    "hqq": Entry("half-quadratic (HQQ)", "finequant.quantize.methods.hqq"),
+    "rtn": Entry("rounded to nearest", "finequant.quantize.methods.rtn"),
+    "hqq": Entry("rounded by half-quadratic quantization (HQQ)", "finequant.quantize.methods.hqq"),
     "gptq": Entry("calibrated (GPTQ)", "finequant.quantize.methods.gptq", is_calibrated=True),
 }
 
