@@ -41,7 +41,7 @@ def changes(
         changed[HELD_OUT] = paired_changes(*answers, recipe.evaluate.metrics, material.groups)
     for task, metrics in tuned["by_item"].items():
         groups = material.groups if task == HELD_OUT else None
-        for metric in metrics.keys() & quantized["by_item"][task].keys():
+        for metric in (key for key in metrics if key in quantized["by_item"][task]):
             values = (metrics[metric], quantized["by_item"][task][metric])
             changed.setdefault(task, {})[metric] = mean_change(*values, groups)
     return changed
