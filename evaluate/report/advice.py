@@ -57,18 +57,24 @@ def advice(report: Report) -> list[str]:
 def _steps(quantize: dict[str, Any]) -> list[str | None]:
     calibration = quantize.get("calibration") or {}
     calibrated = quantize.get("method") == "gptq"
+    # Rotation would untie a head that shares its table with the embedding.
+    shares = quantize.get("head") == "float" or quantize.get("embedding", "float") != "float"
+    may_rotate = not quantize.get("rotate") and not shares
     return [
         None
-        if calibrated and quantize.get("rotate")
+        if calibrated
         else "quantize.effort=balanced: calibrates the codes on your rows, and rotates the hidden "
         "states, which spreads outliers (SmolLM2-135M on WikiText-2: perplexity 42.7 -> 31.4; "
         "float: 29.4)",
+        "quantize.rotate=true: rotates the hidden states, which spreads outliers"
+        if calibrated and may_rotate
+        else None,
         None
         if calibrated and calibration.get("steps") and calibration.get("scale_steps")
         else "quantize.effort=best: also trains each block, and then all scales, to reproduce the "
         "float model (SmolLM2-135M on WikiText-2: perplexity 31.4 -> 30.1; float: 29.4)",
         None
-        if quantize.get("training")
+        if quantize.get("training") or quantize.get("budget")  # these two exclude each other
         else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '
         "scales on your answers and on the tuned model's predictions",
         None

@@ -109,6 +109,29 @@ def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, 
     assert any("effort=balanced" in line for line in lines) == ("effort=balanced" in expected)
 
 
+BEST = {"method": "gptq", "calibration": {"steps": 32, "scale_steps": 100}}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "absent"),
+    [
+        # Rotation needs a head with a table of its own.
+        (BEST | {"embedding": 8, "head": 8}, ["effort=", "rotate=true"]),
+        (BEST | {"head": "float"}, ["effort=", "rotate=true"]),
+        (BEST | {"rotate": True}, ["effort=", "rotate=true"]),
+        (BEST, ["effort="]),
+        ({"method": "gptq"}, ["effort=balanced"]),
+        ({"budget": 4.5}, ["quantize.training"]),
+    ],
+)
+def test_no_advice_undoes_a_setting_or_would_be_refused(quantize, absent):
+    lines = advice(report(0.8, **quantize))
+    assert lines
+    assert not [line for line in lines if any(key in line for key in absent)]
+    if "rotate=true" not in absent and quantize.get("method") == "gptq":
+        assert any(line.startswith("quantize.rotate=true") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("quantized", "passed", "headline"),
     [
