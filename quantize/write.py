@@ -51,6 +51,8 @@ def write_quantized(
     shapes = stored_shapes(base.shapes, config, plan)
     checkpoint = Checkpoint(folder, shapes, plan, dtype) if is_first() else None
     start, file = folder / "start", None
+    if checkpoint and checkpoint.is_new:
+        remove(start)  # codes of another plan
     if quantize.calibration.scale_steps and not trained:
         file = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
 

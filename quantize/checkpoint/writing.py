@@ -141,6 +141,7 @@ class Checkpoint:
         self.entries: dict[str, tuple[int, Entry]] = {}
         self._files: dict[str, TensorFile] = {}
         self._descriptors: list[int] = []
+        self.is_new = False
         for file in layout(shapes, plan, dtype):
             self._open(file)
         self._written = self._read_journal()
@@ -150,10 +151,16 @@ class Checkpoint:
 
     def _open(self, file: File) -> None:
         """Opens a file; a missing one is first created at its full size and filled with zeros, so
-        that its zero points are already right."""
+        that its zero points are already right.
+
+        One of another plan is replaced: codes of any number of bits take as many bytes, but its
+        header names the bits. A budget that is measured again, with other threads or on another
+        device, may choose others.
+        """
         path = self.folder / file.name
-        if not path.exists() or path.stat().st_size != file.size:
+        if not _starts_with(path, file.header) or path.stat().st_size != file.size:
             (self.folder / JOURNAL).unlink(missing_ok=True)
+            self.is_new = True
             with path.open("wb") as stream:
                 stream.write(file.header)
                 stream.truncate(file.size)
@@ -280,6 +287,13 @@ class Checkpoint:
         (self.folder / JOURNAL).unlink()
         for descriptor in (*self._descriptors, self._journal):
             os.close(descriptor)
+
+
+def _starts_with(path: Path, content: bytes) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(content)) == content
 
 
 def inner_names(name: str) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from finequant.quantize import write
 from finequant.quantize.checkpoint import reading as tensors
 from finequant.quantize.checkpoint import writing
 from finequant.quantize.checkpoint.reading import TensorFile, header, row_slices
@@ -255,6 +256,37 @@ def test_written_pieces_are_kept_unless_they_are_damaged(tiny_base, opened, tmp_
     (out / "model.safetensors").unlink()
     assert convert() == whole
     assert set(asked) == every
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_pieces_of_other_bits_are_not_kept(tiny_base, opened, tmp_path, steps):
+    """A budget that is measured again may choose other bits, for which a file is as large."""
+    source, adapter = opened(tiny_base)
+    weights, sequences = merged_weights(source, adapter), torch.arange(64).view(2, 32)
+    calibration = {"scale_steps": steps, "tokens": 64, "length": 32}
+    settings = {"effort": "fast", "calibration": calibration}
+    fewer, more = (
+        Quantize.model_validate(settings | {"layers": {"*.0.*": {"bits": bits}}}) for bits in (3, 5)
+    )
+
+    def convert(folder: Path, quantize: Quantize) -> bytes:
+        folder.mkdir(exist_ok=True)
+        write_quantized(folder, source, weights, quantize, torch.float32, sequences)
+        return (folder / "model.safetensors").read_bytes()
+
+    expected = convert(tmp_path / "undisturbed", more)
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    if steps:  # as a kill leaves it between the training of the scales and the end
+        write.codes_with_trained_scales(
+            resumed / "start", source, weights, fewer, torch.float32, sequences
+        )
+        shutil.copytree(resumed / "start", tmp_path / "start")
+    convert(resumed, fewer)
+    if steps:
+        shutil.copytree(tmp_path / "start", resumed / "start")
+    assert convert(resumed, more) == expected
 
 
 @pytest.mark.parametrize(
