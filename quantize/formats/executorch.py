@@ -49,7 +49,8 @@ def check_fits(contents: Contents) -> None:
     if wide := sorted(bits for bits in contents.linear_bits() if bits > MOST_BITS):
         raise UserError(
             f"executorch: linear layers of {', '.join(map(str, wide))} bits; "
-            "XNNPACK's kernels for groups take 4: set quantize.bits=4"
+            "XNNPACK's kernels for groups take 4: set quantize.bits=4, and no more in "
+            "quantize.head and quantize.layers"
         )
     if uneven := sorted(size for size in contents.linear_group_sizes() if size % GROUP):
         raise UserError(

@@ -649,6 +649,8 @@ def test_executorch_refuses_what_xnnpack_has_no_kernel_for(make):
     assert "linear layers of 8 bits; XNNPACK's kernels for groups take 4" in refused(
         make, "quantize.bits=8", to=("executorch",)
     )
+    wide_head = refused(make, "quantize.head=8", to=("executorch",))
+    assert "set quantize.bits=4, and no more in quantize.head and quantize.layers" in wide_head
 
 
 SHARED = ("quantize.head=8", "quantize.embedding=8", "quantize.scale_dtype=bfloat16")
