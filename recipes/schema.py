@@ -489,7 +489,8 @@ class Quantize(Section):
     cache_length: Positive = Field(
         2048,
         description="tokens of prompt and answer together in the executorch and onnx exports, "
-        "whose cache or rotary tables have a fixed length; at most the base's positions",
+        "whose cache or rotary tables have a fixed length; at most the base's positions or sliding "
+        "window",
     )
 
     @model_validator(mode="before")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finequant.finetune.architecture import usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.executorch_graph import Decoder
@@ -72,7 +73,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
     from finequant.quantize.formats.executorch_lowering import lower
 
-    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+    length = min(recipe.quantize.cache_length, usable_positions(stored.config))
     doing("export: executorch: tracing and lowering the model, which takes minutes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about future torch releases and the cache

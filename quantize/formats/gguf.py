@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import architecture, head_dim
+from finequant.finetune.architecture import architecture, head_dim, usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
@@ -186,7 +186,7 @@ def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(usable_positions(config))  # llama.cpp knows no window here
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finequant.finetune.architecture import usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.formats.format import Format
@@ -63,7 +64,8 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
 
 def _mlx_keys(stored: QuantizedCheckpoint) -> dict[str, Any]:
-    """Returns keys of config.json: quantization, and rotary positions by the names mlx-lm reads."""
+    """Returns keys of config.json: quantization, rotary positions by the names mlx-lm reads, and
+    their number."""
     layer = min(stored.rounded, key=(HEAD, EMBEDDING).__contains__)  # one of a block, if any is
     common = {
         "group_size": _block(stored.group_size(layer)),
@@ -74,6 +76,8 @@ def _mlx_keys(stored: QuantizedCheckpoint) -> dict[str, Any]:
     if rotary["rope_type"] != "default":
         keys["rope_scaling"] = rotary
     tied = HEAD not in stored.rounded and f"{HEAD}.weight" not in stored.floats
+    # mlx-lm attends to all tokens in these architectures, whatever the window.
+    keys["max_position_embeddings"] = usable_positions(stored.config)
     return keys | {"tie_word_embeddings": tied or stored.shares_table}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import head_dim
+from finequant.finetune.architecture import head_dim, usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_norms
 from finequant.quantize.formats.format import Format
@@ -55,7 +55,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     largest = max(table.abs().max().item() for table in tables)
     if largest > torch.finfo(torch.float16).max:
         raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
-    length = min(recipe.quantize.cache_length, stored.config.max_position_embeddings)
+    length = min(recipe.quantize.cache_length, usable_positions(stored.config))
     model = Decoder(stored, length).model()
     # transformers.js derives the file's suffix from its option dtype, q4 or q8.
     in_blocks = (bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))

@@ -244,6 +244,33 @@ def test_a_window_shorter_than_the_rows_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_exports_without_a_window_end_where_it_does(runs, tmp_path):
+    """Their attention sees all tokens; beyond the window, logits were off by 45%."""
+    from gguf import GGUFReader
+
+    from finequant.quantize.formats import gguf, mlx, onnx
+
+    run = runs["MistralForCausalLM"]
+    stored, recipe = read_checkpoint(run / "run/quantized"), load_recipe(run / "recipe.yaml")
+    assert stored.config.max_position_embeddings > stored.config.sliding_window == 128
+    for entry in (gguf, mlx, onnx):
+        (tmp_path / entry.FORMAT.name).mkdir()
+        entry.write(stored, tmp_path / entry.FORMAT.name, recipe)
+    fields = GGUFReader(gguf.file_in(tmp_path / "gguf")).fields
+    assert fields["llama.context_length"].contents() == 128
+    config = json.loads((tmp_path / "mlx/config.json").read_text())
+    assert config["max_position_embeddings"] == 128
+    config = json.loads((tmp_path / "onnx/genai_config.json").read_text())
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 128
+    prompt = list(range(5, 133))
+    exact = last_logits(AutoModelForCausalLM.from_pretrained(stored.folder).eval(), [prompt])[0]
+    runtime = onnx.OnnxRuntime(tmp_path / "onnx")
+    assert difference(runtime.last_logits(prompt), exact) < 0.05
+    with pytest.raises(Exception, match="cos_cache"):
+        runtime.last_logits([*prompt, 5])
+
+
+@pytest.mark.slow
 def test_executorch_refuses_qwen3_and_names_its_norms(runs):
     from finequant.quantize.formats.executorch import check_fits
 
