@@ -193,7 +193,7 @@ def check_and_describe(
     record = describe(checked.settings, plan, config, bool(tuned.trained))
     record["layers"] = layer_table(checkpoint, base, plan)
     save_tokenizer(tuned.tokenizer, recipe.data, folder)
-    text = json.dumps(record, indent=1)
+    text = json.dumps(record, indent=1, allow_nan=False)
     (folder / "quantization.json").write_text(text, encoding="utf-8")
     doing("quantize: reloading the checkpoint in a fresh process, to compare logits")
     blocks, shipped = check_quantized(checkpoint, base, plan, checked.prompts)

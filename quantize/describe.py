@@ -56,7 +56,10 @@ def describe(
 
 
 def layer_table(checkpoint: Checkpoint, base: Base, plan: Plan) -> list[dict[str, Any]]:
-    """Lists bits, group size and signal-to-noise ratio in dB of each layer; None in float."""
+    """Lists bits, group size and signal-to-noise ratio in dB of each layer; None in float.
+
+    The ratio is also None if rounding changed nothing: JSON has no infinity.
+    """
     return [
         {
             "name": name,

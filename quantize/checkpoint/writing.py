@@ -265,13 +265,14 @@ class Checkpoint:
         return weights
 
     def snr_db(self, name: str) -> float | None:
-        """Computes the ratio of the weights' power to their errors', in decibels; None in float."""
+        """Computes the ratio of the weights' power to their errors', in decibels; None in float,
+        and without any error, as where all weights are zero."""
         if name not in self.plan:
             return None
         records = [self._written[name, rows.start] for rows in self.pieces(name)]
         power = math.fsum(record.power for record in records)
         noise = math.fsum(record.noise for record in records)
-        return round(10 * math.log10(power / noise), 2) if noise else math.inf
+        return round(10 * math.log10(power / noise), 2) if noise else None
 
     def finish(self) -> None:
         """Writes the index if there are several files, and removes the journal: all pieces are

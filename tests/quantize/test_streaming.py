@@ -31,7 +31,8 @@ from finequant.quantize.merge.check import check_merge
 from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.sequences import sequences_of
 from finequant.quantize.methods.transforms import transform_model, transformed
-from finequant.quantize.scheme import layer_plan, untie_head, unties_head
+from finequant.quantize.rounding import round_to_nearest
+from finequant.quantize.scheme import LayerScheme, layer_plan, untie_head, unties_head
 from finequant.quantize.write import write_float, write_quantized
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
@@ -154,6 +155,14 @@ def test_pieces_are_what_a_whole_model_gives(
         for folder in (out, tmp_path):
             reloaded = AutoModelForCausalLM.from_pretrained(folder)
             assert torch.equal(reloaded(SEQUENCES).logits, logits)
+
+
+def test_layers_that_rounding_does_not_change_have_no_ratio(tmp_path):
+    plan = {"zero": LayerScheme(4, 32, "search", torch.bfloat16)}
+    checkpoint = Checkpoint(tmp_path, {"zero.weight": (8, 64)}, plan, torch.bfloat16)
+    weight = torch.zeros(8, 64)
+    checkpoint.write("zero.weight", slice(None), weight, round_to_nearest(weight, *plan["zero"]))
+    assert checkpoint.snr_db("zero.weight") is None
 
 
 def test_the_header_is_the_one_safetensors_writes(tmp_path):
