@@ -207,13 +207,13 @@ class _Splitting:
         data, seed, notes = self.data, self.seed, self.notes
         self.keys = self._keys(train)
         validation, test = self._weighted(validation), self._weighted(test)
+        train = self._without_overlap(train, np.concatenate([validation, test]))
         if not len(validation) and data.validation_fraction:
             train, validation = self._split_off(train, data.validation_fraction, seed)
             notes.append(f"validation: {counted(len(validation), 'row')} split off, seed {seed}")
         if not len(test) and data.test_fraction:
             train, test = self._split_off(train, data.test_fraction, seed + 1)
             notes.append(f"test: {counted(len(test), 'row')} split off, seed {seed}")
-        train = self._without_overlap(train, np.concatenate([validation, test]))
         if data.duplicates == "drop":
             first = _firsts(self.keys[train])
             notes.append(f"train: {counted(len(train) - len(first), 'repeated row')} dropped")

@@ -310,6 +310,18 @@ def test_shared_rows_can_be_left_out_of_training(tmp_path):
     assert splits.notes[-1] == "train: 5 rows dropped, in validation or test too"
 
 
+def test_rows_that_are_split_off_do_not_occur_in_the_given_test(tmp_path):
+    train = write(tmp_path / "train.jsonl", numbered(0, 20))
+    held = write(tmp_path / "held.jsonl", numbered(15, 30))
+    splits = load(train, test=held, overlap="drop", validation_fraction=0.5)
+    assert [len(rows) for rows in splits[:3]] == [7, 8, 15]
+    prompts = {row.messages[0]["content"] for row in splits.test}
+    assert not prompts & {row.messages[0]["content"] for row in splits.validation}
+    for seed in range(5):  # whichever rows are split off
+        with pytest.raises(UserError, match="5 training rows also occur in validation or test"):
+            load(train, seed, test=held, validation_fraction=0.5)
+
+
 def test_repeated_rows_can_be_dropped(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(0, 4) + numbered(2, 8) + numbered(0, 1, "ask "))
     assert len(load(path).train) == 11
