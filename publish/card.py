@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
-from finequant.evaluate.report.report import baseline_lines, divergence_lines
+from finequant.evaluate.report.report import baseline_lines, divergence_lines, in_arithmetic
 from finequant.evaluate.report.table import bullets, comparison_rows, markdown_table
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
@@ -142,8 +142,8 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         header, rows = header[:-1], [row[:-1] for row in rows]
     parts = [
         markdown_table(header, rows),
-        "All models are measured on the same inputs. ± is one standard error; for a change, that "
-        "of the row-by-row differences. `report.json` has every figure.",
+        f"All models are measured on the same inputs{in_arithmetic(report)}. ± is one standard "
+        "error; for a change, that of the row-by-row differences. `report.json` has every figure.",
         *baseline_lines(report),
     ]
     if kind == QUANTIZED:

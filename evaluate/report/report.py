@@ -89,7 +89,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"{_widths(quantize)}. `finequant run recipe.yaml` repeats the run.",
         "## Base, tuned and quantized",
         markdown_table(*comparison_rows(report)),
-        f"All models are measured on the same inputs{_arithmetic(report)}. "
+        f"All models are measured on the same inputs{in_arithmetic(report)}. "
         "± is one standard error; for a change, that of the row-by-row differences.",
         "\n\n".join([*tuning_lines(report), *baseline_lines(report)]),
         image_link(plots, "comparison", "Perplexity and accuracy of the models"),
@@ -106,7 +106,8 @@ def _markdown(report: Report, plots: set[str]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _arithmetic(report: Report) -> str:
+def in_arithmetic(report: Report) -> str:
+    """Says in which arithmetic the models were measured, after a comma; nothing if unknown."""
     dtype = report.get("arithmetic")
     return f", in {dtype} arithmetic{exports_apart(report)}" if dtype else ""
 

@@ -18,11 +18,7 @@ def test_the_example_holds_the_hubs_metadata():
     assert (data.license, data.language) == ("apache-2.0", ["en"])
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert {"finequant", "8da4w"} <= set(data.tags)
-    assert {result.metric_type for result in data.eval_results} == {
-        "perplexity",
-        "json_match",
-        "exact_match",
-    }
+    assert {result.metric_type for result in data.eval_results} == {"perplexity", "json_match"}
 
 
 def test_the_example_has_every_section_and_one_set_of_figures():
@@ -46,14 +42,14 @@ def test_the_example_names_no_folder_of_a_machine():
 
 
 def test_the_examples_recipe_is_the_one_that_is_shipped():
-    """The keys in the card are those of recipes/assistant.yaml."""
+    """The keys in the card are those of recipes/quickstart.yaml."""
     from ruamel.yaml import YAML
 
     from finequant.recipes.load import load_recipe, without_folders
 
     text = CARD.read_text(encoding="utf-8")
     shown = YAML(typ="safe").load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-    shipped = without_folders(load_recipe(ROOT / "recipes" / "assistant.yaml"))
+    shipped = without_folders(load_recipe(ROOT / "recipes" / "quickstart.yaml"))
     expected = shipped.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
     shown["publish"].pop("repo_id")
     assert shown == expected

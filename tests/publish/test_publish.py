@@ -355,6 +355,7 @@ def test_the_cards_metadata_and_figures_are_those_of_the_report(recipe):
         assert f"{model['perplexity']['held_out']['token']:,.2f}" in card.text
         assert f"{model['bits_per_weight']:.2f}" in card.text
     assert "export gguf is not in the table" in card.text
+    assert f"on the same inputs, in {report['arithmetic']} arithmetic" in card.text
 
 
 def test_a_stale_altered_or_missing_artifact_is_refused(recipe):
