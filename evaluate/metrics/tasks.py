@@ -62,7 +62,7 @@ def check_tasks(evaluate: Evaluate) -> None:
 
 
 ByItem = dict[str, dict[str, list[float]]]
-"""{task: {metric: values of a document, or a held-out row, each}}, for metrics that are means."""
+"""{task: {metric: a value for each document or held-out row}}, for metrics that are their means."""
 
 
 def lm_eval_tasks(
