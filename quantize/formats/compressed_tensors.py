@@ -192,7 +192,7 @@ class Transformers:
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export with transformers, and how to serve it with vLLM."""
-    model = 'AutoModelForCausalLM.from_pretrained("{}", subfolder="compressed-tensors")'
+    model = 'AutoModelForCausalLM.from_pretrained(\n    "{}", subfolder="compressed-tensors"\n)'
     code = fenced("python", transformers_code(repository, chat, model))
     return (
         "### compressed-tensors, 4 bits on disk\n\n"

@@ -327,7 +327,11 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     code = f"""\
 from llama_cpp import Llama
 
-model = Llama.from_pretrained("{repository}", filename="{file}", verbose=False)
+model = Llama.from_pretrained(
+    "{repository}",
+    filename="{file}",
+    verbose=False,
+)
 {chat}
 answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
 print(answer["choices"][0]["message"]["content"])"""
