@@ -10,6 +10,7 @@ from finequant.evaluate.report.table import MISSING
 from finequant.evaluate.report.values import (
     Report,
     corpora_of,
+    finite,
     float_at,
     metrics_of,
     to_percent,
@@ -60,17 +61,27 @@ def _check(name: str, limit: float, value: float) -> dict[str, Any]:
 
 def verdict_lines(report: Report) -> list[str]:
     """Describes each check of the gate in one line."""
-    checks = value_at(report, "gate", "checks") or []
     lines = []
-    for check in checks:
-        perplexity = check["name"].startswith("perplexity ")
-        quantity, unit = ("increase", "%") if perplexity else ("drop", " points")
-        if check["name"].startswith(DIFFERING):
-            quantity, unit = "share", "%"
-        value, limit = (
-            MISSING if check[key] is None else f"{100 * check[key]:.2f}{unit}"
-            for key in ("value", "limit")
-        )
+    for check in value_at(report, "gate", "checks") or []:
         outcome = "passed" if check["passed"] else "FAILED"
-        lines.append(f"Gate {outcome}: {check['name']}, {quantity} {value}, limit {limit}")
+        lines.append(f"Gate {outcome}: {check['name']}, {_cost(check)}")
     return lines
+
+
+def _cost(check: dict[str, Any]) -> str:
+    """Describes the value of a check and its limit, with digits that tell a failure apart."""
+    perplexity = check["name"].startswith("perplexity ")
+    cost, gain, unit = ("increase", "decrease", "%") if perplexity else ("drop", "gain", " points")
+    if check["name"].startswith(DIFFERING):
+        cost, unit = "share", "%"
+    value, limit = check["value"], check["limit"]
+    if not finite(value):
+        return f"{cost} {MISSING}, limit {100 * limit:.2f}{unit}"
+    for digits in range(2, 10):
+        texts = [f"{100 * number:z.{digits}f}" for number in (value, limit)]
+        if check["passed"] or texts[0] != texts[1]:
+            break
+    shown, limit = (f"{text}{unit}" for text in texts)
+    if shown.startswith("-"):
+        return f"no {cost} (a {gain} of {shown[1:]}), limit {limit}"
+    return f"{cost} {shown}, limit {limit}"

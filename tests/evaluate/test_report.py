@@ -143,6 +143,33 @@ def test_gate_without_limits_passes():
     assert gate({"tuned": model(), "quantized": model()}, Gate()) == {"passed": True, "checks": []}
 
 
+@pytest.mark.parametrize(
+    ("limits", "quantized", "ending"),
+    [
+        ({"max_perplexity_increase": 0.05}, {"perplexity": 20.9}, "increase 4.50%, limit 5.00%"),
+        ({"max_perplexity_increase": 0.05}, {"perplexity": 21.0}, "increase 5.00%, limit 5.00%"),
+        ({"max_perplexity_increase": 0.05}, {"perplexity": 21.0005}, "5.002%, limit 5.000%"),
+        (
+            {"max_perplexity_increase": 0.05},
+            {"perplexity": 19},
+            "no increase (a decrease of 5.00%), limit 5.00%",
+        ),
+        (
+            {"max_accuracy_drop": 0.05},
+            {"accuracy": 0.72},
+            "json_match, no drop (a gain of 2.00 points), limit 5.00 points",
+        ),
+        ({"max_accuracy_drop": 0.05}, {"accuracy": 0.7}, "drop 0.00 points, limit 5.00 points"),
+        ({"max_accuracy_drop": 0.05}, {"accuracy": math.nan}, "drop –, limit 5.00 points"),
+    ],
+)
+def test_the_verdict_tells_value_and_limit_apart(limits, quantized, ending):
+    models = {"tuned": model(), "quantized": model(**quantized)}
+    (line, *_) = verdict_lines({"models": models, "gate": gate(models, Gate(**limits))})
+    assert line.endswith(ending)
+    assert ("FAILED" in line) == (ending.startswith("5.002") or "–" in ending)
+
+
 def test_the_gate_counts_answers_of_exports_that_differ(report):
     models = report["models"]
     models["gguf"] = {"parity": {"same_answers": 0.98, "n": 100}}
