@@ -194,7 +194,9 @@ def _normalizers(report: Report) -> str:
     rows = []
     for corpus in corpora_of(report["models"]):
         for name, model in report["models"].items():
-            score = value_at(model, "perplexity", corpus) or {}
+            score = value_at(model, "perplexity", corpus)
+            if not score:  # such as an export that was only sized
+                continue
             values = [shown_number(score.get(key), digits=4) for key in ("token", "word", "byte")]
             rows.append([f"{corpus}, {name}", *values, shown_number(score.get("tokens"), digits=0)])
     if not rows:

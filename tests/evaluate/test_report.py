@@ -70,6 +70,15 @@ def report() -> dict:
     }
 
 
+def test_a_model_that_was_only_sized_has_no_row_of_perplexities(report, tmp_path):
+    report["models"]["gguf"] = {"size_bytes": 93_000_000, "bits_per_weight": 4.5}
+    write_report(report, tmp_path)
+    lines = table_lines((tmp_path / "report.md").read_text(encoding="utf-8"), "perplexity |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| text, base", "| text, tuned", "| text, quantized"
+    ]  # fmt: skip
+
+
 def table_lines(markdown: str, first_header: str) -> list[str]:
     """Returns the table whose header starts with `first_header`, up to the next empty line."""
     start = markdown.index(f"| {first_header}")
