@@ -72,6 +72,13 @@ def test_texts_from_the_data_are_escaped():
     assert "http://" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
 
 
+def test_the_figures_of_stages_say_which_call_they_are_of():
+    stages = {"train": {"seconds": 1234.5, "peak_memory_bytes": 2_500_000_000}}
+    text = page(report() | {"stages": stages}, rows())
+    assert "<td>train</td><td>1,234</td><td>2.50</td>" in text
+    assert "interrupted and continued, these are the figures of its last call" in text
+
+
 def test_flips_labels_and_sizes_are_counted():
     text = page(report(), rows())
     assert "both right in 55 rows and both wrong in 1" in text
