@@ -164,8 +164,9 @@ def _with_notice(
     if missing:
         raise UserError(
             f"publish: the license of the base ({license}) must be published along with it, but "
-            f"{folder or 'the package'} lacks {' and '.join(missing)}: download them from the "
-            "base's page on the Hub into a folder, and set publish.license_folder=FOLDER"
+            f"{folder or 'the package'} lacks {' and '.join(missing)}: download "
+            f"{'it' if len(missing) == 1 else 'them'} from the base's page on the Hub into a "
+            "folder, and set publish.license_folder=FOLDER"
         )
     return documents
 

@@ -23,7 +23,7 @@ WRITE, READ = "hf_PlantedTokenThatMayWrite", "hf_PlantedTokenThatMayOnlyRead"
 REPOSITORY = "alice/tiny"
 COMMAND = ("-m", "finequant.publish.publish")
 
-LICENCE = """\
+LICENSE = """\
 LLAMA 3.2 COMMUNITY LICENSE AGREEMENT
 iii. You must retain in all copies the following attribution notice within a “Notice” text file:
 “Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc.
@@ -458,7 +458,7 @@ def test_the_adapter_can_be_published_alone(hub, on_hub, publish, recipe, tiny_b
 def papers(tmp_path) -> Path:
     folder = tmp_path / "papers"
     folder.mkdir()
-    (folder / "LICENSE.txt").write_text(LICENCE, encoding="utf-8")
+    (folder / "LICENSE.txt").write_text(LICENSE, encoding="utf-8")
     (folder / "USE_POLICY.md").write_text("Use it well.", encoding="utf-8")
     return folder
 
@@ -471,7 +471,7 @@ def test_the_requirements_of_llamas_license_are_met(recipe, papers):
     named = (*llama, "publish.repo_id=alice/Llama-tiny")
     dry_run(*named)
     folder = folder_of(recipe)
-    assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == LICENCE
+    assert (folder / "LICENSE.txt").read_text(encoding="utf-8") == LICENSE
     assert (folder / "USE_POLICY.md").exists()
     assert (folder / "NOTICE").read_text(encoding="utf-8") == (
         "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, "
@@ -480,7 +480,7 @@ def test_the_requirements_of_llamas_license_are_met(recipe, papers):
     assert "\n**Built with Llama**\n" in (folder / "README.md").read_text(encoding="utf-8")
     (papers / "USE_POLICY.md").unlink()
     message = refused(in_process, *named)
-    assert "USE_POLICY.md" in message
+    assert "lacks USE_POLICY.md: download it from the base's page" in message
     assert "publish.license_folder" in message
 
 
