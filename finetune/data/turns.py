@@ -77,17 +77,18 @@ def takes_date(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
 def _writes_today(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
     """Compares conversations that are rendered with two different clocks."""
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
-        template = template.get("default")
-    clocks = (
-        f"{{% macro strftime_now(format) %}}{day} {{{{ format }}}}{{% endmacro %}}{template}"
-        for day in ("Monday", "Tuesday")
+    named = template if isinstance(template, dict) else {"default": template}
+    # With tools, transformers renders the second if there is one; it renders no others by itself.
+    return any(
+        _with_clock(tokenizer, data, named[name], "Monday")
+        != _with_clock(tokenizer, data, named[name], "Tuesday")
+        for name in named.keys() & {"default", "tool_use"}
     )
-    first, second = (
-        _rendered(tokenizer, data.system, data.template_arguments | {"chat_template": clock}, 1)
-        for clock in clocks
-    )
-    return first != second
+
+
+def _with_clock(tokenizer: PreTrainedTokenizerBase, data: Data, template: str, day: str) -> str:
+    clock = f"{{% macro strftime_now(format) %}}{day} {{{{ format }}}}{{% endmacro %}}{template}"
+    return _rendered(tokenizer, data.system, data.template_arguments | {"chat_template": clock}, 1)
 
 
 def end_tokens(model: Model, data: Data, tokenizer: PreTrainedTokenizerBase) -> list[int]:

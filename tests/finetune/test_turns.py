@@ -266,3 +266,13 @@ def test_a_template_that_writes_the_date_of_today_is_noticed(ended, case):
     tokenizer = ended(begin + ending("<|im_end|>"))
     note = date_note(tokenizer, Data(train=["rows"], template_arguments=arguments))
     assert note is None if advice is None else note.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("name", "noticed"), [("default", True), ("tool_use", True), ("rag", False)]
+)
+def test_the_date_of_a_template_with_a_name_is_noticed(ended, name, noticed):
+    """`rag` is rendered only where a program asks for it, which finequant does not."""
+    tokenizer = ended(ending("<|im_end|>"))
+    tokenizer.chat_template = {name: TODAY + tokenizer.chat_template}
+    assert (date_note(tokenizer, Data(train=["rows"])) is not None) == noticed
