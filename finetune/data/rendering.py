@@ -78,14 +78,16 @@ class Rendering:
     def answer_span(self, index: int) -> Span:
         """Finds the span of an answer in the whole conversation, with the token that ends it.
 
-        It begins where the template's generation prompt ends, as the model's own answer will.
+        It begins where the template's generation prompt ends, as the model's own answer will; the
+        span of an opening greeting begins with the text.
 
         Raises:
             UserError: if the template leaves out the generation prompt or a word of the answer,
                 ends it in no token, or rewrites earlier turns once later ones follow.
         """
         row, text = self.row, self.text
-        prompt = self.up_to(index, add_generation_prompt=True)
+        # Nothing is asked before an opening greeting, and most templates refuse no messages.
+        prompt = self.up_to(index, add_generation_prompt=True) if index else ""
         truncated = self.up_to(index + 1)
         start = _end_of_prompt(truncated, prompt)
         if start is None:
@@ -131,7 +133,7 @@ def render_rows(
         tools = json.dumps(rendering.row.tools) if rendering.row.tools else ""
         stops = {len(rendering.row.messages), *(index + 1 for index in indices)}
         alike[False, tools] += [(rendering, stop) for stop in stops]
-        alike[True, tools] += [(rendering, index) for index in indices]
+        alike[True, tools] += [(rendering, index) for index in indices if index]
     for (asks, _), pieces in alike.items():
         turns = [rendering.row.messages[:stop] for rendering, stop in pieces]
         tools = pieces[0][0].row.tools if pieces else ()

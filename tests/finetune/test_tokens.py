@@ -119,6 +119,17 @@ def test_all_tokens_can_be_targets(tokenizer):
     assert encoded.input_ids == encode(conversation("open", "ok"), tokenizer, settings())[0]
 
 
+def test_a_greeting_of_weight_0_is_no_target_if_all_else_is(tokenizer):
+    contents = ("hello", "open", "ok")
+    roles = ("assistant", "user", "assistant")
+    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    row = Row("rows.jsonl:7", tuple(turns), excluded=frozenset({0}))
+    encoded = encode(row, tokenizer, settings(loss_on="all"))
+    assert encoded.input_ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    (learned,) = target_texts(encoded, tokenizer)
+    assert learned == tokenizer.decode(encoded.input_ids).partition("hello" + END)[2]
+
+
 def test_raw_text_is_a_target_to_its_end(tokenizer):
     row = Row("rows.jsonl:1", text="open the red door")
     encoded = encode(row, tokenizer, settings())
