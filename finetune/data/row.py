@@ -26,8 +26,6 @@ class Row:
     """The location that errors name: file and line, or dataset and index."""
     messages: tuple[Message, ...] = ()
     text: str = ""
-    weight: float = 1.0
-    """Number of times the row is seen in an epoch."""
     tools: tuple[dict[str, Any], ...] = ()
     """Function definitions that the chat template gets."""
     excluded: frozenset[int] = frozenset()

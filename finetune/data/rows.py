@@ -148,14 +148,14 @@ class RowReader:
         if tools and _defines(messages[0], tools):
             self.findings.counts["tools not given again: the system message defines them"] += 1
             tools = ()
-        return Row(where, tuple(messages), "", self.source.weight, tools, frozenset(excluded))
+        return Row(where, tuple(messages), tools=tools, excluded=frozenset(excluded))
 
     def _text(self, where: str, row: dict[str, Any]) -> Row:
         text = self._text_of("text", row, where)
         if not text.strip():
             raise BadRowError(f"{where}: empty text: remove the row or fill it in")
         check_characters(text, where)
-        return Row(where, text=text, weight=self.source.weight)
+        return Row(where, text=text)
 
     def _messages(self, where: str, row: dict[str, Any]) -> list[Message]:
         if self.form == "messages":

@@ -195,11 +195,11 @@ def test_a_batch_is_encoded_as_its_rows_alone(tokenizer):
     "row",
     [
         Row("a:1", text="half a pair \ud800"),
-        Row("a:1", text="text", weight=2.5),
+        Row("a:1", text="text"),
         Row("a:1", asked("é\n", "ok").messages, tools=({"type": "function"},)),
         Row("a:1", asked("a", "b", "c", "d").messages, excluded=frozenset({1})),
     ],
-    ids=["surrogate", "weight", "tools", "excluded"],
+    ids=["surrogate", "text", "tools", "excluded"],
 )
 def test_a_row_is_the_same_after_it_was_stored(row):
     assert Row.from_json(row.to_json()) == row
