@@ -202,7 +202,8 @@ class Data(Section):
     )
     overlap: Literal["error", "drop"] = Field(
         "error",
-        description="what to do with training rows that also occur in validation or test",
+        description="what to do with training rows that also occur in validation or test, and with "
+        "validation rows that also occur in test",
     )
 
 

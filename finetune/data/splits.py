@@ -44,8 +44,8 @@ def load_splits(data: Data, seed: int, folder: Path | None = None) -> Splits:
     folder: where the table of all rows is written; None keeps it in memory.
 
     Raises:
-        UserError: naming file and line of every row that cannot be used, or the rows that training
-            shares with validation or test.
+        UserError: naming file and line of every row that cannot be used, or the rows that two
+            splits share.
     """
     with TableWriter(folder / TABLE if folder else None) as table:
         reading = _Reading(data, seed, table)
@@ -202,12 +202,14 @@ class _Splitting:
         """Returns the splits.
 
         Raises:
-            UserError: for rows that training shares with the others, or if none are left for it.
+            UserError: for rows that two splits share, or if none are left for training.
         """
         data, seed, notes = self.data, self.seed, self.notes
         self.keys = self._keys(train)
         validation, test = self._weighted(validation), self._weighted(test)
-        train = self._without_overlap(train, np.concatenate([validation, test]))
+        validation = self._without_overlap(validation, test, "validation", "test")
+        held_out = np.concatenate([validation, test])
+        train = self._without_overlap(train, held_out, "training", "validation or test")
         if not len(validation) and data.validation_fraction:
             train, validation = self._split_off(train, data.validation_fraction, seed)
             notes.append(f"validation: {counted(len(validation), 'row')} split off, seed {seed}")
@@ -269,12 +271,19 @@ class _Splitting:
         is_chosen = np.isin(self.keys[rows], chosen)
         return rows[~is_chosen], rows[is_chosen]
 
-    def _without_overlap(self, train: np.ndarray, others: np.ndarray) -> np.ndarray:
+    def _without_overlap(
+        self, rows: np.ndarray, others: np.ndarray, name: str, where: str
+    ) -> np.ndarray:
+        """Returns the rows that are not among the others; `name` and `where` say which these are.
+
+        Raises:
+            UserError: naming the shared rows, unless they may be dropped.
+        """
         keys, data = self.keys, self.data
-        is_shared = np.isin(keys[train], keys[others])
-        shared = train[is_shared]
+        is_shared = np.isin(keys[rows], keys[others])
+        shared = rows[is_shared]
         if not len(shared):
-            return train
+            return rows
         if data.overlap == "error":
             held_out = {keys[row]: row for row in others}
             pairs = [(row, held_out[keys[row]]) for row in shared]
@@ -282,22 +291,24 @@ class _Splitting:
             listing = [f"{row.where} = {same.where}" for row, same in _in_pairs(names[:20])]
             listing += [""] * (len(pairs) - len(listing))  # counted only
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
-            advice = "remove them, or leave them out of training with data.overlap=drop"
-            if {*map(_content, data.train)} & {*map(_content, [*data.validation, *data.test])}:
+            advice = f"remove them, or leave them out of {name} with data.overlap=drop"
+            sources = [{*map(_content, part)} for part in (data.train, data.validation, data.test)]
+            if sum(map(len, sources)) > len(set.union(*sources)):
                 advice = "name other rows there, or none, and let data.test_fraction split some off"
             count = len(shared)
             shared_rows = (
-                "1 training row also occurs" if count == 1 else f"{count} training rows also occur"
+                f"1 {name} row also occurs" if count == 1 else f"{count} {name} rows also occur"
             )
             raise UserError(
-                f"data: {shared_rows} in validation or test; {advice}"
+                f"data: {shared_rows} in {where}; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
                 + f"\n  {listed(listing, most=10)}"
             )
         self.notes.append(
-            f"train: {counted(len(shared), 'row')} dropped, in validation or test too"
+            f"{name.replace('training', 'train')}: {counted(len(shared), 'row')} dropped, in "
+            f"{where} too"
         )
-        return train[~is_shared]
+        return rows[~is_shared]
 
 
 def _in_pairs(rows: Rows) -> list[tuple[Row, Row]]:

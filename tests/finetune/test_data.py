@@ -310,6 +310,25 @@ def test_shared_rows_can_be_left_out_of_training(tmp_path):
     assert splits.notes[-1] == "train: 5 rows dropped, in validation or test too"
 
 
+def test_validation_and_test_share_no_rows(tmp_path):
+    train = write(tmp_path / "train.jsonl", numbered(0, 20))
+    validation = write(tmp_path / "validation.jsonl", numbered(20, 30))
+    test = write(tmp_path / "test.jsonl", numbered(29, 40))
+    with pytest.raises(UserError) as error:
+        load(train, validation=validation, test=test)
+    assert str(error.value) == (
+        "data: 1 validation row also occurs in test; remove them, or leave them out of validation "
+        "with data.overlap=drop\n  validation.jsonl:10 = test.jsonl:1"
+    )
+    splits = load(train, validation=validation, test=test, overlap="drop")
+    assert [len(rows) for rows in splits[:3]] == [20, 9, 11]
+    assert "validation: 1 row dropped, in test too" in splits.notes
+    with pytest.raises(UserError, match="name other rows there, or none"):
+        load(train, validation=test, test=test)
+    splits = load(train, validation=test, test=test, overlap="drop", validation_fraction=0.1)
+    assert [len(rows) for rows in splits[:3]] == [18, 2, 11]
+
+
 def test_rows_that_are_split_off_do_not_occur_in_the_given_test(tmp_path):
     train = write(tmp_path / "train.jsonl", numbered(0, 20))
     held = write(tmp_path / "held.jsonl", numbered(15, 30))
