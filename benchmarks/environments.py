@@ -11,15 +11,17 @@ from typing import Any
 
 
 def install(where: Path, *steps: list[str]) -> None:
-    """Runs the commands that fill an environment, unless they have been run before.
+    """Runs the commands that fill an environment, unless the same ones have been run before.
 
     Raises:
         subprocess.CalledProcessError: if one fails.
     """
-    if not (where / "installed").exists():
+    record, commands = where / "installed", json.dumps(steps)
+    if not record.exists() or record.read_text(encoding="utf-8") != commands:
+        record.unlink(missing_ok=True)
         for step in steps:
             subprocess.run(step, check=True, capture_output=True, text=True, cwd=where)
-        (where / "installed").touch()
+        record.write_text(commands, encoding="utf-8")
 
 
 def virtual_environment(where: Path, *commands: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,18 @@ def test_each_script_is_listed_and_pins_what_it_installs(peers):
         p for tool in peers.TOOLS.values() for p in (*tool.packages, *tool.without_dependencies)
     ]
     assert not [package for package in installed if "==" not in package]
+
+
+def test_an_environment_is_filled_again_if_its_packages_change(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    install = import_module("environments").install
+    for version in ("1", "1", "2"):
+        code = f"print({version}, file=open('log', 'a'))"
+        install(tmp_path, [sys.executable, "-c", code])
+    assert (tmp_path / "log").read_text().split() == ["1", "2"]
+    with pytest.raises(subprocess.CalledProcessError):
+        install(tmp_path, [sys.executable, "-c", "raise SystemExit(1)"])
+    assert not (tmp_path / "installed").exists()
 
 
 def test_the_measuring_script_does_not_import_finequant():
