@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import typer
@@ -68,6 +68,7 @@ SHAPES = {
 }
 """The shapes of Llama-3.2-1B and Llama-3-8B, and a tiny one to try this script with."""
 
+Shape = Literal["1b", "8b", "tiny"]
 RANK, GROUP_SIZE, TOKENS = 16, 32, 4096
 
 
@@ -82,8 +83,8 @@ class Measured(NamedTuple):
 
 @app.command()
 def compare(
-    shape: Annotated[str, typer.Option(help="1b, 8b, or tiny")] = "1b",
-    method: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
+    shape: Annotated[Shape, typer.Option(help="whose shape the base has")] = "1b",
+    method: Annotated[Literal["rtn", "gptq"], typer.Option(help="of finequant")] = "rtn",
     theirs: Annotated[bool, typer.Option(help="measure transformers + peft + torchao, too")] = True,
     checks: Annotated[bool, typer.Option(help="measure ours with its checks, too")] = False,
     tuned: Annotated[bool, typer.Option(help="measure the tuned model in memory, too")] = False,
@@ -108,10 +109,10 @@ def compare(
                 measured[name].append(_process(at, name, shape, method))
                 shutil.rmtree(at / "merged", ignore_errors=True)
                 shutil.rmtree(at / "out", ignore_errors=True)
-        sizes = [sum(f.stat().st_size for f in (at / "base").glob("*.safetensors"))]
+        size = sum(f.stat().st_size for f in (at / "base").glob("*.safetensors"))
     title = f"Llama {shape}{f', {blocks} of its blocks' if blocks else ''}"
-    title += f", {sizes[0] / 1e9:.2f} GB of bfloat16{' from the disk' if cold else ''}, {method}"
-    _show(measured, sizes[0], title, rounds)
+    title += f", {size / 1e9:.2f} GB of bfloat16{' from the disk' if cold else ''}, {method}"
+    _show(measured, size, title, rounds)
 
 
 def forget(folder: Path) -> None:
@@ -133,21 +134,22 @@ def _show(measured: dict[str, list[Measured]], size: int, title: str, rounds: in
         "checks": "finequant, its checks of the result included",
         "tuned": "the tuned model in memory, as it is evaluated",
         "copy": "the same bytes read, cast and written",
-        "theirs": "transformers + peft + torchao",
+        "theirs": "transformers + peft + torchao, round to nearest",
     }
     print(
         f"\n{title}, rank {RANK}; {torch.get_num_threads()} threads, median of {rounds}, in turn\n"
     )
-    print("| | seconds | of them work | peak memory, GB | GB/s of work | times ours |")
+    print("| | seconds | without imports | peak memory, GB | GB/s | times finequant |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: |")
     for name, runs in median.items():
         print(
             f"| {titles[name]} | {runs.seconds:.1f} | {runs.work_seconds:.1f} "
             f"| {runs.peak_bytes / 1e9:.2f} | {size / 1e9 / runs.work_seconds:.2f} "
-            f"| {runs.seconds / median['ours'].seconds:.2f} |"
+            f"| {runs.work_seconds / median['ours'].work_seconds:.2f} |"
         )
     rate = median["copy"].work_seconds / median["ours"].work_seconds
-    print(f"\nOurs runs at {rate:.2f} of the rate of reading, casting and writing.\n")
+    print("\nGB/s, and times finequant: without imports.")
+    print(f"finequant runs at {rate:.2f} of the rate of reading, casting and writing.\n")
     if "tuned" in median:
         times = median["tuned"].work_bytes / size
         print(f"The tuned model takes {times:.2f} times its weights, libraries not counted.\n")

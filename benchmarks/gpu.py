@@ -4,9 +4,9 @@ python benchmarks/gpu.py
 python benchmarks/gpu.py --shape 1b --only training,gptq
 python benchmarks/gpu.py --shape tiny --steps 2
 
-It needs no network. Training is measured beside plain trl, in turn. MFU counts four operations for
-each weight and token, those of LoRA (two forward, two backward), relative to the rate of a matrix
-product of size 8,192 that is measured first.
+It needs no network. Plain trl is measured after finequant's training. MFU counts the operations for
+each weight and token, relative to the rate of a matrix product of size 8,192 that is measured
+first: four in training, those of LoRA (two forward, two backward), and two in evaluation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers import (
 
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.recipes.command_line import quiet_libraries
-from finequant.recipes.errors import report_user_errors
+from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -66,11 +66,15 @@ def main(
         "evaluation": evaluation,
         "decoding": decoding,
     }
+    names, parts = shape.split(","), only.split(",") if only else list(measures)
+    for option, given, known in (("--shape", names, SHAPES), ("--only", parts, measures)):
+        if not {*given} <= {*known}:
+            raise UserError(f"{option} {','.join(given)}: expected some of {','.join(known)}")
     rate = matrix_product_rate()
-    for name in shape.split(","):
+    for name in names:
         config = LlamaConfig(**SHAPES[name], use_cache=True)
         rows: list[Row] = []
-        for part in only.split(",") if only else measures:
+        for part in parts:
             say(f"{name}: {part}")
             try:
                 for row in measures[part](config, rate, steps):
@@ -148,7 +152,8 @@ def aware(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     """Measures quantization-aware training that starts from codes rounded to nearest."""
     from finequant.quantize.training.trainer import QuantizationAwareTrainer
 
-    for learns in ("adapter", "scales"):
+    labels = {"adapter": "an adapter is trained", "scales": "scales are trained"}
+    for learns, label in labels.items():
 
         def trainer(folder: str, learns: str = learns) -> QuantizationAwareTrainer:
             return QuantizationAwareTrainer(
@@ -158,7 +163,7 @@ def aware(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
                 processing_class=a_tokenizer(),
             )
 
-        yield step_row(f"quantization-aware, {learns} learn", trainer, config, rate)
+        yield step_row(f"quantization-aware, {label}", trainer, config, rate)
 
 
 def fake_quantized(config: LlamaConfig, learns: str) -> LlamaForCausalLM:
@@ -220,7 +225,8 @@ def gptq(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 
 @torch.inference_mode()
 def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
-    """Times the perplexity of windows of 2,048 tokens, beside bare forward passes."""
+    """Times the perplexity of windows of 2,048 tokens, eight at a time, beside bare forward passes,
+    one window at a time, whose logits are only summed."""
     from finequant.evaluate.metrics.perplexity import ScoredSequence, negative_log_likelihoods
 
     model, length, rows = a_model(config).eval(), min(2048, LENGTH), 8
@@ -228,7 +234,7 @@ def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     sequences = [ScoredSequence(row, [False] + [True] * length) for row in ids.tolist()]
     calls = {
         "perplexity": lambda: negative_log_likelihoods(model, sequences, rows, ""),
-        "a forward pass alone": lambda: [
+        "forward passes alone": lambda: [
             model(part[:, :-1].to(model.device), use_cache=False).logits.sum().item()
             for part in ids.split(1)
         ],

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from convert import make
+from convert import Shape, make
 
 from finequant.recipes.commands.pipeline import module_of
 from finequant.recipes.errors import UserError, report_user_errors
@@ -91,13 +91,13 @@ class Measured(NamedTuple):
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="1b, 8b, or tiny")] = "1b",
-    only: Annotated[str, typer.Option(help="cases whose names have one of these in them")] = "",
+    shape: Annotated[Shape, typer.Option(help="whose shape the base has")] = "1b",
+    only: Annotated[str, typer.Option(help="cases whose names contain one of these")] = "",
     tokens: Annotated[int, typer.Option(help="of a row, and a step")] = 256,
     blocks: Annotated[int | None, typer.Option(help="fewer than the shape has")] = None,
     folder: Annotated[Path | None, typer.Option(help="for the models; default: temporary")] = None,
     limit: Annotated[
-        float, typer.Option(help="of each stage, in estimates: it ends if it needs more (root)")
+        float, typer.Option(help="kill a stage that needs more than this many estimates (root)")
     ] = math.inf,
 ) -> None:
     """Prints a table in Markdown."""
@@ -119,7 +119,7 @@ def main(
     of_blocks = f", {blocks} of its blocks" if blocks else ""
     within = f", in {limit} times its estimate" if limit < math.inf else ""
     print(f"\nLlama {shape}{of_blocks}, rows of {tokens} tokens, one a step{within}\n")
-    print("| | GB | without mapped files | estimated | ratio | | |")
+    print("| | GB | without mapped files | estimated | ratio | time | |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print("\n".join(lines))
 
@@ -245,7 +245,8 @@ def sampled(process: subprocess.Popen, log: Path) -> tuple[int, int, dict[str, i
 def control_group(limit: float) -> Iterator[Callable[[], None]]:
     """Makes a control group with this limit, and yields a function with which a process enters it.
 
-    Empties the page cache first, because a group is not charged for pages that are already cached.
+    A process in it cannot swap, because the kernel would then swap instead of killing it. Empties
+    the page cache first, because a group is not charged for pages that are already cached.
     """
     if limit == math.inf:
         yield lambda: None
@@ -257,6 +258,9 @@ def control_group(limit: float) -> Iterator[Callable[[], None]]:
         Path("/proc/sys/vm/drop_caches").write_text("1")
         group.mkdir(exist_ok=True)
         (group / limit_file).write_text(str(int(limit)))
+        for name, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", int(limit))):
+            if (group / name).exists():  # in version 2, in version 1; neither without swap
+                (group / name).write_text(str(value))
     except OSError as error:
         raise UserError(f"--limit needs root and control groups: {error}") from None
     try:

@@ -155,7 +155,8 @@ def recipe_of(kind: str, load: str) -> Recipe:
 
 
 def recipe_with(overrides: list[str]) -> Recipe:
-    """Returns a recipe with defaults, but rows of one batch, and with overrides of STEP."""
+    """Returns a recipe with defaults, but one row at a time in evaluation, no Liger kernels, and
+    what STEP and `overrides` say."""
     from finequant.recipes.schema import Recipe
 
     content: dict = {"name": "needs", "model": {"base": "shape"}, "evaluate": {"batch_size": 1}}
