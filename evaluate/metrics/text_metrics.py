@@ -189,9 +189,17 @@ def bleu(answers: list[str], references: list[str]) -> Score:
 
 def chrf(answers: list[str], references: list[str]) -> Score:
     """Computes sacrebleu's corpus chrF2, 0 to 100."""
+    from numpy import float32
     from sacrebleu import CHRF
 
-    return _sacrebleu(CHRF(), answers, references)
+    class ChrF(CHRF):
+        """The scores of a bootstrap are float32, except for a 0.0, to which Python's `mean` cannot
+        add them."""
+
+        def _compute_f_score(self, statistics: list[int]) -> float:
+            return super()._compute_f_score(statistics) or float32(0)
+
+    return _sacrebleu(ChrF(), answers, references)
 
 
 CORPUS_METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {"bleu": bleu, "chrf": chrf}

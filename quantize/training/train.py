@@ -162,7 +162,7 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
         }
     )
     # Not the seed of plain LoRA training, so that rows come in a different order.
-    changed = recipe.model_copy(update={"train": train, "seed": recipe.seed + 1})
+    changed = recipe.model_copy(update={"train": train, "seed": (recipe.seed + 1) % 2**32})
     folder = run.checkpoints / "qat" / "steps"
     arguments = training_arguments(changed, folder, torch.float32)
     arguments.mixed_precision = "no"  # even if accelerate's configuration asks for it

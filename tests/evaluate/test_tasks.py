@@ -229,6 +229,14 @@ def test_rouge_bleu_and_chrf_are_scored():
     assert all(score["stderr"] > 0 and score["n"] == 2 for score in scores.values())
 
 
+def test_chrf_is_scored_if_some_answers_share_nothing_with_theirs():
+    """Some of the bootstrap's samples then score 0, a float beside the others' float32."""
+    answers, references = ["", "", "close it"], ["open", "paint", "close the lamp"]
+    score = score_answers(answers, references, ["chrf"])["chrf"]
+    assert 0 < score["value"] < 50 and score["stderr"] > 0
+    assert score_answers(["", ""], references[:2], ["chrf"])["chrf"]["value"] == 0
+
+
 def test_changes_are_paired_by_row():
     references = ["red", "green", "blue", "grey"]
     before, after = ["red", "green", "", "grey"], ["red", "", "blue", ""]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_llama, make_recipe, refused
 from safetensors.torch import load_file
+from transformers import set_seed
 
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
@@ -248,6 +249,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(stage, training):
     trainer = stage.train(training)
     assert trainer.state.global_step == 4
     assert codes.read_bytes() == expected
+
+
+def test_the_largest_seed_of_a_recipe_trains(stage):
+    from finequant.quantize.training.train import _arguments
+
+    recipe = load_recipe(stage.recipe, stage.arguments(ADAPTER, f"seed={2**32 - 1}"))
+    set_seed(_arguments(recipe, RunDir.of(recipe)).seed)
 
 
 def test_other_processes_wait_a_day_for_the_first(stage):
