@@ -16,6 +16,7 @@ from finequant.evaluate.metrics.corpora import read_texts
 from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
 from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
+from finequant.recipes.stages import EXPORT_KEYS
 from finequant.recipes.task_files import read_task_file
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
 def check_lengths(
     recipe: Recipe, positions: int, prompts: list[tuple[str, int]], scored: int
 ) -> None:
-    """Checks that everything fits into the base's positions and the cache of a .pte.
+    """Checks that everything fits into the base's positions and the exports whose length is fixed.
 
     prompts: the location of each held-out row, and the number of tokens in its prompt.
     scored: input tokens of the longest sequence whose likelihood is measured.
@@ -243,13 +244,15 @@ def check_lengths(
             f"evaluate.max_new_tokens={answer}, do not fit into the {positions} positions of the "
             f"base: {hint}\n  {listed(long, most=10)}"
         )
-    if "executorch" not in recipe.quantize.exports:
+    exports = recipe.quantize.exports
+    limited = [name for name in exports if "quantize.cache_length" in EXPORT_KEYS.get(name, ())]
+    if not limited:
         return
     needed = max(scored, longest + answer if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
     if recipe.quantize.cache_length < min(needed, positions):
         raise UserError(
             f"quantize.cache_length: {recipe.quantize.cache_length} tokens are too few to measure "
-            f"the executorch export: the longest window, or prompt and answer, takes {needed}: "
-            f"set quantize.cache_length={min(needed, positions)}, or remove executorch from "
-            "quantize.exports"
+            f"the {limited[0]} export: the longest window, or prompt and answer, takes {needed}: "
+            f"set quantize.cache_length={min(needed, positions)}, or remove {', '.join(limited)} "
+            "from quantize.exports"
         )

@@ -174,6 +174,12 @@ WITH_A_TOKENIZER = {
         "quantize.cache_length: 300 tokens are too few to measure the executorch export: the "
         "longest window, or prompt and answer, takes 320: set quantize.cache_length=320",
     ),
+    "rotary tables": (
+        ["quantize.cache_length=300", "quantize.exports=[onnx, executorch, gguf]"],
+        "quantize.cache_length: 300 tokens are too few to measure the onnx export: the longest "
+        "window, or prompt and answer, takes 320: set quantize.cache_length=320, or remove onnx, "
+        "executorch from quantize.exports",
+    ),
     "an answer beyond the positions": (
         ["evaluate.max_new_tokens=500"],
         "8 held-out prompts, each with an answer of up to evaluate.max_new_tokens=500, do not fit "
