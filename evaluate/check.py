@@ -222,12 +222,13 @@ def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
 
 
 def check_lengths(
-    recipe: Recipe, positions: int, prompts: list[tuple[str, int]], scored: int
+    recipe: Recipe, positions: int, prompts: list[tuple[str, int]], scored: int, tables: int
 ) -> None:
     """Checks that everything fits into the base's positions and the exports whose length is fixed.
 
     prompts: the location of each held-out row, and the number of tokens in its prompt.
     scored: input tokens of the longest sequence whose likelihood is measured.
+    tables: positions that a rotary table can hold.
 
     Raises:
         UserError: naming the rows that are too long, and a setting that fits.
@@ -246,13 +247,13 @@ def check_lengths(
         )
     exports = recipe.quantize.exports
     limited = [name for name in exports if "quantize.cache_length" in EXPORT_KEYS.get(name, ())]
-    if not limited:
-        return
     needed = max(scored, longest + answer if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
-    if recipe.quantize.cache_length < min(needed, positions):
+    needed, held = min(needed, positions), min(recipe.quantize.cache_length, tables)
+    if limited and held < needed:
+        original = ", LongRoPE's original positions," if held == tables else ""
+        larger = f"set quantize.cache_length={needed}, or " if needed <= tables else ""
         raise UserError(
-            f"quantize.cache_length: {recipe.quantize.cache_length} tokens are too few to measure "
-            f"the {limited[0]} export: the longest window, or prompt and answer, takes {needed}: "
-            f"set quantize.cache_length={min(needed, positions)}, or remove {', '.join(limited)} "
-            "from quantize.exports"
+            f"quantize.cache_length: {held} tokens{original} are too few to measure the "
+            f"{limited[0]} export: the longest window, or prompt and answer, takes {needed}: "
+            f"{larger}remove {', '.join(limited)} from quantize.exports"
         )

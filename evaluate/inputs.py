@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.architecture import usable_positions
+    from finequant.finetune.architecture import table_positions, usable_positions
     from finequant.finetune.data.rendering import check_template
     from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
     from finequant.finetune.data.turns import end_tokens
@@ -79,7 +79,8 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     rows = check_rows(recipe, splits)
     check_texts(recipe.evaluate)
     check_chat_template(recipe.evaluate, tokenizer)
-    positions = usable_positions(load_config(recipe.model))
+    config = load_config(recipe.model)
+    positions = usable_positions(config)
     corpora = {
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
         for corpus in recipe.evaluate.perplexity
@@ -92,7 +93,8 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     _check_calls(asked, references)
     prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
     read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
-    check_lengths(recipe, positions, read, longest_scored(corpora))
+    tables = table_positions(config)
+    check_lengths(recipe, positions, read, longest_scored(corpora), tables)
     cut = cut_answers(recipe.evaluate, references, tokenizer)
     if cut:
         say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")

@@ -115,6 +115,15 @@ def usable_positions(config: DecoderConfig) -> int:
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
+def table_positions(config: DecoderConfig) -> int:
+    """Returns how many positions one table of rotations serves: all usable ones, except that
+    LongRoPE rotates texts beyond its original positions by other angles, from their start on."""
+    positions, rotary = usable_positions(config), config.rope_parameters
+    if rotary["rope_type"] == "longrope":
+        return min(positions, rotary["original_max_position_embeddings"])
+    return positions
+
+
 def skeleton(config: DecoderConfig, blocks: int | None = None) -> Decoder:
     """Makes the model without memory for its weights.
 

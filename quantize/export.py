@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
-from finequant.quantize.formats.format import Format, to_install
+from finequant.quantize.formats.format import CONTEXT, Format, to_install
 from finequant.quantize.logits import check_prompts, last_logits, relative_difference
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, refuse_all, report_user_errors
@@ -79,6 +79,7 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     """
     from transformers import AutoTokenizer
 
+    from finequant.finetune.architecture import table_positions
     from finequant.quantize.checkpoint.stored import read_checkpoint
 
     run.require("quantize", recipe)
@@ -94,7 +95,10 @@ def export(recipe: Recipe, run: RunDir, formats: list[str]) -> None:
     if not entries:
         return
     doing(f"export: computing logits of {run.quantized}, to compare exports with")
-    prompts = check_prompts(recipe, AutoTokenizer.from_pretrained(run.quantized))
+    # Longer prompts would not fit into the caches and tables of some formats.
+    limit = min(CONTEXT, recipe.quantize.cache_length, table_positions(stored.config))
+    tokenizer = AutoTokenizer.from_pretrained(run.quantized)
+    prompts = [ids[:limit] for ids in check_prompts(recipe, tokenizer)]
     reference = _reference(stored, prompts)
     for entry in entries:
         export_one(recipe, run, entry, stored, prompts, reference)

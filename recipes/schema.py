@@ -490,8 +490,8 @@ class Quantize(Section):
     cache_length: Positive = Field(
         2048,
         description="tokens of prompt and answer together in the executorch and onnx exports, "
-        "whose cache or rotary tables have a fixed length; at most the base's positions or sliding "
-        "window",
+        "whose cache or rotary tables have a fixed length; at most the base's positions, sliding "
+        "window, or original positions (LongRoPE)",
     )
 
     @model_validator(mode="before")

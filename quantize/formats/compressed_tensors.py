@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
-from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
@@ -35,9 +35,10 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format, or vLLM, cannot hold.
 
     Raises:
-        UserError: for bits other than 4 and 8, a budget, which chooses from 2 to 8, or layers that
-            differ although vLLM fuses them.
+        UserError: for bits other than 4 and 8, a budget, which chooses from 2 to 8, layers that
+            differ although vLLM fuses them, or blocks that vLLM does not compute.
     """
+    check_block("compressed-tensors", "vLLM", contents.config)
     if None in contents.bits.values():
         raise UserError(
             "compressed-tensors: a budget chooses from 2 to 8 bits; expected 4 or 8: set the bits "

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from finequant.finetune.architecture import DecoderConfig
 
+SILU = ("silu", "swish")
+"""transformers' names of the activation that makes an MLP SwiGLU."""
+
 
 class Contents(NamedTuple):
     """Everything except weights that decides whether a format can hold a quantized model."""
@@ -60,6 +63,27 @@ def planned(
         {name: scheme.group_size for name, scheme in schemes.items()},
         json.loads(tokenizer.backend_tokenizer.to_str()),
     )
+
+
+def check_block(name: str, reader: str, config: DecoderConfig) -> None:
+    """Refuses blocks that the programs which read a format do not compute.
+
+    reader: these programs.
+
+    Raises:
+        UserError: for an MLP without SiLU, or biases in the attention of a Qwen3.
+    """
+    if config.hidden_act not in SILU:
+        raise UserError(
+            f"{name}: the activation of this base's MLP is {config.hidden_act!r} (hidden_act), and "
+            f"{reader} only computes 'silu': remove {name} from quantize.exports"
+        )
+    kind = architecture_name(config)
+    if kind == "Qwen3ForCausalLM" and config.attention_bias:
+        raise UserError(
+            f"{name}: the attention of this base has biases (attention_bias), which {reader} does "
+            f"not read in a {kind}: remove {name} from quantize.exports"
+        )
 
 
 def check_norms(name: str, config: DecoderConfig) -> None:

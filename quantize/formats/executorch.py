@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finequant.finetune.architecture import usable_positions
+from finequant.finetune.architecture import table_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
-from finequant.quantize.formats.contents import Contents, check_norms
+from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.executorch_graph import Decoder
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.naming import file_stem
@@ -43,10 +43,11 @@ def check_fits(contents: Contents) -> None:
     """Refuses what XNNPACK's 4-bit kernels do not support.
 
     Raises:
-        UserError: for more than 4 bits, group sizes that are not multiples of 32, or norms that the
-            graph lacks.
+        UserError: for more than 4 bits, group sizes that are not multiples of 32, or blocks that
+            the graph does not compute.
     """
     check_norms("executorch", contents.config)
+    check_block("executorch", "the graph of this export", contents.config)
     if wide := sorted(bits for bits in contents.linear_bits() if bits > MOST_BITS):
         raise UserError(
             f"executorch: linear layers of {', '.join(map(str, wide))} bits; "
@@ -73,7 +74,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
     from finequant.quantize.formats.executorch_lowering import lower
 
-    length = min(recipe.quantize.cache_length, usable_positions(stored.config))
+    length = min(recipe.quantize.cache_length, table_positions(stored.config))
     doing("export: executorch: tracing and lowering the model, which takes minutes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about future torch releases and the cache

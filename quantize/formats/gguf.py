@@ -19,7 +19,7 @@ import torch
 
 from finequant.finetune.architecture import architecture, head_dim, usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
-from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
@@ -45,9 +45,10 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
-        UserError: for group sizes that are not multiples of 32, and for tokenizers and rotary
-            scalings that have no name in GGUF.
+        UserError: for group sizes that are not multiples of 32, for blocks that llama.cpp does not
+            compute, and for tokenizers and rotary scalings that have no name in GGUF.
     """
+    check_block("gguf", "llama.cpp", contents.config)
     if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % BLOCK):
         raise UserError(
             f"gguf: groups of {', '.join(map(str, uneven))} weights do not fit into its blocks of "
@@ -272,18 +273,27 @@ def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
 def _config_of(file: Path) -> DecoderConfig:
     """Reads transformers' configuration from the file.
 
-    GGUF has no key for biases: llama.cpp looks for the tensors, but transformers at its config. And
-    transformers 5.23 does not read the head size of a Qwen3.
+    GGUF has no key for biases, nor for Llama 3's rotary scaling: llama.cpp looks for the tensors,
+    but transformers at its config. And transformers 5.23 does not read the head size of a Qwen3.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     reader = _reader(file)
-    layers = {tensor.name for tensor in reader.tensors}
+    layers = {tensor.name: tensor for tensor in reader.tensors}
     kind = reader.fields["general.architecture"].contents()
     config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()
     config.attention_bias = "blk.0.attn_q.bias" in layers
     config.mlp_bias = "blk.0.ffn_up.bias" in layers
+    if ROPE_FACTORS in layers:  # LongRoPE divides frequencies by any factors
+        factors = layers[ROPE_FACTORS].data.tolist()
+        config.rope_parameters |= {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": config.max_position_embeddings,
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+        }
     return config
 
 

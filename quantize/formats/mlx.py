@@ -12,7 +12,7 @@ import torch
 
 from finequant.finetune.architecture import usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
-from finequant.quantize.formats.contents import Contents
+from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words, packed_width
 from finequant.quantize.formats.snippet import fenced, pip_install
@@ -24,6 +24,9 @@ from finequant.recipes.schema import Recipe
 GROUP_SIZES = (128, 64, 32)
 """Group sizes of MLX's kernels; for other multiples of 32, scales are repeated."""
 
+IGNORED = {"attention_factor": None, "truncate": True}
+"""Keys of YaRN that mlx-lm does not read, with the values that it assumes."""
+
 PACKAGES = {"mlx": "'finequant[mlx]'", "mlx_lm": "'finequant[mlx]'"}
 
 
@@ -31,12 +34,28 @@ def check_fits(contents: Contents) -> None:
     """Refuses what the format cannot hold.
 
     Raises:
-        UserError: for group sizes that are not multiples of 32.
+        UserError: for group sizes that are not multiples of 32, and for blocks or rotary scalings
+            that mlx-lm does not compute.
     """
+    check_block("mlx", "mlx-lm", contents.config)
+    _check_rotary(contents.config.rope_parameters)
     if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % 32):
         raise UserError(
             f"mlx: groups of {', '.join(map(str, uneven))} weights; expected multiples of 32: "
             "set quantize.group_size=32"
+        )
+
+
+def _check_rotary(rotary: dict[str, Any]) -> None:
+    """Refuses rotary scalings that mlx-lm computes differently from transformers: it takes the long
+    factors of LongRoPE for short texts, too, and ignores two keys of YaRN."""
+    kind = rotary["rope_type"]
+    ignored = [key for key, usual in IGNORED.items() if rotary.get(key, usual) != usual]
+    if kind == "longrope" or (kind == "yarn" and ignored):
+        name = " with ".join([repr(kind), *([" and ".join(ignored)] if kind == "yarn" else [])])
+        raise UserError(
+            f"mlx: mlx-lm computes the rotary scaling {name} differently from transformers: remove "
+            "mlx from quantize.exports"
         )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import head_dim, usable_positions
+from finequant.finetune.architecture import head_dim, table_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
-from finequant.quantize.formats.contents import Contents, check_norms
+from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import packed_width
@@ -24,6 +24,9 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
 SMALLEST_BLOCK = 16
+HEAD_MULTIPLE = 16
+"""onnxruntime rotates heads whose size is a multiple of this (GroupQueryAttention of 1.32)."""
+
 SINGLE_FILE = 1_900_000_000
 """Bytes of weights up to which they are inside the model file: a protocol buffer holds 2 GB."""
 
@@ -32,9 +35,16 @@ def check_fits(contents: Contents) -> None:
     """Refuses what MatMulNBits cannot hold.
 
     Raises:
-        UserError: for group sizes that are not multiples of 16, or norms that the graph lacks.
+        UserError: for group sizes or heads that are not multiples of 16, or blocks that the graph
+            does not compute.
     """
     check_norms("onnx", contents.config)
+    check_block("onnx", "the graph of this export", contents.config)
+    if (size := head_dim(contents.config)) % HEAD_MULTIPLE:
+        raise UserError(
+            f"onnx: heads of {size} numbers; onnxruntime's attention takes multiples of "
+            f"{HEAD_MULTIPLE}: remove onnx from quantize.exports"
+        )
     sizes = set(contents.group_sizes.values())
     if uneven := sorted(size for size in sizes if block_size(size) < SMALLEST_BLOCK):
         raise UserError(
@@ -55,7 +65,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     largest = max(table.abs().max().item() for table in tables)
     if largest > torch.finfo(torch.float16).max:
         raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
-    length = min(recipe.quantize.cache_length, usable_positions(stored.config))
+    length = min(recipe.quantize.cache_length, table_positions(stored.config))
     model = Decoder(stored, length).model()
     # transformers.js derives the file's suffix from its option dtype, q4 or q8.
     in_blocks = (bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))

@@ -13,8 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import SHAPE, refused
 from safetensors.torch import load_file
+
+from finequant.quantize.formats.formats import FORMATS
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Quantize
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 200, 100, 50]])
 
@@ -281,7 +285,6 @@ def test_gguf_names_the_pre_tokenizer(tokenizer):
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
 
     from finequant.quantize.formats.gguf_tokenizer import pre_tokenizer
-    from finequant.recipes.errors import UserError
 
     # As in the tokenizer.json of the models that gave the names.
     llama_3 = (
@@ -379,6 +382,79 @@ def test_what_a_format_cannot_hold_is_refused(make, llama, overrides, to, messag
     assert message in refused(make, f"model.base={base}", *overrides, to=(to,))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 3 * index for index in range(8)],
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+POSITIONS_MATTER = {"initializer_range": 0.15}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "formats", "message"),
+    [
+        ("Llama", {"hidden_act": "gelu"}, list(FORMATS), "MLP is 'gelu' .hidden_act., and .* only"),
+        (
+            "Qwen3",
+            {"attention_bias": True},
+            ["compressed-tensors", "gguf", "mlx"],
+            "the attention of this base has biases .attention_bias., which .* a Qwen3ForCausalLM",
+        ),
+        ("Llama", {"head_dim": 24}, ["onnx"], "heads of 24 numbers; .* takes multiples of 16"),
+        ("Llama", {"rope_parameters": LONG}, ["mlx"], "scaling 'longrope' differently"),
+        (
+            "Llama",
+            {"rope_parameters": YARN | {"attention_factor": 1.5}},
+            ["mlx"],
+            "scaling 'yarn' with attention_factor differently",
+        ),
+    ],
+)
+def test_a_base_that_readers_do_not_compute_is_refused_before_training(
+    tokenizer, kind, changes, formats, message
+):
+    """Its file would be written, and then refused because of its logits."""
+    import transformers
+
+    from finequant.quantize.export import check_exports
+
+    def check(name: str, **settings) -> None:
+        config = getattr(transformers, f"{kind}Config")(**SHAPE, vocab_size=384, **settings)
+        check_exports(Quantize(effort="fast", exports=[name]), config, tokenizer)
+
+    for name in formats:
+        check(name)
+        with pytest.raises(UserError, match=f"{name}: .*{message}"):
+            check(name, **changes)
+
+
+def test_a_rotary_table_ends_where_longrope_changes_all_angles(make, llama):
+    base = llama("long", rope_parameters=LONG, **POSITIONS_MATTER)
+    run = make(f"model.base={base}", to=("onnx",))
+    assert json.loads((run / "manifest.json").read_text())["onnx"]["cache_length"] == 128
+
+
+def test_transformers_reads_llama_3s_rotary_scaling_from_a_gguf(make, llama):
+    base = llama("llama_3", rope_parameters=LLAMA_3, **POSITIONS_MATTER)
+    run = make(f"model.base={base}", to=("gguf",))
+    assert json.loads((run / "manifest.json").read_text())["gguf"]["logit_difference"] < 0.01
+
+
+def test_rows_longer_than_a_rotary_table_do_not_stop_an_export(make):
+    run = make("quantize.cache_length=16", to=("onnx",))
+    assert json.loads((run / "manifest.json").read_text())["onnx"]["cache_length"] == 16
+
+
 def test_an_export_is_up_to_date_until_the_codes_change(make, recipe_file):
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
@@ -430,7 +506,6 @@ def test_scales_that_half_precision_cannot_hold_are_refused():
     """Its smallest numbers are 6e-8 apart, which matters unless the layer has larger scales."""
     from finequant.quantize.export import check_codes
     from finequant.quantize.rounding import Rounded
-    from finequant.recipes.errors import UserError
 
     def check(*scales: float, code: int = 1) -> float:
         scale = torch.tensor([scales])
@@ -451,7 +526,6 @@ def test_an_altered_export_is_refused(make, tmp_path):
     from finequant.quantize.export import check_codes
     from finequant.quantize.formats.compressed_tensors import read_back
     from finequant.quantize.rounding import Rounded
-    from finequant.recipes.errors import UserError
 
     run = make(to=("compressed-tensors",))
     stored = read_checkpoint(run / "quantized")
@@ -501,7 +575,6 @@ def test_an_export_is_not_blamed_for_the_error_of_int8_activations(make, outlier
 def test_logits_are_compared_under_the_activations_of_the_format():
     from finequant.quantize.export import Reference, check_logits
     from finequant.quantize.formats.formats import FORMATS
-    from finequant.recipes.errors import UserError
 
     torch.manual_seed(0)
     exact = torch.randn(8, 384)
@@ -549,7 +622,6 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import export, fitting_formats
     from finequant.quantize.formats.formats import FORMATS
-    from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe
     from finequant.recipes.rundir import RunDir
 
