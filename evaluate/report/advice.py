@@ -22,20 +22,36 @@ def cost_too_much(report: Report) -> bool:
     """Says whether, from tuned to quantized, a metric fell by more than two standard errors (or by
     a point, if its error is unknown), a perplexity rose by more than 3%, or a number was lost, as
     when the perplexity of quantized is infinite or NaN."""
+    return judged_cost(report)[0]
+
+
+def judged_cost(report: Report) -> tuple[bool, str]:
+    """Returns what `cost_too_much` says, and a headline that says so: in standard errors of the
+    metrics, whose bars show one, or in perplexity, where no metric was measured or none fell."""
     tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
+    within = "Quantization raised perplexity by no more than 3%"
     for task, metric in metrics_of({"tuned": tuned}):
         error = float_at(report, "changes", task, metric, "stderr")
         before, after = (float_at(m, "tasks", task, metric, "value") for m in (tuned, quantized))
-        drop = before - after
-        if drop > 2 * error or (error != error and drop * to_percent(metric) > 1):
-            return True
         if _is_lost(before, after):
-            return True
+            return True, f"The quantized model has no figure for {task}, {metric}"
+        drop = before - after
+        if drop > 2 * error:
+            return True, "Quantization cost more than its error bars"
+        if error != error and drop * to_percent(metric) > 1:
+            return True, "Quantization cost more than a point"
+        if drop > error:
+            within = "Quantization cost no more than twice its error bars"
+        elif "twice" not in within:
+            bars = "a point" if error != error else "its error bars"
+            within = f"Quantization cost no more than {bars}"
     for corpus in corpora_of({"tuned": tuned}):
         before, after = (float_at(m, "perplexity", corpus, "token") for m in (tuned, quantized))
-        if after > (1 + MAX_PERPLEXITY_INCREASE) * before or _is_lost(before, after):
-            return True
-    return False
+        if _is_lost(before, after):
+            return True, f"The perplexity of the quantized model on {corpus} is not a number"
+        if after > (1 + MAX_PERPLEXITY_INCREASE) * before:
+            return True, "Quantization raised perplexity by more than 3%"
+    return False, within
 
 
 def _is_lost(before: float, after: float) -> bool:

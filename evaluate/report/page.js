@@ -21,14 +21,16 @@ function element(name, text, className) {
 // Marks the part of a text between the beginning and the end that it shares with the other text.
 function marked(text, other) {
   const node = document.createElement("dd");
+  const [here, there] = [[...text], [...other]];  // characters: half of a pair is shown as a box
   let start = 0, end = 0;
-  const shortest = Math.min(text.length, other.length);
-  while (start < shortest && text[start] === other[start]) start++;
-  while (end < shortest - start && text.at(-1 - end) === other.at(-1 - end)) end++;
+  const shortest = Math.min(here.length, there.length);
+  while (start < shortest && here[start] === there[start]) start++;
+  while (end < shortest - start && here.at(-1 - end) === there.at(-1 - end)) end++;
+  const stop = here.length - end;
   if (!text) node.append(element("span", "(empty)", "soft"));
-  node.append(text.slice(0, start));
-  if (start + end < text.length) node.append(element("mark", text.slice(start, text.length - end)));
-  node.append(text.slice(text.length - end));
+  node.append(here.slice(0, start).join(""));
+  if (start < stop) node.append(element("mark", here.slice(start, stop).join("")));
+  node.append(here.slice(stop).join(""));
   return node;
 }
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.models import MODELS
-from finequant.evaluate.report.advice import advice, cost_too_much
+from finequant.evaluate.report.advice import advice, judged_cost
 from finequant.evaluate.report.gate import verdict_lines
-from finequant.evaluate.report.plots import DRAWINGS, svg
+from finequant.evaluate.report.plots import DESCRIPTIONS, DRAWINGS, svg
 from finequant.evaluate.report.report import (
     baseline_lines,
     divergence_lines,
@@ -101,7 +101,9 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         header=header,
         rows=table,
         figures={
-            name: Markup(f"<figure>{svg(figure)}</figure>")
+            name: Markup('<figure role="img" aria-label="{}">{}</figure>').format(
+                DESCRIPTIONS[name], Markup(svg(figure))
+            )
             for name, figure in figures.items()
             if figure
         },
@@ -137,11 +139,13 @@ def _verdict(report: Report) -> dict[str, Any]:
     if figures is None:
         headline, state = "Nothing was measured on texts or held-out rows", "warn"
     elif value_at(report, "gate", "passed") is False:
-        headline, state = "The gate failed: quantization cost more than the recipe allows", "bad"
-    elif cost_too_much(report):
-        headline, state = "Quantization cost more than its error bars", "warn"
+        headline, state = (
+            "The gate failed: a limit of the recipe was exceeded or not measured",
+            "bad",
+        )
     else:
-        headline, state = "Quantization cost no more than its error bars", "good"
+        too_much, headline = judged_cost(report)
+        state = "warn" if too_much else "good"
     lines = [figures] if figures else []
     lines += [*tuning_lines(report), *baseline_lines(report)]
     lines += [*verdict_lines(report), *divergence_lines(report)]

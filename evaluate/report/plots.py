@@ -184,3 +184,11 @@ DRAWINGS: dict[str, Callable[[Report], Figure | None]] = {
     "loss": _loss,
 }
 """The functions that draw a run's plots; each returns None if there is nothing to draw."""
+
+DESCRIPTIONS = {
+    "comparison": "Perplexity and accuracy of the models",
+    "layers": "Signal-to-noise ratio of each quantized layer",
+    "loss": "Loss by step",
+    "sweep": "Perplexity and mean task accuracy against bits per weight",
+}
+"""Texts for readers who cannot see the plots."""

@@ -28,7 +28,7 @@ from typing import Any
 from finequant.evaluate.inputs import HELD_OUT, cut_line
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
-from finequant.evaluate.report.plots import DRAWINGS, draw_plot
+from finequant.evaluate.report.plots import DESCRIPTIONS, DRAWINGS, draw_plot
 from finequant.evaluate.report.table import (
     MISSING,
     bullets,
@@ -92,15 +92,15 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"All models are measured on the same inputs{in_arithmetic(report)}. "
         "± is one standard error; for a change, that of the row-by-row differences.",
         "\n\n".join([*tuning_lines(report), *baseline_lines(report)]),
-        image_link(plots, "comparison", "Perplexity and accuracy of the models"),
+        image_link(plots, "comparison"),
         "## What quantization changed",
         bullets([*divergence_lines(report), *verdict_lines(report)]),
         f"## What would help\n\n{bullets(advice(report))}" if advice(report) else "",
         _worst_layers(report),
-        image_link(plots, "layers", "Signal-to-noise ratio of each quantized layer"),
+        image_link(plots, "layers"),
         _normalizers(report),
         _samples(report),
-        f"## Training\n\n{image}" if (image := image_link(plots, "loss", "Loss by step")) else "",
+        f"## Training\n\n{image}" if (image := image_link(plots, "loss")) else "",
         f"## Made with\n\n{versions}" if versions else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -156,8 +156,8 @@ def tuning_lines(report: Report) -> list[str]:
     which, there = (f" {on_rows}", "there") if asked != pairs else ("", on_rows)
     though = f", though its perplexity {there} is lower" if operator.gt(*perplexities) else ""
     return [
-        f"Tuned is no better than base in any accuracy{which}{though}: train longer, or look at "
-        "the training rows and their target tokens with `finequant data`."
+        f"Tuned is no better than base by any accuracy metric{which}{though}: train longer, or "
+        "look at the training rows and their target tokens with `finequant data`."
     ]
 
 
@@ -233,5 +233,5 @@ def _code(text: str | None) -> str:
     return f"<code>{'<br>'.join(safe.splitlines())}</code>"
 
 
-def image_link(plots: set[str], name: str, description: str) -> str:
-    return f"![{description}](plots/{name}.png)" if name in plots else ""
+def image_link(plots: set[str], name: str) -> str:
+    return f"![{DESCRIPTIONS[name]}](plots/{name}.png)" if name in plots else ""

@@ -147,7 +147,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         f"Base model {_base_name(report)}, seed {report['recipe']['seed']}.",
         markdown_table(*sweep_rows(report)),
         NOTES,
-        image_link(plots, "sweep", "Perplexity and mean task accuracy against bits per weight"),
+        image_link(plots, "sweep"),
         f"## Four bits\n\n{four_bits}" if four_bits else "",
         f"## Made with\n\n{versions}",
     ]

@@ -108,7 +108,7 @@ def _rate(tokens: float | None) -> str:
 
 PARITIES = (
     ("same prompt ids in % (higher is better)", _percent, "same_prompts"),
-    ("KL from quantized, nats a token (lower is better)", _nats, "kl"),
+    ("KL from quantized, nats per token (lower is better)", _nats, "kl"),
 )
 """Label, formatter, and key under `parity`, of an export that ran."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import finequant.evaluate.report.page
 from finequant.evaluate.report.advice import advice, cost_too_much
 from finequant.evaluate.report.page import _sizes, page, write_page
 from finequant.evaluate.report.report import print_table, write_report
@@ -20,6 +21,7 @@ from finequant.recipes.errors import UserError
 
 pytestmark = pytest.mark.plots
 HOSTILE = "</script><script>document.title = 'run'</script><b>bold</b>"
+NODE = shutil.which("node")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -155,12 +157,43 @@ def test_the_verdict_is_a_sentence_with_the_figures_below(quantized, passed, hea
     assert f"base 0.0 ± 2.0, tuned 90.0 ± 2.0, quantized {100 * quantized:.1f} ± 2.0" in text
 
 
+def test_the_headline_names_the_cost_that_was_judged():
+    for change, errors, perplexity, headline in (
+        (0.03, 0.02, 2, "cost no more than twice its error bars"),  # the bar shows 2 points
+        (0.008, None, 2, "cost no more than a point"),
+        (0.02, None, 2, "cost more than a point"),
+        (0.01, 0.02, 2.1, "raised perplexity by more than 3%"),
+        (None, None, 2.1, "raised perplexity by more than 3%"),
+        (None, None, 2.02, "raised perplexity by no more than 3%"),
+    ):
+        judged = report(0.9 - (change or 0))
+        judged["changes"]["held_out"]["exact_match"]["stderr"] = errors
+        judged["models"]["quantized"]["perplexity"]["held_out"]["token"] = perplexity
+        for model_ in judged["models"].values():
+            model_["tasks"] = model_["tasks"] if change else {}
+        assert f'<p class="headline">Quantization {headline}</p>' in page(judged, [])
+
+
+@pytest.mark.skipif(not NODE, reason="needs Node")
+def test_a_mark_never_cuts_a_character_in_two():
+    script = (Path(finequant.evaluate.report.page.__file__).parent / "page.js").read_text("utf-8")
+    functions = re.search(r"function element.*?\n}\n.*?function marked.*?\n}\n", script, re.S)[0]
+    document = """
+    const document = {createElement: () => ({
+      parts: [], append(part) { this.parts.push(part.textContent ?? part); }})};
+    """
+    calls = "console.log(JSON.stringify(marked('a👍b', 'a👎b').parts))"
+    done = subprocess.run([NODE, "-e", document + functions + calls], capture_output=True)
+    assert json.loads(done.stdout) == ["a", "👍", "b"]
+
+
 def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     judged = report()
     judged["models"]["quantized"]["packed_bytes"] = 5_000_000
     judged["models"]["gguf"] = {"packed_bytes": 1}  # nothing but its size was measured
     text = page(judged, rows())
     assert re.search(r"total, packed\s*</td>\s*<td>5.0</td>", text)
+    assert '<figure role="img" aria-label="Perplexity and accuracy of the models">' in text
     figure = re.search(r"<svg.*?</svg>", text, re.S)[0]
     assert "quantized" in figure
     assert "gguf" not in figure
@@ -200,8 +233,8 @@ def test_the_terminal_and_report_md_say_if_tuning_gained_nothing_on_the_held_out
         model_["tasks"] = {"held_out": {"exact_match": {"value": 0.0, "stderr": 0.0, "n": 100}}}
         model_["tasks"]["arc_easy"] = {"acc": {"value": value, "stderr": 0.1, "n": 20}}
     line = (
-        "Tuned is no better than base in any accuracy on the held-out rows, though its perplexity "
-        "there is lower: train longer"
+        "Tuned is no better than base by any accuracy metric on the held-out rows, though its "
+        "perplexity there is lower: train longer"
     )
     print_table(judged)
     assert line in " ".join(capsys.readouterr().out.split())
@@ -235,10 +268,14 @@ def test_bytes_add_up_to_the_packed_size_and_are_called_what_they_are():
 def test_tuned_is_not_said_to_be_no_better_where_its_perplexity_fell():
     judged = report()
     judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
-    fell = "in any accuracy, though its perplexity on the held-out rows is lower: train longer"
+    fell = (
+        "by any accuracy metric, though its perplexity on the held-out rows is lower: train longer"
+    )
     assert f"Tuned is no better than base {fell}" in page(judged, rows())
     judged["models"]["base"]["perplexity"] = judged["models"]["tuned"]["perplexity"]
-    assert "Tuned is no better than base in any accuracy: train longer" in page(judged, rows())
+    assert "Tuned is no better than base by any accuracy metric: train longer" in page(
+        judged, rows()
+    )
 
 
 @pytest.mark.parametrize("head", [8, "float"])
