@@ -193,8 +193,8 @@ def chrf(answers: list[str], references: list[str]) -> Score:
     from sacrebleu import CHRF
 
     class ChrF(CHRF):
-        """The scores of a bootstrap are float32, except for a 0.0, to which Python's `mean` cannot
-        add them."""
+        """In sacrebleu 2.6, the scores of a bootstrap are float32, except for a 0.0, to which
+        Python's `mean` cannot add them; to be removed once sacrebleu's scores have one type."""
 
         def _compute_f_score(self, statistics: list[int]) -> float:
             return super()._compute_f_score(statistics) or float32(0)

@@ -139,10 +139,8 @@ def _verdict(report: Report) -> dict[str, Any]:
     if figures is None:
         headline, state = "Nothing was measured on texts or held-out rows", "warn"
     elif value_at(report, "gate", "passed") is False:
-        headline, state = (
-            "The gate failed: a limit of the recipe was exceeded or not measured",
-            "bad",
-        )
+        headline = "The gate failed: a figure is beyond the recipe's limit, or was not measured"
+        state = "bad"
     else:
         too_much, headline = judged_cost(report)
         state = "warn" if too_much else "good"
