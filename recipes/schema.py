@@ -121,8 +121,8 @@ class Source(Section):
             default_factory=dict,
             description="where to find each field: a column, a path such as answers.text[0] or "
             "choices[gold], where the column gold holds a number or letter, or a template such as "
-            "'Question: {question}'; {choices:lines} or {choices:letters} writes a list one text a "
-            "line",
+            "'Question: {question}'; {choices:lines} or {choices:letters} writes a list, one text "
+            "per line",
         )
     )
     weight: float = Field(1.0, gt=0, description="how often each row is seen in an epoch")
