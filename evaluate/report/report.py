@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.inputs import HELD_OUT, cut_line
+from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.plots import DESCRIPTIONS, DRAWINGS, draw_plot
@@ -83,6 +84,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
     name, base = recipe.get("name") or "run", value_at(recipe, "model", "base")
     seed, quantize = recipe.get("seed"), recipe.get("quantize") or {}
     versions = ", ".join(f"{key} {value}" for key, value in (report.get("versions") or {}).items())
+    changes = [*divergence_lines(report), *verdict_lines(report)]
     sections = [
         f"# {name}: fine-tuned, quantized, compared",
         f"Base model {_code(str(base))}, seed {seed}; linear layers are quantized "
@@ -93,8 +95,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "± is one standard error; for a change, that of the row-by-row differences.",
         "\n\n".join([*tuning_lines(report), *baseline_lines(report)]),
         image_link(plots, "comparison"),
-        "## What quantization changed",
-        bullets([*divergence_lines(report), *verdict_lines(report)]),
+        f"## What quantization changed\n\n{bullets(changes)}" if changes else "",
         f"## What would help\n\n{bullets(advice(report))}" if advice(report) else "",
         _worst_layers(report),
         image_link(plots, "layers"),
@@ -212,7 +213,8 @@ def _normalizers(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     samples = report.get("samples") or []
-    names = list(report["models"])
+    answered = {name for sample in samples for name in sample["answers"]}
+    names = [name for name in report["models"] if name in answered or name in MODELS]
     rows = [
         [_code(sample["prompt"]), _code(sample["reference"])]
         + [_code(value_at(sample, "answers", name)) for name in names]

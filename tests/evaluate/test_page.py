@@ -193,6 +193,10 @@ def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     judged["models"]["gguf"] = {"packed_bytes": 1}  # nothing but its size was measured
     text = page(judged, rows())
     assert re.search(r"total, packed\s*</td>\s*<td>5.0</td>", text)
+    assert (
+        '<tr><th scope="row">size in MB, packed (lower is better)</th><td data-model="base">'
+        in text
+    )
     assert '<figure role="img" aria-label="Perplexity and accuracy of the models">' in text
     figure = re.search(r"<svg.*?</svg>", text, re.S)[0]
     assert "quantized" in figure

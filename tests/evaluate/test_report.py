@@ -77,6 +77,14 @@ def test_a_model_that_was_only_sized_has_no_row_of_perplexities(report, tmp_path
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| text, base", "| text, tuned", "| text, quantized"
     ]  # fmt: skip
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| prompt | reference | base | tuned | quantized |\n" in markdown
+
+
+def test_no_heading_stands_above_nothing(report, tmp_path):
+    del report["divergence"], report["gate"]
+    write_report(report, tmp_path)
+    assert "## What quantization changed" not in (tmp_path / "report.md").read_text("utf-8")
 
 
 def table_lines(markdown: str, first_header: str) -> list[str]:
