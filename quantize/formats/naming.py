@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.architecture import parameter_count
 from finequant.recipes.base import locate_base
 from finequant.recipes.schema import Model, Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from gguf import Metadata
@@ -83,14 +84,31 @@ def base_license(model: Model) -> dict[str, str | None]:
 
 
 def license_on_card(folder: Path) -> dict[str, str | None]:
-    """Reads license, license_name, and license_link from the model card in a folder, if any."""
-    from huggingface_hub import ModelCard
-
+    """Reads license, license_name, and license_link from the model card in a folder; {} without a
+    card, or if its metadata cannot be read. Of several licenses, it returns none."""
     card = folder / "README.md"
-    if not card.exists():
+    return dict(_on_card(card)) if card.exists() else {}
+
+
+@cache  # so that it is said once
+def _on_card(card: Path) -> dict[str, str | None]:
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        say(f"{card}: its metadata cannot be read, and so neither can its license: {reason}")
         return {}
-    data = ModelCard.load(card, ignore_metadata_errors=True).data
-    return {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: _single(value) for key, value in found.items()}
+
+
+def _single(value: Any) -> str | None:
+    """Returns a value as text, that of a list with one entry, or None."""
+    values = value if isinstance(value, list) else [value]
+    return None if values[1:] or values[:1] in ([], [None]) else str(values[0])
 
 
 @cache  # the reader takes seconds, because it looks at every token

@@ -280,6 +280,26 @@ def test_gguf_metadata_describe_the_model(make):
     assert {key: fields[f"general.{key}"].contents() for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (b"---\nlicense: [mit\n---\n", None),
+        (b"---\nlicense: mit\n---\n\xff", None),
+        (b"---\n- license: mit\n---\n", None),
+        (b"---\nlicense:\n- mit\n---\n", "mit"),
+        (b"---\nlicense:\n- mit\n- llama3.2\n---\n", None),
+        (b"---\nlicense: mit\n---\n", "mit"),
+    ],
+)
+def test_a_damaged_card_of_the_base_does_not_end_an_export(tmp_path, card, license, capsys):
+    from finequant.quantize.formats.naming import license_on_card
+
+    (tmp_path / "README.md").write_bytes(card)
+    assert license_on_card(tmp_path).get("license") == license
+    told = "README.md: its metadata cannot be read" in capsys.readouterr().err
+    assert told == (license is None and b"llama" not in card)
+
+
 def test_gguf_names_the_pre_tokenizer(tokenizer):
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
