@@ -80,6 +80,13 @@ class QuantizedCheckpoint(NamedTuple):
         return {name: rounded for name, rounded in self.rounded.items() if name != skipped}
 
     @property
+    def stored_as_half(self) -> dict[str, torch.Tensor]:
+        """Returns what GGUF and ONNX store in half precision: scales by layer, and matrices that
+        stayed in float by parameter."""
+        scales = {name: rounded.scale for name, rounded in self.rounded.items()}
+        return scales | {name: part for name, part in self.floats.items() if part.dim() == 2}
+
+    @property
     def packed_bytes(self) -> int:
         """Counts the bytes of the model with tightly packed codes, as in most exports.
 

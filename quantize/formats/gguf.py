@@ -24,6 +24,7 @@ from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
+from finequant.quantize.formats.packing import check_half
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
@@ -63,14 +64,12 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     """Writes the file; returns figures for the manifest.
 
     Raises:
-        UserError: for a scale beyond half precision.
+        UserError: for a scale or a weight beyond half precision.
     """
     from gguf import GGUFType, GGUFWriter
     from transformers import AutoTokenizer
 
-    largest = max(scale.abs().max().item() for _, scale in stored.rounded.values())
-    if largest > torch.finfo(torch.float16).max:
-        raise UserError(f"gguf: a scale of {largest:.3g} is beyond half precision (65504)")
+    check_half("gguf", stored.stored_as_half)
     kind = file_type(stored)
     path = folder / f"{file_stem(recipe, stored.config, kind)}.gguf"
     writer = GGUFWriter(path, architecture(stored.config).gguf)

@@ -16,7 +16,7 @@ from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_besid
 from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
-from finequant.quantize.formats.packing import packed_width
+from finequant.quantize.formats.packing import check_half, packed_width
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -61,10 +61,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     """
     import onnx
 
-    tables = [*(scale for _, scale in stored.rounded.values()), *stored.floats.values()]
-    largest = max(table.abs().max().item() for table in tables)
-    if largest > torch.finfo(torch.float16).max:
-        raise UserError(f"onnx: a number of {largest:.3g} is beyond half precision (65504)")
+    check_half("onnx", stored.stored_as_half)
     length = min(recipe.quantize.cache_length, table_positions(stored.config))
     model = Decoder(stored, length).model()
     # transformers.js derives the file's suffix from its option dtype, q4 or q8.

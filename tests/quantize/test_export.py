@@ -541,6 +541,24 @@ def test_scales_that_half_precision_cannot_hold_are_refused():
             check(lost, lost)
 
 
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_a_number_beyond_half_precision_is_refused_with_its_layer(
+    make, recipe_file, tmp_path, name
+):
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.recipes.load import load_recipe
+
+    stored, recipe = read_checkpoint(make(to=("torchao",)) / "quantized"), load_recipe(recipe_file)
+    layer, table = "model.layers.1.mlp.up_proj", "model.embed_tokens.weight"
+    large = stored.rounded[layer]._replace(scale=stored.rounded[layer].scale * 1e8)
+    broken = stored._replace(rounded=stored.rounded | {layer: large})
+    with pytest.raises(UserError, match=rf"{name}: {layer}: a number of .* is beyond half"):
+        FORMATS[name].write(broken, tmp_path, recipe)
+    broken = stored._replace(floats=stored.floats | {table: stored.floats[table] * 1e8})
+    with pytest.raises(UserError, match=rf"{table}: .* remove {name} from quantize.exports"):
+        FORMATS[name].write(broken, tmp_path, recipe)
+
+
 def test_an_altered_export_is_refused(make, tmp_path):
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.export import check_codes
