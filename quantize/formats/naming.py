@@ -101,8 +101,8 @@ def _on_card(card: Path) -> dict[str, str | None]:
         reason = " ".join(str(error).split())[:200]
         say(f"{card}: its metadata cannot be read, and so neither can its license: {reason}")
         return {}
-    found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-    return {key: _single(value) for key, value in found.items()}
+    stated = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: _single(value) for key, value in stated.items()}
 
 
 def _single(value: Any) -> str | None:
