@@ -36,7 +36,11 @@ REFUSED = {
     "fan_in_fan_out": "transposed layers",
     "trainable_token_indices": "trained rows of the embedding",
     "lora_bias": "biases beside its matrices",
+    "alora_invocation_tokens": "matrices for what follows some tokens only",
 }
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights with which peft subtracts the first matrices from the base. Adapters
+of finequant are converted when they are saved, and no longer have this value."""
 
 
 class Base(NamedTuple):
@@ -110,6 +114,13 @@ class Adapter:
                     f"{folder}: cannot be merged: it has {feature} ({key}: {value}); expected "
                     "matrices of LoRA, rsLoRA or DoRA only: train without it"
                 )
+        if str(start := config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+            raise UserError(
+                f"{folder}: cannot be merged: its matrices belong to a base that peft changed "
+                f"before training (init_lora_weights: {start}): save it by peft's save_pretrained "
+                "with path_initial_model_for_weight_conversion, which makes an adapter of the "
+                "unchanged base"
+            )
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
         matched = {key: pattern.fullmatch(key) for key in self._file.entries}
         # With a LoRA for the head, peft also saves the head that it was given.

@@ -266,6 +266,16 @@ def test_lora_of_a_tied_head_is_refused_for_its_true_reason(tmp_path):
         variant(tmp_path, {}, None, target_modules=["q_proj", "lm_head"])
 
 
+def test_an_adapter_of_a_base_that_peft_changed_is_refused(tmp_path):
+    """peft's matrices come with a base from which the first ones are subtracted; merged into the
+    unchanged base, they were another model, and the check, without weights, did not notice."""
+    for start in ("pissa", "olora"):
+        with pytest.raises(UserError, match=f"changed before training .init_lora_weights: {start}"):
+            variant(tmp_path / start, {}, None, init_lora_weights=start)
+    with pytest.raises(UserError, match="what follows some tokens only .alora_invocation_tokens"):
+        variant(tmp_path / "alora", {}, None, alora_invocation_tokens=[5, 6])
+
+
 def overflowing(tensors: dict) -> None:
     """Makes an MLP that exceeds float16's 65504 inside, but not at its end, stored in float16."""
     in_float16(tensors)
