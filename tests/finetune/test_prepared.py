@@ -105,10 +105,7 @@ def test_a_file_that_is_renamed_to_another_kind_is_read_as_that_kind(recipe_file
     lines = "prompt,completion\n" + "".join(f"Is {n} even?,It is {n}.\n" for n in range(48))
     for kind in ("txt", "csv"):
         (recipe_file.parent / f"again.{kind}").write_text(lines, encoding="utf-8")
-    named = [
-        load_recipe(recipe_file, ["data.validation=test.jsonl", f"data.train=again.{kind}"])
-        for kind in ("txt", "csv")
-    ]
+    named = [load_recipe(recipe_file, [f"data.train=again.{kind}"]) for kind in ("txt", "csv")]
     read = [prepared_splits(recipe).train for recipe in named]
     assert read == [load_splits(recipe.data, recipe.seed).train for recipe in named]
     assert [len(rows) for rows in read] == [1, 48]
