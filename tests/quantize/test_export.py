@@ -541,6 +541,26 @@ def test_scales_that_half_precision_cannot_hold_are_refused():
             check(lost, lost)
 
 
+def test_a_float_table_is_compared_some_rows_at_a_time(monkeypatch):
+    """In float32 as a whole, several times, the embedding made the peak of an export's memory."""
+    from finequant.quantize import export
+
+    table, sizes, compare = torch.ones(4096, 512), [], export._within_rounding
+    stored = SimpleNamespace(floats={"model.embed_tokens.weight": table})
+
+    def record(tensor: torch.Tensor, exact: torch.Tensor) -> bool:
+        sizes.append(tensor.numel())
+        return compare(tensor, exact)
+
+    monkeypatch.setattr(export, "_within_rounding", record)
+    export.check_floats("gguf", stored, stored.floats)
+    assert (sum(sizes), max(sizes)) == (table.numel(), table.numel() // 4)
+    changed = table.clone()
+    changed[-1, -1] = 1.01
+    with pytest.raises(UserError, match="embed_tokens.weight differs once read back"):
+        export.check_floats("gguf", stored, {"model.embed_tokens.weight": changed})
+
+
 @pytest.mark.parametrize("name", ["gguf", "onnx"])
 def test_a_number_beyond_half_precision_is_refused_with_its_layer(
     make, recipe_file, tmp_path, name
