@@ -158,25 +158,43 @@ def load_export(
     ends: token ids that end an answer.
 
     Raises:
-        UserError: if the runtime is not installed.
+        UserError: if the runtime is not installed; later, if the cache cannot hold a conversation.
     """
     from finequant.evaluate.metrics.exports import greedy_tokens
+    from finequant.quantize.formats.format import CONTEXT
 
     entry = exports_with_a_runtime()[name]
     if missing := entry.missing_runtime():
         raise UserError(f"{name}: its runtime is not installed: {missing}")
-    runtime = entry.open_runtime(run.exports / entry.name)
+    runtime = entry.open_runtime(run.exports / entry.name, CONTEXT)
+    cache = run.manifest()[entry.name].get("cache_length", CONTEXT)
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
+        limit = _limit(name, len(ids), cache, max_new_tokens)
         started = time.monotonic()
-        for token in greedy_tokens(runtime, ids, ends, max_new_tokens):
+        for token in greedy_tokens(runtime, ids, ends, limit):
             new.append(token)
             write(tokenizer.decode([token], skip_special_tokens=True))
         seconds = time.monotonic() - started
         return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
 
     return respond
+
+
+def _limit(name: str, tokens: int, cache: int, max_new_tokens: int) -> int:
+    """Returns how many tokens an answer may have, so that the cache holds it and the conversation
+    of so many tokens before it; says so if they are fewer than asked for."""
+    room = cache - tokens
+    if room < 1:
+        raise UserError(
+            f"{name}: the conversation has {tokens} tokens, but the cache holds {cache}, the "
+            "answer included: begin a new one, or export onnx or pte with a larger "
+            "quantize.cache_length"
+        )
+    if room < max_new_tokens:
+        say(f"chat: {name}: the cache holds {cache} tokens: the answer has at most {room}")
+    return min(room, max_new_tokens)
 
 
 def transformers_chat_model(

@@ -63,7 +63,8 @@ def _quotes(path: Path, separator: str) -> Quotes:
     A line with as many cells as the header, and a stray quote in one of them, was written without
     quoting, unless a quoted cell of several lines begins or ends there: then another of its lines
     has fewer cells, or quotes are doubled. Without quoting, texts cannot contain a comma: a file
-    with commas and nothing but stray quotes is unclear.
+    with commas and nothing but stray quotes is unclear. Quotes around the names of all columns
+    settle it.
     """
     lines: Counter[str] = Counter()
     columns = 0
@@ -72,6 +73,8 @@ def _quotes(path: Path, separator: str) -> Quotes:
             if (columns and '"' not in line) or not line.strip() or line.startswith("sep="):
                 continue
             cells = line.rstrip("\r\n").split(separator)
+            if not columns and all(cell[:1] == '"' and _is_enclosed(cell) for cell in cells):
+                return "around cells"
             columns = columns or len(cells)
             if len(cells) != columns or any('""' in cell.strip('"') for cell in cells):
                 lines["quoted"] += 1

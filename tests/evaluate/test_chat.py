@@ -96,3 +96,15 @@ def test_an_unknown_model_name_is_refused(recipe_file, tmp_path):
     for name in ("quantised", "compressed-tensors"):  # the latter answers as quantized does
         with pytest.raises(UserError, match=f"--model: '{name}': expected base, .*, gguf, pte"):
             check_made(name, recipe, RunDir(tmp_path))
+
+
+def test_an_export_answers_within_its_cache(executorch_run, here):
+    """The cache of this .pte holds 320 tokens."""
+    run = executorch_run / "run"
+    options = ("--model", "pte", "--max-new-tokens", "200", "--prompt")
+    cut = here("chat", str(run), *options, "open " * 80)
+    assert cut.returncode == 0, cut.stderr
+    assert "chat: pte: the cache holds 320 tokens: the answer has at most" in cut.stderr
+    full = here("chat", str(run), *options, "open " * 120)
+    assert full.returncode == 2, full.stderr
+    assert "tokens, but the cache holds 320, the answer included: begin a new one" in full.stderr

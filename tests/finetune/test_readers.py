@@ -116,6 +116,12 @@ def test_the_last_column_may_span_lines(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path / "rows.tsv")] == ["a\nb", 'a "b" c\nd']
 
 
+def test_quoted_names_of_columns_say_that_cells_are_quoted(tmp_path):
+    """Each line of this cell, with the label or a tab, looks like a row with a stray quote."""
+    (tmp_path / "rows.tsv").write_text('"label"\t"text"\n"pos"\t"a\nb\tc"\n')
+    assert rows_of(tmp_path / "rows.tsv") == [{"label": "pos", "text": "a\nb\tc"}]
+
+
 def test_a_quote_that_makes_one_row_of_two_is_reported(tmp_path, capsys):
     rows = 'text,label\nyes,pos\n"Hello he said,pos\nfoo said ",neg\nno,neg\n'
     (tmp_path / "rows.csv").write_text(rows)
