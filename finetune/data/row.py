@@ -57,7 +57,7 @@ class Row:
             for part in (*parts, self.tools, self.text)
             if part
         ]
-        return " ".join(" ".join(texts).split())
+        return "\0".join(" ".join(text.split()) for text in texts)  # no text contains NUL
 
     def to_json(self) -> bytes:
         """Returns the row as JSON, from which `from_json` makes an equal one.

@@ -440,6 +440,14 @@ def test_rows_of_few_prompts_are_split_by_row(tmp_path, prompts):
     assert not {row.key for row in splits.train} & {row.key for row in splits.validation}
 
 
+def test_rows_that_cut_a_text_at_different_words_are_not_the_same(tmp_path):
+    """As rows to complete code: where the prompt ends and the answer begins counts."""
+    texts = [("def f(x):", "return x + 1"), ("def  f(x): return", "x + 1"), ("def f(x):", "pass")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    splits = load(tmp_path, [*rows, rows[0]], same_rows="row", duplicates="drop")
+    assert [row.messages[-1]["content"] for row in splits.train] == [text for _, text in texts]
+
+
 def test_answers_to_one_prompt_stay_on_one_side(tmp_path):
     splits = load(tmp_path, jokes(60, 30), validation=0.1)
     assert [len(rows) for rows in splits[:2]] == [54, 6]
