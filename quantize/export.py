@@ -123,6 +123,7 @@ def export_one(
         scales = check_codes(name, stored, rounded)
         if floats is not None:
             check_floats(name, stored, floats)
+        del rounded, floats  # before the runtime loads the whole model
         doing(f"export: {name}: computing logits from the file")
         difference = check_logits(entry, entry.logits(folder, prompts), reference)
         size = entry.size(folder)

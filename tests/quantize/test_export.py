@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import struct
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -539,6 +540,24 @@ def test_scales_that_half_precision_cannot_hold_are_refused():
     for lost in (2e-7, 2e-8):
         with pytest.raises(UserError, match="scales of up_proj, of at most 2e-0., differ by"):
             check(lost, lost)
+
+
+def test_what_was_read_back_is_freed_before_the_model_is_loaded(make, monkeypatch):
+    entry, tensors = FORMATS["compressed-tensors"], []
+
+    def read_back(folder: Path, stored):
+        rounded, floats = entry.read_back(folder, stored)
+        tensors.extend(map(weakref.ref, floats.values()))
+        return rounded, floats
+
+    def runtime(folder: Path, context: int):
+        assert tensors
+        assert not any(tensor() is not None for tensor in tensors)
+        return entry.runtime(folder, context)
+
+    changed = replace(entry, read_back=read_back, runtime=runtime)
+    monkeypatch.setitem(FORMATS, "compressed-tensors", changed)
+    make(to=("compressed-tensors",))
 
 
 def test_a_float_table_is_compared_some_rows_at_a_time(monkeypatch):
