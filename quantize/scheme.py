@@ -266,12 +266,18 @@ def untie_head(model: Decoder) -> None:
 
 
 def shipped_dtype(quantize: Quantize, config: DecoderConfig) -> torch.dtype:
-    """Returns the dtype of embedding, norms and arithmetic in base, tuned and quantized models."""
+    """Returns the dtype of embedding, norms and arithmetic in base, tuned and quantized models.
+
+    Of a base in float64, it is float32: torchao's tensors have no wider dtype.
+    """
     import torch
 
     from finequant.finetune.model import stored_dtype
 
-    return stored_dtype(config) if quantize.dtype == "auto" else getattr(torch, quantize.dtype)
+    if quantize.dtype != "auto":
+        return getattr(torch, quantize.dtype)
+    dtype = stored_dtype(config)
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def cast_weights(model: Decoder, dtype: torch.dtype) -> Decoder:

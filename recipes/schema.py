@@ -479,8 +479,8 @@ class Quantize(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="dtype of embedding, norms, and arithmetic; auto: the base's, or bfloat16 for "
-        "a GGUF file",
+        description="dtype of embedding, norms, and arithmetic; auto: the base's, but bfloat16 for "
+        "a GGUF file, and float32 for float64",
     )
     keep_merged: bool = Field(False, description="also write the merged float checkpoint")
     exports: Annotated[list[Export], one_or_more(Export)] = Field(

@@ -75,6 +75,11 @@ def in_float16(tensors: dict) -> None:
         tensors[name] = tensor.to(torch.float16)
 
 
+def in_float64(tensors: dict) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.double()
+
+
 def several_ends(base: Path) -> None:
     GenerationConfig(eos_token_id=ENDS, pad_token_id=0).save_pretrained(base)
 
@@ -88,6 +93,7 @@ VARIANTS = {
     "biases": (BIASES, edited(random_biases)),
     "several_ends": ({"tie_word_embeddings": False}, several_ends),
     "float16": ({}, edited(in_float16)),
+    "float64": ({}, edited(in_float64)),
 }
 SIBLINGS = {
     "copied_head": ({}, edited(copied_head)),
