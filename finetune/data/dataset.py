@@ -201,8 +201,9 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
             f"{data.max_length} tokens there is no answer; raise data.max_length{drop}\n  {empty}"
         )
     if not len(kept):
+        every = "the only row is" if len(rows) == 1 else f"all {len(rows)} rows are"
         raise UserError(
-            f"{which}: all {len(rows)} rows are longer than data.max_length={data.max_length}, and "
+            f"{which}: {every} longer than data.max_length={data.max_length}, and "
             "data.long_rows=drop leaves none; raise data.max_length"
         )
     if count:

@@ -235,6 +235,8 @@ def test_a_row_of_the_maximum_length_is_kept_whole(tokenizer):
 def test_dropping_every_row_is_an_error(tokenizer):
     with pytest.raises(UserError, match="all 3 rows are longer than data.max_length=4.*raise"):
         to_dataset(ROWS, tokenizer, settings(max_length=4, long_rows="drop"))
+    with pytest.raises(UserError, match="the only row is longer than data.max_length=4, and"):
+        to_dataset(ROWS[:1], tokenizer, settings(max_length=4, long_rows="drop"))
 
 
 def test_a_row_without_target_tokens_is_named(tokenizer):
