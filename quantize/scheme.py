@@ -118,8 +118,24 @@ def _check_group_sizes(quantize: Quantize, plan: Plan, shapes: dict[str, tuple[i
             raise UserError(
                 f"quantize.{key} {size} does not divide the input features of "
                 f"{', '.join(uneven)}; group sizes that do: "
-                f"{', '.join(fitting) or 'none from 32 to 256'}"
+                f"{', '.join(fitting) or f'none from 32 to 256{_in_float(layers)}'}"
             )
+
+
+def _in_float(layers: dict[str, int]) -> str:
+    """Suggests to keep the layers in float that the smallest group does not divide, if it divides
+    any.
+
+    layers: the widths of kinds of layers, such as `mlp.up_proj`.
+    """
+    tables = {HEAD: "quantize.head=float", "embed_tokens": "quantize.embedding=float"}
+    uneven = [kind for kind, width in layers.items() if width % SMALLEST_GROUP]
+    if len(uneven) == len(layers):
+        return ""
+    keys = [tables[kind] for kind in uneven if kind in tables]
+    if patterns := [f"'*.{kind}': float" for kind in uneven if kind not in tables]:
+        keys.insert(0, f'"quantize.layers={{{", ".join(patterns)}}}"')
+    return f": set quantize.group_size={SMALLEST_GROUP} {' '.join(keys)}"
 
 
 def undecided(quantize: Quantize, plan: Plan) -> list[str]:

@@ -160,6 +160,19 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(keys, says):
     assert says in str(error.value)
 
 
+def test_layers_that_no_group_divides_may_stay_in_float():
+    odd = LlamaConfig(**SHAPE | {"head_dim": 100}, vocab_size=384)
+    with pytest.raises(UserError, match="o_proj .400.; group sizes that do: none") as error:
+        layer_plan(Quantize(effort="fast"), odd)
+    settings = """set quantize.group_size=32 "quantize.layers={'*.self_attn.o_proj': float}\""""
+    assert str(error.value).endswith(settings)
+    plan = layer_plan(Quantize(effort="fast", layers={"*.self_attn.o_proj": "float"}), odd)
+    assert plan["model.layers.0.self_attn.o_proj"] is None
+    with pytest.raises(UserError, match="none from 32 to 256$"):
+        wide = {"hidden_size": 100, "intermediate_size": 100, "head_dim": 26}
+        layer_plan(Quantize(effort="fast"), LlamaConfig(**SHAPE | wide, vocab_size=384))
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
