@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 DEBOUNCE_SECONDS = 1.0
 """Signals within so many seconds count as one: a launcher forwards what its processes got too."""
+
+AGAIN_SECONDS = 0.05
+"""Seconds after which a stop that Python ignored is raised again."""
 
 RESUME_HINT = "run the same command again to continue from here"
 
@@ -53,8 +57,39 @@ def interruptible() -> Iterator[StopRequest]:
         request.number = number
         raise Interrupted(number)
 
-    with _handled(stop):
+    with _handled(stop), _raised_again():
         yield request
+
+
+@contextmanager
+def _raised_again() -> Iterator[None]:
+    """Raises Interrupted a moment later if Python ignored it, as it does in a `__del__` or another
+    callback, of which it prints a traceback and goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual, before = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
+
+    def note(unraisable: sys.UnraisableHookArgs) -> None:
+        stop = unraisable.exc_value
+        if not isinstance(stop, Interrupted):
+            usual(unraisable)
+            return
+
+        def again(number: int, frame: FrameType | None) -> None:
+            raise Interrupted(stop.number)
+
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+
+    sys.unraisablehook = note
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        if signal.getsignal(signal.SIGALRM) != before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

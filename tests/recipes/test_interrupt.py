@@ -17,6 +17,7 @@ from finequant.recipes.interrupt import (
     SIGNALS,
     Interrupted,
     deferred_signals,
+    interruptible,
     start_and_forward_signals,
 )
 
@@ -264,3 +265,18 @@ def test_a_command_with_nothing_to_continue_does_not_advise_to(
         main([command, "quickstart"])
     hint = f": {RESUME_HINT}" if continues else ""
     assert capsys.readouterr().err == f"stopped by SIGINT{hint}\n"
+
+
+def test_a_signal_that_comes_while_an_object_is_deleted_stops_the_command(capfd):
+    """Python prints and ignores what is raised in __del__."""
+
+    class Deleted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as stop, interruptible() as request:
+        Deleted()
+        assert request.number == signal.SIGINT
+        time.sleep(10)
+    assert stop.value.number == signal.SIGINT
+    assert capfd.readouterr().err == ""
