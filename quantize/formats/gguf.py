@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import architecture, head_dim, usable_positions
+from finequant.finetune.architecture import (
+    architecture,
+    head_dim,
+    parameter_count,
+    usable_positions,
+)
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents, check_block
-from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.format import Format, to_install
 from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
@@ -31,6 +36,7 @@ from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
+from finequant.recipes.usage import available_memory
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter, TensorNameMap
@@ -40,6 +46,12 @@ if TYPE_CHECKING:
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = 32
 """Weights that share a scale in Q4_0 and Q8_0."""
+
+RUNTIME = {"llama_cpp": "llama-cpp-python"}
+
+READ_BYTES = 8
+"""Bytes of memory per weight when transformers 5.23 reads a file back: it makes float32 weights,
+and copies of them (measured at 135M and 281M parameters)."""
 
 
 def check_fits(contents: Contents) -> None:
@@ -64,11 +76,13 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     """Writes the file; returns figures for the manifest.
 
     Raises:
-        UserError: for a scale or a weight beyond half precision.
+        UserError: for a scale or a weight beyond half precision, or too little memory to read the
+            file back.
     """
     from gguf import GGUFType, GGUFWriter
     from transformers import AutoTokenizer
 
+    _check_memory(stored.config)
     check_half("gguf", stored.stored_as_half)
     kind = file_type(stored)
     path = folder / f"{file_stem(recipe, stored.config, kind)}.gguf"
@@ -237,6 +251,17 @@ def read_back(
     return rounded, floats
 
 
+def _check_memory(config: DecoderConfig) -> None:
+    """Refuses to write a file that could not be read back here without running out of memory."""
+    needed, room = READ_BYTES * parameter_count(config), available_memory()
+    if needed > room and (missing := to_install(RUNTIME)):
+        raise UserError(
+            f"gguf: to read the file back and check it, transformers takes about "
+            f"{needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are available; llama.cpp "
+            f"takes no more than the file's size: `{missing}`, and export again"
+        )
+
+
 def file_in(folder: Path) -> Path:
     """Returns the export's file, which is named after the model."""
     (file,) = folder.glob("*.gguf")
@@ -368,6 +393,6 @@ FORMAT = Format(
     weights="*.gguf",
     token_ids=token_ids,
     runtime=lambda folder, context: LlamaCpp(file_in(folder), context),
-    runtime_packages={"llama_cpp": "llama-cpp-python"},
+    runtime_packages=RUNTIME,
     last_logits=last_logits,
 )

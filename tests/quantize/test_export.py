@@ -948,3 +948,21 @@ def test_mlx_holds_the_codes_and_runs(make, llama, overrides):
         logits = [runtime.last_logits(ids[:3]), runtime.last_logits(ids[3:], 3)]
         for result, expected in zip(logits, quantized[[2, 7]], strict=True):
             torch.testing.assert_close(result, expected, rtol=0, atol=0.03)
+
+
+def test_a_gguf_that_could_not_be_read_back_in_memory_is_refused_before_it_is_written(
+    make, recipe_file, tmp_path, monkeypatch
+):
+    from finequant.quantize.checkpoint.stored import read_checkpoint
+    from finequant.quantize.formats import gguf
+    from finequant.recipes.load import load_recipe
+
+    stored, recipe = read_checkpoint(make(to=("torchao",)) / "quantized"), load_recipe(recipe_file)
+    monkeypatch.setattr(gguf, "RUNTIME", {"no_such_module": "llama-cpp-python"})
+    monkeypatch.setattr(gguf, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="about .* GB of memory, .* `pip install llama-cpp-python`"):
+        gguf.write(stored, tmp_path, recipe)
+    assert not [*tmp_path.glob("*.gguf")]
+    monkeypatch.setattr(gguf, "RUNTIME", {"torch": "torch"})  # a runtime that is installed
+    gguf.write(stored, tmp_path, recipe)
+    assert gguf.file_in(tmp_path).stat().st_size
