@@ -349,8 +349,9 @@ class QuantizationAwareTraining(Section):
     steps: Positive = Field(description="number of optimizer steps")
     learns: Literal["adapter", "scales"] = Field(
         "adapter",
-        description="what is trained: a LoRA that moves weights from code to code, or the scales "
-        "of the codes; a scale's learning rate is relative to the scale",
+        description="what is trained: a LoRA that moves weights from code to code, with lora's "
+        "rank, alpha, and target_modules, but no dropout or DoRA; or the scales of the codes, at a "
+        "learning rate relative to each scale",
     )
     learning_rate: float | None = Field(None, gt=0, description="default: train.learning_rate")
     distillation: Annotated[float, Field(ge=0, le=1)] = Field(
