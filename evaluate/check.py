@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finequant.evaluate.metrics.corpora import read_texts
 from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
-from finequant.recipes.errors import UserError, listed, refuse_all
+from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
 from finequant.recipes.stages import EXPORT_KEYS
 from finequant.recipes.task_files import read_task_file
@@ -123,8 +123,9 @@ def _check_references(evaluate: Evaluate, answers: list[tuple[str, str]]) -> Non
     ]
     if broken:
         raise UserError(
-            f"evaluate.metrics: json_match needs JSON, but the answers of {len(broken)} held-out "
-            "rows are not JSON: correct them, or remove json_match\n  " + listed(broken, most=10)
+            "evaluate.metrics: json_match needs JSON, but the answers of "
+            f"{counted(len(broken), 'held-out row')} are not JSON: correct them, or remove "
+            "json_match\n  " + listed(broken, most=10)
         )
 
 
@@ -166,8 +167,8 @@ def _check_choices(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
     ]
     if unknown:
         raise UserError(
-            f"evaluate.choices: the answers of {len(unknown)} held-out rows are not among them "
-            f"({', '.join(map(repr, evaluate.choices[:20]))}): add them, or set "
+            f"evaluate.choices: the answers of {counted(len(unknown), 'held-out row')} are not "
+            f"among them ({', '.join(map(repr, evaluate.choices[:20]))}): add them, or set "
             "evaluate.choices=completions\n  " + listed(unknown, most=10)
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.publish.loading import ADAPTER
 from finequant.recipes.artifact import SUMS, file_hash
-from finequant.recipes.errors import OutsideError, UserError, listed
+from finequant.recipes.errors import OutsideError, UserError, counted, listed
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -82,9 +82,10 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
         published = _published(api, recipe, info, files, kind)
         if files and not published and not into_existing:
             raise UserError(
-                f"publish.repo_id: {publish.repo_id} exists, with {len(files)} files that this "
-                f"recipe did not publish ({', '.join(files[:3])}{', ...' if files[3:] else ''}): "
-                "name another, or add --into-existing to replace them"
+                f"publish.repo_id: {publish.repo_id} exists, with {counted(len(files), 'file')} "
+                "that this recipe did not publish "
+                f"({', '.join(files[:3])}{', ...' if files[3:] else ''}): name another, or add "
+                "--into-existing to replace them"
             )
     if bool(info.private) != publish.private:
         actual, wanted = ("private", "public") if info.private else ("public", "private")
@@ -144,7 +145,7 @@ def verify(recipe: Recipe, files: dict[str, Path], commit: str) -> None:
     ]
     if wrong:
         raise OutsideError(
-            f"publish: on the Hub, {len(wrong)} files differ from the local ones\n"
+            f"publish: the Hub differs from what is here in {counted(len(wrong), 'file')}\n"
             f"  {listed(wrong)}\nrun the same command again; do not use what is on the Hub"
         )
 

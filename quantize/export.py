@@ -16,7 +16,7 @@ from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import CONTEXT, Format, to_install
 from finequant.quantize.logits import check_prompts, last_logits, relative_difference
 from finequant.recipes.command_line import quiet_libraries, read_command_line
-from finequant.recipes.errors import UserError, refuse_all, report_user_errors
+from finequant.recipes.errors import UserError, counted, refuse_all, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
 from finequant.recipes.terminal import doing, say
@@ -213,7 +213,8 @@ def check_names(name: str, expected: Iterable[str], actual: Iterable[str]) -> No
     for names, verb in ((lost, "lacks"), (added, "should not have")):
         if names:
             raise UserError(
-                f"{name}: the file {verb} {len(names)} tensors, such as {names[0]}: it is not kept"
+                f"{name}: the file {verb} {counted(len(names), 'tensor')}, such as {names[0]}: "
+                "it is not kept"
             )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, counted
 from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Calibration, Quantize, Recipe
 from finequant.recipes.terminal import say
@@ -71,13 +71,14 @@ def calibration_sequences(
             break
     if len(ids) < 2:
         raise UserError(
-            f"quantize.calibration: {len(rows)} rows have {len(ids)} tokens, too few to calibrate "
-            "on: name more text in quantize.calibration.data, or set quantize.method=rtn"
+            f"quantize.calibration: {counted(len(ids), 'token')} in {counted(len(rows), 'row')} "
+            "are too few to calibrate on: name more text in quantize.calibration.data, or set "
+            "quantize.method=rtn"
         )
     if len(ids) < length:
         say(
-            f"quantize: calibrating on all {len(ids)} tokens of {len(rows)} rows, which are fewer "
-            "than the recipe asks for: quantize.calibration.data can name more text"
+            f"quantize: calibrating on all {len(ids)} tokens of {counted(len(rows), 'row')}, which "
+            "are fewer than the recipe asks for: quantize.calibration.data can name more text"
         )
         length = len(ids)
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)

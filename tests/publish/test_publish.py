@@ -226,7 +226,7 @@ def test_files_that_arrive_altered_are_named(hub, publish):
     hub.damage = "quantization.json"
     done = publish()
     assert done.returncode == 1
-    assert "error: publish: on the Hub, 1 files differ from the local ones" in done.stderr
+    assert "error: publish: the Hub differs from what is here in 1 file" in done.stderr
     assert "quantization.json: differs" in done.stderr
 
 
