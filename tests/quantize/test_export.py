@@ -891,7 +891,7 @@ def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
 
 
 def test_onnx_refuses_groups_that_no_block_divides(make, llama):
-    base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=4)
+    base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=10)
     error = refused(make, f"model.base={base}", "quantize.group_size=40", to=("onnx",))
     assert "onnx: groups of 40 weights" in error or "onnx: needs a package" in error
 
