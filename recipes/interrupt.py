@@ -64,7 +64,8 @@ def interruptible() -> Iterator[StopRequest]:
 @contextmanager
 def _raised_again() -> Iterator[None]:
     """Raises Interrupted a moment later if Python ignored it, as it does in a `__del__` or another
-    callback, of which it prints a traceback and goes on."""
+    callback, of which it prints a traceback and goes on. If a block has begun by then that handles
+    signals otherwise, it gets the signal again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -76,8 +77,12 @@ def _raised_again() -> Iterator[None]:
             usual(unraisable)
             return
 
+        handler = signal.getsignal(stop.number)
+
         def again(number: int, frame: FrameType | None) -> None:
-            raise Interrupted(stop.number)
+            if signal.getsignal(stop.number) == handler:
+                raise Interrupted(stop.number)
+            signal.raise_signal(stop.number)
 
         signal.signal(signal.SIGALRM, again)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)

@@ -267,16 +267,25 @@ def test_a_command_with_nothing_to_continue_does_not_advise_to(
     assert capsys.readouterr().err == f"stopped by SIGINT{hint}\n"
 
 
+class Deleted:
+    """Gets a signal while it is deleted: Python prints and ignores what is raised in __del__."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_signal_that_comes_while_an_object_is_deleted_stops_the_command(capfd):
-    """Python prints and ignores what is raised in __del__."""
-
-    class Deleted:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted) as stop, interruptible() as request:
         Deleted()
         assert request.number == signal.SIGINT
         time.sleep(10)
     assert stop.value.number == signal.SIGINT
     assert capfd.readouterr().err == ""
+
+
+def test_a_signal_that_python_ignored_is_deferred_in_a_block_that_saves():
+    with interruptible():
+        Deleted()
+        with deferred_signals() as request:
+            time.sleep(0.2)
+        assert request.number == signal.SIGINT
