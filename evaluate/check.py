@@ -250,11 +250,12 @@ def check_lengths(
     limited = [name for name in exports if "quantize.cache_length" in EXPORT_KEYS.get(name, ())]
     needed = max(scored, longest + answer if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
     needed, held = min(needed, positions), min(recipe.quantize.cache_length, tables)
-    if limited and held < needed:
+    if limited and recipe.evaluate.exports and held < needed:
         original = ", LongRoPE's original positions," if held == tables else ""
-        larger = f"set quantize.cache_length={needed}, or " if needed <= tables else ""
+        larger = f"set quantize.cache_length={needed}, " if needed <= tables else ""
         raise UserError(
             f"quantize.cache_length: {held} tokens{original} are too few to measure the "
             f"{limited[0]} export: the longest window, or prompt and answer, takes {needed}: "
-            f"{larger}remove {', '.join(limited)} from quantize.exports"
+            f"{larger}set evaluate.exports=false, or remove {', '.join(limited)} from "
+            "quantize.exports"
         )

@@ -177,8 +177,8 @@ WITH_A_TOKENIZER = {
     "rotary tables": (
         ["quantize.cache_length=300", "quantize.exports=[onnx, executorch, gguf]"],
         "quantize.cache_length: 300 tokens are too few to measure the onnx export: the longest "
-        "window, or prompt and answer, takes 320: set quantize.cache_length=320, or remove onnx, "
-        "executorch from quantize.exports",
+        "window, or prompt and answer, takes 320: set quantize.cache_length=320, set "
+        "evaluate.exports=false, or remove onnx, executorch from quantize.exports",
     ),
     "an answer beyond the positions": (
         ["evaluate.max_new_tokens=500"],
@@ -223,6 +223,12 @@ def test_a_good_recipe_passes_and_its_lengths_are_known(recipe_file, capsys):
     run.validate(recipe_file, deep=True)
     assert " is a valid recipe: tiny" in capsys.readouterr().out
     assert [path.name for path in Path(recipe.output_dir).iterdir()] == ["data"]
+
+
+def test_a_short_cache_is_no_problem_if_exports_are_only_sized(recipe_file):
+    short = ["quantize.cache_length=300", "quantize.exports=[onnx]", "evaluate.exports=false"]
+    recipe = load_recipe(recipe_file, short)
+    assert preflight.preflight(recipe, RunDir.of(recipe)).scored == 64
 
 
 def test_every_problem_is_listed_once():
