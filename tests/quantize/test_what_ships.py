@@ -236,11 +236,11 @@ def test_every_tensor_of_a_gguf_is_compared_including_biases(shipped, root, tmp_
     check_floats("gguf", stored, floats)
     assert difference(gguf.FORMAT.logits(tmp_path, PROMPTS), shipped["biases"][0]) < 0.02
     lost = "model.layers.1.self_attn.k_proj.bias"
-    with pytest.raises(UserError, match=f"lacks 1 tensors, such as {lost}"):
+    with pytest.raises(UserError, match=f"lacks 1 tensor, such as {lost}"):
         check_floats("gguf", stored, {k: v for k, v in floats.items() if k != lost})
     with pytest.raises(UserError, match=f"{lost} differs once read"):
         check_floats("gguf", stored, floats | {lost: floats[lost] * 1.01})
-    with pytest.raises(UserError, match="lacks 1 tensors, such as lm_head"):
+    with pytest.raises(UserError, match="lacks 1 tensor, such as lm_head"):
         check_codes("gguf", stored, {k: v for k, v in rounded.items() if k != "lm_head"})
 
 
