@@ -131,7 +131,8 @@ def export_one(
     say(f"export: {name}: all {len(stored.rounded)} layers have the same codes and {scales_note}")
     say(
         f"export: {name}: logits differ from quantized/ by {difference:.1%} (root mean square"
-        f"{'' if entry.activations == 'int8' else ', with float activations'})"
+        f"{', the nearer of int8 and float' if entry.activations == 'int8' else ', with float'} "
+        "activations)"
     )
     for key, value in figures.items():
         say(f"export: {name}: {key.replace('_', ' ')} {value:.4g}")

@@ -291,11 +291,12 @@ class _Splitting:
             listing = [f"{row.where} = {same.where}" for row, same in _in_pairs(names[:20])]
             listing += [""] * (len(pairs) - len(listing))  # counted only
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
-            advice = f"remove them, or leave them out of {name} with data.overlap=drop"
+            count = len(shared)
+            these = "it" if count == 1 else "them"
+            advice = f"remove {these}, or leave {these} out of {name} with data.overlap=drop"
             sources = [{*map(_content, part)} for part in (data.train, data.validation, data.test)]
             if sum(map(len, sources)) > len(set.union(*sources)):
                 advice = "name other rows there, or none, and let data.test_fraction split some off"
-            count = len(shared)
             shared_rows = (
                 f"1 {name} row also occurs" if count == 1 else f"{count} {name} rows also occur"
             )

@@ -317,7 +317,7 @@ def test_validation_and_test_share_no_rows(tmp_path):
     with pytest.raises(UserError) as error:
         load(train, validation=validation, test=test)
     assert str(error.value) == (
-        "data: 1 validation row also occurs in test; remove them, or leave them out of validation "
+        "data: 1 validation row also occurs in test; remove it, or leave it out of validation "
         "with data.overlap=drop\n  validation.jsonl:10 = test.jsonl:1"
     )
     splits = load(train, validation=validation, test=test, overlap="drop")
