@@ -27,30 +27,45 @@ def read_task_file(file: Path) -> Any:
 
 
 def local_data(folder: Path) -> list[Path]:
-    """Lists the local files and folders that the task files name as their data.
+    """Lists the local files and folders that the task files name as their data, and the files
+    outside of `folder` that they include.
 
     As in `datasets`, relative paths start at the current folder, and a pattern may stand for files.
     Files that cannot be read name none: `evaluate.check` refuses them.
     """
+    read: dict[Path, Any] = {}
+    for file in folder.rglob("*.yaml"):
+        _read_with_included(file.resolve(), read)
+    names = {name for content in read.values() for name in _data_of(content)}
+    matches = (matching_files(Path(name).absolute()) for name in names)
+    outside = [file for file in read if not file.is_relative_to(folder.resolve())]
+    return sorted({path for paths in [outside, *matches] for path in paths if path.exists()})
+
+
+def _read_with_included(file: Path, read: dict[Path, Any]) -> None:
+    """Adds to `read` the content of a file and of all that it includes, whatever their suffixes."""
     import yaml
 
-    names: set[str] = set()
-    for file in folder.rglob("*.yaml"):
-        with suppress(yaml.YAMLError, ValueError, OSError):
-            names.update(_data_of(read_task_file(file)))
-    matches = (matching_files(Path(name).absolute()) for name in names)
-    return sorted({path for paths in matches for path in paths if path.exists()})
-
-
-def _data_of(task: Any) -> Iterator[str]:
-    """Yields what may be paths in a task's dataset_path and dataset_kwargs."""
-    if not isinstance(task, dict):
+    if file in read:
         return
-    path, arguments = task.get("dataset_path"), task.get("dataset_kwargs")
-    if isinstance(path, str) and "/" in path:  # of a folder, or of the Hub
-        yield path
-    elif isinstance(arguments, dict):  # of json, csv, parquet, ...
-        yield from _strings([arguments.get("data_files"), arguments.get("data_dir")])
+    with suppress(yaml.YAMLError, ValueError, OSError):
+        read[file] = read_task_file(file)
+        for name in _strings(read[file].get("include") if isinstance(read[file], dict) else None):
+            _read_with_included((file.parent / name).resolve(), read)
+
+
+def _data_of(node: Any) -> Iterator[str]:
+    """Yields what may be paths in the dataset_path and dataset_kwargs of a task, or of the tasks
+    that a group defines."""
+    if isinstance(node, dict):
+        path, arguments = node.get("dataset_path"), node.get("dataset_kwargs")
+        if path and isinstance(path, str):
+            yield path  # of a folder, or json, csv, parquet, ..., or of the Hub
+        if isinstance(arguments, dict):
+            yield from _strings([arguments.get("data_files"), arguments.get("data_dir")])
+    if isinstance(node, (dict, list)):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _data_of(item)
 
 
 def _strings(node: Any) -> Iterator[str]:

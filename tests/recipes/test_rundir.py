@@ -184,6 +184,7 @@ def test_a_changed_file_is_named_by_the_stages_it_affects(folder, name):
         "dataset_path: json\ndataset_kwargs: {data_files: [HERE/rows/t*.jsonl]}",
         "dataset_path: csv\ndataset_kwargs: {data_dir: rows}\ndoc_to_text: !function own.text",
         "dataset_path: HERE/rows",
+        "dataset_path: rows",
     ],
 )
 def test_data_of_a_task_are_an_input_wherever_they_are(folder, data):
@@ -198,6 +199,30 @@ def test_data_of_a_task_are_an_input_wherever_they_are(folder, data):
     rows.write_text('{"a": 1}', encoding="utf-8")
     named = f"evaluate.task_folder: the content of {folder / 'tasks'} changed"
     assert changes(folder) == {"train": [], "quantize": [], "evaluate": [named]}
+
+
+ROWS = "dataset_path: json\ndataset_kwargs: {data_files: rows/test.jsonl}\n"
+INLINE_ROWS = "dataset_path: json, dataset_kwargs: {data_files: rows/test.jsonl}"
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "changed"),
+    [
+        (f"{ROWS}metric_list: []", "include: ../shared/_template", "shared/_template"),
+        (ROWS, "include: [../shared/_template]", "rows/test.jsonl"),
+        ("", f"group: all\ntask: [{{task: one, {INLINE_ROWS}}}]", "rows/test.jsonl"),
+    ],
+)
+def test_what_a_task_includes_or_a_group_defines_is_an_input(folder, shared, own, changed):
+    """By convention, the files that lm-eval's tasks include have no suffix."""
+    files = {"shared/_template": shared, "tasks/own.yaml": own, "rows/test.jsonl": "{}"}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    finish(*load(folder))
+    assert changes(folder)["evaluate"] == []
+    (folder / changed).write_text('{"a": 1}', encoding="utf-8")
+    assert len(changes(folder)["evaluate"]) == 1
 
 
 @pytest.mark.parametrize(
