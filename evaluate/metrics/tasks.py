@@ -88,6 +88,8 @@ def lm_eval_tasks(
         for task, objects in zip(evaluate.tasks, loaded, strict=True):
             say(f"evaluate: lm-eval task {task.task}")
             output = _run(wrapped, task, objects, evaluate.task_folder, seed)
+            if output is None:  # for all processes of a machine but the first
+                continue
             for name in _names(task, output):
                 better = output["higher_is_better"].get(name, {})
                 if metrics := _scores(output["results"][name], better):
@@ -286,8 +288,9 @@ def _refusal(task: Task, leaves: list[Any]) -> str | None:
 
 def _run(
     wrapped: Any, task: Task, objects: list[Any], folder: str | None, seed: int
-) -> dict[str, Any]:
-    """Runs one entry of `evaluate.tasks`, and returns lm-eval's results and samples."""
+) -> dict[str, Any] | None:
+    """Runs one entry of `evaluate.tasks`, and returns lm-eval's results and samples; of several
+    processes, which share the work, only to the first of each machine."""
     from lm_eval import evaluator
 
     # lm-eval asks git for a commit, and git prints "fatal" outside of a repository.

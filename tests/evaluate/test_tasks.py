@@ -488,6 +488,16 @@ def test_a_users_task_scores_as_in_lm_eval_itself(model, tokenizer, task_folder)
     assert (acc["stderr"], acc["n"]) == (None, 1)
 
 
+def test_all_processes_of_a_machine_get_through_a_task(model, tokenizer, task_folder, monkeypatch):
+    """lm-eval returns the results to the first one only, by the launcher's LOCAL_RANK."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    evaluate = Evaluate(tasks=["colour_of_thing"], task_folder=task_folder)
+    for rank, names in (("0", ["colour_of_thing"]), ("1", [])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        scores, by_item = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+        assert list(scores) == list(by_item) == names
+
+
 def test_scores_name_filters_and_leave_out_losses():
     row = {
         "alias": "x",
