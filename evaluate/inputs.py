@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, counted
 from finequant.recipes.schema import Evaluate, Recipe
 from finequant.recipes.terminal import say
 
@@ -132,11 +132,11 @@ def cut_answers(
 
 def cut_line(cut: dict[str, int]) -> str:
     """Says in words what `cut_answers` counted."""
-    are = "is" if cut["longer"] == 1 else "are"
+    are, them = ("is", "it") if cut["longer"] == 1 else ("are", "them")
     return (
-        f"answers are cut after {cut['limit']} tokens, but {cut['longer']} of the {cut['n']} "
-        f"reference answers {are} longer, up to {cut['longest']} tokens: no model can give them "
-        "whole"
+        f"answers are cut after {counted(cut['limit'], 'token')}, but {cut['longer']} of the "
+        f"{cut['n']} reference answers {are} longer, up to {cut['longest']} tokens: no model can "
+        f"give {them} whole"
     )
 
 

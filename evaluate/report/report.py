@@ -49,6 +49,7 @@ from finequant.evaluate.report.values import (
     value_at,
 )
 from finequant.recipes.artifact import replace_text
+from finequant.recipes.errors import counted
 
 MIN_SHARE = 0.2  # below it, no model is mistaken for a good one that always gives the same answer
 MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
@@ -122,8 +123,12 @@ def exports_apart(report: Report) -> str:
 
 def _widths(quantize: dict[str, Any]) -> str:
     if quantize.get("layers") or quantize.get("budget"):
-        return "by the layer plan in quantized/quantization.json"
-    return f"to {quantize.get('bits')} bits in groups of {quantize.get('group_size')}"
+        return "according to the layer plan in quantized/quantization.json"
+    bits, head = quantize.get("bits"), quantize.get("head")
+    text = f"to {counted(bits, 'bit')} in groups of {quantize.get('group_size')}"
+    if head == "float":
+        return f"{text}, except for the head, which stays in float"
+    return f"{text}, and the head to {head} bits" if head not in (None, "quantize", bits) else text
 
 
 def baseline_lines(report: Report) -> list[str]:

@@ -86,6 +86,7 @@ def test_flips_labels_and_sizes_are_counted():
     assert "both right in 55 rows and both wrong in 1" in text
     assert "4 went from right to wrong and 0 from wrong to right" in text
     assert "p = 0.12" in text  # 2 / 2^4
+    assert "both right in 1 row and" in page(report(), rows()[5:6])
     assert "Answers by quantized that match none of these labels: 5." in text
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from finequant.evaluate.answers import most_frequent
+from finequant.evaluate.inputs import cut_line
 from finequant.evaluate.report.gate import gate, verdict_lines
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.evaluate.report.table import comparison_rows
@@ -424,3 +425,31 @@ def test_a_failed_write_leaves_the_old_report(report, tmp_path):
     with pytest.raises(TypeError):
         write_report(report, tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("quantize", "text"),
+    [
+        ({}, "to 4 bits in groups of 32. "),
+        ({"bits": 1, "head": "quantize"}, "to 1 bit in groups of 32. "),
+        ({"head": 8}, "to 4 bits in groups of 32, and the head to 8 bits. "),
+        ({"bits": 8, "head": 8}, "to 8 bits in groups of 32. "),
+        (
+            {"head": "float"},
+            "to 4 bits in groups of 32, except for the head, which stays",
+        ),
+        ({"budget": 4.5}, "according to the layer plan in quantized/quantization.json. "),
+    ],
+)
+def test_report_md_says_to_how_many_bits_layers_are_quantized(report, tmp_path, quantize, text):
+    report["recipe"]["quantize"] |= quantize
+    write_report(report, tmp_path)
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"linear layers are quantized {text}" in markdown
+
+
+def test_one_answer_that_is_cut_is_it():
+    cut = {"longer": 1, "n": 5, "longest": 30, "limit": 1}
+    assert cut_line(cut).startswith("answers are cut after 1 token, but 1 of the 5")
+    assert cut_line(cut).endswith("no model can give it whole")
+    assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
