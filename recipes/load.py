@@ -135,15 +135,24 @@ def add_to_file(path: Path, values: dict[str, Any], comment: str) -> None:
 
 
 def without_folders(recipe: Recipe) -> Recipe:
-    """Replaces each local path by its file name, as if the file were next to the recipe.
+    """Replaces each local path by its file name, as if the file were next to the recipe; a second
+    file of the same name gets a number.
 
     The result can be published: it reveals nothing about the machine it was made on.
     """
     content = recipe.model_dump() | {"output_dir": None}
+    paths: dict[str, str] = {}
     for at in path_fields(content):
         holder = reduce(getitem, at[:-1], content)
-        if Path(holder[at[-1]]).is_absolute():
-            holder[at[-1]] = Path(holder[at[-1]]).name
+        path = Path(holder[at[-1]])
+        if not path.is_absolute():
+            continue
+        head, dot, rest = path.name.partition(".")
+        name, number = path.name, 1
+        while paths.setdefault(name, str(path)) != str(path):
+            number += 1
+            name = f"{head}-{number}{dot}{rest}"
+        holder[at[-1]] = name
     return Recipe.model_validate(content)
 
 

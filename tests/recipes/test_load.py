@@ -558,3 +558,16 @@ def test_without_folders_names_no_path_of_this_machine(recipe_file, tmp_path, ti
     assert shown.data.train[0].source == "train.jsonl"
     assert shown.model.base == tiny_base.name
     assert shown.output_dir is None
+
+
+def test_without_folders_tells_files_of_one_name_apart(write, tmp_path):
+    """Otherwise, a published recipe would train on its held-out rows."""
+    path = write()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl.gz").write_bytes(b"")
+    sources = ["data.train=[a/rows.jsonl.gz, rows.jsonl]", "data.test=[b/rows.jsonl.gz]"]
+    data = without_folders(load_recipe(path, [*sources, "data.validation=a/rows.jsonl.gz"])).data
+    assert [source.source for source in data.train] == ["rows.jsonl.gz", "rows.jsonl"]
+    assert data.validation[0].source == "rows.jsonl.gz"
+    assert data.test[0].source == "rows-2.jsonl.gz"
