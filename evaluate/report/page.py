@@ -35,30 +35,36 @@ MAX_LABELS = 200
 SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def write_page(folder: Path) -> None:
+def write_page(
+    folder: Path, file: Path | None = None, recipe: dict[str, Any] | None = None
+) -> None:
     """Writes report.html of a run directory, from the files that its stages wrote.
+
+    file: another file to write.
+    recipe: one to show in place of the report's, which names folders of this machine.
 
     Raises:
         UserError: for a file that is damaged.
     """
-    report = _read(folder / "report.json")
-    report["stages"] = _read(folder / "manifest.json")
+    report = read_part(folder / "report.json")
+    report["recipe"] = recipe or report.get("recipe")
+    report["stages"] = read_part(folder / "manifest.json")
     if (folder / "sweep" / "sweep.json").exists():
-        sweep = _read(folder / "sweep" / "sweep.json")
+        sweep = read_part(folder / "sweep" / "sweep.json")
         adapter = value_at(report, "stages", "train", "outputs", "adapter")
         same_adapter = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
         same_code = sweep.get("measuring_code", 0) >= report.get("measuring_code", 0)
         is_current = same_adapter and same_code
         report["sweep" if is_current else "earlier_sweep"] = sweep
-    rows = _read(folder / "predictions.jsonl", _lines)
-    replace_text(folder / "report.html", page(report, rows))
+    rows = read_part(folder / "predictions.jsonl", _lines)
+    replace_text(file or folder / "report.html", page(report, rows))
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def _read(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
+def read_part(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     """Reads and parses a file that a stage wrote.
 
     Raises:

@@ -243,6 +243,31 @@ def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):
         assert "report: out of date: since quantize ran, quantize.bits: 4 -> 8" in said
 
 
+def test_a_report_of_earlier_code_says_so_whoever_names_it(finished, recipe_file, capsys):
+    finished()
+    run = recipe_file.parent / "run"
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest["evaluate"]["inputs"]["measuring_code"] = MEASURING_CODE - 1
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for arguments in ([str(run)], [str(recipe_file), "train.learning_rate=1e-2"]):
+        capsys.readouterr()
+        print_report(arguments)
+        assert "report: out of date: since evaluate ran, measuring_code" in capsys.readouterr().err
+    (recipe_file.parent / "train.jsonl").unlink()  # as where only the run directory was copied
+    print_report([str(run)])
+    assert "out of date" not in capsys.readouterr().err
+
+
+def test_a_damaged_report_is_named(finished, recipe_file):
+    finished()
+    report = recipe_file.parent / "run" / "report.json"
+    report.write_text(report.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    from finequant.recipes.run import main
+
+    for arguments in ([str(report.parent)], [str(recipe_file), "train.learning_rate=1e-2"]):
+        assert "report.json: cannot be read" in refused(main, ["report", *arguments])
+
+
 def print_report(arguments: list[str]) -> None:
     from finequant.recipes.run import main
 
