@@ -74,7 +74,7 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
         show(files, f"{recipe.publish.repo_id or 'no repository named'}, {visibility(recipe)}")
         say(f"publish: dry run, nothing was sent: {folder} contains what would be uploaded")
         return
-    remote = look(recipe, kind, options.into_existing)
+    remote = look(recipe, kind, files, options.into_existing)
     show(files, f"{remote.url}, {visibility(recipe)}")
     for line in remote.in_words(files):
         say(f"publish: {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ class Remote(NamedTuple):
     commit: str | None
     """None if the repository does not exist yet."""
     files: list[str]
-    published: list[str]
-    """Files that this recipe published before."""
+    published: dict[str, str]
+    """Files that this recipe published before, with their SHA-256."""
 
     def left_over(self, files: dict[str, Path]) -> list[str]:
         """Lists files of the last publication that this one does not have."""
@@ -52,12 +53,12 @@ class Remote(NamedTuple):
         return lines
 
 
-def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
+def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool) -> Remote:
     """Looks up the user and the current content of the repository.
 
     Raises:
         UserError: without a token that can write, or for a repository that this recipe did not
-            make or whose visibility is not the recipe's.
+            make, that was edited since, or whose visibility is not the recipe's.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -67,7 +68,7 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api, publish = HfApi(), recipe.publish
-    url = f"{api.endpoint}/{publish.repo_id}"
+    url = _without_secrets(f"{api.endpoint}/{publish.repo_id}")
     with report_hub_errors(recipe):
         who = api.whoami()
         role = who.get("auth", {}).get("accessToken", {}).get("role")
@@ -76,16 +77,23 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
         try:
             info = api.model_info(publish.repo_id)
         except RepositoryNotFoundError:
-            return Remote(url, who["name"], None, [], [])
-        files = [file.rfilename for file in info.siblings or []]
-        files = [name for name in files if name != MADE_BY_THE_HUB]
-        published = _published(api, recipe, info, files, kind)
-        if files and not published and not into_existing:
+            return Remote(url, who["name"], None, [], {})
+        there = [file.rfilename for file in info.siblings or []]
+        there = [name for name in there if name != MADE_BY_THE_HUB]
+        published = _published(api, recipe, info, there, kind)
+        if there and not published and not into_existing:
             raise UserError(
-                f"publish.repo_id: {publish.repo_id} exists, with {counted(len(files), 'file')} "
+                f"publish.repo_id: {publish.repo_id} exists, with {counted(len(there), 'file')} "
                 "that this recipe did not publish "
-                f"({', '.join(files[:3])}{', ...' if files[3:] else ''}): name another, or add "
+                f"({', '.join(there[:3])}{', ...' if there[3:] else ''}): name another, or add "
                 "--into-existing to replace them"
+            )
+        edited = _edited(api, recipe, info, published, files)
+        if edited and not into_existing:
+            raise UserError(
+                f"publish.repo_id: {publish.repo_id} was edited on the Hub since this recipe "
+                f"published it: {', '.join(edited)}: move the edits into the recipe, such as "
+                "into publish.description, or add --into-existing to replace them"
             )
     if bool(info.private) != publish.private:
         actual, wanted = ("private", "public") if info.private else ("public", "private")
@@ -93,7 +101,7 @@ def look(recipe: Recipe, kind: str, into_existing: bool) -> Remote:
             f"publish.private: the recipe says {wanted}, but {publish.repo_id} is {actual}: change "
             f"it in the repository's settings, or set publish.private={str(info.private).lower()}"
         )
-    return Remote(url, who["name"], info.sha, files, published)
+    return Remote(url, who["name"], info.sha, there, published)
 
 
 def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:
@@ -146,7 +154,8 @@ def verify(recipe: Recipe, files: dict[str, Path], commit: str) -> None:
     if wrong:
         raise OutsideError(
             f"publish: the Hub differs from what is here in {counted(len(wrong), 'file')}\n"
-            f"  {listed(wrong)}\nrun the same command again; do not use what is on the Hub"
+            f"  {listed(wrong)}\nrun the same command again with --into-existing; do not use what "
+            "is on the Hub"
         )
 
 
@@ -160,30 +169,53 @@ def _same(path: Path, remote: RepoFile) -> bool:
 
 def _published(
     api: HfApi, recipe: Recipe, info: ModelInfo, files: list[str], kind: str
-) -> list[str]:
-    """Lists what the recipe of this name published there before, if it was the same kind."""
-    from ruamel.yaml import YAML, YAMLError
+) -> dict[str, str]:
+    """Maps to their SHA-256 the files that the recipe of this name published there before;
+    {} if that was of another kind."""
+    from ruamel.yaml import YAML
 
     if not {"recipe.yaml", SUMS} <= {*files}:
-        return []
-    theirs, sums = (
+        return {}
+    theirs, hashes = (
         Path(api.hf_hub_download(recipe.publish.repo_id, name, revision=info.sha))
         for name in ("recipe.yaml", SUMS)
     )
     try:
         content = YAML(typ="safe").load(theirs)
-    except YAMLError:
-        return []
-    lines = sums.read_text(encoding="utf-8").splitlines()
-    names = [name for line in lines if (name := line.partition("  ")[2])]
+    except Exception:  # not only YAMLError: whatever a file of others makes the parser raise
+        return {}
+    lines = hashes.read_text(encoding="utf-8", errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
     same = isinstance(content, dict) and content.get("name") == recipe.name
-    return names if same and ("adapter_config.json" in names) == (kind == ADAPTER) else []
+    return sums if same and ("adapter_config.json" in sums) == (kind == ADAPTER) else {}
 
 
-def _may_not_write(recipe: Recipe) -> str:
+def _edited(
+    api: HfApi,
+    recipe: Recipe,
+    info: ModelInfo,
+    published: dict[str, str],
+    files: dict[str, Path],
+) -> list[str]:
+    """Lists what was edited on the Hub since it was published, and would be replaced or removed."""
+    repository, names = recipe.publish.repo_id, {file.rfilename for file in info.siblings or []}
+    if not names & published.keys():
+        return []
+    infos = api.get_paths_info(repository, [*names & published.keys()], revision=info.sha)
+
+    def hash_there(file: RepoFile) -> str:
+        if file.lfs:
+            return file.lfs.sha256
+        return file_hash(Path(api.hf_hub_download(repository, file.path, revision=info.sha)))
+
+    replaced = [f for f in infos if f.path not in files or not _same(files[f.path], f)]
+    return sorted(f.path for f in replaced if hash_there(f) != published[f.path])
+
+
+def _may_not_write(recipe: Recipe, reason: str = "") -> str:
     return (
-        f"publish: this token may not write to {recipe.publish.repo_id}: make one with the role "
-        "write in the settings of your account on the Hub, then `hf auth login` or HF_TOKEN"
+        f"publish: this token may not write to {recipe.publish.repo_id}{reason}: make one with the "
+        "role write in the settings of your account on the Hub, then `hf auth login` or HF_TOKEN"
     )
 
 
@@ -214,8 +246,10 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
         OfflineModeIsEnabled,
     )
 
-    # A worker thread wraps its exception in a RuntimeError; so does hf_xet, without a cause.
-    error = raised.__cause__ or raised if type(raised) is RuntimeError else raised
+    # A worker thread wraps its exception in a RuntimeError; so does hf_xet, without a cause. The
+    # check of the card's metadata wraps it in a ValueError.
+    wraps = type(raised) in (RuntimeError, ValueError)
+    error = raised.__cause__ or raised if wraps else raised
     if isinstance(error, LocalTokenNotFoundError):
         return UserError(
             "publish: no token for the Hub: `hf auth login`, or set HF_TOKEN, with a token that "
@@ -230,6 +264,10 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
         return OutsideError(f"publish: the Hub cannot be reached ({kind}): {RESUME_HINT}")
     if type(error) is RuntimeError:
         return OutsideError(f"publish: the upload failed ({_shown(error)}): {RESUME_HINT}")
+    if isinstance(error, (ValueError, KeyError)):  # huggingface_hub cannot use the answer
+        return OutsideError(
+            f"publish: the Hub gave an unexpected answer ({_shown(error)}): {RESUME_HINT}"
+        )
     return None
 
 
@@ -241,20 +279,32 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
             "publish: the Hub does not accept this token: `hf auth login` with a valid one; "
             "HF_TOKEN, if it is set, takes precedence"
         )
-    if status == 403:
-        return UserError(_may_not_write(recipe))
+    message = _shown(error.server_message or error)
+    if status == 403 and "authorization" in error.response.request.headers:  # or storage is full
+        return UserError(_may_not_write(recipe, f" ({message})"))
+    if status == 409 and error.response.request.url.path.endswith("/repos/create"):
+        return OutsideError(
+            f"publish: {recipe.publish.repo_id} was created in the meantime, or this token may not "
+            "see it: run the same command again, or use a token that may read and write it"
+        )
     if status in (409, 412):
         return OutsideError(
             f"publish: {recipe.publish.repo_id} was changed in the meantime: {RESUME_HINT}"
         )
-    message = _shown(error.server_message or error)
     if status >= 500 or status == 429:
         return OutsideError(f"publish: the Hub failed, status {status} ({message}): {RESUME_HINT}")
     return UserError(f"publish: the Hub refused, status {status}: {message}")
 
 
 def _shown(message: object) -> str:
-    """Shortens a foreign message to one line, and removes the token if it is in there."""
+    """Shortens a foreign message to one line, and removes the token and other secrets."""
     from huggingface_hub import get_token
 
-    return " ".join(str(message).replace(get_token() or "\0", "***").split())[:200]
+    text = _without_secrets(str(message).replace(get_token() or "\0", "***"))
+    return " ".join(text.split())[:200]
+
+
+def _without_secrets(text: str) -> str:
+    """Removes what URLs may hold besides host and path: a password, the signature of an upload."""
+    text = re.sub(r"(?<=://)[^/\s@]+@", "", text)
+    return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)

@@ -70,7 +70,10 @@ def publish(
         typer.Option(metavar="NAME", help="publish despite this failed check; the card says so"),
     ] = None,
     into_existing: Annotated[
-        bool, typer.Option("--into-existing", help="allow a repository that has other files")
+        bool,
+        typer.Option(
+            "--into-existing", help="allow a repository that has other files, or was edited"
+        ),
     ] = False,
 ) -> None:
     """Upload to the Hugging Face Hub, with a card that says what was measured."""
