@@ -11,8 +11,9 @@ from finequant.evaluate.report.report import baseline_lines, divergence_lines, i
 from finequant.evaluate.report.table import bullets, comparison_rows, markdown_table
 from finequant.evaluate.report.values import corpora_of, metrics_of, value_at
 from finequant.publish.license import License
-from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading, on_hub
+from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub, loading
 from finequant.quantize.formats.snippet import fenced
+from finequant.recipes.errors import counted
 from finequant.recipes.load import as_yaml
 from finequant.recipes.schema import Recipe
 
@@ -23,7 +24,12 @@ REPEAT = "`finequant run recipe.yaml` repeats the run; local files that it names
 
 
 def card_text(
-    recipe: Recipe, report: dict[str, Any], license: License, kind: str, files: list[str]
+    recipe: Recipe,
+    report: dict[str, Any],
+    license: License,
+    kind: str,
+    files: list[str],
+    datasets: list[str],
 ) -> str:
     """Writes the repository's README.md.
 
@@ -31,15 +37,16 @@ def card_text(
     report: report.json, with quantization.json under "quantization".
     kind: `quantized`, or `adapter` if only the adapter is published.
     files: names of the other files in the repository.
+    datasets: sources of training rows that are on the Hub; the others are files of the author's.
     """
     name = (recipe.publish.repo_id or recipe.name).split("/")[-1]
     exports = sorted({file.split("/")[0] for file in files if "/" in file})
     sections = [
-        f"---\n{metadata(recipe, report, license, kind)}\n---",
+        f"---\n{metadata(recipe, report, license, kind, datasets)}\n---",
         f"# {name}",
         f"**{license.line}**" if license.line else "",
         recipe.publish.description or "",
-        _introduction(recipe, report, kind),
+        _introduction(recipe, report, kind, datasets),
         _overruled(report) if kind == QUANTIZED else "",
         f"## Measured\n\n{_measured(report, kind)}",
         f"## Load it\n\n{loading(recipe, report, kind, files)}",
@@ -51,11 +58,12 @@ def card_text(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def metadata(recipe: Recipe, report: dict[str, Any], license: License, kind: str) -> ModelCardData:
+def metadata(
+    recipe: Recipe, report: dict[str, Any], license: License, kind: str, datasets: list[str]
+) -> ModelCardData:
     """Makes the card's front matter, the Hub's metadata."""
     from huggingface_hub import ModelCardData
 
-    datasets = [row.source for row in recipe.data.train if on_hub(row.source)]
     base, family = base_on_hub(recipe), report["model_type"]
     return ModelCardData(
         base_model=base,
@@ -105,13 +113,16 @@ def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResu
     ]
 
 
-def _introduction(recipe: Recipe, report: dict[str, Any], kind: str) -> str:
+def _introduction(recipe: Recipe, report: dict[str, Any], kind: str, datasets: list[str]) -> str:
     base = base_on_hub(recipe)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{recipe.model.base}`"
-    rows = [row.source for row in recipe.data.train]
-    data = ", ".join(row if on_hub(row) else f"`{row}` (the author's rows)" for row in rows)
+    rows = dict.fromkeys(row.source for row in recipe.data.train)
+    *most, last = [row if row in datasets else f"`{row}` (the author's rows)" for row in rows]
+    data = f"{', '.join(most)} and {last}" if most else last
     held = ", with the base in 4 bits (nf4) during training" if recipe.model.load == "nf4" else ""
-    lora = f"LoRA of rank {recipe.lora.rank} on {data}{held}"
+    lora = (
+        f"{'DoRA' if recipe.lora.use_dora else 'LoRA'} of rank {recipe.lora.rank} on {data}{held}"
+    )
     if kind == ADAPTER:
         return f"An adapter ({lora}) for {name}. It only works together with that base."
     quantization = report["quantization"]
@@ -134,16 +145,17 @@ def _overruled(report: dict[str, Any]) -> str:
 
 
 def _measured(report: dict[str, Any], kind: str) -> str:
-    shown = report
+    shown, inputs = report, "All models are measured on the same inputs"
+    error = "± is one standard error; for a change, that of the row-by-row differences."
     if kind == ADAPTER:
+        inputs, error = "Both models are measured on the same inputs", "± is one standard error."
         shown = report | {"models": {name: report["models"][name] for name in ("base", "tuned")}}
     header, rows = comparison_rows(shown)
     if kind == ADAPTER:  # the last column compares with quantized
         header, rows = header[:-1], [row[:-1] for row in rows]
     parts = [
         markdown_table(header, rows),
-        f"All models are measured on the same inputs{in_arithmetic(report)}. ± is one standard "
-        "error; for a change, that of the row-by-row differences. `report.json` has every figure.",
+        f"{inputs}{in_arithmetic(shown)}. {error} `report.json` has every figure.",
         *baseline_lines(report),
     ]
     if kind == QUANTIZED:
@@ -162,7 +174,10 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
     if not tasks - {"held_out"}:
         limits.append("No public benchmark was run: what the model lost elsewhere is unknown.")
-    if not set(corpora_of(models)) - {"held_out"}:
+    corpora = corpora_of(models)
+    if not corpora:
+        limits.append("No perplexity was measured.")
+    elif corpora == ["held_out"]:
         limits.append("Perplexity was measured on the held-out rows only, not on general text.")
     if "held_out" not in tasks:
         limits.append("No answers to held-out rows were scored.")
@@ -172,7 +187,9 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         for pair in metrics_of(models)
     ]
     if smallest := min(filter(None, scored), default=0):
-        limits.append(f"Accuracies were measured on at least {smallest} rows: note their errors.")
+        limits.append(
+            f"Accuracies were measured on at least {counted(smallest, 'row')}: note their errors."
+        )
     if kind == QUANTIZED and not report["gate"]["checks"]:
         limits.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     if kind == QUANTIZED:
@@ -183,11 +200,17 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
             f"The torchao file takes {size:.2f} bits for each weight of the base: it keeps each "
             "code of 8 bits or fewer in a byte."
         )
-        limits += [
-            f"The export {name} is not in the table: it holds the same codes, but was not measured."
-            for name in exports
-            if report_key(name) not in models
-        ]
+        for name in exports:
+            measured = models.get(report_key(name))
+            if measured is None:
+                limits.append(
+                    f"The export {name} is not in the table: it holds the same codes, but was not "
+                    "measured."
+                )
+            elif "speed" not in measured:
+                limits.append(
+                    f"The export {name} holds the same codes; only its size was measured."
+                )
     if base_on_hub(recipe) != recipe.model.base:
         limits.append(f"The adapter was trained on `{recipe.model.base}`.")
     return [*limits, "Safety, bias and truthfulness were not measured."]

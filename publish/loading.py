@@ -10,12 +10,14 @@ from finequant.recipes.schema import Recipe
 
 ADAPTER = "adapter"
 QUANTIZED = "quantized"
+TEMPLATE = "chat_template.jinja"
+"""The file of a chat template, without which a model only continues a prompt."""
 
 
 def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str]) -> str:
     """Writes a snippet for each format in the repository."""
     repository = recipe.publish.repo_id or "your-name/your-model"
-    chat = _chat(recipe, report)
+    chat = _chat(recipe, report, files)
     if kind == ADAPTER:
         base = json.dumps(base_on_hub(recipe))
         # The base's own generation configuration may lack the token that ends an answer.
@@ -39,8 +41,11 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
     return "\n\n".join(parts)
 
 
-def _chat(recipe: Recipe, report: dict[str, Any]) -> str:
-    """Writes a conversation to try, in Python: the recipe's system message, a held-out prompt."""
+def _chat(recipe: Recipe, report: dict[str, Any], files: list[str]) -> str:
+    """Writes a conversation to try, in Python: the recipe's system message, a held-out prompt; only
+    a prompt if the model has no chat template."""
+    if TEMPLATE not in files:
+        return 'prompt = "Hello!"'
     samples = report.get("samples") or [{"prompt": "Hello!"}]
     messages = [{"role": "user", "content": samples[0]["prompt"]}]
     if recipe.data.system:

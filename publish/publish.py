@@ -175,6 +175,7 @@ def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
 
 def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> Path:
     """Writes publish/: artifact, exports, license, report, and card, without local folders."""
+    from finequant.evaluate.report.page import write_page
     from finequant.publish.card import card_text
     from finequant.publish.license import license_of
 
@@ -196,9 +197,11 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
         if recipe.publish.rows:
-            shutil.copy(run.page, folder)
+            write_page(run.root, folder / run.page.name, measured["recipe"])
             say("publish: report.html and report.json show held-out rows (publish.rows)")
-        card = card_text(shown, report, license, kind, list(files_of(folder)))
+        sources = [row.source for row in recipe.data.train]
+        datasets = [source for source in sources if not Path(source).is_absolute()]
+        card = card_text(shown, report, license, kind, list(files_of(folder)), datasets)
         (folder / CARD).write_text(card, encoding="utf-8")
         write_recipe(shown, folder / "recipe.yaml")
     return run.publication

@@ -196,9 +196,10 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     model = 'AutoModelForCausalLM.from_pretrained(\n    "{}", subfolder="compressed-tensors"\n)'
     code = fenced("python", transformers_code(repository, chat, model))
     return (
-        "### compressed-tensors, 4 bits on disk\n\n"
+        "### compressed-tensors, packed\n\n"
         f"`{pip_install('transformers', 'compressed-tensors')}`\n\n{code}\n\n"
-        "Activations stay in float there (vLLM's W4A16). With vLLM, 0.32 or newer:\n\n"
+        "Activations stay in float there (vLLM calls this W4A16, or W8A16 for layers of 8 bits). "
+        "With vLLM, 0.32 or newer:\n\n"
         + fenced(
             "bash",
             f'hf download {repository} --include "compressed-tensors/*" --local-dir model\n'

@@ -30,7 +30,7 @@ from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokeniz
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
 from finequant.quantize.formats.packing import check_half
-from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
@@ -358,6 +358,13 @@ class LlamaCpp:
 def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export with llama.cpp."""
     file = next(name for name in files if name.endswith(".gguf"))
+    ask = """\
+answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
+print(answer["choices"][0]["message"]["content"])"""
+    if not is_chat(chat):
+        ask = """\
+answer = model(prompt, max_tokens=64, temperature=0)
+print(answer["choices"][0]["text"])"""
     code = f"""\
 from llama_cpp import Llama
 
@@ -367,8 +374,7 @@ model = Llama.from_pretrained(
     verbose=False,
 )
 {chat}
-answer = model.create_chat_completion(messages, max_tokens=64, temperature=0)
-print(answer["choices"][0]["message"]["content"])"""
+{ask}"""
     ollama = fenced(
         "bash",
         f'hf download {repository} --include "gguf/*" --local-dir model\n'
@@ -377,7 +383,7 @@ print(answer["choices"][0]["message"]["content"])"""
     return (
         '### llama.cpp\n\n`pip install "llama-cpp-python>=0.3"`\n\n'
         f"{fenced('python', code)}\n\n"
-        f"With Ollama (`Modelfile` has chat template, system message and stops):\n\n{ollama}"
+        f"With Ollama, from the `Modelfile` beside the file:\n\n{ollama}"
     )
 
 

@@ -15,7 +15,7 @@ from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_besid
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words, packed_width
-from finequant.quantize.formats.snippet import fenced, pip_install
+from finequant.quantize.formats.snippet import fenced, is_chat, pip_install
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -164,6 +164,7 @@ class MlxLm:
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export with mlx-lm."""
+    ids = "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)\n"
     code = f"""\
 from huggingface_hub import snapshot_download
 from mlx_lm import generate, load
@@ -171,8 +172,7 @@ from mlx_lm import generate, load
 folder = snapshot_download("{repository}", allow_patterns="mlx/*")
 model, tokenizer = load(f"{{folder}}/mlx")
 {chat}
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-print(generate(model, tokenizer, prompt, max_tokens=64))"""
+{ids if is_chat(chat) else ""}print(generate(model, tokenizer, prompt, max_tokens=64))"""
     return (
         f"### MLX\n\n`{pip_install('mlx-lm')}`, on a Mac; activations stay in float there.\n\n"
         + fenced("python", code)

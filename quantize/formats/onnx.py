@@ -17,7 +17,7 @@ from finequant.quantize.formats.contents import Contents, check_block, check_nor
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import check_half, packed_width
-from finequant.quantize.formats.snippet import fenced
+from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
@@ -209,14 +209,14 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export in a browser or in Node, and with onnxruntime-genai."""
     file = next(name for name in files if name.endswith(".onnx"))
     dtype = "q4" if file.endswith("_q4.onnx") else "q8"
-    messages = chat.replace("messages = ", "const messages = ", 1).rstrip()
+    name, text = ("messages", ".at(-1).content") if is_chat(chat) else ("prompt", "")
     script = f"""\
 import {{ pipeline }} from "@huggingface/transformers";
 
 const generator = await pipeline("text-generation", "{repository}", {{ dtype: "{dtype}" }});
-{messages};
-const output = await generator(messages, {{ max_new_tokens: 64, do_sample: false }});
-console.log(output[0].generated_text.at(-1).content);"""
+const {chat};
+const output = await generator({name}, {{ max_new_tokens: 64, do_sample: false }});
+console.log(output[0].generated_text{text});"""
     return (
         "### ONNX\n\nIn a browser or in Node, with transformers.js: `npm install "
         f"@huggingface/transformers@4`\n\n{fenced('javascript', script)}\n\n"

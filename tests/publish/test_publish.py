@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
+from finequant.publish.loading import TEMPLATE
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 
@@ -533,3 +534,125 @@ def test_a_license_must_be_known_and_is_not_changed(recipe, tiny_base):
     followed = license_of(load_recipe(recipe, [f"model.base={base}", "publish.license=null"]))
     assert followed.id == "mit"
     assert followed.documents == {"LICENSE": b"MIT"}
+
+
+def test_a_repository_that_was_edited_on_the_hub_is_refused_without_into_existing(hub, publish):
+    assert publish().returncode == 0
+    repository, blob = hub.repositories[REPOSITORY], type(hub).blob
+    edited = {"README.md": blob(b"my own words", False), "model.safetensors": blob(b"mine", True)}
+    repository.commit(repository.files | edited)
+    stopped = publish()
+    assert stopped.returncode == 2
+    assert "alice/tiny was edited on the Hub since" in stopped.stderr
+    assert "published it: README.md, model.safetensors: move the edits" in stopped.stderr
+    assert repository.files["README.md"].content == b"my own words"
+    told = publish("--into-existing")
+    assert told.returncode == 0, told.stderr
+    assert repository.files["README.md"].content != b"my own words"
+    assert publish("publish.description=Again.").returncode == 0
+
+
+def test_files_of_others_that_cannot_be_read_are_not_taken_for_ours(hub, publish):
+    sums = b"\xff\xfe  model.bin\n"
+    make_repository(hub, {"recipe.yaml": b"when: 2024-13-01\n", "SHA256SUMS": sums})
+    stopped = publish()
+    assert stopped.returncode == 2, stopped.stderr
+    assert "alice/tiny exists, with 2 files that this recipe did not publish" in stopped.stderr
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "said", "code", "words"),
+    [
+        ("preupload", 403, "storage limit reached", 2, "alice/tiny (storage limit reached): make"),
+        ("create", 409, "it exists", 1, "created in the meantime, or this token may not see it"),
+        ("validate", 400, "unknown license", 2, "the Hub refused, status 400: unknown license"),
+        ("whoami", 200, None, 1, "the Hub gave an unexpected answer ('name')"),
+        ("store", 403, None, 2, "the Hub refused, status 403"),
+    ],
+)
+def test_what_the_hub_says_is_told_in_one_line(
+    hub, publish, recipe, route, status, said, code, words
+):
+    hub.instead[route] = (status, {"error": said} if said else {}, {})
+    stopped = publish()
+    assert stopped.returncode == code, stopped.stderr
+    message = stopped.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: publish: ")
+    assert words in message
+    assert "hf_Planted" not in stopped.stdout + stopped.stderr
+
+
+def test_a_published_page_names_no_folder_of_this_machine(recipe, tiny_base):
+    dry_run(recipe, "publish.rows=true")
+    text = (folder_of(recipe) / "report.html").read_text(encoding="utf-8")
+    assert "source: train.jsonl" in text
+    for part in (str(recipe.parent), str(tiny_base.parent), "/tmp/", str(Path.home()) + "/"):
+        assert part not in text
+
+
+@pytest.fixture
+def card(recipe):
+    """Writes a card of the finished run with a changed recipe or report, without its metadata."""
+
+    def write(kind: str, files: list[str], overrides: list[str], change=lambda models: None) -> str:
+        from finequant.publish.card import card_text
+        from finequant.publish.license import license_of
+        from finequant.publish.publish import read_report
+        from finequant.recipes.load import without_folders
+
+        loaded = load_recipe(recipe, overrides)
+        report = read_report(RunDir.of(load_recipe(recipe)))
+        change(report["models"])
+        shown, datasets = without_folders(loaded), ["imdb", "org/rows"]
+        return card_text(shown, report, license_of(loaded), kind, files, datasets)
+
+    return write
+
+
+def test_the_card_says_what_was_not_measured(card):
+    def only_answers(models):
+        for model in models.values():
+            model["perplexity"] = {}
+
+    def only_sized(models):
+        models["gguf"] = {"size_bytes": 9, "bits_per_weight": 9.0, "perplexity": {}, "tasks": {}}
+
+    text = card("quantized", [], [], only_answers)
+    assert "- No perplexity was measured.\n" in text
+    assert "on the held-out rows only" not in text
+    text = card("quantized", ["gguf/model.gguf"], [], only_sized)
+    assert "- The export gguf holds the same codes; only its size was measured.\n" in text
+    assert "on the held-out rows only" in text
+
+
+def test_the_card_of_an_adapter_speaks_of_its_two_models(card):
+    def ran(models):
+        models["gguf"] = dict(models["quantized"], speed={"prompt": 1.0, "decoding": 1.0})
+
+    text = card("adapter", [], ["publish.base_model=org/base", "evaluate.limit=1"], ran)
+    assert "\nBoth models are measured on the same inputs, in float32 arithmetic. " in text
+    assert "± is one standard error. `report.json`" in text
+
+
+def test_the_card_tells_datasets_of_the_hub_from_the_authors_rows(card):
+    sources = "data.train=[imdb, train.jsonl, {source: org/rows, limit: 9}]"
+    text = card("quantized", [], [sources, "lora.use_dora=true"])
+    assert "(DoRA of rank 16 on imdb, `train.jsonl` (the author's rows) and org/rows)" in text
+    assert "datasets:\n- imdb\n- org/rows\n" in text
+
+
+def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
+    exported = ["gguf/m.gguf", "onnx/m_q4.onnx", "mlx/m.safetensors", "compressed-tensors/m"]
+    plain, chat = (card("quantized", [*exported, *more], []) for more in ([], [TEMPLATE]))
+    assert plain.count('prompt = "Hello!"') == chat.count("messages = [") == 5
+    assert "messages" not in re.sub(r".*description.*", "", plain)
+    assert 'prompt = "Hello!"' not in chat
+    for line in (
+        'inputs = tokenizer(prompt, return_tensors="pt")',
+        "answer = model(prompt, max_tokens=64",
+        "const output = await generator(prompt, { max_new_tokens: 64",
+        "print(generate(model, tokenizer, prompt, max_tokens=64))",
+    ):
+        assert line in plain
+    assert "const output = await generator(messages, { max_new_tokens: 64" in chat
+    assert "4 bits" not in chat  # their number is the recipe's: 2
