@@ -31,14 +31,14 @@ def report(
     from finequant.recipes.terminal import say
 
     recipe, run = None, RunDir(where)
-    alone = is_run(where) and not overrides
-    if not alone:
+    of_run = is_run(where) and not overrides
+    if not of_run:
         recipe, run = open_run(where, overrides or [])
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")
     print_table(read_part(run.report))
-    with suppress(*[UserError] if alone else []):  # rows and base may be on another machine
+    with suppress(*[UserError] if of_run else []):  # rows and base may be on another machine
         recipe = recipe or open_run(where, [])[0]
         for stage in stages_of(recipe):
             for change in run.what_changed(recipe, stage) or ():

@@ -18,7 +18,7 @@ LARGE = (".safetensors", ".gguf", ".pte", ".png")
 WRITE_TOKEN = "hf_PlantedTokenThatMayWrite"
 READ_TOKEN = "hf_PlantedTokenThatMayOnlyRead"
 SIGNATURE = "hf_PlantedSignature"
-"""Of the URLs that large files are sent to: whoever has one may upload."""
+"""Part of the URLs that large files are sent to: whoever has one may upload."""
 
 
 def git_hash(content: bytes) -> str:
