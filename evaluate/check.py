@@ -240,7 +240,9 @@ def check_lengths(
     if long:
         hint = f"set evaluate.max_new_tokens={positions - longest}"
         if longest >= positions:
-            hint = "remove rows with longer prompts from data.test"
+            hint = "remove rows with longer prompts" + (
+                " from data.test" if recipe.data.test else ""
+            )
         raise UserError(
             f"evaluate: {len(long)} held-out prompts, each with an answer of up to "
             f"evaluate.max_new_tokens={answer}, do not fit into the {positions} positions of the "

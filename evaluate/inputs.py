@@ -215,6 +215,7 @@ def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
     if "multiple_choice" in recipe.evaluate.metrics and len(choices) == 1:
         raise UserError(
             f"evaluate.choices: completions: all rows have the answer {choices[0]!r}: add rows "
-            "with other answers (is the file sorted?), or leave out the metric multiple_choice"
+            "with other answers (is the file sorted?), or leave multiple_choice out of "
+            "evaluate.metrics"
         )
     return choices

@@ -1,4 +1,4 @@
-"""Checks, before any stage starts, whether `train` would refuse the rows, LoRA or nf4."""
+"""Checks, before any stage starts, whether `train` would refuse the rows, the base, LoRA or nf4."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def check_training(
 
     Raises:
         UserError: for rows that cannot be trained on, target modules that the base does not have,
-            or a base that cannot be held in nf4.
+            a base without weight files, or one that cannot be held in nf4.
     """
     from finequant.finetune.adapter import lora_config
     from finequant.finetune.architecture import skeleton
     from finequant.finetune.data.dataset import lengths, to_dataset
+    from finequant.finetune.model import check_files
     from finequant.finetune.nf4 import check_nf4
 
     checks = [
@@ -38,5 +39,6 @@ def check_training(
         if rows
     ]
     targets = partial(lora_config, recipe.lora, skeleton(config))
-    train, *_ = refuse_all([*checks, targets, partial(check_nf4, recipe)])
+    files = partial(check_files, recipe.model)
+    train, *_ = refuse_all([*checks, targets, files, partial(check_nf4, recipe)])
     return lengths(train)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finequant.finetune.architecture import check_architecture
 from finequant.finetune.gguf_base import dequantized, described
-from finequant.finetune.stored import as_stored, stored_weights
+from finequant.finetune.stored import as_stored, missing_files, stored_weights
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import offline_reason
@@ -53,6 +53,19 @@ def load_config(model: Model) -> DecoderConfig:
             f"model.base: {model.base} is already quantized; name the float model it was made from"
         )
     return as_stored(config, model)
+
+
+def check_files(model: Model) -> None:
+    """Refuses a local base whose weight files are not there, without reading any.
+
+    Raises:
+        UserError: naming the first file that is missing, or saying that there are no safetensors.
+    """
+    if missing := missing_files(model):
+        reason = REASONS["file named model.safetensors"]
+        if missing != ["model.safetensors"]:
+            reason = f"{missing[0]} is missing, copy or download it again"
+        raise UserError(f"model.base: cannot load {model.base}: {reason}")
 
 
 def load_generation_config(model: Model) -> GenerationConfig:

@@ -44,6 +44,21 @@ def weight_files(model: Model) -> list[Path]:
     return files if all(files) else []
 
 
+def missing_files(model: Model) -> list[str]:
+    """Lists the safetensors files that a local base lacks, although its index names them; of a base
+    without index, model.safetensors. A base on the Hub lacks none: they are downloaded later."""
+    if not Path(model.base).is_absolute() or _cached(model, "model.safetensors"):
+        return []
+    index = _cached(model, "model.safetensors.index.json")
+    if not index:
+        return ["model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):  # damaged: `load_base` reports it
+        return []
+    return sorted(name for name in names if not _cached(model, name))
+
+
 def _cached(model: Model, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 

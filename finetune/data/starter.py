@@ -31,6 +31,8 @@ Item = TypeVar("Item")
 ROWS = 2000
 """Rows that are looked at, at most."""
 NUMBER_AT_END = re.compile(r"(?<![^\W_])\d+\W*$")
+MOST_TOKENS = 512
+"""Tokens of an answer to generate, at most."""
 FEW_TEXTS = 20
 """With fewer texts, none is spared for the loss during training."""
 
@@ -256,10 +258,12 @@ def _evaluate(look: Look) -> str:
         if "multiple_choice" in metrics
         else ""
     )
-    longest = int(quantiles(map(len, look.answers), n=100)[-1]) if len(look.answers) > 1 else 512
+    longest = (
+        int(quantiles(map(len, look.answers), n=100)[-1]) if len(look.answers) > 1 else MOST_TOKENS
+    )
     return (
         f"  metrics: [{', '.join(metrics)}]\n{choices}"
-        f"  max_new_tokens: {min(512, max(8, longest // 2))}\n"
+        f"  max_new_tokens: {min(MOST_TOKENS, max(8, longest // 2))}\n"
         "  limit: 300                      # answer at most 300 held-out rows\n"
         "  gate:\n"
         "    max_accuracy_drop: 0.02       # quantized may lose two points\n"

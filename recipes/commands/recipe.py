@@ -17,6 +17,7 @@ from finequant.recipes.errors import UserError
 if TYPE_CHECKING:
     from finequant.finetune.data.guess import Look
     from finequant.finetune.data.splits import Splits
+    from finequant.quantize.size.terms import Lengths
     from finequant.recipes.schema import Recipe
 
 
@@ -132,15 +133,21 @@ def _try(target: Path, overrides: list[str]) -> None:
     from finequant.evaluate.check import check_rows
     from finequant.recipes.load import add_to_file, load_recipe, values_of
 
-    if overrides:
-        add_to_file(target, values_of(overrides), "given to init")
+    given = values_of(overrides)
+    if given:
+        add_to_file(target, given, "given to init")
     splits = _splits(load_recipe(target))
     _write_tools(target, splits)
     _write_date(target, splits)
     recipe = load_recipe(target)
     _show(recipe, splits, 3)
     check_rows(recipe, splits)
-    _fit_to_this_machine(recipe, splits, target)
+    if "quantize.exports" not in given:
+        _write_exports(target)
+    if "evaluate.max_new_tokens" not in given:
+        _write_answer_length(target, splits)
+    recipe = load_recipe(target)
+    _fit_to_this_machine(recipe, check_tokens(recipe, splits), target)
 
 
 def _write_tools(target: Path, splits: Splits) -> None:
@@ -188,7 +195,49 @@ def _write_date(target: Path, splits: Splits) -> None:
         add_to_file(target, values, "otherwise the chat template writes today's date")
 
 
-def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:
+def _write_exports(target: Path) -> None:
+    """Leaves GGUF out of a recipe's file if it cannot hold the base, such as one with Llama 2's
+    tokenizer."""
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.export import check_exports
+    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.terminal import say
+
+    recipe = load_recipe(target)
+    described = load_config(recipe.model), load_tokenizer(recipe.model)
+    check_exports(recipe.quantize.model_copy(update={"exports": []}), *described)
+    try:
+        check_exports(recipe.quantize, *described)
+    except UserError as error:
+        add_to_file(target, {"quantize.exports": []}, "GGUF cannot hold this base")
+        reason = str(error).removesuffix(": remove gguf from quantize.exports")
+        say(f"init: quantize.exports: [], as GGUF cannot hold this base: {reason}")
+
+
+def _write_answer_length(target: Path, splits: Splits) -> None:
+    """Raises evaluate.max_new_tokens in a recipe's file, which `init` guesses from characters, if
+    the base's tokenizer takes more tokens for one in a hundred held-out answers."""
+    from statistics import quantiles
+
+    from finequant.evaluate.check import asked_rows, check_rows
+    from finequant.finetune.data.starter import MOST_TOKENS
+    from finequant.finetune.data.tokens import answer_text
+    from finequant.finetune.model import load_tokenizer
+    from finequant.recipes.load import add_to_file, load_recipe
+
+    recipe = load_recipe(target)
+    tokenizer = load_tokenizer(recipe.model)
+    asked = [row for whole in check_rows(recipe, splits) for row in asked_rows(whole)]
+    answers = [answer_text(row, tokenizer, recipe.data) for row in asked]
+    if not answers:
+        return
+    lengths = list(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
+    most = int(quantiles([*lengths, max(lengths)], n=100, method="inclusive")[-1])
+    if recipe.evaluate.max_new_tokens < (needed := min(MOST_TOKENS, most)):
+        add_to_file(target, {"evaluate.max_new_tokens": needed}, "what held-out answers take")
+
+
+def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None:
     """Adds settings to the recipe's file with which all stages fit here, if they do not yet."""
     from finequant.quantize.size.machine import this_machine
     from finequant.quantize.size.resources import settings_that_fit
@@ -197,10 +246,7 @@ def _fit_to_this_machine(recipe: Recipe, splits: Splits, target: Path) -> None:
     from finequant.recipes.terminal import say
 
     machine, stages = this_machine(), [stage for stage in stages_of(recipe) if stage in STAGES]
-    if not settings_that_fit(recipe, stages, machine):
-        return
     # Rows can be shorter than the recipe allows.
-    lengths = check_tokens(recipe, splits)
     if changes := settings_that_fit(recipe, stages, machine, lengths):
         memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
         add_to_file(target, changes, f"to fit into the {memory}")

@@ -264,3 +264,50 @@ def test_keys_are_added_to_a_file_without_touching_the_rest(tmp_path):
     assert text.count("# smaller\n") == 3
     assert re.search(r"lora:\n  rank: 4 +# smaller\n", text)
     assert re.search(r"calibration:\n    scale_steps: 0 +# smaller\n", text)
+
+
+def test_an_export_that_cannot_hold_the_base_is_left_out_with_a_note(init_rows, llama):
+    stretched = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    base = llama("stretched", rope_parameters=stretched)
+    code, printed = init_rows(pairs(40), "--base", str(base))
+    assert code == 0
+    assert "init: quantize.exports: [], as GGUF cannot hold this base: gguf: no export" in printed
+    assert load_recipe("rows.yaml").quantize.exports == []
+    Path("rows.yaml").unlink()
+    code, printed = init_rows(pairs(40), "--base", str(base), "quantize.exports=[gguf]")
+    assert code == 2
+    assert "gguf: no export with rotary scaling" in printed
+
+
+def test_rows_that_run_would_refuse_leave_no_recipe(init_rows):
+    rows = [{"text": f"it is {n}", "label": "lost"} for n in range(40)]
+    code, printed = init_rows(rows)
+    assert code == 2
+    assert "all rows have the answer 'lost'" in printed
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+    assert init_rows(rows, "evaluate.metrics=[exact_match]")[0] == 0
+
+
+def test_answers_are_given_the_tokens_that_the_tokenizer_takes_for_them(init_rows):
+    answer = "บัตรของฉัน"  # ten characters, each of three bytes
+    rows = [{"prompt": f"Where is {n}?", "completion": answer} for n in range(40)]
+    options = "--task", "chat"
+    code, _ = init_rows(rows, *options)
+    assert code == 0
+    assert load_recipe("rows.yaml").evaluate.max_new_tokens == 30
+    code, printed = init_rows(rows, *options, "--to", "other.yaml", "evaluate.max_new_tokens=9")
+    assert code == 0
+    assert load_recipe("other.yaml").evaluate.max_new_tokens == 9
+    assert "set evaluate.max_new_tokens=30" in printed
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_whose_weights_are_not_there_is_refused(init_rows, llama, shards):
+    base = llama("pickled", max_shard_size="1GB" if shards == 1 else "100KB")
+    missing = sorted(base.glob("*.safetensors"))[-1]
+    missing.rename(base / "pytorch_model.bin")
+    code, printed = init_rows(pairs(40), "--base", str(base))
+    assert code == 2
+    words = "it has no safetensors weights" if shards == 1 else f"{missing.name} is missing"
+    assert words in " ".join(printed.split())
+    assert not [*Path().glob("*.yaml")]
