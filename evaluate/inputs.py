@@ -132,11 +132,14 @@ def cut_answers(
 
 def cut_line(cut: dict[str, int]) -> str:
     """Says in words what `cut_answers` counted."""
-    are, them = ("is", "it") if cut["longer"] == 1 else ("are", "them")
+    longer, n = cut["longer"], cut["n"]
+    are, them = ("is", "it") if longer == 1 else ("are", "them")
+    which = f"{longer} of the {n} reference answers"
+    if longer == n:
+        which = f"all {n} reference answers" if n > 1 else "the only reference answer"
     return (
-        f"answers are cut after {counted(cut['limit'], 'token')}, but {cut['longer']} of the "
-        f"{cut['n']} reference answers {are} longer, up to {cut['longest']} tokens: no model can "
-        f"give {them} whole"
+        f"answers are cut after {counted(cut['limit'], 'token')}, but {which} {are} longer, up to "
+        f"{cut['longest']} tokens: no model can give {them} whole"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.inputs import HELD_OUT, Material
+from finequant.recipes.errors import counted
 from finequant.recipes.freshness import Inputs, Memo
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -94,7 +95,7 @@ def _held_out(
     from finequant.evaluate.metrics.text_metrics import mean, score_answers
 
     evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)
-    say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
+    say(f"evaluate: {name}: answering {counted(len(material.prompts), 'held-out row')}")
     answers = answer(*asked, evaluate.max_new_tokens, evaluate.batch_size, f"{name}: answers")
     scores = score_answers(answers, material.references, evaluate.metrics, material.groups)
     by_row = {}

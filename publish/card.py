@@ -211,7 +211,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
                 limits.append(
                     f"The export {name} holds the same codes; only its size was measured."
                 )
-    if base_on_hub(recipe) != recipe.model.base:
+    if base_on_hub(recipe) not in (None, recipe.model.base):
         limits.append(f"The adapter was trained on `{recipe.model.base}`.")
     return [*limits, "Safety, bias and truthfulness were not measured."]
 

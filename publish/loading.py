@@ -10,6 +10,7 @@ from finequant.recipes.schema import Recipe
 
 ADAPTER = "adapter"
 QUANTIZED = "quantized"
+CARD = "README.md"
 TEMPLATE = "chat_template.jinja"
 """The file of a chat template, without which a model only continues a prompt."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.publish.loading import ADAPTER, QUANTIZED, base_on_hub
+from finequant.publish.loading import ADAPTER, CARD, QUANTIZED, base_on_hub
 from finequant.recipes.artifact import SUMS, replace_text
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
@@ -23,7 +23,6 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STAGES, command_of, stages_of
 from finequant.recipes.terminal import say
 
-CARD = "README.md"
 OF_ROWS = ("samples", "passages")
 """Parts of the report that quote rows, which may be private."""
 

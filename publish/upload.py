@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.publish.loading import ADAPTER
+from finequant.publish.loading import ADAPTER, CARD
 from finequant.recipes.artifact import SUMS, file_hash
 from finequant.recipes.errors import OutsideError, UserError, counted, listed
 from finequant.recipes.schema import Recipe
@@ -60,7 +60,7 @@ def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool)
         UserError: without a token that can write, or for a repository that this recipe did not
             make, that was edited since, or whose visibility is not the recipe's.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -74,6 +74,8 @@ def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool)
         role = who.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError(_may_not_write(recipe))
+        # A commit would fail with it, after large files were sent.
+        ModelCard.load(files[CARD]).validate()
         try:
             info = api.model_info(publish.repo_id)
         except RepositoryNotFoundError:
@@ -247,9 +249,12 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
     )
 
     # A worker thread wraps its exception in a RuntimeError; so does hf_xet, without a cause. The
-    # check of the card's metadata wraps it in a ValueError.
-    wraps = type(raised) in (RuntimeError, ValueError)
-    error = raised.__cause__ or raised if wraps else raised
+    # check of a card wraps it in a ValueError.
+    error = raised
+    if type(raised) is RuntimeError:
+        error = raised.__cause__ or raised
+    elif type(raised) is ValueError:
+        error = raised.__cause__ or raised.__context__ or raised
     if isinstance(error, LocalTokenNotFoundError):
         return UserError(
             "publish: no token for the Hub: `hf auth login`, or set HF_TOKEN, with a token that "
@@ -265,9 +270,8 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
     if type(error) is RuntimeError:
         return OutsideError(f"publish: the upload failed ({_shown(error)}): {RESUME_HINT}")
     if isinstance(error, (ValueError, KeyError)):  # huggingface_hub cannot use the answer
-        return OutsideError(
-            f"publish: the Hub gave an unexpected answer ({_shown(error)}): {RESUME_HINT}"
-        )
+        what = f"without {error}" if isinstance(error, KeyError) else _shown(error)
+        return OutsideError(f"publish: the Hub gave an unexpected answer ({what}): {RESUME_HINT}")
     return None
 
 

@@ -21,7 +21,7 @@ from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Format, Runtime
 from finequant.quantize.formats.formats import FORMATS
-from finequant.recipes.errors import UserError, why_failed
+from finequant.recipes.errors import UserError, counted, why_failed
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say, tracked
@@ -136,7 +136,7 @@ def _held_out(
 
     if not material.prompts:
         return [], {}
-    say(f"evaluate: {name}: answering {len(material.prompts)} held-out rows")
+    say(f"evaluate: {name}: answering {counted(len(material.prompts), 'held-out row')}")
     limit = recipe.evaluate.max_new_tokens
     distinct = dict.fromkeys(map(tuple, material.prompts))
     texts = {

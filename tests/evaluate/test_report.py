@@ -453,3 +453,5 @@ def test_one_answer_that_is_cut_is_it():
     assert cut_line(cut).startswith("answers are cut after 1 token, but 1 of the 5")
     assert cut_line(cut).endswith("no model can give it whole")
     assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
+    assert "but all 5 reference answers are longer" in cut_line(cut | {"longer": 5})
+    assert "but the only reference answer is longer" in cut_line(cut | {"n": 1})

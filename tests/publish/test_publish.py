@@ -566,7 +566,7 @@ def test_files_of_others_that_cannot_be_read_are_not_taken_for_ours(hub, publish
         ("preupload", 403, "storage limit reached", 2, "alice/tiny (storage limit reached): make"),
         ("create", 409, "it exists", 1, "created in the meantime, or this token may not see it"),
         ("validate", 400, "unknown license", 2, "the Hub refused, status 400: unknown license"),
-        ("whoami", 200, None, 1, "the Hub gave an unexpected answer ('name')"),
+        ("whoami", 200, None, 1, "the Hub gave an unexpected answer (without 'name')"),
         ("store", 403, None, 2, "the Hub refused, status 403"),
     ],
 )
@@ -580,6 +580,8 @@ def test_what_the_hub_says_is_told_in_one_line(
     assert message.startswith("error: publish: ")
     assert words in message
     assert "hf_Planted" not in stopped.stdout + stopped.stderr
+    assert bool(hub.repositories) == (route in ("preupload", "store"))
+    assert not hub.received
 
 
 def test_a_published_page_names_no_folder_of_this_machine(recipe, tiny_base):
@@ -620,6 +622,7 @@ def test_the_card_says_what_was_not_measured(card):
     text = card("quantized", [], [], only_answers)
     assert "- No perplexity was measured.\n" in text
     assert "on the held-out rows only" not in text
+    assert "The adapter was trained on" not in text  # the introduction names the only base
     text = card("quantized", ["gguf/model.gguf"], [], only_sized)
     assert "- The export gguf holds the same codes; only its size was measured.\n" in text
     assert "on the held-out rows only" in text
