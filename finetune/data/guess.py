@@ -14,6 +14,7 @@ from finequant.finetune.data.columns import columns_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.guess_columns import (
     CHOICES,
+    QUESTIONS,
     SHORT,
     cells,
     columns_of_pair,
@@ -21,6 +22,7 @@ from finequant.finetune.data.guess_columns import (
     is_label,
     is_prose,
     left_out,
+    lengths_of,
     named_like,
     rated_answers,
     right_choice,
@@ -39,7 +41,7 @@ from finequant.finetune.data.rows import (
     mapped_paths,
     text_from,
 )
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, shown
 
 Task = Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"]
 
@@ -55,6 +57,10 @@ WRITTEN_OUT = re.compile(
 """The speakers, or the tokens of a chat template, in a text that is a whole conversation."""
 MOST_WORDS = 8
 """Words in the name of a column."""
+NAMELESS = re.compile(r"(Unnamed: \d+)?")
+"""The name of a column that has none in its table."""
+MOST_COLUMNS = 5
+"""An only row with more columns of texts may be an object of questions and answers."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,23 @@ def _pairs(
     flat = [cells(row, columns.values()) for row in rows]
     try:
         chosen = columns_of_pair(flat, data, columns)
-    except UserError:
+    except UserError as error:
         _refuse_written_out(rows, list(flat[0]), data)
+        if turns := _lists_of_objects(rows):
+            raise UserError(
+                f"{error}; if {turns[0]} is a conversation, each of its entries needs a role, user "
+                "or assistant, and a content"
+            ) from None
         raise
     if "completion" not in columns:
         chosen = with_names(flat, chosen)
+    answer = chosen["completion"]
+    if not given:
+        _refuse_nested(rows, data, chosen)
     if "prompt" not in given:
         _refuse_left_out(left_out(rows, flat, chosen), rows, data, chosen)
-    answer = chosen["completion"]
+    if _last_turn(rows[0], answer):  # a list of messages, as the API of OpenAI writes
+        return _chats(rows, task, answer, chosen)
     if "completion" not in given and (several := rated_answers(rows, answer)):
         raise UserError(
             f"{data}: each row has several {several}: if the first is always right, add "
@@ -189,6 +204,31 @@ def _refuse_left_out(
         f"{columns_of(left)}. If the model should read it, add {most}; if it should write it, "
         f"{_options('completion', [left[0], answer])}; if neither, {fewest}"
     )
+
+
+def _refuse_nested(rows: Sequence[dict[str, Any]], data: str, columns: dict[str, str]) -> None:
+    """Refuses rows whose question and answer are in the first of several entries of a list.
+
+    Raises:
+        UserError: naming the list.
+    """
+    asked, answered = (mapped_paths({side: columns[side]})[-1] for side, _ in SIDES)
+    for end in re.finditer(r"\[0\]", asked):
+        path = asked[: end.start()]
+        if answered.startswith(asked[: end.end()]) and max(lengths_of(rows, path), default=0) > 1:
+            raise UserError(
+                f"{data}: prompt {asked} and completion {answered} leave out {path} but for its "
+                "first entry: write each of its entries as a row of its own"
+            )
+
+
+def _lists_of_objects(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names the columns that hold lists of several objects, such as turns."""
+    return [
+        name
+        for name, value in rows[0].items()
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(x, dict) for x in value)
+    ]
 
 
 def _is_list_of_texts(value: Any) -> bool:
@@ -230,12 +270,41 @@ def _refuse(rows: Sequence[dict[str, Any]], data: str, columns: dict[str, str]) 
             'conversation into one row: {"messages": [{"role": "user", "content": ...}, ...]}'
         )
     names = [str(name) for name in first if name]
+    _refuse_nameless(rows, data)
+    if (
+        len(rows) == 1
+        and len(names) > MOST_COLUMNS
+        and not named_like(names, (*ANSWERS, *QUESTIONS))
+    ):
+        raise UserError(
+            f"{data}: one row with {len(names)} columns: if these are questions and their values "
+            'are the answers, write each pair as a row: {"prompt": ..., "completion": ...}; '
+            "otherwise add --prompt COLUMN --completion COLUMN"
+        )
     as_values = [name for name in names if any(row.get(name) == name for row in rows)]
     if as_values or (names and all(map(_is_no_name, names)) and not all(map(_is_number, names))):
         raise UserError(
             f"{data}: the first line should name the columns, but seems to be a row: "
             f"{columns_of(as_values or names)}; write a line such as text,label above it, or, if "
             "these are names, add --prompt COLUMN --completion COLUMN"
+        )
+
+
+def _refuse_nameless(rows: Sequence[dict[str, Any]], data: str) -> None:
+    """Refuses words in columns without a name: the first line of a table may be a title, or merged
+    cells above the names.
+
+    Raises:
+        UserError: with the first line.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    texts = {name: [str(row.get(name) or "") for row in rows] for name in columns}
+    if any(NAMELESS.fullmatch(name) and is_prose(texts[name]) for name in columns):
+        first = ["" if NAMELESS.fullmatch(name) else name for name in columns]
+        raise UserError(
+            f"{data}: the first line, {shown(first)}, does not name all columns with texts: if it "
+            "is a title, or has merged cells, remove it, so that the line of names comes first; "
+            "otherwise add --prompt COLUMN --completion COLUMN"
         )
 
 

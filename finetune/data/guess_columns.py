@@ -71,10 +71,12 @@ def columns_of_pair(
     elif question is None:
         question = _only(name for name in rest if is_prose(_column(rows, name)))
     if question is None or answer is None:
+        alike = [n for n in texts if len(rows) > 1 and _distinct(rows, n) == 1]
+        same = f" ({columns_of(alike)}: the same in all rows)" if alike else ""
         raise UserError(
             f"{data}: which column is the question and which the answer? The columns with text "
-            f"are {columns_of(texts)}: add --prompt COLUMN --completion COLUMN, each several times "
-            "to join columns; for texts without answers, --task text --completion COLUMN"
+            f"are {columns_of(texts)}{same}: add --prompt COLUMN --completion COLUMN, each several "
+            "times to join columns; for texts without answers, --task text --completion COLUMN"
             + (CHOOSE.format(choices[0].partition("[0]")[0]) if choices else "")
         )
     for option, name in given.items():
@@ -170,7 +172,7 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
 def _further(rows: Sequence[dict[str, Any]], paths: list[str]) -> list[str]:
     """Lists the lists of whose entries these paths read only the first, although there are more."""
     lists = dict.fromkeys(path.partition("[0]")[0] for path in paths if "[0]" in path)
-    return [name for name in lists if max(_lengths(rows, name), default=0) > 1]
+    return [name for name in lists if max(lengths_of(rows, name), default=0) > 1]
 
 
 def filled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -186,10 +188,10 @@ def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
     """Finds a list of objects that always has several, of which the answer is in the first, such as
     completions of several models."""
     name, _, inside = answer.partition("[0].")
-    return name if inside and min(_lengths(rows, name), default=0) > 1 else None
+    return name if inside and min(lengths_of(rows, name), default=0) > 1 else None
 
 
-def _lengths(rows: Sequence[dict[str, Any]], path: str) -> list[int]:
+def lengths_of(rows: Sequence[dict[str, Any]], path: str) -> list[int]:
     """Returns the number of entries of a list, or 0 for anything else, in each row that has it."""
     lengths = []
     for row in rows:

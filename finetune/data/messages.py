@@ -121,6 +121,11 @@ def _message(turn: dict[str, Any], where: str) -> Message:
         content, calls = None, parse_json(str(content), f"{where}: function_call", "a call")
     elif "function_call" in turn:  # OpenAI's form before tool_calls
         calls = turn["function_call"]
+    if content is None and not calls:
+        raise BadRowError(
+            f"{where}: {_a(role)} message whose content is not text: None; its keys are "
+            f"{', '.join(turn)}"
+        )
     message: Message = {"role": role, "content": _text(content, role, bool(calls), where)}
     if calls:
         calls = calls if isinstance(calls, list) else [calls]

@@ -41,6 +41,18 @@ SIGNATURES = {
 }
 """First bytes of a file that is no text -> what it is, and what to do; {} is its name."""
 
+REMEDIES = {
+    ".xlsx": "from Excel: save the sheet as CSV UTF-8",
+    ".xls": "from Excel: save the sheet as CSV UTF-8",
+    ".zip": "unpack it first",
+    ".tar": "unpack it first",
+    ".tgz": "unpack it first",
+    ".7z": "unpack it first",
+    ".feather": "let its name end in .arrow",
+    ".md": "let its name end in .txt, to be read as one text",
+}
+"""Suffix of a file that is not read -> what to do."""
+
 Content = TypeVar("Content")
 EXPECTED = (
     f"expected a file that ends in {', '.join(TABLES)} or .txt (or in one of them and "
@@ -98,8 +110,11 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
         what = (
             f"only files of {', '.join(named)}: {NAME_SPLIT}, or name a file" if named else EXPECTED
         )
-        if not named and any(kind_of(file)[0] == ".txt" for file in folder.iterdir()):
+        kinds = {kind_of(file)[0] for file in folder.iterdir()}
+        if not named and ".txt" in kinds:
             what = f"for its texts, name the pattern '{folder}/*.txt'"
+        elif not named and ".md" in kinds:
+            what = f"for its texts, let their names end in .txt, and name '{folder}/*.txt'"
         raise UserError(f"{folder}: this folder has no file of rows for {split}; {what}")
     for file in files:
         yield from _read_file(file, split)
@@ -236,12 +251,12 @@ def _read_file(path: Path, split: str) -> Iterator[Unparsed]:
 
 def _hint(path: Path, kind: str) -> str:
     """Says what else a file of an unknown kind may be."""
-    if kind in (".xlsx", ".xls"):
-        return "; from Excel: save the sheet as CSV UTF-8"
+    if kind in REMEDIES:
+        return f"; {REMEDIES[kind]}"
     before, _, after = path.name.rpartition(kind) if kind else (path.name, "", "")
     alike = [file.name for file in sorted(path.parent.glob(f"{glob.escape(before)}.*{after}"))]
     names = [name.removeprefix(f"{before}.").removesuffix(after) for name in alike]
-    if kind[1:] not in names or len(names) != 2:
+    if kind[1:] not in names or len(names) != 2 or {f".{name}" for name in names} & {*TABLES}:
         return ""
     return f"; for two languages, line by line, name {before}.{{{','.join(names)}}}{after}"
 

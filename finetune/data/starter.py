@@ -239,7 +239,7 @@ def _system(look: Look) -> str:
     column = look.columns.get("completion", "label")
     if look.task == "classify" and ("[" in column or named_like([column], ["answer"])):
         return ""  # neither is the name of a label
-    label = column.rpartition(".")[2].replace("_", " ").removesuffix(" text")
+    label = column.rpartition(".")[2].replace("_", " ").strip().removesuffix(" text")
     return SYSTEM.get(look.task, "").format(completion=label)
 
 

@@ -26,7 +26,13 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
         separator = "\t" if kind == ".tsv" else _separator(path)
         quotes = _quotes(path, separator) if separator == "\t" else None
         quoting = csv.QUOTE_NONE if quotes == "text" else csv.QUOTE_MINIMAL
-        reader = csv.reader(file, strict=True, delimiter=separator, quoting=quoting)
+        reader = csv.reader(
+            file,
+            strict=True,
+            delimiter=separator,
+            quoting=quoting,
+            skipinitialspace=_is_spaced(path, separator),
+        )
         try:
             for cells in reader:
                 # A quoted cell may contain line breaks; a row's location is its first line.
@@ -39,9 +45,11 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                 row: dict[str, Any] | BadRowError = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
                     remedy = "remove it from" if quotes == "text" else "quote"
+                    title = "if the first line is a title, remove it; otherwise "
                     row = BadRowError(
                         f"{path}:{start}: {len(cells)} columns, where the header has "
-                        f"{len(header)}: {remedy} cells that contain a {_name(separator)}"
+                        f"{len(header)}: {title if len(header) == 1 else ''}"
+                        f"{remedy} cells that contain a {_name(separator)}"
                     )
                 elif cells == header:
                     row = BadRowError(f"{path}:{start}: repeats the header: remove this line")
@@ -131,6 +139,15 @@ def _separator(path: Path) -> str:
         for separator in SEPARATORS
     }
     return max(counts, key=lambda separator: counts[separator])
+
+
+def _is_spaced(path: Path, separator: str) -> bool:
+    """Says whether spaces follow the separators of the header, as in `text, label`: they belong to
+    no cell, and quotes after them enclose cells."""
+    with open_text(path, newline="") as file:
+        lines = (line for line in file if line.strip() and not line.startswith("sep="))
+        names = next(lines, "").split(separator)[1:]
+    return separator != "\t" and bool(names) and all(name.startswith(" ") for name in names)
 
 
 def _name(separator: str) -> str:

@@ -338,6 +338,11 @@ UNREADABLE = {
         ["rows.xlsx: expected a file that ends in", "save the sheet as CSV UTF-8"],
     ),
     "rows.zip": (b"PK", ["rows.zip: expected a file that ends in"]),
+    "rows.jsonl.zip": (
+        b"PK",
+        ["rows.jsonl.zip: expected a file that ends in", "; unpack it first"],
+    ),
+    "rows.md": (b"a text", ["rows.md: expected a file that ends in", "; let its name end in .txt"]),
 }
 
 
@@ -418,6 +423,34 @@ def test_a_header_that_is_repeated_is_a_bad_row(tmp_path):
     rows = [row for _, row in read_source(Source(source=str(tmp_path / "rows.csv")))]
     assert (rows[0], rows[2]) == ({"text": "a", "label": "b"}, {"text": "c", "label": "d"})
     assert str(rows[1]).endswith("rows.csv:3: repeats the header: remove this line")
+
+
+def test_a_title_above_the_names_of_columns_is_named(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("From 2024 on\ntext,label\na,b\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match="rows.csv:2: 2 columns, .* 1: if the first line is a title"
+    ):
+        read_rows(file)
+
+
+def test_spaces_after_the_separators_of_a_header_belong_to_no_cell(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text('"text", "label"\n"a, b", "c"\nd,  e\n', encoding="utf-8")
+    assert [row for _, row in read_rows(file)] == [
+        {"text": "a, b", "label": "c"},
+        {"text": "d", "label": "e"},
+    ]
+    file.write_text("text,label\na, b\n", encoding="utf-8")
+    assert [row for _, row in read_rows(file)] == [{"text": "a", "label": " b"}]
+
+
+def test_two_formats_of_a_file_are_not_two_languages(tmp_path):
+    for name in ("rows.md", "rows.arrow"):
+        (tmp_path / name).write_text("a", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        rows_of(tmp_path / "rows.md")
+    assert "languages" not in str(error.value)
 
 
 def test_empty_columns_of_a_spreadsheet_are_named_as_pandas_does(tmp_path):

@@ -171,6 +171,19 @@ KINDS = {
         ["rouge"],
         ("A: 0\nB: no", "no to 0"),
     ),
+    "messages as input and output": (
+        [
+            {
+                "input": [
+                    {"role": "user", "content": [{"type": "input_text", "text": f"is {n}?"}]}
+                ],
+                "output": [{"role": "assistant", "content": f"it is {n}"}],
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("is 0?", "it is 0"),
+    ),
     "objects": (
         [{"prompt": f"set {n}", "completion": json.dumps({"set": n})} for n in range(40)],
         ["json_match"],
@@ -479,6 +492,56 @@ def test_a_table_without_a_line_of_names_is_refused(tmp_path, lines):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize("first", ["Survey 2024,,", "Customer,,Reply", "Survey 2024,"])
+def test_a_title_above_the_names_of_columns_is_refused(tmp_path, first):
+    file, columns = tmp_path / "rows.csv", first.count(",") + 1
+    rows = [["text", "label", "day"], *([f"it is {n}", "ab"[n % 2], "5"] for n in range(40))]
+    lines = [first, *(",".join(row[:columns]) for row in rows)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match="rows.csv: the first line, .* does not name all columns"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_columns_without_a_name_may_hold_numbers_or_nothing(tmp_path):
+    """As pandas writes an index, and spreadsheets write empty columns."""
+    file = tmp_path / "rows.csv"
+    rows = (f"{n},it is {n},{'ab'[n % 2]},{'x' * (n == 3)}\n" for n in range(40))
+    file.write_text(",text,label,\n" + "".join(rows), encoding="utf-8")
+    look = write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert look.columns == {"prompt": "text", "completion": "label"}
+
+
+@pytest.mark.parametrize("outer", ["", "data"])
+def test_several_questions_in_a_row_are_refused_with_their_list(tmp_path, outer):
+    pairs = [{"question": f"is {n}?", "answer": f"it is {n}"} for n in range(9)]
+    rows = {"items": pairs}
+    file = write_jsonl(tmp_path / "rows.jsonl", [{outer: rows, "n": 1} if outer else rows])
+    path = "data.items" if outer else "items"
+    with pytest.raises(UserError, match=f"leave out {path} but for its first entry: write each"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_an_object_of_questions_and_answers_is_refused_in_one_line(tmp_path):
+    file = write_jsonl(tmp_path / "rows.json", [{f"is {n} so?": f"it is {n}" for n in range(30)}])
+    with pytest.raises(UserError, match="one row with 30 columns: if these are questions") as error:
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    assert len(str(error.value)) < 400
+
+
+def test_a_conversation_of_other_keys_is_told_from_columns(tmp_path):
+    turns = [{"speaker": name, "text": f"I am {name}"} for name in "AB"]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"talk": turns}] * 9)
+    with pytest.raises(UserError, match="if talk is a conversation, each of its entries needs a r"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
+def test_columns_that_never_change_are_named(tmp_path):
+    rows = [{"question": "what now?", "answer": "go on"}] * 20
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="question, answer: the same in all rows"):
+        write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+
+
 def test_questions_as_names_of_columns_can_be_given(tmp_path):
     file, names = tmp_path / "rows.csv", ("What do you ask?", "What is the answer?")
     file.write_text(",".join(names) + "\n" + "".join(f"{n} a,b {n}\n" for n in range(20)))
@@ -724,6 +787,12 @@ def test_a_pattern_of_texts_is_read_and_a_folder_of_them_names_it(tmp_path):
     write_recipe(texts / "*.txt", None, None, None, target)
     recipe = load_recipe(target)
     assert [len(part) for part in load_splits(recipe.data, 0)[:3]] == [2, 0, 1]
+    for file in texts.iterdir():
+        file.rename(file.with_suffix(".md"))
+    with pytest.raises(
+        UserError, match=r"let their names end in .txt, and name '.*/texts/\*.txt'$"
+    ):
+        write_recipe(texts, None, None, None, tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
