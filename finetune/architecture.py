@@ -1,6 +1,6 @@
 """Describes a decoder: most facts come from a model without weights, the rest from a table.
 
-A new architecture needs an entry here and a base in tests/quantize/test_architectures.py.
+A new architecture needs an entry here and a base in BASES of tests/architectures.py.
 """
 
 from __future__ import annotations
