@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.evaluate.models import GREEDY, MODELS
 from finequant.recipes.command_line import open_run, quiet_libraries
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, counted
 from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -254,7 +254,7 @@ def converse(chat_model: ChatModel, name: str, recipe: Recipe, max_new_tokens: i
         messages.append({"role": "user", "content": line})
         answer = chat_model(messages, max_new_tokens, lambda text: print(text, end="", flush=True))
         print()
-        say(f"chat: {answer.tokens} tokens, {answer.speed}")
+        say(f"chat: {counted(answer.tokens, 'token')}, {answer.speed}")
         messages.append({"role": "assistant", "content": answer.text})
 
 

@@ -123,9 +123,9 @@ def _check_references(evaluate: Evaluate, answers: list[tuple[str, str]]) -> Non
     ]
     if broken:
         raise UserError(
-            "evaluate.metrics: json_match needs JSON, but the answers of "
-            f"{counted(len(broken), 'held-out row')} are not JSON: correct them, or remove "
-            "json_match\n  " + listed(broken, most=10)
+            "evaluate.metrics: json_match needs JSON, but the answer is not JSON in "
+            f"{counted(len(broken), 'held-out row')}: correct it, or remove json_match\n  "
+            + listed(broken, most=10)
         )
 
 
@@ -167,8 +167,8 @@ def _check_choices(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
     ]
     if unknown:
         raise UserError(
-            f"evaluate.choices: the answers of {counted(len(unknown), 'held-out row')} are not "
-            f"among them ({', '.join(map(repr, evaluate.choices[:20]))}): add them, or set "
+            f"evaluate.choices: in {counted(len(unknown), 'held-out row')}, the answer is none of "
+            f"{', '.join(map(repr, evaluate.choices[:20]))}: add it, or set "
             "evaluate.choices=completions\n  " + listed(unknown, most=10)
         )
 
@@ -244,9 +244,9 @@ def check_lengths(
                 " from data.test" if recipe.data.test else ""
             )
         raise UserError(
-            f"evaluate: {len(long)} held-out prompts, each with an answer of up to "
-            f"evaluate.max_new_tokens={answer}, do not fit into the {positions} positions of the "
-            f"base: {hint}\n  {listed(long, most=10)}"
+            f"evaluate: {counted(len(long), 'held-out prompt')} too long for the {positions} "
+            "positions of the base with an answer of up to "
+            f"evaluate.max_new_tokens={answer}: {hint}\n  {listed(long, most=10)}"
         )
     exports = recipe.quantize.exports
     limited = [name for name in exports if "quantize.cache_length" in EXPORT_KEYS.get(name, ())]

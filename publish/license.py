@@ -176,6 +176,6 @@ def _check_name(repo_id: str | None, start: str) -> None:
     if name and not re.sub("[-_.]", "", name).startswith(start.replace("-", "")):
         raise UserError(
             f"publish.repo_id: {repo_id}: the base's license demands that the name of every model "
-            f"made from it begins with {start.replace('-', ' ')}: such as "
+            f"made from it begin with {start.replace('-', ' ')}, such as "
             f"{repo_id.split('/')[0]}/{start}-{name.removeprefix('Llama-')}"
         )

@@ -44,12 +44,13 @@ class Remote(NamedTuple):
             return [f"as {self.user}: the repository will be created"]
         if not self.files:
             return [f"as {self.user}: the repository exists and is empty"]
-        lines = [f"as {self.user}: the repository exists, {len(self.files)} files in it"]
+        count = counted(len(self.files), "file")
+        lines = [f"as {self.user}: the repository exists and has {count}"]
         replaced = [name for name in self.files if name in files]
         if replaced:
-            lines.append(f"replaced where they differ: {', '.join(replaced)}")
+            lines.append(f"replaced where different: {', '.join(replaced)}")
         if left := self.left_over(files):
-            lines.append(f"removed, as they are not in this publication: {', '.join(left)}")
+            lines.append(f"removed, not in this publication: {', '.join(left)}")
         return lines
 
 
@@ -216,8 +217,9 @@ def _edited(
 
 def _may_not_write(recipe: Recipe, reason: str = "") -> str:
     return (
-        f"publish: this token may not write to {recipe.publish.repo_id}{reason}: make one with the "
-        "role write in the settings of your account on the Hub, then `hf auth login` or HF_TOKEN"
+        f"publish: this token may not write to {recipe.publish.repo_id}{reason}: create one with "
+        "the write role in your account settings on the Hub, then run `hf auth login` or set "
+        "HF_TOKEN"
     )
 
 
@@ -257,8 +259,8 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
         error = raised.__cause__ or raised.__context__ or raised
     if isinstance(error, LocalTokenNotFoundError):
         return UserError(
-            "publish: no token for the Hub: `hf auth login`, or set HF_TOKEN, with a token that "
-            "may write"
+            "publish: no token for the Hub: run `hf auth login`, or set HF_TOKEN, with a token "
+            "that may write"
         )
     if isinstance(error, OfflineModeIsEnabled):
         return UserError("publish: HF_HUB_OFFLINE is set: unset it to publish")
@@ -280,7 +282,7 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
     status = error.response.status_code
     if status == 401:
         return UserError(
-            "publish: the Hub does not accept this token: `hf auth login` with a valid one; "
+            "publish: the Hub does not accept this token: run `hf auth login` with a valid one; "
             "HF_TOKEN, if it is set, takes precedence"
         )
     message = _shown(error.server_message or error)

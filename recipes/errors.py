@@ -15,7 +15,7 @@ CRASHES = {
     signal.SIGSEGV: "crashed in a library (SIGSEGV)",
     signal.SIGABRT: "was aborted by a library (SIGABRT)",
     signal.SIGBUS: "lost the memory or the file that it was reading (SIGBUS)",
-    signal.SIGILL: "met an instruction that this processor does not have (SIGILL)",
+    signal.SIGILL: "used an instruction that this processor does not have (SIGILL)",
     signal.SIGFPE: "crashed in a library (SIGFPE)",
 }
 """Signals that end a process before it can say so -> what happened to it."""

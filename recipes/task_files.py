@@ -60,7 +60,7 @@ def _data_of(node: Any) -> Iterator[str]:
     if isinstance(node, dict):
         path, arguments = node.get("dataset_path"), node.get("dataset_kwargs")
         if path and isinstance(path, str):
-            yield path  # of a folder, or json, csv, parquet, ..., or of the Hub
+            yield path  # of a folder, or json, csv, parquet, ..., or on the Hub
         if isinstance(arguments, dict):
             yield from _strings([arguments.get("data_files"), arguments.get("data_dir")])
     if isinstance(node, (dict, list)):

@@ -53,7 +53,7 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
                 number = str(ord(number) - ord("A"))
             is_list = isinstance(value, list)
             if not is_list or not number.isdecimal() or int(number) >= len(value):
-                has = f"{len(value)} entries" if is_list else shown(value)
+                has = f"a list of {len(value)}" if is_list else shown(value)
                 raise BadRowError(f"{where}: {path}: no entry {number} in {name}: {has}")
             value, name = value[int(number)], f"{name}[{index}]"
     return value

@@ -185,8 +185,8 @@ def _template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) ->
     count = sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
     dated = date_note(tokenizer, recipe.data)
     return [
-        f"the chat template adds {count} tokens: {before!r} before a question, {between!r} before "
-        f"its answer, {after!r} after it",
+        f"the chat template adds {counted(count, 'token')}: {before!r} before a question, "
+        f"{between!r} before its answer, {after!r} after it",
         *([dated] if dated else []),
     ]
 

@@ -75,7 +75,7 @@ def read_unparsed(source: Source) -> Iterator[Unparsed]:
     if not path.is_absolute():
         return _read_hub(source)
     if source.streaming:
-        raise UserError(f"{path}: streaming is for datasets of the Hub: leave it out for a file")
+        raise UserError(f"{path}: streaming is for datasets on the Hub: leave it out for a file")
     if path.is_dir():
         return _read_folder(path, source.split)
     if columns := parallel_files(path):
@@ -330,8 +330,8 @@ def _read_parallel(columns: dict[str, Path]) -> Iterator[Unparsed]:
     for number, lines in enumerate(zip_longest(*lines_of_files), start=1):
         if None in lines:
             raise UserError(
-                f"{files[lines.index(None)]}: ends after {counted(number - 1, 'line')}, but others "
-                f"of {', '.join(columns)} go on: each line of one belongs to a line of the others"
+                f"{files[lines.index(None)]}: ends after {counted(number - 1, 'line')}, but "
+                f"another of {', '.join(columns)} does not: the files must match line by line"
             )
         yield f"{files[0].name}:{number}", dict(zip(columns, lines, strict=True))
 

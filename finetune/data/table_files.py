@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from finequant.finetune.data.arrow_values import features_of, restored
 from finequant.finetune.data.files import BadRowError, Unparsed, open_text
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, counted
 from finequant.recipes.terminal import say
 
 CSV_CELL_LIMIT = 2**27
@@ -47,7 +47,7 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                     remedy = "remove it from" if quotes == "text" else "quote"
                     title = "if the first line is a title, remove it; otherwise "
                     row = BadRowError(
-                        f"{path}:{start}: {len(cells)} columns, where the header has "
+                        f"{path}:{start}: {counted(len(cells), 'column')}, where the header has "
                         f"{len(header)}: {title if len(header) == 1 else ''}"
                         f"{remedy} cells that contain a {_name(separator)}"
                     )

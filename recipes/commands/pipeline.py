@@ -65,7 +65,7 @@ def run(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="start even if memory or disk seem too small")
+        bool, typer.Option("--force", help="start even if memory or disk seems too small")
     ] = False,
 ) -> None:
     """Run all stages in turn; skip those whose inputs have not changed."""

@@ -32,7 +32,7 @@ def init(
     ] = None,
     task: Annotated[
         Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"] | None,
-        typer.Option(help="what the model is to do; default: guessed from the rows"),
+        typer.Option(help="what the model should do; default: guessed from the rows"),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -102,7 +102,7 @@ def _say_choices(look: Look) -> None:
         left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
     if look.task == "classify" and all(map(str.isdecimal, look.answers)):
-        say("init: the answers are numbers: if they stand for names, write those into a column")
+        say("init: the answers are numbers: if they stand for names, put the names in a column")
 
 
 @contextmanager

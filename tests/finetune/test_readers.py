@@ -265,8 +265,8 @@ def test_a_carriage_return_inside_a_line_does_not_shift_the_lines_of_parallel_fi
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 line, but others of en, de"),
-        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 line, but others of en, de"),
+        ({"en": "a\nb\n", "de": "a\n"}, "pairs.de.gz: ends after 1 line, but another of en, de"),
+        ({"en": "a\n", "de": "a\nb\n"}, "pairs.en.gz: ends after 1 line, but another of en, de"),
         ({"en": "a\n"}, "pairs.de.gz: cannot be read: No such file"),
         ({"en": "a\n", "de": ""}, "pairs.de.gz: no rows in this file"),
     ],
@@ -400,9 +400,9 @@ def test_fields_inside_a_column_are_read(tmp_path, path, text):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("answers.text[2]", r"rows.jsonl:1: answers.text\[2\]: no entry 2 in answers.text: 2 entr"),
-        ("answers.text[id]", r"answers.text\[id\]: no entry 7 in answers.text: 2 entries"),
-        ("answers.text[turns]", r"no entry .*When.* in answers.text: 2 entries"),
+        ("answers.text[2]", r"1: answers.text\[2\]: no entry 2 in answers.text: a list of 2"),
+        ("answers.text[id]", r"answers.text\[id\]: no entry 7 in answers.text: a list of 2"),
+        ("answers.text[turns]", r"no entry .*When.* in answers.text: a list of 2"),
         ("answers.text[bset]", "no column bset; .*did you mean best"),
         ("answers.txt[0]", "answers.txt.*: no txt in answers: only text, start"),
         ("id.text", "rows.jsonl:1: id.text: no text in id: 7"),

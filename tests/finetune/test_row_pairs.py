@@ -134,7 +134,7 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         {"prompt": "q", "completion": "choices[gold]"},
         {"q": "Who?", "choices": ["Her", "Ada"], "gold": "B"},
         {"q": "Who?", "choices": ["Her", "Ada"], "gold": "C"},
-        "no entry 2 in choices: 2 entries",
+        "no entry 2 in choices: a list of 2",
     ),
     "choices with letters": (
         {"prompt": "{q}\n\n{choices:letters}", "completion": "choices[gold]"},
@@ -170,7 +170,7 @@ PAIRS: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any], str]] = {
         NESTED,
         {"q": "Who?", "answers": {"text": ["Her", "Ada"]}},
         {"q": "Who?", "answers": {"text": ["Her"]}},
-        "answers.text[1]: no entry 1 in answers.text: 1 entries",
+        "answers.text[1]: no entry 1 in answers.text: a list of 1",
     ),
     "a field in a cell of JSON": (
         NESTED,

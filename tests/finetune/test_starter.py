@@ -655,7 +655,7 @@ def test_rows_that_are_neither_here_nor_on_the_hub_are_refused(tmp_path, rows):
         write_recipe(Path(rows), None, None, None, target)
     file = tmp_path / "rows.jsonl"
     write_jsonl(file, [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(UserError, match="--subset main: only a dataset of the Hub has subsets"):
+    with pytest.raises(UserError, match="--subset main: only a dataset on the Hub has subsets"):
         write_recipe(file, None, None, None, target, subset="main")
     assert not target.exists()
 

@@ -188,7 +188,7 @@ def test_publishing_again_sends_only_changes_and_removes_deleted_files(hub, publ
     shutil.rmtree(recipe.parent / "run" / "exports")
     smaller = publish("publish.description=For tests.")
     assert smaller.returncode == 0, smaller.stderr
-    assert "removed, as they are not in this publication: gguf/model.gguf" in smaller.stderr
+    assert "removed, not in this publication: gguf/model.gguf" in smaller.stderr
     files = hub.repositories[REPOSITORY].files
     assert "gguf/model.gguf" not in files
     assert b"\nFor tests.\n" in files["README.md"].content
@@ -234,9 +234,9 @@ def test_files_that_arrive_altered_are_named(hub, publish):
 @pytest.mark.parametrize(
     ("token", "changes", "code", "words"),
     [
-        ("hf_PlantedTokenOfNobody", {}, 2, "the Hub does not accept this token: `hf auth login`"),
+        ("hf_PlantedTokenOfNobody", {}, 2, "does not accept this token: run `hf auth login`"),
         (READ, {}, 2, f"this token may not write to {REPOSITORY}"),
-        ("", {}, 2, "no token for the Hub: `hf auth login`"),
+        ("", {}, 2, "no token for the Hub: run `hf auth login`"),
         (WRITE, {"HF_HUB_OFFLINE": True}, 2, "HF_HUB_OFFLINE is set"),
         (WRITE, {"ENDPOINT": "http://127.0.0.1:9"}, 1, "the Hub cannot be reached"),
     ],
@@ -468,7 +468,7 @@ def test_the_requirements_of_llamas_license_are_met(recipe, papers):
     llama = (recipe, "--dry-run", "publish.license=llama3.2", f"publish.license_folder={papers}")
     message = refused(in_process, *llama)
     assert "alice/tiny" in message
-    assert "begins with Llama: such as alice/Llama-tiny" in message
+    assert "begin with Llama, such as alice/Llama-tiny" in message
     named = (*llama, "publish.repo_id=alice/Llama-tiny")
     dry_run(*named)
     folder = folder_of(recipe)
@@ -503,7 +503,7 @@ def test_each_generation_of_llama_has_its_own_demands(recipe, papers, license, s
     )
     if start:
         message = refused(in_process, *command)
-        assert f"begins with {start[:-1].replace('-', ' ')}: such as alice/{start}tiny" in message
+        assert f"begin with {start[:-1].replace('-', ' ')}, such as alice/{start}tiny" in message
     if license == "llama3":
         message = refused(in_process, *command, "publish.repo_id=alice/Llama-tiny")
         assert "such as alice/Llama-3-tiny" in message
@@ -563,7 +563,7 @@ def test_files_of_others_that_cannot_be_read_are_not_taken_for_ours(hub, publish
 @pytest.mark.parametrize(
     ("route", "status", "said", "code", "words"),
     [
-        ("preupload", 403, "storage limit reached", 2, "alice/tiny (storage limit reached): make"),
+        ("preupload", 403, "storage limit reached", 2, "alice/tiny (storage limit reached): "),
         ("create", 409, "it exists", 1, "created in the meantime, or this token may not see it"),
         ("validate", 400, "unknown license", 2, "the Hub refused, status 400: unknown license"),
         ("whoami", 200, None, 1, "the Hub gave an unexpected answer (without 'name')"),

@@ -60,7 +60,7 @@ IN_SECONDS = {
     ),
     "choices": (
         ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, blue]"],
-        "the answers of 8 held-out rows are not among them ('red', 'blue')",
+        "evaluate.choices: in 8 held-out rows, the answer is none of 'red', 'blue': add it",
     ),
     "an empty choice": (
         ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, '']"],
@@ -139,7 +139,7 @@ def test_answers_that_are_not_json_are_listed_with_all_other_problems(refused_ru
         "evaluate.task_folder=tasks",
         "output_dir=/dev/null/run",
     )
-    assert "json_match needs JSON, but the answers of 4 held-out rows are not JSON" in said
+    assert "json_match needs JSON, but the answer is not JSON in 4 held-out rows: " in said
     assert 'prose.jsonl:1: "open the red door' in said
     assert "prose.jsonl:4: 'NaN'" in said
     assert "mine.yaml:3: not valid YAML: expected ',' or ']'" in said
@@ -182,8 +182,8 @@ WITH_A_TOKENIZER = {
     ),
     "an answer beyond the positions": (
         ["evaluate.max_new_tokens=500"],
-        "8 held-out prompts, each with an answer of up to evaluate.max_new_tokens=500, do not fit "
-        "into the 512 positions of the base: set evaluate.max_new_tokens=4",
+        "8 held-out prompts too long for the 512 positions of the base with an answer of up to "
+        "evaluate.max_new_tokens=500: set evaluate.max_new_tokens=4",
     ),
     "rows without an answer": (
         ["data.max_length=3"],
@@ -208,7 +208,7 @@ def test_a_prompt_beyond_the_positions_names_its_row(refused_run, tmp_path):
     row = {"prompt": "open the red door " * 200, "completion": "{}"}
     write_jsonl(tmp_path / "long.jsonl", [*make_rows(range(90, 92)), row])
     said = refused_run("data.test=long.jsonl")
-    assert "1 held-out prompts" in said
+    assert "1 held-out prompt too long" in said
     assert "remove rows with longer prompts from data.test" in said
     assert "long.jsonl:3: " in said
 
