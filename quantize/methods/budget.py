@@ -198,10 +198,10 @@ def allocate(
     while True:
         steps = []
         for name, options in loss_increases.items():
-            for bits, rise in options.items():
+            for bits, increase in options.items():
                 cost = weights[name] * (bits - chosen[name])
                 if 0 < cost <= left:
-                    steps.append(((options[chosen[name]] - rise) / cost, name, bits))
+                    steps.append(((options[chosen[name]] - increase) / cost, name, bits))
         gain, name, bits = max(steps, default=(0.0, "", 0))
         if gain <= 0:
             return chosen

@@ -17,7 +17,7 @@ from finequant.quantize.scheme import Plan, layer_plan, shipped_dtype
 from finequant.quantize.size.evaluating import evaluation_memory
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.plan import model_size
-from finequant.quantize.size.quantizing import aware_memory, quantize_memory
+from finequant.quantize.size.quantizing import qat_memory, quantize_memory
 from finequant.quantize.size.terms import MB, Lengths, Memory, longest, trainable
 from finequant.quantize.size.training import optimizer_bytes, training_memory
 from finequant.recipes.schema import Model, Recipe
@@ -40,7 +40,7 @@ def memory_of(
     """
     stages = {
         "train": training_memory,
-        "qat": aware_memory,
+        "qat": qat_memory,
         "quantize": quantize_memory,
         "evaluate": evaluation_memory,
     }

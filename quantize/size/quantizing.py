@@ -27,7 +27,7 @@ from finequant.quantize.size.terms import (
 )
 from finequant.quantize.size.training import (
     LOGITS,
-    TAUGHT_LOGITS,
+    LOGITS_WITH_TEACHER,
     saved_per_token,
     step_memory,
     step_tokens,
@@ -42,9 +42,7 @@ RELOADING = 300 * MB
 """Bytes of a second process with the same libraries, without what both map (0.29 GB measured)."""
 
 
-def aware_memory(
-    recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths
-) -> Memory:
+def qat_memory(recipe: Recipe, config: DecoderConfig, machine: Machine, lengths: Lengths) -> Memory:
     """Estimates the larger phase of quantization-aware training: calibration or a training step."""
     training, shipped = recipe.quantize.training, shipped_dtype(recipe.quantize, config)
     learns_scales, teacher = training.learns == "scales", bool(training.distillation)
@@ -60,7 +58,8 @@ def aware_memory(
     weights += _formed_at_once(formed) if checkpointed else sum(formed.values())
     tokens = step_tokens(recipe, lengths, machine)
     targets = min(tokens, TARGETS_AT_ONCE)
-    logits = targets * config.vocab_size * (TAUGHT_LOGITS if training.distillation else LOGITS)
+    logit_bytes = LOGITS_WITH_TEACHER if teacher else LOGITS
+    logits = targets * config.vocab_size * logit_bytes
     step = step_memory("qat", recipe, config, machine, size, tokens, weights, learned, logits)
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
@@ -160,14 +159,14 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
         machine,
         {
             "weights": weights,
-            "what learns": (4 + 4 + 8) * _scales(recipe, config),
+            "trained parameters": (4 + 4 + 8) * _scales(recipe, config),
             "teacher's states": taught * config.hidden_size * arithmetic,
         },
         {
             "activations": int(
                 tokens * saved_per_token(recipe, config, arithmetic) * config.num_hidden_layers
             ),
-            "logits": int(LOGITS_TOKENS * config.vocab_size * TAUGHT_LOGITS),
+            "logits": int(LOGITS_TOKENS * config.vocab_size * LOGITS_WITH_TEACHER),
         },
     )
 

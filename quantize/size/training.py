@@ -38,10 +38,10 @@ LOGITS = 18
 TILE = (4096, 32768)
 """Tokens and words whose logits trl's loss on a GPU holds at a time; gradients replace them."""
 
-TAUGHT_LOGITS = 32.5
+LOGITS_WITH_TEACHER = 32.5
 """Bytes per logit with those of a teacher."""
 
-LEARNED = 0.5
+TARGET_SHARE = 0.5
 """Assumed share of target tokens if the loss leaves out prompts."""
 
 
@@ -57,7 +57,7 @@ def training_memory(
             map(min, TILE, (tokens, config.vocab_size))
         )
     else:
-        targets = tokens if recipe.data.loss_on == "all" else int(tokens * LEARNED)
+        targets = tokens if recipe.data.loss_on == "all" else int(tokens * TARGET_SHARE)
         loss = min(targets, TARGETS_AT_ONCE) * config.vocab_size * LOGITS
     weights, parts = parameter_count(config) * size, components(config)
     if recipe.model.load == "nf4":
@@ -122,7 +122,7 @@ def step_memory(
         machine,
         {
             "weights": weights,
-            "adapter" if stage == "train" else "what learns": 4 * learned,
+            "adapter" if stage == "train" else "trained parameters": 4 * learned,
             "gradients": 4 * learned,
             "optimizer": optimizer_bytes(train.optimizer) * learned,
         },
