@@ -71,10 +71,6 @@ class Rendering:
             ) from None
         return text
 
-    def answer_spans(self, answers: Collection[int]) -> list[Span]:
-        """Returns the spans of some answers, each with the token that ends it."""
-        return [self.answer_span(index) for index in sorted(answers)]
-
     def answer_span(self, index: int) -> Span:
         """Finds the span of an answer in the whole conversation, with the token that ends it.
 

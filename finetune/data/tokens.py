@@ -56,27 +56,28 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data)
 def _encode_conversations(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> list[Encoded]:
-    inside = data.loss_on == "assistant"
-    answers = [row.targets if inside else row.excluded for row in rows]
+    only_answers = data.loss_on == "assistant"
+    answers = [row.targets if only_answers else row.excluded for row in rows]
     # Even if all tokens are targets, `answer_span` checks the last answer.
     looked_at = [
-        indices or ([] if inside else [len(row.messages) - 1])
+        indices or ([] if only_answers else [len(row.messages) - 1])
         for row, indices in zip(rows, answers, strict=True)
     ]
     renderings = render_rows(rows, looked_at, tokenizer, data)
     spans = []
     for rendering, indices, looked in zip(renderings, answers, looked_at, strict=True):
-        ranges = rendering.answer_spans(looked)
-        spans.append(ranges if indices else [])
+        checked = [rendering.answer_span(index) for index in sorted(looked)]
+        spans.append(checked if indices else [])
     texts = [rendering.text for rendering in renderings]
-    return [_labeled(ids, ranges, inside) for ids, ranges in _tokenize_all(texts, spans, tokenizer)]
+    tokenized = _tokenize_all(texts, spans, tokenizer)
+    return [_labeled(ids, ranges, only_answers) for ids, ranges in tokenized]
 
 
-def _labeled(ids: list[int], ranges: list[Span], inside: bool) -> Encoded:
-    """ranges: tokens that are the targets if `inside`, and otherwise all that are not."""
-    labels = [IGNORED] * len(ids) if inside else list(ids)
+def _labeled(ids: list[int], ranges: list[Span], only_answers: bool) -> Encoded:
+    """Labels tokens: the targets are those in `ranges` or, unless `only_answers`, all others."""
+    labels = [IGNORED] * len(ids) if only_answers else list(ids)
     for start, stop in ranges:
-        labels[start:stop] = ids[start:stop] if inside else [IGNORED] * (stop - start)
+        labels[start:stop] = ids[start:stop] if only_answers else [IGNORED] * (stop - start)
     return Encoded(ids, labels, len(ids))
 
 
