@@ -200,13 +200,17 @@ def check_and_describe(
     size = weight_bytes(folder)
     bits = 8 * size / parameter_count(config)
     say(f"quantize: {size / 1e6:.1f} MB on disk, {bits:.2f} bits for each weight of the base")
-    return {
+    figures = {
         "merge_difference": checked.difference,
         "size_bytes": size,
         "bits_per_weight": bits,
         "blocks_checked": blocks,
-        **logit_error(checked.logits, shipped if blocks == config.num_hidden_layers else None),
     }
+    if blocks == config.num_hidden_layers:  # with fewer, these are not the model's logits
+        error = relative_difference(shipped, checked.logits)
+        say(f"quantize: rounding changes the logits by {error:.1%} (root mean square)")
+        figures["logit_error"] = error
+    return figures
 
 
 def check_base_range(recipe: Recipe) -> None:
@@ -227,18 +231,6 @@ def check_base_range(recipe: Recipe) -> None:
         base = open_base(recipe.model)
         prompts = check_prompts(recipe, load_tokenizer(recipe.model))
         check_range(base.config, base.weights, prompts, dtype)
-
-
-def logit_error(tuned: torch.Tensor, shipped: torch.Tensor | None) -> dict[str, float]:
-    """Measures what quantization changes: the RMS of the logits' difference, relative to `tuned`.
-
-    shipped: None if only some blocks were run; then there is no figure.
-    """
-    if shipped is None:
-        return {}
-    error = relative_difference(shipped, tuned)
-    say(f"quantize: rounding changes the logits by {error:.1%} (root mean square)")
-    return {"logit_error": error}
 
 
 def trained_codes(recipe: Recipe, run: RunDir) -> TensorFile | None:
