@@ -18,16 +18,16 @@ MAX_PERPLEXITY_INCREASE = 0.03
 """Relative increase from tuned to quantized; a larger one is worth a better method."""
 
 
-def cost_too_much(report: Report) -> bool:
-    """Says whether, from tuned to quantized, a metric fell by more than two standard errors (or by
-    a point, if its error is unknown), a perplexity rose by more than 3%, or a number was lost, as
-    when the perplexity of quantized is infinite or NaN."""
-    return judged_cost(report)[0]
-
-
 def judged_cost(report: Report) -> tuple[bool, str]:
-    """Returns what `cost_too_much` says, and a headline that says so: in standard errors of the
-    metrics, whose bars show one, or in perplexity, where no metric was measured or none fell."""
+    """Judges what quantization cost.
+
+    It cost too much if, from tuned to quantized, a metric fell by more than two standard errors (or
+    by a point, if its error is unknown), a perplexity rose by more than 3%, or a number was lost,
+    as when the perplexity of quantized is infinite or NaN.
+
+    Returns:
+        Whether it cost too much, and a headline that says so.
+    """
     tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
     within = "Quantization raised perplexity by no more than 3%"
     for task, metric in metrics_of({"tuned": tuned}):
@@ -65,7 +65,8 @@ def advice(report: Report) -> list[str]:
     The figures are those of docs/quantization.md: SmolLM2-135M on WikiText-2, at 4 bits.
     """
     quantize = value_at(report, "recipe", "quantize")
-    if not quantize or not cost_too_much(report):
+    too_much, _ = judged_cost(report)
+    if not quantize or not too_much:
         return []
     return [text for text in _steps(quantize) if text]
 

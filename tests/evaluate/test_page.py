@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import finequant.evaluate.report.page
-from finequant.evaluate.report.advice import advice, cost_too_much
+from finequant.evaluate.report.advice import advice, judged_cost
 from finequant.evaluate.report.page import _sizes, page, write_page
 from finequant.evaluate.report.report import print_table, write_report
 from finequant.recipes.errors import UserError
@@ -213,10 +213,10 @@ def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
 )
 def test_a_number_that_quantized_lost_is_a_cost(bad, keys):
     judged = report(0.9)
-    assert not cost_too_much(judged)
+    assert not judged_cost(judged)[0]
     *path, last = ("models", "quantized", *keys)
     reduce(dict.__getitem__, path, judged)[last] = bad
-    assert cost_too_much(judged)
+    assert judged_cost(judged)[0]
     text = page(judged, rows())
     assert "Quantization cost no more than its error bars" not in text
 
