@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import TIMEOUT, number_of_processes, sharding
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.schema import Recipe, Train
 
 
@@ -70,7 +70,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             dataloader_pin_memory=torch.cuda.is_available(),
         )
     except ValueError as error:  # such as an optimizer that transformers does not know
-        raise UserError(f"train: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"train: {one_line(error)}") from None
 
 
 def _when(steps: int | None) -> str:

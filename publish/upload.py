@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.publish.loading import ADAPTER, CARD
 from finequant.recipes.artifact import SUMS, file_hash
-from finequant.recipes.errors import OutsideError, UserError, counted, listed
+from finequant.recipes.errors import OutsideError, UserError, counted, listed, one_line
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -306,8 +306,7 @@ def _shown(message: object) -> str:
     """Shortens a foreign message to one line, and removes the token and other secrets."""
     from huggingface_hub import get_token
 
-    text = _without_secrets(str(message).replace(get_token() or "\0", "***"))
-    return " ".join(text.split())[:200]
+    return one_line(_without_secrets(str(message).replace(get_token() or "\0", "***")))
 
 
 def _without_secrets(text: str) -> str:

@@ -86,8 +86,7 @@ def _lines_for_errors() -> Iterator[None]:
             sys.exit(UserError.code)
         if (reason := _outside_cause(error)) is None:
             raise
-        original = " ".join(str(error).split())[:200]
-        _print(f"error: {reason}; {RESUME_HINT} ({original})")
+        _print(f"error: {reason}; {RESUME_HINT} ({one_line(error)})")
         sys.exit(1)
     finally:
         lock.release()
@@ -166,10 +165,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def listed(problems: list[str], most: int = 20) -> str:
-    """Lists one problem per line; beyond `most`, only says how many more there are."""
-    rest = len(problems) - most
-    return "\n  ".join(problems[:most] + ([f"... and {rest} more"] if rest > 0 else []))
+def one_line(message: object) -> str:
+    """Writes a library's message or exception on one line, cut after 300 characters."""
+    return " ".join(str(message).split())[:300]
+
+
+def listed(problems: list[str], most: int = 20, total: int | None = None) -> str:
+    """Lists one problem per line; beyond `most`, only says how many more there are.
+
+    total: the number of problems, if only the first ones are given.
+    """
+    first = problems[:most]
+    rest = (len(problems) if total is None else total) - len(first)
+    return "\n  ".join(first + ([f"... and {rest} more"] if rest > 0 else []))
 
 
 def counted(count: int, noun: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.schema import Corpus
 from finequant.recipes.sources import TABLES, kind_of
 
@@ -113,10 +113,9 @@ def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
         )
     # `datasets` raises its own errors and those of the Hub client, HTTP, and the file readers.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{_where(corpus)}: cannot load the Hub dataset (config {corpus.config}, split "
-            f"{corpus.split}): {reason}\nOr use a local file: give its path as `source`."
+            f"{corpus.split}): {one_line(error)}\nOr use a local file: give its path as `source`."
         ) from None
     return [(f"{corpus.source}[{index}]", row) for index, row in enumerate(dataset)]
 

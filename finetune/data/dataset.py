@@ -187,13 +187,14 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
         raise UserError(
             f"{which}: {counted(is_long.sum(), 'row')} longer than data.max_length="
             f"{data.max_length}; raise it, or set data.long_rows to truncate or drop\n  "
-            f"{_listed(long, is_long.sum())}"
+            f"{listed(long, SHOWN, is_long.sum())}"
         )
     left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
     is_empty = left & (targets == 0)
     kept = np.flatnonzero(left & ~is_empty)
     names = [row.where for row, _ in _first(rows, index, length, is_empty)]
-    empty, count = _listed(names, is_empty.sum()), is_empty.sum()
+    count = is_empty.sum()
+    empty = listed(names, SHOWN, count)
     if count and (data.bad_rows == "error" or not len(kept)):
         drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
         raise UserError(
@@ -223,7 +224,3 @@ def _first(
     """Yields the first of the chosen rows, and their lengths."""
     at = np.flatnonzero(chosen)[:SHOWN]
     return ((rows[int(index[position])], int(length[position])) for position in at)
-
-
-def _listed(names: list[str], count: int) -> str:
-    return listed(names + [""] * (int(count) - len(names)), most=SHOWN)

@@ -24,7 +24,7 @@ from finequant.finetune.data.files import (
 )
 from finequant.finetune.data.json_files import NAME_SPLIT, SPLITS, lists_of, read_json_file
 from finequant.finetune.data.table_files import read_arrow, read_csv
-from finequant.recipes.errors import UserError, counted
+from finequant.recipes.errors import UserError, counted, one_line
 from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
@@ -176,7 +176,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
         dataset = load_from_disk(str(folder))
     # `datasets` raises its own errors and those of the file readers.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{folder}: `datasets` cannot load this folder: {reason}") from None
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
@@ -227,7 +227,7 @@ def _errors_of_hub(name: str) -> Iterator[None]:
         yield
     # These are its own errors, those of the Hub client, of HTTP and of the file readers.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         offline = offline_reason()
         network = f"the network ({offline})" if offline else "the network"
         advice = (

@@ -16,7 +16,7 @@ from finequant.finetune.model import load_base, load_on_disk
 from finequant.finetune.stored import weight_files
 from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
 from finequant.quantize.scheme import EMBEDDING, HEAD
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.schema import Model
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ class Adapter:
             self._file = TensorFile(folder / "adapter_model.safetensors")
             _scaling(config, None)  # raises for a file that does not describe a LoRA
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: not an adapter of {name}: {reason}") from None
+            raise UserError(f"{folder}: not an adapter of {name}: {one_line(error)}") from None
         self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
         for key, feature in REFUSED.items():
             if (value := config.get(key)) not in (None, False, "none", [], {}):

@@ -16,7 +16,7 @@ import torch
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import float_logits, run_block
 from finequant.quantize.merge.adapter import Adapter, Base, merged_weights
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,7 +78,7 @@ def _joined(base: Base, folder: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).eval()
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{folder}: peft does not take this adapter: {reason}") from None
 
 
