@@ -56,11 +56,6 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
     )
 
 
-def changes_the_base(lora: Lora) -> bool:
-    """Says whether initialization moves part of the base into the adapter: PiSSA and OLoRA do."""
-    return lora.init_lora_weights.startswith(("pissa", "olora"))
-
-
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:
     """Saves the starting point of PiSSA or OLoRA, which `save_adapter` subtracts."""
     config = model.peft_config["default"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from finequant.finetune.adapter import changes_the_base
 from finequant.finetune.model import load_base, load_config, stored_dtype
 from finequant.finetune.processes import sharding
 from finequant.recipes.errors import UserError
@@ -38,7 +37,7 @@ def check_nf4(recipe: Recipe) -> None:
             "model.load: nf4 needs bitsandbytes: pip install 'finequant[nf4]', or set "
             "model.load=float"
         )
-    if changes_the_base(recipe.lora):
+    if recipe.lora.changes_base:
         raise UserError(
             f"lora.init_lora_weights: {recipe.lora.init_lora_weights} moves a part of the base "
             "into the adapter, and a base in nf4 cannot be changed: use default or gaussian, or "

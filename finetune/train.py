@@ -90,7 +90,7 @@ def fine_tune(
     dtype: torch.dtype,
 ) -> Path:
     """Trains plain LoRA, unless an earlier call has; returns the folder of its adapter and log."""
-    from finequant.finetune.adapter import changes_the_base, save_adapter, save_initial_adapter
+    from finequant.finetune.adapter import save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
     from finequant.finetune.nf4 import load_trained_base
     from finequant.finetune.processes import decided_by_first, entered_by_first, sharding
@@ -105,7 +105,7 @@ def fine_tune(
     doing("train: loading the base")
     base = load_trained_base(recipe, dtype)
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
-    if changes_the_base(recipe.lora) and is_first():
+    if recipe.lora.changes_base and is_first():
         save_initial_adapter(trainer.model, initial)
     if not sharding():
         fuse(trainer.model)

@@ -248,7 +248,7 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Lora:
-        if self.use_dora and self.init_lora_weights.startswith(("pissa", "olora")):
+        if self.use_dora and self.changes_base:
             raise ValueError(
                 f"use_dora cannot be combined with init_lora_weights '{self.init_lora_weights}': "
                 "peft cannot turn the result into an adapter of the unchanged base"
@@ -256,6 +256,11 @@ class Lora(Section):
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
             raise ValueError(f"orthogonal initialization needs an even rank, not {self.rank}")
         return self
+
+    @property
+    def changes_base(self) -> bool:
+        """Says whether initialization moves part of the base into the adapter: PiSSA and OLoRA do."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
 
     def targets(self, layer: str) -> bool:
         """Says whether a linear layer gets a LoRA; like peft, compares target modules with the end

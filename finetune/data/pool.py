@@ -14,6 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+from finequant.recipes.interrupt import SIGNALS
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -72,7 +74,7 @@ def _begin(function: Callable) -> None:
     global _function
     _function = function
     gc.freeze()  # forked objects are never garbage, and scanning them would take half the time
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
