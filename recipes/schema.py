@@ -259,7 +259,7 @@ class Lora(Section):
 
     @property
     def changes_base(self) -> bool:
-        """Says whether initialization moves part of the base into the adapter: PiSSA and OLoRA do."""
+        """Says whether initialization moves part of the base into the adapter (PiSSA, OLoRA)."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     def targets(self, layer: str) -> bool:

@@ -107,23 +107,11 @@ class Adapter:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not an adapter of {name}: {one_line(error)}") from None
         self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
-        for key, feature in REFUSED.items():
-            if (value := config.get(key)) not in (None, False, "none", [], {}):
-                raise UserError(
-                    f"{folder}: cannot be merged: it has {feature} ({key}: {value}); expected "
-                    "matrices of LoRA, rsLoRA or DoRA only: train without it"
-                )
-        if str(start := config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-            raise UserError(
-                f"{folder}: cannot be merged: its matrices belong to a base that peft changed "
-                f"before training (init_lora_weights: {start}): save it by peft's save_pretrained "
-                "with path_initial_model_for_weight_conversion, which makes an adapter of the "
-                "unchanged base"
-            )
+        _check_mergeable(config, folder)
         pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
         matched = {key: pattern.fullmatch(key) for key in self._file.entries}
         # With a LoRA for the head, peft also saves the head that it was given.
-        if matched.pop(HEAD_COPY, 0) is None and not self._is_the_bases(HEAD_COPY, base):
+        if matched.pop(HEAD_COPY, 0) is None and not self._has_same_head(base):
             raise UserError(
                 f"{folder}: cannot be merged: its {HEAD} differs from that of {name}: "
                 "train without one, or name the base that the adapter was trained on"
@@ -145,15 +133,11 @@ class Adapter:
             refused = f"{folder}: not an adapter of {name}"
             self._check(layer, base.shapes, _rank(config, layer), refused, folder)
 
-    def _is_the_bases(self, key: str, base: Base) -> bool:
+    def _has_same_head(self, base: Base) -> bool:
         """Says whether the adapter's copy of the head equals the base's, in the copy's dtype."""
-        name = f"{HEAD}.weight"
-        if self._file.entries[key].shape != base.shapes[name]:
-            return False
-        return all(
-            self._file.read(key, rows).equal(
-                base.weights(name, rows).to(self._file.entries[key].dtype)
-            )
+        name, copy = f"{HEAD}.weight", self._file.entries[HEAD_COPY]
+        return copy.shape == base.shapes[name] and all(
+            self._file.read(HEAD_COPY, rows).equal(base.weights(name, rows).to(copy.dtype))
             for rows in row_slices(base.shapes[name])
         )
 
@@ -196,6 +180,29 @@ class Adapter:
             norm = torch.linalg.norm(weight, dim=1)
             weight *= (self.read(magnitude)[rows] / norm)[:, None]
         return weight
+
+
+def _check_mergeable(config: dict, folder: Path) -> None:
+    """Refuses an adapter of other features, or of a base that peft changed before training.
+
+    config: the content of adapter_config.json.
+
+    Raises:
+        UserError: naming the feature.
+    """
+    for key, feature in REFUSED.items():
+        if (value := config.get(key)) not in (None, False, "none", [], {}):
+            raise UserError(
+                f"{folder}: cannot be merged: it has {feature} ({key}: {value}); expected "
+                "matrices of LoRA, rsLoRA or DoRA only: train without it"
+            )
+    if str(start := config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{folder}: cannot be merged: its matrices belong to a base that peft changed "
+            f"before training (init_lora_weights: {start}): save it with peft's "
+            "save_pretrained and path_initial_model_for_weight_conversion, which makes an adapter "
+            "of the unchanged base"
+        )
 
 
 def _scaling(config: dict, layer: str | None) -> float:
