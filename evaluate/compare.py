@@ -109,14 +109,14 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
         say(f"evaluate: {name}: loading")
         model = load_model(name, recipe, run, material.probes[0], material.ends, material.lengths())
         if before[name] is not None:
-            measured[name], predictions = before[name], predicted(name, model, recipe, material)
+            measured[name], current = before[name], predicted(name, model, recipe, material)
         else:
             size = size_bytes(name, model, recipe, run)
-            measured[name], predictions = measure_model(name, model, recipe, material, size)
+            measured[name], current = measure_model(name, model, recipe, material, size)
         if name == "tuned":
-            tuned = predictions
+            tuned = current
         elif name == "quantized" and is_first():
-            logs, decode = predictions.logs, material.tokenizer.decode
+            logs, decode = current.logs, material.tokenizer.decode
             compared = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
             sequences = list(chain(*compared.values()))
             counts = [sum(sequence.scored) for sequence in sequences]

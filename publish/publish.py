@@ -23,7 +23,7 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STAGES, command_of, stages_of
 from finequant.recipes.terminal import say
 
-OF_ROWS = ("samples", "passages")
+PARTS_WITH_ROWS = ("samples", "passages")
 """Parts of the report that quote rows, which may be private."""
 
 # Files that are not published: they name this machine's folders, or hold hashes. A publication has
@@ -190,7 +190,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
                 _take(export, folder / export.name)
         for name, content in license.documents.items():
             (folder / name).write_bytes(content)
-        private = () if recipe.publish.rows else OF_ROWS
+        private = () if recipe.publish.rows else PARTS_WITH_ROWS
         report = {key: value for key, value in report.items() if key not in private}
         measured = {key: report[key] for key in report if key not in ("quantization", "model_type")}
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})

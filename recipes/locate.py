@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parent
 CHATML_TOOLS = SHIPPED / "data" / "chatml_tools.jinja"
 """A chat template for bases that know ChatML, but no functions; a recipe gives its name only."""
 
-IN_RUN = "recipe.yaml"
+RUN_RECIPE = "recipe.yaml"
 """The resolved recipe of a run directory."""
 
 
@@ -24,7 +24,7 @@ def shipped_recipes() -> list[str]:
 
 def is_run(folder: Path) -> bool:
     """Says whether a folder is a run directory: artifacts in it have a recipe, but no manifest."""
-    return (folder / IN_RUN).is_file() and (folder / "manifest.json").is_file()
+    return (folder / RUN_RECIPE).is_file() and (folder / "manifest.json").is_file()
 
 
 def locate_recipe(name: Path) -> Path:
@@ -34,14 +34,14 @@ def locate_recipe(name: Path) -> Path:
         UserError: for a folder that is not a run directory, or an unknown name.
     """
     if is_run(name):
-        return name / IN_RUN
+        return name / RUN_RECIPE
     is_plain = name.parent == Path() and not name.suffix and name.name not in ("", "..")
     if is_plain and not name.is_file():
         for file in (name.with_suffix(".yaml"), SHIPPED / f"{name}.yaml"):
             if file.is_file():
                 return file
     if name.is_dir():
-        raise UserError(f"{name}: a folder, but not a run directory: expected {IN_RUN} in it")
+        raise UserError(f"{name}: a folder, but not a run directory: expected {RUN_RECIPE} in it")
     if name.is_file() or not is_plain:
         return name
     near = get_close_matches(name.name, shipped_recipes(), n=1)

@@ -417,7 +417,8 @@ def stages_here(monkeypatch) -> list[str]:
     def start(step: list[str], position: str, arguments: list[str], launcher: list[str]) -> int:
         called.extend(step)
         try:
-            import_module(pipeline.module_of(step[0])).main([*arguments, *pipeline.formats(step)])
+            options = pipeline.export_options(step)
+            import_module(pipeline.module_of(step[0])).main([*arguments, *options])
         except SystemExit as end:
             return end.code or 0
         return 0

@@ -126,9 +126,9 @@ class FakeQuantized(torch.nn.Module):
     def codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields slices of rows, each with the rows' codes as float32."""
         for rows in row_chunks(self.latent):
-            yield rows, self.moved(rows).round_().clamp_(*code_range(self.bits))
+            yield rows, self.latent_rows(rows).round_().clamp_(*code_range(self.bits))
 
-    def moved(self, rows: slice) -> torch.Tensor:
+    def latent_rows(self, rows: slice) -> torch.Tensor:
         """Returns a copy of the rows' latent weights as training has moved them: float32, in steps
         of their scales."""
         return self.latent[rows].to(torch.float32, copy=True)
@@ -203,7 +203,7 @@ class FakeQuantLora(FakeQuantLinear):
         weight = self.weight()
         return _StraightThrough.apply(x, self.lora_A, self.lora_B, weight, self.bias, self.scaling)
 
-    def moved(self, rows: slice) -> torch.Tensor:
+    def latent_rows(self, rows: slice) -> torch.Tensor:
         delta = (self.lora_B[rows].float() * self.scaling) @ self.lora_A.float()
         steps = self.scale[rows].float().reciprocal()[:, :, None]
         delta.unflatten(1, (steps.shape[1], -1)).mul_(steps)

@@ -142,7 +142,7 @@ def module_of(stage: str) -> str:
     return MODULES.get(stage, "finequant.quantize.export")
 
 
-def formats(step: list[str]) -> list[str]:
+def export_options(step: list[str]) -> list[str]:
     """Returns the arguments that name the exports of a step."""
     return [word for stage in step if stage not in MODULES for word in ("--to", stage)]
 
@@ -250,7 +250,8 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
     """
     from finequant.recipes.interrupt import RESUME_HINT, erase_line, start_and_forward_signals
 
-    name, module, arguments = ", ".join(step), module_of(step[0]), [*arguments, *formats(step)]
+    name, module = ", ".join(step), module_of(step[0])
+    arguments = [*arguments, *export_options(step)]
     if launcher:
         command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
         environment = os.environ | {STAGE: position}
