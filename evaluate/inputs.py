@@ -144,7 +144,7 @@ def cut_line(cut: dict[str, int]) -> str:
 
 
 def _groups(answers: list[int], prompts: list[list[int]]) -> list[int]:
-    """Numbers the distinct first prompts of the conversations; returns the number of each prompt's.
+    """Returns the number of each prompt's conversation; those with the same first prompt share one.
 
     answers: how many of the prompts, which are in order, each conversation has.
     """

@@ -123,8 +123,8 @@ def _check_group_sizes(quantize: Quantize, plan: Plan, shapes: dict[str, tuple[i
 
 
 def _in_float(layers: dict[str, int]) -> str:
-    """Suggests to keep the layers in float that the smallest group does not divide, if it divides
-    any.
+    """Suggests keeping in float those layers that the smallest group does not divide; nothing if it
+    divides none.
 
     layers: the widths of kinds of layers, such as `mlp.up_proj`.
     """

@@ -63,9 +63,9 @@ def interruptible() -> Iterator[StopRequest]:
 
 @contextmanager
 def _raised_again() -> Iterator[None]:
-    """Raises Interrupted a moment later if Python ignored it, as it does in a `__del__` or another
-    callback, of which it prints a traceback and goes on. If a block has begun by then that handles
-    signals otherwise, it gets the signal again."""
+    """Raises Interrupted again, a moment later, if it was raised in a `__del__` or another
+    callback, where Python only prints a traceback and goes on. If another block handles signals by
+    then, that block gets the signal again instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

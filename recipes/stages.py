@@ -29,7 +29,7 @@ class Stage:
     """Sections and keys of the recipe that decide the result, with the content of what they name:
     the base, data, texts, task files."""
     without: tuple[str, ...] = ()
-    """Keys in those sections that do not."""
+    """Keys in those sections that do not decide it."""
     reads: tuple[str, ...] = ()
     """Artifacts of earlier stages."""
     writes: tuple[str, ...] = ()

@@ -170,7 +170,7 @@ def unread_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> l
 
 
 def _further(rows: Sequence[dict[str, Any]], paths: list[str]) -> list[str]:
-    """Lists the lists of whose entries these paths read only the first, although there are more."""
+    """Names the lists of which these paths read only the first entry, although there are more."""
     lists = dict.fromkeys(path.partition("[0]")[0] for path in paths if "[0]" in path)
     return [name for name in lists if max(lengths_of(rows, name), default=0) > 1]
 
@@ -185,8 +185,8 @@ def filled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
-    """Finds a list of objects that always has several, of which the answer is in the first, such as
-    completions of several models."""
+    """Finds a list that has several objects in every row, such as the completions of several
+    models, if the answer is in the first object."""
     name, _, inside = answer.partition("[0].")
     return name if inside and min(lengths_of(rows, name), default=0) > 1 else None
 
@@ -251,14 +251,17 @@ def _words(name: str) -> set[str]:
 
 
 def named_like(columns: Iterable[str], words: Sequence[str]) -> list[str]:
-    """Lists the columns whose name is, or contains, the first of these words that any does."""
+    """Lists the columns whose names contain a word: the first of these that any name contains."""
     names = [name for name in columns if not IDS & _words(name)]
     return next((like for word in words if (like := [n for n in names if word in _words(n)])), [])
 
 
 def _named(columns: list[str], words: Sequence[str]) -> str | None:
-    """Finds the column whose name is one of these words, or else the only one that contains one;
-    earlier words win, and summary1 stands for summary2, too."""
+    """Finds the column whose name is one of these words, or else the only one that contains one.
+
+    Earlier words win. Columns that differ in a final number, such as summary1 and summary2, count
+    as one.
+    """
     like = named_like(columns, words)
     is_one = len({re.sub(r"\d+$", "", name) for name in like}) == 1
     return _exactly(columns, words) or (like[0] if is_one else None)

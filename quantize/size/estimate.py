@@ -68,8 +68,8 @@ def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:
 
 
 def _exported(plan: Plan) -> Plan:
-    """Returns a plan as large as any format stores this one: codes of 4 or 8 bits, and four bytes a
-    group of 32, MLX's scale and bias, or two of ONNX's smallest blocks."""
+    """Returns a plan as large as the largest export: codes of 4 or 8 bits, and four bytes for each
+    32 weights, like MLX's scale and bias, or the scales of two of ONNX's smallest blocks."""
     wide = {"group_size": 32, "scale_dtype": torch.float32}
     return {
         name: scheme and scheme._replace(bits=packed_width(scheme.bits), **wide)

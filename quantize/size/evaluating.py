@@ -27,8 +27,8 @@ def evaluation_memory(
 ) -> Memory:
     """Estimates the memory of evaluating the largest of the three models, or of comparing two.
 
-    Where no GPU holds a whole model, all GPUs share one; where they cannot either, what has no room
-    is read at each use.
+    If no GPU can hold a whole model, all GPUs share one. If they cannot hold it together, the rest
+    is read from disk at each use.
     """
     evaluate, dtype = recipe.evaluate, arithmetic_bytes(recipe, config, machine)
     tokens = evaluate.batch_size * lengths.scored

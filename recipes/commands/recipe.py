@@ -274,8 +274,8 @@ def data(
 def _splits(recipe: Recipe) -> Splits:
     """Reads the rows, and refuses bad ones before the libraries are loaded, which takes seconds.
 
-    Those of a branch on the Hub are the ones that it has now: `prepared_splits` would not see that
-    it has moved.
+    Rows of a branch on the Hub are those of its current commit: `prepared_splits` by itself would
+    not notice that the branch has moved.
     """
     from finequant.recipes.command_line import quiet_libraries
     from finequant.recipes.hub import pinned
