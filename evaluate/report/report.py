@@ -1,19 +1,36 @@
 """The report of a run: report.json, report.md, plots/, and the table in the terminal.
 
-A report is a plain dict, `{"recipe", "versions", "measuring_code", "models", "changes",
-"divergence", "passages", "right_by", "most_frequent", "cut_answers", "arithmetic", "layers",
-"samples", "training", "gate"}`; all but `models` may be missing. `models` maps base, tuned,
-quantized (and exports) to `{"size_bytes", "bits_per_weight", "activations", "perplexity": {CORPUS:
-{"token", "word", "byte", "tokens"}}, "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`. These
-sizes are of files; `packed_bytes` and `packed_bits_per_weight` count the weights in the dtype they
-are measured in, and each code at its own bits. Exports also have `"speed": {"prompt", "decoding":
-tokens per second, "peak_memory_bytes"}` and, compared with quantized, `"parity": {"same_answers",
-"n", "same_prompts", "kl"}`. `changes` holds `{TASK: {METRIC: {"value", "stderr", "n"}}}`, from
-tuned to quantized, paired row by row. `right_by` is the metric that calls an answer right or wrong,
-`most_frequent` (`{"share", "n"}`) what always giving the most frequent answer would score,
-`cut_answers` (`{"longer", "n", "longest", "limit"}`) how many reference answers are longer than
-what is generated, `arithmetic` the dtype that the models computed in, `measuring_code` the version
-of the code that measured them.
+A report is a plain dict. All of its keys but `models` may be missing:
+
+    recipe, versions   the resolved recipe; versions of Python and of the libraries
+    measuring_code     the version of the code that measured the models
+    arithmetic         the dtype that the models computed in
+    models             {NAME: MODEL} for base, tuned, quantized, and each export
+    changes            {TASK: {METRIC: SCORE}} from tuned to quantized, paired row by row
+    divergence         {"kl", "floor", "top1_agreement", "tokens"} of quantized from tuned
+    passages           texts around the tokens whose prediction changed most: [[{"text", "kl"}]]
+    right_by           the metric that calls an answer right or wrong
+    most_frequent      {"share", "n"}: what always giving the most frequent answer would score
+    cut_answers        {"longer", "n", "longest", "limit"}: reference answers that are longer than
+                       what is generated
+    layers             bits, group size and signal-to-noise ratio of each layer
+    samples            rows with the answers of every model: [{"prompt", "reference", "answers"}]
+    training           the log of training
+    gate               {"passed", "checks"}
+
+A MODEL:
+
+    size_bytes, bits_per_weight                of its files
+    packed_bytes, packed_bits_per_weight       of the weights in the dtype they are measured in,
+                                               and each code at its own bits
+    activations                                how the inputs of linear layers are rounded
+    perplexity                                 {CORPUS: {"token", "word", "byte", "tokens"}}
+    tasks                                      {TASK: {METRIC: SCORE}}
+    speed (exports)                            {"prompt", "decoding": tokens per second,
+                                               "peak_memory_bytes"}
+    parity (exports, compared with quantized)  {"same_answers", "n", "same_prompts", "kl"}
+
+A SCORE is {"value", "stderr", "n"}.
 """
 
 from __future__ import annotations
