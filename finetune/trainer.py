@@ -1,4 +1,4 @@
-"""trl's SFTTrainer, with a loss for CPUs."""
+"""trl's SFTTrainer, with a loss for CPUs and sealed checkpoints; it refuses non-finite steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Groupwise rounding: float weights -> integer codes and scales, and back.
 
-Everything that rounds a weight goes through here: round to nearest, GPTQ and the forward pass of
-quantization-aware training. That is why the model that was trained is the model that is shipped.
+Every method takes the range of its codes and the scales that are stored from here, and so does the
+forward pass of quantization-aware training: the model that was trained is the one that ships.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The memory of evaluation."""
+"""Estimates the memory of evaluation."""
 
 from __future__ import annotations
 
