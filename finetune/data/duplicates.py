@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -32,17 +31,15 @@ def prompts_with_several_answers(rows: Rows) -> int:
     return int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
 
 
-def near_duplicates(train: Rows, held_out: Rows) -> list[tuple[str, str]] | str:
+def near_duplicates(train: Rows, held_out: Rows) -> list[tuple[str, str]] | None:
     """Finds held-out rows whose prompt is nearly that of a training row, apart from case and
     punctuation.
 
     Returns:
-        Pairs of locations, held-out row and training row; or a text that says why it did not look.
+        Pairs of locations, held-out row and training row; None if there are more than MOST_ROWS.
     """
     if len(train) + len(held_out) > MOST_ROWS:
-        return f"not looked for among more than {MOST_ROWS:,} rows"
-    if importlib.util.find_spec("rensa") is None:
-        return "not looked for: pip install rensa"
+        return None
     from rensa import RMinHash, RMinHashLSH
 
     index = RMinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS, num_bands=BANDS)

@@ -11,6 +11,7 @@ import numpy as np
 
 from finequant.finetune.data.dataset import column, encoded_rows, to_dataset
 from finequant.finetune.data.duplicates import (
+    MOST_ROWS,
     near_duplicates,
     prompts_with_several_answers,
     repeated_rows,
@@ -147,11 +148,11 @@ class _Figures:
         if noisy := prompts_with_several_answers(train):
             has = "has" if noisy == 1 else "have"
             lines.append(f"train: {counted(noisy, 'prompt')} {has} several answers")
-        for held_out in (self.splits.validation, self.splits.test):
-            pairs = near_duplicates(train, held_out) if held_out else []
+        for held_out in filter(None, (self.splits.validation, self.splits.test)):
+            pairs = near_duplicates(train, held_out)
             name = f"{held_out.name}: prompts that are nearly those of training rows"
-            if isinstance(pairs, str):
-                lines.append(f"{name}: {pairs}")
+            if pairs is None:
+                lines.append(f"{name}: not looked for among more than {MOST_ROWS:,} rows")
             elif pairs:
                 shown = ", ".join(f"{row} ~ {similar}" for row, similar in pairs[:EXTREMES])
                 lines.append(f"{name}: {len(pairs)}, such as {shown}")
