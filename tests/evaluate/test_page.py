@@ -78,7 +78,7 @@ def test_the_figures_of_stages_say_which_call_they_are_of():
     stages = {"train": {"seconds": 1234.5, "peak_memory_bytes": 2_500_000_000}}
     text = page(report() | {"stages": stages}, rows())
     assert "<td>train</td><td>1,234</td><td>2.50</td>" in text
-    assert "interrupted and continued, these are the figures of its last call" in text
+    assert "interrupted and resumed, these are the figures of its last run" in text
 
 
 def test_flips_labels_and_sizes_are_counted():
