@@ -66,38 +66,37 @@ def advice(report: Report) -> list[str]:
     """
     quantize = value_at(report, "recipe", "quantize")
     too_much, _ = judged_cost(report)
-    if not quantize or not too_much:
-        return []
-    return [text for text in _steps(quantize) if text]
+    return _steps(quantize) if quantize and too_much else []
 
 
-def _steps(quantize: dict[str, Any]) -> list[str | None]:
+def _steps(quantize: dict[str, Any]) -> list[str]:
     calibration = quantize.get("calibration") or {}
     calibrated = quantize.get("method") == "gptq"
     # Rotation would untie a head that shares its table with the embedding.
     shares = quantize.get("head") == "float" or quantize.get("embedding", "float") != "float"
-    may_rotate = not quantize.get("rotate") and not shares
-    return [
-        None
-        if calibrated
-        else "quantize.effort=balanced: calibrates the codes on your rows, and rotates the hidden "
-        "states, which spreads outliers (SmolLM2-135M on WikiText-2: perplexity 42.7 -> 31.4; "
-        "float: 29.4)",
-        "quantize.rotate=true: rotates the hidden states, which spreads outliers"
-        if calibrated and may_rotate
-        else None,
-        None
-        if calibrated and calibration.get("steps") and calibration.get("scale_steps")
-        else "quantize.effort=best: also trains each block, and then all scales, to reproduce the "
-        "float model (SmolLM2-135M on WikiText-2: perplexity 31.4 -> 30.1; float: 29.4)",
-        None
-        if quantize.get("training") or quantize.get("budget")  # these two exclude each other
-        else 'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '
-        "scales on your answers and on the tuned model's predictions",
-        None
-        if quantize.get("layers")
-        or (quantize.get("bits") or 0) >= 6
-        or quantize.get("head", "quantize") != "quantize"
-        else 'quantize.layers="{lm_head: {bits: 8}}": keeps the head at 8 bits; '
-        "`finequant sweep` shows what more bits for all layers would bring",
-    ]
+    steps = []
+    if not calibrated:
+        steps.append(
+            "quantize.effort=balanced: calibrates the codes on your rows, and rotates the hidden "
+            "states, which spreads outliers (SmolLM2-135M on WikiText-2: perplexity 42.7 -> 31.4; "
+            "float: 29.4)"
+        )
+    elif not quantize.get("rotate") and not shares:
+        steps.append("quantize.rotate=true: rotates the hidden states, which spreads outliers")
+    if not (calibrated and calibration.get("steps") and calibration.get("scale_steps")):
+        steps.append(
+            "quantize.effort=best: also trains each block, and then all scales, to reproduce the "
+            "float model (SmolLM2-135M on WikiText-2: perplexity 31.4 -> 30.1; float: 29.4)"
+        )
+    if not quantize.get("training") and not quantize.get("budget"):  # these two exclude each other
+        steps.append(
+            'quantize.training="{steps: 150, learns: scales, distillation: 0.9}": trains the '
+            "scales on your answers and on the tuned model's predictions"
+        )
+    has_more_bits = quantize.get("layers") or (quantize.get("bits") or 0) >= 6
+    if not has_more_bits and quantize.get("head", "quantize") == "quantize":
+        steps.append(
+            'quantize.layers="{lm_head: {bits: 8}}": keeps the head at 8 bits; '
+            "`finequant sweep` shows what more bits for all layers would bring"
+        )
+    return steps

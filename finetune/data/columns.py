@@ -32,12 +32,13 @@ def value_of(row: dict[str, Any], path: str, where: str) -> Any:
     Raises:
         BadRowError: naming what is missing, and what the row has instead.
     """
-    if path in row or not (match := NESTED.fullmatch(path)) or match[1] not in row:
-        if path not in row:
-            near = get_close_matches(path, map(str, row), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadRowError(f"{where}: no column {path}; the columns are {columns_of(row)}{hint}")
+    if path in row:
         return row[path]
+    match = NESTED.fullmatch(path)
+    if not match or match[1] not in row:
+        near = get_close_matches(path, map(str, row), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadRowError(f"{where}: no column {path}; the columns are {columns_of(row)}{hint}")
     value, name = row[match[1]], match[1]
     if isinstance(value, str) and value[:1] in ("{", "["):  # a cell of a CSV file
         value = parse_json(value, f"{where}: {name}", "JSON")
