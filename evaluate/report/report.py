@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import html
 import json
-import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -174,10 +173,10 @@ def tuning_lines(report: Report) -> list[str]:
     ]
     if not values or not all(after <= before for before, after in values):
         return []
-    perplexities = (float_at(m, "perplexity", HELD_OUT, "token") for m in (base, tuned))
+    was, is_now = (float_at(m, "perplexity", HELD_OUT, "token") for m in (base, tuned))
     on_rows = "on the held-out rows"
     which, there = (f" {on_rows}", "there") if asked != pairs else ("", on_rows)
-    though = f", though its perplexity {there} is lower" if operator.gt(*perplexities) else ""
+    though = f", though its perplexity {there} is lower" if is_now < was else ""
     return [
         f"Tuned is no better than base by any accuracy metric{which}{though}: train longer, or "
         "look at the training rows and their target tokens with `finequant data`."
