@@ -83,15 +83,15 @@ def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
     """Refuses a comparison of nothing, and metrics that the recipe names where nothing is asked."""
     if not test and not evaluate.perplexity and not evaluate.tasks:
         raise UserError(
-            "evaluate: nothing to measure on; give data.test, a data.test_fraction, "
+            "evaluate: nothing to measure on; set data.test, data.test_fraction, "
             "evaluate.perplexity or evaluate.tasks"
         )
     # The default, which the recipe need not name, is left out without a word.
     asked = evaluate.metrics if evaluate.metrics != Evaluate().metrics else []
     if asked and not any(row.messages for row in test):
         raise UserError(
-            f"evaluate.metrics: {', '.join(asked)}: no held-out row has an answer: give data.test "
-            "with questions and answers, or set evaluate.metrics=[]"
+            f"evaluate.metrics: {', '.join(asked)}: no held-out row has an answer: set data.test "
+            "to rows with questions and answers, or set evaluate.metrics=[]"
         )
 
 
@@ -100,17 +100,17 @@ def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
     gate, asked = evaluate.gate, any(row.messages for row in test)
     if gate.max_accuracy_drop is not None and not (evaluate.tasks or asked and evaluate.metrics):
         raise UserError(
-            "evaluate.gate.max_accuracy_drop: no accuracy is measured; give data.test with "
-            "conversations, or evaluate.tasks"
+            "evaluate.gate.max_accuracy_drop: no accuracy is measured; set data.test to "
+            "conversations, or set evaluate.tasks"
         )
     if gate.min_same_answers is not None and not (evaluate.exports and asked):
         raise UserError(
-            "evaluate.gate.min_same_answers: no answers of exports are measured; give data.test "
-            "with conversations, and evaluate.exports: true"
+            "evaluate.gate.min_same_answers: no answers of exports are measured; set data.test "
+            "to conversations, and evaluate.exports to true"
         )
     if gate.max_perplexity_increase is not None and not (evaluate.perplexity or test):
         raise UserError(
-            "evaluate.gate.max_perplexity_increase: no perplexity is measured; give data.test or "
+            "evaluate.gate.max_perplexity_increase: no perplexity is measured; set data.test or "
             "evaluate.perplexity"
         )
 
@@ -153,7 +153,7 @@ def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
         hint = f", or raise evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
             f"evaluate.metrics: {', '.join(asked)}: no answer of the held-out rows makes a call: "
-            f"give rows with calls in data.test{hint}"
+            f"add rows with calls to data.test{hint}"
         )
 
 
@@ -218,7 +218,7 @@ def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
     if names and not tokenizer.chat_template:
         raise UserError(
             f"evaluate.tasks: {', '.join(names)}: apply_chat_template is set, but this base has no "
-            "chat template: give model.chat_template"
+            "chat template: set model.chat_template"
         )
 
 

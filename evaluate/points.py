@@ -67,7 +67,7 @@ def _choices(override: str) -> list[str]:
     if key == "quantize.dtype":
         raise UserError(
             f"command line: {override}: cannot be swept, as all points are compared with one float "
-            "model; give one dtype"
+            "model; choose one dtype"
         )
     return [f"{key}={value}" for value in values]
 

@@ -82,7 +82,7 @@ def _lines_for_errors() -> Iterator[None]:
         sys.exit(error.code)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
-            _print(f"error: {error.filename}: {error.strerror}: give another path")
+            _print(f"error: {error.filename}: {error.strerror}: use another path")
             sys.exit(UserError.code)
         if (reason := _outside_cause(error)) is None:
             raise

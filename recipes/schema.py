@@ -694,8 +694,8 @@ class Recipe(Section):
         evaluates = self.data.validation or self.data.validation_fraction
         if self.train.early_stopping_patience and not evaluates:
             raise ValueError(
-                "train.early_stopping_patience needs validation rows: give data.validation or "
-                "a data.validation_fraction above 0"
+                "train.early_stopping_patience needs validation rows: set data.validation, or "
+                "data.validation_fraction to more than 0"
             )
         if self.quantize.training and self.quantize.budget:
             raise ValueError(

@@ -91,9 +91,9 @@ class Rendering:
             raise UserError(
                 f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
                 f"but writes {truncated[same:][:40]!r} where this row has its answer, so the model "
-                "would be asked with a prompt that it was not trained on: give a "
-                "model.chat_template that writes the same in both cases: one that opens no "
-                "thought, or one that keeps thoughts"
+                "would be asked with a prompt that it was not trained on: set model.chat_template "
+                "to one that writes the same in both cases: one that opens no thought, or one that "
+                "keeps thoughts"
             )
         last_word = _end_of_content(row, index, truncated, start)
         end = self._end or answer_end(self.tokenizer, self.data)
@@ -152,7 +152,7 @@ def _render(
     if not tokenizer.chat_template:
         raise UserError(
             "model.chat_template: this base has no chat template, but the data are conversations; "
-            "give model.chat_template (Jinja text, or the path of a .jinja file)"
+            "set model.chat_template (Jinja text, or the path of a .jinja file)"
         )
     if not conversations:
         return []
@@ -194,8 +194,8 @@ class TemplateCheck:
             it = "them" if index == TOOLS else "it"
             raise UserError(
                 f"{row.where}: the chat template leaves out {part}: the model would never see "
-                f"{it}; give a model.chat_template that writes {it}{_example(part)}, or remove "
-                f"{it} from the rows"
+                f"{it}; set model.chat_template to one that writes {it}{_example(part)}, or "
+                f"remove {it} from the rows"
             )
 
 
@@ -273,8 +273,8 @@ def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
         if at < 0:
             raise UserError(
                 f"{row.where}: the chat template leaves {word[:40]!r} out of the answer, as "
-                "those of reasoning models do with thoughts: give a model.chat_template that keeps "
-                "it, or remove it from the row"
+                "those of reasoning models do with thoughts: set model.chat_template to one that "
+                "keeps it, or remove it from the row"
             )
         start = at + len(word)
     return start
@@ -284,6 +284,6 @@ def _no_end(written: str) -> str:
     what = f"{written!r}, which contains no" if written.strip() else "no"
     return (
         f"model.chat_template: answers end in no token: after an answer it writes {what} added "
-        "token of the tokenizer, so the model would not learn to stop: give a model.chat_template "
-        "that writes {{ eos_token }} there, or set data.missing_end=allow"
+        "token of the tokenizer, so the model would not learn to stop: set model.chat_template to "
+        "one that writes {{ eos_token }} there, or set data.missing_end=allow"
     )

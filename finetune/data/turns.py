@@ -64,7 +64,7 @@ def date_note(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
     return (
         "the chat template writes today's date: tomorrow, the same rows become other tokens, and "
         "measurements of both days do not compare the same prompts; "
-        + (fixed if takes_date(tokenizer, data) else "give a model.chat_template without it")
+        + (fixed if takes_date(tokenizer, data) else "set model.chat_template to one without it")
     )
 
 

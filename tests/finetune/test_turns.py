@@ -249,13 +249,13 @@ LLAMA_3_2 = "{% if not date_string is defined %}{% set date_string = strftime_no
 LLAMA_3_2 += "{% endif %}{{ date_string }}\n"
 DATES = {
     "none": ("", {}, None),
-    "today": (TODAY, {}, "give a model.chat_template without it"),
+    "today": (TODAY, {}, "set model.chat_template to one without it"),
     "today, or a date that is given": (LLAMA_3_2, {}, "date_string: 26 Jul 2024}"),
     "a date that is given": (LLAMA_3_2, {"date_string": "1 May 2025"}, None),
     "today without a system message": (
         "{% if messages[0].role != 'system' %}" + TODAY + "{% endif %}",
         {},
-        "give a model.chat_template without it",
+        "set model.chat_template to one without it",
     ),
 }
 

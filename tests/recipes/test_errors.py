@@ -28,7 +28,7 @@ def test_a_path_that_cannot_be_meant_is_bad_input(tmp_path, capsys, path):
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {given}: ")
-    assert said.endswith(": give another path\n")
+    assert said.endswith(": use another path\n")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -191,7 +191,7 @@ def test_a_template_of_tools_is_not_named_for_a_base_without_its_tokens(init_row
         file.write_text(text, encoding="utf-8")
     code, printed = init_rows(tool_rows(), "--base", "base")
     assert code == 2
-    assert "the model would never see them; give a model.chat_template that writes them" in printed
+    assert "never see them; set model.chat_template to one that writes them" in printed
     assert not Path("rows.yaml").exists()
 
 

@@ -45,7 +45,7 @@ def prose(tmp_path) -> str:
 
 NO_TEXT = ["data.test=[]", "evaluate.perplexity=[]"]
 IN_SECONDS = {
-    "nothing to measure": (NO_TEXT, "evaluate: nothing to measure on; give data.test"),
+    "nothing to measure": (NO_TEXT, "evaluate: nothing to measure on; set data.test"),
     "a gate on accuracy without any": (
         ["data.test=[]", "evaluate.gate.max_accuracy_drop=0.1"],
         "evaluate.gate.max_accuracy_drop: no accuracy is measured",
@@ -56,7 +56,7 @@ IN_SECONDS = {
     ),
     "metrics without answers": (
         ["data.test=[]", "evaluate.metrics=[f1]"],
-        "evaluate.metrics: f1: no held-out row has an answer: give data.test",
+        "evaluate.metrics: f1: no held-out row has an answer: set data.test",
     ),
     "choices": (
         ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[red, blue]"],
