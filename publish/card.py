@@ -217,9 +217,11 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
 
 
 def _license(license: License, recipe: Recipe) -> str:
-    name = license.name or license.id
+    name, base = license.name or license.id, f"`{base_on_hub(recipe) or recipe.model.base}`"
     shown = f"[{name}]({license.link})" if license.link else name
-    text = f"{shown}, the license of its base, `{base_on_hub(recipe) or recipe.model.base}`."
+    text = f"{shown}, the license of its base, {base}."
+    if name == "other":
+        text = f"The license is that of its base, {base}."
     if license.documents:
         text += f" See {', '.join(f'`{file}`' for file in license.documents)}."
     return text

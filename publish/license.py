@@ -57,6 +57,7 @@ def license_of(recipe: Recipe) -> License:
     publish, folder = recipe.publish, _base_folder(recipe.model)
     metadata = license_on_card(folder) if folder else base_license(recipe.model)
     stated = metadata.get("license")
+    stated = None if stated == "unknown" else stated
     license = publish.license or stated
     if license is None:
         raise UserError(
@@ -78,12 +79,12 @@ def license_of(recipe: Recipe) -> License:
             f"publish.license: {license}, but the base is by meta-llama: give the license that its "
             "page on the Hub states, such as llama3.2"
         )
-    where = Path(publish.license_folder) if publish.license_folder else folder
-    documents = _documents(where)
+    given = Path(publish.license_folder) if publish.license_folder else None
+    documents = _documents(folder, given)
     if is_llama:
         line, start = DEMANDS.get(kind, SINCE_LLAMA_3_1)
         _check_name(publish.repo_id, start)
-        documents = _with_notice(documents, license, where)
+        documents = _with_notice(documents, kind, given or folder)
     return License(license, name, link, line, documents)
 
 
@@ -132,24 +133,41 @@ def _comes_from_meta(recipe: Recipe, folder: Path | None) -> bool:
     return any(name.startswith("meta-llama/") for name in names)
 
 
-def _documents(folder: Path | None) -> dict[str, bytes]:
-    if folder is None:
-        return {}
-    return {
-        file.name: file.read_bytes()
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name.upper().startswith(DOCUMENTS)
-    }
+def _documents(base: Path | None, given: Path | None) -> dict[str, bytes]:
+    """Reads the documents in the folder that the recipe gives, and those beside the base of which
+    there is none.
+
+    Raises:
+        UserError: if the folder that the recipe gives has none.
+    """
+    documents: dict[str, bytes] = {}
+    for folder in filter(None, (given, base)):
+        present = tuple(_kind(name) for name in documents)
+        documents |= {
+            file.name: file.read_bytes()
+            for file in (sorted(folder.iterdir()) if folder.is_dir() else [])
+            if file.is_file() and _kind(file.name) and _kind(file.name) not in present
+        }
+        if folder == given and not documents:
+            raise UserError(
+                f"publish.license_folder: {given}: expected a folder with files whose names begin "
+                "with LICENSE, NOTICE or USE_POLICY"
+            )
+    return documents
+
+
+def _kind(name: str) -> str | None:
+    """Returns which of DOCUMENTS a file is, with one spelling of LICENSE; None for other files."""
+    kind = next((start for start in DOCUMENTS if name.upper().startswith(start)), None)
+    return "LICENSE" if kind == "LICENCE" else kind
 
 
 def _with_notice(
     documents: dict[str, bytes], license: str, folder: Path | None
 ) -> dict[str, bytes]:
     """Adds the NOTICE file that the license quotes, if the base has none."""
-    present = {
-        start: name for name in documents for start in DOCUMENTS if name.upper().startswith(start)
-    }
-    text = documents.get(present.get("LICENSE") or present.get("LICENCE") or "", b"")
+    present = {_kind(name): name for name in documents}
+    text = documents.get(present.get("LICENSE") or "", b"")
     notice = NOTICE.search(text.decode("utf-8", "replace"))
     if "NOTICE" not in present and notice:
         present["NOTICE"] = "NOTICE"

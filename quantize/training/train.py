@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finequant.recipes.command_line import quiet_libraries, read_command_line
-from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.errors import UserError, counted, report_user_errors
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import STARTING_CODES
@@ -89,7 +89,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if is_first():
         figures = _write(recipe, run, trainer, rounded)
         run.record(recipe, "qat", inputs, seconds=watch.seconds, **figures)
-        say(f"qat: {figures['steps']} steps, {run.trained_codes} written in {watch.seconds} s")
+        steps = counted(figures["steps"], "step")
+        say(f"qat: {steps}, {run.trained_codes} written in {watch.seconds} s")
     trainer.accelerator.wait_for_everyone()
 
 

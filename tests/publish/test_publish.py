@@ -659,3 +659,31 @@ def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
         assert line in plain
     assert "const output = await generator(messages, { max_new_tokens: 64" in chat
     assert "4 bits" not in chat  # their number is the recipe's: 2
+
+
+def test_the_recipes_folder_of_documents_adds_to_those_beside_the_base(recipe, tiny_base):
+    from finequant.publish.license import license_of
+    from finequant.recipes.errors import UserError
+
+    base, papers = recipe.parent / "base", recipe.parent / "papers"
+    shutil.copytree(tiny_base, base)
+    papers.mkdir()
+    (base / "README.md").write_text("---\nlicense: unknown\n---\n", encoding="utf-8")
+    for file in (base / "LICENCE", base / "NOTICE"):
+        file.write_text("of the base", encoding="utf-8")
+    overrides = [f"model.base={base}", f"publish.license_folder={papers}"]
+    with pytest.raises(UserError, match="license_folder: .*papers: expected a folder with files"):
+        license_of(load_recipe(recipe, overrides))
+    (papers / "LICENSE.txt").write_text("from its page", encoding="utf-8")
+    documents = license_of(load_recipe(recipe, overrides)).documents
+    assert documents == {"LICENSE.txt": b"from its page", "NOTICE": b"of the base"}
+    with pytest.raises(UserError, match="does not state its license"):
+        license_of(load_recipe(recipe, [*overrides, "publish.license=null"]))
+
+
+def test_a_license_without_a_name_is_called_that_of_the_base(recipe):
+    from finequant.publish.card import _license
+    from finequant.publish.license import License
+
+    nameless, loaded = License("other", None, None, "", {}), load_recipe(recipe)
+    assert _license(nameless, loaded).startswith("The license is that of its base, `")
