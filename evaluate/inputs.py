@@ -73,9 +73,10 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     from finequant.finetune.architecture import table_positions, usable_positions
     from finequant.finetune.data.rendering import check_template
     from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
-    from finequant.finetune.data.turns import end_tokens
+    from finequant.finetune.data.turns import as_generated, end_tokens
     from finequant.finetune.model import load_config
 
+    ends = end_tokens(recipe.model, recipe.data, tokenizer)
     rows = check_rows(recipe, splits)
     check_texts(recipe.evaluate)
     check_chat_template(recipe.evaluate, tokenizer)
@@ -89,7 +90,9 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
     asked = [row for whole in rows for row in asked_rows(whole)]
-    references = [answer_text(row, tokenizer, recipe.data) for row in asked]
+    references = [
+        as_generated(answer_text(row, tokenizer, recipe.data), tokenizer, ends) for row in asked
+    ]
     _check_calls(asked, references)
     prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
     read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
@@ -100,13 +103,13 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")
     return Material(
         tokenizer,
-        end_tokens(recipe.model, recipe.data, tokenizer),
+        ends,
         corpora,
         asked,
         prompts,
         _groups([len(asked_rows(row)) for row in rows], prompts),
         references,
-        _choices(recipe, chain(splits.train, asked)),
+        _choices(recipe, chain(splits.train, asked), tokenizer, ends),
         prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
         cut,
     )
@@ -206,15 +209,20 @@ def _check_calls(rows: list[Row], references: list[str]) -> None:
             )
 
 
-def _choices(recipe: Recipe, rows: Iterable[Row]) -> list[str]:
+def _choices(
+    recipe: Recipe, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> list[str]:
     """Lists the answers that `multiple_choice` chooses from.
 
     Raises:
         UserError: if there is only one, which every model would get right.
     """
+    from finequant.finetune.data.turns import as_generated
+
     if recipe.evaluate.choices != "completions":
         return list(recipe.evaluate.choices or [])
-    choices = sorted({row.messages[-1]["content"] for row in rows if row.messages})
+    answers = {row.messages[-1]["content"] for row in rows if row.messages}
+    choices = sorted({as_generated(answer, tokenizer, ends) for answer in answers})
     if "multiple_choice" in recipe.evaluate.metrics and len(choices) == 1:
         raise UserError(
             f"evaluate.choices: completions: all rows have the answer {choices[0]!r}: add rows "

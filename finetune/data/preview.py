@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,8 @@ EXTREMES = 3
 FEW_ANSWERS = 20
 PAGE_ROWS = 50
 QUESTION, ANSWER = "QUESTION", "ANSWER"
+RARE = "\U00012345"
+"""A character, of cuneiform, that no tokenizer knows unless it writes unknown ones as bytes."""
 
 
 def preview(recipe: Recipe, splits: Splits, count: int, page: Path | None = None) -> None:
@@ -117,6 +120,8 @@ class _Figures:
         return [
             *self._extremes(),
             *self._left_out(),
+            *self._special(),
+            *self._unknown(),
             *_answers(train),
             *self._duplicates(),
             *_template(self.recipe, self.tokenizer, train),
@@ -143,6 +148,46 @@ class _Figures:
                 )
         return lines
 
+    def _special(self) -> list[str]:
+        """Counts the rows whose own texts contain special tokens, such as the end of an answer."""
+        added = self.tokenizer.added_tokens_decoder
+        end = answer_end(self.tokenizer, self.recipe.data).id
+        marks = [token.content for at, token in added.items() if token.special or at == end]
+        if not marks:
+            return []
+        pattern, lines = re.compile("|".join(map(re.escape, marks))), []
+        for name, rows in self.rows.items():
+            marked = [
+                (row.where, match[0]) for row in rows if (match := pattern.search(_texts(row)))
+            ]
+            if marked:
+                count, (where, mark) = counted(len(marked), "row"), marked[0]
+                has = "has" if len(marked) == 1 else "have"
+                lines.append(
+                    f"{name}: {count} {has} special tokens of the base in the texts, such as "
+                    f"{where} ({mark}): the model reads them as tokens"
+                )
+        return lines
+
+    def _unknown(self) -> list[str]:
+        """Counts the rows with characters that the tokenizer does not know."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown not in self.tokenizer(RARE, add_special_tokens=False)["input_ids"]:
+            return []
+        lines = []
+        for name, rows in self.rows.items():
+            pairs = zip(
+                column(self.tokens[name], "row"), self.tokens[name]["input_ids"], strict=True
+            )
+            if indices := sorted({int(at) for at, ids in pairs if unknown in ids}):
+                has = "has" if len(indices) == 1 else "have"
+                lines.append(
+                    f"{name}: {counted(len(indices), 'row')} {has} characters that the base's "
+                    f"tokenizer does not know, such as {rows[indices[0]].where}: the model reads "
+                    f"{self.tokenizer.unk_token} for them"
+                )
+        return lines
+
     def _duplicates(self) -> list[str]:
         train, lines = self.splits.train, []
         if noisy := prompts_with_several_answers(train):
@@ -157,6 +202,11 @@ class _Figures:
                 shown = ", ".join(f"{row} ~ {similar}" for row, similar in pairs[:EXTREMES])
                 lines.append(f"{name}: {len(pairs)}, such as {shown}")
         return lines
+
+
+def _texts(row: Row) -> str:
+    """Returns the text of a row, or of all its messages."""
+    return row.text or "\0".join(message["content"] for message in row.messages)
 
 
 def _answers(rows: Rows) -> list[str]:

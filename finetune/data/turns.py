@@ -138,6 +138,15 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
+def as_generated(answer: str, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
+    """Returns an answer up to the first end token in its text, where generation stops; one that
+    begins with an end token is returned as it is."""
+    added, before = tokenizer.added_tokens_decoder, answer
+    for end in filter(added.__contains__, ends):
+        before = before.partition(added[end].content)[0]
+    return before if before.strip() else answer
+
+
 def as_configured(ends: list[int]) -> int | list[int] | None:
     """Returns end tokens as configurations write them: a single one without a list."""
     return ends[0] if len(ends) == 1 else ends or None

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, write_jsonl
 
 from finequant.recipes.load import load_recipe
 from finequant.recipes.stages import MEASURING_CODE
@@ -508,3 +508,20 @@ def test_multiple_choice_of_one_answer_is_refused(recipe_file):
     assert _choices(recipe, rows) == ["a", "b"]
     with pytest.raises(UserError, match="all rows have the answer 'a'.*is the file sorted"):
         _choices(recipe, rows[:1])
+
+
+def test_what_follows_an_end_token_in_an_answer_is_not_expected(recipe_file, tmp_path):
+    """Generation stops there: with it, no model could give the answer."""
+    from finequant.evaluate.inputs import prepare
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
+
+    rows = [{"prompt": f"is it {n}?", "completion": f"{'ab'[n % 2]}<|im_end|>"} for n in range(8)]
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"marked-{name}.jsonl", rows[name == "test" :: 2])
+    files = [f"data.{name}=marked-{name}.jsonl" for name in ("train", "test")]
+    metrics = ["evaluate.metrics=[exact_match, multiple_choice]", "evaluate.choices=completions"]
+    recipe = load_recipe(recipe_file, [*files, *metrics])
+    material = prepare(recipe, load_splits(recipe.data, 0), load_tokenizer(recipe.model))
+    assert set(material.references) == {"b"}
+    assert material.choices == ["a", "b"]

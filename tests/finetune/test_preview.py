@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +55,44 @@ def test_notes_rows_and_answers_are_shown(recipe_file, capsys):
     assert "── train.jsonl:1 ──" in printed
     assert "── train.jsonl:2 ──" in printed
     assert "── train.jsonl:3 ──" not in printed
+
+
+def test_special_tokens_in_the_texts_of_rows_are_named(recipe_file, capsys):
+    assert "special tokens" not in shown(recipe_file, capsys)
+    rows = [{"prompt": f"open {n}", "completion": "ok" + "<|im_end|>" * (n > 5)} for n in range(9)]
+    write(recipe_file.parent / "train.jsonl", rows)
+    printed = shown(recipe_file, capsys)
+    assert (
+        "train: 3 rows have special tokens of the base in the texts, such as train.jsonl:7 "
+        "(<|im_end|>): the model reads them as tokens\n"
+    ) in printed
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_named(recipe_file, capsys, tmp_path):
+    from string import printable
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    base = tmp_path / "letters"
+    shutil.copytree(load_recipe(recipe_file, []).model.base, base)
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    vocabulary = {letter: number for number, letter in enumerate([*markers, *printable])}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    roles = {"eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, **roles)
+    tokenizer.add_special_tokens({"extra_special_tokens": markers[:2]})
+    tokenizer.chat_template = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(base)
+    override = f"model.base={base}"
+    assert "does not know" not in shown(recipe_file, capsys, override)
+    rows = [{"prompt": f"open {n}", "completion": "où" if n == 4 else "ok"} for n in range(9)]
+    write(recipe_file.parent / "train.jsonl", rows)
+    assert (
+        "train: 1 row has characters that the base's tokenizer does not know, such as "
+        "train.jsonl:5: the model reads <unk> for them\n"
+    ) in shown(recipe_file, capsys, override)
 
 
 def test_a_long_row_is_shown_as_it_is(recipe_file, capsys, monkeypatch):

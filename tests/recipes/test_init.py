@@ -311,3 +311,12 @@ def test_a_base_whose_weights_are_not_there_is_refused(init_rows, llama, shards)
     words = "it has no safetensors weights" if shards == 1 else f"{missing.name} is missing"
     assert words in " ".join(printed.split())
     assert not [*Path().glob("*.yaml")]
+
+
+def test_a_long_row_that_is_all_of_validation_is_named_with_a_way_out(init_rows):
+    rows = pairs(6)
+    rows[4]["prompt"] = "open the red door " * 400  # the seed makes this one the validation row
+    code, printed = init_rows(rows)
+    assert code == 2
+    assert "data.validation: the only row is longer than data.max_length=1024" in printed
+    assert "or set data.validation_fraction=0 to split none off\n  rows.jsonl:5: " in printed
