@@ -33,7 +33,7 @@ from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.freshness import versions
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
-from finequant.recipes.stages import MEASURING_CODE, exports_of
+from finequant.recipes.stages import MEASURING_CODE, command_of, exports_of
 from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
@@ -178,18 +178,25 @@ def report_of(
         "most_frequent": most_frequent(material.references, recipe.evaluate.metrics),
         "cut_answers": material.cut,
         **arithmetic(recipe),
-        "layers": _read_json(run.quantized / "quantization.json").get("layers", []),
+        "layers": _read_json(run.quantized / "quantization.json", "quantize").get("layers", []),
         "samples": samples(rows, recipe.evaluate.samples),
-        "training": _read_json(run.adapter / "training_log.json"),
+        "training": _read_json(run.adapter / "training_log.json", "train"),
         "gate": gate(models, recipe.evaluate.gate),
     }
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, stage: str) -> Any:
+    """Reads a file that a stage wrote.
+
+    Raises:
+        UserError: naming the command that writes it again.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): rerun the previous stage") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}): run `{command_of(stage)}` again"
+        ) from None
 
 
 if __name__ == "__main__":
