@@ -511,6 +511,11 @@ class Quantize(Section):
             value = value | {"calibration": defaults["calibration"] | calibration}
         return defaults | value
 
+    @property
+    def reads_calibration_text(self) -> bool:
+        """Says whether the method, or the training of all scales, reads calibration text."""
+        return METHODS[self.method].is_calibrated or self.calibration.scale_steps > 0
+
     @field_validator("exports")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:

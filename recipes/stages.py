@@ -10,8 +10,7 @@ from typing import Any
 from finequant.recipes.base import base_hash
 from finequant.recipes.freshness import Inputs, input_hash
 from finequant.recipes.load import path_fields
-from finequant.recipes.methods import METHODS
-from finequant.recipes.schema import Quantize, Recipe
+from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import TABLES, kind_of, matching_files
 from finequant.recipes.task_files import local_data
 
@@ -163,14 +162,10 @@ def stage_of(name: str, recipe: Recipe) -> Stage:
         "exports": [f"exports/{name}" for name in exports_of(recipe)],
     }
     reads = [name for entry in stage.reads for name in optional.get(entry, [entry])]
-    rows = ("seed", "data") if stage.calibrates and _calibrated(recipe.quantize) else ()
+    quantize = recipe.quantize
+    calibrated = stage.calibrates and (quantize.reads_calibration_text or quantize.budget)
+    rows = ("seed", "data") if calibrated else ()
     return replace(stage, reads=tuple(reads), keys=(*stage.keys, *rows))
-
-
-def _calibrated(quantize: Quantize) -> bool:
-    """Says whether the codes also depend on the training rows."""
-    steps = quantize.calibration.scale_steps
-    return METHODS[quantize.method].is_calibrated or bool(quantize.budget or steps)
 
 
 def stages_of(recipe: Recipe) -> list[str]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.recipes.errors import UserError, counted
-from finequant.recipes.methods import METHODS
-from finequant.recipes.schema import Calibration, Quantize, Recipe
+from finequant.recipes.schema import Calibration, Recipe
 from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
@@ -25,11 +24,7 @@ LOGITS_TOKENS = 256
 
 def calibrates(recipe: Recipe) -> bool:
     """Says whether the stage `quantize` reads calibration text, which several processes share."""
-    return _reads_text(recipe.quantize) and not recipe.quantize.training
-
-
-def _reads_text(quantize: Quantize) -> bool:
-    return METHODS[quantize.method].is_calibrated or bool(quantize.calibration.scale_steps)
+    return recipe.quantize.reads_calibration_text and not recipe.quantize.training
 
 
 def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
@@ -40,7 +35,7 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
         UserError: if there is nothing to calibrate on.
     """
     calibration = recipe.quantize.calibration
-    if not _reads_text(recipe.quantize):
+    if not recipe.quantize.reads_calibration_text:
         return None
     tokens = max(calibration.tokens, calibration.scale_steps * SCALE_TOKENS)
     return calibration_sequences(recipe, tokenizer, tokens)
