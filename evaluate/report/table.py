@@ -45,7 +45,8 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         row("bits per weight, packed (lower is smaller)", shown_number, _ratio, "bits"),
     ]
     if any("file" in model for model in models.values()):
-        rows.append(row(FILE_LABEL, _megabytes, _no_change, "file"))
+        label = FILE_LABEL if "file" in models.get("quantized", {}) else "file in MB"
+        rows.append(row(label, _megabytes, _no_change, "file"))
     if any("activations" in model for model in models.values()):
         rows.append(row("inputs of linear layers", _text, _no_change, "activations"))
     for corpus in corpora_of(models):
