@@ -239,6 +239,8 @@ def _system(look: Look) -> str:
     column = look.columns.get("completion", "label")
     if look.task == "classify" and ("[" in column or named_like([column], ["answer"])):
         return ""  # neither is the name of a label
+    if look.task == "extract" and not all(text.lstrip().startswith("{") for text in look.answers):
+        return "Answer in JSON."  # such as a list
     label = column.rpartition(".")[2].replace("_", " ").strip().removesuffix(" text")
     return SYSTEM.get(look.task, "").format(completion=label)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from finequant.finetune.data.splits import Splits
     from finequant.quantize.size.terms import Lengths
     from finequant.recipes.schema import Recipe
+
+
+NUMBER = re.compile(r"\d+(\.0)?")
+"""A label that is a number; pandas writes 1 as 1.0 if other rows have none."""
 
 
 def init(
@@ -101,7 +106,7 @@ def _say_choices(look: Look) -> None:
         chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
         left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
         say(f"init: {chosen}{left}")
-    if look.task == "classify" and all(map(str.isdecimal, look.answers)):
+    if look.task == "classify" and all(map(NUMBER.fullmatch, look.answers)):
         say("init: the answers are numbers: if they stand for names, put the names in a column")
 
 
@@ -216,24 +221,27 @@ def _write_exports(target: Path) -> None:
 
 def _write_answer_length(target: Path, splits: Splits) -> None:
     """Raises evaluate.max_new_tokens in a recipe's file, which `init` guesses from characters, if
-    the base's tokenizer takes more tokens for one in a hundred held-out answers."""
+    the base's tokenizer takes more tokens for one in a hundred held-out answers, and the base has
+    positions for them after the longest prompt."""
     from statistics import quantiles
 
     from finequant.evaluate.check import asked_rows, check_rows
+    from finequant.finetune.architecture import usable_positions
     from finequant.finetune.data.starter import MOST_TOKENS
-    from finequant.finetune.data.tokens import answer_text
-    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.data.tokens import answer_text, encode_prompt
+    from finequant.finetune.model import load_config, load_tokenizer
     from finequant.recipes.load import add_to_file, load_recipe
 
     recipe = load_recipe(target)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer, positions = load_tokenizer(recipe.model), usable_positions(load_config(recipe.model))
     asked = [row for whole in check_rows(recipe, splits) for row in asked_rows(whole)]
     answers = [answer_text(row, tokenizer, recipe.data) for row in asked]
     if not answers:
         return
     lengths = list(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
     most = int(quantiles([*lengths, max(lengths)], n=100, method="inclusive")[-1])
-    if recipe.evaluate.max_new_tokens < (needed := min(MOST_TOKENS, most)):
+    room = positions - max(len(encode_prompt(row, tokenizer, recipe.data)) for row in asked)
+    if recipe.evaluate.max_new_tokens < (needed := min(MOST_TOKENS, most, room)):
         add_to_file(target, {"evaluate.max_new_tokens": needed}, "what held-out answers take")
 
 

@@ -131,6 +131,8 @@ def test_labels_that_are_numbers_get_a_word(init_rows):
     rows = [{"text": f"it is {n}", "label": n % 2} for n in range(40)]
     message = "init: the answers are numbers"
     assert message in init_rows(rows)[1]
+    floats = [{**row, "label": f"{row['label']}.0"} for row in rows]  # as pandas writes them
+    assert message in init_rows(floats, "--to", "floats.yaml")[1]
     rows = [{**row, "label": "ab"[row["label"]]} for row in rows]
     assert message not in init_rows(rows, "--to", "other.yaml")[1]
 
@@ -299,6 +301,26 @@ def test_answers_are_given_the_tokens_that_the_tokenizer_takes_for_them(init_row
     assert code == 0
     assert load_recipe("other.yaml").evaluate.max_new_tokens == 9
     assert "set evaluate.max_new_tokens=30" in printed
+
+
+def test_answers_get_no_more_tokens_than_the_base_has_positions_for(init_rows):
+    question, answer = "open the red door " * 60, "บัตรของฉัน" * 9
+    rows = [{"prompt": f"{question} {n}", "completion": answer} for n in range(40)]
+    code, printed = init_rows(rows, "--task", "chat")
+    assert code == 0, printed
+    tokens = load_recipe("rows.yaml").evaluate.max_new_tokens
+    assert len(answer) // 2 < tokens < 3 * len(answer)
+    assert f"answers are cut after {tokens} tokens" in printed
+
+
+def test_the_system_message_asks_for_lists_as_for_objects(init_rows):
+    rows = [{"text": f"it is {n}", "label": [{"at": n}]} for n in range(40)]
+    assert init_rows(rows, "--completion", "label", "--prompt", "text")[0] == 0
+    assert load_recipe("rows.yaml").data.system == "Answer in JSON."
+    objects = [{**row, "label": row["label"][0]} for row in rows]
+    options = "--completion", "label", "--prompt", "text", "--to", "other.yaml"
+    assert init_rows(objects, *options)[0] == 0
+    assert load_recipe("other.yaml").data.system == "Answer with one JSON object."
 
 
 @pytest.mark.parametrize("shards", [1, 2])
