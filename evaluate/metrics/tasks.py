@@ -93,6 +93,9 @@ def lm_eval_tasks(
             for name in _names(task, output):
                 better = output["higher_is_better"].get(name, {})
                 if metrics := _scores(output["results"][name], better):
+                    for metric, score in metrics.items():
+                        values = _values(name, metric, output)
+                        score["n"] = sum(value is not None for value in values)
                     scores[name], by_item[name] = metrics, _by_document(name, metrics, output)
     return scores, by_item
 
@@ -293,8 +296,10 @@ def _run(
     processes, which share the work, only to the first of each machine."""
     from lm_eval import evaluator
 
-    # lm-eval asks git for a commit, and git prints "fatal" outside of a repository.
+    # lm-eval asks git for a commit, and git prints "fatal" outside of a repository; it asks pip,
+    # lscpu and others about the machine, which takes seconds for each task.
     evaluator.get_git_commit_hash = lambda: None
+    evaluator.add_env_info = lambda results: None
     return evaluator.simple_evaluate(
         wrapped,
         tasks=objects,
@@ -322,17 +327,23 @@ def _by_document(
     """Returns the values of documents, for each score of a task or group that is their mean."""
     by_document = {}
     for metric, score in scores.items():
-        plain, _, filtered_by = metric.removesuffix(")").partition(" (")
-        values = [
-            sample.get(plain)
-            for leaf in _leaves(name, output["group_subtasks"])
-            for sample in sorted(output["samples"].get(leaf, []), key=lambda s: s["doc_id"])
-            if sample["filter"] == (filtered_by or "none")
-        ]
+        values = _values(name, metric, output)
         numeric = [float(value) for value in values if isinstance(value, Real)]
         if values and len(numeric) == len(values) and math.isclose(fmean(numeric), score["value"]):
             by_document[metric] = numeric
     return by_document
+
+
+def _values(name: str, metric: str, output: dict[str, Any]) -> list[Any]:
+    """Lists a metric's value for each document; None where it has none: in a group, not every task
+    may have the metric, and a task may score some of its documents only."""
+    plain, _, filtered_by = metric.removesuffix(")").partition(" (")
+    return [
+        sample.get(plain)
+        for leaf in _leaves(name, output["group_subtasks"])
+        for sample in sorted(output["samples"].get(leaf, []), key=lambda s: s["doc_id"])
+        if sample["filter"] == (filtered_by or "none")
+    ]
 
 
 def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:

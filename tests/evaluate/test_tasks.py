@@ -498,6 +498,29 @@ def test_all_processes_of_a_machine_get_through_a_task(model, tokenizer, task_fo
         assert list(scores) == list(by_item) == names
 
 
+def test_a_score_counts_the_documents_that_have_it(
+    model, tokenizer, task_folder, tmp_path, monkeypatch
+):
+    """In a group, lm-eval counts the documents of all tasks, even of those without the metric."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    data, acc = f"{task_folder}/rows.jsonl", "metric_list: [{metric: acc}]\n"
+    files = {
+        "colour": TASK.format(name="colour", data=data),
+        "shade": f"include: colour.yaml\ntask: shade\n{acc}",
+        "both": "group: both\ntask: [colour, shade]\naggregate_metric_list: "
+        "[{metric: acc, weight_by_size: true}, {metric: acc_norm, weight_by_size: true}]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    evaluate = Evaluate(tasks=["both"], task_folder=str(tmp_path))
+    scores, by_item = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    assert {metric: score["n"] for metric, score in scores["both"].items()} == {
+        "acc": 22,
+        "acc_norm": 11,
+    }
+    assert {metric: len(values) for metric, values in by_item["both"].items()} == {"acc": 22}
+
+
 def test_scores_name_filters_and_leave_out_losses():
     row = {
         "alias": "x",
