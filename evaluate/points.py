@@ -12,6 +12,7 @@ from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import NOT_SWEPT
 
 ALWAYS_SHOWN = ("quantize.method", "quantize.bits", "quantize.budget", "quantize.group_size")
 
@@ -63,6 +64,11 @@ def _choices(override: str) -> list[str]:
         raise UserError(
             f"command line: {override}: only keys of the quantize section can be swept; "
             f"put a text with a comma in quotes: '{key}=\"{text}\"'"
+        )
+    if any(f"{key}.".startswith(f"{same}.") for same in NOT_SWEPT):
+        raise UserError(
+            f"command line: {override}: cannot be swept, as it changes nothing that a sweep "
+            "measures; choose one value"
         )
     if key == "quantize.dtype":
         raise UserError(
