@@ -26,6 +26,8 @@ Messages = list[dict[str, str]]
 
 NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
 
+NOT_UTF8 = "chat: the question is not UTF-8 text: set the terminal, or save the file, as UTF-8"
+
 HELP = "/new starts over, /quit or an empty line ends the chat, /help shows this again"
 
 
@@ -58,8 +60,9 @@ def chat(
         a prompt, all that exist.
 
     Raises:
-        UserError: for a model that does not exist.
+        UserError: for a model that does not exist, or a question that is not UTF-8.
     """
+    checked_text(prompt or "")
     recipe, run = open_run(where, overrides)
     doing("chat: loading torch and transformers")
     names = available(run) if prompt is not None and model is None else [model or "quantized"]
@@ -286,6 +289,21 @@ def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, recipe: Reci
 
 def _read_line() -> str:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return checked_text(input("> " if sys.stdin.isatty() else "").strip())
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise UserError(NOT_UTF8) from None
+
+
+def checked_text(text: str) -> str:
+    """Returns a text that the user typed, and that a tokenizer takes.
+
+    Raises:
+        UserError: if it has bytes that are not UTF-8, for which Python puts surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(NOT_UTF8) from None
+    return text

@@ -86,6 +86,20 @@ def test_a_missing_model_names_the_command_that_makes_it(recipe_file, tmp_path, 
     assert "not a run directory" in nowhere.stderr
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_question_that_is_not_utf_8_is_refused(recipe_file, ask, here, monkeypatch, errors):
+    """Locales differ in what Python makes of such bytes: an error, or surrogates."""
+    from finequant.evaluate import chat
+
+    monkeypatch.setattr(chat, "load_chat_model", lambda *_: None)
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8", errors)
+    monkeypatch.setattr("sys.stdin", typed)
+    for arguments in ([], ["--prompt", "\udcff"]):
+        asked = here("chat", str(recipe_file), "--model", "base", *arguments)
+        assert asked.returncode == 2, asked.stderr
+        assert asked.stderr.endswith(f"error: {chat.NOT_UTF8}\n")
+
+
 def test_an_unknown_model_name_is_refused(recipe_file, tmp_path):
     from finequant.evaluate.chat import check_made
     from finequant.recipes.errors import UserError
