@@ -11,6 +11,7 @@ from finequant.recipes.schema import Recipe
 ADAPTER = "adapter"
 QUANTIZED = "quantized"
 CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 TEMPLATE = "chat_template.jinja"
 """The file of a chat template, without which a model only continues a prompt."""
 

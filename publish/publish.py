@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finequant.publish.loading import ADAPTER, CARD, QUANTIZED, base_on_hub
+from finequant.publish.loading import ADAPTER, ADAPTER_CONFIG, CARD, QUANTIZED, base_on_hub
 from finequant.recipes.artifact import SUMS, replace_text
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
@@ -183,7 +183,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
     with run.writing(run.publication, shown) as folder:
         if kind == ADAPTER:
             _take(run.adapter, folder)
-            _name_base(folder / "adapter_config.json", shown)
+            _name_base(folder / ADAPTER_CONFIG, shown)
         else:
             _take(run.quantized, folder)
             for export in exports(recipe, run):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finequant.publish.loading import ADAPTER, CARD
+from finequant.publish.loading import ADAPTER, ADAPTER_CONFIG, CARD, QUANTIZED
 from finequant.recipes.artifact import SUMS, file_hash
 from finequant.recipes.errors import OutsideError, UserError, counted, listed, one_line
 from finequant.recipes.schema import Recipe
@@ -89,7 +89,13 @@ def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool)
                 f"publish.repo_id: {publish.repo_id} exists, with {counted(len(there), 'file')} "
                 "that this recipe did not publish "
                 f"({', '.join(there[:3])}{', ...' if there[3:] else ''}): name another, or add "
-                "--into-existing to replace them"
+                "--into-existing to replace those of the same names and keep the others"
+            )
+        if kind == QUANTIZED and ADAPTER_CONFIG in there:
+            raise UserError(
+                f"publish.repo_id: {publish.repo_id} has {ADAPTER_CONFIG}, so that transformers "
+                "would load an adapter instead of the quantized model: name another, or delete "
+                "that file there"
             )
         edited = _edited(api, recipe, info, published, files)
         if edited and not into_existing:
@@ -190,7 +196,7 @@ def _published(
     lines = hashes.read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
     same = isinstance(content, dict) and content.get("name") == recipe.name
-    return sums if same and ("adapter_config.json" in sums) == (kind == ADAPTER) else {}
+    return sums if same and (ADAPTER_CONFIG in sums) == (kind == ADAPTER) else {}
 
 
 def _edited(

@@ -552,6 +552,17 @@ def test_a_repository_that_was_edited_on_the_hub_is_refused_without_into_existin
     assert publish("publish.description=Again.").returncode == 0
 
 
+def test_no_quantized_model_is_published_beside_an_adapter(hub, publish):
+    """transformers loads the adapter, and its base, from a repository that has both."""
+    repository = make_repository(hub, {"adapter_config.json": b"{}"})
+    stopped = publish("--into-existing")
+    assert stopped.returncode == 2
+    assert "alice/tiny has adapter_config.json, so that transformers would load" in stopped.stderr
+    assert len(repository.commits) == 1
+    done = publish("--into-existing", "--adapter-only", "publish.base_model=org/base")
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_of_others_that_cannot_be_read_are_not_taken_for_ours(hub, publish):
     sums = b"\xff\xfe  model.bin\n"
     make_repository(hub, {"recipe.yaml": b"when: 2024-13-01\n", "SHA256SUMS": sums})
