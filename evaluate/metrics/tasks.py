@@ -23,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from finequant.evaluate.check import check_task_files
+from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.metrics.batches import batches_by_length, in_batches
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
 from finequant.evaluate.metrics.text_metrics import Score
@@ -104,7 +105,8 @@ def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
     """Loads the lm-eval group or tasks of each entry, with their data, before the first one runs.
 
     Raises:
-        UserError: for unknown tasks, and for all that cannot be loaded or run as the recipe says.
+        UserError: for unknown tasks, for all that cannot be loaded or run as the recipe says, and
+            for a task that two entries report.
     """
     check_tasks(evaluate)
     loaded: list[list[Any]] = []
@@ -113,7 +115,39 @@ def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
             lambda task=task: loaded.append(_load(task, evaluate.task_folder))
             for task in evaluate.tasks
         )
+    _refuse_repeated(evaluate.tasks, loaded)
     return loaded
+
+
+def _refuse_repeated(tasks: list[Task], loaded: list[list[Any]]) -> None:
+    """Refuses scores that would replace others in the report.
+
+    Raises:
+        UserError: for a task that two entries report, as a tag and one of its tasks do, or one that
+            has the name of the held-out rows.
+    """
+    entries: dict[str, str] = {}
+    for task, objects in zip(tasks, loaded, strict=True):
+        for name in _reported(task, objects):
+            if name == HELD_OUT:
+                raise UserError(
+                    f"evaluate.tasks: {name!r} is the name of the held-out rows in the report: "
+                    "rename this task"
+                )
+            if name in entries:
+                raise UserError(
+                    f"evaluate.tasks: {entries[name]!r} and {task.task!r} both report {name!r}, "
+                    "which has one place in the report: remove one of them"
+                )
+            entries[name] = task.task
+
+
+def _reported(task: Task, objects: list[Any]) -> list[str]:
+    """Lists the names under which the scores of an entry are reported."""
+    if getattr(objects[0], "has_aggregation", False):
+        return [task.task]
+    leaves = [it.get_all_tasks() if hasattr(it, "get_all_tasks") else [it] for it in objects]
+    return [leaf.task_name for leaf in chain(*leaves)]
 
 
 def answer(

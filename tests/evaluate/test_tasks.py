@@ -521,6 +521,33 @@ def test_a_score_counts_the_documents_that_have_it(
     assert {metric: len(values) for metric, values in by_item["both"].items()} == {"acc": 22}
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["mine", "shade"], "'mine' and 'shade' both report 'shade'"),
+        (["apart", "mine"], "'apart' and 'mine' both report 'shade'"),
+        (["held_out"], "'held_out' is the name of the held-out rows"),
+    ],
+)
+def test_scores_that_would_replace_others_are_refused(
+    task_folder, tmp_path, monkeypatch, names, message
+):
+    """The limit of one entry and the answers of another would be in one line of the report."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    files = {
+        "colour": TASK.format(name="colour", data=f"{task_folder}/rows.jsonl"),
+        "shade": "include: colour.yaml\ntask: shade\ntag: mine\n",
+        "held_out": "include: colour.yaml\ntask: held_out\n",
+        "apart": "group: apart\ntask: [colour, shade]\n",
+        "both": "group: both\ntask: [colour, shade]\naggregate_metric_list: [{metric: acc}]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        tasks.load_tasks(Evaluate(tasks=names, task_folder=str(tmp_path)))
+    tasks.load_tasks(Evaluate(tasks=["both", "shade"], task_folder=str(tmp_path)))
+
+
 def test_scores_name_filters_and_leave_out_losses():
     row = {
         "alias": "x",
