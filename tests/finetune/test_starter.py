@@ -535,6 +535,14 @@ def test_a_conversation_of_other_keys_is_told_from_columns(tmp_path):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
 
 
+def test_the_keys_of_a_message_without_content_are_named(tmp_path):
+    turns = [{"role": role, "text": "I am"} for role in ("user", "assistant")]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    write_recipe(file, None, None, None, tmp_path / "mine.yaml")
+    with pytest.raises(UserError, match="content is not text: None; its keys are role, text"):
+        load_splits(load_recipe(tmp_path / "mine.yaml").data, 0)
+
+
 def test_columns_that_never_change_are_named(tmp_path):
     rows = [{"question": "what now?", "answer": "go on"}] * 20
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
