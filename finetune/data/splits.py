@@ -209,7 +209,7 @@ class _Splitting:
         validation, test = self._weighted(validation), self._weighted(test)
         validation = self._without_overlap(validation, test, "validation", "test")
         held_out = np.concatenate([validation, test])
-        train = self._without_overlap(train, held_out, "training", "validation or test")
+        train = self._without_overlap(train, held_out, "train", "validation or test")
         if not len(validation) and data.validation_fraction:
             train, validation = self._split_off(train, data.validation_fraction, seed)
             notes.append(f"validation: {counted(len(validation), 'row')} split off, seed {seed}")
@@ -292,23 +292,21 @@ class _Splitting:
             listing += [""] * (len(pairs) - len(listing))  # counted only
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
             count = len(shared)
+            kind = "training" if name == "train" else name
             these = "it" if count == 1 else "them"
-            advice = f"remove {these}, or leave {these} out of {name} with data.overlap=drop"
+            advice = f"remove {these}, or leave {these} out of {kind} with data.overlap=drop"
             sources = [{*map(_content, part)} for part in (data.train, data.validation, data.test)]
             if sum(map(len, sources)) > len(set.union(*sources)):
                 advice = "name other rows there, or none, and let data.test_fraction split some off"
             shared_rows = (
-                f"1 {name} row also occurs" if count == 1 else f"{count} {name} rows also occur"
+                f"1 {kind} row also occurs" if count == 1 else f"{count} {kind} rows also occur"
             )
             raise UserError(
                 f"data: {shared_rows} in {where}; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
                 + f"\n  {listed(listing, most=10)}"
             )
-        self.notes.append(
-            f"{name.replace('training', 'train')}: {counted(len(shared), 'row')} dropped, in "
-            f"{where} too"
-        )
+        self.notes.append(f"{name}: {counted(len(shared), 'row')} dropped, in {where} too")
         return rows[~is_shared]
 
 
