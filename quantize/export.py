@@ -119,11 +119,7 @@ def export_one(
     with run.writing(run.exports / name, recipe) as folder:
         figures = entry.write(stored, folder, recipe)
         doing(f"export: {name}: reading its codes back")
-        rounded, floats = entry.read_back(folder, stored)
-        scales = check_codes(name, stored, rounded)
-        if floats is not None:
-            check_floats(name, stored, floats)
-        del rounded, floats  # before the runtime loads the whole model
+        scales = check_contents(entry, stored, entry.read_back(folder, stored))
         doing(f"export: {name}: computing logits from the file")
         difference = check_logits(entry, entry.logits(folder, prompts), reference)
         size = entry.size(folder)
@@ -149,58 +145,77 @@ def export_one(
     say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
 
 
-def check_codes(name: str, stored: QuantizedCheckpoint, exported: dict[str, Rounded]) -> float:
-    """Compares codes and scales; returns the largest relative rounding of a scale.
+def check_contents(
+    entry: Format,
+    stored: QuantizedCheckpoint,
+    exported: Iterable[tuple[str, Rounded | torch.Tensor]],
+) -> float:
+    """Compares codes, scales and float tensors of an export, one at a time.
+
+    Returns:
+        The largest relative rounding of a scale.
+
+    Raises:
+        UserError: if one is missing, unexpected, or different.
+    """
+    from finequant.quantize.scheme import EMBEDDING
+
+    worst, names = 0.0, set()
+    for name, part in exported:
+        names.add(name)
+        if name in stored.floats:
+            check_float(entry.name, name, part, stored.floats[name])
+        elif name in stored.rounded:
+            worst = max(worst, check_codes(entry.name, name, part, stored.rounded[name]))
+    named = stored.rounded.keys() | stored.floats.keys()
+    check_names(
+        entry.name, named if entry.names_floats else stored.rounded.keys() - {EMBEDDING}, names
+    )
+    return worst
+
+
+def check_codes(name: str, layer: str, exported: Rounded, expected: Rounded) -> float:
+    """Compares codes and scales of a layer; returns the largest relative rounding of a scale.
 
     Scales below 1/256 of their layer's largest count as that much: half precision's subnormal
     numbers, below 6e-5, are 6e-8 apart, which such scales may lose.
 
     Raises:
-        UserError: if a layer is missing or unexpected, a code differs, or a scale differs by more
-            than SCALE_ROUNDING.
+        UserError: if a code differs, or a scale differs by more than SCALE_ROUNDING.
     """
     import torch
 
-    from finequant.quantize.scheme import EMBEDDING
-
-    worst = 0.0
-    check_names(name, {*stored.rounded} - {EMBEDDING}, {*exported} - {EMBEDDING})
-    for layer, (codes, scale) in exported.items():
-        expected = stored.rounded[layer]
-        if not torch.equal(codes, expected.codes):
-            raise UserError(f"{name}: codes of {layer} differ once read back: the file is not kept")
-        matters = codes.unflatten(1, (scale.shape[1], -1)).any(-1)  # others multiply zeros
-        exact, read = (part.float() * matters for part in (expected.scale, scale))
-        largest = exact.abs().max()
-        size = exact.abs().clamp_min(largest / 256).clamp_min(torch.finfo().tiny)
-        rounding = ((read - exact).abs() / size).max().item()
-        if not rounding <= SCALE_ROUNDING:  # nor is it NaN
-            raise UserError(
-                f"{name}: scales of {layer}, of at most {largest:.2g}, differ by {rounding:.1%}: "
-                "the file is not kept"
-            )
-        worst = max(worst, rounding)
-    return worst
+    codes, scale = exported
+    if not torch.equal(codes, expected.codes):
+        raise UserError(f"{name}: codes of {layer} differ once read back: the file is not kept")
+    matters = codes.unflatten(1, (scale.shape[1], -1)).any(-1)  # others multiply zeros
+    exact, read = (part.float() * matters for part in (expected.scale, scale))
+    largest = exact.abs().max()
+    size = exact.abs().clamp_min(largest / 256).clamp_min(torch.finfo().tiny)
+    rounding = ((read - exact).abs() / size).max().item()
+    if not rounding <= SCALE_ROUNDING:  # nor is it NaN
+        raise UserError(
+            f"{name}: scales of {layer}, of at most {largest:.2g}, differ by {rounding:.1%}: "
+            "the file is not kept"
+        )
+    return rounding
 
 
-def check_floats(name: str, stored: QuantizedCheckpoint, exported: dict[str, torch.Tensor]) -> None:
-    """Compares embedding, norms, biases and float layers, to within the rounding of float16.
+def check_float(name: str, parameter: str, exported: torch.Tensor, exact: torch.Tensor) -> None:
+    """Compares embedding, a norm, a bias or a float layer, to within the rounding of float16.
 
     Only some rows are in float32 at a time: the embedding may be larger than all codes.
 
     Raises:
-        UserError: if one is missing, unexpected, or different.
+        UserError: if they differ.
     """
     from finequant.quantize.checkpoint.reading import row_slices
 
-    check_names(name, stored.floats, exported)
-    for parameter, tensor in exported.items():
-        exact = stored.floats[parameter]
-        if tensor.shape != exact.shape or not all(
-            _within_rounding(tensor[rows].float(), exact[rows].float())
-            for rows in row_slices(tuple(exact.shape))
-        ):
-            raise UserError(f"{name}: {parameter} differs once read back: the file is not kept")
+    if exported.shape != exact.shape or not all(
+        _within_rounding(exported[rows].float(), exact[rows].float())
+        for rows in row_slices(tuple(exact.shape))
+    ):
+        raise UserError(f"{name}: {parameter} differs once read back: the file is not kept")
 
 
 def _within_rounding(tensor: torch.Tensor, exact: torch.Tensor) -> bool:

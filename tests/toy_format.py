@@ -27,23 +27,24 @@ def write(stored, folder, recipe):
 
 
 def read_back(folder, stored):
-    floats = load_file(folder / FILE)
+    tensors = load_file(folder / FILE)
     parts = ("codes", "scale")
-    layers = [key.removesuffix(".codes") for key in floats if key.endswith(".codes")]
-    rounded = {name: Rounded(*(floats.pop(f"{name}.{part}") for part in parts)) for name in layers}
-    return rounded, floats
+    for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
+        yield name, Rounded(*(tensors.pop(f"{name}.{part}") for part in parts))
+    yield from tensors.items()
 
 
 def last_logits(folder, prompts):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rounded, floats = read_back(folder, None)
-    for name, (codes, scale) in rounded.items():
+    tensors = dict(read_back(folder, None))
+    for name in [name for name, part in tensors.items() if isinstance(part, Rounded)]:
+        codes, scale = tensors.pop(name)
         weight = codes.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
-        floats[f"{name}.weight"] = weight.flatten(1)
+        tensors[f"{name}.weight"] = weight.flatten(1)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).eval()
-    model.load_state_dict(floats)
+    model.load_state_dict(tensors)
     with torch.no_grad():
         return torch.cat([model(torch.tensor([ids])).logits[:, -1] for ids in prompts])
 

@@ -4,6 +4,7 @@ it, with activations in float (https://github.com/vllm-project/compressed-tensor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,46 +129,30 @@ def _weights(bits: int, group_size: int) -> QuantizationArgs:
 
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
-) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Returns codes and scales, unpacked by the format's own package, and tensors in float.
+) -> Iterator[tuple[str, Rounded | torch.Tensor]]:
+    """Yields codes and scales, unpacked by the format's own package, and tensors in float.
 
     A quantized embedding is in float in the file; it gets the codes of `stored` if it equals them.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from safetensors.torch import load_file
 
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}  # mapped, not read
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    bits = _bits_of_names(tensors)
-    rounded = {
-        name: Rounded(
-            unpack_from_int32(
-                tensors.pop(f"{name}.weight_packed"),
-                bits[name],
-                tensors.pop(f"{name}.weight_shape"),
-            ),
-            tensors.pop(f"{name}.weight_scale"),
-        )
-        for name in bits
-    }
-    table = f"{EMBEDDING}.weight"
-    if embedding := stored.rounded.get(EMBEDDING):
-        exact = embedding.dequantize(stored.dtype)
-        if table in tensors and tensors[table].equal(exact):
-            rounded[EMBEDDING] = embedding
-            del tensors[table]
-    return rounded, tensors
-
-
-def _bits_of_names(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Computes each layer's bits from the shapes: 32 bits x packed words / columns."""
     end = ".weight_packed"
-    names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
-    return {
-        name: 32 * tensors[name + end].shape[1] // int(tensors[f"{name}.weight_shape"][1])
-        for name in names
-    }
+    for name in [key.removesuffix(end) for key in tensors if key.endswith(end)]:
+        words, shape, scale = (
+            tensors.pop(f"{name}.weight_{part}") for part in ("packed", "shape", "scale")
+        )
+        bits = 32 * words.shape[1] // int(shape[1])
+        yield name, Rounded(unpack_from_int32(words, bits, shape), scale)
+    for name, tensor in tensors.items():
+        embedding = stored.rounded.get(EMBEDDING) if name == f"{EMBEDDING}.weight" else None
+        if embedding and tensor.equal(embedding.dequantize(stored.dtype)):
+            yield EMBEDDING, embedding
+        else:
+            yield name, tensor
 
 
 class Transformers:

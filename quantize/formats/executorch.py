@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +158,8 @@ def _operators(graph: torch.fx.Graph) -> list[str]:
     return [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
 
 
-def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Rounded], None]:
-    """Reads codes and scales from the file, which stores constants under the hash of their bytes.
+def read_back(folder: Path, stored: QuantizedCheckpoint) -> Iterator[tuple[str, Rounded]]:
+    """Yields codes and scales of the file, which stores constants under the hash of their bytes.
 
     Tensors that stayed in float are not read, because the program's constants have no names.
 
@@ -169,7 +170,6 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
 
     data = deserialize_pte_binary(file_in(folder).read_bytes()).named_data
     constants = {key: data.buffers[entry.buffer_index] for key, entry in data.pte_data.items()}
-    layers = {}
     for name, (codes, scale) in stored.rounded.items():
         if name == EMBEDDING:
             continue
@@ -179,8 +179,7 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> tuple[dict[str, Roun
             raise UserError(f"executorch: the file lacks the codes of {name}: it is not kept")
         nibbles = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
-        layers[name] = Rounded(unpack_nibbles(nibbles), read)
-    return layers, None
+        yield name, Rounded(unpack_nibbles(nibbles), read)
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -234,6 +233,7 @@ FORMAT = Format(
     read_back=read_back,
     snippet=snippet,
     weights="*.pte",
+    names_floats=False,
     token_ids=token_ids,
     runtime=lambda folder, context: ExecuTorch(file_in(folder)),  # the file sets its cache's length
     runtime_packages=PACKAGES,

@@ -3,7 +3,7 @@ formats.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -60,11 +60,9 @@ class Format:
     write: Callable[[QuantizedCheckpoint, Path, Recipe], dict[str, Any]]
     """Writes an export into an empty folder, and returns figures for the manifest."""
 
-    read_back: Callable[
-        [Path, QuantizedCheckpoint], tuple[dict[str, Rounded], dict[str, torch.Tensor] | None]
-    ]
-    """Returns codes and scales by layer, and float tensors by parameter, as the format's own
-    package reads them from the folder; None for float tensors if the file does not name them."""
+    read_back: Callable[[Path, QuantizedCheckpoint], Iterable[tuple[str, Rounded | torch.Tensor]]]
+    """Yields codes and scales by layer, and float tensors by parameter, as the format's own package
+    reads them from the folder. As few as possible are in memory at a time."""
 
     snippet: Callable[[str, str, list[str]], str]
     """Writes Markdown for the model card on how to load it, given the repository's name, Python
@@ -72,6 +70,9 @@ class Format:
 
     weights: str = "model*"
     """Pattern of the files in the folder that hold the model and make up its size."""
+
+    names_floats: bool = True
+    """Whether the file names embedding and float tensors; if not, `read_back` skips them."""
 
     token_ids: Callable[[Path, list[str]], list[list[int]]] = by_transformers
     """Tokenizes texts, in which special tokens count as such, like the format's reader."""

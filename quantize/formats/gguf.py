@@ -6,13 +6,15 @@ the embedding into F16, norms into F32.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.usage import available_memory
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, GGUFWriter, TensorNameMap
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TensorNameMap
 
     from finequant.finetune.architecture import DecoderConfig
 
@@ -93,22 +95,24 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
     first = {ids[0] for ids in check_prompts(recipe, tokenizer)}
     adds_bos = add_tokenizer(writer, stored, rows_have_bos=tokenizer.bos_token_id in first)
-    names = _tensor_names(stored.config)
-    size = _add_rounded(writer, stored, names)
-    for name, tensor in stored.floats.items():
-        dtype = np.float16 if tensor.dim() == 2 else np.float32
-        array = permuted(tensor, name, stored.config).float().numpy().astype(dtype)
-        writer.add_tensor(_gguf_name(names, name), array)
-    if stored.config.rope_parameters["rope_type"] == "llama3":
-        writer.add_tensor(ROPE_FACTORS, rope_factors(stored.config))
+    rounded = [*_rounded_tensors(stored)]
+    tensors = [*rounded, *_float_tensors(stored)]
+    for tensor in tensors:
+        shape = tensor.byte_shape
+        writer.add_tensor_info(
+            tensor.name, shape, np.dtype(np.uint8), math.prod(shape), tensor.kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:  # one in memory at a time
+        writer.write_tensor_data(tensor.array())
     writer.close()
     shutil.copy2(stored.folder / "quantization.json", folder)
     text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    weights = sum(rounded.codes.numel() for rounded in stored.unshared.values())
+    weights = sum(math.prod(tensor.shape) for tensor in rounded)
+    size = sum(math.prod(tensor.byte_shape) for tensor in rounded)
     return {"bits_per_rounded_weight": 8 * size / weights}
 
 
@@ -121,20 +125,56 @@ def file_type(stored: QuantizedCheckpoint) -> str:
     return max(sizes, key=sizes.__getitem__, default="Q8_0")
 
 
-def _add_rounded(writer: GGUFWriter, stored: QuantizedCheckpoint, names: TensorNameMap) -> int:
-    """Adds all rounded layers; returns their size in bytes."""
+class _Tensor(NamedTuple):
+    """A tensor of the file, which is computed when it is written."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    array: Callable[[], np.ndarray]
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """Returns the shape in which each row is counted in bytes."""
+        from gguf.quants import quant_shape_to_byte_shape
+
+        return quant_shape_to_byte_shape(self.shape, self.kind)
+
+
+def _rounded_tensors(stored: QuantizedCheckpoint) -> Iterator[_Tensor]:
     from gguf import GGMLQuantizationType
 
-    size = 0
-    for name, rounded in stored.unshared.items():  # without output.weight, token_embd is the head
-        four_bits = stored.bits[name] <= 4
-        kind = GGMLQuantizationType.Q4_0 if four_bits else GGMLQuantizationType.Q8_0
-        codes = permuted(rounded.codes, name, stored.config)
-        repeated = rounded.scale.repeat_interleave(stored.group_size(name) // BLOCK, dim=1)
-        data = blocks(codes, permuted(repeated, name, stored.config), four_bits)
-        writer.add_tensor(_gguf_name(names, f"{name}.weight"), data, raw_dtype=kind)
-        size += data.nbytes
-    return size
+    names = _tensor_names(stored.config)
+    for name, layer in stored.unshared.items():  # without output.weight, token_embd is the head
+        kind = GGMLQuantizationType.Q4_0 if stored.bits[name] <= 4 else GGMLQuantizationType.Q8_0
+        array = partial(_rounded_array, stored, name)
+        yield _Tensor(_gguf_name(names, f"{name}.weight"), kind, layer.codes.shape, array)
+
+
+def _rounded_array(stored: QuantizedCheckpoint, name: str) -> np.ndarray:
+    codes, scale = stored.rounded[name]
+    repeated = scale.repeat_interleave(stored.group_size(name) // BLOCK, dim=1)
+    codes, repeated = (permuted(part, name, stored.config) for part in (codes, repeated))
+    return blocks(codes, repeated, stored.bits[name] <= 4)
+
+
+def _float_tensors(stored: QuantizedCheckpoint) -> Iterator[_Tensor]:
+    from gguf import GGMLQuantizationType
+
+    names, config = _tensor_names(stored.config), stored.config
+    for name, tensor in stored.floats.items():
+        kind = GGMLQuantizationType.F16 if tensor.dim() == 2 else GGMLQuantizationType.F32
+        array = partial(_float_array, stored, name)
+        yield _Tensor(_gguf_name(names, name), kind, tensor.shape, array)
+    if config.rope_parameters["rope_type"] == "llama3":
+        factors = rope_factors(config)
+        yield _Tensor(ROPE_FACTORS, GGMLQuantizationType.F32, factors.shape, lambda: factors)
+
+
+def _float_array(stored: QuantizedCheckpoint, name: str) -> np.ndarray:
+    tensor = stored.floats[name]
+    dtype = np.float16 if tensor.dim() == 2 else np.float32
+    return permuted(tensor, name, stored.config).float().numpy().astype(dtype)
 
 
 def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndarray:
@@ -217,8 +257,8 @@ def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
 
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
-) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Returns codes and scales of the file, in the rows and groups of `stored`, and other tensors.
+) -> Iterator[tuple[str, Rounded | torch.Tensor]]:
+    """Yields codes and scales of the file, in the rows and groups of `stored`, and other tensors.
 
     The gguf package decodes the values, so its reading of the layout counts, not ours.
     """
@@ -227,15 +267,16 @@ def read_back(
     names = _tensor_names(stored.config)
     ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
     theirs = {_gguf_name(names, name): name for name in ours}
-    rounded, floats = {}, {}
-    for tensor in _reader(file_in(folder)).tensors:
+    tensors = _reader(file_in(folder)).tensors
+    has_head = _gguf_name(names, f"{HEAD}.weight") in {tensor.name for tensor in tensors}
+    for tensor in tensors:
         if tensor.name == ROPE_FACTORS:
             continue
         name = theirs.get(tensor.name, tensor.name)
         layer = name.removesuffix(".weight")
         if tensor.tensor_type.name in ("F16", "F32"):
             values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-            floats[name] = _restored(values, name, stored.config)
+            yield name, _restored(values, name, stored.config)
             continue
         width = BLOCK // 2 if tensor.tensor_type.name == "Q4_0" else BLOCK
         raw = tensor.data.reshape(len(tensor.data), -1, 2 + width)
@@ -245,10 +286,10 @@ def read_back(
         codes = (values / divisor).round().to(torch.int8)
         codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
         step = stored.group_size(layer) // BLOCK if layer in stored.rounded else 1
-        rounded[layer] = Rounded(codes, scale[:, ::step])
-    if HEAD not in rounded and HEAD in stored.rounded:
-        rounded[HEAD] = rounded[EMBEDDING]
-    return rounded, floats
+        rounded = Rounded(codes, scale[:, ::step])
+        yield layer, rounded
+        if layer == EMBEDDING and HEAD in stored.rounded and not has_head:
+            yield HEAD, rounded
 
 
 def _check_memory(config: DecoderConfig) -> None:

@@ -4,6 +4,7 @@ group a scale and a bias of -8 (or -128) times the scale, so that a weight is co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,18 @@ def _block(group_size: int) -> int:
 
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
-) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Returns codes, from MLX's dequantized weights over their scales, and float tensors."""
+) -> Iterator[tuple[str, Rounded | torch.Tensor]]:
+    """Yields codes, from MLX's dequantized weights over their scales, and float tensors.
+
+    MLX reads an array when it is used.
+    """
     import mlx.core as mx
 
     arrays: dict[str, Any] = {}
     for file in folder.glob("*.safetensors"):
         arrays |= mx.load(str(file))
-    rounded = {}
-    for key in [key for key in arrays if key.endswith(".scales")]:
-        name = key.removesuffix(".scales")
+    layers = [key.removesuffix(".scales") for key in arrays if key.endswith(".scales")]
+    for name in layers:
         scales, biases = (
             arrays.pop(f"{name}.{part}").astype(mx.float32) for part in ("scales", "biases")
         )
@@ -126,10 +129,12 @@ def read_back(
         scale = _torch(scales)
         divisor = torch.where(scale == 0, 1, scale).repeat_interleave(group, dim=1)
         codes = (values / divisor).round().to(torch.int8)
-        rounded[name] = Rounded(codes, scale[:, :: stored.group_size(name) // group])
-    if HEAD not in rounded and HEAD in stored.rounded:
-        rounded[HEAD] = rounded[EMBEDDING]
-    return rounded, {name: _torch(array.astype(mx.float32)) for name, array in arrays.items()}
+        rounded = Rounded(codes, scale[:, :: stored.group_size(name) // group])
+        yield name, rounded
+        if name == EMBEDDING and HEAD in stored.rounded and HEAD not in layers:
+            yield HEAD, rounded
+    for name in [*arrays]:
+        yield name, _torch(arrays.pop(name).astype(mx.float32))
 
 
 def _torch(array: Any) -> torch.Tensor:

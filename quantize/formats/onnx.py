@@ -5,6 +5,7 @@ MatMulNBits, scales in half precision, activations in int8 blocks, and a cache t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,30 +137,33 @@ def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[st
 
 def read_back(
     folder: Path, stored: QuantizedCheckpoint
-) -> tuple[dict[str, Rounded], dict[str, torch.Tensor]]:
-    """Returns codes and scales, found through the nodes that use them, and float tensors."""
+) -> Iterator[tuple[str, Rounded | torch.Tensor]]:
+    """Yields codes and scales, found through the nodes that use them, and float tensors."""
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(file_in(folder)).graph
-    tensors = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    tensors = {item.name: item for item in graph.initializer}
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
-    rounded = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             bits = next(item.i for item in node.attribute if item.name == "bits")
             layer = node.input[1].removesuffix(".codes")
-            scale = tensors[casts[node.input[2]]]
-            rounded[layer] = _grouped(tensors[node.input[1]], scale, bits, stored, layer)
+            data, scale = (
+                numpy_helper.to_array(tensors[name])
+                for name in (node.input[1], casts[node.input[2]])
+            )
+            yield layer, _grouped(data, scale, bits, stored, layer)
     if EMBEDDING in stored.rounded:
         name = HEAD if f"{EMBEDDING}.codes" not in tensors else EMBEDDING
-        data, scale = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+        data, scale = (
+            numpy_helper.to_array(tensors[f"{name}.{part}"]) for part in ("codes", "scales")
+        )
         bits = packed_width(stored.bits[EMBEDDING])
-        rounded[EMBEDDING] = _grouped(data, scale, bits, stored, EMBEDDING)
-    floats = {
-        name: torch.from_numpy(tensors[name].copy()) for name in stored.floats if name in tensors
-    }
-    return rounded, floats
+        yield EMBEDDING, _grouped(data, scale, bits, stored, EMBEDDING)
+    for name in stored.floats:
+        if name in tensors:
+            yield name, torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
 
 def _grouped(

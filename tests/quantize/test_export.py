@@ -9,7 +9,6 @@ import struct
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from conftest import SHAPE, refused
 from safetensors.torch import load_file
 
 from finequant.quantize.formats.formats import FORMATS
+from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
 
@@ -526,13 +526,11 @@ def altered(file: Path, name: str, byte: int) -> None:
 def test_scales_that_half_precision_cannot_hold_are_refused():
     """Its smallest numbers are 6e-8 apart, which matters unless the layer has larger scales."""
     from finequant.quantize.export import check_codes
-    from finequant.quantize.rounding import Rounded
 
     def check(*scales: float, code: int = 1) -> float:
         scale = torch.tensor([scales])
         exact = Rounded(torch.full((1, 32 * len(scales)), code, dtype=torch.int8), scale)
-        stored = SimpleNamespace(rounded={"up_proj": exact})
-        return check_codes("gguf", stored, {"up_proj": exact._replace(scale=scale.half())})
+        return check_codes("gguf", "up_proj", exact._replace(scale=scale.half()), exact)
 
     assert check(0.5, 2.0**-24) == 0
     assert 0 < check(0.1, 1e-8) < 2**-11
@@ -542,22 +540,22 @@ def test_scales_that_half_precision_cannot_hold_are_refused():
             check(lost, lost)
 
 
-def test_what_was_read_back_is_freed_before_the_model_is_loaded(make, monkeypatch):
-    entry, tensors = FORMATS["compressed-tensors"], []
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "onnx", "mlx"])
+def test_what_is_read_back_is_freed_layer_by_layer(make, monkeypatch, name):
+    """All layers in memory would take a byte for each weight."""
+    entry, codes, alive = FORMATS[name], [], []
 
     def read_back(folder: Path, stored):
-        rounded, floats = entry.read_back(folder, stored)
-        tensors.extend(map(weakref.ref, floats.values()))
-        return rounded, floats
+        for layer, part in entry.read_back(folder, stored):
+            if isinstance(part, Rounded):
+                alive.append(sum(other() is not None for other in codes))
+                codes.append(weakref.ref(part.codes))
+            yield layer, part
 
-    def runtime(folder: Path, context: int):
-        assert tensors
-        assert not any(tensor() is not None for tensor in tensors)
-        return entry.runtime(folder, context)
-
-    changed = replace(entry, read_back=read_back, runtime=runtime)
-    monkeypatch.setitem(FORMATS, "compressed-tensors", changed)
-    make(to=("compressed-tensors",))
+    monkeypatch.setitem(FORMATS, name, replace(entry, read_back=read_back))
+    make(to=(name,))
+    assert len(alive) == 15
+    assert max(alive) <= 1  # the layer before
 
 
 def test_a_float_table_is_compared_some_rows_at_a_time(monkeypatch):
@@ -565,19 +563,18 @@ def test_a_float_table_is_compared_some_rows_at_a_time(monkeypatch):
     from finequant.quantize import export
 
     table, sizes, compare = torch.ones(4096, 512), [], export._within_rounding
-    stored = SimpleNamespace(floats={"model.embed_tokens.weight": table})
 
     def record(tensor: torch.Tensor, exact: torch.Tensor) -> bool:
         sizes.append(tensor.numel())
         return compare(tensor, exact)
 
     monkeypatch.setattr(export, "_within_rounding", record)
-    export.check_floats("gguf", stored, stored.floats)
+    export.check_float("gguf", "model.embed_tokens.weight", table, table)
     assert (sum(sizes), max(sizes)) == (table.numel(), table.numel() // 4)
     changed = table.clone()
     changed[-1, -1] = 1.01
     with pytest.raises(UserError, match="embed_tokens.weight differs once read back"):
-        export.check_floats("gguf", stored, {"model.embed_tokens.weight": changed})
+        export.check_float("gguf", "model.embed_tokens.weight", changed, table)
 
 
 @pytest.mark.parametrize("name", ["gguf", "onnx"])
@@ -600,23 +597,21 @@ def test_a_number_beyond_half_precision_is_refused_with_its_layer(
 
 def test_an_altered_export_is_refused(make, tmp_path):
     from finequant.quantize.checkpoint.stored import read_checkpoint
-    from finequant.quantize.export import check_codes
-    from finequant.quantize.formats.compressed_tensors import read_back
-    from finequant.quantize.rounding import Rounded
+    from finequant.quantize.export import check_contents
 
+    entry = FORMATS["compressed-tensors"]
     run = make(to=("compressed-tensors",))
     stored = read_checkpoint(run / "quantized")
     folder = tmp_path / "copy"
     shutil.copytree(run / "exports" / "compressed-tensors", folder)
-    assert check_codes("x", stored, read_back(folder, stored)[0]) == 0
+    assert check_contents(entry, stored, entry.read_back(folder, stored)) == 0
     altered(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight_packed", 77)
-    exported, _ = read_back(folder, stored)
     with pytest.raises(UserError, match=r"codes of model\.layers\.0\.mlp\.up_proj differ"):
-        check_codes("x", stored, exported)
+        check_contents(entry, stored, entry.read_back(folder, stored))
     codes, scale = stored.rounded["lm_head"]
-    exported = stored.rounded | {"lm_head": Rounded(codes, torch.full_like(scale, torch.nan))}
+    broken = Rounded(codes, torch.full_like(scale, torch.nan))
     with pytest.raises(UserError, match=r"scales of lm_head, .* differ by nan%"):
-        check_codes("x", stored, exported)
+        check_contents(entry, stored, [("lm_head", broken)])
 
 
 @pytest.fixture
@@ -724,9 +719,9 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
     assert card.endswith("### toy\n\n`hf download your-name/your-model toy/model.safetensors`")
 
     def altered_codes(folder, stored):
-        rounded, floats = toy_format.read_back(folder, stored)
-        codes, scale = rounded["lm_head"]
-        return {**rounded, "lm_head": type(rounded["lm_head"])(codes ^ 1, scale)}, floats
+        tensors = dict(toy_format.read_back(folder, stored))
+        codes, scale = tensors["lm_head"]
+        return (tensors | {"lm_head": Rounded(codes ^ 1, scale)}).items()
 
     monkeypatch.setitem(FORMATS, "toy", replace(toy_format.FORMAT, read_back=altered_codes))
     with pytest.raises(UserError, match="toy: codes of lm_head differ once read back"):

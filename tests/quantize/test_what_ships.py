@@ -20,7 +20,7 @@ from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_checkpoint
 from finequant.quantize.convert import check_base_range
-from finequant.quantize.export import check_codes, check_floats
+from finequant.quantize.export import check_contents
 from finequant.quantize.formats import compressed_tensors, gguf
 from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
 from finequant.quantize.merge.check import check_merge
@@ -231,17 +231,18 @@ def test_every_tensor_of_a_gguf_is_compared_including_biases(shipped, root, tmp_
     (stored.folder / "quantization.json").write_text("{}")
     recipe = load_recipe(make_recipe(tmp_path, root / "biases" / "base"))
     gguf.write(stored, tmp_path, recipe)
-    rounded, floats = gguf.read_back(tmp_path, stored)
-    assert check_codes("gguf", stored, rounded) < 2**-8
-    check_floats("gguf", stored, floats)
+    read = dict(gguf.read_back(tmp_path, stored))
+    assert check_contents(gguf.FORMAT, stored, read.items()) < 2**-8
     assert difference(gguf.FORMAT.logits(tmp_path, PROMPTS), shipped["biases"][0]) < 0.02
     lost = "model.layers.1.self_attn.k_proj.bias"
-    with pytest.raises(UserError, match=f"lacks 1 tensor, such as {lost}"):
-        check_floats("gguf", stored, {k: v for k, v in floats.items() if k != lost})
     with pytest.raises(UserError, match=f"{lost} differs once read"):
-        check_floats("gguf", stored, floats | {lost: floats[lost] * 1.01})
-    with pytest.raises(UserError, match="lacks 1 tensor, such as lm_head"):
-        check_codes("gguf", stored, {k: v for k, v in rounded.items() if k != "lm_head"})
+        check_contents(gguf.FORMAT, stored, (read | {lost: read[lost] * 1.01}).items())
+    for name in (lost, "lm_head"):
+        without = [(key, part) for key, part in read.items() if key != name]
+        with pytest.raises(UserError, match=f"lacks 1 tensor, such as {name}"):
+            check_contents(gguf.FORMAT, stored, without)
+    with pytest.raises(UserError, match="should not have 1 tensor, such as extra"):
+        check_contents(gguf.FORMAT, stored, [*read.items(), ("extra", read[lost])])
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
