@@ -23,16 +23,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import cycle, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args
 
 import typer
 from convert import Shape, make
 
-from finequant.recipes.commands.pipeline import module_of
+from finequant.recipes.commands.pipeline import export_options, module_of
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.load import load_recipe
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Export, Recipe
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import CGROUP, CGROUPS
 
@@ -59,16 +61,21 @@ CASES = {
     "quantize gptq": ("quantize", ["quantize.method=gptq", "quantize.rotate=true"]),
     "quantize rtn": ("quantize", []),
     "evaluate": ("evaluate", []),
+    **{f"export {name}": (name, []) for name in get_args(Export) if name != "torchao"},
 }
-"""Stage and overrides, by name; `kept` means without gradient checkpointing."""
+"""Stage or format, and overrides, by name; `kept` means without gradient checkpointing."""
 
-READS = {"qat": "train bf16", "quantize": "train bf16", "evaluate": "quantize rtn"}
-"""The case whose output a stage reads."""
+READS = {"qat": "train bf16", "quantize": "train bf16", "evaluate": "quantize rtn"} | dict.fromkeys(
+    get_args(Export), "quantize rtn"
+)
+"""The case whose output a stage or an export reads."""
 
+WORDS = ["".join(letters) for letters in product(ascii_lowercase, repeat=3)][:480]
+PAD, END, USER, ASSISTANT = SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
 TEMPLATE = (
-    "{% for message in messages %}{{ message.role }} {{ message.content }} "
-    "{% if message.role == 'assistant' %}t2 {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% if message.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 CALIBRATION_TOKENS, ROWS = 4096, 32
 
@@ -138,13 +145,13 @@ def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
     make(at, shape, blocks)
     a_tokenizer().save_pretrained(at / "base")
     # Three tokens of a row come from the template; half of the others are target tokens.
-    question = " ".join(f"t{3 + number % 900}" for number in range(tokens // 2 - 2))
-    answer = " ".join(f"t{7 + number % 900}" for number in range(tokens - tokens // 2 - 1))
-    rows = [
-        {"prompt": f"t{number + 3} {question[3:]}", "completion": answer} for number in range(ROWS)
-    ]
+    words = cycle(WORDS)
+    question, answer = (
+        " ".join(islice(words, count)) for count in (tokens // 2 - 3, tokens - tokens // 2 - 1)
+    )
+    rows = [{"prompt": f"{word} {question}", "completion": answer} for word in WORDS[:ROWS]]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (at / "held_out.jsonl").write_text(json.dumps({"prompt": answer, "completion": "t9"}))
+    (at / "held_out.jsonl").write_text(json.dumps({"prompt": answer, "completion": WORDS[0]}))
     path = at / "recipe.json"
     content = {
         "name": "memory",
@@ -169,16 +176,22 @@ def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
 
 
 def a_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer whose words are t0, t1, t2, ...; t2 ends an answer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Makes a tokenizer with a token for each word, as Llama 3's, which GGUF has a name for."""
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = [*(f"t{number}" for number in range(1000)), "user", "assistant"]
-    model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="t0")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    from finequant.finetune.pre_tokenizers import pre_tokenizer
+
+    tokens = [*SPECIAL, *WORDS, *(f"Ġ{word}" for word in WORDS)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer("llama-bpe")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="t1", eos_token="t2", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=TEMPLATE,
     )
 
 
@@ -203,7 +216,14 @@ def measure(at: Path, recipe: Path, name: str, limit: float) -> Measured:
     stage, overrides = CASES[name]
     started = time.monotonic()
     log = at / f"{name}.log"
-    command = [sys.executable, "-m", module_of(stage), str(recipe), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        module_of(stage),
+        str(recipe),
+        *overrides,
+        *export_options([stage]),
+    ]
     with control_group(limit) as join, log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=join

@@ -61,6 +61,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    bytes_per_weight=8,
     last_logits=last_logits,
     activations="float",
 )

@@ -205,6 +205,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    bytes_per_weight=3.0,
     runtime=lambda folder, context: Transformers(folder),
     weights="*.safetensors",
     runtime_packages={"compressed_tensors": "compressed-tensors"},

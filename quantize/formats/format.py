@@ -68,6 +68,10 @@ class Format:
     """Writes Markdown for the model card on how to load it, given the repository's name, Python
     that sets `messages`, and the export's files in the repository."""
 
+    bytes_per_weight: float
+    """Memory that an export takes: bytes for each weight of the base, apart from the process itself
+    and pages of mapped files (`benchmarks/memory.py --only export`)."""
+
     weights: str = "model*"
     """Pattern of the files in the folder that hold the model and make up its size."""
 

@@ -51,9 +51,9 @@ BLOCK = 32
 
 RUNTIME = {"llama_cpp": "llama-cpp-python"}
 
-READ_BYTES = 8
+READ_BYTES = 6.5
 """Bytes of memory per weight when transformers 5.23 reads a file back: it makes float32 weights,
-and copies of them (measured at 135M and 281M parameters)."""
+and copies of them."""
 
 
 def check_fits(contents: Contents) -> None:
@@ -437,6 +437,7 @@ FORMAT = Format(
     read_back=read_back,
     activations="int8 in blocks of 32",
     snippet=snippet,
+    bytes_per_weight=READ_BYTES if to_install(RUNTIME) else 3.0,
     weights="*.gguf",
     token_ids=token_ids,
     runtime=lambda folder, context: LlamaCpp(file_in(folder), context),

@@ -192,6 +192,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    bytes_per_weight=4.0,
     weights="*.safetensors",
     runtime=lambda folder, context: MlxLm(folder),
     runtime_packages=PACKAGES,

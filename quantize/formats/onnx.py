@@ -237,6 +237,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    bytes_per_weight=6.0,
     weights="*.onnx*",
     runtime=lambda folder, context: OnnxRuntime(folder),
     runtime_packages={"onnxruntime": "'finequant[onnx]'"},

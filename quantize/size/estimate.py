@@ -18,7 +18,7 @@ from finequant.quantize.size.evaluating import evaluation_memory
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.plan import model_size
 from finequant.quantize.size.quantizing import qat_memory, quantize_memory
-from finequant.quantize.size.terms import MB, Lengths, Memory, longest, trainable
+from finequant.quantize.size.terms import MB, PROCESS, Lengths, Memory, longest, trainable
 from finequant.quantize.size.training import optimizer_bytes, training_memory
 from finequant.recipes.schema import Model, Recipe
 from finequant.recipes.stages import STAGES
@@ -34,10 +34,12 @@ def memory_of(
     machine: Machine,
     lengths: Lengths | None = None,
 ) -> Memory:
-    """Estimates a stage's peak memory.
+    """Estimates the peak memory of a stage or an export.
 
     lengths: of the rows that it reads; default: the longest that the recipe allows.
     """
+    if stage not in STAGES:
+        return export_memory(stage, config)
     stages = {
         "train": training_memory,
         "qat": qat_memory,
@@ -45,6 +47,14 @@ def memory_of(
         "evaluate": evaluation_memory,
     }
     return stages[stage](recipe, config, machine, lengths or longest(recipe))
+
+
+def export_memory(name: str, config: DecoderConfig) -> Memory:
+    """Estimates the memory of an export, without pages of mapped files."""
+    from finequant.quantize.formats.formats import FORMATS
+
+    model = FORMATS[name].bytes_per_weight * parameter_count(config)
+    return {"process": PROCESS["export"], "quantized/ and the export": int(model)}
 
 
 def disk_of(stage: str, recipe: Recipe, config: DecoderConfig) -> int:

@@ -69,6 +69,11 @@ def this_machine() -> Machine:
         properties = torch.cuda.get_device_properties(0)
         gpus = torch.cuda.device_count()
         return Machine(properties.name, properties.total_memory, "gpu", gpus)
+    return this_host()
+
+
+def this_host() -> Machine:
+    """Returns this machine without its GPU."""
     return Machine("this machine", total_memory(), "cpu")
 
 

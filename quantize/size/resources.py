@@ -10,7 +10,13 @@ from finequant.finetune.architecture import parameter_count
 from finequant.finetune.model import load_config
 from finequant.quantize.scheme import layer_plan, shipped_dtype
 from finequant.quantize.size.estimate import cache_bytes, dequantized_bytes, disk_of, memory_of
-from finequant.quantize.size.machine import Machine, free_disk, on_one_disk, this_machine
+from finequant.quantize.size.machine import (
+    Machine,
+    free_disk,
+    on_one_disk,
+    this_host,
+    this_machine,
+)
 from finequant.quantize.size.plan import model_size
 from finequant.quantize.size.terms import Lengths, Memory, components, trainable
 from finequant.recipes.errors import UserError
@@ -48,14 +54,24 @@ def show_resources(
             f"\npeak memory on {each}{machine.name}, which has {_shown(machine.memory)}, for rows "
             f"of {recipe.data.max_length:,} tokens (data.max_length); shorter rows take less:"
         )
-        for stage in (stage for stage in stages if stage in STAGES):
-            attempt = _Attempt(stage, recipe, config, machine, None)
-            fits = "" if attempt.fits else f" does not fit: {attempt.hint()}:"
-            parts = ", ".join(f"{name} {_shown(size)}" for name, size in attempt.memory.items())
-            show(f"  {stage}: {_shown(sum(attempt.memory.values()))}:{fits} {parts}")
+        _show_memory([stage for stage in stages if stage in STAGES], recipe, config, machine)
+    if exports := [stage for stage in stages if stage not in STAGES]:
+        host = this_host()
+        show(f"\npeak memory of exports, on the CPU; this machine has {_shown(host.memory)}:")
+        _show_memory(exports, recipe, config, host)
     for folder, size in _disk(recipe, run, config, stages).items():
         show(f"\ndisk: {_shown(size)} in {folder}; {_shown(free_disk(folder))} is free")
     _show_sizes(recipe, config, device_memory, context or recipe.data.max_length)
+
+
+def _show_memory(
+    stages: list[str], recipe: Recipe, config: DecoderConfig, machine: Machine
+) -> None:
+    for stage in stages:
+        attempt = _Attempt(stage, recipe, config, machine, None)
+        fits = "" if attempt.fits else f" does not fit: {attempt.hint()}:"
+        parts = ", ".join(f"{name} {_shown(size)}" for name, size in attempt.memory.items())
+        show(f"  {stage}: {_shown(sum(attempt.memory.values()))}:{fits} {parts}")
 
 
 def _show_sizes(
@@ -87,15 +103,15 @@ def refuse_what_cannot_finish(
 ) -> None:
     """Refuses, before the first of these stages starts, what this machine cannot finish.
 
-    stages: those to come, exports included; the memory of exports is not estimated.
+    stages: those to come, exports included, which take place on the CPU.
     lengths: of the recipe's rows; default: the longest that the recipe allows.
 
     Raises:
         UserError: if one of them takes more memory than there is, or all of them more disk.
     """
     config, problems = load_config(recipe.model), []
-    for stage in (stage for stage in stages if stage in STAGES):
-        attempt = _Attempt(stage, recipe, config, machine, lengths)
+    for stage in stages:
+        attempt = _Attempt(stage, recipe, config, _where(stage, machine), lengths)
         if not attempt.fits:
             problems.append(_too_much(attempt))
     for folder, needed in _disk(recipe, run, config, stages).items():
@@ -122,13 +138,22 @@ def _disk(recipe: Recipe, run: RunDir, config: DecoderConfig, stages: list[str])
 def settings_that_fit(
     recipe: Recipe, stages: list[str], machine: Machine, lengths: Lengths | None = None
 ) -> dict[str, Any]:
-    """Returns the cheapest overrides with which as many of these stages as possible fit."""
+    """Returns the cheapest overrides with which as many of these stages as possible fit; exports
+    that do not are left out."""
     config, changes = load_config(recipe.model), {}
     for stage in stages:
-        attempt = _Attempt(stage, recipe, config, machine, lengths)
+        attempt = _Attempt(stage, recipe, config, _where(stage, machine), lengths)
         smaller = attempt.changes_that_fit() or {}
+        if stage not in STAGES and not attempt.fits:
+            others = [name for name in recipe.quantize.exports if name != stage]
+            smaller = {"quantize.exports": others}
         recipe, changes = _with(recipe, smaller), changes | smaller
     return changes
+
+
+def _where(stage: str, machine: Machine) -> Machine:
+    """Returns the machine that a stage runs on; exports take place on the CPU."""
+    return machine if stage in STAGES or machine.kind == "cpu" else this_host()
 
 
 class _Attempt(NamedTuple):
@@ -168,6 +193,8 @@ class _Attempt(NamedTuple):
     def hint(self) -> str:
         """Suggests the cheapest overrides, or a launcher, with which the stage would fit."""
         changes = self.changes_that_fit()
+        if self.stage not in STAGES:
+            return "remove it from quantize.exports, and export on a machine with more memory"
         if changes is not None:
             settings = (f"{key}={str(value).lower()}" for key, value in changes.items())
             return f"it fits with {' '.join(settings)}"
@@ -183,6 +210,8 @@ class _Attempt(NamedTuple):
 
 def _smaller(stage: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Yields overrides of a stage that need less and less memory."""
+    if stage not in STAGES:
+        return
     if stage == "quantize":
         trained = recipe.quantize.calibration.scale_steps
         whole = {"quantize.calibration.scale_steps": 0} if trained else {}

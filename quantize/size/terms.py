@@ -31,8 +31,15 @@ class Lengths(NamedTuple):
 
 
 MB = 10**6
-PROCESS = {"train": 600 * MB, "qat": 600 * MB, "quantize": 600 * MB, "evaluate": 650 * MB}
-"""Bytes of Python with a stage's libraries: torch, transformers, and trl, torchao or lm-eval."""
+PROCESS = {
+    "train": 600 * MB,
+    "qat": 600 * MB,
+    "quantize": 600 * MB,
+    "evaluate": 650 * MB,
+    "export": 600 * MB,
+}
+"""Bytes of Python with a stage's libraries: torch, transformers, and trl, torchao, lm-eval or those
+of a format."""
 
 CUDA_CONTEXT = 500 * MB
 

@@ -359,6 +359,27 @@ def test_the_refusal_names_a_setting_that_fits(recipe_file, stage, megabytes, hi
     refuse_what_cannot_finish(smaller, run, [stage], machine, lengths)
 
 
+def test_exports_take_memory_of_the_host(plan, recipe_file, monkeypatch):
+    """Before, an export of a large model was killed after the training, without a word."""
+    from finequant.quantize.size import machine
+
+    shown = plan(LLAMA_3_70B, "quantize.exports=[gguf, mlx]", "--gpu", "H100")
+    of_gpu, exports = shown.split("peak memory of exports, on the CPU; this machine has ")
+    assert "gguf:" not in of_gpu.split("peak memory on H100")[1]
+    lines = exports.splitlines()[1:3]
+    assert [line.split(":")[0].strip() for line in lines] == ["gguf", "mlx"]
+    assert all("does not fit: remove it from quantize.exports, and" in line for line in lines)
+
+    recipe, gpu = load_recipe(recipe_file), Machine("a GPU", 80 * 10**9, "gpu")
+    run, stages = RunDir.of(recipe), ["quantize", "gguf", "onnx"]
+    refuse_what_cannot_finish(recipe, run, stages, gpu)
+    monkeypatch.setattr(machine, "total_memory", lambda: 5 * 10**8)
+    with pytest.raises(
+        UserError, match=r"cannot finish here:\n  gguf: .* this machine has 0.50 GB"
+    ):
+        refuse_what_cannot_finish(recipe, run, stages, gpu)
+
+
 def test_too_little_disk_is_refused(recipe_file, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     recipe = load_recipe(recipe_file)
