@@ -250,12 +250,12 @@ def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None
     from finequant.quantize.size.machine import this_machine
     from finequant.quantize.size.resources import settings_that_fit
     from finequant.recipes.load import add_to_file
-    from finequant.recipes.stages import STAGES, stages_of
+    from finequant.recipes.stages import stages_of
     from finequant.recipes.terminal import say
 
-    machine, stages = this_machine(), [stage for stage in stages_of(recipe) if stage in STAGES]
+    machine = this_machine()
     # Rows can be shorter than the recipe allows.
-    if changes := settings_that_fit(recipe, stages, machine, lengths):
+    if changes := settings_that_fit(recipe, stages_of(recipe), machine, lengths):
         memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
         add_to_file(target, changes, f"to fit into the {memory}")
         settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())

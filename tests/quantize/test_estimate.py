@@ -25,7 +25,7 @@ from finequant.quantize.scheme import layer_plan
 from finequant.quantize.size import machine as machines
 from finequant.quantize.size.estimate import cache_bytes, disk_of, memory_of
 from finequant.quantize.size.machine import Machine, bytes_of, named_gpu
-from finequant.quantize.size.resources import refuse_what_cannot_finish
+from finequant.quantize.size.resources import refuse_what_cannot_finish, settings_that_fit
 from finequant.quantize.size.terms import Lengths, components, trainable
 from finequant.recipes import usage
 from finequant.recipes.errors import UserError
@@ -378,6 +378,8 @@ def test_exports_take_memory_of_the_host(plan, recipe_file, monkeypatch):
         UserError, match=r"cannot finish here:\n  gguf: .* this machine has 0.50 GB"
     ):
         refuse_what_cannot_finish(recipe, run, stages, gpu)
+    recipe = load_recipe(recipe_file, ["quantize.exports=[torchao, gguf]"])
+    assert settings_that_fit(recipe, ["quantize", "gguf"], gpu) == {"quantize.exports": ["torchao"]}
 
 
 def test_too_little_disk_is_refused(recipe_file, monkeypatch):
