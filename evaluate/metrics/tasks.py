@@ -29,7 +29,7 @@ from finequant.evaluate.metrics.shared_context import Continuation, log_likeliho
 from finequant.evaluate.metrics.text_metrics import Score
 from finequant.evaluate.models import GREEDY
 from finequant.finetune.data.turns import configured_ends, until_end
-from finequant.recipes.errors import UserError, listed, refuse_all
+from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
 from finequant.recipes.terminal import say
 
@@ -316,11 +316,26 @@ def _refusal(task: Task, leaves: list[Any]) -> str | None:
         return "executes code that the model writes; run it with lm-eval itself, in a sandbox"
     if task.num_fewshot and any(leaf.get_config("num_fewshot") == 0 for leaf in leaves):
         return f"is defined as 0-shot: lm-eval ignores num_fewshot {task.num_fewshot}; remove it"
+    for leaf in leaves:
+        default = leaf.get_config("num_fewshot")
+        shots = (default if task.num_fewshot is None else task.num_fewshot) or 0
+        if shots and shots > (rows := _examples(leaf)):
+            available = counted(rows, "row")
+            return (
+                f"has {available} for examples, but num_fewshot is {shots}: set num_fewshot={rows}"
+            )
     if not any(
         better is not False for leaf in leaves for better in leaf.higher_is_better().values()
     ):
         return "only has metrics where lower is better; for texts, use evaluate.perplexity"
     return None
+
+
+def _examples(leaf: Any) -> int:
+    """Counts the rows that a prompt's examples can be: none is the row that is asked."""
+    rows = len(list(leaf.fewshot_docs() or ()))
+    split = getattr(getattr(leaf, "fewshot_cfg", None), "split", None)
+    return rows - 1 if split and split == leaf.get_config("test_split") else rows
 
 
 def _run(

@@ -548,6 +548,20 @@ def test_scores_that_would_replace_others_are_refused(
     tasks.load_tasks(Evaluate(tasks=["both", "shade"], task_folder=str(tmp_path)))
 
 
+def test_more_examples_than_there_are_rows_are_refused(task_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    colour = TASK.format(name="colour", data=f"{task_folder}/rows.jsonl")
+    (tmp_path / "colour.yaml").write_text(f"{colour}fewshot_split: test\n")
+    for shots, is_refused in ((10, False), (11, True)):
+        task = {"task": "colour", "num_fewshot": shots}
+        evaluate = Evaluate(tasks=[task], task_folder=str(tmp_path))
+        if not is_refused:
+            tasks.load_tasks(evaluate)
+            continue
+        with pytest.raises(UserError, match="'colour' has 10 rows for examples, .* is 11: set"):
+            tasks.load_tasks(evaluate)
+
+
 def test_scores_name_filters_and_leave_out_losses():
     row = {
         "alias": "x",
