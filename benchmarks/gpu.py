@@ -336,8 +336,7 @@ class _Clock(TrainerCallback):
 
 def product_weights(config: LlamaConfig) -> int:
     """Counts the weights that each token is multiplied with: all but the embedding."""
-    from finequant.finetune.architecture import layer_shapes
-    from finequant.quantize.scheme import EMBEDDING
+    from finequant.finetune.architecture import EMBEDDING, layer_shapes
 
     return sum(a * b for name, (a, b) in layer_shapes(config).items() if name != EMBEDDING)
 

@@ -325,8 +325,8 @@ def bytes_of_rounded(
 ) -> float:
     """Computes the bytes per quantized weight, including its share of trained parameters: the peak
     without the process, activations, logits, and weights that stay in float."""
-    from finequant.finetune.architecture import layer_shapes
-    from finequant.quantize.scheme import EMBEDDING, layer_plan, shipped_dtype
+    from finequant.finetune.architecture import EMBEDDING, layer_shapes
+    from finequant.quantize.scheme import layer_plan, shipped_dtype
 
     plan, shapes = layer_plan(recipe.quantize, config), layer_shapes(config)
     rounded = sum(math.prod(shapes[name]) for name in plan if plan[name])

@@ -196,8 +196,7 @@ def measure(command: list[str], output: Path) -> Measured:
 
 def block_weights(config: LlamaConfig) -> int:
     """Counts the weights of the decoder blocks; each costs two operations forward, two back."""
-    from finequant.finetune.architecture import layer_shapes
-    from finequant.quantize.scheme import EMBEDDING, HEAD
+    from finequant.finetune.architecture import EMBEDDING, HEAD, layer_shapes
 
     shapes = layer_shapes(config)
     return sum(a * b for name, (a, b) in shapes.items() if name not in (HEAD, EMBEDDING))

@@ -85,12 +85,13 @@ def _spread(
     from transformers import GenerationConfig
 
     from finequant.evaluate.dequantized import quantize_inputs
+    from finequant.finetune.architecture import EMBEDDING
     from finequant.finetune.data.turns import stop_at
     from finequant.finetune.device import arithmetic_dtype
     from finequant.quantize.checkpoint.stored import read_checkpoint
     from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
     from finequant.quantize.merge.model import spread_model
-    from finequant.quantize.scheme import EMBEDDING, shipped_dtype
+    from finequant.quantize.scheme import shipped_dtype
 
     base = open_base(recipe.model)
     dtype = shipped_dtype(recipe.quantize, base.config)

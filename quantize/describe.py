@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.quantize.methods.transforms import chosen
-from finequant.quantize.scheme import (
-    EMBEDDING,
-    HEAD,
-    Plan,
-    as_layers,
-    bits_per_weight,
-    shares_table,
-    unties_head,
-)
+from finequant.quantize.scheme import Plan, as_layers, bits_per_weight, shares_table, unties_head
 from finequant.recipes.methods import METHODS
 
 if TYPE_CHECKING:

@@ -158,7 +158,7 @@ def check_contents(
     Raises:
         UserError: if one is missing, unexpected, or different.
     """
-    from finequant.quantize.scheme import EMBEDDING
+    from finequant.finetune.architecture import EMBEDDING
 
     worst, names = 0.0, set()
     for name, part in exported:

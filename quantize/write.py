@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.finetune.processes import decided_by_first
 from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights
 from finequant.quantize.checkpoint.streaming import write_data_free
 from finequant.quantize.checkpoint.writing import Checkpoint, stored_shapes, write_config
 from finequant.quantize.methods.apply import quantize_layers
 from finequant.quantize.rounding import CODES, Rounded, save_rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD, layer_plan
+from finequant.quantize.scheme import layer_plan
 from finequant.recipes.artifact import remove
 from finequant.recipes.schema import Quantize
 from finequant.recipes.terminal import is_first, say

@@ -226,7 +226,7 @@ class _Splitting:
             raise UserError(
                 "data.train: no rows are left to train on"
                 + (" (a .txt file is one row)" if has_text else "")
-                + "; give more rows, a larger weight, or a smaller data.validation_fraction or "
+                + "; add rows, or set a larger weight, or a smaller data.validation_fraction or "
                 "data.test_fraction\n  " + listed(notes)
             )
         splits = [
@@ -289,7 +289,6 @@ class _Splitting:
             pairs = [(row, held_out[keys[row]]) for row in shared]
             names = Rows(self.column, np.array(pairs).ravel())
             listing = [f"{row.where} = {same.where}" for row, same in _in_pairs(names[:20])]
-            listing += [""] * (len(pairs) - len(listing))  # counted only
             answers = any(self.hashes.rows[row] != self.hashes.rows[same] for row, same in pairs)
             count = len(shared)
             kind = "training" if name == "train" else name
@@ -304,7 +303,7 @@ class _Splitting:
             raise UserError(
                 f"data: {shared_rows} in {where}; {advice}"
                 + ("; answers differ: data.same_rows=row compares them too" if answers else "")
-                + f"\n  {listed(listing, most=10)}"
+                + f"\n  {listed(listing, 10, len(pairs))}"
             )
         self.notes.append(f"{name}: {counted(len(shared), 'row')} dropped, in {where} too")
         return rows[~is_shared]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from finequant.finetune.architecture import HEAD
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of, run_block
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.checkpoint.writing import weight_bytes
 from finequant.quantize.rounding import quantize_activations
-from finequant.quantize.scheme import HEAD, Plan
+from finequant.quantize.scheme import Plan
 from finequant.recipes.errors import UserError, why_failed
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import available_memory, return_freed_memory

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.quantize.checkpoint.reading import TensorFile
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from xxhash import xxh3_64
 
-from finequant.finetune.architecture import architecture_name
+from finequant.finetune.architecture import EMBEDDING, HEAD, architecture_name
 from finequant.finetune.device import dtype_name
 from finequant.quantize.checkpoint.reading import (
     WHOLE,
@@ -34,8 +34,6 @@ from finequant.quantize.checkpoint.reading import (
 from finequant.quantize.merge.adapter import Base
 from finequant.quantize.rounding import Rounded
 from finequant.quantize.scheme import (
-    EMBEDDING,
-    HEAD,
     LayerScheme,
     Plan,
     cast_weights,

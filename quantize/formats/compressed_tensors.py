@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import without_bars

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finequant.finetune.architecture import architecture_name, norm_names
-from finequant.quantize.scheme import EMBEDDING, Plan, layer_plan, undecided
+from finequant.finetune.architecture import EMBEDDING, architecture_name, norm_names
+from finequant.quantize.scheme import Plan, layer_plan, undecided
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Quantize
 

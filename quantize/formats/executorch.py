@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finequant.finetune.architecture import table_positions
+from finequant.finetune.architecture import EMBEDDING, table_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.executorch_graph import Decoder
@@ -22,7 +22,6 @@ from finequant.quantize.formats.naming import file_stem
 from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import doing

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from finequant.finetune.architecture import head_dim, rotary_embedding
+from finequant.finetune.architecture import EMBEDDING, HEAD, head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
-from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig

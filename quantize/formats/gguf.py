@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from finequant.finetune.architecture import (
+    EMBEDDING,
+    HEAD,
     architecture,
     head_dim,
     parameter_count,
@@ -35,7 +37,6 @@ from finequant.quantize.formats.packing import check_half
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.usage import available_memory

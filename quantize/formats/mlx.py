@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import usable_positions
+from finequant.finetune.architecture import EMBEDDING, HEAD, usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words, packed_width
 from finequant.quantize.formats.snippet import fenced, is_chat, pip_install
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 

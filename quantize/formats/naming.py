@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.architecture import parameter_count
 from finequant.recipes.base import locate_base
+from finequant.recipes.errors import one_line
 from finequant.recipes.schema import Model, Recipe
 from finequant.recipes.terminal import say
 
@@ -98,8 +99,7 @@ def _on_card(card: Path) -> dict[str, str | None]:
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (ValueError, YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        say(f"{card}: its metadata cannot be read, and so neither can its license: {reason}")
+        say(f"{card}: neither its metadata nor its license can be read: {one_line(error)}")
         return {}
     stated = {key: data.get(key) for key in ("license", "license_name", "license_link")}
     return {key: _single(value) for key, value in stated.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import head_dim, table_positions
+from finequant.finetune.architecture import EMBEDDING, HEAD, head_dim, table_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.format import Format
@@ -20,7 +20,6 @@ from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import check_half, packed_width
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
@@ -237,7 +236,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
-    bytes_per_weight=6.0,
+    bytes_per_weight=4.5,
     weights="*.onnx*",
     runtime=lambda folder, context: OnnxRuntime(folder),
     runtime_packages={"onnxruntime": "'finequant[onnx]'"},

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finequant.finetune.architecture import head_dim, rotary_embedding
+from finequant.finetune.architecture import EMBEDDING, HEAD, head_dim, rotary_embedding
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.packing import pack_nibbles, packed_width, unpack_nibbles
-from finequant.quantize.scheme import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.finetune.model import load_base, load_on_disk
 from finequant.finetune.stored import weight_files
 from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
-from finequant.quantize.scheme import EMBEDDING, HEAD
 from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.schema import Model
 

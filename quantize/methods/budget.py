@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from finequant.finetune.architecture import layer_shapes
+from finequant.finetune.architecture import EMBEDDING, layer_shapes
 from finequant.finetune.device import device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
@@ -32,7 +32,6 @@ from finequant.quantize.methods.sequences import calibration_sequences
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
     CANDIDATES,
-    EMBEDDING,
     LayerScheme,
     Plan,
     as_layers,

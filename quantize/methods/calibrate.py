@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import anatomy, block_layers
+from finequant.finetune.architecture import EMBEDDING, HEAD, anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up, decided_by_first, rows_of_share, share
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
@@ -29,7 +29,7 @@ from finequant.quantize.checkpoint.streaming import Piece
 from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_once
 from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
-from finequant.quantize.scheme import EMBEDDING, HEAD, LayerScheme, Plan, is_calibrated
+from finequant.quantize.scheme import LayerScheme, Plan, is_calibrated
 from finequant.recipes.terminal import doing, tracked
 
 if TYPE_CHECKING:

@@ -12,11 +12,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from finequant.finetune.architecture import bias_count, layer_shapes, norm_count, parameter_count
-from finequant.finetune.model import load_config
-from finequant.quantize.scheme import (
+from finequant.finetune.architecture import (
     EMBEDDING,
     HEAD,
+    bias_count,
+    layer_shapes,
+    norm_count,
+    parameter_count,
+)
+from finequant.finetune.model import load_config
+from finequant.quantize.scheme import (
     LayerScheme,
     Plan,
     keeps_tied_head,

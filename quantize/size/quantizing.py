@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from finequant.finetune.architecture import anatomy, layer_shapes
+from finequant.finetune.architecture import EMBEDDING, HEAD, anatomy, layer_shapes
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.finetune.device import IN_ONE_LAUNCH
 from finequant.quantize.methods import budget
 from finequant.quantize.methods.calibrate import TOKENS
 from finequant.quantize.methods.method import ROWS
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
-from finequant.quantize.scheme import EMBEDDING, HEAD, keeps_tied_head, layer_plan, shipped_dtype
+from finequant.quantize.scheme import keeps_tied_head, layer_plan, shipped_dtype
 from finequant.quantize.size.machine import Machine
 from finequant.quantize.size.terms import (
     MB,

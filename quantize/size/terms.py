@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from finequant.finetune.architecture import bias_count, layer_shapes, norm_count
-from finequant.quantize.scheme import EMBEDDING, HEAD, shipped_dtype
+from finequant.finetune.architecture import EMBEDDING, HEAD, bias_count, layer_shapes, norm_count
+from finequant.quantize.scheme import shipped_dtype
 from finequant.quantize.size.machine import Machine
 from finequant.recipes.schema import Lora, Recipe
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import rotary_embedding, skeleton
+from finequant.finetune.architecture import EMBEDDING, rotary_embedding, skeleton
 from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
 from finequant.quantize.rounding import Rounded, latent_weights
-from finequant.quantize.scheme import EMBEDDING, Plan, keeps_tied_head, untie_head, unties_head
+from finequant.quantize.scheme import Plan, keeps_tied_head, untie_head, unties_head
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,

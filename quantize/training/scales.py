@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.architecture import EMBEDDING
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
 from finequant.quantize.checkpoint.reading import Weights, filled
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
 from finequant.quantize.rounding import Rounded
-from finequant.quantize.scheme import EMBEDDING, Plan
+from finequant.quantize.scheme import Plan
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.finetune.model import load_base, load_config, load_tokenizer
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import weights_of
@@ -20,8 +21,6 @@ from finequant.quantize.methods.apply import round_model
 from finequant.quantize.methods.budget import allocate, sensitivity, within_budget
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import (
-    EMBEDDING,
-    HEAD,
     LayerScheme,
     bits_per_weight,
     layer_plan,
