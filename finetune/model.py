@@ -11,7 +11,7 @@ from finequant.finetune.architecture import check_architecture
 from finequant.finetune.gguf_base import dequantized, described
 from finequant.finetune.stored import as_stored, missing_files, stored_weights
 from finequant.recipes.base import locate_base
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Model
 
@@ -69,16 +69,25 @@ def check_files(model: Model) -> None:
 
 
 def load_generation_config(model: Model) -> GenerationConfig:
-    """Loads the base's generation_config.json or, without one, derives it from its config."""
+    """Loads the base's generation_config.json or, without one, derives it from its config.
+
+    Raises:
+        UserError: if the file of a local base is there, but damaged.
+    """
     from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     folder, file = locate_base(model)
     try:
         if not file:
             revision = model.revision or "main"
             return GenerationConfig.from_pretrained(folder or model.base, revision=revision)
-    except OSError:  # not there
-        pass
+    except OSError as error:  # not there, or not JSON
+        if folder and (there := folder / GENERATION_CONFIG_NAME).exists():
+            raise UserError(
+                f"model.base: {there}: cannot be read ({one_line(error)}): copy it again, or "
+                "remove it"
+            ) from None
     return GenerationConfig.from_model_config(load_config(model))
 
 

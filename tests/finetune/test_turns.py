@@ -173,6 +173,9 @@ def test_the_bases_own_ends_follow_that_of_the_template(ended, tmp_path):
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, eom, eot]
     assert until_end([5, 6, eom, 7, 0], ends) == [5, 6]
     assert until_end([5, 6], ends) == [5, 6]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0,')
+    with pytest.raises(UserError, match=r"generation_config.json: cannot be read \(.*: copy it"):
+        end_tokens(model, data(), load_tokenizer(model))
 
 
 def test_the_end_is_the_saved_tokenizers_eos(ended, tmp_path):
