@@ -498,6 +498,7 @@ def test_dequantizing_once_changes_nothing_and_is_checked(finished, recipe_file)
 def test_multiple_choice_of_one_answer_is_refused(recipe_file):
     from finequant.evaluate.inputs import _choices
     from finequant.finetune.data.row import Row
+    from finequant.finetune.model import load_tokenizer
     from finequant.recipes.errors import UserError
     from finequant.recipes.load import load_recipe
 
@@ -505,9 +506,10 @@ def test_multiple_choice_of_one_answer_is_refused(recipe_file):
     recipe = load_recipe(recipe_file, arguments)
     asked = {"role": "user", "content": "where?"}
     rows = [Row("rows:1", (asked, {"role": "assistant", "content": word})) for word in ("a", "b")]
-    assert _choices(recipe, rows) == ["a", "b"]
+    tokenizer = load_tokenizer(recipe.model)
+    assert _choices(recipe, rows, tokenizer, []) == ["a", "b"]
     with pytest.raises(UserError, match="all rows have the answer 'a'.*is the file sorted"):
-        _choices(recipe, rows[:1])
+        _choices(recipe, rows[:1], tokenizer, [])
 
 
 def test_what_follows_an_end_token_in_an_answer_is_not_expected(recipe_file, tmp_path):

@@ -125,7 +125,7 @@ def test_rows_of_files_with_the_same_name_are_told_apart(recipe_file):
     assert prepare(recipe, splits, load_tokenizer(recipe.model)).groups == [0, 1]
 
     choices = ["evaluate.metrics=[multiple_choice]", "evaluate.choices=[on, off]"]
-    with pytest.raises(UserError, match="answers of 1 held-out row are not among .*\n.* 'aus'"):
+    with pytest.raises(UserError, match="in 1 held-out row, the answer is none of .*\n.* 'aus'"):
         check_rows(load_recipe(recipe_file, [sources, *choices]), splits)
 
 

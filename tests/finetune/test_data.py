@@ -659,7 +659,7 @@ def test_one_text_cannot_be_split(tmp_path):
     (tmp_path / "book.txt").write_text("A text.\n\nAnother paragraph.", encoding="utf-8")
     with pytest.raises(UserError) as error:
         load(str(tmp_path / "book.txt"), validation_fraction=0.05)
-    assert "no rows are left to train on (a .txt file is one row); give" in str(error.value)
+    assert "no rows are left to train on (a .txt file is one row); add rows" in str(error.value)
     assert "book.txt: 1 row, format text\n  validation: 1 row split off" in str(error.value)
 
 

@@ -297,7 +297,7 @@ def test_a_damaged_card_of_the_base_does_not_end_an_export(tmp_path, card, licen
 
     (tmp_path / "README.md").write_bytes(card)
     assert license_on_card(tmp_path).get("license") == license
-    told = "README.md: its metadata cannot be read" in capsys.readouterr().err
+    told = "README.md: neither its metadata nor its license can be read" in capsys.readouterr().err
     assert told == (license is None and b"llama" not in card)
 
 
