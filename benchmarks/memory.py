@@ -176,7 +176,8 @@ def prepare(at: Path, shape: str, blocks: int | None, tokens: int) -> Path:
 
 
 def a_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer with a token for each word, as Llama 3's, which GGUF has a name for."""
+    """Makes a tokenizer with a token for each word; it cuts words as Llama 3's does, which GGUF can
+    name."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

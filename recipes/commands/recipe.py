@@ -246,20 +246,22 @@ def _write_answer_length(target: Path, splits: Splits) -> None:
 
 
 def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None:
-    """Adds settings to the recipe's file with which all stages fit here, if they do not yet."""
-    from finequant.quantize.size.machine import this_machine
+    """Adds settings to the recipe's file with which all stages fit here, if they do not yet, and
+    leaves out exports that do not fit into the memory of the CPU."""
+    from finequant.quantize.size.machine import this_host, this_machine
     from finequant.quantize.size.resources import settings_that_fit
     from finequant.recipes.load import add_to_file
-    from finequant.recipes.stages import stages_of
+    from finequant.recipes.stages import STAGES, exports_of, stages_of
     from finequant.recipes.terminal import say
 
-    machine = this_machine()
-    # Rows can be shorter than the recipe allows.
-    if changes := settings_that_fit(recipe, stages_of(recipe), machine, lengths):
-        memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
-        add_to_file(target, changes, f"to fit into the {memory}")
-        settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
-        say(f"init: to fit into the {memory}: {settings}")
+    stages = [stage for stage in stages_of(recipe) if stage in STAGES]
+    for machine, those in ((this_machine(), stages), (this_host(), exports_of(recipe))):
+        # Rows can be shorter than the recipe allows.
+        if changes := settings_that_fit(recipe, those, machine, lengths):
+            memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
+            add_to_file(target, changes, f"to fit into the {memory}")
+            settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+            say(f"init: to fit into the {memory}: {settings}")
 
 
 def data(

@@ -238,13 +238,24 @@ def test_short_rows_are_not_held_for_as_long_as_the_recipe_allows(init, tmp_path
     assert "micro_batch_size" not in (tmp_path / "r.yaml").read_text(encoding="utf-8")
 
 
+def test_exports_that_do_not_fit_are_left_out_of_the_file(init, tmp_path, monkeypatch):
+    """They take memory of the CPU, so that a GPU's does not count."""
+    from finequant.quantize.size import machine
+
+    gpu = machine.Machine("RTX 4090", 24 * 10**9, "gpu")
+    monkeypatch.setattr(machine, "this_machine", lambda: gpu)
+    assert "init: to fit into the 0.6 GB of this machine: quantize.exports: []\n" in init(
+        55 * 10**7
+    )
+    assert load_recipe(tmp_path / "r.yaml", []).quantize.exports == []
+
+
 def test_what_does_not_fit_is_made_smaller_in_the_file(init, tmp_path, monkeypatch):
     from finequant.recipes.commands import recipe as commands
 
     monkeypatch.setattr(commands, "check_tokens", lambda *_: None)  # as long as it allows
-    assert re.search(
-        r"init: to fit into the 0\.7 GB of this machine: train\.\w+: ", init(7 * 10**8)
-    )
+    said = init(7 * 10**8)
+    assert re.search(r"init: to fit into the 0\.7 GB of this machine: train\.\w+: ", said)
     text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
     assert "# to fit into the 0.7 GB of this machine\n" in text
     assert "# lower it for a base of several billion parameters\n" in text  # comments stay
