@@ -1,7 +1,7 @@
 """Measures accuracy on lm-eval tasks and on held-out rows.
 
 A score is `{"value": float, "stderr": float | None, "n": int}`. Higher is always better; values
-are fractions from 0 to 1, except bleu and chrf, which are sacrebleu's 0 to 100.
+are fractions of 1, except bleu, chrf and chrf++, which are sacrebleu's 0 to 100.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finequant.evaluate.check import check_task_files
 from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.metrics.batches import batches_by_length, in_batches
 from finequant.evaluate.metrics.shared_context import Continuation, log_likelihoods
-from finequant.evaluate.metrics.text_metrics import Score
+from finequant.evaluate.metrics.text_metrics import Score, is_out_of_100
 from finequant.evaluate.models import GREEDY
 from finequant.finetune.data.turns import configured_ends, until_end
 from finequant.recipes.errors import UserError, counted, listed, refuse_all
@@ -97,7 +97,9 @@ def lm_eval_tasks(
                     for metric, score in metrics.items():
                         values = _values(name, metric, output)
                         score["n"] = sum(value is not None for value in values)
-                    scores[name], by_item[name] = metrics, _by_document(name, metrics, output)
+                    by_item[name] = _by_document(name, metrics, output)
+                    _turn_into_fractions(metrics, by_item[name])
+                    scores[name] = metrics
     return scores, by_item
 
 
@@ -381,6 +383,24 @@ def _by_document(
         if values and len(numeric) == len(values) and math.isclose(fmean(numeric), score["value"]):
             by_document[metric] = numeric
     return by_document
+
+
+def _turn_into_fractions(scores: dict[str, Score], by_document: dict[str, list[float]]) -> None:
+    """Divides by 100 what a task counts out of 100, as truthfulqa_gen and squadv2 do.
+
+    lm-eval does not say which metrics these are, but a value beyond 1 does. sacrebleu's stay as
+    they are.
+    """
+    for metric, score in scores.items():
+        # Of squadv2, this is the only name that no other task has.
+        out_of_100 = "best_exact" in scores or any(
+            abs(value) > 1 for value in [score["value"] or 0, *by_document.get(metric, ())]
+        )
+        if out_of_100 and not is_out_of_100(metric):
+            score["value"], stderr = (score["value"] or 0) / 100, score["stderr"]
+            score["stderr"] = None if stderr is None else stderr / 100
+            if metric in by_document:
+                by_document[metric] = [value / 100 for value in by_document[metric]]
 
 
 def _values(name: str, metric: str, output: dict[str, Any]) -> list[Any]:

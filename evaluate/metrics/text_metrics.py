@@ -19,11 +19,16 @@ from finequant.recipes.errors import UserError
 
 Score = dict[str, float | int | None]
 
-OUT_OF_100 = ("bleu", "chrf")
-"""Metrics from 0 to 100; all others are fractions of 1."""
+OUT_OF_100 = ("bleu", "chrf", "chrf++")
+"""sacrebleu's metrics, from 0 to 100; all others are fractions of 1. chrf++ is only lm-eval's."""
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A number; a hyphen after a digit or word is no sign: 8-3, GPT-4."""
+
+
+def is_out_of_100(metric: str) -> bool:
+    """Says whether a metric counts from 0 to 100. lm-eval's can have a filter: "bleu (first)"."""
+    return metric.partition(" (")[0] in OUT_OF_100
 
 
 def score_answers(

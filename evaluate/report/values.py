@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from finequant.evaluate.metrics.text_metrics import OUT_OF_100
+from finequant.evaluate.metrics.text_metrics import is_out_of_100
 
 Report = dict[str, Any]
 
@@ -28,7 +28,7 @@ def metrics_of(models: dict[str, Any]) -> list[tuple[str, str]]:
 
 def to_percent(metric: str) -> int:
     """Returns the factor that turns a metric into percent, or leaves one out of 100 as it is."""
-    return 1 if metric in OUT_OF_100 else 100
+    return 1 if is_out_of_100(metric) else 100
 
 
 def value_at(node: Any, *keys: str) -> Any:

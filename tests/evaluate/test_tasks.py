@@ -521,6 +521,35 @@ def test_a_score_counts_the_documents_that_have_it(
     assert {metric: len(values) for metric, values in by_item["both"].items()} == {"acc": 22}
 
 
+def test_scores_that_a_task_counts_out_of_100_become_fractions(
+    model, tokenizer, task_folder, tmp_path, monkeypatch
+):
+    """lm-eval's truthfulqa_gen reports percentages beside fractions; sacrebleu's are left alone."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    text = TASK.format(name="colour", data=f"{task_folder}/rows.jsonl").partition("metric_list")[0]
+    metrics = ", ".join(
+        f"{{metric: {name}, aggregation: mean, higher_is_better: true}}"
+        for name in ("rouge1_max", "rouge1_acc", "chrf")
+    )
+    code = "process_results: !function code.scores\n"
+    (tmp_path / "colour.yaml").write_text(f"{text}metric_list: [{metrics}]\n{code}")
+    (tmp_path / "code.py").write_text(
+        "def scores(doc, results):\n"
+        "    return {'rouge1_max': 40.0, 'rouge1_acc': 1, 'chrf': 40.0}\n"
+    )
+    evaluate = Evaluate(tasks=["colour"], task_folder=str(tmp_path))
+    scores, by_item = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    values = {metric: score["value"] for metric, score in scores["colour"].items()}
+    assert values == pytest.approx({"rouge1_max": 0.4, "rouge1_acc": 1, "chrf": 40})
+    assert by_item["colour"]["rouge1_max"] == pytest.approx([0.4] * 11)
+
+
+def test_squadv2_counts_out_of_100_even_below_1():
+    scores = {name: {"value": 0.5, "stderr": None, "n": 9} for name in ("exact", "best_exact")}
+    tasks._turn_into_fractions(scores, {})
+    assert scores["exact"]["value"] == pytest.approx(0.005)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
