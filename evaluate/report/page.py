@@ -47,15 +47,19 @@ def write_page(
         UserError: for a file that is damaged.
     """
     report = read_part(folder / "report.json")
-    report["recipe"] = recipe or report.get("recipe")
     report["stages"] = read_part(folder / "manifest.json")
     if (folder / "sweep" / "sweep.json").exists():
         sweep = read_part(folder / "sweep" / "sweep.json")
         adapter = value_at(report, "stages", "train", "outputs", "adapter")
         same_adapter = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
         same_code = sweep.get("measuring_code", 0) >= report.get("measuring_code", 0)
-        is_current = same_adapter and same_code
+        same_base_and_data = all(
+            value_at(sweep, "recipe", section) == value_at(report, "recipe", section)
+            for section in ("model", "data")
+        )
+        is_current = same_adapter and same_base_and_data and same_code
         report["sweep" if is_current else "earlier_sweep"] = sweep
+    report["recipe"] = recipe or report.get("recipe")
     rows = read_part(folder / "predictions.jsonl", _lines)
     replace_text(file or folder / "report.html", page(report, rows))
 
@@ -82,7 +86,8 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
     """Renders the page; texts from the data are escaped, so that they cannot run.
 
     report: as in report.json, with the manifest as "stages", and sweep.json as "sweep" or, if it
-        was measured on an earlier adapter or by earlier code, as "earlier_sweep".
+        was measured on an earlier adapter, another base or other data, or by earlier code, as
+        "earlier_sweep".
     rows: held-out rows as in predictions.jsonl: {"prompt", "reference", "answers": {model: text},
         "right": {model: bool}}.
     """

@@ -260,27 +260,30 @@ def test_infinite_and_nan_scores_are_drawn_and_printed(tmp_path, capsys, extreme
 
 
 @pytest.mark.plots
-def test_a_sweep_of_an_earlier_adapter_is_not_on_the_page(tmp_path):
+def test_a_sweep_of_another_model_or_other_rows_is_not_on_the_page(tmp_path):
     from finequant.evaluate.report.page import write_page
 
     models = {"base": scored(9.0), "tuned": scored(5.0), "quantized": scored(6.0)}
     report = report_of(scored(5.0), scored(6.0, method="rtn", bits=4, group_size=32))
+    recipe = report["recipe"] | {"model": {"base": "a"}, "data": {"test": ["a"]}}
     files = {
-        "report.json": {"models": models, "measuring_code": 2},
+        "report.json": {"models": models, "measuring_code": 2, "recipe": recipe},
         "manifest.json": {"train": {"inputs": {}, "outputs": {"adapter": "now"}}},
         "predictions.jsonl": {"prompt": "a", "reference": "b", "answers": {}, "right": {}},
     }
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    for swept, adapter, is_shown in (
-        ("base", None, True),
-        ("tuned", "now", True),
-        ("tuned", "before", False),
-        ("base", None, False),
+    base = {"swept": "base", "adapter": None, "measuring_code": 2, "recipe": recipe}
+    for made_from, is_shown in (
+        ({}, True),
+        ({"swept": "tuned", "adapter": "now"}, True),
+        ({"swept": "tuned", "adapter": "before"}, False),
+        ({"measuring_code": 1}, False),
+        ({"recipe": recipe | {"model": {"base": "another"}}}, False),
+        ({"recipe": recipe | {"data": {"test": ["others"]}}}, False),
     ):
         (tmp_path / "sweep").mkdir(exist_ok=True)
-        report["measuring_code"] = 1 if (swept, is_shown) == ("base", False) else 2
-        write_sweep(report | {"swept": swept, "adapter": adapter}, tmp_path / "sweep")
+        write_sweep(report | base | made_from, tmp_path / "sweep")
         write_page(tmp_path)
         shown = (
             (tmp_path / "report.html").read_text(encoding="utf-8").partition("<h2>Sweep</h2>")[2]
