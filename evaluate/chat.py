@@ -164,6 +164,7 @@ def load_export(
         UserError: if the runtime is not installed; later, if the cache cannot hold a conversation.
     """
     from finequant.evaluate.metrics.exports import greedy_tokens
+    from finequant.finetune.model import load_generation_config
     from finequant.quantize.formats.format import CONTEXT
 
     entry = exports_with_a_runtime()[name]
@@ -171,12 +172,13 @@ def load_export(
         raise UserError(f"{name}: its runtime is not installed: {missing}")
     runtime = entry.open_runtime(run.exports / entry.name, CONTEXT)
     cache = run.manifest()[entry.name].get("cache_length", CONTEXT)
+    penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
         limit = _limit(name, len(ids), cache, max_new_tokens)
         started = time.monotonic()
-        for token in greedy_tokens(runtime, ids, ends, limit):
+        for token in greedy_tokens(runtime, ids, ends, limit, penalty):
             new.append(token)
             write(tokenizer.decode([token], skip_special_tokens=True))
         seconds = time.monotonic() - started

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.divergence import predict
@@ -133,14 +134,18 @@ def _held_out(
     """Answers the held-out rows; returns the answers, and their scores as tasks of the report."""
     from finequant.evaluate.inputs import HELD_OUT
     from finequant.evaluate.metrics.text_metrics import score_answers
+    from finequant.finetune.model import load_generation_config
 
     if not material.prompts:
         return [], {}
     say(f"evaluate: {name}: answering {counted(len(material.prompts), 'held-out row')}")
     limit = recipe.evaluate.max_new_tokens
+    penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
     distinct = dict.fromkeys(map(tuple, material.prompts))
     texts = {
-        prompt: greedy_answer(runtime, material.tokenizer, list(prompt), material.ends, limit)
+        prompt: greedy_answer(
+            runtime, material.tokenizer, list(prompt), material.ends, limit, penalty
+        )
         for prompt in tracked(distinct, f"evaluate: {name}: answers", len(distinct))
     }
     answers = [texts[tuple(prompt)] for prompt in material.prompts]
@@ -181,24 +186,32 @@ def greedy_answer(
     prompt: list[int],
     ends: list[int],
     limit: int,
+    penalty: float = 1.0,
 ) -> str:
-    """Generates at most `limit` tokens, and stops before any of `ends`; returns stripped text
-    without special tokens."""
-    answer = list(greedy_tokens(runtime, prompt, ends, limit))
+    """Generates as `greedy_tokens` does; returns stripped text without special tokens."""
+    answer = list(greedy_tokens(runtime, prompt, ends, limit, penalty))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
 
 
 def greedy_tokens(
-    runtime: Runtime, prompt: list[int], ends: list[int], limit: int
+    runtime: Runtime, prompt: list[int], ends: list[int], limit: int, penalty: float = 1.0
 ) -> Iterator[int]:
-    """Yields at most `limit` tokens after the prompt, and stops before any of `ends`."""
-    logits = runtime.last_logits(prompt)
+    """Yields at most `limit` tokens after the prompt, and stops before any of `ends`.
+
+    penalty: `repetition_penalty` of the base's generation_config.json, which `generate` applies to
+        the tokens of prompt and answer.
+    """
+    penalize = RepetitionPenaltyLogitsProcessor(penalty)
+    ids, logits = list(prompt), runtime.last_logits(prompt)
     for position in range(len(prompt), len(prompt) + limit):
+        if penalty != 1:
+            logits = penalize(torch.tensor([ids]), logits[None].float())[0]
         token = int(logits.argmax())
         if token in ends:
             return
         yield token
+        ids.append(token)
         logits = runtime.last_logits([token], position)
 
 

@@ -43,10 +43,14 @@ class QuantizedCheckpoint(NamedTuple):
     """Unquantized tensors, by parameter, such as `model.norm.weight`."""
 
     @property
+    def generation(self) -> dict[str, Any]:
+        """Reads generation_config.json."""
+        return json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
+
+    @property
     def end_tokens(self) -> list[int]:
         """Reads the tokens at which generation stops, the end of an answer first."""
-        text = (self.folder / "generation_config.json").read_text(encoding="utf-8")
-        ends = json.loads(text).get("eos_token_id")
+        ends = self.generation.get("eos_token_id")
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     @property

@@ -34,6 +34,7 @@ from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokeniz
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
 from finequant.quantize.formats.packing import check_half
+from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
@@ -96,6 +97,8 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     writer.add_type(GGUFType.MODEL)
     metadata(recipe, stored.config).set_gguf_meta_model(writer)
     _add_config(writer, stored.config, kind)
+    picks = sampling(stored.generation)
+    _add_sampling(writer, picks)
     tokenizer, ends = AutoTokenizer.from_pretrained(stored.folder), stored.end_tokens
     first = {ids[0] for ids in check_prompts(recipe, tokenizer)}
     adds_bos = add_tokenizer(writer, stored, rows_have_bos=tokenizer.bos_token_id in first)
@@ -113,11 +116,25 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         writer.write_tensor_data(tensor.array())
     writer.close()
     shutil.copy2(stored.folder / "quantization.json", folder)
-    text = modelfile(path.name, tokenizer, recipe.data.system, ends, adds_bos)
+    text = modelfile(path.name, tokenizer, recipe.data.system, ends, picks, adds_bos)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     weights = sum(math.prod(tensor.shape) for tensor in rounded)
     size = sum(math.prod(tensor.byte_shape) for tensor in rounded)
     return {"bits_per_rounded_weight": 8 * size / weights}
+
+
+def _add_sampling(writer: Any, settings: dict[str, float]) -> None:
+    """Adds the settings with which llama.cpp picks tokens if the user gives no others."""
+    add = {
+        "temperature": writer.add_sampling_temp,
+        "top_k": writer.add_sampling_top_k,
+        "top_p": writer.add_sampling_top_p,
+        "min_p": writer.add_sampling_min_p,
+        "repeat_penalty": writer.add_sampling_penalty_repeat,
+        "repeat_last_n": writer.add_sampling_penalty_last_n,
+    }
+    for name, value in settings.items():
+        add[name](value)
 
 
 def file_type(stored: QuantizedCheckpoint) -> str:

@@ -1,4 +1,5 @@
-"""A Modelfile for Ollama: the chat template in Go's template language, system message and stops.
+"""A Modelfile for Ollama: the chat template in Go's template language, system message, stops, and
+how tokens are picked.
 
 The Go template is derived from what the Jinja template renders, message by message. If a
 conversation comes out differently, no template is written, and the Modelfile says so.
@@ -74,12 +75,14 @@ def modelfile(
     tokenizer: PreTrainedTokenizerBase,
     system: str | None,
     ends: list[int],
+    sampling: dict[str, float],
     adds_bos: bool,
 ) -> str:
     """Writes the Modelfile for a GGUF file in the same folder.
 
     system: the system message of the rows that the model was trained on.
     ends: token ids that end an answer.
+    sampling: Ollama's parameters about picking tokens.
     adds_bos: whether llama.cpp puts the beginning-of-sequence token in front by itself.
     """
     lines = [f"FROM ./{file}"]
@@ -101,6 +104,7 @@ def modelfile(
     elif system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(ends)]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in sampling.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -18,6 +18,7 @@ from finequant.quantize.formats.contents import Contents, check_block, check_nor
 from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import check_half, packed_width
+from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
@@ -126,7 +127,7 @@ def genai_config(stored: QuantizedCheckpoint, file: str, length: int) -> dict[st
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": sampling(stored.generation)["repeat_penalty"],
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,

@@ -49,6 +49,20 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
     assert [greedy_answer(Transformers(tiny_base), tokenizer, prompt, ends, 12)] == expected
 
 
+def test_answers_have_the_repetition_penalty_of_the_base(tiny_base, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.evaluate.metrics.tasks import answer
+
+    prompt, ends = tokenizer("open the red door")["input_ids"], [tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    model.generation_config.repetition_penalty = 3.0
+    expected = answer(model, tokenizer, [prompt], 12, 1, "test")
+    runtime = Transformers(tiny_base)
+    assert [greedy_answer(runtime, tokenizer, prompt, ends, 12, 3.0)] == expected
+    assert [greedy_answer(runtime, tokenizer, prompt, ends, 12)] != expected
+
+
 def test_a_checkpoint_is_measured_in_the_arithmetic_of_the_other_models(
     recipe_file, train_once, monkeypatch
 ):

@@ -249,6 +249,34 @@ def test_llama_cpp_puts_a_bos_before_chats_only_if_training_did(
     assert field.contents() is in_template
 
 
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, {"temp": 0, "penalty_repeat": 1}),
+        ({"repetition_penalty": 1.5}, {"temp": 0, "penalty_repeat": 1.5, "penalty_last_n": -1}),
+        (
+            {"do_sample": True, "temperature": 0.5, "top_k": 20},
+            {"temp": 0.5, "top_k": 20, "top_p": 1, "min_p": 0, "penalty_repeat": 1},
+        ),
+    ],
+)
+def test_runtimes_pick_tokens_by_the_generation_configuration(make, llama, generation, expected):
+    from gguf import GGUFReader
+
+    base = llama("picking")
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    run = make(f"model.base={base}", to=("gguf", "onnx"))
+    prefix = "general.sampling."
+    picked = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in GGUFReader(gguf_file(run)).fields.items()
+        if name.startswith(prefix)
+    }
+    assert picked == expected
+    described = json.loads((run / "exports" / "onnx" / "genai_config.json").read_text())
+    assert described["search"]["repetition_penalty"] == expected["penalty_repeat"]
+
+
 def test_gguf_metadata_describe_the_model(make):
     """It has the keys of llama.cpp's own converter, and the file type of its content."""
     from gguf import GGUFReader

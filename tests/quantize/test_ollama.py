@@ -1,8 +1,11 @@
 """quantize/formats/ollama.py: chat templates in Go's language, derived from what Jinja renders."""
 
+import json
+
 import pytest
 
 from finequant.quantize.formats.ollama import Turns, derived_turns, modelfile
+from finequant.quantize.formats.sampling import sampling
 
 LLAMA_3 = (
     "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' "
@@ -31,7 +34,7 @@ def with_template(tokenizer):
 
 
 def test_chatml_is_derived(tokenizer):
-    text = modelfile("m.gguf", tokenizer, "Reply in JSON.", [2], adds_bos=False)
+    text = modelfile("m.gguf", tokenizer, "Reply in JSON.", [2], {}, adds_bos=False)
     assert (
         text
         == '''\
@@ -60,7 +63,7 @@ def test_a_default_system_message_comes_only_without_one(with_template, tokenize
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llama_3_begins_with_its_first_token_once(with_template, adds_bos):
     changed = with_template(LLAMA_3)
-    text = modelfile("m.gguf", changed, None, [2], adds_bos)
+    text = modelfile("m.gguf", changed, None, [2], {}, adds_bos)
     assert text.count(changed.bos_token) == (0 if adds_bos else 2)  # with and without a system
     assert "<|start_header_id|>user<|end_header_id|>\n\n{{ .Content }}<|eot_id|>" in text
     assert text.rstrip().endswith('assistant<|end_header_id|>\n\n"""\nPARAMETER stop "<|im_end|>"')
@@ -68,7 +71,7 @@ def test_llama_3_begins_with_its_first_token_once(with_template, adds_bos):
 
 @pytest.mark.parametrize("template", [ONLY_THE_LAST, "{{ raise_exception('no') }}"])
 def test_a_template_that_cannot_be_derived_is_left_out_with_a_comment(with_template, template):
-    text = modelfile("m.gguf", with_template(template), None, [2], adds_bos=False)
+    text = modelfile("m.gguf", with_template(template), None, [2], {}, adds_bos=False)
     assert "\n# No TEMPLATE: " in text
     assert 'TEMPLATE "' not in text
 
@@ -100,11 +103,39 @@ def as_ollama_reads(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("system", ['Say "no".', 'Say "no"', 'a """ b\n"""c', '"', "a\n\nb"])
 def test_ollama_reads_the_quotes_of_a_system_message(tokenizer, system):
-    assert as_ollama_reads(modelfile("m.gguf", tokenizer, system, [2], False))["SYSTEM"] == system
+    assert (
+        as_ollama_reads(modelfile("m.gguf", tokenizer, system, [2], {}, False))["SYSTEM"] == system
+    )
 
 
 @pytest.mark.parametrize("system", ['"""\na\n"""\nb', 'Quote by """ \r\nalways.'])
 def test_a_system_message_that_ollama_would_cut_is_left_out_with_a_comment(tokenizer, system):
-    text = modelfile("m.gguf", tokenizer, system, [2], False)
+    text = modelfile("m.gguf", tokenizer, system, [2], {}, False)
     assert "# No SYSTEM: a line of the system message ends in three quotes" in text
     assert "SYSTEM" not in as_ollama_reads(text)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, ["temperature 0", "repeat_penalty 1"]),
+        # As Llama 3.2 is published: `generate` samples by these.
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            ["temperature 0.6", "top_k 50", "top_p 0.9", "min_p 0", "repeat_penalty 1"],
+        ),
+        # Qwen2.5 is published with a penalty; `generate` applies it to the whole text.
+        (
+            {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05},
+            ["temperature 0", "repeat_penalty 1.05", "repeat_last_n -1"],
+        ),
+    ],
+)
+def test_ollama_picks_tokens_as_generate_does(tokenizer, generation, expected):
+    """Its own defaults are temperature 0.8 and a penalty of 1.1 on repetition."""
+    from transformers import GenerationConfig
+
+    contents = json.loads(GenerationConfig(**generation).to_json_string())
+    assert sampling(contents) == sampling(generation)
+    text = modelfile("m.gguf", tokenizer, None, [2], sampling(contents), adds_bos=False)
+    assert text.splitlines()[-len(expected) :] == [f"PARAMETER {line}" for line in expected]
