@@ -119,8 +119,7 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             logs, decode = current.logs, material.tokenizer.decode
             compared = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
             sequences = list(chain(*compared.values()))
-            counts = [sum(sequence.scored) for sequence in sequences]
-            measured[name]["divergence"] = divergence(tuned.logs, logs, tuned.rounding, counts)
+            measured[name]["divergence"] = divergence(tuned, logs)
             measured[name]["passages"] = passages(tuned.logs, logs, sequences, decode)
         if is_first():
             memos[name].keep(measured[name])

@@ -123,7 +123,7 @@ def predicted(name: str, model: Decoder, recipe: Recipe, material: Material) -> 
     from finequant.finetune.processes import decided_by_first
 
     corpora = reference_sequences(material.corpora, recipe.evaluate.divergence_tokens)
-    predictions = Predictions(empty(0), empty(0), {})
+    predictions = Predictions(empty(0), empty(0), {}, [])
     if is_first():
         work = f"{name}: perplexity and divergence"
         predictions = predict(model, corpora, recipe.evaluate.batch_size, work)

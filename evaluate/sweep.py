@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from finequant.evaluate.inputs import Material
+    from finequant.evaluate.metrics.divergence import Predictions
     from finequant.finetune.architecture import Decoder
     from finequant.quantize.scheme import Plan
 
@@ -100,6 +101,7 @@ def _measure_all(
 ) -> dict[str, dict[str, Any]]:
     """Maps each job's name to its measurement; loads a model only if one is missing."""
     from finequant.evaluate.inputs import prepare
+    from finequant.evaluate.measure import predicted
     from finequant.evaluate.metrics.tasks import check_tasks
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import stop_at
@@ -116,13 +118,15 @@ def _measure_all(
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     model = _float_model(recipe, run, swept, material.probes)
     stop_at(model, material.ends)
+    reference: Predictions | None = None
     for job in missing:
         say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
         watch = Stopwatch()
         if job.point:
-            measurement = measure_point(job.point, model, material, run)
+            reference = reference or predicted(FLOAT, _as_shipped(model, recipe), recipe, material)
+            measurement = measure_point(job.point, model, material, run, reference)
         else:
-            measurement = _measure_float(model, recipe, material, run, swept)
+            measurement, reference = _measure_float(model, recipe, material, run, swept)
         measured[job.name] = measurement | {"seconds": watch.seconds}
         job.memo.keep(measured[job.name])
         gc.collect()
@@ -161,29 +165,40 @@ def _float_model(recipe: Recipe, run: RunDir, swept: str, probes: list[list[int]
     return merged_model(recipe, run, torch.float32, probes)
 
 
-def _measure_float(
-    model: Decoder, recipe: Recipe, material: Material, run: RunDir, swept: str
-) -> dict[str, Any]:
-    from finequant.evaluate.measure import measure_model
-    from finequant.evaluate.models import size_bytes
+def _as_shipped(model: Decoder, recipe: Recipe) -> Decoder:
+    """Copies the model with its weights in the dtype in which it is compared with the points."""
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import cast_weights, shipped_dtype
 
     dtype = shipped_dtype(recipe.quantize, load_config(recipe.model))
     model = cast_weights(cast_weights(_copy_sharing_weights(model), dtype), arithmetic_dtype(dtype))
-    model = model.to(device()).eval()
+    return model.to(device()).eval()
+
+
+def _measure_float(
+    model: Decoder, recipe: Recipe, material: Material, run: RunDir, swept: str
+) -> tuple[dict[str, Any], Predictions]:
+    from finequant.evaluate.measure import measure_model
+    from finequant.evaluate.models import size_bytes
+
+    model = _as_shipped(model, recipe)
     size = size_bytes(swept, model, recipe, run)
-    return measure_model(swept, model, recipe, material, size)[0]
+    return measure_model(swept, model, recipe, material, size)
 
 
-def measure_point(point: Point, model: Decoder, material: Material, run: RunDir) -> dict[str, Any]:
-    """Measures the model quantized as the point says, and returns what `measure_model` does.
+def measure_point(
+    point: Point, model: Decoder, material: Material, run: RunDir, reference: Predictions
+) -> dict[str, Any]:
+    """Measures the model quantized as the point says, and returns what `measure_model` does, with
+    the divergence from the float model.
 
     model: float32 weights; not modified.
+    reference: the float model's predictions.
     """
     from finequant.evaluate.dequantized import dequantize_once
     from finequant.evaluate.measure import measure_model
+    from finequant.evaluate.metrics.divergence import divergence
     from finequant.finetune.architecture import parameter_count
     from finequant.finetune.device import arithmetic_dtype, device
     from finequant.finetune.model import load_config
@@ -216,7 +231,8 @@ def measure_point(point: Point, model: Decoder, material: Material, run: RunDir)
     packed = model_size(plan, config, dtype, recipe.quantize).packed
     model = dequantize_once(model.to(device()), material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
-    measurement, _ = measure_model(point.name, model, recipe, material, size)
+    measurement, predictions = measure_model(point.name, model, recipe, material, size)
+    measurement["scores"]["divergence"] = divergence(reference, predictions.logs)
     measurement["scores"]["activations"] = "int8"
     measurement["scores"]["packed_bytes"] = packed
     measurement["scores"]["packed_bits_per_weight"] = 8 * packed / parameter_count(config)

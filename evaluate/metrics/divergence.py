@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import accumulate, chain, islice
 from random import Random
@@ -40,6 +40,8 @@ class Predictions(NamedTuple):
     losses: dict[str, list[float]]
     """Negative log-likelihoods in nats of each corpus's sequences, from logits in the shipped
     dtype."""
+    counts: list[int]
+    """Scored tokens of each sequence, whose errors are not independent."""
 
 
 def in_random_order(sequences: list[ScoredSequence]) -> list[ScoredSequence]:
@@ -92,7 +94,7 @@ def predict(
             losses[position] = -shipped.gather(1, target[:, None])[:, 0].cpu().double()
     sums = (part.sum().item() for part in losses.split(counts))
     by_corpus = {name: list(islice(sums, len(part))) for name, part in corpora.items()}
-    return Predictions(logs, rounding, by_corpus)
+    return Predictions(logs, rounding, by_corpus, counts)
 
 
 def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
@@ -106,26 +108,21 @@ def _in_float32(head: torch.nn.Module) -> torch.nn.Module:
     return head
 
 
-def divergence(
-    tuned: torch.Tensor,
-    quantized: torch.Tensor,
-    rounding: torch.Tensor,
-    counts: Sequence[int] | None = None,
-) -> dict[str, object]:
-    """Computes the mean KL(tuned || quantized) in nats, and how often their top tokens agree.
+def divergence(exact: Predictions, quantized: torch.Tensor) -> dict[str, object]:
+    """Computes the mean KL(exact || quantized) in nats, and how often their top tokens agree.
 
-    tuned, quantized: log-probabilities [tokens, vocabulary] on the same tokens.
-    rounding: the KL divergence [tokens] of the tuned model from itself with logits in the shipped
-        dtype; its mean is the floor below which a KL divergence is meaningless.
-    counts: tokens of each sequence, whose errors are not independent; None: all tokens are.
+    The mean of `exact.rounding` is the floor below which a KL divergence is meaningless.
+
+    exact: the predictions of the tuned model, or of another that is quantized.
+    quantized: log-probabilities [tokens, vocabulary] on the same tokens.
     """
-    groups = [group for group, count in enumerate(counts or [1] * len(tuned)) for _ in range(count)]
-    same = (tuned.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
+    groups = [group for group, count in enumerate(exact.counts) for _ in range(count)]
+    same = (exact.logs.argmax(dim=-1) == quantized.argmax(dim=-1)).double()
     return {
-        "kl": _mean(kl(tuned, quantized), groups),
-        "floor": _mean(rounding, groups),
+        "kl": _mean(kl(exact.logs, quantized), groups),
+        "floor": _mean(exact.rounding, groups),
         "top1_agreement": _mean(same, groups),
-        "tokens": len(tuned),
+        "tokens": len(quantized),
     }
 
 

@@ -1,8 +1,9 @@
 """The report of a sweep: sweep.json, sweep.md, plots/, and the table in the terminal.
 
 It is a report as in report.py, whose `models` are the float model and one model for each point. In
-addition to their scores, these have `settings` and `packed_bits_per_weight`. `swept` is base or
-tuned, and `adapter` the hash of the adapter of tuned.
+addition to their scores, these have `settings` and `packed_bits_per_weight`, and each point has its
+`divergence` from the float model. `swept` is base or tuned, and `adapter` the hash of the adapter
+of tuned.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     header += ["bits per weight on disk", "bits per weight, packed"]
     units = _units(report)
     header += [f"perplexity per {unit}, {corpus}" for corpus, unit in units.items()]
+    header += ["KL from float, nats per token"] if units else []
     for task, metric in metrics_of(models):
         header.append(f"{task}, {metric} {'out of 100' if to_percent(metric) == 1 else 'in %'}")
     accuracy = ["mean task accuracy in %"] if metrics_of(models) else []
@@ -92,6 +94,7 @@ def _row(
     cells += [shown_number(model[key]) for key in ("bits_per_weight", "packed_bits_per_weight")]
     for corpus, unit in units.items():
         cells.append(shown_number(value_at(model, "perplexity", corpus, unit)))
+    cells += [shown_score(1, 4)(value_at(model, "divergence", "kl"))] if units else []
     for task, metric in metrics_of(models):
         cells.append(shown_score(to_percent(metric))(value_at(model, "tasks", task, metric)))
     if metrics_of(models):

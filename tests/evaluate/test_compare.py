@@ -339,19 +339,20 @@ def test_the_report_has_multiple_choice_and_text_metrics(finished):
 
 
 def test_divergence_equals_a_calculation_by_hand():
-    from finequant.evaluate.metrics.divergence import divergence
+    from finequant.evaluate.metrics.divergence import Predictions, divergence
 
     tuned = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     quantized = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
-    found = divergence(tuned, quantized, torch.tensor([0.25, 0.75]))
+    found = divergence(Predictions(tuned, torch.tensor([0.25, 0.75]), {}, [1, 1]), quantized)
     by_hand = 0.5 * torch.log(torch.tensor([0.5 / 0.25, 0.5 / 0.75])).sum().item()
     assert found["tokens"] == 2
     assert found["kl"]["value"] == pytest.approx(by_hand / 2)
     assert found["top1_agreement"]["value"] == 0.5
     assert found["floor"]["value"] == 0.5
     # Two equal tokens of a sequence are no more certain than one.
-    twice = (logs.repeat_interleave(2, dim=0) for logs in (tuned, quantized))
-    repeated = divergence(*twice, torch.tensor([0.25, 0.25, 0.75, 0.75]), [2, 2])
+    rounding = torch.tensor([0.25, 0.25, 0.75, 0.75])
+    twice = Predictions(tuned.repeat_interleave(2, dim=0), rounding, {}, [2, 2])
+    repeated = divergence(twice, quantized.repeat_interleave(2, dim=0))
     assert repeated["tokens"] == 4
     assert repeated["kl"] == pytest.approx(found["kl"])
 
@@ -365,7 +366,8 @@ def test_divergence_is_of_float32_logits_beside_the_rounding_of_shipped_ones(tin
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
     ids = list(range(40, 70))
     sequences = [ScoredSequence(ids, [False] + [True] * 29)]
-    logs, rounding, losses = predict(model, {"text": sequences}, 1, "test")
+    logs, rounding, losses, counts = predict(model, {"text": sequences}, 1, "test")
+    assert counts == [29]
     with torch.inference_mode():
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1].float()
         exact = torch.log_softmax(hidden @ model.lm_head.weight.float().T, dim=-1)

@@ -162,11 +162,14 @@ def test_a_point_is_what_quantize_and_evaluate_give(swept, recipe_file, train_on
     convert(arguments)
     compare(arguments)
     run = recipe_file.parent / "run"
-    report = json.loads((run / "report.json").read_text())["models"]
+    compared = json.loads((run / "report.json").read_text())
+    report = compared["models"]
     manifest = json.loads((run / "manifest.json").read_text())
     point = sweeps["models"][f"{method}, 3 bits, groups of 32"]
     for key, value in report["quantized"].items():
         assert point[key] == value, key
+    assert point["divergence"] == compared["divergence"]
+    assert sweeps["models"][f"{method}, 8 bits, groups of 32"]["divergence"]["kl"]["value"] > 0
     assert point["bits_per_weight"] == manifest["quantize"]["bits_per_weight"]
     assert sweeps["adapter"] == manifest["train"]["outputs"]["adapter"]
     float_ = sweeps["models"]["float"]
