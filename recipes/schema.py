@@ -535,7 +535,9 @@ class Corpus(Section):
         min_length=1,
     )
     config: str | None = Field(None, description="Hub dataset configuration")
-    split: str = Field("test", description="Hub dataset split")
+    split: str = Field(
+        "test", description="split of a Hub dataset, or of a folder or file that has several"
+    )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     column: str = Field("text", description="column of the rows that holds the text")
     documents: Literal["file", "rows", "wikitext"] = Field(

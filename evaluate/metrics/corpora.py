@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finequant.recipes.errors import UserError, one_line
+from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Corpus
 from finequant.recipes.sources import TABLES, kind_of
 
@@ -88,7 +89,7 @@ def _read_rows(corpus: Corpus) -> list[str]:
     if path.is_absolute():
         from finequant.finetune.data.readers import read_rows
 
-        rows = read_rows(path)
+        rows = read_rows(path, corpus.split)
     else:
         rows = _read_hub(corpus)
     texts = []
@@ -105,6 +106,7 @@ def _read_rows(corpus: Corpus) -> list[str]:
 
 
 def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
+    offline_reason()  # before `datasets` is imported
     from datasets import load_dataset
 
     try:

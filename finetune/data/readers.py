@@ -83,14 +83,15 @@ def read_unparsed(source: Source) -> Iterator[Unparsed]:
     return chain.from_iterable(_read_file(file, source.split) for file in matching_files(path))
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns all rows of a file or folder as (where, row); a .txt file is one row with a text.
+def read_rows(path: Path, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
+    """Returns all rows of a file or folder, or of a split if it has several, as (where, row); a
+    .txt file is one row with a text.
 
     Raises:
         UserError: naming the line that cannot be read.
     """
     rows = []
-    for where, row in read_source(Source(source=str(path))):
+    for where, row in read_source(Source(source=str(path), split=split)):
         if isinstance(row, BadRowError):
             raise row
         rows.append((where, row))

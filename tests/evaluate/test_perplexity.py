@@ -246,6 +246,15 @@ def test_a_corpus_may_be_any_file_that_training_reads(tmp_path, name):
     assert read_corpus(corpus_of(source)) == [Document("first\n\nsecond é", 3, 16)]
 
 
+def test_a_corpus_is_the_test_split_of_a_folder_that_has_several(tmp_path):
+    """The training texts were read, whatever `split` said."""
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": f"rows of {split}"}])
+    assert [document.text for document in read_corpus(corpus_of(tmp_path))] == ["rows of test"]
+    (of_train,) = read_corpus(corpus_of(tmp_path, split="train"))
+    assert of_train.text == "rows of train"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "settings", "message"),
     [
