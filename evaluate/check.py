@@ -16,7 +16,7 @@ from finequant.evaluate.metrics.corpora import read_texts
 from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
 from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
-from finequant.recipes.stages import EXPORT_KEYS
+from finequant.recipes.stages import EXPORT_KEYS, exports_of
 from finequant.recipes.task_files import read_task_file
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
     refuse_all(
         [
             partial(_check_something_to_measure, evaluate, test),
-            partial(_check_gate, evaluate, test),
+            partial(_check_gate, recipe, test),
             partial(_check_references, evaluate, answers),
             partial(_check_lengths_for_bleu, evaluate, answers),
             partial(_check_some_calls, evaluate, test),
@@ -95,18 +95,21 @@ def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
         )
 
 
-def _check_gate(evaluate: Evaluate, test: list[Row]) -> None:
-    """Refuses a limit for something that is not measured: it would always pass."""
-    gate, asked = evaluate.gate, any(row.messages for row in test)
+def _check_gate(recipe: Recipe, test: list[Row]) -> None:
+    """Refuses a limit for something that is not measured."""
+    evaluate, asked = recipe.evaluate, any(row.messages for row in test)
+    gate = evaluate.gate
     if gate.max_accuracy_drop is not None and not (evaluate.tasks or asked and evaluate.metrics):
         raise UserError(
             "evaluate.gate.max_accuracy_drop: no accuracy is measured; set data.test to "
             "conversations, or set evaluate.tasks"
         )
-    if gate.min_same_answers is not None and not (evaluate.exports and asked):
+    exported = evaluate.exports and exports_of(recipe)
+    if gate.min_same_answers is not None and not (exported and asked):
         raise UserError(
             "evaluate.gate.min_same_answers: no answers of exports are measured; set data.test "
-            "to conversations, and evaluate.exports to true"
+            "to conversations, evaluate.exports to true, and quantize.exports to a format such as "
+            "gguf"
         )
     if gate.max_perplexity_increase is not None and not (evaluate.perplexity or test):
         raise UserError(
@@ -220,6 +223,24 @@ def check_chat_template(evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase) 
             f"evaluate.tasks: {', '.join(names)}: apply_chat_template is set, but this base has no "
             "chat template: set model.chat_template"
         )
+
+
+def check_runtimes(recipe: Recipe) -> None:
+    """Refuses a limit for the answers of exports that cannot run here: the gate would fail.
+
+    Raises:
+        UserError: naming the packages to install.
+    """
+    from finequant.quantize.formats.formats import FORMATS  # imports torch
+
+    if recipe.evaluate.gate.min_same_answers is None:
+        return
+    for name in exports_of(recipe):
+        if missing := FORMATS[name].missing_runtime():
+            raise UserError(
+                f"evaluate.gate.min_same_answers: {name} cannot run here: {missing}, or remove "
+                "this limit"
+            )
 
 
 def check_lengths(

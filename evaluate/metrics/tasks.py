@@ -81,7 +81,7 @@ def lm_eval_tasks(
 
     scores: dict[str, dict[str, Score]] = {}
     by_item: ByItem = {}
-    loaded = load_tasks(evaluate)
+    loaded = load_tasks(evaluate, model.config.max_position_embeddings)
     with _quiet_lm_eval():
         wrapped = SharedContextLM(
             pretrained=model, tokenizer=tokenizer, batch_size=evaluate.batch_size
@@ -103,8 +103,10 @@ def lm_eval_tasks(
     return scores, by_item
 
 
-def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
+def load_tasks(evaluate: Evaluate, positions: int) -> list[list[Any]]:
     """Loads the lm-eval group or tasks of each entry, with their data, before the first one runs.
+
+    positions: those of the base, which an answer has to fit into.
 
     Raises:
         UserError: for unknown tasks, for all that cannot be loaded or run as the recipe says, and
@@ -114,7 +116,7 @@ def load_tasks(evaluate: Evaluate) -> list[list[Any]]:
     loaded: list[list[Any]] = []
     with _quiet_lm_eval():
         refuse_all(
-            lambda task=task: loaded.append(_load(task, evaluate.task_folder))
+            lambda task=task: loaded.append(_load(task, evaluate.task_folder, positions))
             for task in evaluate.tasks
         )
     _refuse_repeated(evaluate.tasks, loaded)
@@ -292,7 +294,7 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"lm-eval has no task {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
 
 
-def _load(task: Task, folder: str | None) -> list[Any]:
+def _load(task: Task, folder: str | None, positions: int) -> list[Any]:
     """Loads the lm-eval group or tasks of a name, with their data.
 
     Raises:
@@ -306,26 +308,34 @@ def _load(task: Task, folder: str | None) -> list[Any]:
             f"evaluate.tasks: cannot load lm-eval task {task.task!r}: {cause}\n"
             "Load its data once with a network connection, or correct the task's file."
         ) from error
-    if problem := _refusal(task, list(loaded["tasks"].values())):
+    leaves = list(loaded["tasks"].values())
+    if problem := _refusal(task, leaves, positions):
         raise UserError(f"evaluate.tasks: {task.task!r} {problem}")
+    for leaf in leaves:
+        if _shots(task, leaf) and _may_show_the_answer(leaf):
+            _say_that_the_answer_may_be_shown(leaf.task_name)
     group = loaded["groups"].get(task.task)
-    return [group] if group else list(loaded["tasks"].values())
+    return [group] if group else leaves
 
 
-def _refusal(task: Task, leaves: list[Any]) -> str | None:
+def _refusal(task: Task, leaves: list[Any], positions: int) -> str | None:
     """Says why a loaded task would fail, ignore the recipe, or have nothing to report."""
     if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in leaves):
         return "executes code that the model writes; run it with lm-eval itself, in a sandbox"
     if task.num_fewshot and any(leaf.get_config("num_fewshot") == 0 for leaf in leaves):
         return f"is defined as 0-shot: lm-eval ignores num_fewshot {task.num_fewshot}; remove it"
     for leaf in leaves:
-        default = leaf.get_config("num_fewshot")
-        shots = (default if task.num_fewshot is None else task.num_fewshot) or 0
+        shots = _shots(task, leaf)
         if shots and shots > (rows := _examples(leaf)):
             available = counted(rows, "row")
             return (
                 f"has {available} for examples, but num_fewshot is {shots}: set num_fewshot={rows}"
             )
+    if (longest := max(map(_generated, leaves), default=0)) >= positions:
+        return (
+            f"generates up to {longest} tokens, but the base has {positions} positions, prompt "
+            "included: remove it, or set max_gen_toks in a task file of your own"
+        )
     if not any(
         better is not False for leaf in leaves for better in leaf.higher_is_better().values()
     ):
@@ -336,8 +346,51 @@ def _refusal(task: Task, leaves: list[Any]) -> str | None:
 def _examples(leaf: Any) -> int:
     """Counts the rows that a prompt's examples can be: none is the row that is asked."""
     rows = len(list(leaf.fewshot_docs() or ()))
+    return rows - 1 if _leaves_out_the_asked_row(leaf) else rows
+
+
+def _shots(task: Task, leaf: Any) -> int:
+    """Returns how many examples a prompt has."""
+    default = leaf.get_config("num_fewshot")
+    return (default if task.num_fewshot is None else task.num_fewshot) or 0
+
+
+def _leaves_out_the_asked_row(leaf: Any) -> bool:
+    """Says whether lm-eval compares examples with the row that is asked, and takes another for an
+    equal one."""
     split = getattr(getattr(leaf, "fewshot_cfg", None), "split", None)
-    return rows - 1 if split and split == leaf.get_config("test_split") else rows
+    return split == leaf.get_config("test_split")
+
+
+def _may_show_the_answer(leaf: Any) -> bool:
+    """Says whether an example can be the row that is asked, with its answer: lm-eval takes examples
+    from the rows that are asked where a task names no other split."""
+    fewshot = getattr(leaf, "fewshot_cfg", None)
+    if getattr(fewshot, "samples", None) or _leaves_out_the_asked_row(leaf):
+        return False
+    train, validation, test = (
+        leaf.get_config(f"{part}_split") for part in ("training", "validation", "test")
+    )
+    examples = getattr(fewshot, "split", None) or train or validation or test
+    return examples == (test or validation)
+
+
+@cache  # said once, not again for each model
+def _say_that_the_answer_may_be_shown(name: str) -> None:
+    say(
+        f"evaluate: lm-eval task {name}: its examples are taken from the rows that it asks, so a "
+        "prompt may show its own answer: set num_fewshot=0, or name another fewshot_split in a "
+        "task file of your own"
+    )
+
+
+def _generated(leaf: Any) -> int:
+    """Returns how many tokens an answer of a task may have; 0 if nothing is generated."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if leaf.OUTPUT_TYPE != "generate_until":
+        return 0
+    return normalize_gen_kwargs(leaf.get_config("generation_kwargs") or {})["max_gen_toks"]
 
 
 def _run(

@@ -62,8 +62,9 @@ def preflight(
     if recipe.evaluate.tasks:
         doing("checks: loading lm-eval and its tasks")
         from finequant.evaluate.metrics.tasks import load_tasks
+        from finequant.finetune.model import load_config
 
-        load_tasks(recipe.evaluate)
+        load_tasks(recipe.evaluate, load_config(recipe.model).max_position_embeddings)
     from finequant.quantize.convert import check_base_range  # only now: it imports torch
 
     check_base_range(recipe)
@@ -96,6 +97,7 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 
 def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
+    from finequant.evaluate.check import check_runtimes
     from finequant.evaluate.inputs import prepare
     from finequant.finetune.architecture import check_window
     from finequant.finetune.check import check_training
@@ -105,8 +107,9 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
 
     quiet_libraries()
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-    _, _, training, material = refuse_all(
+    *_, training, material = refuse_all(
         [
+            partial(check_runtimes, recipe),
             partial(check_window, recipe, config),
             partial(check_exports, recipe.quantize, config, tokenizer),
             partial(check_training, recipe, config, splits, tokenizer),

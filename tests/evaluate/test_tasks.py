@@ -50,6 +50,9 @@ metadata: {{version: 1}}
 """
 
 
+POSITIONS = 2048
+
+
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -573,8 +576,8 @@ def test_scores_that_would_replace_others_are_refused(
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        tasks.load_tasks(Evaluate(tasks=names, task_folder=str(tmp_path)))
-    tasks.load_tasks(Evaluate(tasks=["both", "shade"], task_folder=str(tmp_path)))
+        tasks.load_tasks(Evaluate(tasks=names, task_folder=str(tmp_path)), POSITIONS)
+    tasks.load_tasks(Evaluate(tasks=["both", "shade"], task_folder=str(tmp_path)), POSITIONS)
 
 
 def test_more_examples_than_there_are_rows_are_refused(task_folder, tmp_path, monkeypatch):
@@ -585,10 +588,50 @@ def test_more_examples_than_there_are_rows_are_refused(task_folder, tmp_path, mo
         task = {"task": "colour", "num_fewshot": shots}
         evaluate = Evaluate(tasks=[task], task_folder=str(tmp_path))
         if not is_refused:
-            tasks.load_tasks(evaluate)
+            tasks.load_tasks(evaluate, POSITIONS)
             continue
         with pytest.raises(UserError, match="'colour' has 10 rows for examples, .* is 11: set"):
-            tasks.load_tasks(evaluate)
+            tasks.load_tasks(evaluate, POSITIONS)
+
+
+def test_answers_beyond_the_positions_of_the_base_are_refused(task_folder, tmp_path, monkeypatch):
+    """lm-eval's assertion fails only when the first model is asked."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    text = TASK.format(name="long", data=f"{task_folder}/rows.jsonl").replace(
+        "output_type: multiple_choice",
+        "output_type: generate_until\ngeneration_kwargs: {max_gen_toks: 2048, until: []}",
+    )
+    (tmp_path / "long.yaml").write_text(text)
+    evaluate = Evaluate(tasks=["long"], task_folder=str(tmp_path))
+    tasks.load_tasks(evaluate, 2049)
+    with pytest.raises(UserError, match="'long' generates up to 2048 tokens, .* 2048 positions"):
+        tasks.load_tasks(evaluate, 2048)
+
+
+@pytest.mark.parametrize(
+    ("splits", "is_shown"),
+    [
+        ("", True),
+        ("fewshot_split: test\n", False),  # the row that is asked is left out
+        ("training_split: train\n", False),
+        ("training_split: train\nfewshot_split: test\n", False),
+        ("validation_split: train\n", False),
+        ("fewshot_config: {samples: [{request: a, label: 0}]}\n", False),
+    ],
+)
+def test_examples_among_the_rows_that_are_asked_are_told(
+    task_folder, tmp_path, monkeypatch, capsys, splits, is_shown
+):
+    """lm-eval warns of this, among much else that is silenced."""
+    monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
+    tasks._say_that_the_answer_may_be_shown.cache_clear()
+    rows = f"{task_folder}/rows.jsonl"
+    text = TASK.format(name="colour", data=f"{rows}, train: {rows}")
+    (tmp_path / "colour.yaml").write_text(f"{text}num_fewshot: 1\n{splits}")
+    evaluate = Evaluate(tasks=["colour"], task_folder=str(tmp_path))
+    for _ in range(2):
+        tasks.load_tasks(evaluate, POSITIONS)
+    assert capsys.readouterr().err.count("a prompt may show its own answer") == is_shown
 
 
 def test_scores_name_filters_and_leave_out_losses():

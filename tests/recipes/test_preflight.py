@@ -54,6 +54,10 @@ IN_SECONDS = {
         [*NO_TEXT, "evaluate.tasks=[arc_easy]", "evaluate.gate.max_perplexity_increase=0.1"],
         "evaluate.gate.max_perplexity_increase: no perplexity is measured",
     ),
+    "a gate on exports without any": (
+        ["evaluate.gate.min_same_answers=0.9", "quantize.exports=[torchao]"],
+        "evaluate.gate.min_same_answers: no answers of exports are measured",
+    ),
     "metrics without answers": (
         ["data.test=[]", "evaluate.metrics=[f1]"],
         "evaluate.metrics: f1: no held-out row has an answer: set data.test",
@@ -85,6 +89,15 @@ IN_SECONDS = {
 def test_cheap_checks_refuse_in_seconds(refused_run, monkeypatch, overrides, message):
     monkeypatch.setattr(preflight, "check_tokens", None)  # not reached
     assert message in refused_run(*overrides)
+
+
+def test_a_gate_on_an_export_that_cannot_run_here_is_refused(refused_run, monkeypatch):
+    """It would fail after everything else is done."""
+    from finequant.quantize.formats.format import Format
+
+    monkeypatch.setattr(Format, "missing_runtime", lambda _: "pip install llama-cpp-python")
+    message = refused_run("evaluate.gate.min_same_answers=0.9", "quantize.exports=[gguf]")
+    assert "min_same_answers: gguf cannot run here: pip install llama-cpp-python, or" in message
 
 
 def test_an_unknown_task_is_refused_after_cheaper_checks(refused_run, monkeypatch):
