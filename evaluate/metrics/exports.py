@@ -20,11 +20,12 @@ from finequant.evaluate.check import SPEED_ANSWER, SPEED_PROMPT
 from finequant.evaluate.metrics.divergence import predict
 from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
-from finequant.quantize.formats.format import CONTEXT, Format, Runtime
+from finequant.quantize.formats.format import CONTEXT, Format, Runtime, to_install
 from finequant.quantize.formats.formats import FORMATS
 from finequant.recipes.errors import UserError, counted, why_failed
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
+from finequant.recipes.stages import command_of
 from finequant.recipes.terminal import say, tracked
 from finequant.recipes.usage import peak_memory
 
@@ -63,6 +64,8 @@ def measure_export(
     }
     unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"
     if missing := unwanted or entry.missing_runtime():
+        if missing == to_install(entry.runtime_packages):  # no stage is out of date after that
+            missing += f", then `{command_of('evaluate')}`"
         say(f"evaluate: {name}: only its size is measured: {missing}")
         return {"scores": sizes | {"perplexity": {}, "tasks": {}}, "answers": []}
     measure = _measure_checkpoint if entry.is_checkpoint else _measure_in_runtime

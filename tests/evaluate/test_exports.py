@@ -118,6 +118,20 @@ def test_an_export_is_measured_once_its_runtime_is_installed(recipe_file, monkey
     assert capsys.readouterr().err.count("gguf: measured before, unchanged") == 2
 
 
+def test_a_missing_runtime_is_named_with_the_command_that_then_measures(
+    recipe_file, monkeypatch, capsys
+):
+    """`finequant run` would say that nothing has changed."""
+    from finequant.evaluate.metrics.exports import measure_export
+    from finequant.quantize.formats import format
+
+    recipe = load_recipe(recipe_file)
+    monkeypatch.setattr(format, "find_spec", lambda module: None)
+    measure_export("gguf", recipe, RunDir.of(recipe), None, None)
+    then = "pip install llama-cpp-python, then `finequant evaluate RECIPE`"
+    assert f"gguf: only its size is measured: {then}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def arguments(recipe_file, executorch_run, train_once, name) -> list[str]:
     """The arguments for a run with the export: its recipe, and overrides."""
