@@ -59,8 +59,7 @@ def _is_lost(before: float, after: float) -> bool:
 
 
 def advice(report: Report) -> list[str]:
-    """Lists the changes to the recipe that would help most, the cheapest first; [] if none is
-    needed.
+    """Lists changes to the recipe that may help, the cheapest first; [] if none is needed.
 
     The figures are those of docs/quantization.md: SmolLM2-135M on WikiText-2, at 4 bits.
     """

@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from math import comb, prod
 from pathlib import Path
 from typing import Any
 
+from finequant.evaluate.metrics.text_metrics import is_right
 from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice, judged_cost
 from finequant.evaluate.report.gate import verdict_lines
@@ -122,7 +124,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         answers=bool(rows),
         metric=report.get("right_by"),
         flips=flips(rows),
-        labels=_labels(rows),
+        labels=_labels(rows, report.get("right_by")),
         passages=_passages(report),
         sizes=_sizes(report),
         stages=_stages(report),
@@ -197,7 +199,7 @@ def flips(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _labels(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _labels(rows: list[dict[str, Any]], metric: str | None) -> dict[str, Any] | None:
     """Counts right answers of each label, if the references are labels: few, and repeated.
 
     None if no metric calls answers right or wrong, as `multiple_choice` by itself does not.
@@ -218,9 +220,13 @@ def _labels(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         }
         for label, count in counts.most_common()
     ]
-    known = {label.strip() for label in counts}
+
+    @cache
+    def is_label(answer: str) -> bool:
+        return any(is_right(metric, answer, label) for label in counts)
+
     unknown = {
-        model: sum(row["answers"].get(model, "").strip() not in known for row in rows)
+        model: sum(not is_label(row["answers"].get(model, "")) for row in rows)
         for model in ("tuned", "quantized")
     }
     return {

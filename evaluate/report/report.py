@@ -72,12 +72,12 @@ MAX_SAMPLE_CHARACTERS = 1000  # in report.md; report.json has the whole sample
 
 
 def print_table(report: Report) -> None:
-    """Prints the comparison, the divergence, the gate's verdict and what would help to stdout."""
+    """Prints the comparison, the divergence, the gate's verdict and what may help to stdout."""
     console = print_rows(*comparison_rows(report))
     lines = [*tuning_lines(report), *baseline_lines(report)]
     lines += [*divergence_lines(report), *verdict_lines(report)]
     if changes := advice(report):
-        lines += ["What would help:", *(f"- {line}" for line in changes)]
+        lines += ["What may help:", *(f"- {line}" for line in changes)]
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)
 
@@ -113,7 +113,7 @@ def _markdown(report: Report, plots: set[str]) -> str:
         "\n\n".join([*tuning_lines(report), *baseline_lines(report)]),
         image_link(plots, "comparison"),
         f"## What quantization changed\n\n{bullets(changes)}" if changes else "",
-        f"## What would help\n\n{bullets(advice(report))}" if advice(report) else "",
+        f"## What may help\n\n{bullets(advice(report))}" if advice(report) else "",
         _worst_layers(report),
         image_link(plots, "layers"),
         _normalizers(report),

@@ -221,6 +221,28 @@ def test_a_number_that_quantized_lost_is_a_cost(bad, keys):
     assert "Quantization cost no more than its error bars" not in text
 
 
+def test_an_answer_is_a_label_if_the_metric_says_that_it_equals_one():
+    """A JSON value written with other spaces was counted as none of the labels."""
+    judged = [
+        {
+            "prompt": str(number),
+            "reference": f'{{"on": {number % 2}}}',
+            "answers": {"tuned": f'{{"on":{number % 2}}}', "quantized": "on" * (number < 2)},
+            "right": {"tuned": True, "quantized": False},
+        }
+        for number in range(8)
+    ]
+    text = page(report() | {"right_by": "json_match"}, judged)
+    assert "Answers by tuned that match none" not in text
+    assert "Answers by quantized that match none of these labels: 8." in text
+
+
+def test_no_answer_is_said_to_be_wrong_where_no_metric_judges_answers():
+    assert "Quantized is wrong</button>" in page(report(), rows())
+    unjudged = [row | {"right": {}} for row in rows()]
+    assert "Quantized is wrong</button>" not in page(report() | {"right_by": None}, unjudged)
+
+
 def test_no_table_of_labels_where_no_metric_calls_answers_right_or_wrong():
     assert "<h2>By label</h2>" in page(report(), rows())
     unjudged = [row | {"right": {}} for row in rows()]
@@ -292,7 +314,7 @@ def test_no_advice_for_a_head_that_has_more_bits_already(head):
 def test_advice_is_in_the_terminal_and_in_the_report(tmp_path, capsys):
     costly = report(0.8)
     print_table(costly)
-    assert "What would help:" in capsys.readouterr().out
+    assert "What may help:" in capsys.readouterr().out
     write_report(costly, tmp_path)
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     for line in advice(costly):
