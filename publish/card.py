@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
 from finequant.evaluate.report.report import baseline_lines, divergence_lines, in_arithmetic
@@ -103,7 +104,7 @@ def _results(recipe: Recipe, report: dict[str, Any], kind: str) -> list[EvalResu
         EvalResult(
             task_type="text-generation",
             dataset_type=task,
-            dataset_name=f"held-out rows of {recipe.name}" if task == "held_out" else task,
+            dataset_name=f"held-out rows of {recipe.name}" if task == HELD_OUT else task,
             metric_type=metric,
             metric_name=name,
             metric_value=value,
@@ -162,7 +163,7 @@ def _measured(report: dict[str, Any], kind: str) -> str:
         parts.append(bullets([*divergence_lines(report), *verdict_lines(report)]))
         if untried := advice(report):
             parts.append(
-                f"Changes to the recipe that would cost less accuracy:\n\n{bullets(untried)}"
+                f"Changes to the recipe that may cost less accuracy:\n\n{bullets(untried)}"
             )
     return "\n\n".join(part for part in parts if part)
 
@@ -172,14 +173,14 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     models = report["models"]
     tasks = {task for task, _ in metrics_of(models)}
     limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
-    if not tasks - {"held_out"}:
+    if not tasks - {HELD_OUT}:
         limits.append("No public benchmark was run: what the model lost elsewhere is unknown.")
     corpora = corpora_of(models)
     if not corpora:
         limits.append("No perplexity was measured.")
-    elif corpora == ["held_out"]:
+    elif corpora == [HELD_OUT]:
         limits.append("Perplexity was measured on the held-out rows only, not on general text.")
-    if "held_out" not in tasks:
+    if HELD_OUT not in tasks:
         limits.append("No answers to held-out rows were scored.")
     scored = [
         value_at(model, "tasks", *pair, "n")
@@ -213,6 +214,11 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
                 )
     if base_on_hub(recipe) not in (None, recipe.model.base):
         limits.append(f"The adapter was trained on `{recipe.model.base}`.")
+        if kind == ADAPTER:
+            limits[-1] = (
+                f"The adapter was trained and measured on `{recipe.model.base}`, not on "
+                f"{base_on_hub(recipe)}, whose weights may differ."
+            )
     return [*limits, "Safety, bias and truthfulness were not measured."]
 
 
