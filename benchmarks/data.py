@@ -105,7 +105,6 @@ def make_rows(path: Path, count: int) -> Path:
 def trl(base: Path, rows: Path, output: Path) -> list[str]:
     settings = {
         "model_name_or_path": base,
-        "dataset_name": "json",
         "max_steps": 1,
         "per_device_train_batch_size": 8,
         "use_cpu": True,
@@ -117,7 +116,6 @@ def trl(base: Path, rows: Path, output: Path) -> list[str]:
     }
     data = output.with_name(f"trl-{rows.stem}.yaml")
     data.write_text(f"datasets:\n  - {{path: json, data_files: {rows}}}\n")
-    del settings["dataset_name"]
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [str(Path(sys.executable).with_name("trl")), "sft", "--config", str(data), *words]
 

@@ -19,7 +19,7 @@ from finequant.evaluate.measure import memo_of
 from finequant.evaluate.metrics.tasks import answer
 from finequant.evaluate.metrics.text_metrics import score_answers
 from finequant.evaluate.models import load_model
-from finequant.evaluate.report.table import markdown_table
+from finequant.evaluate.report.table import MISSING, markdown_table
 from finequant.finetune.architecture import parameter_count
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
@@ -30,7 +30,6 @@ from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 
 TEXTS, CONVERSATIONS, PROBES = 500, 300, 50
-MISSING = "–"
 
 AWKWARD = (
     "it's 12,345.67 €!",
@@ -107,7 +106,10 @@ class Judge:
         logits [probes, vocabulary]."""
         evaluate, material = self.recipe.evaluate, self.material
         model = load_model("quantized", self.recipe, self.run, self.probes[0], material.ends)
-        logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in self.probes]
+        logits = [
+            model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
+            for ids in self.probes
+        ]
         if measured := memo_of(self.recipe, self.run, "quantized").value():
             return measured["answers"], torch.stack(logits)
         limits = (evaluate.max_new_tokens, evaluate.batch_size, "answers of quantized")
