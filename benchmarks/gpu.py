@@ -249,7 +249,7 @@ def evaluation(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
 @torch.inference_mode()
 def decoding(config: LlamaConfig, rate: float, steps: int) -> Iterator[Row]:
     """Times greedy answers to prompts of up to PROMPT tokens, as evaluation generates them."""
-    from finequant.evaluate.metrics.tasks import answer
+    from finequant.evaluate.metrics.held_out import answer
 
     model, tokenizer = a_model(config).eval(), a_tokenizer()
     model.generation_config.eos_token_id = None

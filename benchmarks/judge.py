@@ -16,7 +16,7 @@ import torch
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.inputs import prepare
 from finequant.evaluate.measure import memo_of
-from finequant.evaluate.metrics.tasks import answer
+from finequant.evaluate.metrics.held_out import answer
 from finequant.evaluate.metrics.text_metrics import score_answers
 from finequant.evaluate.models import load_model
 from finequant.evaluate.report.table import MISSING, markdown_table

@@ -91,7 +91,7 @@ def _held_out(
 ) -> tuple[list[str], dict[str, Any], dict[str, list[float]]]:
     """Answers the held-out rows; returns the answers, their scores by metric, and by metric the
     values of rows that are not computed from the answers."""
-    from finequant.evaluate.metrics.tasks import answer, multiple_choice
+    from finequant.evaluate.metrics.held_out import answer, multiple_choice
     from finequant.evaluate.metrics.text_metrics import mean, score_answers
 
     evaluate, asked = recipe.evaluate, (model, material.tokenizer, material.prompts)

@@ -40,7 +40,7 @@ def test_token_by_token_gives_the_likelihood_of_one_forward(tiny_base):
 def test_answers_are_those_of_generate(tiny_base, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.metrics.tasks import answer
+    from finequant.evaluate.metrics.held_out import answer
 
     prompt = tokenizer("open the red door")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
@@ -52,7 +52,7 @@ def test_answers_are_those_of_generate(tiny_base, tokenizer):
 def test_answers_have_the_repetition_penalty_of_the_base(tiny_base, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from finequant.evaluate.metrics.tasks import answer
+    from finequant.evaluate.metrics.held_out import answer
 
     prompt, ends = tokenizer("open the red door")["input_ids"], [tokenizer.eos_token_id]
     model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()

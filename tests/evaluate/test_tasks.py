@@ -13,14 +13,10 @@ import torch
 from finequant.evaluate import check
 from finequant.evaluate.answers import right_by
 from finequant.evaluate.check import check_chat_template
-from finequant.evaluate.metrics import tasks
+from finequant.evaluate.metrics import held_out, tasks
+from finequant.evaluate.metrics.held_out import answer, multiple_choice
 from finequant.evaluate.metrics.shared_context import Likelihood
-from finequant.evaluate.metrics.tasks import (
-    answer,
-    check_tasks,
-    lm_eval_tasks,
-    multiple_choice,
-)
+from finequant.evaluate.metrics.tasks import check_tasks, lm_eval_tasks
 from finequant.evaluate.metrics.text_metrics import mean, paired_changes, score_answers
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import answer_text, encode_prompt
@@ -280,7 +276,7 @@ def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prom
         asked[:] = [item.ids for item in these]
         return [Likelihood(-len(ids) - 9.0 * (ids == [*at, end]), False) for ids in asked]
 
-    monkeypatch.setattr(tasks, "log_likelihoods", unlikely_to_end_after_at)
+    monkeypatch.setattr(held_out, "log_likelihoods", unlikely_to_end_after_at)
     for references, choices, value in (
         (["at the"], ["red", "at the", "at"], 0.0),  # "red" is shorter
         (["at the"], ["at", "at the"], 1.0),
@@ -334,16 +330,16 @@ def test_choices_are_tokenized_as_lm_eval_does(tokenizer):
         theirs = SimpleNamespace(backend="causal", tok_encode=encode)
         expected = [TemplateLM._encode_pair(theirs, text, choice) for choice in choices]
         prompt = encode(text)
-        found = [tuple(item) for item in tasks.continuations(tokens, prompt, choices)]
+        found = [tuple(item) for item in held_out.continuations(tokens, prompt, choices)]
         assert found == expected
     prompt = like_llama_2("a code")["input_ids"]
-    (red,) = tasks.continuations(like_llama_2, prompt, ["red"])
+    (red,) = held_out.continuations(like_llama_2, prompt, ["red"])
     assert len(red.ids) < len(like_llama_2("red")["input_ids"])
 
 
 def test_a_tie_goes_to_the_first_choice(model, tokenizer, prompts, monkeypatch):
     found = [Likelihood(log, False) for log in (-2.0, -1.0, -1.0)]
-    monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: found)
+    monkeypatch.setattr(held_out, "log_likelihoods", lambda *_: found)
     right = multiple_choice(model, tokenizer, prompts[:1], ["at"], ["red", "at", "the"], 1, "")
     assert right == [1]
 

@@ -14,7 +14,7 @@ from outside import WITHOUT_FINEQUANT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finequant.evaluate.metrics.tasks import answer
+from finequant.evaluate.metrics.held_out import answer
 from finequant.finetune.model import load_base, load_config
 from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.checkpoint.reload import shipped_logits
