@@ -527,9 +527,7 @@ class Quantize(Section):
 class Corpus(Section):
     """A text to measure perplexity on."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
-        description="name in the report"
-    )
+    name: Annotated[str, Field(pattern=NAME)] = Field(description="name in the report")
     source: str = Field(
         description="text file; file or folder of rows, as for data.train; or Hub dataset id",
         min_length=1,

@@ -172,6 +172,8 @@ def _task_manager(folder: str | None) -> TaskManager:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if "," in name:  # as for lm-eval's --tasks
+        return f"lm-eval has no task {name!r}; write a list in brackets: [{name}]"
     near = get_close_matches(name, known, n=3)
     return f"lm-eval has no task {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
 

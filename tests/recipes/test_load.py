@@ -234,6 +234,12 @@ WRONG = {
     ),
     "two documents": ("---\nname: b", 6, "", "not valid YAML: but found another document"),
     "control character": ("lora: \x07", 6, "", "not valid YAML: unacceptable character #x0007"),
+    "name of a corpus": (
+        "evaluate: {perplexity: {name: a b, source: rows.jsonl}}",
+        6,
+        "evaluate.perplexity.name",
+        "expected letters, digits, - _ and .",
+    ),
     "undefined anchor": ("lora: *a", 6, "", "not valid YAML: found undefined alias 'a'"),
 }
 

@@ -117,6 +117,8 @@ def test_an_unknown_task_is_refused_after_cheaper_checks(refused_run, monkeypatc
     assert read == []
     assert "lm-eval has no task 'arc_esy'; did you mean arc_easy?" in refused_run(unknown)
     assert len(read) == 1
+    several = refused_run("evaluate.tasks=arc_easy,hellaswag")
+    assert "no task 'arc_easy,hellaswag'; write a list in brackets: [arc_easy," in several
 
 
 def test_short_rows_run_where_rows_of_the_maximum_length_would_not_fit(recipe_file, monkeypatch):
