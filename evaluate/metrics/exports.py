@@ -205,7 +205,7 @@ def greedy_tokens(
     penalty: `repetition_penalty` of the base's generation_config.json, which `generate` applies to
         the tokens of prompt and answer.
     """
-    penalize = RepetitionPenaltyLogitsProcessor(penalty)
+    penalize = RepetitionPenaltyLogitsProcessor(float(penalty))  # the file may say 1
     ids, logits = list(prompt), runtime.last_logits(prompt)
     for position in range(len(prompt), len(prompt) + limit):
         if penalty != 1:
