@@ -17,7 +17,8 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import close, doing, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
     from finequant.finetune.architecture import Decoder
     from finequant.quantize.formats.format import Format
@@ -150,7 +151,7 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
         return load_export(name, recipe, run, tokenizer, ends)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
     model = load_model(name, recipe, run, prompt, ends, Lengths([], scored=0, prompt=0))
-    return transformers_chat_model(model, tokenizer, recipe)
+    return transformers_chat_model(model, tokenizer, recipe, name)
 
 
 def load_export(
@@ -163,8 +164,11 @@ def load_export(
     Raises:
         UserError: if the runtime is not installed; later, if the cache cannot hold a conversation.
     """
+    import torch
+
     from finequant.evaluate.metrics.exports import greedy_tokens
-    from finequant.finetune.model import load_generation_config
+    from finequant.finetune.architecture import usable_positions
+    from finequant.finetune.model import load_config, load_generation_config
     from finequant.quantize.formats.format import CONTEXT
 
     entry = exports_with_a_runtime()[name]
@@ -172,71 +176,72 @@ def load_export(
         raise UserError(f"{name}: its runtime is not installed: {missing}")
     runtime = entry.open_runtime(run.exports / entry.name, CONTEXT)
     cache = run.manifest()[entry.name].get("cache_length", CONTEXT)
+    positions = usable_positions(load_config(recipe.model))
     penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
-        limit = _limit(name, len(ids), cache, max_new_tokens)
+        limit = _limit(name, len(ids), positions, max_new_tokens, cache)
+        streamer = _streamer(tokenizer, ends, write)
+        streamer.put(torch.tensor(ids))
         started = time.monotonic()
         for token in greedy_tokens(runtime, ids, ends, limit, penalty):
             new.append(token)
-            write(tokenizer.decode([token], skip_special_tokens=True))
+            streamer.put(torch.tensor([token]))
+        streamer.end()
         seconds = time.monotonic() - started
         return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
 
     return respond
 
 
-def _limit(name: str, tokens: int, cache: int, max_new_tokens: int) -> int:
-    """Returns how many tokens an answer may have, so that the cache holds it and the conversation
-    of so many tokens before it; says so if they are fewer than asked for."""
-    room = cache - tokens
+def _limit(
+    name: str, tokens: int, positions: int, max_new_tokens: int, cache: int | None = None
+) -> int:
+    """Returns how many tokens an answer may have after a conversation of so many, so that both fit
+    into the positions of the base and into a cache, if it is limited; says so if they are fewer
+    than asked for."""
+    most, holder, remedy = positions, "the base reads at most", ""
+    if cache is not None and cache < positions:
+        most, holder = cache, "the cache holds"
+        remedy = ", or export onnx or pte with a larger quantize.cache_length"
+    room = most - tokens
     if room < 1:
         raise UserError(
-            f"{name}: the conversation has {tokens} tokens, but the cache holds {cache}, the "
-            "answer included: begin a new one, or export onnx or pte with a larger "
-            "quantize.cache_length"
+            f"{name}: the conversation has {tokens} tokens, but {holder} {most}, the answer "
+            f"included: begin a new one{remedy}"
         )
     if room < max_new_tokens:
-        say(f"chat: {name}: the cache holds {cache} tokens: the answer has at most {room}")
+        say(f"chat: {name}: {holder} {most} tokens: the answer has at most {room}")
     return min(room, max_new_tokens)
 
 
 def transformers_chat_model(
-    model: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str
 ) -> ChatModel:
-    """Returns a function that answers greedily and streams the text."""
-    import torch
-    from transformers import TextStreamer
+    """Returns a function that answers greedily and streams the text.
 
+    Raises:
+        UserError: later, for a conversation that is longer than the base reads.
+    """
+    import torch
+
+    from finequant.finetune.architecture import usable_positions
     from finequant.finetune.data.turns import configured_ends, until_end
 
-    ends = configured_ends(model)
-
-    class Writer(TextStreamer):
-        """Writes text as soon as a word is complete, without end tokens, special or not."""
-
-        def __init__(self, write: Callable[[str], None]) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.write = write
-
-        def put(self, value: torch.Tensor) -> None:
-            if self.next_tokens_are_prompt or value.item() not in ends:
-                super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.write(text)
+    ends, positions = configured_ends(model), usable_positions(model.config)
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids = torch.tensor([_encode(messages, tokenizer, recipe)], device=model.device)
+        limit = _limit(name, ids.shape[1], positions, max_new_tokens)
         started = time.monotonic()
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=limit,
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=Writer(write),
+                streamer=_streamer(tokenizer, ends, write),
                 **GREEDY,
             )
         new = output[0, ids.shape[1] :].tolist()
@@ -245,6 +250,24 @@ def transformers_chat_model(
         return Answer(text.strip(), len(new), seconds)
 
     return respond
+
+
+def _streamer(
+    tokenizer: PreTrainedTokenizerBase, ends: list[int], write: Callable[[str], None]
+) -> TextStreamer:
+    """Makes a streamer, which takes a prompt, then one token at a time. It writes text as soon as a
+    word is complete, without end tokens, special or not: a token may hold a part of a letter."""
+    from transformers import TextStreamer
+
+    class Writer(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or value.item() not in ends:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def converse(chat_model: ChatModel, name: str, recipe: Recipe, max_new_tokens: int) -> None:

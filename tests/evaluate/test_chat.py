@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from conftest import Output
@@ -60,7 +61,7 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     model.generation_config.num_beams = 2  # as in a base made for translation
     messages = [{"role": "user", "content": "paint the green lamp"}]
     written: list[str] = []
-    respond = transformers_chat_model(model.eval(), tokenizer, load_recipe(recipe_file))
+    respond = transformers_chat_model(model.eval(), tokenizer, load_recipe(recipe_file), "base")
     answer = respond(messages, 8, written.append)
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -71,6 +72,32 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     assert answer.tokens == len(expected)
     assert "".join(written).strip() == answer.text
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_an_exports_answer_is_streamed_in_whole_letters(recipe_file, tokenizer, monkeypatch):
+    """The tokenizer has no token for these: each of their bytes is one."""
+    import torch
+
+    from finequant.evaluate import chat
+    from finequant.recipes.load import load_recipe
+
+    text = " 42 \u20ac, \u65e5\u672c \U0001f389!"
+    script = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(script) > len(text)
+    recipe, spoken = load_recipe(recipe_file), iter(script)
+    rows = torch.eye(len(tokenizer))
+    runtime = SimpleNamespace(last_logits=lambda ids, start=0: rows[next(spoken)])
+    entry = SimpleNamespace(
+        name="gguf", missing_runtime=lambda: None, open_runtime=lambda folder, context: runtime
+    )
+    monkeypatch.setattr(chat, "exports_with_a_runtime", lambda: {"gguf": entry})
+    run = SimpleNamespace(exports=recipe_file.parent, manifest=lambda: {"gguf": {}})
+    written: list[str] = []
+    respond = chat.load_export("gguf", recipe, run, tokenizer, [tokenizer.eos_token_id])
+    answer = respond([{"role": "user", "content": "How much?"}], 64, written.append)
+    assert "".join(written) == text
+    assert len(list(filter(None, written))) > 1
+    assert answer.text == text.strip()
 
 
 def test_a_missing_model_names_the_command_that_makes_it(recipe_file, tmp_path, ask):
@@ -122,3 +149,14 @@ def test_an_export_answers_within_its_cache(executorch_run, here):
     full = here("chat", str(run), *options, "open " * 120)
     assert full.returncode == 2, full.stderr
     assert "tokens, but the cache holds 320, the answer included: begin a new one" in full.stderr
+
+
+def test_a_model_answers_within_the_positions_of_the_base(recipe_file, here):
+    """Beyond them, here 512, transformers would go on."""
+    options = ("--model", "base", "--max-new-tokens", "200", "--prompt")
+    cut = here("chat", str(recipe_file), *options, "open " * 160)
+    assert cut.returncode == 0, cut.stderr
+    assert "chat: base: the base reads at most 512 tokens: the answer has at most" in cut.stderr
+    full = here("chat", str(recipe_file), *options, "open " * 260)
+    assert full.returncode == 2, full.stderr
+    assert "tokens, but the base reads at most 512, the answer included: begin a new" in full.stderr
