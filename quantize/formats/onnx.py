@@ -5,6 +5,7 @@ MatMulNBits, scales in half precision, activations in int8 blocks, and a cache t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,19 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     in_blocks = (bits for name, bits in stored.bits.items() if name not in (HEAD, EMBEDDING))
     most = max(in_blocks, default=stored.bits.get(HEAD, 8))
     file = folder / ("model_q4.onnx" if most <= 4 else "model_quantized.onnx")
-    outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE
+    sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer}
+    outside = sum(sizes.values()) > SINGLE_FILE
+    # Tensors outside the file are taken out of `model`, too.
     onnx.save(model, file, save_as_external_data=outside, location=f"{file.name}_data")
+    if outside:  # onnx makes it for its owner only
+        shutil.copymode(file, file.with_name(f"{file.name}_data"))
     copy_beside(stored, folder)
-    write_config(stored, folder, {})
+    # transformers.js downloads a second file only if it is told of it.
+    told = {"transformers.js_config": {"use_external_data_format": True}} if outside else {}
+    write_config(stored, folder, told)
     text = json.dumps(genai_config(stored, file.name, length), indent=2) + "\n"
     (folder / "genai_config.json").write_text(text, encoding="utf-8")
-    codes = {
-        tensor.name: len(tensor.raw_data)
-        for tensor in model.graph.initializer
-        if tensor.name.endswith((".codes", ".scales"))
-    }
+    codes = {name: size for name, size in sizes.items() if name.endswith((".codes", ".scales"))}
     weights = sum(stored.rounded[name.rpartition(".")[0]].codes.numel() for name in codes) / 2
     return {"bits_per_rounded_weight": 8 * sum(codes.values()) / weights, "cache_length": length}
 
@@ -213,13 +216,17 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
     """Writes how to load the export in a browser or in Node, and with onnxruntime-genai."""
     file = next(name for name in files if name.endswith(".onnx"))
     dtype = "q4" if file.endswith("_q4.onnx") else "q8"
-    name, text = ("messages", ".at(-1).content") if is_chat(chat) else ("prompt", "")
+    outside = ", use_external_data_format: true" if f"{file}_data" in files else ""
+    name, text, special = "messages", ".at(-1).content", ""
+    if not is_chat(chat):  # by default, transformers.js leaves out the token in front of a text
+        name, text, special = "prompt", "", ", add_special_tokens: true"
     script = f"""\
 import {{ pipeline }} from "@huggingface/transformers";
 
-const generator = await pipeline("text-generation", "{repository}", {{ dtype: "{dtype}" }});
+const options = {{ dtype: "{dtype}"{outside} }};
+const generator = await pipeline("text-generation", "{repository}", options);
 const {chat};
-const output = await generator({name}, {{ max_new_tokens: 64, do_sample: false }});
+const output = await generator({name}, {{ max_new_tokens: 64, do_sample: false{special} }});
 console.log(output[0].generated_text{text});"""
     return (
         "### ONNX\n\nIn a browser or in Node, with transformers.js: `npm install "

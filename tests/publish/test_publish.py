@@ -665,11 +665,11 @@ def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
     for line in (
         'inputs = tokenizer(prompt, return_tensors="pt")',
         "answer = model(prompt, max_tokens=64",
-        "const output = await generator(prompt, { max_new_tokens: 64",
+        "generator(prompt, { max_new_tokens: 64, do_sample: false, add_special_tokens: true })",
         "print(generate(model, tokenizer, prompt, max_tokens=64))",
     ):
         assert line in plain
-    assert "const output = await generator(messages, { max_new_tokens: 64" in chat
+    assert "await generator(messages, { max_new_tokens: 64, do_sample: false })" in chat
     assert "4 bits" not in chat  # their number is the recipe's: 2
 
 

@@ -917,6 +917,25 @@ def test_onnx_holds_the_codes_and_runs(make, llama, overrides, file):
     assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
 
 
+def test_onnx_weights_beyond_a_protocol_buffer_are_in_a_second_file(make, monkeypatch):
+    from finequant.quantize.formats import onnx
+
+    one = json.loads((make(to=("onnx",)) / "manifest.json").read_text())["onnx"]
+    monkeypatch.setattr(onnx, "SINGLE_FILE", 1000)
+    run = make(to=("onnx",))
+    folder, two = run / "exports" / "onnx", json.loads((run / "manifest.json").read_text())["onnx"]
+    weights = (folder / "model_q4.onnx_data").stat()
+    assert weights.st_size > 10_000
+    assert weights.st_mode == (folder / "model_q4.onnx").stat().st_mode
+    for key in ("bits_per_rounded_weight", "logit_difference"):
+        assert two[key] == pytest.approx(one[key])
+    assert two["size_bytes"] == pytest.approx(one["size_bytes"], rel=0.5)
+    told = json.loads((folder / "config.json").read_text())["transformers.js_config"]
+    assert told == {"use_external_data_format": True}
+    files = [f"onnx/{file.name}" for file in folder.iterdir()]
+    assert ", use_external_data_format: true };" in onnx.snippet("a/b", "messages = []", files)
+
+
 def test_onnx_refuses_groups_that_no_block_divides(make, llama):
     base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=10)
     error = refused(make, f"model.base={base}", "quantize.group_size=40", to=("onnx",))
