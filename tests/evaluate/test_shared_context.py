@@ -90,6 +90,23 @@ def test_truncation_gives_each_length_a_context_of_its_own(both):
             ours._truncated(("the", "lamp"), context, [1] * length)
 
 
+def test_prompts_that_lose_their_beginning_are_counted(model, tokenizer, both, capsys):
+    """lm-eval warns of each, among much else that is silenced."""
+    settings = {"until": [], "max_gen_toks": 14}
+    asked = [Instance("generate_until", {}, (text, settings), 0) for text in CONTEXTS]
+    lengths = [len(ids) for ids in tokenizer(CONTEXTS)["input_ids"]]
+    theirs, ours = both(max_length=24, batch_size=2)
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    cut = sum(length > 10 for length in lengths)
+    assert 0 < cut < 4
+    message = f"{cut} of 4 prompts lost the beginning, to fit into the base's 24 positions"
+    assert capsys.readouterr().err.count(message) == 1
+    ours._loglikelihood_tokens(token_requests(model, tokenizer), disable_tqdm=True)
+    assert "prompts lost the beginning" in capsys.readouterr().err
+    assert ours.generate_until(asked[1:2]) == theirs.generate_until(asked[1:2])
+    assert "lost the beginning" not in capsys.readouterr().err
+
+
 def test_many_continuations_take_several_rows(model, tokenizer, monkeypatch):
     asked = [Continuation(*request[1:]) for request in token_requests(model, tokenizer)] * 2
     whole = log_likelihoods(model, asked, 4, "")
