@@ -36,21 +36,26 @@ class SavesWhenStopped(TrainerCallback):
         self.tokens_before = 0
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        """Evaluates the checkpoint that training resumes from if its evaluation was cut off."""
+        """Evaluates the checkpoint that training resumes from if its evaluation was cut off, and
+        finds the best one, whose path the checkpoint has, in this folder: it may have moved."""
         self.tokens_before = state.num_input_tokens_seen
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.exists():
+            state.best_model_checkpoint = str(best)
         step, when = state.global_step, args.eval_strategy
         if not step or when == IntervalStrategy.NO:
             return
         by_steps = when == IntervalStrategy.STEPS
         is_due = step % args.eval_steps == 0 if by_steps else float(state.epoch).is_integer()
         done = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
-        if is_due and step not in done:
+        if (is_due or step >= state.max_steps) and step not in done:
             self.trainer.evaluate()
 
     def on_step_end(self, args, state, control, **_) -> None:
         self._number = self._signal()
         by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
-        is_evaluated = control.should_evaluate or (by_epoch and float(state.epoch).is_integer())
+        ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        is_evaluated = control.should_evaluate or (by_epoch and ends_epoch)
         if self._number and is_evaluated and args.load_best_model_at_end:
             # A checkpoint saved now would not be compared with the best one. The command resumes
             # from an earlier one, and evaluates this step.

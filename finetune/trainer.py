@@ -175,6 +175,21 @@ class LoraTrainer(SFTTrainer):
         self._read.clear()
         return norm
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Trains nothing if training resumes from the checkpoint of its last step: transformers
+        would train one more step, in the middle of an epoch or after patience has ended it."""
+        if self._is_finished():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_finished(self) -> bool:
+        callbacks = self.callback_handler.callbacks
+        patience = [it for it in callbacks if isinstance(it, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(
+            it.early_stopping_patience_counter >= it.early_stopping_patience for it in patience
+        )
+
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         """Reports the mean loss over tokens; transformers averages the means of the batches."""
         self._evaluated = [0.0, 0]

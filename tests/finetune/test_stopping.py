@@ -119,6 +119,54 @@ def test_the_best_epoch_is_kept_although_a_signal_came_at_its_end(
     assert train(recipe_file, *patience) == expected
 
 
+ENDS_IN_EPOCH = ["train.max_steps=9", "train.schedule=constant"]  # the second of 6 steps
+
+
+def read_log(run: Path) -> list[dict]:
+    return json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+
+
+def test_a_signal_in_the_last_step_adds_none(recipe_file, undisturbed, monkeypatch):
+    from finequant.finetune.training_status import ShowsTraining
+
+    whole, expected = undisturbed(*ENDS_IN_EPOCH)
+    stopped = []
+
+    def stop_once(self, args, state, control, **_) -> None:
+        if state.global_step == 9 and not stopped:
+            stopped.append(state.global_step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShowsTraining, "on_step_end", stop_once)
+    with pytest.raises(SystemExit) as exit_:
+        train(recipe_file, *ENDS_IN_EPOCH)
+    assert exit_.value.code == 130
+    assert train(recipe_file, *ENDS_IN_EPOCH) == expected
+    logs = [read_log(run) for run in (whole, recipe_file.parent / "run")]
+    losses = [{e["step"]: e["eval_loss"] for e in log if "eval_loss" in e} for log in logs]
+    assert losses[0] == losses[1]
+    assert [*losses[0]] == [6, 9]
+
+
+@pytest.mark.parametrize("overrides", [ENDS_IN_EPOCH, BEST], ids=["steps", "early stopping"])
+def test_a_run_killed_after_its_last_checkpoint_adds_no_step_and_keeps_the_best(
+    recipe_file, overrides
+):
+    """Its folder may have moved since."""
+    from finequant.finetune.train import main
+
+    before, run = (recipe_file.parent / name for name in ("before", "run"))
+    main([str(recipe_file), f"output_dir={before}", *overrides])
+    expected = (before / "adapter" / "adapter_model.safetensors").read_bytes()
+    steps = [entry["step"] for entry in read_log(before)]
+    before.rename(run)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "plain")
+    (run / "manifest.json").unlink()
+    assert train(recipe_file, *overrides) == expected
+    assert sorted({entry["step"] for entry in read_log(run)}) == sorted(set(steps))
+
+
 @pytest.mark.slow
 def test_a_signal_saves_the_current_step(recipe_file):
     """This holds even if no checkpoint is due before the end of an epoch."""
