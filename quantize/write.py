@@ -54,7 +54,8 @@ def write_quantized(
     start, file = folder / "start", None
     if checkpoint and checkpoint.is_new:
         remove(start)  # codes of another plan
-    if quantize.calibration.scale_steps and not trained:
+    is_complete = decided_by_first(lambda: checkpoint.has_all())
+    if quantize.calibration.scale_steps and not (trained or is_complete):
         file = codes_with_trained_scales(start, base, weights, quantize, dtype, sequences)
 
     def write_codes() -> None:
@@ -64,12 +65,12 @@ def write_quantized(
             return Rounded(*(codes.read(f"{layer}.{part}", rows) for part in Rounded._fields))
 
         write_data_free(checkpoint, weights, shapes, read_codes)
-        remove(start)
 
     if trained or file:
         decided_by_first(write_codes)
-    else:
+    elif not is_complete:
         quantize_layers(checkpoint, weights, config, plan, quantize, dtype, sequences)
+    decided_by_first(lambda: remove(start))
     decided_by_first(lambda: write_config(base, plan, dtype, folder))
     return checkpoint
 

@@ -112,8 +112,9 @@ def check_quantized(
     return_freed_memory()  # calibration leaves up to as much as the model takes
     blocks = blocks_that_fit(checkpoint, config)
     expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
-    checkpoint.finish()
+    checkpoint.write_index()
     check_reload(expected, checkpoint.folder, prompts, blocks)
+    checkpoint.finish()  # not before: an interruption above would lose all codes
     every, part = config.num_hidden_layers, ""
     if blocks < every:
         part = f" of the first {blocks} of {every} blocks, for which there is memory,"

@@ -193,6 +193,10 @@ class Checkpoint:
         """Says whether these rows are in their file, every byte as it was written."""
         return all(self._is_written(name, piece) for piece in self.pieces(name, rows))
 
+    def has_all(self) -> bool:
+        """Says whether every byte is in its file."""
+        return all(self.has(name, WHOLE) for name in self.shapes)
+
     def _is_written(self, name: str, piece: slice) -> bool:
         written = self._written.get((name, piece.start))
         if written is None:
@@ -272,9 +276,8 @@ class Checkpoint:
         noise = math.fsum(record.noise for record in records)
         return round(10 * math.log10(power / noise), 2) if noise else None
 
-    def finish(self) -> None:
-        """Writes the index if there are several files, and removes the journal: all pieces are
-        written."""
+    def write_index(self) -> None:
+        """Writes the index, without which several files cannot be loaded."""
         names = {key: file.path.name for key, file in self._files.items()}
         if len(self._descriptors) > 1:
             total = sum(entry.bytes_of(WHOLE)[1] for _, entry in self.entries.values())
@@ -283,6 +286,10 @@ class Checkpoint:
             index = {"metadata": metadata, "weight_map": names}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Writes the index, and removes the journal, without which nothing can be resumed."""
+        self.write_index()
         (self.folder / JOURNAL).unlink()
         for descriptor in (*self._descriptors, self._journal):
             os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from copy import deepcopy
 
 import pytest
@@ -12,6 +14,7 @@ from finequant.quantize.checkpoint.reading import weights_of
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import layer_plan, untie_head
 from finequant.quantize.training.scales import train_scales
+from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.schema import Quantize
 
 
@@ -51,6 +54,38 @@ def test_scales_are_trained_and_codes_stay(tiny_base, settings):
         assert torch.equal(codes, start[name].codes)
         assert scale.dtype == torch.bfloat16
         assert torch.equal(scale, start[name].scale) == ("embed" in name)
+
+
+@pytest.mark.parametrize(
+    "calibration", ["{tokens: 256, length: 32}", "{tokens: 256, length: 32, scale_steps: 2}"]
+)
+def test_codes_are_kept_when_their_reload_is_interrupted(
+    recipe_file, train_once, monkeypatch, calibration
+):
+    """Of a large model, it takes minutes."""
+    from finequant.quantize.checkpoint import reload
+    from finequant.quantize.convert import main as convert
+    from finequant.quantize.methods import calibrate
+    from finequant.quantize.training import scales
+
+    arguments = [str(recipe_file), "train.max_steps=2", "quantize.method=gptq"]
+    arguments.append(f"quantize.calibration={calibration}")
+    train_once(arguments)
+    quantized = recipe_file.parent / "run" / "quantized"
+    convert(arguments)
+    expected = (quantized / "model.safetensors").read_bytes()
+    shutil.rmtree(quantized)
+
+    def interrupted(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(reload, "check_reload", interrupted)
+        convert(arguments)
+    monkeypatch.setattr(calibrate.Calibrator, "_quantize", interrupted)
+    monkeypatch.setattr(scales, "train_scales", interrupted)
+    convert(arguments)
+    assert (quantized / "model.safetensors").read_bytes() == expected
 
 
 def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
