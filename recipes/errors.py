@@ -112,11 +112,17 @@ WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 
 LOST = "another process of this run has ended, or cannot be reached; its last line says why"
 
+TOO_LARGE = (
+    "a file is larger than `ulimit -f` or the file system allows: raise the limit, or use another "
+    "disk"
+)
+
 # What libraries say when a resource runs out, or when a process that computes with this one is
 # gone (gloo, NCCL, torch's store) -> what to do. torch.save hides the reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some space",
     "Disk quota exceeded": "no space left on the disk: free some space",
+    "File too large": TOO_LARGE,
     "PytorchStreamWriter failed": "no space left on the disk, or the disk failed: free some space",
     "unexpected pos": "no space left on the disk, or the disk failed: free some space",
     "Read-only file system": "the file system is read-only: make it writable",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finequant.recipes.errors import report_user_errors
 
@@ -16,6 +18,20 @@ def test_running_out_of_memory_says_what_to_make_smaller(capsys):
     assert exit_.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: use smaller batches (train.micro_batch_size")
+    assert said.count("\n") == 1
+
+
+def test_a_limit_of_file_sizes_is_one_line(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_, report_user_errors():
+            save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: a file is larger than `ulimit -f`")
     assert said.count("\n") == 1
 
 
