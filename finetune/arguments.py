@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
     train = recipe.train
     on_cpu, packing = trains_on_cpu(), recipe.data.packing
     _refuse_launch(on_cpu)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the recipe's precision decides
     _refuse_absent_trackers(train)
     # transformers' "constant" ignores the warm-up.
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule

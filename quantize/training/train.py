@@ -166,7 +166,6 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
     changed = recipe.model_copy(update={"train": train, "seed": (recipe.seed + 1) % 2**32})
     folder = run.checkpoints / "qat" / "steps"
     arguments = training_arguments(changed, folder, torch.float32)
-    arguments.mixed_precision = "no"  # even if accelerate's configuration asks for it
     arguments.ddp_find_unused_parameters = False
     return arguments
 

@@ -20,6 +20,7 @@ from accelerate.utils.launch import (
 from transformers import LlamaConfig, TrainingArguments
 
 from finequant.finetune.architecture import skeleton
+from finequant.finetune.arguments import training_arguments
 from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.processes import sharding
 from finequant.recipes.command_line import use_cores
@@ -71,6 +72,16 @@ def test_precision_is_left_to_the_recipe(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment["ACCELERATE_MIXED_PRECISION"])
     for bf16, expected in ((False, "no"), (True, "bf16")):
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=bf16)
+        assert arguments.mixed_precision == expected
+
+
+@pytest.mark.parametrize("asked", ["no", "fp16", "bf16"])
+def test_the_recipe_decides_the_precision_whatever_a_configuration_asks_for(
+    recipe_file, tmp_path, monkeypatch, asked
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    for dtype, expected in ((torch.float32, "no"), (torch.bfloat16, "bf16")):
+        arguments = training_arguments(load_recipe(recipe_file), tmp_path, dtype)
         assert arguments.mixed_precision == expected
 
 
