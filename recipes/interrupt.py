@@ -124,7 +124,8 @@ def ignored_signals() -> Iterator[None]:
 def start_and_forward_signals(
     start: Callable[[], tuple[int, Callable[[], int]]],
 ) -> tuple[int, int | None]:
-    """Starts a process, waits for it and its children, and forwards signals to them.
+    """Starts a process, waits for it and its children, and forwards the first signal to them. The
+    second kills them: one that waits in a library for another that has ended handles no signal.
 
     start: starts the process. It returns the process ID and a function that waits until the process
         has ended and returns the exit code.
@@ -141,7 +142,7 @@ def start_and_forward_signals(
     family: list[psutil.Process] = []
     forwarded: list[int] = []
 
-    def send(number: int) -> None:
+    def send(number: int, sent: int | None = None) -> None:
         if pid is None:
             raise Interrupted(number)
         forwarded.append(number)
@@ -150,9 +151,9 @@ def start_and_forward_signals(
             family[:] = [leader, *leader.children(recursive=True)]
         for member in family:
             with suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
+                member.send_signal(sent or number)
 
-    with _handled(send, at_once=send):
+    with _handled(send, at_once=lambda number: send(number, signal.SIGKILL)):
         pid, wait = start()
         code = wait()
         # A launcher may end before what it launched has saved its work.

@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> None:
         code = error.returncode
     except SignalException as stop:
         code = -stop.sigval
+    except KeyboardInterrupt:  # from accelerate with one process
+        code = -signal.SIGINT
     sys.exit(code if code >= 0 else 128 - code)
 
 

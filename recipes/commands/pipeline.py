@@ -50,6 +50,9 @@ MODULES = {
 
 LIBRARIES = "finequant.recipes.commands.libraries"
 LAUNCHER = "finequant.recipes.commands.launcher"
+SAVING_SECONDS = 600
+"""Seconds that torchrun waits after a signal for its processes, which save the step that is
+running; by default, it kills them after 30."""
 FORK_SERVER_LOST = 255
 """The exit code that multiprocessing returns for a process whose fork server is gone."""
 
@@ -247,14 +250,24 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
 
     Returns:
         The exit code as in a shell: 0, 1 if the gate failed, or what to exit with.
+
+    Raises:
+        Interrupted: after a signal that came too late to stop the stage, such as while training
+            saved its last checkpoint.
     """
-    from finequant.recipes.interrupt import RESUME_HINT, erase_line, start_and_forward_signals
+    from finequant.recipes.interrupt import (
+        RESUME_HINT,
+        Interrupted,
+        erase_line,
+        start_and_forward_signals,
+    )
 
     name, module = ", ".join(step), module_of(step[0])
     arguments = [*arguments, *export_options(step)]
     if launcher:
         command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
-        environment = os.environ | {STAGE: position}
+        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
+        environment |= os.environ | {STAGE: position}
         code, signaled = start_and_forward_signals(partial(_started, command, environment))
         if code - 128 in CRASHES:  # one of the launcher's processes crashed
             code = 128 - code
@@ -266,8 +279,11 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         if code == FORK_SERVER_LOST:
             _end_orphan(process.pid)
             code = -signal.SIGKILL
-    if code == -signal.SIGKILL and signaled:  # it reached the fork server, too
+    if code == -signal.SIGKILL and signaled:  # by the second signal, or it reached the fork server
+        erase_line()
         return 128 + signaled
+    if code == 0 and signaled:
+        raise Interrupted(signaled)
     if -code in CRASHES:
         erase_line()
         say(f"{name} {CRASHES[-code]}: {RESUME_HINT}")

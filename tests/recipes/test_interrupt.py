@@ -194,6 +194,22 @@ def test_a_launched_process_saves_before_its_launcher_ends(whom):
     assert said.splitlines()[-1] == "stopped by SIGINT: step 7 is saved"
 
 
+STUCK = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('ready', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_signal_kills_a_launched_process_that_handles_none():
+    process = start(LAUNCHES, STUCK)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(DEBOUNCE_SECONDS + 0.2)
+    process.communicate(timeout=PATIENCE)
+
+
 def test_a_signal_before_the_launched_process_exists_ends_the_launcher():
     def start():
         os.kill(os.getpid(), signal.SIGINT)

@@ -73,6 +73,38 @@ def test_accelerate_with_one_process_ends_with_its_code(monkeypatch):
     assert end.value.code == 2
 
 
+def test_ctrl_c_ends_accelerate_with_one_process_without_a_traceback(monkeypatch):
+    def run_module(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "run_module", run_module)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as end:
+        launcher.main(["accelerate.commands.launch"])
+    assert end.value.code == 130
+
+
+SAVES = """
+import os, pathlib, signal, time
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+if os.environ["RANK"] == "0":
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not stopped: time.sleep(0.01)
+    time.sleep(35)
+    pathlib.Path({file!r}).touch()
+"""
+
+
+@pytest.mark.slow
+def test_a_launcher_waits_for_a_process_that_saves(tmp_path):
+    """torchrun alone kills it after 30 seconds."""
+    saved = tmp_path / "saved"
+    (tmp_path / "worker.py").write_text(SAVES.format(file=str(saved)))
+    pipeline._start(["train"], '["1/1", []]', [], [*TORCHRUN, str(tmp_path / "worker.py")])
+    assert saved.exists()
+
+
 @pytest.mark.parametrize(
     ("code", "line"),
     [

@@ -128,6 +128,20 @@ def test_a_signal_that_also_reaches_the_fork_server_is_not_called_lack_of_memory
     assert "killed" not in capsys.readouterr().err
 
 
+def test_a_signal_that_came_too_late_for_a_stage_stops_the_run_after_it(stage):
+    from finequant.recipes.interrupt import Interrupted
+
+    with pytest.raises(Interrupted) as stopped:
+        stage(
+            "forwarded = []",
+            "signal.signal(signal.SIGTERM, lambda *_: forwarded.append(True))",
+            "os.kill(int(arguments[0]), signal.SIGTERM)",
+            "while not forwarded: time.sleep(0.01)",
+            arguments=[str(os.getpid())],
+        )
+    assert stopped.value.code == 143
+
+
 @pytest.mark.slow
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     recipe_file, tmp_path, here, script, monkeypatch
