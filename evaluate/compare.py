@@ -69,7 +69,10 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     watch = Stopwatch()
     join_processes()
     decided_by_first(lambda: run.require_for("evaluate", recipe))
-    inputs = run.inputs(recipe, "evaluate") if is_first() else {}  # hashes the base
+    inputs, resumed = {}, False
+    if is_first():  # hashes the base
+        inputs = run.inputs(recipe, "evaluate")
+        resumed = memo_of(recipe, run, "quantized").value() is not None
     check_tasks(recipe.evaluate)
     splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
@@ -85,7 +88,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(run.predictions, "".join(lines))
     write_report(report, run.root)
-    run.record(recipe, "evaluate", inputs, seconds=watch.seconds)
+    run.record(recipe, "evaluate", inputs, seconds=watch.seconds, resumed=resumed)
     write_page(run.root)
     print_table(report)
     say(f"evaluate: {run.page}, report.md and report.json written in {watch.seconds} s")

@@ -67,7 +67,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     for note in [*splits.notes, *filter(None, [dated])]:
         say(f"data: {note}")
     decided_by_first(lambda: run.continuing(run.checkpoints, "train", inputs))
-    trained = fine_tune(recipe, arguments, tokenizer, splits, dtype)
+    trained, resumed = fine_tune(recipe, arguments, tokenizer, splits, dtype)
     if is_first():
         log = json.loads((trained / LOG).read_text(encoding="utf-8"))
         with run.writing(run.adapter, recipe) as folder:
@@ -76,7 +76,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
             # For users of base and adapter: the base's own may not know where an answer ends.
             stops = generation_config(recipe.model, recipe.data, tokenizer)
             stops.to_json_file(folder / "generation_config.json")
-        figures = training_figures(log) | {"processes": arguments.world_size}
+        figures = training_figures(log) | {"processes": arguments.world_size, "resumed": resumed}
         run.record(recipe, "train", inputs, seconds=watch.seconds, **figures)
         steps = counted(figures["steps"], "step")
         say(f"train: {steps}, {run.adapter} written in {watch.seconds} s")
@@ -88,8 +88,12 @@ def fine_tune(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     dtype: torch.dtype,
-) -> Path:
-    """Trains plain LoRA, unless an earlier call has; returns the folder of its adapter and log."""
+) -> tuple[Path, bool]:
+    """Trains plain LoRA, unless an earlier call has.
+
+    Returns:
+        The folder of its adapter and log, and whether an earlier call has trained a part or all.
+    """
     from finequant.finetune.adapter import save_adapter, save_initial_adapter
     from finequant.finetune.lora import fuse
     from finequant.finetune.nf4 import load_trained_base
@@ -101,7 +105,7 @@ def fine_tune(
     folder, initial = checkpoints / "plain", checkpoints / "initial"
     if decided_by_first(lambda: differences(folder) == []):
         say("train: plain LoRA is already trained")
-        return folder
+        return folder, True
     doing("train: loading the base")
     base = load_trained_base(recipe, dtype)
     trainer = build_trainer(recipe, arguments, base, tokenizer, splits)
@@ -109,7 +113,8 @@ def fine_tune(
         save_initial_adapter(trainer.model, initial)
     if not sharding():
         fuse(trainer.model)
-    run_trainer(trainer, last_checkpoint(arguments))
+    checkpoint = last_checkpoint(arguments)
+    run_trainer(trainer, checkpoint)
     weights = gathered_weights(trainer)
     with entered_by_first(sealed(folder)) as partial:
         if is_first():
@@ -118,7 +123,7 @@ def fine_tune(
             log = json.dumps(trainer.state.log_history, indent=1)
             (partial / LOG).write_text(log, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
-    return folder
+    return folder, checkpoint is not None
 
 
 def training_figures(log: list[dict[str, Any]]) -> dict[str, Any]:

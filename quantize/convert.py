@@ -205,6 +205,7 @@ def check_and_describe(
         "size_bytes": size,
         "bits_per_weight": bits,
         "blocks_checked": blocks,
+        "resumed": not checkpoint.is_new,
     }
     if blocks == config.num_hidden_layers:  # with fewer, these are not the model's logits
         error = relative_difference(shipped, checked.logits)

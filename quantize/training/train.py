@@ -84,10 +84,11 @@ def train(recipe: Recipe, run: RunDir) -> None:
     model = fake_quantized_model(recipe, weights, StoredLayers(start), plan, dtype)
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
-    run_trainer(trainer, last_checkpoint(arguments))
+    checkpoint = last_checkpoint(arguments)
+    run_trainer(trainer, checkpoint)
     rounded = _trained_codes(trainer)
     if is_first():
-        figures = _write(recipe, run, trainer, rounded)
+        figures = _write(recipe, run, trainer, rounded) | {"resumed": checkpoint is not None}
         run.record(recipe, "qat", inputs, seconds=watch.seconds, **figures)
         steps = counted(figures["steps"], "step")
         say(f"qat: {steps}, {run.trained_codes} written in {watch.seconds} s")

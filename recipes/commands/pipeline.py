@@ -323,9 +323,11 @@ def _end_orphan(pid: int) -> None:
 
 
 def _seconds(directory: RunDir, steps: list[list[str]]) -> list[float]:
-    """Returns what each step took last time in this run directory; [] if one never ran."""
+    """Returns what each step took last time in this run directory; [] if one never ran, or then
+    only finished what an earlier call had begun."""
     manifest = directory.manifest()
-    if not all(stage in manifest for stage in chain(*steps)):
+    entries = [manifest.get(stage) for stage in chain(*steps)]
+    if not all(entry and not entry.get("resumed") for entry in entries):
         return []
     return [sum(manifest[stage]["seconds"] for stage in step) for step in steps]
 

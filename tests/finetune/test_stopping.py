@@ -159,12 +159,14 @@ def test_a_run_killed_after_its_last_checkpoint_adds_no_step_and_keeps_the_best(
     main([str(recipe_file), f"output_dir={before}", *overrides])
     expected = (before / "adapter" / "adapter_model.safetensors").read_bytes()
     steps = [entry["step"] for entry in read_log(before)]
+    assert not json.loads((before / "manifest.json").read_text())["train"]["resumed"]
     before.rename(run)
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoints" / "plain")
     (run / "manifest.json").unlink()
     assert train(recipe_file, *overrides) == expected
     assert sorted({entry["step"] for entry in read_log(run)}) == sorted(set(steps))
+    assert json.loads((run / "manifest.json").read_text())["train"]["resumed"]
 
 
 @pytest.mark.slow

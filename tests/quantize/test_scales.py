@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from copy import deepcopy
@@ -71,8 +72,14 @@ def test_codes_are_kept_when_their_reload_is_interrupted(
     arguments = [str(recipe_file), "train.max_steps=2", "quantize.method=gptq"]
     arguments.append(f"quantize.calibration={calibration}")
     train_once(arguments)
-    quantized = recipe_file.parent / "run" / "quantized"
+    run = recipe_file.parent / "run"
+    quantized = run / "quantized"
+
+    def is_resumed() -> bool:
+        return json.loads((run / "manifest.json").read_text())["quantize"]["resumed"]
+
     convert(arguments)
+    assert not is_resumed()
     expected = (quantized / "model.safetensors").read_bytes()
     shutil.rmtree(quantized)
 
@@ -85,6 +92,7 @@ def test_codes_are_kept_when_their_reload_is_interrupted(
     monkeypatch.setattr(calibrate.Calibrator, "_quantize", interrupted)
     monkeypatch.setattr(scales, "train_scales", interrupted)
     convert(arguments)
+    assert is_resumed()
     assert (quantized / "model.safetensors").read_bytes() == expected
 
 

@@ -142,6 +142,24 @@ def test_a_signal_that_came_too_late_for_a_stage_stops_the_run_after_it(stage):
     assert stopped.value.code == 143
 
 
+def test_the_time_left_is_not_that_of_a_call_that_finished_what_another_had_begun(tmp_path):
+    from finequant.recipes.commands.pipeline import _seconds
+    from finequant.recipes.rundir import RunDir
+
+    run = RunDir(tmp_path)
+
+    def record(resumed: bool) -> None:
+        whole = {"inputs": {}, "outputs": {}, "seconds": 7.0, "resumed": False}
+        manifest = {"train": whole, "quantize": whole | {"resumed": resumed}}
+        run.manifest_file.write_text(json.dumps(manifest))
+
+    record(False)
+    assert _seconds(run, [["train"], ["quantize"]]) == [7, 7]
+    record(True)
+    assert _seconds(run, [["train"], ["quantize"]]) == []
+    assert _seconds(run, [["train"]]) == [7]
+
+
 @pytest.mark.slow
 def test_scripts_and_command_give_the_same_files_and_a_second_run_does_nothing(
     recipe_file, tmp_path, here, script, monkeypatch
