@@ -63,7 +63,7 @@ def test_scales_are_trained_and_codes_stay(tiny_base, settings):
 def test_codes_are_kept_when_their_reload_is_interrupted(
     recipe_file, train_once, monkeypatch, calibration
 ):
-    """Of a large model, it takes minutes."""
+    """Reloading a large model takes minutes."""
     from finequant.quantize.checkpoint import reload
     from finequant.quantize.convert import main as convert
     from finequant.quantize.methods import calibrate
