@@ -290,6 +290,7 @@ def _stages(report: Report) -> list[dict[str, str]]:
             "name": name,
             "seconds": f"{stage['seconds']:,.0f}",
             "memory": f"{stage['peak_memory_bytes'] / 1e9:.2f}",
+            "gpu_memory": f"{gpu / 1e9:.2f}" if (gpu := stage.get("peak_gpu_memory_bytes")) else "",
         }
         for name, stage in (report.get("stages") or {}).items()
         if {"seconds", "peak_memory_bytes"} <= stage.keys()

@@ -79,6 +79,12 @@ def test_the_figures_of_stages_say_which_call_they_are_of():
     text = page(report() | {"stages": stages}, rows())
     assert "<td>train</td><td>1,234</td><td>2.50</td>" in text
     assert "interrupted and resumed, these are the figures of its last run" in text
+    assert "GPU memory" not in text
+    stages["evaluate"] = stages["train"] | {"peak_gpu_memory_bytes": 0}
+    stages["train"] = stages["train"] | {"peak_gpu_memory_bytes": 13_100_000_000}
+    text = page(report() | {"stages": stages}, rows())
+    assert "<td>train</td><td>1,234</td><td>2.50</td><td>13.10</td>" in text
+    assert "<td>evaluate</td><td>1,234</td><td>2.50</td><td></td>" in text
 
 
 def test_flips_labels_and_sizes_are_counted():
