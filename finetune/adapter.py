@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,29 +22,16 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
     """Translates the recipe's section into peft's configuration.
 
     Raises:
-        UserError: if a target module does not exist in the model.
+        UserError: if a target module does not exist in the model, or is too small for the rank.
     """
-    if lora.target_modules != "all-linear":
-        if "lm_head" in lora.target_modules:
-            raise UserError(
-                "lora.target_modules: lm_head, the head, takes no LoRA here: the loss uses its "
-                "stored weight, which a tied embedding shares: leave it out"
-            )
-        linear = [
-            name
-            for name, module in base.model.named_modules(prefix="model")
-            if isinstance(module, torch.nn.Linear)
-        ]
-        unknown = [
-            target
-            for target in lora.target_modules  # peft compares them with the end of a name
-            if not any(f".{name}".endswith(f".{target}") for name in linear)
-        ]
-        if unknown:
-            raise UserError(
-                f"lora.target_modules: the model has no linear layer {', '.join(unknown)}; it has "
-                + ", ".join(sorted({name.split(".")[-1] for name in linear}))
-            )
+    linear = {
+        name: module
+        for name, module in base.model.named_modules(prefix="model")
+        if isinstance(module, torch.nn.Linear)
+    }
+    _check_targets(lora, linear)
+    if lora.changes_base:
+        _check_rank(lora, linear)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -54,6 +42,46 @@ def lora_config(lora: Lora, base: Decoder) -> LoraConfig:
         init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(lora: Lora, linear: Iterable[str]) -> None:
+    """Refuses the head, and names that no linear layer ends in."""
+    if lora.target_modules == "all-linear":
+        return
+    if "lm_head" in lora.target_modules:
+        raise UserError(
+            "lora.target_modules: lm_head, the head, takes no LoRA here: the loss uses its "
+            "stored weight, which a tied embedding shares: leave it out"
+        )
+    unknown = [
+        target
+        for target in lora.target_modules  # peft compares them with the end of a name
+        if not any(f".{name}".endswith(f".{target}") for name in linear)
+    ]
+    if unknown:
+        raise UserError(
+            f"lora.target_modules: the model has no linear layer {', '.join(unknown)}; it has "
+            + ", ".join(sorted({name.split(".")[-1] for name in linear}))
+        )
+
+
+def _check_rank(lora: Lora, linear: dict[str, torch.nn.Linear]) -> None:
+    """Refuses a rank above that of a weight, whose factors PiSSA and OLoRA start from: peft would
+    fail, or make smaller matrices than adapter_config.json says."""
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in linear.items()
+        if lora.targets(name)
+    }
+    smallest = min(shapes, key=lambda name: min(shapes[name]))
+    largest_rank = min(shapes[smallest])
+    if lora.rank > largest_rank:
+        raise UserError(
+            f"lora.rank: {lora.rank} is too large for lora.init_lora_weights="
+            f"{lora.init_lora_weights}, which starts from the factors of each weight: {smallest} "
+            f"is {' x '.join(map(str, shapes[smallest]))}: use a rank of at most {largest_rank}, "
+            "or lora.init_lora_weights=default"
+        )
 
 
 def save_initial_adapter(model: PeftModel, folder: Path) -> None:

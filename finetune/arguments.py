@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import Trainer
 from trl import SFTConfig
 
 from finequant.finetune.device import trains_on_cpu
@@ -30,7 +31,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
     # transformers' "constant" ignores the warm-up.
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(folder),
             seed=recipe.seed,
             num_train_epochs=train.epochs,
@@ -73,6 +74,8 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
         )
     except ValueError as error:  # such as an optimizer that transformers does not know
         raise UserError(f"train: {one_line(error)}") from None
+    _refuse_absent_optimizer(arguments)
+    return arguments
 
 
 def _when(steps: int | None) -> str:
@@ -86,6 +89,18 @@ def _refuse_absent_trackers(train: Train) -> None:
             f"train.report_to: not installed: {names}; pip install {names}, or set "
             "train.report_to=[]"
         )
+
+
+def _refuse_absent_optimizer(arguments: SFTConfig) -> None:
+    """Refuses an optimizer whose package is not installed, or which needs settings that no recipe
+    has: the trainer would do so only after the base is loaded."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError) as error:
+        name = getattr(arguments.optim, "value", arguments.optim)
+        raise UserError(
+            f"train.optimizer: {name}: {one_line(error)}; or use adamw_torch, the default"
+        ) from None
 
 
 def _accumulation_steps(train: Train) -> int:

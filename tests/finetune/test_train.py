@@ -323,3 +323,23 @@ def test_an_unsupported_launch_is_refused(recipe_file, monkeypatch):
 )
 def test_the_libraries_refusals_are_one_message(recipe_file, override, message):
     assert message in refused(train, recipe_file, override)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "grokadamw"])
+def test_an_absent_optimizer_is_refused_before_the_base_is_loaded(recipe_file, monkeypatch, name):
+    monkeypatch.setattr("finequant.finetune.nf4.load_trained_base", None)
+    message = refused(train, recipe_file, f"train.optimizer={name}")
+    assert f"error: train.optimizer: {name}: " in message
+    assert "install" in message
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa", "pissa_niter_4"])
+def test_a_rank_that_a_weight_does_not_have_is_refused(recipe_file, start):
+    """peft fails, or makes matrices of another rank than it says, which cannot be merged."""
+    overrides = [f"lora.init_lora_weights={start}", "lora.target_modules=[q_proj, k_proj]"]
+    assert (
+        f"error: lora.rank: 33 is too large for lora.init_lora_weights={start}, which starts from "
+        "the factors of each weight: model.layers.0.self_attn.k_proj is 32 x 64: use a rank of at "
+        "most 32, or lora.init_lora_weights=default"
+    ) in refused(train, recipe_file, "lora.rank=33", *overrides)
+    train(recipe_file, "lora.rank=32", "train.max_steps=1", *overrides)
