@@ -25,7 +25,9 @@ ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "model", "ai", "bot", "chatbot"), "assistant"),
     **{"observation": "tool", "function": "tool", "ipython": "tool"},
 }
-KEPT = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what a model writes before its answer."""
+KEPT = ("tool_call_id", "name", *THOUGHTS)
 """Keys that are passed to the template as they are."""
 FLAGS = ("weight", "train", "training", "loss")
 """Keys that say whether an answer is a target: OpenAI's and mistral-finetune's weight, axolotl's

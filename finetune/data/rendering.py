@@ -9,7 +9,7 @@ from dataclasses import replace
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from finequant.finetune.data.messages import Message
+from finequant.finetune.data.messages import THOUGHTS, Message
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.turns import AnswerEnd, answer_end
 from finequant.recipes.errors import UserError
@@ -179,19 +179,19 @@ class TemplateCheck:
             UserError: naming the row and what the template leaves out.
         """
         for row in rows:
-            for part, index in _parts(row):
+            for part, index, key in _parts(row):
                 if part not in self._checked:
                     self._checked.add(part)
-                    self._check(row, part, index)
+                    self._check(row, part, index, key)
 
-    def _check(self, row: Row, part: str, index: int) -> None:
+    def _check(self, row: Row, part: str, index: int, key: str) -> None:
         text = Rendering(row, self.tokenizer, self.data).text
         try:
-            shorter = Rendering(_without(row, index), self.tokenizer, self.data).text
+            shorter = Rendering(_without(row, index, key), self.tokenizer, self.data).text
         except UserError:  # such as two turns of the user in a row, with nothing between them
             return
         if text == shorter:
-            it = "them" if index == TOOLS else "it"
+            it = "them" if index == TOOLS or key in THOUGHTS else "it"
             raise UserError(
                 f"{row.where}: the chat template leaves out {part}: the model would never see "
                 f"{it}; set model.chat_template to one that writes {it}{_example(part)}, or "
@@ -217,29 +217,34 @@ TOOLS = -1
 """Stands for the function definitions where others have a message's index."""
 
 
-def _parts(row: Row) -> Iterator[tuple[str, int]]:
-    """Yields what a row has besides users' and assistants' words, and the index of its message."""
+def _parts(row: Row) -> Iterator[tuple[str, int, str]]:
+    """Yields what a row has besides users' and assistants' words: its name, the index of its
+    message, and its key there; without a key, it is the whole message.
+
+    Thoughts are those of the last answer: many templates leave out earlier ones.
+    """
     if row.tools:
-        yield "the function definitions (tools)", TOOLS
+        yield "the function definitions (tools)", TOOLS, ""
     for index, message in enumerate(row.messages):
         if calls := message.get("tool_calls"):
-            yield f"call {len(calls)} of an answer (tool_calls)", index
+            yield f"call {len(calls)} of an answer (tool_calls)", index, "tool_calls"
         if message["role"] in ("system", "tool"):
             late = " after other turns" if message["role"] == "system" and index else ""
-            yield f"a {message['role']} message{late}", index
+            yield f"a {message['role']} message{late}", index, ""
+    for key in THOUGHTS:
+        if row.messages and row.messages[-1].get(key):
+            yield f"the thoughts of an answer ({key})", len(row.messages) - 1, key
 
 
-def _without(row: Row, index: int) -> Row:
-    """Returns the row without one of its parts."""
+def _without(row: Row, index: int, key: str) -> Row:
+    """Returns the row without one of its parts, of several calls without the last."""
     if index == TOOLS:
         return replace(row, tools=())
     message = row.messages[index]
-    left: tuple[Message, ...] = ()
-    if calls := message.get("tool_calls"):
-        fewer = {**message, "tool_calls": calls[:-1]}
-        if len(calls) == 1:
-            del fewer["tool_calls"]
-        left = (fewer,)
+    fewer = {name: value for name, value in message.items() if name != key}
+    if key == "tool_calls" and len(message[key]) > 1:
+        fewer[key] = message[key][:-1]
+    left = (fewer,) if key else ()
     return replace(row, messages=(*row.messages[:index], *left, *row.messages[index + 1 :]))
 
 

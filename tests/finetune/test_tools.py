@@ -510,17 +510,34 @@ PLAIN = (
             Row("a:1", (turn("system", "Be brief."), TURNS[0], TURNS[3])),
             "a system message",
         ),
+        (
+            "['user', 'assistant']",
+            Row("a:1", (TURNS[0], TURNS[3] | {"reasoning_content": "It is late."})),
+            r"the thoughts of an answer \(reasoning_content\)",
+        ),
     ],
 )
 def test_a_template_that_leaves_out_content_is_refused(speaking, known, row, what):
     tokenizer = speaking(PLAIN.replace("KNOWN", known))
     good = Row("a:0", (TURNS[0], TURNS[3]))
-    it = "them" if row.tools else "it"
+    it = "them" if row.tools or "thoughts" in what else "it"
     refusal = f"a:1: the chat template leaves out {what}.*: the model would never see {it}; .*"
     refusal += f"writes {it}.*, or remove {it} from the rows"
     with pytest.raises(UserError, match=refusal):
         to_dataset([good, row], tokenizer, data())
     check_template([good], tokenizer, data())
+
+
+def test_a_template_may_leave_out_the_thoughts_of_earlier_answers(speaking):
+    thinks = "{% if loop.last %}{{ message.reasoning_content }} {% endif %}{{ message.content }}"
+    template = PLAIN.replace("KNOWN", "['user', 'assistant']")
+    assert "{{ message.content }}" in template
+    tokenizer = speaking(template.replace("{{ message.content }}", thinks))
+    thought = TURNS[3] | {"reasoning_content": "It is late."}
+    row = Row("a:1", (TURNS[0], thought, TURNS[0], thought), excluded=frozenset({1}))
+    (encoded,) = to_dataset([row], tokenizer, data())
+    answer = [label for label in encoded["labels"] if label != IGNORED]
+    assert tokenizer.decode(answer).startswith(f"It is late. {TURNS[3]['content']}")
 
 
 def test_a_template_that_writes_only_the_first_call_is_refused(speaking):
