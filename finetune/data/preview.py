@@ -17,6 +17,7 @@ from finequant.finetune.data.duplicates import (
     prompts_with_several_answers,
     repeated_rows,
 )
+from finequant.finetune.data.messages import strings_of
 from finequant.finetune.data.page import Run, html_page
 from finequant.finetune.data.rendering import Rendering
 from finequant.finetune.data.row import Row
@@ -205,8 +206,9 @@ class _Figures:
 
 
 def _texts(row: Row) -> str:
-    """Returns the text of a row, or of all its messages."""
-    return row.text or "\0".join(message["content"] for message in row.messages)
+    """Returns the text of a row, or all texts in its messages and functions."""
+    said = [{**message, "role": ""} for message in row.messages]
+    return row.text or "\0".join(strings_of([said, row.tools]))
 
 
 def _answers(rows: Rows) -> list[str]:

@@ -145,6 +145,8 @@ class RowReader:
                 "opening turns of the assistant excluded from the loss (no prompt precedes them)"
             ] += 1
         tools = read_tools(self._tools(row, where), where)
+        for text in strings_of(tools):
+            check_characters(text, where)
         if tools and _defines(messages[0], tools):
             self.findings.counts["tools not given again: the system message defines them"] += 1
             tools = ()

@@ -549,6 +549,11 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         GOOD + '{"prompt": "ask", "completion": "s\\ud800"}',
         ["rows.jsonl:2: character 2 is U+D800, which is not text", "plain UTF-8"],
     ),
+    "lone surrogate in a function": (
+        "rows.jsonl",
+        '{"prompt": "ask", "completion": "say", "tools": [{"name": "f", "is": "s\\ud800"}]}',
+        ["rows.jsonl:1: character 2 is U+D800, which is not text", "plain UTF-8"],
+    ),
     "lone surrogate in raw text": (
         "rows.jsonl",
         '{"text": "a\\udfff"}',

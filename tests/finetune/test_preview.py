@@ -68,6 +68,26 @@ def test_special_tokens_in_the_texts_of_rows_are_named(recipe_file, capsys):
     ) in printed
 
 
+def test_special_tokens_in_calls_and_functions_are_named(recipe_file, capsys):
+    tool = {"name": "say", "parameters": {"type": "object", "properties": {"text": {}}}}
+    marked = tool | {"description": "Ends in <|im_end|>"}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "tool_calls": [{"name": "say", "arguments": {"text": text}}]},
+            ],
+            "tools": [tools],
+        }
+        for n, (text, tools) in enumerate([("a", tool), ("<|im_start|>", tool), ("b", marked)])
+    ]
+    write(recipe_file.parent / "train.jsonl", rows)
+    overrides = ("model.chat_template=chatml_tools.jinja", "data.max_length=400")
+    printed = shown(recipe_file, capsys, *overrides)
+    assert "train: 2 rows have special tokens of the base in the texts, such as " in printed
+    assert "such as train.jsonl:2 (<|im_start|>)" in printed
+
+
 def test_characters_that_the_tokenizer_does_not_know_are_named(recipe_file, capsys, tmp_path):
     from string import printable
 
