@@ -59,12 +59,10 @@ class Statistics:
         reverse order, put in order again.
         """
         if self.solved is None:
-            dead = self.hessian.diagonal() == 0
-            self.hessian.diagonal()[dead] = 1.0
             self.hessian = self.hessian.flip(0, 1)
             factor, self.hessian = _lower_factor(self.hessian), None
             _invert_lower(factor)
-            self.solved = Solved(self.drift, factor.flip(0, 1), dead)
+            self.solved = Solved(self.drift, factor.flip(0, 1))
         return self.solved
 
 
@@ -74,16 +72,14 @@ class Solved(NamedTuple):
     drift: torch.Tensor
     factor: torch.Tensor
     """upper Cholesky factor of the damped Hessian's inverse"""
-    dead: torch.Tensor
-    """columns whose inputs are always zero, [in]"""
 
 
 def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> Rounded:
     """Returns codes and scales of a weight [out, in] that preserve the layer's outputs; each row is
     rounded independently.
 
-    Columns whose inputs are always zero take no part in the correction. A Hessian that is not
-    positive definite is damped until it is.
+    Columns whose inputs are always zero are rounded to nearest. A Hessian that is not positive
+    definite is damped until it is.
     """
     solved = statistics.solve()
     groups = weight.shape[1] // scheme.group_size
@@ -94,7 +90,6 @@ def gptq(weight: torch.Tensor, statistics: Statistics, scheme: LayerScheme) -> R
         rows = slice(start, start + step)
         part = weight[rows].detach().float()
         moved = part @ solved.drift @ solved.factor.T @ solved.factor
-        moved.masked_fill_(solved.dead, 0.0)
         corrected = part + CORRECTION * moved
         _round_columns(corrected, solved.factor, scheme, Rounded(codes[rows], scale[rows]))
     return Rounded(codes, scale)
@@ -178,8 +173,8 @@ def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
             "quantize: the activations of the calibration text are not finite: the merged weights "
             "are damaged, or overflow in quantize.dtype; train again, or use float32"
         )
-    damping = DAMPING * hessian.diagonal().mean()
     exact = hessian.diagonal().clone()
+    damping = DAMPING * exact.mean() or 1.0  # there may be no input at all
     while True:
         hessian.diagonal().copy_(exact + damping)
         factor, failed = torch.linalg.cholesky_ex(hessian)
