@@ -37,8 +37,31 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
     calibration = recipe.quantize.calibration
     if not recipe.quantize.reads_calibration_text:
         return None
-    tokens = max(calibration.tokens, calibration.scale_steps * SCALE_TOKENS)
-    return calibration_sequences(recipe, tokenizer, tokens)
+    tokens = _tokens(calibration)
+    sequences = calibration_sequences(recipe, tokenizer, tokens)
+    read = sequences.numel()
+    if read < tokens // calibration.length * calibration.length:
+        say(
+            f"quantize: the rows have text for only {read:,} of the {tokens:,} tokens of "
+            "calibration: quantize.calibration.data can name more text"
+        )
+    return sequences
+
+
+def check_calibration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Reads what quantization will read of `quantize.calibration.data`, if it reads any text.
+
+    Raises:
+        UserError: for rows that cannot be used, or too few tokens.
+    """
+    quantize = recipe.quantize
+    if quantize.calibration.data and (quantize.reads_calibration_text or quantize.budget):
+        calibration_sequences(recipe, tokenizer, _tokens(quantize.calibration))
+
+
+def _tokens(calibration: Calibration) -> int:
+    """Returns how many tokens the method and the training of scales read."""
+    return max(calibration.tokens, calibration.scale_steps * SCALE_TOKENS)
 
 
 def sequences_for_method(sequences: torch.Tensor, calibration: Calibration) -> torch.Tensor:
@@ -70,12 +93,7 @@ def calibration_sequences(
             "are too few to calibrate on: name more text in quantize.calibration.data, or set "
             "quantize.method=rtn"
         )
-    if len(ids) < length:
-        say(
-            f"quantize: calibrating on all {len(ids)} tokens of {counted(len(rows), 'row')}, which "
-            "are fewer than the recipe asks for: quantize.calibration.data can name more text"
-        )
-        length = len(ids)
+    length = min(length, len(ids))
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
     return sequences[chosen[: max(1, tokens // length)]]
@@ -86,6 +104,7 @@ def _calibration_rows(recipe: Recipe) -> Rows:
     from finequant.finetune.data.prepared import prepared_splits
 
     if sources := recipe.quantize.calibration.data:
-        only = {"train": sources, "validation": [], "test": [], "validation_fraction": 0.0}
+        only = {"train": sources, "validation": [], "test": []}
+        only |= {"validation_fraction": 0.0, "test_fraction": 0.0}
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
     return prepared_splits(recipe).train

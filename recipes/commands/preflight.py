@@ -96,13 +96,15 @@ def _check_files(recipe: Recipe, directory: RunDir) -> Splits:
 
 
 def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
-    """Checks what needs the base's configuration and tokenizer: plan, exports, tokenized rows."""
+    """Checks what needs the base's configuration and tokenizer: plan, exports, and all rows as
+    tokens, those for calibration included."""
     from finequant.evaluate.check import check_runtimes
     from finequant.evaluate.inputs import prepare
     from finequant.finetune.architecture import check_window
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
+    from finequant.quantize.methods.sequences import check_calibration
     from finequant.recipes.command_line import quiet_libraries
 
     quiet_libraries()
@@ -112,6 +114,7 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
             partial(check_runtimes, recipe),
             partial(check_window, recipe, config),
             partial(check_exports, recipe.quantize, config, tokenizer),
+            partial(check_calibration, recipe, tokenizer),
             partial(check_training, recipe, config, splits, tokenizer),
             partial(prepare, recipe, splits, tokenizer),
         ]

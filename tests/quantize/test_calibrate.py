@@ -79,6 +79,23 @@ def test_gptq_handles_dead_columns_and_singular_hessians():
     assert ((values - weight).abs()[:, 1:] <= 1.5 * step[:, 1:]).float().mean() > 0.95
 
 
+def test_gptq_does_not_depend_on_the_scale_of_the_inputs():
+    """Inputs that are small everywhere must not give way to columns without any."""
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(100, 64), torch.randn(8, 64)
+    inputs[:, ::3] = 0.0
+    usual, small = (gptq(weight, statistics(x), scheme()) for x in (inputs, inputs / 1024))
+    assert torch.equal(small.codes, usual.codes)
+    assert torch.equal(small.scale, usual.scale)
+
+
+def test_gptq_without_any_input_rounds_to_nearest():
+    weight = torch.randn(8, 64)
+    rounded = gptq(weight, statistics(torch.zeros(10, 64)), scheme())
+    nearest = round_to_nearest(weight, *scheme())
+    assert torch.equal(rounded.codes, nearest.codes)
+
+
 def test_drift_of_the_inputs_is_corrected():
     """Where quantized inputs are always half the float ones, weights must grow."""
     torch.manual_seed(0)
@@ -87,6 +104,20 @@ def test_drift_of_the_inputs_is_corrected():
     sums.add(exact / 2, exact)
     found = gptq(weight, sums, scheme(bits=8)).dequantize(torch.float32)
     assert 1.4 < (found.norm() / weight.norm()).item() < 1.6  # half of the way to 2
+
+
+def test_all_rows_that_are_named_for_calibration_are_read(recipe_file, tokenizer):
+    """None is split off to be held out, as it is from the training rows."""
+    from finequant.quantize.methods.sequences import calibration_sequences
+    from finequant.recipes.load import load_recipe
+
+    words = (recipe_file.parent / "text.txt").read_text(encoding="utf-8")
+    overrides = ["quantize.calibration={data: text.txt, length: 16}"]
+    overrides += ["data.test=[]", "data.test_fraction=0.1"]
+    recipe = load_recipe(recipe_file, overrides)
+    sequences = calibration_sequences(recipe, tokenizer, 10**6)
+    ids = tokenizer(words)["input_ids"]
+    assert sequences.numel() == (len(ids) + 1) // 16 * 16  # and the end of a text
 
 
 def test_activations_that_are_not_finite_are_refused():

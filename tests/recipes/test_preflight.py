@@ -210,12 +210,23 @@ WITH_A_TOKENIZER = {
         "lora.target_modules: lm_head, the head, takes no LoRA here",
     ),
     "a layer that is not there": (["lora.target_modules=[q_prj]"], "no linear layer q_prj"),
+    "a rank": (
+        ["lora.init_lora_weights=olora", "lora.rank=64"],
+        "lora.rank: 64 is too large for lora.init_lora_weights=olora",
+    ),
+    "calibration rows": (
+        ["quantize={method: gptq, calibration: {data: {source: a.csv, columns: {text: page}}}}"],
+        "a.csv:2: no column page; the columns are text",
+    ),
     "a layer plan": (["quantize.group_size=64"], "does not divide the input features of mlp.down"),
 }
 
 
 @pytest.mark.parametrize(("overrides", "message"), WITH_A_TOKENIZER.values(), ids=WITH_A_TOKENIZER)
-def test_later_stages_refusals_come_before_the_first_stage(refused_run, overrides, message):
+def test_later_stages_refusals_come_before_the_first_stage(
+    refused_run, tmp_path, overrides, message
+):
+    (tmp_path / "a.csv").write_text("text\nopen the door\n")
     assert message in refused_run(*overrides)
 
 
