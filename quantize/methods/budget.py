@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import linear
 
 from finequant.finetune.architecture import EMBEDDING, layer_shapes
-from finequant.finetune.device import device
+from finequant.finetune.device import arithmetic_dtype, device
 from finequant.quantize.checkpoint.blocks import decoder_block, embed, norm_and_head, rotary_of
 from finequant.quantize.checkpoint.reading import WHOLE, Weights
 from finequant.quantize.methods.sequences import calibration_sequences
@@ -69,7 +69,7 @@ def within_budget(
     """Replaces a recipe's budget by `quantize.layers`; without a budget, returns it unchanged.
 
     weights: the float model's, read a decoder block at a time.
-    dtype: the dtype of the shipped model's arithmetic.
+    dtype: the shipped model's; where the processor only emulates it, float32 takes its place.
 
     Raises:
         UserError: if there is nothing to measure on.
@@ -82,7 +82,8 @@ def within_budget(
     sequences = calibration_sequences(recipe, tokenizer, quantize.calibration.tokens)
     sequences = sequences[: max(1, TOKENS // sequences.shape[1])]
     say(f"quantize: measuring how sensitive {len(free)} layers are, on {sequences.numel()} tokens")
-    loss_increases = sensitivity(weights, config, sequences, free, dtype, recipe.seed)
+    arithmetic = arithmetic_dtype(dtype)
+    loss_increases = sensitivity(weights, config, sequences, free, arithmetic, recipe.seed)
     shapes = layer_shapes(config)
     counts = {name: math.prod(shapes[name]) for name in free}
     bits = allocate(loss_increases, counts, _allowance(quantize, plan, free, config))
