@@ -138,7 +138,7 @@ def quantize_memory(
     if METHODS[quantize.method].is_calibrated and not quantize.training:
         phases.append(_calibration(recipe, config, machine))
     if quantize.budget:
-        phases.append(_sensitivity(recipe, config, dtype))
+        phases.append(_sensitivity(recipe, config, arithmetic_bytes(recipe, config, machine)))
     if quantize.method == "hqq":
         phases.append({"largest layer": 24 * max(map(math.prod, shapes.values()))})
     memory = peak_memory("quantize", machine, fixed | largest(*phases), {})
@@ -153,7 +153,7 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
     stored = _stored(recipe, config, arithmetic, 1, teacher=True)
     weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
     tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
-    taught = recipe.quantize.calibration.tokens // machine.gpus
+    taught = recipe.quantize.calibration.scale_steps * tokens  # if no step's text comes again
     return peak_memory(
         "quantize",
         machine,
