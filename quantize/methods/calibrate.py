@@ -70,13 +70,21 @@ class Calibrator:
     @torch.no_grad()
     def __post_init__(self) -> None:
         self._arithmetic, self._device = arithmetic_dtype(self.dtype), device()
-        batches = share(self.sequences).split(max(1, TOKENS // self.sequences.shape[1]))
-        shipped = _rounded_rows(self.weights, self.plan[EMBEDDING], self._arithmetic)
-        self._exact, self._quantized = (
-            [embed(weights, ids).to(self._device, self._arithmetic) for ids in batches]
-            for weights in (self.weights, shipped)
-        )
+        self._exact = self._embedded(self.weights)
+        self._quantized = list(self._exact)
+        if scheme := self.plan[EMBEDDING]:
+            shipped = _rounded_rows(self.weights, scheme, self._arithmetic)
+            self._quantized = self._embedded(shipped)
         self._rotary = rotary_of(self.config, self._exact[0])
+
+    def _embedded(self, weights: Weights) -> list[torch.Tensor]:
+        """Returns the hidden states before the first block, in batches; it reads each row of the
+        embedding only once, because rows of a rotated model have to be computed."""
+        ids = share(self.sequences)
+        known, rows = ids.unique(return_inverse=True)
+        table = embed(weights, known).to(self._device, self._arithmetic)
+        batches = rows.to(self._device).split(max(1, TOKENS // ids.shape[1]))
+        return [table[batch] for batch in batches]
 
     @torch.no_grad()
     def pieces(self) -> Iterator[Piece]:
@@ -231,10 +239,8 @@ class Calibrator:
                 yield Piece(HEAD, rows, rounded.cpu(), weight)
 
 
-def _rounded_rows(weights: Weights, scheme: LayerScheme | None, dtype: torch.dtype) -> Weights:
+def _rounded_rows(weights: Weights, scheme: LayerScheme, dtype: torch.dtype) -> Weights:
     """Returns the embedding's weights as the shipped model has them, rounded to nearest."""
-    if not scheme:
-        return weights
     return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
 
 
