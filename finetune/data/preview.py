@@ -207,8 +207,8 @@ class _Figures:
 
 def _texts(row: Row) -> str:
     """Returns the text of a row, or all texts in its messages and functions."""
-    said = [{**message, "role": ""} for message in row.messages]
-    return row.text or "\0".join(strings_of([said, row.tools]))
+    messages = [{**message, "role": ""} for message in row.messages]
+    return row.text or "\0".join(strings_of([messages, row.tools]))
 
 
 def _answers(rows: Rows) -> list[str]:
