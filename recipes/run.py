@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from finequant.recipes.commands.init import init
 from finequant.recipes.commands.pipeline import run
-from finequant.recipes.commands.recipe import data, init, plan, schema, validate
+from finequant.recipes.commands.recipe import data, plan, schema, validate
 from finequant.recipes.commands.results import chat, report, sweep
 from finequant.recipes.commands.single import evaluate, export, publish, qat, quantize, train
 from finequant.recipes.errors import UserError, report_user_errors

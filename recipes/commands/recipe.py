@@ -1,267 +1,20 @@
-"""The commands about a recipe before anything runs: write it, check it, show what it will do."""
+"""The commands about a recipe before anything runs: check it, show its rows and what it will do."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
-from finequant.recipes.commands.preflight import check_tokens, preflight
+from finequant.recipes.commands.preflight import preflight
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
-    from finequant.finetune.data.guess import Look
     from finequant.finetune.data.splits import Splits
-    from finequant.quantize.size.terms import Lengths
     from finequant.recipes.schema import Recipe
-
-
-NUMBER = re.compile(r"\d+(\.0)?")
-"""A label that is a number; pandas writes 1 as 1.0 if other rows have none."""
-
-
-def init(
-    data: Annotated[
-        Path | None,
-        typer.Option(help="rows: a file, a folder, or ORG/NAME on the Hub; asked for if not given"),
-    ] = None,
-    test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Hub id, folder, or package:MODULE/FILE.gguf")
-    ] = None,
-    task: Annotated[
-        Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"] | None,
-        typer.Option(help="what the model should do; default: guessed from the rows"),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="column of the question; several are joined"),
-    ] = None,
-    completion: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="column of the answer; several are joined"),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="split to train on, if the rows have several")
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="configuration of a Hub dataset that has several")
-    ] = None,
-    to: Annotated[
-        Path | None, typer.Option(help="file to write; default: named after data")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Write a commented recipe for your rows, and show what the model will see."""
-    from finequant.recipes.terminal import as_argument, doing, say
-
-    _refuse_words(overrides or [])
-    # Not asked for by the option, which would ask before a misspelled one is refused.
-    data = data or Path(typer.prompt("File with your rows"))
-    doing(f"init: reading {data}")
-    from finequant.finetune.data.columns import joined
-    from finequant.finetune.data.starter import default_target, write_recipe, write_schema
-    from finequant.recipes.load import load_recipe
-    from finequant.recipes.rundir import RunDir
-
-    target = to or default_target(data)
-    columns = {"prompt": prompt, "completion": completion}
-    given = {field: joined(names) for field, names in columns.items() if names}
-    look = write_recipe(data, test, base, task, target, given, split, subset)
-    _say_choices(look)
-    try:
-        with _undone_on_error(RunDir.of(load_recipe(target, overrides or [])).data):
-            _try(target, overrides or [])
-    except BaseException:
-        target.unlink()  # so that the same command works once the cause is mended
-        raise
-    write_schema(target.parent)
-    file = as_argument(target)
-    say(f"init: wrote {target}, a recipe that you can edit")
-    say(f"init: next: `finequant plan {file}`, then `finequant run {file}`")
-
-
-def _refuse_words(overrides: list[str]) -> None:
-    """Refuses what is no override, such as the files that a shell makes of a pattern."""
-    for word in overrides:
-        if "=" not in word:
-            raise UserError(
-                f"{word}: expected key.sub=value, such as train.epochs=2; name rows by --data "
-                "FILE, and put a pattern in quotes"
-            )
-
-
-def _say_choices(look: Look) -> None:
-    """Prints which columns `init` chose and which it left out, and a doubt about the answers."""
-    from finequant.finetune.data.columns import columns_of
-    from finequant.recipes.terminal import say
-
-    if look.columns:
-        chosen = ", ".join(f"{field} is {name!r}" for field, name in look.columns.items())
-        left = f"; not used: {columns_of(look.unread)}" if look.unread else ""
-        say(f"init: {chosen}{left}")
-    if look.task == "classify" and all(map(NUMBER.fullmatch, look.answers)):
-        say("init: the answers are numbers: if they stand for names, put the names in a column")
-
-
-@contextmanager
-def _undone_on_error(folder: Path) -> Iterator[None]:
-    """Removes what was made in a folder, with the new folders above it, if an error follows."""
-
-    def contents() -> set[Path]:
-        paths = (folder, *folder.parents, *folder.rglob("*"))
-        return {path for path in paths if path.exists()}
-
-    before = contents()
-    try:
-        yield
-    except BaseException:
-        for path in sorted(contents() - before, reverse=True):
-            with suppress(OSError):  # a folder that holds something else stays
-                path.rmdir() if path.is_dir() else path.unlink()
-        raise
-
-
-def _try(target: Path, overrides: list[str]) -> None:
-    """Shows what the model will see with a new recipe, and completes its file where a stage would
-    otherwise refuse it.
-
-    Raises:
-        UserError: for whatever a stage would refuse all the same.
-    """
-    from finequant.evaluate.check import check_rows
-    from finequant.recipes.load import add_to_file, load_recipe, values_of
-
-    given = values_of(overrides)
-    if given:
-        add_to_file(target, given, "given to init")
-    splits = _splits(load_recipe(target))
-    _write_tools(target, splits)
-    _write_date(target, splits)
-    recipe = load_recipe(target)
-    _show(recipe, splits, 3)
-    check_rows(recipe, splits)
-    if "quantize.exports" not in given:
-        _write_exports(target)
-    if "evaluate.max_new_tokens" not in given:
-        _write_answer_length(target, splits)
-    recipe = load_recipe(target)
-    _fit_to_this_machine(recipe, check_tokens(recipe, splits), target)
-
-
-def _write_tools(target: Path, splits: Splits) -> None:
-    """Names the chat template that comes with finequant in a recipe's file, if the base's own
-    leaves out tools and that one fits the base."""
-    from finequant.finetune.data.rendering import check_template
-    from finequant.finetune.data.turns import answer_end
-    from finequant.finetune.model import load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
-    from finequant.recipes.locate import CHATML_TOOLS
-    from finequant.recipes.terminal import say
-
-    recipe = load_recipe(target)
-    if recipe.model.chat_template or not any(row.tools for row in splits.train):
-        return
-    tokenizer = load_tokenizer(recipe.model)
-
-    def fits() -> bool:
-        try:
-            check_template(splits.train, tokenizer, recipe.data)
-        except UserError:
-            return False
-        return answer_end(tokenizer, recipe.data).token is not None
-
-    if fits():
-        return
-    tokenizer.chat_template = CHATML_TOOLS.read_text(encoding="utf-8")
-    if fits():
-        add_to_file(target, {"model.chat_template": CHATML_TOOLS.name}, "comes with finequant")
-        say(
-            "init: the base's own chat template leaves out tools: "
-            f"model.chat_template: {CHATML_TOOLS.name}, which comes with finequant"
-        )
-
-
-def _write_date(target: Path, splits: Splits) -> None:
-    """Sets a date in a recipe's file, if the chat template would write today's."""
-    from finequant.finetune.data.turns import DATE, takes_date
-    from finequant.finetune.model import load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
-
-    recipe = load_recipe(target)
-    if splits.train[0].messages and takes_date(load_tokenizer(recipe.model), recipe.data):
-        values = {f"data.template_arguments.{name}": value for name, value in DATE.items()}
-        add_to_file(target, values, "otherwise the chat template writes today's date")
-
-
-def _write_exports(target: Path) -> None:
-    """Leaves GGUF out of a recipe's file if it cannot hold the base, such as one with Llama 2's
-    tokenizer."""
-    from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.quantize.export import check_exports
-    from finequant.recipes.load import add_to_file, load_recipe
-    from finequant.recipes.terminal import say
-
-    recipe = load_recipe(target)
-    described = load_config(recipe.model), load_tokenizer(recipe.model)
-    check_exports(recipe.quantize.model_copy(update={"exports": []}), *described)
-    try:
-        check_exports(recipe.quantize, *described)
-    except UserError as error:
-        add_to_file(target, {"quantize.exports": []}, "GGUF cannot hold this base")
-        reason = str(error).removesuffix(": remove gguf from quantize.exports")
-        say(f"init: quantize.exports: [], as GGUF cannot hold this base: {reason}")
-
-
-def _write_answer_length(target: Path, splits: Splits) -> None:
-    """Raises evaluate.max_new_tokens in a recipe's file, which `init` guesses from characters, if
-    the base's tokenizer takes more tokens for one in a hundred held-out answers, and the base has
-    positions for them after the longest prompt."""
-    from statistics import quantiles
-
-    from finequant.evaluate.check import asked_rows, check_rows
-    from finequant.finetune.architecture import usable_positions
-    from finequant.finetune.data.starter import MOST_TOKENS
-    from finequant.finetune.data.tokens import answer_text, encode_prompt
-    from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
-
-    recipe = load_recipe(target)
-    tokenizer, positions = load_tokenizer(recipe.model), usable_positions(load_config(recipe.model))
-    asked = [row for whole in check_rows(recipe, splits) for row in asked_rows(whole)]
-    answers = [answer_text(row, tokenizer, recipe.data) for row in asked]
-    if not answers:
-        return
-    lengths = list(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
-    most = int(quantiles([*lengths, max(lengths)], n=100, method="inclusive")[-1])
-    room = positions - max(len(encode_prompt(row, tokenizer, recipe.data)) for row in asked)
-    if recipe.evaluate.max_new_tokens < (needed := min(MOST_TOKENS, most, room)):
-        add_to_file(target, {"evaluate.max_new_tokens": needed}, "what held-out answers take")
-
-
-def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None:
-    """Adds settings to the recipe's file with which all stages fit here, if they do not yet, and
-    leaves out exports that do not fit into the memory of the CPU."""
-    from finequant.quantize.size.machine import this_host, this_machine
-    from finequant.quantize.size.resources import settings_that_fit
-    from finequant.recipes.load import add_to_file
-    from finequant.recipes.stages import STAGES, exports_of, stages_of
-    from finequant.recipes.terminal import say
-
-    stages = [stage for stage in stages_of(recipe) if stage in STAGES]
-    for machine, those in ((this_machine(), stages), (this_host(), exports_of(recipe))):
-        # Rows can be shorter than the recipe allows.
-        if changes := settings_that_fit(recipe, those, machine, lengths):
-            memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
-            add_to_file(target, changes, f"to fit into the {memory}")
-            settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
-            say(f"init: to fit into the {memory}: {settings}")
 
 
 def data(
@@ -278,10 +31,13 @@ def data(
     if html and not html.parent.is_dir():
         raise UserError(f"--html {html}: there is no folder {html.parent}: make it first")
     loaded = load_recipe(recipe, overrides or [])
-    _show(loaded, _splits(loaded), rows, html)
+    splits = read_splits(loaded)
+    from finequant.finetune.data.preview import preview  # only now: it imports libraries
+
+    preview(loaded, splits, rows, html)
 
 
-def _splits(recipe: Recipe) -> Splits:
+def read_splits(recipe: Recipe) -> Splits:
     """Reads the rows, and refuses bad ones before the libraries are loaded, which takes seconds.
 
     Rows of a branch on the Hub are those of its current commit: `prepared_splits` by itself would
@@ -298,12 +54,6 @@ def _splits(recipe: Recipe) -> Splits:
     doing("data: loading datasets and transformers")
     quiet_libraries()
     return splits
-
-
-def _show(recipe: Recipe, splits: Splits, rows: int, html: Path | None = None) -> None:
-    from finequant.finetune.data.preview import preview
-
-    preview(recipe, splits, rows, html)
 
 
 def plan(

@@ -251,9 +251,9 @@ def test_exports_that_do_not_fit_are_left_out_of_the_file(init, tmp_path, monkey
 
 
 def test_what_does_not_fit_is_made_smaller_in_the_file(init, tmp_path, monkeypatch):
-    from finequant.recipes.commands import recipe as commands
+    from finequant.recipes.commands import init as command
 
-    monkeypatch.setattr(commands, "check_tokens", lambda *_: None)  # as long as it allows
+    monkeypatch.setattr(command, "check_tokens", lambda *_: None)  # as long as it allows
     said = init(7 * 10**8)
     assert re.search(r"init: to fit into the 0\.7 GB of this machine: train\.\w+: ", said)
     text = (tmp_path / "r.yaml").read_text(encoding="utf-8")
