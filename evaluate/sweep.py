@@ -102,10 +102,10 @@ def _measure_all(
     """Maps each job's name to its measurement; loads a model only if one is missing."""
     from finequant.evaluate.inputs import prepare
     from finequant.evaluate.measure import predicted
-    from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.evaluate.metrics.tasks import load_tasks
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import stop_at
-    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.model import load_config, load_tokenizer
 
     before = {job.name: job.memo.value() for job in jobs}
     measured = {name: measurement for name, measurement in before.items() if measurement}
@@ -113,7 +113,8 @@ def _measure_all(
     say(f"sweep: {len(measured)} of {len(jobs)} measured before")
     if not missing:
         return measured
-    check_tasks(recipe.evaluate)
+    # No earlier stage has loaded them: what fails is refused before the first model is measured.
+    load_tasks(recipe.evaluate, load_config(recipe.model).max_position_embeddings)
     splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
     model = _float_model(recipe, run, swept, material.probes)

@@ -116,6 +116,26 @@ def test_an_invalid_sweep_is_refused_before_anything_is_loaded(recipe_file, over
     assert not (recipe_file.parent / "run").exists()
 
 
+def test_a_task_without_data_is_refused_before_a_model_is_measured(
+    recipe_file, tmp_path, monkeypatch
+):
+    from lm_eval.tasks import TaskManager
+
+    from finequant.evaluate import sweep as module
+    from finequant.evaluate.metrics import tasks
+
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\n"
+    (folder / "mine.yaml").write_text(f"{text}test_split: test\n")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(tasks, "_task_manager", lambda _: manager)
+    monkeypatch.setattr(module, "_float_model", None)  # not reached
+    own = f"evaluate.task_folder={folder}"
+    with pytest.raises(UserError, match="cannot load lm-eval task 'mine'"):
+        sweep(recipe_file, ["quantize.method=rtn", own, "evaluate.tasks=[mine]"], "base")
+
+
 def test_the_tuned_model_needs_an_adapter(recipe_file):
     with pytest.raises(UserError, match="only `finequant train RECIPE`, first"):
         sweep(recipe_file, ["quantize.bits=8,4"], "tuned")
