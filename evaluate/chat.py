@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.evaluate.models import GREEDY, MODELS
 from finequant.recipes.command_line import open_run, quiet_libraries
-from finequant.recipes.errors import UserError, counted
+from finequant.recipes.errors import UserError, counted, one_line
 from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
@@ -147,6 +147,8 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
     doing(f"chat: {name}: loading")
     tokenizer = load_tokenizer(recipe.model)
     ends = end_tokens(recipe.model, recipe.data, tokenizer)
+    if not tokenizer.chat_template:
+        say(f"chat: {name}: the base has no chat template: each line is a text that it continues")
     if name not in MODELS:
         return load_export(name, recipe, run, tokenizer, ends)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
@@ -162,7 +164,8 @@ def load_export(
     ends: token ids that end an answer.
 
     Raises:
-        UserError: if the runtime is not installed; later, if the cache cannot hold a conversation.
+        UserError: if the runtime is not installed or cannot open the files; later, if the cache
+            cannot hold a conversation.
     """
     import torch
 
@@ -174,7 +177,14 @@ def load_export(
     entry = exports_with_a_runtime()[name]
     if missing := entry.missing_runtime():
         raise UserError(f"{name}: its runtime is not installed: {missing}")
-    runtime = entry.open_runtime(run.exports / entry.name, CONTEXT)
+    folder = run.exports / entry.name
+    try:
+        runtime = entry.open_runtime(folder, CONTEXT)
+    except Exception as error:  # each runtime has its own
+        raise UserError(
+            f"{name}: {folder} cannot be opened ({one_line(error)}): run "
+            f"`finequant export RECIPE --to {entry.name}` again"
+        ) from None
     cache = run.manifest()[entry.name].get("cache_length", CONTEXT)
     positions = usable_positions(load_config(recipe.model))
     penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
@@ -305,9 +315,20 @@ def system_message(recipe: Recipe) -> Messages:
 
 
 def _encode(messages: Messages, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    """Returns the tokens of a conversation or, without a chat template, of the last message: it is
+    the beginning of a text, as the rows of training are texts.
+
+    Raises:
+        UserError: if that text has no tokens.
+    """
     from finequant.finetune.data.row import Row
     from finequant.finetune.data.tokens import encode_prompt
 
+    if not tokenizer.chat_template:
+        ids = tokenizer(messages[-1]["content"])["input_ids"]
+        if not ids:
+            raise UserError("--prompt: expected the beginning of a text, found none")
+        return ids
     asked = Row("chat", messages=(*messages, {"role": "assistant", "content": ""}))
     return encode_prompt(asked, tokenizer, recipe.data)
 

@@ -100,6 +100,47 @@ def test_an_exports_answer_is_streamed_in_whole_letters(recipe_file, tokenizer, 
     assert answer.text == text.strip()
 
 
+def test_without_a_chat_template_a_text_is_continued(recipe_file, llama, ask):
+    """A base that training on texts starts from: its tokenizer writes BOS in front of a text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = llama("texts")
+    (base / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    tokenizer.save_pretrained(base)
+    inputs = AutoTokenizer.from_pretrained(base)("open the red", return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == bos[1]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    talk = ask(recipe_file, f"model.base={base}", "--model", "base", typed="open the red\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.strip() == expected.strip()
+    assert "the base has no chat template: each line is a text that it continues" in talk.stderr
+
+
+def test_files_that_a_runtime_cannot_open_are_named(recipe_file, tokenizer, monkeypatch):
+    from finequant.evaluate import chat
+    from finequant.quantize.formats.formats import FORMATS
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
+
+    monkeypatch.setattr(chat, "exports_with_a_runtime", lambda: {"onnx": FORMATS["onnx"]})
+    folder = recipe_file.parent / "onnx"
+    folder.mkdir()
+    (folder / "model_q4.onnx").write_bytes(b"a download that broke off")
+    run = SimpleNamespace(exports=recipe_file.parent, manifest=lambda: {"onnx": {}})
+    for _ in range(2):
+        with pytest.raises(UserError, match="onnx: .*onnx cannot be opened .*: run `finequant exp"):
+            chat.load_export("onnx", load_recipe(recipe_file), run, tokenizer, [2])
+        (folder / "model_q4.onnx").unlink(missing_ok=True)
+
+
 def test_a_missing_model_names_the_command_that_makes_it(recipe_file, tmp_path, ask):
     missing = ask(recipe_file, "--model", "gguf", "--prompt", "hello")
     assert missing.returncode == 2
