@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,6 +55,7 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
             partial(_check_gate, recipe, test),
             partial(_check_references, evaluate, answers),
             partial(_check_lengths_for_bleu, evaluate, answers),
+            partial(_check_letters_for_rouge, evaluate, answers),
             partial(_check_some_calls, evaluate, test),
             partial(_check_choices, evaluate, answers),
         ]
@@ -144,6 +146,19 @@ def _check_lengths_for_bleu(evaluate: Evaluate, answers: list[tuple[str, str]]) 
             "evaluate.metrics: bleu counts sequences of four words, but no answer of the held-out "
             f"rows has more than {longest}, so even the right ones would score 0: use exact_match "
             "or chrf"
+        )
+
+
+def _check_letters_for_rouge(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
+    """Refuses rouge, which reads a-z and 0-9 only, for other scripts: right answers score 0."""
+    if "rouge" not in evaluate.metrics:
+        return
+    text = "".join(answer for _, answer in answers).lower()
+    if 2 * len(re.findall("[a-z]", text)) < sum(map(str.isalpha, text)):
+        raise UserError(
+            "evaluate.metrics: rouge reads only the letters from a to z and digits, but most "
+            "letters of the held-out answers are others, so even the right ones may score 0: use "
+            "chrf"
         )
 
 

@@ -147,7 +147,9 @@ def _try(target: Path, overrides: list[str]) -> None:
     _write_date(target, splits)
     recipe = load_recipe(target)
     preview(recipe, splits, 3)
-    check_rows(recipe, splits)
+    if "evaluate.metrics" not in given:
+        _write_metrics(target, splits)
+    check_rows(load_recipe(target), splits)
     if "quantize.exports" not in given:
         _write_exports(target)
     if "evaluate.max_new_tokens" not in given:
@@ -199,6 +201,24 @@ def _write_date(target: Path, splits: Splits) -> None:
     if splits.train[0].messages and takes_date(load_tokenizer(recipe.model), recipe.data):
         values = {f"data.template_arguments.{name}": value for name, value in DATE.items()}
         add_to_file(target, values, "otherwise the chat template writes today's date")
+
+
+def _write_metrics(target: Path, splits: Splits) -> None:
+    """Puts chrf in place of bleu and rouge in a recipe's file if they do not read the answers."""
+    from finequant.evaluate.check import check_rows
+    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.terminal import say
+
+    recipe = load_recipe(target)
+    try:
+        check_rows(recipe, splits)
+    except UserError:
+        asked = recipe.evaluate.metrics
+        metrics = [*dict.fromkeys("chrf" if name in ("bleu", "rouge") else name for name in asked)]
+        if metrics != asked:
+            left = ", ".join(name for name in asked if name not in metrics)
+            add_to_file(target, {"evaluate.metrics": metrics}, "for any language")
+            say(f"init: evaluate.metrics: chrf, as {left} cannot compare such answers")
 
 
 def _write_exports(target: Path) -> None:

@@ -300,6 +300,24 @@ def test_bleu_is_refused_where_right_answers_would_score_0():
     check._check_lengths_for_bleu(Evaluate(), [("a.jsonl:1", "on")])
 
 
+def test_rouge_is_refused_where_right_answers_would_score_0():
+    evaluate = Evaluate(metrics=["f1", "rouge"])
+    for text, is_refused in (
+        ("Кошка спит, 12", True),
+        ("猫在睡觉", True),
+        ("Die Straße führt über die Brücke", False),
+        ("12.5", False),
+    ):
+        answers = [("a.jsonl:1", text)]
+        if not is_refused:
+            check._check_letters_for_rouge(evaluate, answers)
+            continue
+        assert score_answers([text], [text[:4]], ["rouge"])["rouge"]["value"] == 0
+        with pytest.raises(UserError, match="most letters of the held-out answers are others"):
+            check._check_letters_for_rouge(evaluate, answers)
+        check._check_letters_for_rouge(Evaluate(), answers)
+
+
 def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

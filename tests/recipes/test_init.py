@@ -61,6 +61,15 @@ def pairs(count: int) -> list[dict]:
     return [{"prompt": f"Is {n} even?", "completion": f"It is {n} so."} for n in range(count)]
 
 
+def test_metrics_that_do_not_read_the_answers_are_replaced(init_rows):
+    text = "кошка спит на старом диване у окна, и никто её не будит до самого вечера " * 2
+    rows = [{"prompt": f"Что {n}?", "completion": f"{text}{n}, вот и всё."} for n in range(40)]
+    code, printed = init_rows(rows, "data.max_length=512")
+    assert code == 0, printed
+    assert "init: evaluate.metrics: chrf, as rouge cannot compare such answers" in printed
+    assert load_recipe("rows.yaml", []).evaluate.metrics == ["f1", "chrf"]
+
+
 def test_a_recipe_that_cannot_be_used_is_not_kept(init_rows):
     rows = [*pairs(40), {"prompt": "Is it?", "completion": ""}]
     code, printed = init_rows(rows)
