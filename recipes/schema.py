@@ -529,7 +529,8 @@ class Corpus(Section):
 
     name: Annotated[str, Field(pattern=NAME)] = Field(description="name in the report")
     source: str = Field(
-        description="text file; file or folder of rows, as for data.train; or Hub dataset id",
+        description="text file, or a pattern of several; file or folder of rows, as for "
+        "data.train; or Hub dataset id",
         min_length=1,
     )
     config: str | None = Field(None, description="Hub dataset configuration")

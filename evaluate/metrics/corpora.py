@@ -11,7 +11,7 @@ from typing import NamedTuple
 from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Corpus
-from finequant.recipes.sources import TABLES, kind_of
+from finequant.recipes.sources import TABLES, kind_of, matching_files
 
 
 class Document(NamedTuple):
@@ -40,8 +40,8 @@ def read_corpus(corpus: Corpus) -> list[Document]:
     """
     texts = read_texts(corpus)
     if corpus.documents == "wikitext":
-        return list(_articles(texts[0]))
-    if corpus.documents == "file":
+        return [article for text in texts for article in _articles(text)]
+    if corpus.documents == "file" and not _text_files(corpus):
         texts = ["\n\n".join(texts)]
     return [count(text) for text in texts if text.strip()]
 
@@ -52,9 +52,8 @@ def read_texts(corpus: Corpus) -> list[str]:
     Raises:
         UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
-    path = Path(corpus.source)
-    if path.is_absolute() and not path.is_dir() and kind_of(path)[0] not in TABLES:
-        texts = [_read_text(path, corpus)]
+    if files := _text_files(corpus):
+        texts = [_read_text(file, corpus) for file in files]
     else:
         texts = _read_rows(corpus)
         if corpus.documents == "wikitext":
@@ -62,6 +61,13 @@ def read_texts(corpus: Corpus) -> list[str]:
     if not any(text.strip() for text in texts):
         raise UserError(f"{_where(corpus)}: contains no text; expected at least one word")
     return texts
+
+
+def _text_files(corpus: Corpus) -> list[Path]:
+    """Lists the text files of a corpus; none if it has rows."""
+    path = Path(corpus.source)
+    is_text = path.is_absolute() and not path.is_dir() and kind_of(path)[0] not in TABLES
+    return matching_files(path) if is_text else []
 
 
 def _where(corpus: Corpus) -> str:
@@ -76,10 +82,12 @@ def _read_text(path: Path, corpus: Corpus) -> str:
             return file.read()
     except (OSError, EOFError, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{_where(corpus)}: cannot be read: {reason}") from None
+        where = f"perplexity corpus {corpus.name}: {path}"
+        raise UserError(f"{where}: cannot be read: {reason}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{_where(corpus)}: not UTF-8 text at byte {error.start}: save it as UTF-8"
+            f"perplexity corpus {corpus.name}: {path}: not UTF-8 text at byte {error.start}: save "
+            "it as UTF-8"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,18 @@ def test_a_corpus_may_be_any_file_that_training_reads(tmp_path, name):
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     source = path.parent if name.startswith("folder") else path
     assert read_corpus(corpus_of(source)) == [Document("first\n\nsecond é", 3, 16)]
+
+
+def test_a_folder_of_texts_is_read_by_the_pattern_that_its_error_names(tmp_path):
+    for name, text in (("a", "first"), ("b", "second é")):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"name the pattern '{tmp_path}/*.txt'")):
+        read_corpus(corpus_of(tmp_path))
+    texts = [Document("first", 1, 5), Document("second é", 2, 9)]
+    assert read_corpus(corpus_of(tmp_path / "*.txt")) == texts
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"perplexity corpus small: .*/c\.txt: not UTF-8 text at"):
+        read_corpus(corpus_of(tmp_path / "*.txt"))
 
 
 def test_a_corpus_is_the_test_split_of_a_folder_that_has_several(tmp_path):
