@@ -76,7 +76,8 @@ class LoraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ShuffledThenBlank:
         blanks = len(self.train_dataset) - self._rows_to_learn
-        return ShuffledThenBlank(self._rows_to_learn, blanks, self.args.seed)
+        self._sampler = ShuffledThenBlank(self._rows_to_learn, blanks, self.args.seed)
+        return self._sampler
 
     def compute_loss(
         self,
@@ -180,8 +181,11 @@ class LoraTrainer(SFTTrainer):
         would train one more step, in the middle of an epoch or after patience has ended it."""
         if self._is_finished():
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        # Where several processes resume within an epoch, accelerate hides the sampler, which would
+        # repeat the order of the first epoch.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _is_finished(self) -> bool:
         callbacks = self.callback_handler.callbacks

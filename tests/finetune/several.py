@@ -243,6 +243,11 @@ def trained() -> None:
     with fsdp():
         train("whole weights opened by FSDP", *STEPS, run="stopped")
     train("gone on", *STEPS, run="stopped")
+    twice = [*STEPS, "train.epochs=2"]
+    train("two epochs", *twice)
+    with at_step(9, 0, stop):  # of two epochs with six steps each
+        train("stopped in the second", *twice)
+    train("gone on in the second", *twice, run="stopped in the second")
     with sums_in_double(), at_block(1, fail):
         train("calibration stopped", *AWARE, run="undisturbed", entry=train_codes)
     with sums_in_double(), at_block(None):

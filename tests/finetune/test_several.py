@@ -150,6 +150,14 @@ def test_a_signal_to_one_process_saves_the_step_of_all(folder):
     assert stopped.read_bytes() == undisturbed.read_bytes()
 
 
+def test_processes_that_resume_within_a_later_epoch_read_its_rows(folder):
+    codes, (said, _) = results(folder, "gone on in the second")
+    assert codes == [0, 0]
+    assert f"continuing from {folder / 'stopped in the second' / 'checkpoints'}" in said
+    stopped, whole = (folder / name / WEIGHTS for name in ("stopped in the second", "two epochs"))
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
 def test_a_folder_that_machines_do_not_share_is_refused(folder):
     codes, (said, _) = results(folder, "shared")
     assert codes == [2, 2]
