@@ -46,7 +46,7 @@ class SharedContextLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._cut_prompts = 0
-        answers = super().generate_until(requests, disable_tqdm)
+        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._say_how_many_are_cut(self._cut_prompts, len(requests))
         return answers
 
