@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.methods import METHODS
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -91,16 +90,23 @@ def check_architecture(config: DecoderConfig, base: str) -> None:
         )
 
 
-def check_window(recipe: Recipe, config: DecoderConfig) -> None:
-    """Refuses rows longer than the sliding window, because blocks run with full attention.
+def check_positions(recipe: Recipe, config: DecoderConfig) -> None:
+    """Refuses rows longer than the sliding window, because blocks run with full attention, and
+    sequences for calibration that are longer than this or the base's positions.
 
     Raises:
         UserError: naming both lengths.
     """
     window, quantize = getattr(config, "sliding_window", None), recipe.quantize
-    lengths = {"data.max_length": recipe.data.max_length}
-    if METHODS[quantize.method].is_calibrated or quantize.budget:
-        lengths["quantize.calibration.length"] = quantize.calibration.length
+    positions, lengths = config.max_position_embeddings, {"data.max_length": recipe.data.max_length}
+    if quantize.reads_calibration_text or quantize.budget:
+        key, length = "quantize.calibration.length", quantize.calibration.length
+        lengths[key] = length
+        if length > positions:
+            raise UserError(
+                f"{key}: {length} tokens are more than the {positions} positions of "
+                f"{recipe.model.base}: set {key}={positions} or less"
+            )
     for key, length in lengths.items():
         if window is not None and length > window:
             raise UserError(

@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for data or a base that cannot be used.
     """
-    from finequant.finetune.architecture import check_window
+    from finequant.finetune.architecture import check_positions
     from finequant.finetune.arguments import training_arguments
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.data.turns import date_note, generation_config, save_tokenizer
@@ -55,7 +55,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
     watch = Stopwatch()
     inputs = run.inputs(recipe, "train") if is_first() else {}  # hashes the base
-    check_window(recipe, load_config(recipe.model))
+    check_positions(recipe, load_config(recipe.model))
     dtype, reason = training_precision(recipe.train.precision)
     base_in = ", the base in nf4" if recipe.model.load == "nf4" else ""
     say(f"train: {dtype_name(dtype)}, {reason}{base_in}")

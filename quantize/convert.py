@@ -117,14 +117,14 @@ def open_tuned(recipe: Recipe, run: RunDir) -> Tuned:
     Raises:
         UserError: for a layer plan that does not fit the base, or an adapter that cannot be used.
     """
-    from finequant.finetune.architecture import check_window
+    from finequant.finetune.architecture import check_positions
     from finequant.finetune.data.turns import as_configured, end_tokens
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.merge.adapter import Adapter, open_base
     from finequant.quantize.scheme import layer_plan
 
     config = load_config(recipe.model)
-    check_window(recipe, config)
+    check_positions(recipe, config)
     layer_plan(recipe.quantize, config)  # refuses what does not fit before anything is loaded
     run.require_for("quantize", recipe)
     trained, tokenizer = trained_codes(recipe, run), load_tokenizer(recipe.model)

@@ -95,6 +95,15 @@ class Model(Section):
         "bitsandbytes); the adapter is merged into the float base either way",
     )
 
+    @field_validator("chat_template")
+    @classmethod
+    def _template_or_file(cls, value: str | None) -> str | None:
+        if value and "{" not in value and not value.endswith(".jinja"):
+            raise ValueError(
+                "expected a Jinja template, with {{ }} or {% %}, or the path of a .jinja file"
+            )
+        return value
+
     @property
     def is_gguf(self) -> bool:
         """Says whether the base is a GGUF file inside an installed package."""

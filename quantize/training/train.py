@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: for a recipe without `quantize.training`, or an adapter that cannot be used.
     """
-    from finequant.finetune.architecture import check_window
+    from finequant.finetune.architecture import check_positions
     from finequant.finetune.data.prepared import prepared_splits
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, require_shared
@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     watch = Stopwatch()
     _check_supported(recipe)
     config = load_config(recipe.model)
-    check_window(recipe, config)
+    check_positions(recipe, config)
     plan = layer_plan(recipe.quantize, config)
     inputs = {}
     if is_first():  # hashes the files that the stage reads

@@ -100,7 +100,7 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     tokens, those for calibration included."""
     from finequant.evaluate.check import check_runtimes
     from finequant.evaluate.inputs import prepare
-    from finequant.finetune.architecture import check_window
+    from finequant.finetune.architecture import check_positions
     from finequant.finetune.check import check_training
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
@@ -112,7 +112,7 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     *_, training, material = refuse_all(
         [
             partial(check_runtimes, recipe),
-            partial(check_window, recipe, config),
+            partial(check_positions, recipe, config),
             partial(check_exports, recipe.quantize, config, tokenizer),
             partial(check_calibration, recipe, tokenizer),
             partial(check_training, recipe, config, splits, tokenizer),

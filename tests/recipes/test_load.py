@@ -424,6 +424,13 @@ def test_overrides_are_yaml_values(write):
     assert recipe.model.chat_template == "{% if a = b %}"
 
 
+def test_a_chat_template_in_a_file_of_another_name_is_refused(write, tmp_path):
+    """Its path would be rendered, in place of every row."""
+    (tmp_path / "chat.txt").write_text("{{ messages }}")
+    with pytest.raises(UserError, match=r"model.chat_template: expected a Jinja template, with .*"):
+        load_recipe(write(RECIPE), ["model.chat_template=chat.txt"])
+
+
 def test_recipes_are_yaml_1_2(write):
     recipe = load_recipe(
         write(f"{RECIPE}  system: no\n  packing: &yes true\ntrain: {{learning_rate: 2e-4}}\n")

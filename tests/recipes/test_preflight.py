@@ -218,6 +218,10 @@ WITH_A_TOKENIZER = {
         ["quantize={method: gptq, calibration: {data: {source: a.csv, columns: {text: page}}}}"],
         "a.csv:2: no column page; the columns are text",
     ),
+    "calibration beyond the positions": (
+        ["quantize={method: gptq, calibration: {length: 513}}"],
+        "quantize.calibration.length: 513 tokens are more than the 512 positions of ",
+    ),
     "a layer plan": (["quantize.group_size=64"], "does not divide the input features of mlp.down"),
 }
 
