@@ -21,6 +21,7 @@ from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import check_half, packed_width
 from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
+from finequant.quantize.formats.untrimmed import rewrite_templates
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
@@ -77,6 +78,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
     if outside:  # onnx makes it for its owner only
         shutil.copymode(file, file.with_name(f"{file.name}_data"))
     copy_beside(stored, folder)
+    rewrite_templates(folder)
     # transformers.js downloads a second file only if it is told of it.
     told = {"transformers.js_config": {"use_external_data_format": True}} if outside else {}
     write_config(stored, folder, told)

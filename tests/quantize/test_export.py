@@ -936,6 +936,58 @@ def test_onnx_weights_beyond_a_protocol_buffer_are_in_a_second_file(make, monkey
     assert ", use_external_data_format: true };" in onnx.snippet("a/b", "messages = []", files)
 
 
+LINES = """
+{% for message in messages %}
+
+  {% if message['role'] != 'nobody' %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
+  {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+
+{{ '<|im_start|>assistant' }}
+{% endif %}
+"""
+
+
+def test_onnx_templates_render_equally_without_trimming(make, llama):
+    """onnxruntime-genai does not trim tags; transformers and transformers.js do."""
+    from jinja2 import Environment
+    from transformers import AutoTokenizer
+
+    base = llama("lines")
+    (base / "chat_template.jinja").write_text(LINES, encoding="utf-8")
+    run = make(f"model.base={base}", "data.template_arguments={mood: calm}", to=("onnx",))
+    shipped, exported = (
+        AutoTokenizer.from_pretrained(run / name) for name in ("quantized", "exports/onnx")
+    )
+    config = json.loads((run / "exports" / "onnx" / "tokenizer_config.json").read_text("utf-8"))
+    messages = [{"role": role, "content": f" {role} \n"} for role in ("user", "assistant", "user")]
+    for asks in (False, True):
+        render = {"conversation": messages, "tokenize": False, "add_generation_prompt": asks}
+        text = shipped.apply_chat_template(**render)
+        assert exported.apply_chat_template(**render) == text
+        for template in (exported.chat_template, config["chat_template"]):
+            plain = Environment(keep_trailing_newline=True).from_string(template)
+            assert plain.render(messages=messages, add_generation_prompt=asks) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["", "\n", "a\n\n", "{% raw %}\n{% if %}\n{% endraw %}\n\n", "{# a #}\n\n{{ x -}}\n\n"],
+)
+def test_an_untrimmed_template_renders_as_the_trimmed_one(template):
+    from jinja2 import Environment
+
+    from finequant.quantize.formats.untrimmed import untrimmed
+
+    trimming = {"trim_blocks": True, "lstrip_blocks": True}
+    expected = Environment(**trimming).from_string(template).render(x="x")
+    for options in (trimming, {}, {"keep_trailing_newline": True}):
+        environment = Environment(**options)
+        assert environment.from_string(untrimmed(template)).render(x="x") == expected
+
+
 def test_onnx_refuses_groups_that_no_block_divides(make, llama):
     base = llama("base_40", hidden_size=160, intermediate_size=160, num_attention_heads=10)
     error = refused(make, f"model.base={base}", "quantize.group_size=40", to=("onnx",))
