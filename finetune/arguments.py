@@ -49,6 +49,7 @@ def training_arguments(recipe: Recipe, folder: Path, dtype: torch.dtype) -> SFTC
             bf16=dtype == torch.bfloat16,
             use_cpu=on_cpu,
             ddp_timeout=TIMEOUT,
+            ddp_find_unused_parameters=False,  # there are none, and a search warns in each process
             gradient_checkpointing=train.gradient_checkpointing,
             # Rows are already cut; without padding, trl only accepts None here.
             max_length=recipe.data.max_length if packing or not on_cpu else None,

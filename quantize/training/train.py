@@ -166,9 +166,7 @@ def _arguments(recipe: Recipe, run: RunDir) -> SFTConfig:
     # Not the seed of plain LoRA training, so that rows come in a different order.
     changed = recipe.model_copy(update={"train": train, "seed": (recipe.seed + 1) % 2**32})
     folder = run.checkpoints / "qat" / "steps"
-    arguments = training_arguments(changed, folder, torch.float32)
-    arguments.ddp_find_unused_parameters = False
-    return arguments
+    return training_arguments(changed, folder, torch.float32)
 
 
 def _trained_codes(trainer: QuantizationAwareTrainer) -> dict[str, Rounded]:
