@@ -98,8 +98,11 @@ def _print(message: object) -> None:
     from finequant.recipes.interrupt import ignored_signals
 
     with ignored_signals():
-        terminal.close()
-        print(terminal.wrapped(str(message)), file=sys.stderr)
+        try:
+            terminal.close()
+            print(terminal.wrapped(str(message)), file=sys.stderr)
+        except OSError:  # the terminal is closed; Python would try again, and exit with 120
+            sys.stderr = None
 
 
 MEMORY = (

@@ -109,6 +109,13 @@ def test_a_signal_ends_a_command_with_its_code_and_one_line(number, code):
     assert said == f"stopped by {number.name}: run the same command again to continue from here\n"
 
 
+def test_a_closed_terminal_does_not_change_the_exit_code():
+    process = start(AT_ONCE)
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(PATIENCE) == 128 + signal.SIGHUP
+
+
 LAST_LINES = """
 import os, signal
 from finequant.recipes import interrupt
