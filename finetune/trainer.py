@@ -178,12 +178,13 @@ class LoraTrainer(SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Trains nothing if training resumes from the checkpoint of its last step: transformers
-        would train one more step, in the middle of an epoch or after patience has ended it."""
+        5.23 would train one more step, in the middle of an epoch or after patience has ended it.
+        To be removed when its trainer looks at max_steps before the first step."""
         if self._is_finished():
             self.control.should_training_stop = True
             return
-        # Where several processes resume within an epoch, accelerate hides the sampler, which would
-        # repeat the order of the first epoch.
+        # Where several processes resume within an epoch, accelerate 1.15 hides the sampler, which
+        # would repeat the order of the first epoch.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
