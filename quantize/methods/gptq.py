@@ -174,7 +174,7 @@ def _lower_factor(hessian: torch.Tensor) -> torch.Tensor:
             "are damaged, or overflow in quantize.dtype; train again, or use float32"
         )
     exact = hessian.diagonal().clone()
-    damping = DAMPING * exact.mean() or 1.0  # there may be no input at all
+    damping = DAMPING * hessian.diagonal().mean() or 1.0  # there may be no input at all
     while True:
         hessian.diagonal().copy_(exact + damping)
         factor, failed = torch.linalg.cholesky_ex(hessian)
