@@ -70,8 +70,8 @@ def _text_files(corpus: Corpus) -> list[Path]:
     return matching_files(path) if is_text else []
 
 
-def _where(corpus: Corpus) -> str:
-    return f"perplexity corpus {corpus.name}: {corpus.source}"
+def _where(corpus: Corpus, file: Path | None = None) -> str:
+    return f"perplexity corpus {corpus.name}: {file or corpus.source}"
 
 
 def _read_text(path: Path, corpus: Corpus) -> str:
@@ -82,12 +82,10 @@ def _read_text(path: Path, corpus: Corpus) -> str:
             return file.read()
     except (OSError, EOFError, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
-        where = f"perplexity corpus {corpus.name}: {path}"
-        raise UserError(f"{where}: cannot be read: {reason}") from None
+        raise UserError(f"{_where(corpus, path)}: cannot be read: {reason}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"perplexity corpus {corpus.name}: {path}: not UTF-8 text at byte {error.start}: save "
-            "it as UTF-8"
+            f"{_where(corpus, path)}: not UTF-8 text at byte {error.start}: save it as UTF-8"
         ) from None
 
 

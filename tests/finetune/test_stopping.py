@@ -92,27 +92,40 @@ def test_a_disturbed_run_ends_with_the_bytes_of_an_undisturbed_one(
     assert "train: continuing from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("limit", ["train.epochs=2", "train.max_steps=9"])
-def test_the_best_epoch_is_kept_although_a_signal_came_at_its_end(
-    recipe_file, undisturbed, monkeypatch, limit
-):
+def read_log(run: Path) -> list[dict]:
+    return json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def interrupt_in_step(monkeypatch):
+    """Makes the first training that comes to a step receive Ctrl-C in it."""
     from finequant.finetune.training_status import ShowsTraining
 
+    def arrange(step: int) -> None:
+        stopped = []
+
+        def stop_once(self, args, state, control, **_) -> None:
+            if state.global_step == step and not stopped:
+                stopped.append(state.global_step)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(ShowsTraining, "on_step_end", stop_once)
+
+    return arrange
+
+
+@pytest.mark.parametrize("limit", ["train.epochs=2", "train.max_steps=9"])
+def test_the_best_epoch_is_kept_although_a_signal_came_at_its_end(
+    recipe_file, undisturbed, interrupt_in_step, limit
+):
     patience = ["train.early_stopping_patience=3", "train.learning_rate=0.05", limit]
     whole, expected = undisturbed(*patience)
-    log = json.loads((whole / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+    log = read_log(whole)
     (_, first), (last_step, last) = [
         (entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry
     ]
     assert last < first
-    stopped = []
-
-    def stop_once(self, args, state, control, **_) -> None:
-        if state.global_step == last_step and not stopped:
-            stopped.append(state.global_step)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(ShowsTraining, "on_step_end", stop_once)
+    interrupt_in_step(last_step)
     with pytest.raises(SystemExit) as exit_:
         train(recipe_file, *patience)
     assert exit_.value.code == 130
@@ -122,22 +135,9 @@ def test_the_best_epoch_is_kept_although_a_signal_came_at_its_end(
 ENDS_IN_EPOCH = ["train.max_steps=9", "train.schedule=constant"]  # the second of 6 steps
 
 
-def read_log(run: Path) -> list[dict]:
-    return json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
-
-
-def test_a_signal_in_the_last_step_adds_none(recipe_file, undisturbed, monkeypatch):
-    from finequant.finetune.training_status import ShowsTraining
-
+def test_a_signal_in_the_last_step_adds_none(recipe_file, undisturbed, interrupt_in_step):
     whole, expected = undisturbed(*ENDS_IN_EPOCH)
-    stopped = []
-
-    def stop_once(self, args, state, control, **_) -> None:
-        if state.global_step == 9 and not stopped:
-            stopped.append(state.global_step)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(ShowsTraining, "on_step_end", stop_once)
+    interrupt_in_step(9)
     with pytest.raises(SystemExit) as exit_:
         train(recipe_file, *ENDS_IN_EPOCH)
     assert exit_.value.code == 130
@@ -285,7 +285,7 @@ def test_a_killed_run_leaves_a_log_of_all_steps(recipe_file):
     shutil.rmtree(run / "checkpoints" / "checkpoint-6")
     (run / "manifest.json").unlink()
     train(recipe_file, *steps)
-    log = json.loads((run / "adapter" / "training_log.json").read_text(encoding="utf-8"))
+    log = read_log(run)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     seen = {entry["step"]: entry["num_input_tokens_seen"] for entry in log if "loss" in entry}
     figures = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["train"]
