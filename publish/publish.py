@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finequant.publish.loading import ADAPTER, ADAPTER_CONFIG, CARD, QUANTIZED, base_on_hub
-from finequant.recipes.artifact import SUMS, replace_text
+from finequant.recipes.artifact import CLUTTER, SUMS, files_in, replace_text
 from finequant.recipes.errors import UserError, listed
 from finequant.recipes.load import without_folders, write_recipe
 from finequant.recipes.rundir import RunDir
@@ -213,7 +213,11 @@ def exports(recipe: Recipe, run: RunDir) -> list[Path]:
         UserError: for an export of a different quantized/ than the one here.
     """
     interrupted = (".partial", ".replaced")  # as `RunDir.writing` names folders in between
-    folders = sorted(path for path in run.exports.glob("*") if path.suffix not in interrupted)
+    folders = sorted(
+        path
+        for path in run.exports.glob("*")
+        if path.suffix not in interrupted and not CLUTTER.fullmatch(path.name)
+    )
     for folder in folders:
         if folder.name not in run.manifest():
             raise UserError(
@@ -229,8 +233,7 @@ def exports(recipe: Recipe, run: RunDir) -> list[Path]:
 
 def files_of(folder: Path) -> dict[str, Path]:
     """Maps names in the repository to files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in files}
+    return {path.relative_to(folder).as_posix(): path for path in files_in(folder, "**/*")}
 
 
 def visibility(recipe: Recipe) -> str:

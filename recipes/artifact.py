@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ SUMS = "SHA256SUMS"
 # identical runs.
 NOT_CONTENT = ("training_log.json",)
 
+CLUTTER = re.compile(r"\.DS_Store|\._.*|\.nfs.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""Names of files that a system leaves in folders that were looked at or copied: they are in no
+artifact, and `._model.safetensors` holds no model."""
+
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -27,6 +32,15 @@ def file_hash(path: Path) -> str:
     """Reads a file and returns its SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Lists the files of a folder that match a pattern, sorted by name, without CLUTTER."""
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if path.is_file() and not CLUTTER.fullmatch(path.name)
+    ]
 
 
 def content_hash(
@@ -41,9 +55,9 @@ def content_hash(
     if path.is_file():
         return file_hash(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    for file in files_in(path, "**/*"):
         name = file.relative_to(path)
-        if file.is_file() and file.name not in NOT_CONTENT and is_content(name):
+        if file.name not in NOT_CONTENT and is_content(name):
             digest.update(f"{name}\0{file_hash(file)}\0".encode())
     return digest.hexdigest()
 
@@ -88,7 +102,7 @@ def verify(folder: Path, again: str) -> None:
     Raises:
         UserError: naming the files.
     """
-    pickled = sorted(path for path in folder.rglob("*") if path.suffix in PICKLED)
+    pickled = [path for path in files_in(folder, "**/*") if path.suffix in PICKLED]
     if pickled:
         raise UserError(
             f"{pickled[0]}: pickled files are not read because they can run code; expected "
@@ -124,5 +138,6 @@ def _sums(folder: Path, file_hash: FileHash = file_hash) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if (path.is_symlink() or path.is_file())
         and path.name not in NOT_CONTENT
+        and not CLUTTER.fullmatch(path.name)
         and path != folder / SUMS
     }

@@ -7,6 +7,8 @@ import glob
 import re
 from pathlib import Path
 
+from finequant.recipes.artifact import files_in
+
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files that hold rows; a .txt file is one text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -42,4 +44,4 @@ def matching_files(path: Path) -> list[Path]:
     if path.exists() or not is_pattern(path):
         return [path]
     pattern = path.relative_to(path.anchor)
-    return sorted(match for match in Path(path.anchor).glob(str(pattern)) if match.is_file())
+    return files_in(Path(path.anchor), str(pattern))

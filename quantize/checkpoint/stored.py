@@ -18,6 +18,7 @@ from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.quantize.checkpoint.reading import TensorFile
 from finequant.quantize.formats.contents import Contents
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def read_checkpoint(folder: Path) -> QuantizedCheckpoint:
     from transformers import AutoConfig
 
     checkpoint = QuantizedCheckpoint(folder, AutoConfig.from_pretrained(folder), {}, {}, {})
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files_in(folder, "*.safetensors"):
         try:
             with safe_open(file, "pt") as stream:
                 _add_tensors(stream, checkpoint)
@@ -167,7 +168,7 @@ class StoredLayers:
     """
 
     def __init__(self, folder: Path) -> None:
-        files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
+        files = [TensorFile(path) for path in files_in(folder, "*.safetensors")]
         self._files = {name: file for file in files for name in file.entries}
 
     def __getitem__(self, layer: str) -> Rounded:

@@ -41,6 +41,7 @@ from finequant.quantize.scheme import (
     quantization_config,
     unties_head,
 )
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -387,4 +388,4 @@ def quantized_model(
 
 def weight_bytes(folder: Path) -> int:
     """Counts the bytes of the safetensors files in a checkpoint."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files_in(folder, "*.safetensors"))

@@ -17,6 +17,7 @@ from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import without_bars
@@ -138,7 +139,7 @@ def read_back(
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}  # mapped, not read
-    for file in folder.glob("*.safetensors"):
+    for file in files_in(folder, "*.safetensors"):
         tensors |= load_file(file)
     end = ".weight_packed"
     for name in [key.removesuffix(end) for key in tensors if key.endswith(end)]:

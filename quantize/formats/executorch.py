@@ -22,6 +22,7 @@ from finequant.quantize.formats.naming import file_stem
 from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
 from finequant.quantize.formats.snippet import fenced
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import doing
@@ -105,7 +106,7 @@ def family(stored: QuantizedCheckpoint) -> str:
 
 def file_in(folder: Path) -> Path:
     """Returns the export's program, which is named after the model."""
-    (file,) = folder.glob("*.pte")
+    (file,) = files_in(folder, "*.pte")
     return file
 
 

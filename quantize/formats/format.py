@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Format:
 
     def size(self, folder: Path) -> int:
         """Counts the bytes of the model's files in the folder."""
-        return sum(file.stat().st_size for file in folder.glob(self.weights))
+        return sum(file.stat().st_size for file in files_in(folder, self.weights))
 
     def missing_runtime(self) -> str | None:
         """Says why `open_runtime` cannot open an export here; None if it can."""

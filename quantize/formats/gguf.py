@@ -38,6 +38,7 @@ from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.logits import check_prompts
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.usage import available_memory
@@ -326,7 +327,7 @@ def _check_memory(config: DecoderConfig) -> None:
 
 def file_in(folder: Path) -> Path:
     """Returns the export's file, which is named after the model."""
-    (file,) = folder.glob("*.gguf")
+    (file,) = files_in(folder, "*.gguf")
     return file
 
 

@@ -18,6 +18,7 @@ from finequant.quantize.formats.format import Format
 from finequant.quantize.formats.packing import pack_words, packed_width
 from finequant.quantize.formats.snippet import fenced, is_chat, pip_install
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
@@ -115,7 +116,7 @@ def read_back(
     import mlx.core as mx
 
     arrays: dict[str, Any] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in files_in(folder, "*.safetensors"):
         arrays |= mx.load(str(file))
     layers = [key.removesuffix(".scales") for key in arrays if key.endswith(".scales")]
     for name in layers:

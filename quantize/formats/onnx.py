@@ -23,6 +23,7 @@ from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.formats.untrimmed import rewrite_templates
 from finequant.quantize.rounding import Rounded
+from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 
@@ -182,7 +183,7 @@ def _grouped(
 
 def file_in(folder: Path) -> Path:
     """Returns the export's model, whose name says its type."""
-    (file,) = folder.glob("*.onnx")
+    (file,) = files_in(folder, "*.onnx")
     return file
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from finequant.recipes.artifact import SUMS, differences, seal, verify
+from finequant.quantize.checkpoint.writing import weight_bytes
+from finequant.quantize.formats import gguf
+from finequant.recipes.artifact import SUMS, content_hash, differences, seal, verify
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.rundir import RunDir
+from finequant.recipes.sources import matching_files
 
 
 @pytest.fixture
@@ -82,6 +85,30 @@ def test_sha256sum_accepts_a_sealed_folder(folder):
 def test_times_and_losses_are_not_hashed(folder):
     (folder / "training_log.json").write_text("[1]", encoding="utf-8")
     verify(folder, again="")
+
+
+CLUTTER = [".DS_Store", "._weights", "inside/._config", "Thumbs.db", "desktop.ini", ".nfs00042"]
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_what_a_file_browser_leaves_changes_no_folder(folder, name):
+    """Opening a run in Finder once trained it anew, and removed its checkpoints."""
+    before = content_hash(folder)
+    (folder / name).write_bytes(b"\0\5\x16\7")
+    assert differences(folder) == []
+    verify(folder, again="")
+    assert content_hash(folder) == before
+    seal(folder)
+    (folder / name).unlink()
+    assert differences(folder) == []
+
+
+def test_what_a_file_browser_leaves_is_no_file_of_a_checkpoint(folder):
+    for name in ("model.safetensors", "._model.safetensors", "more.gguf", "._more.gguf"):
+        (folder / name).write_bytes(b"12345")
+    assert weight_bytes(folder) == 5
+    assert gguf.file_in(folder) == folder / "more.gguf"
+    assert matching_files(folder / "*.gguf") == [folder / "more.gguf"]
 
 
 def test_a_folder_that_was_never_sealed_is_taken_as_it_is(folder):
