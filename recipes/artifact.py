@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,10 +62,16 @@ def content_hash(
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Writes SHA256SUMS for everything in the folder, which marks it as complete."""
-    sums = "".join(f"{digest}  {name}\n" for name, digest in _sums(folder).items())
-    replace_text(folder / SUMS, sums)
+def seal(
+    folder: Path, file_hash: FileHash = file_hash, without: Collection[str] = frozenset()
+) -> None:
+    """Writes SHA256SUMS for everything in the folder, which marks it as complete.
+
+    without: names of files in it that are deleted next.
+    """
+    sums = _sums(folder, file_hash).items()
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums if name not in without)
+    replace_text(folder / SUMS, text)
 
 
 @contextmanager

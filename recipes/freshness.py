@@ -31,6 +31,12 @@ Inputs = dict[str, Any]
 RECORD = "inputs.json"
 """The file in a folder that says what the folder is made from."""
 
+JOURNAL = "journal.jsonl"
+"""The file in an unfinished folder that lists what is written."""
+
+FOR_CONTINUING = (JOURNAL, RECORD)
+"""The files without which an unfinished folder cannot be continued."""
+
 LIBRARIES = ("torch", "transformers", "peft", "trl", "torchao", "datasets", "accelerate", "lm_eval")
 
 LARGE = 1 << 20

@@ -13,12 +13,13 @@ from finequant.recipes import lock
 from finequant.recipes.artifact import differences, remove, replace_text, seal, verify
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import (
-    RECORD,
+    FOR_CONTINUING,
     Inputs,
     Memo,
     changes,
     content_hash,
     is_made_from,
+    known_hash,
     mark,
     recorded,
     versions,
@@ -245,10 +246,13 @@ class RunDir:
         if inputs is not None:
             mark(partial, inputs)
         yield partial
-        (partial / RECORD).unlink(missing_ok=True)
         write_recipe(recipe, partial / "recipe.yaml")
-        seal(partial)
-        self._put_in_place(partial, target)
+        # What is read here may take minutes to hash, in which a signal must not lose the folder.
+        seal(partial, known_hash, without=FOR_CONTINUING)
+        is_kept = self._is_kept(target, partial)
+        for name in FOR_CONTINUING:
+            (partial / name).unlink(missing_ok=True)
+        self._put_in_place(partial, target, is_kept)
 
     def continuing(self, folder: Path, stage: str, inputs: Inputs) -> None:
         """Prepares a folder for checkpoints; those of the same inputs and versions stay.
@@ -271,15 +275,27 @@ class RunDir:
         folder.mkdir(parents=True, exist_ok=True)
         mark(folder, inputs)
 
-    def _put_in_place(self, partial: Path, target: Path) -> None:
+    def _is_kept(self, target: Path, partial: Path) -> bool:
+        """Says whether an earlier artifact moves to previous/ when `partial` replaces it."""
+        if target.is_symlink():
+            return True
+
+        def is_content(name: Path) -> bool:
+            return str(name) not in FOR_CONTINUING
+
+        if not target.exists() or content_hash(target) == content_hash(
+            partial, is_content=is_content
+        ):
+            return False
+        return target == self.adapter or not self._is_ours(target)
+
+    def _put_in_place(self, partial: Path, target: Path, is_kept: bool) -> None:
         replaced = target.with_name(target.name + ".replaced")
         remove(replaced)
-        if target.exists() or target.is_symlink():
-            again = not target.is_symlink() and content_hash(target) == content_hash(partial)
-            if not again and (target == self.adapter or not self._is_ours(target)):
-                self.keep_as_previous(target)
-            else:
-                target.rename(replaced)
+        if is_kept:
+            self.keep_as_previous(target)
+        elif target.exists():
+            target.rename(replaced)
         partial.rename(target)
         remove(replaced)
 

@@ -114,7 +114,7 @@ def check_quantized(
     expected = shipped_logits(config, plan, checkpoint.weights(), checkpoint.dtype, prompts, blocks)
     checkpoint.write_index()
     check_reload(expected, checkpoint.folder, prompts, blocks)
-    checkpoint.finish()  # not before: an interruption above would lose all codes
+    checkpoint.finish()
     every, part = config.num_hidden_layers, ""
     if blocks < every:
         part = f" of the first {blocks} of {every} blocks, for which there is memory,"

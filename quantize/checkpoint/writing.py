@@ -43,13 +43,13 @@ from finequant.quantize.scheme import (
 )
 from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import JOURNAL
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     from finequant.finetune.architecture import Decoder, DecoderConfig
 
-JOURNAL = "journal.jsonl"
 SHARD_BYTES = 4 * 10**9
 """Maximum size of a file, unless a single tensor is larger."""
 
@@ -289,9 +289,8 @@ class Checkpoint:
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def finish(self) -> None:
-        """Writes the index, and removes the journal, without which nothing can be resumed."""
+        """Writes the index. The journal stays, for as long as an interruption may follow."""
         self.write_index()
-        (self.folder / JOURNAL).unlink()
         for descriptor in (*self._descriptors, self._journal):
             os.close(descriptor)
 

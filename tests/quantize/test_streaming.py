@@ -21,7 +21,6 @@ from finequant.quantize.checkpoint import reading as tensors
 from finequant.quantize.checkpoint import writing
 from finequant.quantize.checkpoint.reading import TensorFile, header, row_slices
 from finequant.quantize.checkpoint.writing import (
-    JOURNAL,
     Checkpoint,
     quantized_model,
     stored_shapes,
@@ -34,7 +33,11 @@ from finequant.quantize.methods.transforms import transform_model, transformed
 from finequant.quantize.rounding import round_to_nearest
 from finequant.quantize.scheme import LayerScheme, layer_plan, untie_head, unties_head
 from finequant.quantize.write import write_float, write_quantized
+from finequant.recipes import rundir
+from finequant.recipes.artifact import verify
 from finequant.recipes.errors import UserError
+from finequant.recipes.freshness import JOURNAL
+from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model, Quantize
 
@@ -373,6 +376,38 @@ def test_a_killed_conversion_resumes_to_the_same_bytes(recipe_file, llama, train
     convert(arguments)
     found = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
     assert found == expected
+
+
+@pytest.mark.parametrize("function", ["seal", "content_hash"])
+def test_a_signal_while_the_result_is_hashed_loses_nothing(
+    recipe_file, train_once, monkeypatch, function
+):
+    """To read a large model back, and the one that it replaces, takes minutes."""
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.max_steps=1"]
+    train_once(arguments)
+    run, hashing = recipe_file.parent / "run", getattr(rundir, function)
+    (run / "quantized").mkdir()
+
+    def stopped(folder: Path, *rest: object, **options: object) -> str | None:
+        if folder.name.startswith("quantized"):
+            raise Interrupted(signal.SIGTERM)
+        return hashing(folder, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(rundir, function, stopped)
+        convert(arguments)
+    assert not list((run / "quantized").iterdir())
+    written = []
+    monkeypatch.setattr(Checkpoint, "write", lambda *of: written.append(of))
+    convert(arguments)
+    assert not written
+    assert json.loads((run / "manifest.json").read_text())["quantize"]["resumed"]
+    verify(run / "quantized", again="")
+    names = {path.name for path in (run / "quantized").iterdir()}
+    assert {"model.safetensors", "config.json"} < names
+    assert not names & {JOURNAL, "inputs.json"}
 
 
 def test_other_inputs_start_over(recipe_file, train_once):
