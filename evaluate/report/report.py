@@ -188,15 +188,14 @@ def divergence_lines(report: Report) -> list[str]:
     divergence = report.get("divergence")
     if not divergence or divergence.get("tokens") == 0:  # lm-eval's tasks alone
         return []
-    agreement = shown_score(100)(divergence.get("top1_agreement"))
-    shown = shown_score(1, digits=4)
-    floor = divergence.get("floor")
-    rounding = (
-        f" (rounding logits to the shipped dtype alone gives {shown(floor)})" if floor else ""
-    )
+    agreement = shown_score(divergence.get("top1_agreement"), 100)
+    kl, rounding = shown_score(divergence.get("kl"), 1, digits=4), ""
+    if floor := divergence.get("floor"):
+        least = shown_score(floor, 1, digits=4)
+        rounding = f" (rounding logits to the shipped dtype alone gives {least})"
     return [
         f"Quantized vs. tuned, over {divergence.get('tokens')} tokens: KL divergence "
-        f"{shown(divergence.get('kl'))} nats per token{rounding}; "
+        f"{kl} nats per token{rounding}; "
         f"the most likely token is the same at {agreement}% of positions"
     ]
 

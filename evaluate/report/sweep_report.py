@@ -95,9 +95,10 @@ def _row(
     cells += [shown_number(model[key]) for key in ("bits_per_weight", "packed_bits_per_weight")]
     for corpus, unit in units.items():
         cells.append(shown_number(value_at(model, "perplexity", corpus, unit)))
-    cells += [shown_score(1, 4)(value_at(model, "divergence", "kl"))] if units else []
+    cells += [shown_score(value_at(model, "divergence", "kl"), 1, digits=4)] if units else []
     for task, metric in metrics_of(models):
-        cells.append(shown_score(to_percent(metric))(value_at(model, "tasks", task, metric)))
+        score = value_at(model, "tasks", task, metric)
+        cells.append(shown_score(score, to_percent(metric)))
     if metrics_of(models):
         mean = mean_accuracy(model)
         cells.append(MISSING if math.isnan(mean) else f"{mean:.1f}")

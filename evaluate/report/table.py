@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.report.values import (
@@ -60,7 +61,8 @@ def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
         label += f", n={n})" if n else ")"
         error = value_at(report, "changes", task, metric, "stderr")
-        rows.append(row(label, shown_score(scale), _points(scale, error), "tasks", task, metric))
+        shown = partial(shown_score, scale=scale)
+        rows.append(row(label, shown, _points(scale, error), "tasks", task, metric))
     if any("parity" in model for model in models.values()):
         label = "same answers as quantized in % (higher is better)"
         rows.append(row(label, _percent, _no_change, "parity", "same_answers"))
@@ -182,15 +184,11 @@ def shown_number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def shown_score(scale: float, digits: int = 1) -> Callable[[dict | None], str]:
-    """Returns a function that formats {"value", "stderr"} as `71.2 ± 1.8`."""
-
-    def shown(score: dict | None) -> str:
-        value, error = value_at(score, "value"), value_at(score, "stderr")
-        text = MISSING if value is None else f"{value * scale:.{digits}f}"
-        return f"{text} ± {error * scale:.{digits}f}" if finite(error) else text
-
-    return shown
+def shown_score(score: dict | None, scale: float, digits: int = 1) -> str:
+    """Formats {"value", "stderr"}, times `scale`, as `71.2 ± 1.8`."""
+    value, error = value_at(score, "value"), value_at(score, "stderr")
+    text = MISSING if value is None else f"{value * scale:.{digits}f}"
+    return f"{text} ± {error * scale:.{digits}f}" if finite(error) else text
 
 
 def _ratio(tuned: float | None, quantized: float | None) -> str:
