@@ -9,7 +9,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
@@ -163,15 +163,21 @@ class Progress:
             close()
 
 
-def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Yields the items, and shows how many of `total` are done; nothing if there are none."""
+def tracked(
+    items: Iterable[Item], what: str, total: int, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """Yields the items, and shows how much of `total` is done; nothing if there are none.
+
+    size: how much of the total an item is.
+    """
     if not total:
         yield from items
         return
-    progress = Progress(what, total)
+    progress, done = Progress(what, total), 0
     try:
-        for done, item in enumerate(items, 1):
+        for item in items:
             yield item
+            done += size(item)
             progress.show(done)
     finally:
         progress.close()
@@ -179,16 +185,7 @@ def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
 
 def tracked_batches(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
     """Yields the batches, and shows how many of their items are done; nothing without batches."""
-    if not batches:
-        return
-    progress, done = Progress(what, sum(map(len, batches))), 0
-    try:
-        for batch in batches:
-            yield batch
-            done += len(batch)
-            progress.show(done)
-    finally:
-        progress.close()
+    return tracked(batches, what, sum(map(len, batches)), len)
 
 
 def duration(seconds: float) -> str:
