@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TABLES = ("lm_head.weight", "embed_tokens.weight")
 """The ends of the names of head and embedding."""
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ROWS = 4096
 """Rows of a tensor that are read at a time."""
@@ -36,11 +37,7 @@ def weight_files(model: Model) -> list[Path]:
     whole = _cached(model, "model.safetensors")
     if whole:
         return [whole]
-    index = _cached(model, "model.safetensors.index.json")
-    if not index:
-        return []
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    files = [_cached(model, name) for name in sorted(names)]
+    files = [_cached(model, name) for name in _indexed(model)]
     return files if all(files) else []
 
 
@@ -49,14 +46,21 @@ def missing_files(model: Model) -> list[str]:
     without index, model.safetensors. A base on the Hub lacks none: they are downloaded later."""
     if not Path(model.base).is_absolute() or _cached(model, "model.safetensors"):
         return []
-    index = _cached(model, "model.safetensors.index.json")
-    if not index:
+    if not _cached(model, INDEX):
         return ["model.safetensors"]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [name for name in _indexed(model) if not _cached(model, name)]
     except (ValueError, KeyError, AttributeError):  # damaged: `load_base` reports it
         return []
-    return sorted(name for name in names if not _cached(model, name))
+
+
+def _indexed(model: Model) -> list[str]:
+    """Lists the safetensors files that a base's index names; [] without an index."""
+    index = _cached(model, INDEX)
+    if not index:
+        return []
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted(set(weight_map.values()))
 
 
 def _cached(model: Model, name: str) -> Path | None:
