@@ -13,7 +13,6 @@ from finequant.recipes.errors import UserError
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
 
-
 CHECKED_TOKENS = 32
 """Tokens of the prompt to check: few are enough, as each goes through every layer. Where the
 processor emulates bfloat16, a whole window would take longer than the perplexity itself."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from finequant.finetune.trainer import LoraTrainer
 
-
 LAUNCHER = "launcher.json"
 """The file in a checkpoint that says how the weights were split, and over how many processes."""
 

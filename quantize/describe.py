@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def describe(
     quantize: Quantize, plan: Plan, config: DecoderConfig, trained: bool
 ) -> dict[str, Any]:
-    """Describes what was done to the model, for the record that ships with it."""
+    """Makes the record, except for its table of layers; `trained` says whether `qat` ran."""
     linear = [scheme for name, scheme in plan.items() if scheme and name != EMBEDDING]
     bits = sorted({scheme.bits for scheme in linear})
     sizes = sorted({scheme.group_size for scheme in linear})

@@ -50,13 +50,14 @@ def check_fits(contents: Contents) -> None:
 def _check_rotary(rotary: dict[str, Any]) -> None:
     """Refuses rotary scalings that mlx-lm computes differently from transformers: it takes the long
     factors of LongRoPE for short texts, too, and ignores two keys of YaRN."""
-    kind = rotary["rope_type"]
-    ignored = [key for key, usual in IGNORED.items() if rotary.get(key, usual) != usual]
-    if kind == "longrope" or (kind == "yarn" and ignored):
-        name = " with ".join([repr(kind), *([" and ".join(ignored)] if kind == "yarn" else [])])
+    kind, which = rotary["rope_type"], ""
+    if kind == "yarn":
+        ignored = [key for key, usual in IGNORED.items() if rotary.get(key, usual) != usual]
+        which = f" with {' and '.join(ignored)}" if ignored else ""
+    if kind == "longrope" or which:
         raise UserError(
-            f"mlx: mlx-lm computes the rotary scaling {name} differently from transformers: remove "
-            "mlx from quantize.exports"
+            f"mlx: mlx-lm computes the rotary scaling {kind!r}{which} differently from "
+            "transformers: remove mlx from quantize.exports"
         )
 
 

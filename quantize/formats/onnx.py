@@ -80,9 +80,9 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         shutil.copymode(file, file.with_name(f"{file.name}_data"))
     copy_beside(stored, folder)
     rewrite_templates(folder)
-    # transformers.js downloads a second file only if it is told of it.
-    told = {"transformers.js_config": {"use_external_data_format": True}} if outside else {}
-    write_config(stored, folder, told)
+    # Without this key, transformers.js does not download the second file.
+    second = {"transformers.js_config": {"use_external_data_format": True}} if outside else {}
+    write_config(stored, folder, second)
     text = json.dumps(genai_config(stored, file.name, length), indent=2) + "\n"
     (folder / "genai_config.json").write_text(text, encoding="utf-8")
     codes = {name: size for name, size in sizes.items() if name.endswith((".codes", ".scales"))}
