@@ -59,7 +59,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     Raises:
         UserError: for unknown tasks, unreadable texts, or missing artifacts.
     """
-    from finequant.evaluate.metrics.tasks import check_tasks
+    from finequant.evaluate.metrics.tasks import check_tasks, turn_into_fractions
     from finequant.evaluate.report.page import write_page
     from finequant.evaluate.report.report import print_table, write_report
     from finequant.finetune.data.prepared import prepared_splits
@@ -81,6 +81,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     if not is_first():
         return True
     measured |= measure_exports(recipe, run, material)
+    turn_into_fractions(measured.values())
     doing("evaluate: writing the report")
     rows = predictions(recipe, material, measured)
     report = report_of(recipe, run, material, measured, rows)

@@ -58,6 +58,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
         UserError: for an invalid point, before anything is loaded; for whatever `evaluate` refuses;
             if the tuned model is swept and there is no adapter.
     """
+    from finequant.evaluate.metrics.tasks import turn_into_fractions
     from finequant.evaluate.report.sweep_report import print_sweep, write_sweep
 
     points = read_points(path, overrides)
@@ -69,6 +70,7 @@ def sweep(path: Path, overrides: Sequence[str], swept: str) -> None:
     if swept == "tuned":
         run.require("train", recipe)
     measured = _measure_all(_jobs(points, run, swept), recipe, run, swept)
+    turn_into_fractions(measured.values())
     report = {
         "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "quantize"}),
         "versions": versions(),

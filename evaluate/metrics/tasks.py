@@ -1,7 +1,7 @@
 """Measures accuracy on lm-eval tasks.
 
 A score is `{"value": float, "stderr": float | None, "n": int}`. Higher is always better; values
-are fractions of 1, except bleu, chrf and chrf++, which are sacrebleu's 0 to 100.
+are lm-eval's until `turn_into_fractions` has seen those of all models that are compared.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from finequant.evaluate.check import check_task_files
 from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.metrics.text_metrics import Score, is_out_of_100
+from finequant.evaluate.report.values import metrics_of
 from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
 from finequant.recipes.terminal import say
@@ -91,7 +92,6 @@ def lm_eval_tasks(
                         values = _values(name, metric, output)
                         score["n"] = sum(value is not None for value in values)
                     by_item[name] = _by_document(name, metrics, output)
-                    _turn_into_fractions(metrics, by_item[name])
                     scores[name] = metrics
     return scores, by_item
 
@@ -322,22 +322,27 @@ def _by_document(
     return by_document
 
 
-def _turn_into_fractions(scores: dict[str, Score], by_document: dict[str, list[float]]) -> None:
+def turn_into_fractions(measured: Collection[dict[str, Any]]) -> None:
     """Divides by 100 what a task counts out of 100, as truthfulqa_gen and squadv2 do.
 
-    lm-eval does not say which metrics these are, but a value beyond 1 does. sacrebleu's stay as
-    they are.
+    lm-eval does not say which metrics these are, but a value beyond 1 does. It may be that of one
+    model only, so all that are compared are looked at together. sacrebleu's stay as they are.
+
+    measured: the measurements of these models, as `measure_model` returns them.
     """
-    for metric, score in scores.items():
-        # Of squadv2, this is the only name that no other task has.
-        out_of_100 = "best_exact" in scores or any(
-            abs(value) > 1 for value in [score["value"] or 0, *by_document.get(metric, ())]
-        )
+    models = {index: measurement["scores"] for index, measurement in enumerate(measured)}
+    for task, metric in metrics_of(models):
+        scores = [task_scores for m in models.values() if (task_scores := m["tasks"].get(task))]
+        items = [(m.get("by_item") or {}).get(task) or {} for m in measured]
+        values = [score[metric]["value"] or 0 for score in scores if metric in score]
+        values += chain(*(item.get(metric, ()) for item in items))
+        # Of squadv2, best_exact is the only name that no other task has.
+        out_of_100 = any("best_exact" in score for score in scores) or max(map(abs, values)) > 1
         if out_of_100 and not is_out_of_100(metric):
-            score["value"], stderr = (score["value"] or 0) / 100, score["stderr"]
-            score["stderr"] = None if stderr is None else stderr / 100
-            if metric in by_document:
-                by_document[metric] = [value / 100 for value in by_document[metric]]
+            for score in (score[metric] for score in scores if metric in score):
+                score |= {key: score[key] and score[key] / 100 for key in ("value", "stderr")}
+            for item in (item for item in items if metric in item):
+                item[metric] = [value / 100 for value in item[metric]]
 
 
 def _values(name: str, metric: str, output: dict[str, Any]) -> list[Any]:

@@ -49,7 +49,7 @@ def score_answers(
     scores = {}
     for metric in metrics:
         if metric in CORPUS_METRICS:
-            scores[metric] = CORPUS_METRICS[metric](answers, references)
+            scores[metric] = CORPUS_METRICS[metric](answers, references, groups)
         elif metric in MEANS:
             scores[metric] = mean(*_by_item(metric, answers, references, groups))
     return scores
@@ -185,29 +185,39 @@ def _by_call(
     return made, group_of_call
 
 
-def bleu(answers: list[str], references: list[str]) -> Score:
+def bleu(answers: list[str], references: list[str], groups: Sequence[int] | None = None) -> Score:
     """Computes sacrebleu's corpus BLEU, 0 to 100."""
     from sacrebleu import BLEU
 
-    return _sacrebleu(BLEU(force=True), answers, references)
+    class Bleu(BLEU):
+        """BLEU whose bootstrap draws groups."""
+
+        def _extract_corpus_statistics(self, *texts: Any) -> list[list[int]]:
+            return _sums_by_group(super()._extract_corpus_statistics(*texts), groups)
+
+    return _sacrebleu(Bleu(force=True), answers, references, groups)
 
 
-def chrf(answers: list[str], references: list[str]) -> Score:
+def chrf(answers: list[str], references: list[str], groups: Sequence[int] | None = None) -> Score:
     """Computes sacrebleu's corpus chrF2, 0 to 100."""
     from numpy import float32
     from sacrebleu import CHRF
 
     class ChrF(CHRF):
-        """In sacrebleu 2.6, the scores of a bootstrap are float32, except for a 0.0, to which
-        Python's `mean` cannot add them; to be removed once sacrebleu's scores have one type."""
+        """chrF2 whose bootstrap draws groups. In sacrebleu 2.6, its scores are float32, except for
+        a 0.0, to which Python's `mean` cannot add them; `_compute_f_score` is to be removed once
+        sacrebleu's scores have one type."""
+
+        def _extract_corpus_statistics(self, *texts: Any) -> list[list[int]]:
+            return _sums_by_group(super()._extract_corpus_statistics(*texts), groups)
 
         def _compute_f_score(self, statistics: list[int]) -> float:
             return super()._compute_f_score(statistics) or float32(0)
 
-    return _sacrebleu(ChrF(), answers, references)
+    return _sacrebleu(ChrF(), answers, references, groups)
 
 
-CORPUS_METRICS: dict[str, Callable[[list[str], list[str]], Score]] = {"bleu": bleu, "chrf": chrf}
+CORPUS_METRICS: dict[str, Callable[..., Score]] = {"bleu": bleu, "chrf": chrf}
 
 
 def mean(values: Sequence[float], groups: Sequence[int] | None = None) -> Score:
@@ -227,14 +237,25 @@ def mean(values: Sequence[float], groups: Sequence[int] | None = None) -> Score:
     return {"value": average, "stderr": stderr, "n": n}
 
 
-def _sacrebleu(metric: Any, answers: list[str], references: list[str]) -> Score:
-    """Computes a corpus score; the standard error is from sacrebleu's seeded bootstrap (1,000),
-    which takes all rows to be independent."""
+def _sacrebleu(
+    metric: Any, answers: list[str], references: list[str], groups: Sequence[int] | None
+) -> Score:
+    """Computes a corpus score; the standard error is from sacrebleu's seeded bootstrap (1,000)."""
     n = len(answers)
-    score = metric.corpus_score(answers, [references], n_bootstrap=1000 if n > 1 else 1)
+    several = len(set(groups or range(n))) > 1
+    score = metric.corpus_score(answers, [references], n_bootstrap=1000 if several else 1)
     # _ci is half the width of the 95% interval: 1.96 standard errors of a normal distribution.
-    stderr = float(score._ci) / 1.96 if n > 1 else None
+    stderr = float(score._ci) / 1.96 if several else None
     return {"value": float(score.score), "stderr": stderr, "n": n}
+
+
+def _sums_by_group(rows: list[list[int]], groups: Sequence[int] | None) -> list[list[int]]:
+    """Adds up the n-gram counts of the rows of each group, all of which the bootstrap then draws
+    together; a corpus score, which is computed from the sum of all, stays the same."""
+    by_group: dict[int, list[list[int]]] = defaultdict(list)
+    for row, group in zip(rows, groups or range(len(rows)), strict=True):
+        by_group[group].append(row)
+    return [[sum(counts) for counts in zip(*members, strict=True)] for members in by_group.values()]
 
 
 def canonical_json(text: str) -> str | None:

@@ -136,6 +136,24 @@ def test_repeating_rows_makes_no_score_more_certain(metric):
     assert score_answers(*thrice, groups=[0] * 12)[metric]["stderr"] is None
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_repeating_rows_makes_no_corpus_score_more_certain(metric):
+    """The bootstrap drew rows, whether or not they answered the same prompt."""
+    references = [f"open the {colour} door now please" for colour in ("red", "green", "blue")]
+    answers = ["open the red door now", references[1], "please open the blue door"]
+    once = score_answers(answers, references, [metric])[metric]
+    assert once["stderr"] > 0
+    thrice = (answers * 3, references * 3, [metric])
+    grouped = score_answers(*thrice, groups=[0, 1, 2] * 3)[metric]
+    assert grouped == {
+        "value": pytest.approx(once["value"]),
+        "stderr": pytest.approx(once["stderr"], rel=1e-4),
+        "n": 9,
+    }
+    assert score_answers(*thrice)[metric]["stderr"] < 0.8 * once["stderr"]
+    assert score_answers(*thrice, groups=[0] * 9)[metric]["stderr"] is None
+
+
 def test_errors_of_groups_of_different_sizes_equal_those_of_statsmodels():
     """statsmodels 0.15: OLS(values, ones).fit(cov_type="cluster", cov_kwds={"groups": groups})."""
     values, groups = [1, 0, 0, 1, 1, 0.5], [5, 5, 3, 3, 3, 9]
@@ -556,14 +574,36 @@ def test_scores_that_a_task_counts_out_of_100_become_fractions(
     )
     evaluate = Evaluate(tasks=["colour"], task_folder=str(tmp_path))
     scores, by_item = lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    tasks.turn_into_fractions([{"scores": {"tasks": scores}, "by_item": by_item}])
     values = {metric: score["value"] for metric, score in scores["colour"].items()}
     assert values == pytest.approx({"rouge1_max": 0.4, "rouge1_acc": 1, "chrf": 40})
     assert by_item["colour"]["rouge1_max"] == pytest.approx([0.4] * 11)
 
 
+def test_models_that_are_compared_are_scored_on_one_scale():
+    """A base whose every value out of 100 is below 1 was taken for one that scores fractions."""
+
+    def measured(*values: float) -> dict:
+        score = {"value": sum(values) / 2, "stderr": 0.1, "n": 2}
+        scores = {"acc": {"value": 0.5, "stderr": None, "n": 2}, "rouge1_max": score}
+        return {
+            "scores": {"tasks": {"colour": scores}},
+            "by_item": {"colour": {"rouge1_max": [*values]}},
+        }
+
+    base, tuned = measured(0.4, 0.8), measured(0.6, 40.0)
+    sized = {"scores": {"perplexity": {}, "tasks": {}}, "answers": []}
+    tasks.turn_into_fractions([base, tuned, sized])
+    for model, values in ((base, [0.004, 0.008]), (tuned, [0.006, 0.4])):
+        acc, rouge = model["scores"]["tasks"]["colour"].values()
+        assert acc == {"value": 0.5, "stderr": None, "n": 2}
+        assert rouge == pytest.approx({"value": sum(values) / 2, "stderr": 0.001, "n": 2})
+        assert model["by_item"]["colour"]["rouge1_max"] == pytest.approx(values)
+
+
 def test_squadv2_counts_out_of_100_even_below_1():
     scores = {name: {"value": 0.5, "stderr": None, "n": 9} for name in ("exact", "best_exact")}
-    tasks._turn_into_fractions(scores, {})
+    tasks.turn_into_fractions([{"scores": {"tasks": {"squadv2": scores}}, "by_item": {}}])
     assert scores["exact"]["value"] == pytest.approx(0.005)
 
 
