@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import cache
 from statistics import fmean
 from typing import Any
@@ -22,8 +23,24 @@ Score = dict[str, float | int | None]
 OUT_OF_100 = ("bleu", "chrf", "chrf++")
 """sacrebleu's metrics, from 0 to 100; all others are fractions of 1. chrf++ is only lm-eval's."""
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-"""A number; a hyphen after a digit or word is no sign: 8-3, GPT-4."""
+GROUPED = r"[1-9]\d{0,2}(?:[ '’_\u00a0\u2009\u202f]\d{3})+(?!\d)"
+WRITTEN = rf"(?:(?:{GROUPED}|\d+)(?:[.,]\d+)*|\.\d+)"
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£¥₹])?(?<![A-Za-z}]\^)(?<![A-Za-z}]\^\{)"
+    rf"(?:(?P<mixed>\d+) (?=\d+/\d))?(?P<number>{WRITTEN})"
+    rf"(?:[eE](?P<exponent>[-−+]?\d{{1,3}})(?!\w))?(?: ?/ ?(?P<divisor>{WRITTEN}))?"
+)
+"""A number; a hyphen after a digit or word is no sign (8-3, GPT-4), and cm^2 contains none."""
+THOUSANDS = re.compile(r"\d+|[1-9]\d{0,2}(?:(?:,\d{2,3})*,\d{3}|(?:\.\d{3}){2,})")
+"""Digits whose commas or points, if any, group thousands: 1,000, 1,00,000 and 1.000.000."""
+LATEX = (
+    (re.compile(r"\\[,!]"), ""),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<=\d) *(?=\\[dt]?frac)"), " "),
+    (re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"(?<=\d) ?(?:[×·*x]|\\times|\\cdot) ?10 ?(?:\^|\*\*) ?\{?([-−+]?\d+)\}?"), r"e\1"),
+)
+"""What formulas write -> what NUMBER reads: spaces, commas, fractions, and powers of ten."""
 
 
 def is_out_of_100(metric: str) -> bool:
@@ -126,8 +143,8 @@ def json_match(answer: str, reference: str) -> bool:
 
 def number_match(answer: str, reference: str) -> bool:
     """Says whether an answer's last number equals the reference's, as a solution ends in its
-    result: 1,000 and 1000.0 are equal. If the reference has no number, the answer must have none
-    either."""
+    result. 1,000 and 1 000.0 are equal, as are 3/4, 0.75 and 0,75; currency, percent signs and
+    units are ignored. If the reference has no number, the answer must have none either."""
     return _last_number(answer) == _last_number(reference)
 
 
@@ -276,9 +293,28 @@ def canonical_json(text: str) -> str | None:
         return None
 
 
-def _last_number(text: str) -> float | None:
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def _last_number(text: str) -> Decimal | None:
+    for formula, plain in LATEX:
+        text = formula.sub(plain, text)
+    *_, last = [None, *NUMBER.finditer(text)]
+    if last is None:
+        return None
+    value = _decimal(last["number"])
+    if exponent := last["exponent"]:
+        value = value.scaleb(int(exponent.replace("−", "-")))
+    if last["divisor"] and (divisor := _decimal(last["divisor"])):
+        value /= divisor
+    value += Decimal(last["mixed"] or 0)
+    return -value if last["sign"] else value
+
+
+def _decimal(written: str) -> Decimal:
+    """Reads digits; the last comma or point that does not group thousands precedes decimals."""
+    digits = re.sub(r"[^\d.,]", "", written)
+    if THOUSANDS.fullmatch(digits):
+        return Decimal(re.sub("[.,]", "", digits))
+    whole, _, decimals = digits.rpartition(max(".,", key=digits.rfind))
+    return Decimal(f"{re.sub('[.,]', '', whole)}.{decimals}")
 
 
 def _squad_tokens(text: str) -> list[str]:
