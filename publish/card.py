@@ -150,14 +150,15 @@ def _measured(report: dict[str, Any], kind: str) -> str:
     error = "± is one standard error; for a change, that of the row-by-row differences."
     if kind == ADAPTER:
         inputs, error = "Both models are measured on the same inputs", "± is one standard error."
-        shown = report | {"models": {name: report["models"][name] for name in ("base", "tuned")}}
+        both = {name: report["models"][name] for name in ("base", "tuned")}
+        shown = report | {"models": both, "changes": {}}
     header, rows = comparison_rows(shown)
     if kind == ADAPTER:  # the last column compares with quantized
         header, rows = header[:-1], [row[:-1] for row in rows]
     parts = [
         markdown_table(header, rows),
         f"{inputs}{in_arithmetic(shown)}. {error} `report.json` has every figure.",
-        *baseline_lines(report),
+        *baseline_lines(shown),
     ]
     if kind == QUANTIZED:
         parts.append(bullets([*divergence_lines(report), *verdict_lines(report)]))

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.inputs import HELD_OUT, cut_line
+from finequant.evaluate.metrics.text_metrics import is_out_of_100
 from finequant.evaluate.models import MODELS
 from finequant.evaluate.report.advice import advice
 from finequant.evaluate.report.gate import verdict_lines
@@ -62,6 +63,7 @@ from finequant.evaluate.report.values import (
     finite_only,
     float_at,
     metrics_of,
+    spreads,
     value_at,
 )
 from finequant.recipes.artifact import replace_text
@@ -148,8 +150,9 @@ def _widths(quantize: dict[str, Any]) -> str:
 
 
 def baseline_lines(report: Report) -> list[str]:
-    """Says what always giving the most frequent answer would score, if that is a fifth or more, and
-    how many answers no model could give, because they are longer than what is generated."""
+    """Says what always giving the most frequent answer would score, if that is a fifth or more, how
+    many answers no model could give, because they are longer than what is generated, and why a
+    score has no ±."""
     frequent, lines = report.get("most_frequent") or {}, []
     if frequent.get("share", 0) >= MIN_SHARE:
         lines.append(
@@ -159,7 +162,32 @@ def baseline_lines(report: Report) -> list[str]:
     if cut := report.get("cut_answers"):
         line = cut_line(cut)
         lines.append(f"{line[0].upper()}{line[1:]}.")
-    return lines
+    return [*lines, *_equal_rows_lines(report)]
+
+
+def _equal_rows_lines(report: Report) -> list[str]:
+    """Says how far an accuracy may be from the true one if all rows have the same value: with n
+    rows, the exact 95% limit is 1 - 0.05^(1/n), about 3 / n (the rule of three)."""
+    models = report["models"]
+    scores = [
+        value_at(node, task, metric)
+        for node in (report.get("changes"), *(model.get("tasks") for model in models.values()))
+        for task, metric in metrics_of(models)
+        if not is_out_of_100(metric)
+    ]
+    rows = min((score.get("n", 0) for score in scores if _is_without_spread(score)), default=0)
+    if rows < 2:
+        return []
+    limit = shown_number(100 * (1 - 0.05 ** (1 / rows)), 1)
+    return [
+        "Where all rows have the same value, no ± is shown, because they have no spread: the true "
+        f"value may still be {limit} points away (95% limit for {rows} independent rows)."
+    ]
+
+
+def _is_without_spread(score: dict[str, Any] | None) -> bool:
+    error = value_at(score, "stderr")
+    return finite(error) and not spreads(error)
 
 
 def tuning_lines(report: Report) -> list[str]:

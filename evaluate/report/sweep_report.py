@@ -45,8 +45,9 @@ NOTES = """\
 Every point is quantized from the same float model and measured on the same inputs. Bits per weight
 are those of the whole model, including scales and float embedding, divided by the float model's
 number of weights: as torchao's file stores it (a byte per code), and with packed codes. ± is one
-standard error. The mean task accuracy is the mean of the first metric of each task. Points in the
-plot are labeled with their bits per code; ↑ means off the scale."""
+standard error; none is shown where all rows have the same value. The mean task accuracy is the mean
+of the first metric of each task. Points in the plot are labeled with their bits per code; ↑ means
+off the scale."""
 
 
 def write_sweep(report: Report, folder: Path) -> None:

@@ -14,6 +14,7 @@ from finequant.evaluate.report.values import (
     finite,
     float_at,
     metrics_of,
+    spreads,
     to_percent,
     value_at,
 )
@@ -188,7 +189,7 @@ def shown_score(score: dict | None, scale: float, digits: int = 1) -> str:
     """Formats {"value", "stderr"}, times `scale`, as `71.2 ± 1.8`."""
     value, error = value_at(score, "value"), value_at(score, "stderr")
     text = MISSING if value is None else f"{value * scale:.{digits}f}"
-    return f"{text} ± {error * scale:.{digits}f}" if finite(error) else text
+    return f"{text} ± {error * scale:.{digits}f}" if spreads(error) else text
 
 
 def _ratio(tuned: float | None, quantized: float | None) -> str:
@@ -208,7 +209,7 @@ def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | 
         change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
         if not math.isfinite(change):
             return MISSING
-        spread = f" ± {error * scale:.1f}" if finite(error) else ""
+        spread = f" ± {error * scale:.1f}" if spreads(error) else ""
         return f"{change:+z.1f}{spread} points"
 
     return shown

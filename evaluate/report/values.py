@@ -49,6 +49,12 @@ def finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def spreads(error: float | None) -> bool:
+    """Says whether a standard error is known and not 0, which it is where all rows have the same
+    value: they have no spread to estimate an error from, and `± 0.0` would call them exact."""
+    return finite(error) and error > 1e-12  # equal values may differ from their mean by rounding
+
+
 def finite_only(node: Any) -> Any:
     """Copies the tree with None for each number that JSON cannot represent."""
     if isinstance(node, dict):

@@ -242,6 +242,47 @@ def test_a_paired_change_has_its_own_error(report):
     assert [row[-1] for row in rows[-2:]] == ["-3.0 ± 0.7 points", "-1.5 points"]
 
 
+def test_no_score_is_called_exact_because_all_rows_are_alike(report, tmp_path, capsys):
+    """0 of n right was shown as `0.0 ± 0.0`."""
+    base = report["models"]["base"]["tasks"]["held_out"]["json_match"]
+    base |= {"stderr": 0.0, "n": 100}
+    report["changes"] = {"held_out": {"json_match": {"value": 0.0, "stderr": 0.0, "n": 300}}}
+    row = comparison_rows(report)[1][-2]
+    assert (row[1], row[2], row[-1]) == ("0.0", "71.2 ± 1.8", "-3.0 points")
+    line = (
+        "Where all rows have the same value, no ± is shown, because they have no spread: the true "
+        "value may still be 3.0 points away (95% limit for 100 independent rows)."
+    )
+    shown = _everywhere(report, tmp_path, capsys)
+    assert [line in text for text in shown] == [True, True, True]
+    assert not [text for text in shown if "± 0.0 " in text]
+    base["stderr"] = report["changes"]["held_out"]["json_match"]["stderr"] = 0.01
+    assert not [text for text in _everywhere(report, tmp_path, capsys) if "no ± is shown" in text]
+
+
+def test_the_limit_for_rows_that_are_all_alike_is_that_of_scipy(report):
+    """Clopper and Pearson's, one-sided, of which the rule of three is an approximation."""
+    from scipy.stats import binomtest
+
+    from finequant.evaluate.report.report import baseline_lines
+
+    for rows in (2, 20, 300):
+        score = {"value": 1.0, "stderr": 0.0, "n": rows}
+        report["models"]["tuned"]["tasks"]["held_out"]["json_match"] = score
+        low = binomtest(rows, rows, alternative="greater").proportion_ci(0.95).low
+        assert f"may still be {100 * (1 - low):.1f} points away" in baseline_lines(report)[-1]
+
+
+def _everywhere(report: dict, folder, capsys) -> list[str]:
+    """Returns what the terminal, report.md and the page say."""
+    from finequant.evaluate.report.page import page
+
+    print_table(report)
+    write_report(report, folder)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    return [capsys.readouterr().out, markdown, page(report, [])]
+
+
 def test_comparison_rows_allow_gaps_and_further_models(report):
     report["models"]["gguf"] = {"size_bytes": 93_000_000}
     report["models"]["quantized"] = model(perplexity=2e8) | {"bits_per_weight": None, "tasks": {}}
