@@ -192,27 +192,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         limits.append(
             f"Accuracies were measured on at least {counted(smallest, 'row')}: note their errors."
         )
-    if kind == QUANTIZED and not report["gate"]["checks"]:
-        limits.append("The recipe sets no gate, and so no limit on what quantization may cost.")
     if kind == QUANTIZED:
-        from finequant.quantize.formats.formats import report_key  # which imports torch
-
-        size = report["models"][QUANTIZED]["bits_per_weight"]
-        limits.append(
-            f"The torchao file takes {size:.2f} bits for each weight of the base: it keeps each "
-            "code of 8 bits or fewer in a byte."
-        )
-        for name in exports:
-            measured = models.get(report_key(name))
-            if measured is None:
-                limits.append(
-                    f"The export {name} is not in the table: it holds the same codes, but was not "
-                    "measured."
-                )
-            elif "speed" not in measured:
-                limits.append(
-                    f"The export {name} holds the same codes; only its size was measured."
-                )
+        limits += _quantized_limits(report, exports)
     if base_on_hub(recipe) not in (None, recipe.model.base):
         limits.append(f"The adapter was trained on `{recipe.model.base}`.")
         if kind == ADAPTER:
@@ -221,6 +202,28 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
                 f"{base_on_hub(recipe)}, whose weights may differ."
             )
     return [*limits, "Safety, bias and truthfulness were not measured."]
+
+
+def _quantized_limits(report: dict[str, Any], exports: list[str]) -> list[str]:
+    from finequant.quantize.formats.formats import report_key  # which imports torch
+
+    limits, models = [], report["models"]
+    if not report["gate"]["checks"]:
+        limits.append("The recipe sets no gate, and so no limit on what quantization may cost.")
+    limits.append(
+        f"The torchao file takes {models[QUANTIZED]['bits_per_weight']:.2f} bits for each weight "
+        "of the base: it keeps each code of 8 bits or fewer in a byte."
+    )
+    for name in exports:
+        measured = models.get(report_key(name))
+        if measured is None:
+            limits.append(
+                f"The export {name} is not in the table: it holds the same codes, but was not "
+                "measured."
+            )
+        elif "speed" not in measured:
+            limits.append(f"The export {name} holds the same codes; only its size was measured.")
+    return limits
 
 
 def _license(license: License, recipe: Recipe) -> str:

@@ -84,25 +84,14 @@ def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool)
         there = [file.rfilename for file in info.siblings or []]
         there = [name for name in there if name != MADE_BY_THE_HUB]
         published = _published(api, recipe, info, there, kind)
-        if there and not published and not into_existing:
-            raise UserError(
-                f"publish.repo_id: {publish.repo_id} exists, with {counted(len(there), 'file')} "
-                "that this recipe did not publish "
-                f"({', '.join(there[:3])}{', ...' if there[3:] else ''}): name another, or add "
-                "--into-existing to replace those of the same names and keep the others"
-            )
+        edited = _edited(api, recipe, info, published, files)
+        if not into_existing:
+            _check_is_ours(publish.repo_id, there, published, edited)
         if kind == QUANTIZED and ADAPTER_CONFIG in there:
             raise UserError(
                 f"publish.repo_id: {publish.repo_id} has {ADAPTER_CONFIG}, so that transformers "
                 "would load an adapter instead of the quantized model: name another, or delete "
                 "that file there"
-            )
-        edited = _edited(api, recipe, info, published, files)
-        if edited and not into_existing:
-            raise UserError(
-                f"publish.repo_id: {publish.repo_id} was edited on the Hub since this recipe "
-                f"published it: {', '.join(edited)}: move the edits into the recipe, such as "
-                "into publish.description, or add --into-existing to replace them"
             )
     if bool(info.private) != publish.private:
         actual, wanted = ("private", "public") if info.private else ("public", "private")
@@ -111,6 +100,24 @@ def look(recipe: Recipe, kind: str, files: dict[str, Path], into_existing: bool)
             f"it in the repository's settings, or set publish.private={str(info.private).lower()}"
         )
     return Remote(url, who["name"], info.sha, there, published)
+
+
+def _check_is_ours(
+    repo_id: str, there: list[str], published: dict[str, str], edited: list[str]
+) -> None:
+    """Refuses a repository whose files this recipe did not publish, or that were edited since."""
+    if there and not published:
+        raise UserError(
+            f"publish.repo_id: {repo_id} exists, with {counted(len(there), 'file')} that this "
+            f"recipe did not publish ({', '.join(there[:3])}{', ...' if there[3:] else ''}): name "
+            "another, or add --into-existing to replace those of the same names and keep the others"
+        )
+    if edited:
+        raise UserError(
+            f"publish.repo_id: {repo_id} was edited on the Hub since this recipe published it: "
+            f"{', '.join(edited)}: move the edits into the recipe, such as into "
+            "publish.description, or add --into-existing to replace them"
+        )
 
 
 def send(recipe: Recipe, files: dict[str, Path], remote: Remote) -> str:

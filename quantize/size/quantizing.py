@@ -28,6 +28,7 @@ from finequant.quantize.size.terms import (
 from finequant.quantize.size.training import (
     LOGITS,
     LOGITS_WITH_TEACHER,
+    Step,
     saved_per_token,
     step_memory,
     step_tokens,
@@ -60,7 +61,7 @@ def qat_memory(recipe: Recipe, config: DecoderConfig, machine: Machine, lengths:
     targets = min(tokens, TARGETS_AT_ONCE)
     logit_bytes = LOGITS_WITH_TEACHER if teacher else LOGITS
     logits = targets * config.vocab_size * logit_bytes
-    step = step_memory("qat", recipe, config, machine, size, tokens, weights, learned, logits)
+    step = step_memory("qat", recipe, config, machine, Step(size, tokens, weights, learned, logits))
     if not METHODS[recipe.quantize.method].is_calibrated:
         return step
     calibration = peak_memory("qat", machine, _calibration(recipe, config, machine), {})

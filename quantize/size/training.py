@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.finetune import nf4
 from finequant.finetune.architecture import head_dim, parameter_count
@@ -68,7 +68,7 @@ def training_memory(
         gathered = 3 * parts["embedding"] + 2 * block
         weights = weights // machine.gpus + gathered * size
         learned //= machine.gpus
-    step = step_memory("train", recipe, config, machine, size, tokens, weights, learned, loss)
+    step = step_memory("train", recipe, config, machine, Step(size, tokens, weights, learned, loss))
     if machine.kind == "gpu" or not recipe.model.is_gguf:
         return step
     return largest(step, _dequantizing(recipe, config, machine))
@@ -92,41 +92,42 @@ def step_tokens(recipe: Recipe, lengths: Lengths, machine: Machine) -> int:
     return sum(rows) if machine.kind == "cpu" else count * max(rows)
 
 
-def step_memory(
-    stage: str,
-    recipe: Recipe,
-    config: DecoderConfig,
-    machine: Machine,
-    size: int,
-    tokens: int,
-    weights: int,
-    learned: int,
-    logits: int,
-) -> Memory:
-    """Estimates a training step of `train` or `qat`.
+class Step(NamedTuple):
+    """What the memory of a training step depends on, in each process."""
 
-    size: bytes of a number in the model's arithmetic.
-    tokens: of the micro-batch, in each process.
-    weights, logits: bytes that they take.
-    learned: the number of trained parameters.
-    """
+    size: int
+    """Bytes of a number in the model's arithmetic."""
+    tokens: int
+    """Tokens of the micro-batch."""
+    weights: int
+    """Bytes of the weights."""
+    learned: int
+    """The number of trained parameters."""
+    logits: int
+    """Bytes of the logits and their gradients."""
+
+
+def step_memory(
+    stage: str, recipe: Recipe, config: DecoderConfig, machine: Machine, step: Step
+) -> Memory:
+    """Estimates a training step of `train` or `qat`."""
     train, blocks = recipe.train, config.num_hidden_layers
-    saved = saved_per_token(recipe, config, size)
+    saved = saved_per_token(recipe, config, step.size)
     if stage == "train" and _takes_liger(recipe, machine):
         saved *= LIGER
-    activations = tokens * saved * blocks
+    activations = step.tokens * saved * blocks
     if train.gradient_checkpointing:
-        activations = tokens * (saved + blocks * config.hidden_size * size)
+        activations = step.tokens * (saved + blocks * config.hidden_size * step.size)
     return peak_memory(
         stage,
         machine,
         {
-            "weights": weights,
-            "adapter" if stage == "train" else "trained parameters": 4 * learned,
-            "gradients": 4 * learned,
-            "optimizer": optimizer_bytes(train.optimizer) * learned,
+            "weights": step.weights,
+            "adapter" if stage == "train" else "trained parameters": 4 * step.learned,
+            "gradients": 4 * step.learned,
+            "optimizer": optimizer_bytes(train.optimizer) * step.learned,
         },
-        {"activations": int(activations), "logits": logits},
+        {"activations": int(activations), "logits": step.logits},
     )
 
 
