@@ -190,7 +190,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     ]
     if smallest := min(filter(None, scored), default=0):
         limits.append(
-            f"Accuracies were measured on at least {counted(smallest, 'row')}: note their errors."
+            f"Accuracies were measured on as few as {counted(smallest, 'row')}: mind their "
+            "standard errors."
         )
     if kind == QUANTIZED:
         limits += _quantized_limits(report, exports)

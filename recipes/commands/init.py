@@ -218,7 +218,7 @@ def _write_metrics(target: Path, splits: Splits) -> None:
         if metrics != asked:
             left = ", ".join(name for name in asked if name not in metrics)
             add_to_file(target, {"evaluate.metrics": metrics}, "for any language")
-            say(f"init: evaluate.metrics: chrf, as {left} cannot compare such answers")
+            say(f"init: evaluate.metrics: chrf, because {left} cannot compare such answers")
 
 
 def _write_exports(target: Path) -> None:
@@ -237,7 +237,7 @@ def _write_exports(target: Path) -> None:
     except UserError as error:
         add_to_file(target, {"quantize.exports": []}, "GGUF cannot hold this base")
         reason = str(error).removesuffix(": remove gguf from quantize.exports")
-        say(f"init: quantize.exports: [], as GGUF cannot hold this base: {reason}")
+        say(f"init: quantize.exports: [], because GGUF cannot hold this base: {reason}")
 
 
 def _write_answer_length(target: Path, splits: Splits) -> None:

@@ -120,9 +120,7 @@ def _run_stale(
             stages_left = [*chain(*remaining)]
             refuse_early(recipe, directory, stages_left, launch, force, _start_importing)
         seconds = _seconds(directory, remaining)
-        left = (
-            f", {duration(sum(seconds))} left if all goes as fast as last time" if seconds else ""
-        )
+        left = f", {duration(sum(seconds))} left if it goes as fast as last time" if seconds else ""
         say(f"[{position}] {', '.join(stale)}{left}")
         for change in dict.fromkeys(chain(*(changes[stage] or [] for stage in stale))):
             say(f"  because {change}")

@@ -66,7 +66,7 @@ def test_metrics_that_do_not_read_the_answers_are_replaced(init_rows):
     rows = [{"prompt": f"Что {n}?", "completion": f"{text}{n}, вот и всё."} for n in range(40)]
     code, printed = init_rows(rows, "data.max_length=512")
     assert code == 0, printed
-    assert "init: evaluate.metrics: chrf, as rouge cannot compare such answers" in printed
+    assert "init: evaluate.metrics: chrf, because rouge cannot compare such answers" in printed
     assert load_recipe("rows.yaml", []).evaluate.metrics == ["f1", "chrf"]
 
 
@@ -293,7 +293,7 @@ def test_an_export_that_cannot_hold_the_base_is_left_out_with_a_note(init_rows, 
     base = llama("stretched", rope_parameters=stretched)
     code, printed = init_rows(pairs(40), "--base", str(base))
     assert code == 0
-    assert "init: quantize.exports: [], as GGUF cannot hold this base: gguf: no export" in printed
+    assert "init: quantize.exports: [], because GGUF cannot hold this base: gguf: no" in printed
     assert load_recipe("rows.yaml").quantize.exports == []
     Path("rows.yaml").unlink()
     code, printed = init_rows(pairs(40), "--base", str(base), "quantize.exports=[gguf]")
