@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune.device import device
 from finequant.quantize.rounding import SharedInputs
 from finequant.recipes.errors import UserError
 
@@ -19,7 +20,8 @@ processor emulates bfloat16, a whole window would take longer than the perplexit
 
 
 def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
-    """Replaces integer weights, in place, with the floats that torchao computes at each forward.
+    """Moves a quantized model to the GPU, if there is one, and replaces integer weights, in place,
+    with the floats that torchao computes at each forward.
 
     The arithmetic stays the same, so the logits must be identical; this is checked on the first
     tokens of the prompt.
@@ -27,6 +29,7 @@ def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
     Raises:
         UserError: if the logits differ, because then another model would be measured.
     """
+    _move(model)
     ids = torch.tensor([prompt[:CHECKED_TOKENS]], device=model.device)
     with torch.inference_mode():
         expected = model(ids).logits
@@ -47,6 +50,17 @@ def dequantize_once(model: Decoder, prompt: list[int]) -> Decoder:
             "the versions in constraints.txt, as another torchao may compute differently"
         )
     return model
+
+
+def _move(model: Decoder) -> None:
+    """Moves a quantized model to the GPU, if there is one, and keeps its scales as they ship:
+    torchao 0.18 rounds them to the model's dtype wherever a model is moved to, even to the CPU."""
+    weights = [getattr(module, "weight", None) for module in model.modules()]
+    scales = [getattr(weight, "scale", None) for weight in weights]
+    model.to(device())
+    for module, scale in zip(model.modules(), scales, strict=True):
+        if scale is not None:
+            module.weight.scale = scale.to(device())
 
 
 def quantize_inputs(modules: Iterable[torch.nn.Module]) -> None:

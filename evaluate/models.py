@@ -10,7 +10,9 @@ from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
-    from finequant.finetune.architecture import Decoder
+    import torch
+
+    from finequant.finetune.architecture import Decoder, DecoderConfig
     from finequant.quantize.size.placement import DeviceMap
     from finequant.quantize.size.terms import Lengths
 
@@ -34,6 +36,7 @@ def load_model(
     probe: list[int],
     ends: list[int],
     lengths: Lengths | None = None,
+    config: DecoderConfig | None = None,
 ) -> Decoder:
     """Loads one of the three models with its shipped weights, on the GPU if there is one.
 
@@ -45,6 +48,7 @@ def load_model(
     ends: token ids that end an answer of base and tuned; quantized/ has its own record of them.
     lengths: of the sequences it will read, as activations take memory, too; default: the longest
         that the recipe allows.
+    config: default: the base's; with its own, quantized/ is loaded without a base.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,15 +60,15 @@ def load_model(
     from finequant.quantize.scheme import cast_weights, shipped_dtype
     from finequant.quantize.size.placement import device_map_of
 
-    config = load_config(recipe.model)
+    config = config or load_config(recipe.model)
     dtype = shipped_dtype(recipe.quantize, config)
     if device_map := device_map_of(recipe, config, lengths):
-        return _spread(name, recipe, run, ends, device_map)
+        return _spread(name, recipe, run, ends, dtype, device_map)
     if name == "base":
         model = load_base(recipe.model, dtype)
     elif name == "quantized":
         model = AutoModelForCausalLM.from_pretrained(run.quantized).eval()
-        model = dequantize_once(model.to(device()), probe)
+        model = dequantize_once(model, probe)
         return cast_weights(model, arithmetic_dtype(dtype))
     else:
         model = merged_model(recipe, run, dtype)
@@ -75,12 +79,19 @@ def load_model(
 
 
 def _spread(
-    name: str, recipe: Recipe, run: RunDir, ends: list[int], device_map: DeviceMap
+    name: str,
+    recipe: Recipe,
+    run: RunDir,
+    ends: list[int],
+    dtype: torch.dtype,
+    device_map: DeviceMap,
 ) -> Decoder:
     """Builds a model that is too large for one device, from its files.
 
     The weights of quantized/ are codes times scales, which the stage quantize has compared with
     torchao's.
+
+    dtype: the shipped dtype, to which weights are rounded.
     """
     from transformers import GenerationConfig
 
@@ -89,26 +100,26 @@ def _spread(
     from finequant.finetune.data.turns import stop_at
     from finequant.finetune.device import arithmetic_dtype
     from finequant.quantize.checkpoint.stored import read_checkpoint
-    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
     from finequant.quantize.merge.model import spread_model
-    from finequant.quantize.scheme import shipped_dtype
 
-    base = open_base(recipe.model)
-    dtype = shipped_dtype(recipe.quantize, base.config)
-    arithmetic, layers = arithmetic_dtype(dtype), []
+    layers = []
     for where, count in Counter(device_map.values()).items():
         say(f"evaluate: {name}: {count} of {len(device_map)} parts on {where}")
     if name == "quantized":
         stored = read_checkpoint(run.quantized)
         generation = GenerationConfig.from_pretrained(run.quantized)
-        base = base._replace(config=stored.config, generation_config=generation)
-        weights = stored.float_weight
+        base, weights = (
+            Base(stored.config, generation, {}, stored.float_weight),
+            stored.float_weight,
+        )
         layers = [layer for layer in stored.rounded if layer != EMBEDDING]
-    elif name == "tuned":
-        weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
     else:
+        base = open_base(recipe.model)
         weights = base.weights
-    model = spread_model(base, weights, dtype, arithmetic, device_map)
+    if name == "tuned":
+        weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
+    model = spread_model(base, weights, dtype, arithmetic_dtype(dtype), device_map)
     if name == "quantized":
         quantize_inputs(model.get_submodule(layer) for layer in layers)
     else:

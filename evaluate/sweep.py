@@ -203,7 +203,7 @@ def measure_point(
     from finequant.evaluate.measure import measure_model
     from finequant.evaluate.metrics.divergence import divergence
     from finequant.finetune.architecture import parameter_count
-    from finequant.finetune.device import arithmetic_dtype, device
+    from finequant.finetune.device import arithmetic_dtype
     from finequant.finetune.model import load_config
     from finequant.quantize.checkpoint.reading import weights_of
     from finequant.quantize.checkpoint.writing import quantized_model
@@ -232,7 +232,7 @@ def measure_point(
     model = quantized_model(model, rounded, plan, dtype)
     # Counts each code at its own bits; torchao's files spend eight on each.
     packed = model_size(plan, config, dtype, recipe.quantize).packed
-    model = dequantize_once(model.to(device()), material.probes[0])
+    model = dequantize_once(model, material.probes[0])
     model = cast_weights(model, arithmetic_dtype(dtype))
     measurement, predictions = measure_model(point.name, model, recipe, material, size)
     measurement["scores"]["divergence"] = divergence(reference, predictions.logs)

@@ -53,6 +53,9 @@ NO_EFFECT_ON_ADAPTER = (
 ONLY_FOR_EXPORTS = ("quantize.exports", "quantize.cache_length")
 ONLY_SHOWN = ("evaluate.gate", "evaluate.samples", "evaluate.batch_size")
 
+MISSING = "missing"
+"""Stands for the hash of what is not here."""
+
 PLAN_KEYS = (
     "quantize.bits",
     "quantize.group_size",
@@ -202,12 +205,14 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
     }
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and key != "model.base" and Path(inputs[key]).is_absolute():
-            files = matching_files(Path(inputs[key]))
+            files = [file for file in matching_files(Path(inputs[key])) if file.exists()]
             if key == "evaluate.task_folder":
                 files = [*files, *local_data(Path(inputs[key]))]
-            inputs[key] = " ".join(map(_content_and_kind, files))
+            inputs[key] = " ".join(map(_content_and_kind, files)) or MISSING
+    base = Path(recipe.model.base)
     if "model.base" in inputs:
-        inputs["model.base"] = base_hash(recipe.model)
+        is_missing = base.is_absolute() and not base.exists()
+        inputs["model.base"] = MISSING if is_missing else base_hash(recipe.model)
     return inputs
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finequant.quantize.size import placement
 from finequant.quantize.size.estimate import memory_of
@@ -15,8 +17,9 @@ from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offloaded_models_give_the_same_report_to_the_last_digit(
-    recipe_file, train_once, monkeypatch, capsys
+    recipe_file, tiny_base, tmp_path, train_once, monkeypatch, capsys, dtype
 ):
     """Compares perplexities, answers, likelihoods of choices, and divergence, for each model."""
     from finequant.evaluate.compare import main as compare
@@ -26,6 +29,9 @@ def test_offloaded_models_give_the_same_report_to_the_last_digit(
     arguments = [str(recipe_file), "train.max_steps=2", "train.learning_rate=1e-2"]
     arguments += ["quantize.embedding=8", "quantize.method=rtn", "evaluate.limit=4"]
     arguments += ["evaluate.metrics=[multiple_choice, f1]", "evaluate.choices=completions"]
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype).save_pretrained(base)
+    arguments.append(f"model.base={base}")
     train_once(arguments)
     convert(arguments)
     reports = []
