@@ -18,18 +18,28 @@ from finequant.recipes.terminal import close, doing, say
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, TextStreamer
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-    from finequant.finetune.architecture import Decoder
+    from finequant.finetune.architecture import Decoder, DecoderConfig
     from finequant.quantize.formats.format import Format
 
 Messages = list[dict[str, str]]
 
-NEEDS = {"base": (), "tuned": ("train",), "quantized": ("train", "quantize")}
+STAGE_OF = {"tuned": "train", "quantized": "quantize"}
+"""The stage that makes a model."""
 
 NOT_UTF8 = "chat: the question is not UTF-8 text: set the terminal, or save the file, as UTF-8"
 
 HELP = "/new starts over, /quit or an empty line ends the chat, /help shows this again"
+
+
+class Described(NamedTuple):
+    """What the files beside the weights say of a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DecoderConfig
+    generation: GenerationConfig
+    """With every token that ends an answer."""
 
 
 class Answer(NamedTuple):
@@ -61,36 +71,45 @@ def chat(
         a prompt, all that exist.
 
     Raises:
-        UserError: for a model that does not exist, or a question that is not UTF-8.
+        UserError: for a model that does not exist or cannot be used, or a question that is not
+            UTF-8; without `model`, only if no model can answer.
     """
     checked_text(prompt or "")
-    recipe, run = open_run(where, overrides)
+    recipe, run = open_run(where, overrides, missing_ok=True)
     doing("chat: loading torch and transformers")
-    names = available(run) if prompt is not None and model is None else [model or "quantized"]
-    for name in names:
-        check_made(name, recipe, run)
-    quiet_libraries()
     if prompt is None:
-        chat_model = load_chat_model(names[0], recipe, run)
+        name = model or "quantized"
+        check_made(name, recipe, run)
+        quiet_libraries()
+        chat_model = load_chat_model(name, recipe, run)
         try:
-            converse(chat_model, names[0], recipe, max_new_tokens)
+            converse(chat_model, name, recipe, max_new_tokens)
         except Interrupted as end:  # a usual way to leave a conversation
             print(file=sys.stderr)
             sys.exit(end.code)
         return
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
-    answers = {}
-    for name in names:  # one at a time in memory
-        chat_model = load_chat_model(name, recipe, run)
-        doing(f"chat: {name}: answering")
-        answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
-        del chat_model
+    answers, problems = {}, []
+    for name in [model] if model else available(run):  # one at a time in memory
+        try:
+            check_made(name, recipe, run)
+            quiet_libraries()
+            chat_model = load_chat_model(name, recipe, run)
+            doing(f"chat: {name}: answering")
+            answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
+        except UserError as error:
+            problems.append((name, error))
+    if not answers:
+        raise problems[0][1]
+    for name, error in problems:
+        say(f"chat: {name}: skipped: {str(error).removeprefix(f'{name}: ')}")
     close()
     show(answers)
 
 
 def available(run: RunDir) -> list[str]:
-    """Names the models that exist in this run and can run here; the base always does."""
+    """Names the models that exist in this run and whose runtimes are installed; the base may be
+    anywhere, and is always named."""
     exported = []
     for name, entry in exports_with_a_runtime().items():
         if not (run.exports / entry.name).is_dir():
@@ -99,7 +118,7 @@ def available(run: RunDir) -> list[str]:
             say(f"chat: {name}: skipped, its runtime is not installed: {missing}")
         else:
             exported.append(name)
-    made = [name for name in MODELS if all(map(run.has, NEEDS[name]))]
+    made = [name for name in MODELS if name not in STAGE_OF or run.has(STAGE_OF[name])]
     return made + exported
 
 
@@ -116,12 +135,16 @@ def exports_with_a_runtime() -> dict[str, Format]:
 def check_made(name: str, recipe: Recipe, run: RunDir) -> None:
     """Checks that a model exists and was made from the run's present artifacts.
 
+    Only base and tuned need the base, which may be gone or changed for the others.
+
     Raises:
         UserError: for an unknown name, or a model that is missing or out of date.
     """
-    for stage in NEEDS.get(name, ()):
-        run.require(stage, recipe)
+    if name == "quantized" and not run.has("quantize"):
+        run.require_there("train")  # what is missing first
     if name in MODELS:
+        if stage := STAGE_OF.get(name):
+            run.require(stage, recipe, any_base=name == "quantized")
         return
     exports = exports_with_a_runtime()
     if name not in exports:
@@ -140,28 +163,40 @@ def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
         UserError: if the runtime is not installed.
     """
     from finequant.evaluate.models import load_model
-    from finequant.finetune.data.turns import end_tokens
-    from finequant.finetune.model import load_tokenizer
+    from finequant.finetune.data.turns import configured_ends
     from finequant.quantize.size.terms import Lengths
 
     doing(f"chat: {name}: loading")
-    tokenizer = load_tokenizer(recipe.model)
-    ends = end_tokens(recipe.model, recipe.data, tokenizer)
+    described = describe(name, recipe, run)
+    tokenizer, config, generation = described
     if not tokenizer.chat_template:
         say(f"chat: {name}: the base has no chat template: each line is a text that it continues")
     if name not in MODELS:
-        return load_export(name, recipe, run, tokenizer, ends)
+        return load_export(name, recipe, run, described)
     prompt = _encode([{"role": "user", "content": "Hello!"}], tokenizer, recipe)
-    model = load_model(name, recipe, run, prompt, ends, Lengths([], scored=0, prompt=0))
+    ends, lengths = configured_ends(generation), Lengths([], scored=0, prompt=0)
+    model = load_model(name, recipe, run, prompt, ends, lengths, config)
     return transformers_chat_model(model, tokenizer, recipe, name)
 
 
-def load_export(
-    name: str, recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase, ends: list[int]
-) -> ChatModel:
-    """Opens an export in its own runtime.
+def describe(name: str, recipe: Recipe, run: RunDir) -> Described:
+    """Reads the files of quantized/ for it and its exports, which then need no base; for the others
+    those of the base, as quantize does."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    ends: token ids that end an answer.
+    from finequant.finetune.data.turns import generation_config
+    from finequant.finetune.model import load_config, load_tokenizer
+
+    if name in ("base", "tuned") or not run.has("quantize"):
+        tokenizer = load_tokenizer(recipe.model)
+        generation = generation_config(recipe.model, recipe.data, tokenizer)
+        return Described(tokenizer, load_config(recipe.model), generation)
+    kinds = (AutoTokenizer, AutoConfig, GenerationConfig)
+    return Described(*(kind.from_pretrained(run.quantized) for kind in kinds))
+
+
+def load_export(name: str, recipe: Recipe, run: RunDir, described: Described) -> ChatModel:
+    """Opens an export in its own runtime.
 
     Raises:
         UserError: if the runtime is not installed or cannot open the files; later, if the cache
@@ -171,7 +206,7 @@ def load_export(
 
     from finequant.evaluate.metrics.exports import greedy_tokens
     from finequant.finetune.architecture import usable_positions
-    from finequant.finetune.model import load_config, load_generation_config
+    from finequant.finetune.data.turns import configured_ends, repetition_penalty
     from finequant.quantize.formats.format import CONTEXT
 
     entry = exports_with_a_runtime()[name]
@@ -186,8 +221,9 @@ def load_export(
             f"`finequant export RECIPE --to {entry.name}` again"
         ) from None
     cache = run.manifest()[entry.name].get("cache_length", CONTEXT)
-    positions = usable_positions(load_config(recipe.model))
-    penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
+    tokenizer, config, generation = described
+    positions = usable_positions(config)
+    ends, penalty = configured_ends(generation), repetition_penalty(generation)
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids, new = _encode(messages, tokenizer, recipe), []
@@ -239,7 +275,8 @@ def transformers_chat_model(
     from finequant.finetune.architecture import usable_positions
     from finequant.finetune.data.turns import configured_ends, until_end
 
-    ends, positions = configured_ends(model), usable_positions(model.config)
+    ends = configured_ends(model.generation_config)
+    positions = usable_positions(model.config)
 
     def respond(messages: Messages, max_new_tokens: int, write: Callable[[str], None]) -> Answer:
         ids = torch.tensor([_encode(messages, tokenizer, recipe)], device=model.device)

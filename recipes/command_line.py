@@ -50,8 +50,12 @@ def read_command_line(
     return recipe, replace(run, commits=commits)
 
 
-def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
+def open_run(
+    where: Path, overrides: Sequence[str], missing_ok: bool = False
+) -> tuple[Recipe, RunDir]:
     """Returns the recipe and the run directory, given either of them.
+
+    missing_ok: whether files that the recipe names may be missing.
 
     Hub revisions become the commits that the stages used, the first one that did: with branches in
     their place, all stages would seem to be out of date.
@@ -59,7 +63,7 @@ def open_run(where: Path, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.stages import stages_of
 
-    recipe = load_recipe(where, overrides)
+    recipe = load_recipe(where, overrides, missing_ok)
     run, commits = RunDir.of(recipe), {}
     for stage in reversed(stages_of(recipe)):
         commits |= run.commits_of(stage)

@@ -41,11 +41,14 @@ Location = tuple[str | int, ...]
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), missing_ok: bool = False
+) -> Recipe:
     """Reads a recipe, applies `key.sub=value` overrides, and validates the result.
 
     path: a file, a run directory, which then becomes output_dir, or the name of a shipped recipe.
     Local paths are relative to the recipe's folder in the file, and absolute in the result.
+    missing_ok: whether files that it names may be missing, as where a run was copied to.
 
     Raises:
         UserError: naming every problem with its file, line, key, value, and what was expected.
@@ -63,7 +66,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = _describe(error, document, origins)
         raise UserError(_summary(path, problems)) from None
-    return _with_absolute_paths(recipe, path, document, origins)
+    return _with_absolute_paths(recipe, path, document, origins, missing_ok)
 
 
 def read_section(path: Path, name: str, section: type[SectionType]) -> SectionType:
@@ -419,7 +422,7 @@ def path_fields(content: dict[str, Any]) -> Iterable[Location]:
 
 
 def _with_absolute_paths(
-    recipe: Recipe, file: Path, document: Any, origins: dict[Location, str]
+    recipe: Recipe, file: Path, document: Any, origins: dict[Location, str], missing_ok: bool
 ) -> Recipe:
     content = recipe.model_dump()
     problems = []
@@ -433,6 +436,8 @@ def _with_absolute_paths(
             local = CHATML_TOOLS
         if local is not None:
             holder[at[-1]] = str(local)
+        elif missing_ok and is_local(value):
+            holder[at[-1]] = str((file.parent / value).resolve())
         elif is_local(value) or at[-1] in FOLDERS:
             key = _in_document(at, document)
             problems.append(

@@ -29,6 +29,7 @@ from finequant.recipes.load import write_recipe
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import (
     MEASURING_CODE,
+    MISSING,
     command_of,
     flat,
     recipe_inputs,
@@ -154,10 +155,12 @@ class RunDir:
     def _changes(self, entry: dict[str, Any], recipe: Recipe, stage: str) -> dict[str, str]:
         """Maps each input that differs from a manifest entry's to a sentence about it.
 
-        A key of the recipe that is newer than the entry only counts if the recipe sets it.
+        A key of the recipe that is newer than the entry only counts if the recipe sets it, and what
+        a missing file contained is not known.
         """
         inputs, values = self.inputs(recipe, stage), _values(recipe)
-        changed = changes(entry["inputs"], inputs, values)
+        unknown = {key: entry["inputs"].get(key) for key in inputs if inputs[key] == MISSING}
+        changed = changes(entry["inputs"], inputs | unknown, values)
         known = entry["inputs"].keys() | _values(recipe, exclude_defaults=True).keys()
         return {key: why for key, why in changed.items() if key in known or key not in values}
 
@@ -177,10 +180,12 @@ class RunDir:
         for artifact in stage_of(stage, recipe).reads:
             self.require(writer_of(artifact), recipe)
 
-    def require(self, stage: str, recipe: Recipe) -> None:
+    def require(self, stage: str, recipe: Recipe, any_base: bool = False) -> None:
         """Refuses a stage's outputs if they are missing, damaged, or not made from what is here.
 
         Changes of other keys of the recipe are only reported: by hand, stages may run with any.
+
+        any_base: whether the base may have changed since.
 
         Raises:
             UserError: naming what changed, and the command that makes the outputs again.
@@ -190,6 +195,8 @@ class RunDir:
         if entry is None or self._edited(stage, entry):  # brought from elsewhere
             return
         changed = self._changes(entry, recipe, stage)
+        if any_base:
+            changed.pop("model.base", None)
         unusable = [text for key, text in changed.items() if self._decides(key, stage)]
         if unusable:
             raise UserError(

@@ -69,7 +69,7 @@ def measure_export(
         say(f"evaluate: {name}: only its size is measured: {missing}")
         return {"scores": sizes | {"perplexity": {}, "tasks": {}}, "answers": []}
     measure = _measure_checkpoint if entry.is_checkpoint else _measure_in_runtime
-    scores, answers, logs = measure(entry, folder, recipe, material, reference().corpora)
+    scores, answers, logs = measure(entry, run, recipe, material, reference().corpora)
     parity = compared(entry, folder, recipe, material, reference(), logs)
     scores = sizes | scores | {"speed": speed(name, folder)}
     return {"scores": scores, "answers": answers, "parity": parity}
@@ -82,7 +82,7 @@ sequences that exports are compared on."""
 
 def _measure_checkpoint(
     entry: Format,
-    folder: Path,
+    run: RunDir,
     recipe: Recipe,
     material: Material,
     compared_on: dict[str, list[ScoredSequence]],
@@ -93,6 +93,7 @@ def _measure_checkpoint(
     from finequant.finetune.device import arithmetic_dtype
     from finequant.quantize.scheme import cast_weights
 
+    folder = run.exports / entry.name
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         model(torch.tensor([[0]]))  # the first forward of the whole model unpacks the weights
@@ -105,17 +106,17 @@ def _measure_checkpoint(
 
 def _measure_in_runtime(
     entry: Format,
-    folder: Path,
+    run: RunDir,
     recipe: Recipe,
     material: Material,
     compared_on: dict[str, list[ScoredSequence]],
 ) -> Measured:
-    runtime = entry.open_runtime(folder, _context(recipe, material))
+    runtime = entry.open_runtime(run.exports / entry.name, _context(recipe, material))
     perplexity = {
         corpus: perplexities(nll_sum(runtime, texts[0], f"{entry.name}: {corpus}"), *texts, corpus)
         for corpus, texts in material.corpora.items()
     }
-    answers, tasks = _held_out(entry.name, runtime, recipe, material)
+    answers, tasks = _held_out(entry.name, runtime, recipe, run, material)
     logs = [
         log_softmax(logits, dim=-1)
         for sequence in chain(*compared_on.values())
@@ -132,23 +133,25 @@ def _context(recipe: Recipe, material: Material) -> int:
 
 
 def _held_out(
-    name: str, runtime: Runtime, recipe: Recipe, material: Material
+    name: str, runtime: Runtime, recipe: Recipe, run: RunDir, material: Material
 ) -> tuple[list[str], dict[str, Any]]:
-    """Answers the held-out rows; returns the answers, and their scores as tasks of the report."""
+    """Answers the held-out rows as quantized/ does, by its generation_config.json; returns the
+    answers, and their scores as tasks of the report."""
+    from transformers import GenerationConfig
+
     from finequant.evaluate.inputs import HELD_OUT
     from finequant.evaluate.metrics.text_metrics import score_answers
-    from finequant.finetune.model import load_generation_config
+    from finequant.finetune.data.turns import configured_ends, repetition_penalty
 
     if not material.prompts:
         return [], {}
     say(f"evaluate: {name}: answering {counted(len(material.prompts), 'held-out row')}")
     limit = recipe.evaluate.max_new_tokens
-    penalty = load_generation_config(recipe.model).repetition_penalty or 1.0
+    generation = GenerationConfig.from_pretrained(run.quantized)
+    ends, penalty = configured_ends(generation), repetition_penalty(generation)
     distinct = dict.fromkeys(map(tuple, material.prompts))
     texts = {
-        prompt: greedy_answer(
-            runtime, material.tokenizer, list(prompt), material.ends, limit, penalty
-        )
+        prompt: greedy_answer(runtime, material.tokenizer, list(prompt), ends, limit, penalty)
         for prompt in tracked(distinct, f"evaluate: {name}: answers", len(distinct))
     }
     answers = [texts[tuple(prompt)] for prompt in material.prompts]
@@ -202,10 +205,10 @@ def greedy_tokens(
 ) -> Iterator[int]:
     """Yields at most `limit` tokens after the prompt, and stops before any of `ends`.
 
-    penalty: `repetition_penalty` of the base's generation_config.json, which `generate` applies to
-        the tokens of prompt and answer.
+    penalty: as `turns.repetition_penalty` returns it; `generate` applies it to the tokens of prompt
+        and answer.
     """
-    penalize = RepetitionPenaltyLogitsProcessor(float(penalty))  # the file may say 1
+    penalize = RepetitionPenaltyLogitsProcessor(float(penalty))
     ids, logits = list(prompt), runtime.last_logits(prompt)
     for position in range(len(prompt), len(prompt) + limit):
         if penalty != 1:

@@ -110,7 +110,7 @@ def continuations(
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """Answers one batch of prompts greedily, padded on the left."""
-    ends = configured_ends(model)
+    ends = configured_ends(model.generation_config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     left = {"batch_first": True, "padding_side": "left"}
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=pad, **left)

@@ -122,9 +122,14 @@ def stop_at(model: PreTrainedModel, ends: list[int]) -> None:
     model.generation_config.eos_token_id = ends or None
 
 
-def configured_ends(model: PreTrainedModel) -> list[int]:
+def configured_ends(generation: GenerationConfig) -> list[int]:
     """Returns the ids at which `generate` stops."""
-    return _as_list(model.generation_config.eos_token_id)
+    return _as_list(generation.eos_token_id)
+
+
+def repetition_penalty(generation: GenerationConfig) -> float:
+    """Returns the number by which `generate` divides the logits of tokens that occurred."""
+    return float(generation.repetition_penalty or 1.0)  # the file may say null, or 1
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

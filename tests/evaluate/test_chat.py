@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +76,16 @@ def test_a_streamed_answer_is_the_greedy_one(tiny_base, recipe_file):
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
+def described(recipe, tokenizer):
+    """Returns what `chat.describe` reads of a run without quantized/."""
+    from finequant.evaluate.chat import Described
+    from finequant.finetune.data.turns import generation_config
+    from finequant.finetune.model import load_config
+
+    generation = generation_config(recipe.model, recipe.data, tokenizer)
+    return Described(tokenizer, load_config(recipe.model), generation)
+
+
 def test_an_exports_answer_is_streamed_in_whole_letters(recipe_file, tokenizer, monkeypatch):
     """The tokenizer has no token for these: each of their bytes is one."""
     import torch
@@ -93,7 +105,7 @@ def test_an_exports_answer_is_streamed_in_whole_letters(recipe_file, tokenizer, 
     monkeypatch.setattr(chat, "exports_with_a_runtime", lambda: {"gguf": entry})
     run = SimpleNamespace(exports=recipe_file.parent, manifest=lambda: {"gguf": {}})
     written: list[str] = []
-    respond = chat.load_export("gguf", recipe, run, tokenizer, [tokenizer.eos_token_id])
+    respond = chat.load_export("gguf", recipe, run, described(recipe, tokenizer))
     answer = respond([{"role": "user", "content": "How much?"}], 64, written.append)
     assert "".join(written) == text
     assert len(list(filter(None, written))) > 1
@@ -135,10 +147,74 @@ def test_files_that_a_runtime_cannot_open_are_named(recipe_file, tokenizer, monk
     folder.mkdir()
     (folder / "model_q4.onnx").write_bytes(b"a download that broke off")
     run = SimpleNamespace(exports=recipe_file.parent, manifest=lambda: {"onnx": {}})
+    recipe = load_recipe(recipe_file)
     for _ in range(2):
         with pytest.raises(UserError, match="onnx: .*onnx cannot be opened .*: run `finequant exp"):
-            chat.load_export("onnx", load_recipe(recipe_file), run, tokenizer, [2])
+            chat.load_export("onnx", recipe, run, described(recipe, tokenizer))
         (folder / "model_q4.onnx").unlink(missing_ok=True)
+
+
+def test_a_run_whose_base_and_data_are_gone_still_chats(quantized_run, recipe_file, tmp_path, ask):
+    """As where a run directory was copied to, or downloaded."""
+    asked = ("--model", "quantized", "--prompt", "open the red door")
+    expected = ask(quantized_run, *asked)
+    assert expected.returncode == 0, expected.stderr
+    moved = tmp_path / "another machine" / "[1] #run"
+    moved.parent.mkdir()
+    content = (quantized_run / "recipe.yaml").read_text(encoding="utf-8")
+    assert "base: /" not in content  # relative to the run, so that it is nowhere here
+    quantized_run.rename(moved)
+    shutil.rmtree(moved / "data")
+    alone, all_models = ask(moved, *asked), ask(moved, "--prompt", "open the red door")
+    assert alone.returncode == 0, alone.stderr
+    assert answer_in(alone) == answer_in(expected)
+    assert answer_in(all_models) == answer_in(expected)
+    for name in ("base", "tuned"):
+        assert f"chat: {name}: skipped: model.base: " in all_models.stderr
+        refused = ask(moved, "--model", name, "--prompt", "open the red door")
+        assert (refused.returncode, "is not a model folder" in refused.stderr) == (2, True)
+    shutil.rmtree(moved / "adapter")
+    assert answer_in(ask(moved, *asked)) == answer_in(expected)
+
+
+def answer_in(output: Output) -> str:
+    """Returns the answer of the only model in a table."""
+    assert output.stdout.count("tokens/s") == 1
+    return output.stdout.splitlines()[-2].strip("│ ")
+
+
+def test_a_model_that_cannot_be_used_does_not_silence_the_others(recipe_file, train_once, ask):
+    train_once([str(recipe_file), "train.max_steps=1"])
+    export = recipe_file.parent / "run" / "exports" / "onnx"
+    export.mkdir(parents=True)
+    (export / "model_q4.onnx").write_bytes(b"a download that broke off")
+    asked = ask(recipe_file, "train.max_steps=1", "--prompt", "open the red door")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.count("tokens/s") == 2
+    assert f"chat: onnx: skipped: {export} cannot be opened" in asked.stderr
+
+
+def test_exports_answer_as_quantized_is_configured_to(quantized_run, recipe_file, monkeypatch):
+    from finequant.evaluate import chat
+    from finequant.evaluate.metrics import exports
+    from finequant.recipes.load import load_recipe
+    from finequant.recipes.rundir import RunDir
+
+    file = quantized_run / "quantized" / "generation_config.json"
+    written = {"repetition_penalty": 1.5, "eos_token_id": [7, 9]}
+    file.write_text(json.dumps(written), encoding="utf-8")
+    entry = SimpleNamespace(name="gguf", missing_runtime=lambda: None, open_runtime=lambda *_: None)
+    monkeypatch.setattr(chat, "exports_with_a_runtime", lambda: {"gguf": entry})
+    used = []
+    monkeypatch.setattr(exports, "greedy_tokens", lambda *of: used.append(of[2:]) or iter(()))
+    recipe, run = load_recipe(recipe_file), RunDir(quantized_run)
+    monkeypatch.setattr(RunDir, "manifest", lambda _: {"gguf": {}})
+    respond = chat.load_export("gguf", recipe, run, chat.describe("gguf", recipe, run))
+    respond([{"role": "user", "content": "How much?"}], 64, print)
+    material = SimpleNamespace(tokenizer=None, prompts=[[5]], references=["x"], groups=[0])
+    material.tokenizer = chat.describe("gguf", recipe, run).tokenizer
+    exports._held_out("gguf", None, recipe, run, material)
+    assert used == [([7, 9], 64, 1.5), ([7, 9], 8, 1.5)]
 
 
 def test_a_missing_model_names_the_command_that_makes_it(recipe_file, tmp_path, ask):
