@@ -7,17 +7,14 @@ the embedding into F16, norms into F32.
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from finequant.finetune.architecture import (
     EMBEDDING,
@@ -30,6 +27,22 @@ from finequant.finetune.architecture import (
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format, to_install
+from finequant.quantize.formats.gguf_layout import (
+    BLOCK,
+    ROPE_FACTORS,
+    blocks,
+    gguf_name,
+    permuted,
+    rope_factors,
+    tensor_names,
+)
+from finequant.quantize.formats.gguf_reading import (
+    LlamaCpp,
+    file_in,
+    last_logits,
+    read_back,
+    token_ids,
+)
 from finequant.quantize.formats.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from finequant.quantize.formats.naming import file_stem, metadata
 from finequant.quantize.formats.ollama import modelfile
@@ -37,20 +50,14 @@ from finequant.quantize.formats.packing import check_half
 from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
 from finequant.quantize.logits import check_prompts
-from finequant.quantize.rounding import Rounded
-from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Recipe
 from finequant.recipes.usage import available_memory
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TensorNameMap
+    from gguf import GGMLQuantizationType, GGUFWriter
 
     from finequant.finetune.architecture import DecoderConfig
-
-ROPE_FACTORS = "rope_freqs.weight"
-BLOCK = 32
-"""Weights that share a scale in Q4_0 and Q8_0."""
 
 RUNTIME = {"llama_cpp": "llama-cpp-python"}
 
@@ -166,11 +173,11 @@ class _Tensor(NamedTuple):
 def _rounded_tensors(stored: QuantizedCheckpoint) -> Iterator[_Tensor]:
     from gguf import GGMLQuantizationType
 
-    names = _tensor_names(stored.config)
+    names = tensor_names(stored.config)
     for name, layer in stored.unshared.items():  # without output.weight, token_embd is the head
         kind = GGMLQuantizationType.Q4_0 if stored.bits[name] <= 4 else GGMLQuantizationType.Q8_0
         array = partial(_rounded_array, stored, name)
-        yield _Tensor(_gguf_name(names, f"{name}.weight"), kind, layer.codes.shape, array)
+        yield _Tensor(gguf_name(names, f"{name}.weight"), kind, layer.codes.shape, array)
 
 
 def _rounded_array(stored: QuantizedCheckpoint, name: str) -> np.ndarray:
@@ -183,11 +190,11 @@ def _rounded_array(stored: QuantizedCheckpoint, name: str) -> np.ndarray:
 def _float_tensors(stored: QuantizedCheckpoint) -> Iterator[_Tensor]:
     from gguf import GGMLQuantizationType
 
-    names, config = _tensor_names(stored.config), stored.config
+    names, config = tensor_names(stored.config), stored.config
     for name, tensor in stored.floats.items():
         kind = GGMLQuantizationType.F16 if tensor.dim() == 2 else GGMLQuantizationType.F32
         array = partial(_float_array, stored, name)
-        yield _Tensor(_gguf_name(names, name), kind, tensor.shape, array)
+        yield _Tensor(gguf_name(names, name), kind, tensor.shape, array)
     if config.rope_parameters["rope_type"] == "llama3":
         factors = rope_factors(config)
         yield _Tensor(ROPE_FACTORS, GGMLQuantizationType.F32, factors.shape, lambda: factors)
@@ -197,65 +204,6 @@ def _float_array(stored: QuantizedCheckpoint, name: str) -> np.ndarray:
     tensor = stored.floats[name]
     dtype = np.float16 if tensor.dim() == 2 else np.float32
     return permuted(tensor, name, stored.config).float().numpy().astype(dtype)
-
-
-def blocks(codes: torch.Tensor, scale: torch.Tensor, four_bits: bool) -> np.ndarray:
-    """Makes uint8 [out, bytes] of Q4_0 or Q8_0: for each block a half-precision scale, then codes.
-
-    Q4_0 stores code + 8; byte i holds code i in its low and code i + 16 in its high half.
-    """
-    half = scale.float().numpy().astype("<f2")[:, :, None].view(np.uint8)
-    values = codes.numpy().reshape(len(codes), -1, BLOCK)
-    if four_bits:
-        offset = (values + 8).astype(np.uint8)
-        values = offset[:, :, : BLOCK // 2] | offset[:, :, BLOCK // 2 :] << 4
-    return np.concatenate([half, values.view(np.uint8)], axis=-1).reshape(len(codes), -1)
-
-
-def permuted(tensor: torch.Tensor, name: str, config: DecoderConfig) -> torch.Tensor:
-    """Orders the rows of q_proj and k_proj as llama.cpp rotates them: in a Llama, it pairs
-    neighbors in a head instead of its halves."""
-    heads = _heads(name, config)
-    if not heads:
-        return tensor.contiguous()
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def _restored(tensor: torch.Tensor, name: str, config: DecoderConfig) -> torch.Tensor:
-    heads = _heads(name, config)
-    if not heads:
-        return tensor
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _heads(name: str, config: DecoderConfig) -> int | None:
-    match = re.search(r"\.([qk])_proj\b", name)
-    if not architecture(config).gguf_rotates_neighbors:
-        return None
-    counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    return counts[match[1]] if match else None
-
-
-def rope_factors(config: DecoderConfig) -> np.ndarray:
-    """Computes the float32 divisors [head_dim / 2] of Llama 3's rotary frequencies."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    size = torch.arange(0, head_dim(config), 2).float() / head_dim(config)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** size
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return (plain / scaled).numpy()
-
-
-def _tensor_names(config: DecoderConfig) -> TensorNameMap:
-    """Maps transformers' names of tensors to those of llama.cpp."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    kind = next(k for k, name in MODEL_ARCH_NAMES.items() if name == architecture(config).gguf)
-    return get_tensor_name_map(kind, config.num_hidden_layers)
-
-
-def _gguf_name(names: TensorNameMap, name: str) -> str:
-    return names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
@@ -277,43 +225,6 @@ def _add_config(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def read_back(
-    folder: Path, stored: QuantizedCheckpoint
-) -> Iterator[tuple[str, Rounded | torch.Tensor]]:
-    """Yields codes and scales of the file, in the rows and groups of `stored`, and other tensors.
-
-    The gguf package decodes the values, so its reading of the layout counts, not ours.
-    """
-    from gguf.quants import dequantize
-
-    names = _tensor_names(stored.config)
-    ours = [f"{name}.weight" for name in stored.rounded] + list(stored.floats)
-    theirs = {_gguf_name(names, name): name for name in ours}
-    tensors = _reader(file_in(folder)).tensors
-    has_head = _gguf_name(names, f"{HEAD}.weight") in {tensor.name for tensor in tensors}
-    for tensor in tensors:
-        if tensor.name == ROPE_FACTORS:
-            continue
-        name = theirs.get(tensor.name, tensor.name)
-        layer = name.removesuffix(".weight")
-        if tensor.tensor_type.name in ("F16", "F32"):
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-            yield name, _restored(values, name, stored.config)
-            continue
-        width = BLOCK // 2 if tensor.tensor_type.name == "Q4_0" else BLOCK
-        raw = tensor.data.reshape(len(tensor.data), -1, 2 + width)
-        scale = torch.from_numpy(raw[:, :, :2].copy().view(np.float16)[:, :, 0])
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-        divisor = torch.where(scale == 0, 1, scale).float().repeat_interleave(BLOCK, dim=1)
-        codes = (values / divisor).round().to(torch.int8)
-        codes, scale = (_restored(part, name, stored.config) for part in (codes, scale))
-        step = stored.group_size(layer) // BLOCK if layer in stored.rounded else 1
-        rounded = Rounded(codes, scale[:, ::step])
-        yield layer, rounded
-        if layer == EMBEDDING and HEAD in stored.rounded and not has_head:
-            yield HEAD, rounded
-
-
 def _check_memory(config: DecoderConfig) -> None:
     """Refuses to write a file that could not be read back here without running out of memory."""
     needed, room = READ_BYTES * parameter_count(config), available_memory()
@@ -323,99 +234,6 @@ def _check_memory(config: DecoderConfig) -> None:
             f"{needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} GB are available; llama.cpp "
             f"takes no more than the file's size: `{missing}`, and export again"
         )
-
-
-def file_in(folder: Path) -> Path:
-    """Returns the export's file, which is named after the model."""
-    (file,) = files_in(folder, "*.gguf")
-    return file
-
-
-def _reader(file: Path) -> GGUFReader:
-    return _read_once(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # the reader takes seconds, because it looks at every token
-def _read_once(file: Path, written: int) -> GGUFReader:
-    from gguf import GGUFReader
-
-    return GGUFReader(file)
-
-
-def last_logits(folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Computes logits [prompts, vocabulary] in transformers."""
-    from transformers import AutoModelForCausalLM
-
-    from finequant.finetune.gguf_base import parsed_once
-    from finequant.quantize.logits import last_logits
-
-    file = file_in(folder)
-    with parsed_once():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file.name, config=_config_of(file), dtype=torch.float32
-        )
-    return last_logits(model.eval(), prompts)
-
-
-def _config_of(file: Path) -> DecoderConfig:
-    """Reads transformers' configuration from the file.
-
-    GGUF has no key for biases, nor for Llama 3's rotary scaling: llama.cpp looks for the tensors,
-    but transformers at its config. And transformers 5.23 does not read the head size of a Qwen3.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    reader = _reader(file)
-    layers = {tensor.name: tensor for tensor in reader.tensors}
-    kind = reader.fields["general.architecture"].contents()
-    config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()
-    config.attention_bias = "blk.0.attn_q.bias" in layers
-    config.mlp_bias = "blk.0.ffn_up.bias" in layers
-    if ROPE_FACTORS in layers:  # LongRoPE divides frequencies by any factors
-        factors = layers[ROPE_FACTORS].data.tolist()
-        config.rope_parameters |= {
-            "rope_type": "longrope",
-            "original_max_position_embeddings": config.max_position_embeddings,
-            "short_factor": factors,
-            "long_factor": factors,
-            "attention_factor": 1.0,
-        }
-    return config
-
-
-def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Tokenizes texts in llama.cpp if installed, or with the tokenizer that transformers reads from
-    the file."""
-    file = file_in(folder)
-    if find_spec("llama_cpp"):
-        from llama_cpp import Llama
-
-        vocabulary = Llama(str(file), vocab_only=True, verbose=False)
-        return [vocabulary.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp."""
-
-    def __init__(self, file: Path, context: int) -> None:
-        from llama_cpp import Llama, llama_get_logits_ith
-
-        threads = torch.get_num_threads()
-        self._model = Llama(
-            str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self._logits = llama_get_logits_ith
-
-    def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
-        self._model.n_tokens = start  # drops later tokens from its cache
-        self._model.eval(ids)
-        logits = np.ctypeslib.as_array(self._logits(self._model.ctx, -1), (self._model.n_vocab(),))
-        return torch.from_numpy(logits.copy())  # llama.cpp reuses its memory
 
 
 def snippet(repository: str, chat: str, files: list[str]) -> str:
