@@ -70,7 +70,11 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     )
     from finequant.evaluate.metrics.corpora import read_corpus
     from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.architecture import table_positions, usable_positions
+    from finequant.finetune.architecture import (
+        table_positions,
+        trained_positions,
+        usable_positions,
+    )
     from finequant.finetune.data.rendering import check_template
     from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
     from finequant.finetune.data.turns import as_generated, end_tokens
@@ -89,6 +93,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     check_template(rows, tokenizer, recipe.data)
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
+        _check_held_out(longest_scored({HELD_OUT: corpora[HELD_OUT]}), trained_positions(config))
     asked = [row for whole in rows for row in asked_rows(whole)]
     references = [
         as_generated(answer_text(row, tokenizer, recipe.data), tokenizer, ends) for row in asked
@@ -163,6 +168,14 @@ def longest_scored(corpora: dict[str, tuple[list[ScoredSequence], list[Document]
     """Counts the input tokens of the longest sequence; its last token is only predicted."""
     lengths = [len(item.ids) - 1 for sequences, _ in corpora.values() for item in sequences]
     return max(lengths, default=0)
+
+
+def _check_held_out(longest: int, positions: int) -> None:
+    if longest > positions:
+        raise UserError(
+            f"evaluate: a held-out row, cut to data.max_length, has {longest + 1} tokens, more "
+            f"than the {positions} positions of the base: set data.max_length={positions}"
+        )
 
 
 def _answers_as_corpus(

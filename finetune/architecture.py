@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Calibration, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def check_positions(recipe: Recipe, config: DecoderConfig) -> None:
     window, quantize = getattr(config, "sliding_window", None), recipe.quantize
     positions, lengths = config.max_position_embeddings, {"data.max_length": recipe.data.max_length}
     if quantize.reads_calibration_text or quantize.budget:
-        key, length = "quantize.calibration.length", quantize.calibration.length
+        key, length = "quantize.calibration.length", sequence_length(quantize.calibration, config)
         lengths[key] = length
         if length > positions:
             raise UserError(
@@ -113,6 +113,22 @@ def check_positions(recipe: Recipe, config: DecoderConfig) -> None:
                 f"{key}: {length} tokens are more than the sliding window of {recipe.model.base}, "
                 f"which only attends to the last {window}: set {key}={window} or less"
             )
+
+
+def sequence_length(calibration: Calibration, config: DecoderConfig) -> int:
+    """Returns the tokens of a sequence for calibration. The recipe's default is lowered to what the
+    base attends to; any other length is returned as it is."""
+    if calibration.length == type(calibration)().length:
+        return min(calibration.length, usable_positions(config))
+    return calibration.length
+
+
+def trained_positions(config: DecoderConfig) -> int:
+    """Returns the length of the longest row to train on: the base's positions, times the factor of
+    linear or dynamic scaling, before which these configurations may state them."""
+    rotary = config.rope_parameters
+    factor = rotary.get("factor", 1) if rotary["rope_type"] in ("linear", "dynamic") else 1
+    return int(config.max_position_embeddings * factor)
 
 
 def usable_positions(config: DecoderConfig) -> int:

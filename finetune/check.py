@@ -28,13 +28,14 @@ def check_training(
             a base without weight files, or one that cannot be held in nf4.
     """
     from finequant.finetune.adapter import lora_config
-    from finequant.finetune.architecture import skeleton
+    from finequant.finetune.architecture import skeleton, trained_positions
     from finequant.finetune.data.dataset import lengths, to_dataset
     from finequant.finetune.model import check_files
     from finequant.finetune.nf4 import check_nf4
 
+    positions = trained_positions(config)
     checks = [
-        partial(to_dataset, rows, tokenizer, recipe.data)
+        partial(to_dataset, rows, tokenizer, recipe.data, positions)
         for rows in (splits.train, splits.validation)
         if rows
     ]

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finequant.finetune import attention
 from finequant.finetune.adapter import lora_config
+from finequant.finetune.architecture import trained_positions
 from finequant.finetune.batches import ShuffledThenBlank, padded
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
@@ -289,7 +290,7 @@ def build_trainer(
 
     trainer_class: a subclass that, without an adapter, trains what requires a gradient in `base`.
     """
-    patience = recipe.train.early_stopping_patience
+    patience, positions = recipe.train.early_stopping_patience, trained_positions(base.config)
     if not splits.validation:
         arguments.eval_strategy = IntervalStrategy.NO
     if arguments.use_cpu:
@@ -299,9 +300,11 @@ def build_trainer(
     trainer = (trainer_class or LoraTrainer)(
         model=base,
         args=arguments,
-        train_dataset=to_dataset(splits.train, tokenizer, recipe.data),
+        train_dataset=to_dataset(splits.train, tokenizer, recipe.data, positions),
         eval_dataset=(
-            to_dataset(splits.validation, tokenizer, recipe.data) if splits.validation else None
+            to_dataset(splits.validation, tokenizer, recipe.data, positions)
+            if splits.validation
+            else None
         ),
         processing_class=tokenizer,
         peft_config=None if trainer_class else lora_config(recipe.lora, base),

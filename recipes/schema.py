@@ -382,7 +382,9 @@ class Calibration(Section):
     tokens: Positive = Field(
         16384, description="number of tokens; more take longer and give a better model"
     )
-    length: Annotated[int, Field(gt=1)] = Field(512, description="tokens per sequence")
+    length: Annotated[int, Field(gt=1)] = Field(
+        512, description="tokens per sequence; the default is lowered to the base's positions"
+    )
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
         description="optimizer steps that train each block to reproduce the float block's "

@@ -31,15 +31,24 @@ TOKENS = ["input_ids", "labels"]
 TOKENS_FILE = "tokens.arrow"
 
 
-def to_dataset(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data) -> Dataset:
+def to_dataset(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    positions: int | None = None,
+) -> Dataset:
     """Returns the columns `input_ids` and `labels`, which trl's SFTTrainer takes as they are.
 
+    positions: those of the base, if rows with more tokens are to be refused.
+
     Raises:
-        UserError: naming rows in which no target token is left, or that are too long where
-            data.long_rows is error.
+        UserError: naming rows in which no target token is left, or that are too long for the base
+            or, where data.long_rows is error, for the recipe.
     """
     encoded = encoded_rows(rows, tokenizer, data)
     kept = _usable(encoded, rows, data)
+    if positions is not None and positions < data.max_length:
+        _check_positions(encoded.select(kept), rows, data, positions)
     tokens = encoded.select_columns(TOKENS)
     return tokens if len(kept) == len(tokens) else tokens.select(kept)
 
@@ -218,6 +227,21 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
             f"there is no answer\n  {empty}"
         )
     return kept
+
+
+def _check_positions(encoded: Dataset, rows: Sequence[Row], data: Data, positions: int) -> None:
+    """Refuses rows, cut to data.max_length, that have more tokens than the base has positions."""
+    length, index = column(encoded, "length"), column(encoded, COLUMN)
+    is_long = length > positions
+    if is_long.any():
+        which = f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"
+        long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
+        raise UserError(
+            f"{which}: {counted(is_long.sum(), 'row')} longer than the {positions} positions of "
+            f"the base, which data.max_length={data.max_length} allows: set data.max_length="
+            f"{positions}; data.long_rows decides what happens to longer rows\n  "
+            f"{listed(long, SHOWN, is_long.sum())}"
+        )
 
 
 SHOWN = 10

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finequant.finetune.architecture import trained_positions
 from finequant.finetune.data.dataset import column, encoded_rows, to_dataset
 from finequant.finetune.data.duplicates import (
     MOST_ROWS,
@@ -25,7 +26,7 @@ from finequant.finetune.data.splits import Splits
 from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode
 from finequant.finetune.data.turns import answer_end, date_note, end_tokens
-from finequant.finetune.model import load_tokenizer
+from finequant.finetune.model import load_config, load_tokenizer
 from finequant.recipes.errors import counted
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import close
@@ -77,9 +78,10 @@ def preview(recipe: Recipe, splits: Splits, count: int, page: Path | None = None
         text = html_page(recipe.name, [*splits.notes, *lines], runs)
         page.write_text(text, encoding="utf-8")
         console.print(f"{page} written", markup=False, highlight=False)
+    positions = trained_positions(load_config(recipe.model))
     for rows in (splits.train, splits.validation):
         if rows:
-            to_dataset(rows, tokenizer, recipe.data)
+            to_dataset(rows, tokenizer, recipe.data, positions)
 
 
 class _Figures:

@@ -37,10 +37,10 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
     calibration = recipe.quantize.calibration
     if not recipe.quantize.reads_calibration_text:
         return None
-    tokens = _tokens(calibration)
+    tokens, length = _tokens(calibration), _length(recipe)
     sequences = calibration_sequences(recipe, tokenizer, tokens)
     read = sequences.numel()
-    if read < tokens // calibration.length * calibration.length:
+    if read < tokens // length * length:
         say(
             f"quantize: the rows have text for only {read:,} of the {tokens:,} tokens of "
             "calibration: quantize.calibration.data can name more text"
@@ -66,7 +66,7 @@ def _tokens(calibration: Calibration) -> int:
 
 def sequences_for_method(sequences: torch.Tensor, calibration: Calibration) -> torch.Tensor:
     """Returns the first of `sequences`: as many tokens as the method reads."""
-    return sequences[: max(1, calibration.tokens // calibration.length)]
+    return sequences[: max(1, calibration.tokens // sequences.shape[1])]
 
 
 def calibration_sequences(
@@ -81,7 +81,7 @@ def calibration_sequences(
     """
     from finequant.finetune.data.tokens import encode
 
-    rows, length, ids = _calibration_rows(recipe), recipe.quantize.calibration.length, []
+    rows, length, ids = _calibration_rows(recipe), _length(recipe), []
     generator = torch.Generator().manual_seed(recipe.seed)
     for index in torch.randperm(len(rows), generator=generator).tolist():
         ids += encode(rows[index], tokenizer, recipe.data, whole=True).input_ids
@@ -97,6 +97,13 @@ def calibration_sequences(
     sequences = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     chosen = torch.randperm(len(sequences), generator=generator)
     return sequences[chosen[: max(1, tokens // length)]]
+
+
+def _length(recipe: Recipe) -> int:
+    from finequant.finetune.architecture import sequence_length
+    from finequant.finetune.model import load_config
+
+    return sequence_length(recipe.quantize.calibration, load_config(recipe.model))
 
 
 def _calibration_rows(recipe: Recipe) -> Rows:

@@ -120,6 +120,24 @@ def test_all_rows_that_are_named_for_calibration_are_read(recipe_file, tokenizer
     assert sequences.numel() == (len(ids) + 1) // 16 * 16  # and the end of a text
 
 
+def test_sequences_fit_the_base_unless_the_recipe_says_how_long_they_are(recipe_file, llama):
+    from finequant.finetune.architecture import check_positions
+    from finequant.finetune.model import load_config, load_tokenizer
+    from finequant.quantize.methods.sequences import calibration_sequences
+    from finequant.recipes.errors import UserError
+    from finequant.recipes.load import load_recipe
+
+    base = llama("short", max_position_embeddings=128)
+    overrides = [f"model.base={base}", "quantize.method=gptq", "data.max_length=128"]
+    recipe = load_recipe(recipe_file, overrides)
+    check_positions(recipe, load_config(recipe.model))
+    sequences = calibration_sequences(recipe, load_tokenizer(recipe.model), 512)
+    assert sequences.shape == (4, 128)
+    recipe = load_recipe(recipe_file, [*overrides, "quantize.calibration.length=129"])
+    with pytest.raises(UserError, match="129 tokens are more than the 128 positions"):
+        check_positions(recipe, load_config(recipe.model))
+
+
 def test_activations_that_are_not_finite_are_refused():
     inputs = torch.randn(50, 32)
     inputs[3, 5] = torch.nan

@@ -243,6 +243,22 @@ def test_a_prompt_beyond_the_positions_names_its_row(refused_run, tmp_path):
     assert "long.jsonl:3: " in said
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_row_beyond_the_positions_is_named_or_cut(refused_run, recipe_file, split):
+    """It was trained on and measured, at positions that the base never saw."""
+    write_jsonl(recipe_file.parent / "long.jsonl", [{"text": "open the red door " * 200}])
+    overrides = [f"data.{split}=long.jsonl", "data.overlap=drop", "evaluate.metrics=[]"]
+    said = refused_run(*overrides, "data.max_length=1024")
+    assert " than the 512 positions of the base" in said
+    assert "set data.max_length=512" in said
+    if split == "train":
+        assert said.startswith("data.train: 1 row longer than the 512 positions of the base")
+        assert "long.jsonl:1: " in said
+    recipe = load_recipe(recipe_file, [*overrides, "data.max_length=512"])
+    lengths = preflight.preflight(recipe, RunDir.of(recipe))
+    assert max(*lengths.training, lengths.scored) in (511, 512)
+
+
 def test_a_good_recipe_passes_and_its_lengths_are_known(recipe_file, capsys):
     recipe = load_recipe(recipe_file, ["quantize.exports=[compressed-tensors, gguf, executorch]"])
     lengths = preflight.preflight(recipe, RunDir.of(recipe))
