@@ -252,6 +252,7 @@ from llama_cpp import Llama
 model = Llama.from_pretrained(
     "{repository}",
     filename="{file}",
+    n_ctx=4096,  # tokens of prompt and answer; 512 if not set
     verbose=False,
 )
 {chat}
