@@ -137,6 +137,21 @@ def replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_new(path: Path, text: str) -> None:
+    """Writes a file that does not exist yet, whole or not at all.
+
+    Raises:
+        FileExistsError: if there is one, also if another process made it a moment ago.
+    """
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
+
+
 def _sums(folder: Path, file_hash: FileHash = file_hash) -> dict[str, str]:
     """Maps relative names to hashes; for a link to "link", as its target may change unnoticed."""
     return {

@@ -18,7 +18,7 @@ from finequant.finetune.data.guess import Look, Task, look_at
 from finequant.finetune.data.guess_columns import SHORT, cells, columns_of_pair, named_like
 from finequant.finetune.data.readers import read_unparsed, splits_of
 from finequant.finetune.device import device
-from finequant.recipes.artifact import replace_text
+from finequant.recipes.artifact import replace_text, write_new
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
 from finequant.recipes.schema import HUB_ID, Recipe, Source
@@ -74,10 +74,9 @@ def write_recipe(
         UserError: for rows whose question and answer cannot be told apart, a single text of which
             nothing can be held out, or a file that exists or cannot be written.
     """
+    taken = UserError(f"{target}: exists already: edit it, or choose another name: --to FILE.yaml")
     if target.exists():
-        raise UserError(
-            f"{target}: exists already: edit it, or choose another name: --to FILE.yaml"
-        )
+        raise taken
     train = _source_at("--data", data, subset).model_copy(update={"split": split or "train"})
     test_source = _source_at("--test", test, subset) if test else None
     if subset and not train.name:
@@ -99,8 +98,10 @@ def write_recipe(
     text = recipe_text(look, sources, len(rows), base, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(target, text)
+        write_new(target, text)
     except OSError as error:
+        if isinstance(error, FileExistsError) and target.exists():  # made since
+            raise taken from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = error.strerror or error

@@ -690,6 +690,22 @@ def test_ambiguous_columns_are_asked_for_and_nothing_is_overwritten(tmp_path):
         write_recipe(file, None, None, None, tmp_path / "mine.yaml")
 
 
+def test_a_recipe_that_was_made_in_the_meantime_is_not_overwritten(tmp_path, monkeypatch):
+    """To look at the rows may take a minute."""
+    rows, target, text_of = tmp_path / "rows.jsonl", tmp_path / "mine.yaml", starter.recipe_text
+    rows.write_text('{"prompt": "1", "completion": "2"}\n' * 9, encoding="utf-8")
+
+    def recipe_text(*arguments: object) -> str:
+        target.write_text("mine", encoding="utf-8")
+        return text_of(*arguments)
+
+    monkeypatch.setattr(starter, "recipe_text", recipe_text)
+    with pytest.raises(UserError, match=r"mine.yaml: exists already: edit it"):
+        write_recipe(rows, None, None, None, target)
+    assert target.read_text(encoding="utf-8") == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "mine.yaml"}
+
+
 @pytest.mark.parametrize("name", ["choices", "answer_options"])
 @pytest.mark.parametrize("gold", [1, "B", -1, 2])
 def test_the_first_of_several_choices_is_not_taken_for_the_answer(tmp_path, name, gold):
