@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from subprocess import CompletedProcess
@@ -78,11 +80,11 @@ def _lines_for_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _print(f"error: {error}")
+        _print_once(f"error: {error}")
         sys.exit(error.code)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
-            _print(f"error: {error.filename}: {error.strerror}: use another path")
+            _print_once(f"error: {error.filename}: {error.strerror}: use another path")
             sys.exit(UserError.code)
         if (reason := _outside_cause(error)) is None:
             raise
@@ -90,6 +92,19 @@ def _lines_for_errors() -> Iterator[None]:
         sys.exit(1)
     finally:
         lock.release()
+
+
+def _print_once(message: str) -> None:
+    """Prints what the user has to change. All processes of a launcher find it, as a rule, and the
+    first one of the machine says so; the launcher then ends the others, which wait for that."""
+    from finequant.recipes.interrupt import Interrupted
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        try:
+            time.sleep(SECONDS_FOR_FIRST)
+        except Interrupted:
+            return
+    _print(message)
 
 
 def _print(message: object) -> None:
@@ -109,6 +124,10 @@ MEMORY = (
     "out of memory: use smaller batches (train.micro_batch_size, evaluate.batch_size) or a "
     "smaller data.max_length"
 )
+
+SECONDS_FOR_FIRST = 10.0
+"""Seconds in which the first process finds what another has found: it may have more to do before
+that. After these, the other one prints its error itself."""
 
 WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """What the system says of a path that cannot be meant."""

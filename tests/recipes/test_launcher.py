@@ -28,9 +28,9 @@ def launched(tmp_path, capfd):
     """Runs a launcher whose second process executes the line while the others wait; returns its
     exit code and output. It is forked, as importing torch would take most of the time."""
 
-    def run(line: str) -> tuple[int, str]:
+    def run(line: str, worker: str = WORKER) -> tuple[int, str]:
         script = tmp_path / "worker.py"
-        script.write_text(WORKER.format(line))
+        script.write_text(worker.format(line))
         arguments = [*TORCHRUN, str(script)]
         process = get_context("fork").Process(target=launcher.main, args=(arguments,))
         process.start()
@@ -51,6 +51,24 @@ def launched(tmp_path, capfd):
 )
 def test_the_first_process_that_fails_decides_the_exit_code(launched, line, code):
     assert launched(line) == (code, "error: as it is\n")
+
+
+REFUSES = """
+import os, time
+from finequant.recipes.errors import UserError, report_user_errors
+with report_user_errors():
+    {}
+    raise UserError("as it is")
+"""
+
+
+@pytest.mark.parametrize(
+    "line", ["time.sleep(-time.time() % 4)", "os.environ['RANK'] == '1' or time.sleep(60)"]
+)
+def test_a_mistake_is_told_once_whichever_processes_find_it(launched, line):
+    code, said = launched(line, REFUSES)
+    assert code == 2
+    assert said.count("error: as it is") == 1
 
 
 def test_a_killed_process_decides_before_those_that_lost_it():
