@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from subprocess import CompletedProcess
 from typing import Any
 
+# Every entry imports this module first; others would fail where Windows lacks a signal or a module.
+if sys.platform == "win32":
+    print("error: finequant needs Linux or macOS: on Windows, install it in WSL", file=sys.stderr)
+    sys.exit(2)
+
 CRASHES = {
     signal.SIGKILL: "was killed, perhaps out of memory",
     signal.SIGSEGV: "crashed in a library (SIGSEGV)",

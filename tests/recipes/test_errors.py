@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,20 @@ import torch
 from safetensors.torch import save_file
 
 from finequant.recipes.errors import report_user_errors
+
+
+def test_windows_is_refused_in_one_line():
+    # What is imported while sys.platform still tells the truth works here.
+    code = """if True:
+        import signal, subprocess, sys, typer
+        del signal.SIGKILL, signal.SIGHUP, signal.SIGALRM
+        sys.modules["resource"], sys.platform = None, "win32"
+        import finequant.recipes.run
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 2
+    said = process.stderr
+    assert said == "error: finequant needs Linux or macOS: on Windows, install it in WSL\n"
 
 
 def test_running_out_of_memory_says_what_to_make_smaller(capsys):
