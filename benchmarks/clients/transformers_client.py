@@ -26,8 +26,9 @@ class Transformers(client.SteppedClient):
     def step(self, ids: list[int], start: int) -> np.ndarray:
         if start == 0:
             self._cache = DynamicCache(config=self._model.config)
+        # By position: transformers 5.24 renamed the argument, and 5.40 drops the earlier name.
         output = self._model(
-            torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            torch.tensor([ids]), None, None, self._cache, use_cache=True, logits_to_keep=1
         )
         return output.logits[0, -1].float().numpy()
 

@@ -171,8 +171,9 @@ class Transformers:
     def last_logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
         if beyond := self._cache.get_seq_length() - start:
             self._cache.crop(-beyond)
+        # By position: transformers 5.24 renamed the argument, and 5.40 drops the earlier name.
         output = self._model(
-            torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            torch.tensor([ids]), None, None, self._cache, use_cache=True, logits_to_keep=1
         )
         return output.logits[0, -1].float()
 
