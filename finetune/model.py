@@ -168,7 +168,7 @@ def load_on_disk(model: Model, has_embedding: bool) -> Decoder:
 
     has_embedding: whether the files contain the embedding. If they only have the head that it is
     tied to, the whole model is read into memory, because accelerate would look for the embedding in
-    the files (seen with 1.14).
+    the files (seen with 1.14). To be removed once it looks for the head instead.
     """
     import torch
     from transformers import AutoModelForCausalLM

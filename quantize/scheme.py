@@ -271,7 +271,8 @@ def untie_head(model: Decoder) -> None:
     """Gives a tied head weights of its own.
 
     This is done by hand because torchao crashes on a tied embedding, and transformers' own key for
-    it reloads a random head (seen with torchao 0.18, transformers 5.23).
+    it, `untie_embedding_weights`, reloads a random head (seen with torchao 0.18, transformers
+    5.23). To be removed once that key works.
     """
     import torch
 

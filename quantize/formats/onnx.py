@@ -21,7 +21,7 @@ from finequant.quantize.formats.onnx_graph import Decoder, block_size, unpacked
 from finequant.quantize.formats.packing import check_half, packed_width
 from finequant.quantize.formats.sampling import sampling
 from finequant.quantize.formats.snippet import fenced, is_chat
-from finequant.quantize.formats.untrimmed import rewrite_templates
+from finequant.quantize.formats.untrimmed_template import rewrite_templates
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.artifact import files_in
 from finequant.recipes.errors import UserError

@@ -979,7 +979,7 @@ def test_onnx_templates_render_equally_without_trimming(make, llama):
 def test_an_untrimmed_template_renders_as_the_trimmed_one(template):
     from jinja2 import Environment
 
-    from finequant.quantize.formats.untrimmed import untrimmed
+    from finequant.quantize.formats.untrimmed_template import untrimmed
 
     trimming = {"trim_blocks": True, "lstrip_blocks": True}
     expected = Environment(**trimming).from_string(template).render(x="x")

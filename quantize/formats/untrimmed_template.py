@@ -1,5 +1,6 @@
 """Chat templates for programs that do not trim: transformers leaves out a line break after a tag of
-Jinja, and blanks before one, but onnxruntime-genai 0.18 writes them."""
+Jinja, and blanks before one, but onnxruntime-genai 0.18 writes them. To be removed once it trims
+(trim_blocks and lstrip_blocks of https://jinja.palletsprojects.com/en/stable/api/)."""
 
 from __future__ import annotations
 
