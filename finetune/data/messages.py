@@ -123,12 +123,9 @@ def _message(turn: dict[str, Any], where: str) -> Message:
         content, calls = None, parse_json(str(content), f"{where}: function_call", "a call")
     elif "function_call" in turn:  # OpenAI's form before tool_calls
         calls = turn["function_call"]
-    if content is None and not calls:
-        raise BadRowError(
-            f"{where}: {_a(role)} message whose content is not text: None; its keys are "
-            f"{', '.join(turn)}"
-        )
-    message: Message = {"role": role, "content": _text(content, role, bool(calls), where)}
+    if content is None and calls:
+        content = ""
+    message: Message = {"role": role, "content": _text(content, role, where, turn)}
     if calls:
         calls = calls if isinstance(calls, list) else [calls]
         message["tool_calls"] = [_call(call, where) for call in calls]
@@ -138,11 +135,9 @@ def _message(turn: dict[str, Any], where: str) -> Message:
     return message
 
 
-def _text(content: Any, role: str, calls: bool, where: str) -> str:
+def _text(content: Any, role: str, where: str, turn: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
-    if content is None and calls:
-        return ""
     if _is_parts(content):
         others = [part["type"] for part in content if not isinstance(part.get("text"), str)]
         if others:
@@ -152,7 +147,10 @@ def _text(content: Any, role: str, calls: bool, where: str) -> str:
         return "\n".join(part["text"] for part in content)
     if role == "tool" and content is not None:
         return json.dumps(content, ensure_ascii=False)
-    raise BadRowError(f"{where}: {_a(role)} message whose content is not text: {shown(content)}")
+    keys = f"; its keys are {', '.join(turn)}" if content is None else ""
+    raise BadRowError(
+        f"{where}: {_a(role)} message whose content is not text: {shown(content)}{keys}"
+    )
 
 
 def _is_untyped(part: Any) -> bool:

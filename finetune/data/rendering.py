@@ -88,6 +88,13 @@ class Rendering:
         start = _end_of_prompt(truncated, prompt)
         if start is None:
             same = len(commonprefix([prompt, truncated]))
+            if prompt[same:].isspace() and _opened(row.messages[index]["content"], prompt):
+                raise UserError(
+                    f"{row.where}: the chat template asks for an answer with {prompt[-20:]!r}, but "
+                    f"this row's answer goes on with {truncated[same:][:40]!r} where the prompt "
+                    f"has {prompt[same:]!r}, so the model would be asked with a prompt that it was "
+                    f"not trained on: put {prompt[same:]!r} there in the rows"
+                )
             raise UserError(
                 f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
                 f"but writes {truncated[same:][:40]!r} where this row has its answer, so the model "
@@ -264,6 +271,13 @@ def _end_of_prompt(text: str, prompt: str) -> int | None:
     return after + len(tail) if text.startswith(tail, after) else None
 
 
+def _opened(content: str, prompt: str) -> str:
+    """Returns the tag at the beginning of an answer, such as <think>, if the prompt ends with it;
+    else an empty string."""
+    tag = f"{content.lstrip().partition('>')[0]}>"
+    return tag if tag.startswith("<") and prompt.rstrip().endswith(tag) else ""
+
+
 def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
     """Finds where an answer's last word ends; templates may change the white space between words.
 
@@ -273,7 +287,7 @@ def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
     content = row.messages[index]["content"]
     if content and text.startswith(content, start):
         return start + len(content.rstrip())
-    for word in content.split():
+    for word in content.lstrip().removeprefix(_opened(content, text[:start])).split():
         at = text.find(word, start)
         if at < 0:
             raise UserError(

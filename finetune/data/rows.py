@@ -59,6 +59,7 @@ ANSWERS = (
 """Columns that are usually the answer to what another column holds."""
 SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
 """Columns with a row's own system message."""
+OTHER_SYSTEM = "system columns not read (the messages begin with another system message)"
 BESIDE = {*SYSTEMS, "tools", "functions"}
 """Columns that are read in every layout but plain text."""
 WANTED = ("label", "kto_tag")
@@ -131,10 +132,13 @@ class RowReader:
         check_messages(messages, where)
         _check_media(messages, row, where)
         self.findings.repaired += [f"{where}: {what}" for what in done]
-        system = self._system(row, where) or self.data.system
+        of_row = self._system(row, where)
+        system = of_row or self.data.system
         if system and messages[0]["role"] != "system":
             check_characters(system, where)
             messages.insert(0, _message("system", system))
+        elif of_row.strip() not in ("", messages[0]["content"].strip()):
+            self.findings.counts[OTHER_SYSTEM] += 1
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
         if MISSING.fullmatch(messages[-1]["content"].strip()):
             self.findings.counts["answers that may be missing values (NaN, null, None, NA)"] += 1

@@ -45,11 +45,14 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                 row: dict[str, Any] | BadRowError = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
                     remedy = "remove it from" if quotes == "text" else "quote"
-                    title = "if the first line is a title, remove it; otherwise "
+                    remedy = f"{remedy} cells that contain a {_name(separator)}"
+                    if len(cells) < len(header):
+                        remedy = "add the missing cells, and quote those that contain a line break"
+                    elif len(header) == 1:
+                        remedy = f"if the first line is a title, remove it; otherwise {remedy}"
                     row = BadRowError(
                         f"{path}:{start}: {counted(len(cells), 'column')}, where the header has "
-                        f"{len(header)}: {title if len(header) == 1 else ''}"
-                        f"{remedy} cells that contain a {_name(separator)}"
+                        f"{len(header)}: {remedy}"
                     )
                 elif cells == header:
                     row = BadRowError(f"{path}:{start}: repeats the header: remove this line")

@@ -514,7 +514,7 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
     "too few columns": (
         "rows.csv",
         'prompt,completion\n"ask\nme",say\nask\n',
-        ["rows.csv:4: 1 column, where the header has 2"],
+        ["rows.csv:4: 1 column, where the header has 2: add the missing cells"],
     ),
     "repeated column": (
         "rows.csv",

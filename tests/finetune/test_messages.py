@@ -53,6 +53,14 @@ def test_system_and_history_of_alpaca_are_turns(tmp_path):
     assert len(splits.notes) == 1
 
 
+def test_a_system_column_beside_another_system_message_is_noted(tmp_path):
+    rows = [chat("s Say.", "u a", "a b", system=system) for system in ("Say.", "Sing.", None)]
+    splits = load(tmp_path, rows)
+    assert {said(splits, row)[0] for row in range(3)} == {"system: Say."}
+    (note,) = [note for note in splits.notes if "system" in note]
+    assert note.endswith("(the messages begin with another system message): 1")
+
+
 def test_a_system_message_inside_a_column_is_read(tmp_path):
     columns = {"prompt": "q", "completion": "a", "system": "meta.system"}
     rows = [{"q": f"q{n}", "a": "b", "meta": {"system": who}} for n, who in enumerate(("S", None))]

@@ -142,6 +142,16 @@ def test_a_prompt_that_opens_a_thought_missing_from_the_row_is_refused(ended, lo
     assert targets(conversation("open", "ok"), plain) == "ok<|im_end|>"
 
 
+def test_a_thought_that_lacks_the_line_break_of_the_prompt_is_refused_with_the_remedy(ended):
+    tokenizer = ended(REASONING.replace(".split('</think>')[-1]", ""))
+    with pytest.raises(
+        UserError, match=r"asks .*<think>\\n', but .* 'why</think>ok.*put '\\n' there"
+    ):
+        encode(conversation("open", "<think>why</think>ok"), tokenizer, data())
+    answer = targets(conversation("open", "<think>\nwhy</think>ok"), tokenizer)
+    assert answer == "why</think>ok<|im_end|>"
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_a_thought_that_the_template_drops_is_refused(ended, loss_on):
     cutting = ended(REASONING.replace("<think>\n", ""))
