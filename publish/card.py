@@ -35,7 +35,7 @@ def card_text(
     """Writes the repository's README.md.
 
     recipe: the published one, without this machine's folders.
-    report: report.json, with quantization.json under "quantization".
+    report: report.json, with what `read_report` adds.
     kind: `quantized`, or `adapter` if only the adapter is published.
     files: names of the other files in the repository.
     datasets: sources of training rows that are on the Hub; the others are files of the author's.
@@ -77,7 +77,7 @@ def metadata(
         tags=["finequant", family, *_scheme(report, kind), *recipe.publish.tags],
         pipeline_tag="text-generation",
         model_name=(recipe.publish.repo_id or recipe.name).split("/")[-1],
-        eval_results=_results(recipe, report, kind),
+        eval_results=_results(recipe, report, kind) or None,
         library_name="peft" if kind == ADAPTER else "transformers",
     )
 
@@ -195,6 +195,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         )
     if kind == QUANTIZED:
         limits += _quantized_limits(report, exports)
+        if HELD_OUT in tasks:
+            limits += _ignored_penalty(report, exports)
     if base_on_hub(recipe) not in (None, recipe.model.base):
         limits.append(f"The adapter was trained on `{recipe.model.base}`.")
         if kind == ADAPTER:
@@ -225,6 +227,24 @@ def _quantized_limits(report: dict[str, Any], exports: list[str]) -> list[str]:
         elif "speed" not in measured:
             limits.append(f"The export {name} holds the same codes; only its size was measured.")
     return limits
+
+
+def _ignored_penalty(report: dict[str, Any], exports: list[str]) -> list[str]:
+    """Says in one line which programs answer differently, because they do not penalize repetition
+    as all models were when they were measured; else []."""
+    from finequant.quantize.formats.formats import FORMATS
+
+    penalty = report["generation"].get("repetition_penalty") or 1
+    ignoring = [entry.ignores_penalty for name, entry in FORMATS.items() if name in exports]
+    ignoring = list(filter(None, ignoring))
+    if penalty == 1 or not ignoring:
+        return []
+    programs = " and ".join(filter(None, [", ".join(ignoring[:-1]), ignoring[-1]]))
+    return [
+        "Answers to held-out rows were measured with the base's `repetition_penalty` of "
+        f"{penalty} on the tokens of prompt and answer. Used as above, {programs} will apply none, "
+        "and may give other answers."
+    ]
 
 
 def _license(license: License, recipe: Recipe) -> str:

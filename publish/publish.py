@@ -26,6 +26,9 @@ from finequant.recipes.terminal import say
 PARTS_WITH_ROWS = ("samples", "passages")
 """Parts of the report that quote rows, which may be private."""
 
+FOR_CARD = ("quantization", "model_type", "generation")
+"""Parts that `read_report` adds."""
+
 # Files that are not published: they name this machine's folders, or hold hashes. A publication has
 # its own hashes, by which the next one knows which files it made.
 STAYS_HERE = ("recipe.yaml", "training_log.json", SUMS)
@@ -143,11 +146,14 @@ def check_current(recipe: Recipe, run: RunDir) -> None:
 
 
 def read_report(run: RunDir) -> dict[str, Any]:
-    """Reads report.json; adds quantization.json as "quantization", and the "model_type"."""
+    """Reads report.json; adds quantization.json as "quantization", the "model_type", and
+    generation_config.json as "generation"."""
     report = json.loads(run.report.read_text(encoding="utf-8"))
     record = json.loads((run.quantized / "quantization.json").read_text(encoding="utf-8"))
     config = json.loads((run.quantized / "config.json").read_text(encoding="utf-8"))
-    return report | {"quantization": record, "model_type": config["model_type"]}
+    generation = json.loads((run.quantized / "generation_config.json").read_text(encoding="utf-8"))
+    added = (record, config["model_type"], generation)
+    return report | dict(zip(FOR_CARD, added, strict=True))
 
 
 def check_gate(report: dict[str, Any], overruled: Sequence[str]) -> None:
@@ -192,7 +198,7 @@ def assemble(recipe: Recipe, run: RunDir, report: dict[str, Any], kind: str) -> 
             (folder / name).write_bytes(content)
         private = () if recipe.publish.rows else PARTS_WITH_ROWS
         report = {key: value for key, value in report.items() if key not in private}
-        measured = {key: report[key] for key in report if key not in ("quantization", "model_type")}
+        measured = {key: report[key] for key in report if key not in FOR_CARD}
         measured["recipe"] = shown.model_dump(mode="json", exclude={"output_dir"})
         _write_json(folder / "report.json", measured)
         if recipe.publish.rows:

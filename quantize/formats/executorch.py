@@ -232,6 +232,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    ignores_penalty="ExecuTorch's LLM runner",
     bytes_per_weight=5.0,
     weights="*.pte",
     names_floats=False,

@@ -95,6 +95,10 @@ class Format:
     """How the runtime rounds the linear layers' inputs, for the report: `int8` (one scale per
     token, as in quantized/), `int8 in blocks`, `int8 in blocks of 32` or `float`."""
 
+    ignores_penalty: str = ""
+    """The program of `snippet`, if it does not read `repetition_penalty` of
+    generation_config.json, with which all models are measured."""
+
     is_checkpoint: bool = False
     """Whether plain `from_pretrained` loads it. If so, it is evaluated like quantized/, lm-eval
     tasks included, and `finequant chat` offers quantized/ instead."""

@@ -278,6 +278,7 @@ FORMAT = Format(
     read_back=read_back,
     activations="int8 in blocks of 32",
     snippet=snippet,
+    ignores_penalty="llama-cpp-python",
     bytes_per_weight=READ_BYTES if to_install(RUNTIME) else MAPPED_BYTES,
     weights="*.gguf",
     token_ids=token_ids,

@@ -193,6 +193,7 @@ FORMAT = Format(
     write=write,
     read_back=read_back,
     snippet=snippet,
+    ignores_penalty="mlx-lm",
     bytes_per_weight=4.5,
     weights="*.safetensors",
     runtime=lambda folder, context: MlxLm(folder),

@@ -631,6 +631,12 @@ def test_the_card_says_what_was_not_measured(card):
     def only_sized(models):
         models["gguf"] = {"size_bytes": 9, "bits_per_weight": 9.0, "perplexity": {}, "tasks": {}}
 
+    def nothing(models):
+        only_answers(models)
+        for model in models.values():
+            model["tasks"] = {}
+
+    assert "model-index" not in card("quantized", [], [], nothing)  # not one without results
     text = card("quantized", [], [], only_answers)
     assert "- No perplexity was measured.\n" in text
     assert "on the held-out rows only" not in text
@@ -672,6 +678,29 @@ def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
         assert line in plain
     assert "await generator(messages, { max_new_tokens: 64, do_sample: false })" in chat
     assert "4 bits" not in chat  # their number is the recipe's: 2
+
+
+def test_the_card_names_programs_that_ignore_the_penalty_of_the_measured_answers(card, recipe):
+    def unscored(models):
+        for model in models.values():
+            model["tasks"] = {}
+
+    file = recipe.parent / "run" / "quantized" / "generation_config.json"
+    exported = ["compressed-tensors/m", "gguf/m.gguf", "mlx/m.safetensors", "executorch/m.pte"]
+    assert "repetition_penalty" not in card("quantized", exported, [])
+    generation = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(generation | {"repetition_penalty": 1.1}), encoding="utf-8")
+    line = (
+        "- Answers to held-out rows were measured with the base's `repetition_penalty` of 1.1 on "
+        "the tokens of prompt and answer. Used as above, {} will apply none, and may give other "
+        "answers.\n"
+    )
+    assert line.format("llama-cpp-python") in card("quantized", exported[:2], [])
+    programs = "llama-cpp-python, ExecuTorch's LLM runner and mlx-lm"
+    assert line.format(programs) in card("quantized", exported, [])
+    assert "repetition_penalty" not in card("quantized", exported, [], unscored)
+    for files in (exported[:1], []):  # transformers applies it
+        assert "repetition_penalty" not in card("quantized", files, [])
 
 
 def test_the_recipes_folder_of_documents_adds_to_those_beside_the_base(recipe, tiny_base):
