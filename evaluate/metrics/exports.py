@@ -122,7 +122,8 @@ def _measure_in_runtime(
         for sequence in chain(*compared_on.values())
         for logits, _ in scored_logits(runtime, sequence)
     ]
-    return {"perplexity": perplexity, "tasks": tasks}, answers, torch.stack(logs)
+    stacked = torch.stack(logs) if logs else torch.empty(0, 0)  # only lm-eval's tasks are measured
+    return {"perplexity": perplexity, "tasks": tasks}, answers, stacked
 
 
 def _context(recipe: Recipe, material: Material) -> int:

@@ -54,9 +54,10 @@ def compared(
 
     Returns:
         {"kl": mean divergence from quantized/, in nats per token, "same_prompts": share of the
-        held-out prompts that the export's tokenizer encodes as the same ids}
+        held-out prompts that the export's tokenizer encodes as the same ids}; without a key for
+        which there are no texts or prompts
     """
-    parity = {"kl": kl(reference.predictions.logs, logs).mean().item()}
+    parity = {"kl": kl(reference.predictions.logs, logs).mean().item()} if len(logs) else {}
     if not material.prompts:
         return parity
     texts = [prompt_text(row, material.tokenizer, recipe.data) for row in material.rows]

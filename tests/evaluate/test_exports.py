@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -99,6 +100,22 @@ def test_a_killed_timing_is_not_explained_by_a_warning(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(UserError, match="timed: it was killed, perhaps out of memory"):
         speed("gguf", tmp_path)
+
+
+def test_an_export_is_measured_where_lm_evals_tasks_are_all_that_is_measured(recipe_file, tmp_path):
+    """There are no tokens to compare it on, and stacking none of them was a traceback."""
+    from finequant.evaluate.metrics.divergence import Predictions
+    from finequant.evaluate.metrics.exports import _measure_in_runtime
+    from finequant.evaluate.metrics.parity import Reference, compared
+
+    recipe, material = load_recipe(recipe_file), SimpleNamespace(corpora={}, prompts=[])
+    entry = SimpleNamespace(name="toy", open_runtime=lambda folder, context: None)
+    run, none = RunDir.of(recipe), torch.empty(0, 9)
+    reference = Reference({}, Predictions(none, torch.empty(0), {}, []))
+    scores, answers, logs = _measure_in_runtime(entry, run, recipe, material, {})
+    assert (scores, answers) == ({"perplexity": {}, "tasks": {}}, [])
+    for theirs in (logs, none):  # a runtime's, a checkpoint's
+        assert compared(entry, tmp_path, recipe, material, reference, theirs) == {}
 
 
 def test_an_export_is_measured_once_its_runtime_is_installed(recipe_file, monkeypatch, capsys):
