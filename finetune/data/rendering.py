@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
@@ -278,6 +279,10 @@ def _opened(content: str, prompt: str) -> str:
     return tag if tag.startswith("<") and prompt.rstrip().endswith(tag) else ""
 
 
+WORDS = re.compile(r"\s+|(?=<)|(?<=>)")
+"""Splits where templates may change the white space: between words, and around tags."""
+
+
 def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
     """Finds where an answer's last word ends; templates may change the white space between words.
 
@@ -287,7 +292,8 @@ def _end_of_content(row: Row, index: int, text: str, start: int) -> int:
     content = row.messages[index]["content"]
     if content and text.startswith(content, start):
         return start + len(content.rstrip())
-    for word in content.lstrip().removeprefix(_opened(content, text[:start])).split():
+    left = content.lstrip().removeprefix(_opened(content, text[:start]))
+    for word in filter(None, WORDS.split(left)):
         at = text.find(word, start)
         if at < 0:
             raise UserError(

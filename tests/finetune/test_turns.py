@@ -152,6 +152,17 @@ def test_a_thought_that_lacks_the_line_break_of_the_prompt_is_refused_with_the_r
     assert answer == "why</think>ok<|im_end|>"
 
 
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_a_thought_is_learned_as_the_template_writes_it(ended, opens):
+    """Qwen3's writes tags on lines of their own; rows without line breaks were refused."""
+    lines = ".replace('<think>', '<think>\\n').replace('</think>', '\\n</think>\\n\\n')"
+    template = REASONING.replace(".split('</think>')[-1]", lines)
+    tokenizer = ended(template.replace("assistant:<think>\n", f"assistant:{opens}"))
+    answer = targets(conversation("open", "<think>why</think>ok"), tokenizer)
+    assert f"<think>\n{answer}".endswith("<think>\nwhy\n</think>\n\nok<|im_end|>")
+    assert answer.startswith("why" if opens else "<think>")
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_a_thought_that_the_template_drops_is_refused(ended, loss_on):
     cutting = ended(REASONING.replace("<think>\n", ""))
