@@ -35,6 +35,8 @@ FORMS = {
     LICENSE: "expected a license as the Hub names it, such as apache-2.0",
 }
 """The patterns of the schema, in words."""
+MARKS = "\"'|>&*!"
+"""Characters with which a text in YAML begins that is not written as it is."""
 MOST_ENTRIES = 100_000
 """Keys and list entries in a recipe: with aliases of aliases, a few lines stand for billions."""
 Location = tuple[str | int, ...]
@@ -278,6 +280,10 @@ def _override_value(text: str, at: Location, where: str) -> Any:
         tree = YAML().load(text) if text.strip() else None
     except Exception:  # not YAML, so plain text
         return text
+    # In text without quotes, YAML would drop what follows ` #`, and line breaks.
+    is_text = isinstance(tree, str) and text.lstrip()[0] not in MARKS
+    if is_text or (tree is None and text.lstrip().startswith("#")):
+        tree = text.strip()
     return _plain(tree, at, where, {(): where})
 
 

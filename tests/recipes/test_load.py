@@ -397,6 +397,23 @@ def test_an_effort_on_the_command_line_replaces_what_the_file_says_of_its_keys(w
         assert (fast.method, fast.rotate, fast.calibration.steps) == ("hqq", False, 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Answer #1 is the best", "Answer #1 is the best"),
+        ("#1", "#1"),
+        ("two\nlines", "two\nlines"),
+        (" trimmed ", "trimmed"),
+        ("'in quotes' # a comment", "in quotes"),
+        ("null # a comment", None),
+    ],
+)
+def test_text_in_an_override_is_not_cut(write, text, value):
+    """`output_dir=runs/#1 #2` once became another folder: for YAML, a comment begins there."""
+    path = write(f"{RECIPE}  test: rows.jsonl\n")
+    assert load_recipe(path, [f"data.system={text}"]).data.system == value
+
+
 def test_overrides_are_yaml_values(write):
     path = write(f"{RECIPE}  test:\n    - {{source: rows.jsonl}}\n    - rows.jsonl\n")
     recipe = load_recipe(
