@@ -216,7 +216,7 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
         shortest = int(length.argmin())
         raise UserError(
             f"{which}: {every} longer than data.max_length={data.max_length}, and "
-            "data.long_rows=drop leaves none; raise data.max_length"
+            "data.long_rows=drop leaves none; raise data.max_length, or set data.long_rows=truncate"
             + (", or set data.validation_fraction=0 to split none off" if is_split_off else "")
             + f"\n  {rows[int(index[shortest])].where}: {length[shortest]} tokens"
             + (", the shortest" if len(rows) > 1 else "")

@@ -140,6 +140,8 @@ def _try(target: Path, overrides: list[str]) -> None:
     given = values_of(overrides)
     if given:
         add_to_file(target, given, "given to init")
+    if "data.max_length" not in given:
+        _write_max_length(target)
     splits = read_splits(load_recipe(target))
     from finequant.finetune.data.preview import preview  # only now: it imports libraries
 
@@ -156,6 +158,18 @@ def _try(target: Path, overrides: list[str]) -> None:
         _write_answer_length(target, splits)
     recipe = load_recipe(target)
     _fit_to_this_machine(recipe, check_tokens(recipe, splits), target)
+
+
+def _write_max_length(target: Path) -> None:
+    """Lowers data.max_length in a recipe's file to the base's positions, if it has fewer."""
+    from finequant.finetune.architecture import trained_positions
+    from finequant.finetune.model import load_config
+    from finequant.recipes.load import add_to_file, load_recipe
+
+    recipe = load_recipe(target)
+    positions = trained_positions(load_config(recipe.model))
+    if positions < recipe.data.max_length:
+        add_to_file(target, {"data.max_length": positions}, "the positions of the base")
 
 
 def _write_tools(target: Path, splits: Splits) -> None:

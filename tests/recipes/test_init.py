@@ -10,6 +10,7 @@ import pytest
 from conftest import write_jsonl
 
 from finequant.finetune.data.splits import load_splits
+from finequant.finetune.model import load_config
 from finequant.quantize.size import machine as machines
 from finequant.quantize.size.machine import this_machine
 from finequant.quantize.size.resources import settings_that_fit
@@ -22,7 +23,8 @@ from finequant.recipes.stages import STAGES
 
 @pytest.fixture
 def init(recipe_file, tmp_path, monkeypatch, capsys):
-    """Writes a recipe for forty rows on a machine with this memory; returns what is printed."""
+    """Writes a recipe for forty rows of up to 1,024 tokens on a machine with this memory; returns
+    what is printed."""
     base = load_recipe(recipe_file, []).model.base
     rows = tmp_path / "rows.csv"
     lines = (f"Is {n} even?,{'yes' if n % 2 == 0 else 'no'}\n" for n in range(40))
@@ -31,7 +33,8 @@ def init(recipe_file, tmp_path, monkeypatch, capsys):
     def run(memory: int) -> str:
         monkeypatch.setattr(machines, "total_memory", lambda: memory)
         with pytest.raises(SystemExit) as exit_:
-            main(["init", "--data", str(rows), "--base", base, "--to", str(tmp_path / "r.yaml")])
+            target = ["--to", str(tmp_path / "r.yaml"), "data.max_length=1024"]
+            main(["init", "--data", str(rows), "--base", base, *target])
         assert not exit_.value.code
         printed = capsys.readouterr()
         return printed.out + printed.err
@@ -165,7 +168,9 @@ def test_a_row_that_is_too_long_is_left_out_and_counted(init_rows):
     rows = [*pairs(40), {"prompt": "open the red door " * 400, "completion": "So."}]
     code, printed = init_rows(rows, "data.validation_fraction=0", "data.test_fraction=0.01")
     assert code == 0
-    assert "train: 1 row longer than data.max_length=1024 left out" in printed
+    recipe = load_recipe("rows.yaml")
+    assert recipe.data.max_length == load_config(recipe.model).max_position_embeddings == 512
+    assert "train: 1 row longer than data.max_length=512 left out" in printed
 
 
 TOOLS = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object"}}}]
@@ -325,7 +330,12 @@ def test_answers_are_given_the_tokens_that_the_tokenizer_takes_for_them(init_row
 
 def test_answers_get_no_more_tokens_than_the_base_has_positions_for(init_rows):
     question, answer = "open the red door " * 60, "บัตรของฉัน" * 9
-    rows = [{"prompt": f"{question} {n}", "completion": answer} for n in range(40)]
+    rows = [
+        {"prompt": f"{question} {n}", "completion": "no"}
+        if n % 2
+        else {"prompt": str(n), "completion": answer}
+        for n in range(80)
+    ]
     code, printed = init_rows(rows, "--task", "chat")
     assert code == 0, printed
     tokens = load_recipe("rows.yaml").evaluate.max_new_tokens
@@ -360,5 +370,5 @@ def test_a_long_row_that_is_all_of_validation_is_named_with_a_way_out(init_rows)
     rows[4]["prompt"] = "open the red door " * 400  # the seed makes this one the validation row
     code, printed = init_rows(rows)
     assert code == 2
-    assert "data.validation: the only row is longer than data.max_length=1024" in printed
+    assert "data.validation: the only row is longer than data.max_length=512" in printed
     assert "or set data.validation_fraction=0 to split none off\n  rows.jsonl:5: " in printed
