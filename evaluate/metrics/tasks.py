@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from finequant.evaluate.check import check_task_files
 from finequant.evaluate.inputs import HELD_OUT
 from finequant.evaluate.metrics.text_metrics import Score, is_out_of_100
-from finequant.evaluate.report.values import metrics_of
 from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Task
 from finequant.recipes.terminal import say
@@ -330,9 +329,10 @@ def turn_into_fractions(measured: Collection[dict[str, Any]]) -> None:
 
     measured: the measurements of these models, as `measure_model` returns them.
     """
-    models = {index: measurement["scores"] for index, measurement in enumerate(measured)}
-    for task, metric in metrics_of(models):
-        scores = [task_scores for m in models.values() if (task_scores := m["tasks"].get(task))]
+    tasks = [measurement["scores"]["tasks"] for measurement in measured]
+    pairs = ((task, metric) for of in tasks for task, metrics in of.items() for metric in metrics)
+    for task, metric in dict.fromkeys(pairs):
+        scores = [of[task] for of in tasks if task in of]
         items = [(m.get("by_item") or {}).get(task) or {} for m in measured]
         values = [score[metric]["value"] or 0 for score in scores if metric in score]
         values += chain(*(item.get(metric, ()) for item in items))
