@@ -51,7 +51,7 @@ def parsed_once() -> Iterator[None]:
     reading and dequantizing 135M weights (`get_gguf_hf_weights_map`, since
     https://github.com/huggingface/transformers/pull/34385). The loader that does not, of
     https://github.com/huggingface/transformers/pull/47779, knows none of the architectures that
-    finequant supports (transformers 5.23): remove this function once its `GGUF_ARCHS` has them.
+    finequant supports (transformers 5.24): remove this function once its `GGUF_ARCHS` has them.
     """
     import gguf
 

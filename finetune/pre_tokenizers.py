@@ -45,7 +45,7 @@ DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT_2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 def restore(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Makes a tokenizer that transformers read from a GGUF file cut words as the file says.
 
-    transformers 5.23 knows the names of Llama 3, Qwen and a few more; for all others it silently
+    transformers 5.24 knows the names of Llama 3, Qwen and a few more; for all others it silently
     cuts as GPT-2 does. To be removed once its GGUF_PRE_TOKENIZER_SPLITS has them, and it sets
     `ignore_merges`: integrations/gguf/gguf_tokenizer_mapping.py.
 

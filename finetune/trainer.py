@@ -179,7 +179,7 @@ class LoraTrainer(SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Trains nothing if training resumes from the checkpoint of its last step: transformers
-        5.23 would train one more step, in the middle of an epoch or after patience has ended it.
+        5.24 would train one more step, in the middle of an epoch or after patience has ended it.
         To be removed when its trainer looks at max_steps before the first step."""
         if self._is_finished():
             self.control.should_training_stop = True

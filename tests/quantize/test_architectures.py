@@ -73,7 +73,7 @@ for folder in map(Path, sys.argv[2:]):
     reader = GGUFReader(file)
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     kind = reader.fields["general.architecture"].contents()
-    # transformers 5.23 does not read it of a Qwen3
+    # transformers 5.24 does not read it of a Qwen3
     config.head_dim = reader.fields[f"{kind}.attention.key_length"].contents()
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, config=config, dtype=torch.float32
