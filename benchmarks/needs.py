@@ -1,7 +1,7 @@
 """Computes what a recipe needs, by the size of its base: two tables, from shapes alone.
 
 python benchmarks/needs.py           prints them
-python benchmarks/needs.py --write   writes them into README.md and docs/running.md
+python benchmarks/needs.py --write   writes them into README.md and docs/memory.md
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WORK = {
     "LoRA, base in nf4": ("train", ["model.load=nf4"]),
     "quantization-aware, adapter": ("qat", ["quantize.training={steps: 1}"]),
     "gptq": ("quantize", ["quantize.method=gptq", "quantize.effort=fast"]),
-    "scales trained, too": ("quantize", ["quantize.method=gptq", "quantize.effort=best"]),
+    "gptq, all scales trained": ("quantize", ["quantize.method=gptq", "quantize.effort=best"]),
     "evaluation": ("evaluate", []),
 }
 """Stages and overrides of the larger models' table."""
@@ -176,7 +176,7 @@ def machine_of(kind: str) -> Machine:
     return named_gpu("H100") if kind == "gpu" else Machine("a CPU", 10**15, "cpu")
 
 
-TABLES = {"README.md": table, "docs/running.md": larger_table}
+TABLES = {"README.md": table, "docs/memory.md": larger_table}
 """Each file's table."""
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ class Quantize(Section):
         exclude=True,  # the keys whose defaults it decides are dumped instead
         description="defaults of other keys; fast: rounds to nearest, in seconds; balanced: "
         "calibrates a rotated model; best: also trains blocks and scales, loses about half as "
-        "much, and takes twice as long on a GPU, many times as long on a CPU",
+        "much on plain text, and takes twice as long on a GPU, many times as long on a CPU",
     )
 
     bits: Bits = Field(
