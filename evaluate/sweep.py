@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.evaluate.measure import arithmetic, memo_of
-from finequant.evaluate.points import Point, check_plans, read_points
+from finequant.evaluate.sweep_points import Point, check_plans, read_points
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.freshness import Memo, digest, versions
 from finequant.recipes.rundir import RunDir

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finequant.finetune.architecture import check_architecture
+from finequant.finetune.base_files import as_stored, missing_files, stored_weights
 from finequant.finetune.gguf_base import dequantized, described
-from finequant.finetune.stored import as_stored, missing_files, stored_weights
 from finequant.recipes.base import locate_base
 from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.hub import offline_reason

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from finequant.finetune.architecture import EMBEDDING, HEAD
+from finequant.finetune.base_files import weight_files
 from finequant.finetune.model import load_base, load_on_disk
-from finequant.finetune.stored import weight_files
 from finequant.quantize.checkpoint.reading import WHOLE, TensorFile, Weights, row_slices
 from finequant.recipes.errors import UserError, one_line
 from finequant.recipes.schema import Model
@@ -163,7 +163,10 @@ class Adapter:
             )
         for key in entries:
             if key.startswith(prefix) and not self.read(key).isfinite().all():
-                raise UserError(f"{folder}: cannot be merged: {key} has values that are not finite")
+                raise UserError(
+                    f"{folder}: cannot be merged: {key} has values that are not finite: train "
+                    "again with a smaller train.learning_rate"
+                )
 
     def add(self, layer: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
         """Returns rows of the merged weight, from float32 rows of the base's, which it overwrites.

@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-from finequant.evaluate.points import read_points, split_values
 from finequant.evaluate.report.sweep_report import (
     groupwise_tables,
     mean_accuracy,
@@ -17,6 +16,7 @@ from finequant.evaluate.report.sweep_report import (
     write_sweep,
 )
 from finequant.evaluate.sweep import sweep
+from finequant.evaluate.sweep_points import read_points, split_values
 from finequant.recipes.errors import UserError
 
 TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
