@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
-from finequant.quantize.formats.format import CONTEXT, Format, to_install
+from finequant.quantize.formats.format import CONTEXT, NOT_KEPT, Format, to_install
 from finequant.quantize.logits import check_prompts, last_logits, relative_difference
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, counted, refuse_all, report_user_errors
@@ -187,7 +187,7 @@ def check_codes(name: str, layer: str, exported: Rounded, expected: Rounded) -> 
 
     codes, scale = exported
     if not torch.equal(codes, expected.codes):
-        raise UserError(f"{name}: codes of {layer} differ once read back: the file is not kept")
+        raise UserError(f"{name}: codes of {layer} differ once read back: {NOT_KEPT}")
     matters = codes.unflatten(1, (scale.shape[1], -1)).any(-1)  # others multiply zeros
     exact, read = (part.float() * matters for part in (expected.scale, scale))
     largest = exact.abs().max()
@@ -196,7 +196,7 @@ def check_codes(name: str, layer: str, exported: Rounded, expected: Rounded) -> 
     if not rounding <= SCALE_ROUNDING:  # nor is it NaN
         raise UserError(
             f"{name}: scales of {layer}, of at most {largest:.2g}, differ by {rounding:.1%}: "
-            "the file is not kept"
+            f"{NOT_KEPT}"
         )
     return rounding
 
@@ -215,7 +215,7 @@ def check_float(name: str, parameter: str, exported: torch.Tensor, exact: torch.
         _within_rounding(exported[rows].float(), exact[rows].float())
         for rows in row_slices(tuple(exact.shape))
     ):
-        raise UserError(f"{name}: {parameter} differs once read back: the file is not kept")
+        raise UserError(f"{name}: {parameter} differs once read back: {NOT_KEPT}")
 
 
 def _within_rounding(tensor: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -230,7 +230,7 @@ def check_names(name: str, expected: Iterable[str], actual: Iterable[str]) -> No
         if names:
             raise UserError(
                 f"{name}: the file {verb} {counted(len(names), 'tensor')}, such as {names[0]}: "
-                "it is not kept"
+                f"{NOT_KEPT}"
             )
 
 
@@ -255,7 +255,7 @@ def check_logits(entry: Format, logits: torch.Tensor, reference: Reference) -> f
     if not difference <= limit:
         raise UserError(
             f"{entry.name}: logits differ from those of quantized/ by {difference:.1%}, expected "
-            f"at most {limit:.0%}: the file is not kept"
+            f"at most {limit:.0%}: {NOT_KEPT}"
         )
     return difference
 

@@ -82,7 +82,10 @@ def write_recipe(
     if subset and not train.name:
         raise UserError(f"--subset {subset}: only a dataset on the Hub has subsets, not {data}")
     if base and is_local(base) and not Path(base).expanduser().exists():
-        raise UserError(f"--base: {base} does not exist")
+        raise UserError(
+            f"--base: {base} does not exist; expected a folder, a Hub id (org/name), or "
+            "package:MODULE/FILE.gguf"
+        )
     rows = _rows_of(train)
     look = look_at(rows, str(data), task, columns or {})
     held_out = _held_out(train, test_source)
@@ -229,7 +232,7 @@ def recipe_text(
         "  batch_size: 16\n"
         "  learning_rate: 5e-4             # lower it for a base of several billion parameters\n\n"
         "quantize:\n"
-        f"  effort: {effort:<24}# fast: in seconds; best: loses less, for a GPU\n"
+        f"  effort: {effort:<24}# fast: in seconds; best: trains scales, too, for a GPU\n"
         "  exports: [gguf]\n\n"
         f"evaluate:\n{_evaluate(look)}"
     )

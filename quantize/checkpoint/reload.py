@@ -107,7 +107,9 @@ def check_quantized(
     """
     for name in checkpoint.shapes:
         if not checkpoint.has(name, WHOLE):
-            raise UserError(f"{checkpoint.folder}: {name} is not what was written: a disk error?")
+            raise UserError(
+                f"{checkpoint.folder}: {name} is not what was written: a disk error? Quantize again"
+            )
     config = base.config
     return_freed_memory()  # calibration leaves up to as much as the model takes
     blocks = blocks_that_fit(checkpoint, config)
@@ -148,4 +150,7 @@ def check_reload(
     shutil.rmtree(exchange)
     if not torch.equal(actual, expected):
         worst = (actual - expected).abs().max().item()
-        raise UserError(f"{folder}: reloaded logits differ by {worst}: the checkpoint is not kept")
+        raise UserError(
+            f"{folder}: reloaded logits differ by {worst}: the checkpoint is not kept: install the "
+            "versions in constraints.txt, and quantize again"
+        )

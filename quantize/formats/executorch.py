@@ -17,7 +17,7 @@ from finequant.finetune.architecture import EMBEDDING, table_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside
 from finequant.quantize.formats.contents import Contents, check_block, check_norms
 from finequant.quantize.formats.executorch_graph import Decoder
-from finequant.quantize.formats.format import Format
+from finequant.quantize.formats.format import NOT_KEPT, Format
 from finequant.quantize.formats.naming import file_stem
 from finequant.quantize.formats.packing import pack_nibbles, unpack_nibbles
 from finequant.quantize.formats.snippet import fenced
@@ -176,7 +176,7 @@ def read_back(folder: Path, stored: QuantizedCheckpoint) -> Iterator[tuple[str, 
         packed = constants.get(_digest(pack_nibbles(codes)))
         scales = constants.get(f"scale_{_digest(scale.to(torch.bfloat16))}")
         if packed is None or scales is None:
-            raise UserError(f"executorch: the file lacks the codes of {name}: it is not kept")
+            raise UserError(f"executorch: the file lacks the codes of {name}: {NOT_KEPT}")
         nibbles = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(codes), -1)
         read = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view_as(scale)
         yield name, Rounded(unpack_nibbles(nibbles), read)

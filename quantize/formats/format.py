@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CONTEXT = 2048
 """Tokens that a runtime's cache holds unless more are asked for."""
 
+NOT_KEPT = "the file is not kept: install the versions in constraints.txt, and export again"
+"""Ends the message about a file whose content differs from quantized/."""
+
 
 class Runtime(Protocol):
     """An exported model in memory, with a cache of one sequence."""

@@ -74,7 +74,8 @@ def check_fits(contents: Contents) -> None:
 
     Raises:
         UserError: for group sizes that are not multiples of 32, for blocks that llama.cpp does not
-            compute, and for tokenizers and rotary scalings that have no name in GGUF.
+            compute, for tokenizers that have no name in GGUF, and for rotary scalings that
+            `write` does not know.
     """
     check_block("gguf", "llama.cpp", contents.config)
     if uneven := sorted(size for size in set(contents.group_sizes.values()) if size % BLOCK):
@@ -84,7 +85,10 @@ def check_fits(contents: Contents) -> None:
         )
     pre_tokenizer(contents.tokenizer)
     if (kind := contents.config.rope_parameters["rope_type"]) not in ("default", "llama3"):
-        raise UserError(f"gguf: no export with rotary scaling {kind!r}; expected none or llama3")
+        raise UserError(
+            f"gguf: this export does not write the rotary scaling {kind!r}, only llama3's: remove "
+            "gguf from quantize.exports"
+        )
 
 
 def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str, Any]:

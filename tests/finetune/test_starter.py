@@ -672,7 +672,7 @@ def test_rows_that_are_neither_here_nor_on_the_hub_are_refused(tmp_path, rows):
 def test_a_missing_base_is_refused_before_anything_is_written(tmp_path, base):
     file, target = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
     file.write_text('{"prompt": "1", "completion": "2"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=f"--base: {base} does not exist"):
+    with pytest.raises(UserError, match=f"--base: {base} does not exist; expected a folder"):
         write_recipe(file, None, base, None, target)
     assert not target.exists()
     write_recipe(file, None, "package:mine/llama.gguf", None, target)

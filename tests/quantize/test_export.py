@@ -752,7 +752,7 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
         return (tensors | {"lm_head": Rounded(codes ^ 1, scale)}).items()
 
     monkeypatch.setitem(FORMATS, "toy", replace(toy_format.FORMAT, read_back=altered_codes))
-    with pytest.raises(UserError, match="toy: codes of lm_head differ once read back"):
+    with pytest.raises(UserError, match="toy: codes of lm_head differ.* constraints.txt"):
         export(recipe, run, ["toy"])
     wide = read_checkpoint(run.quantized).contents._replace(bits={"lm_head": 8})
     with pytest.raises(UserError, match="toy: layers of 8 bits; expected at most 4"):

@@ -298,12 +298,12 @@ def test_an_export_that_cannot_hold_the_base_is_left_out_with_a_note(init_rows, 
     base = llama("stretched", rope_parameters=stretched)
     code, printed = init_rows(pairs(40), "--base", str(base))
     assert code == 0
-    assert "init: quantize.exports: [], because GGUF cannot hold this base: gguf: no" in printed
+    assert "init: quantize.exports: [], because GGUF cannot hold this base: gguf: this" in printed
     assert load_recipe("rows.yaml").quantize.exports == []
     Path("rows.yaml").unlink()
     code, printed = init_rows(pairs(40), "--base", str(base), "quantize.exports=[gguf]")
     assert code == 2
-    assert "gguf: no export with rotary scaling" in printed
+    assert "rotary scaling 'linear', only llama3's: remove gguf from quantize.exports" in printed
 
 
 def test_rows_that_run_would_refuse_leave_no_recipe(init_rows):
