@@ -71,14 +71,7 @@ def columns_of_pair(
     elif question is None:
         question = _only(name for name in rest if is_prose(_column(rows, name)))
     if question is None or answer is None:
-        alike = [n for n in texts if len(rows) > 1 and _distinct(rows, n) == 1]
-        same = f" ({columns_of(alike)}: the same in all rows)" if alike else ""
-        raise UserError(
-            f"{data}: which column is the question and which the answer? The columns with text "
-            f"are {columns_of(texts)}{same}: add --prompt COLUMN --completion COLUMN, each several "
-            "times to join columns; for texts without answers, --task text --completion COLUMN"
-            + (CHOOSE.format(choices[0].partition("[0]")[0]) if choices else "")
-        )
+        raise UserError(f"{data}: {_which_is_which(rows, texts, choices)}")
     for option, name in given.items():
         if name not in texts and "{" not in name:
             raise UserError(
@@ -88,6 +81,18 @@ def columns_of_pair(
     if "prompt" not in given and lead not in (None, question, answer):
         question = f"{{{lead}}}\n\n{{{question}}}"
     return {"prompt": question, "completion": answer}
+
+
+def _which_is_which(rows: Sequence[dict[str, str]], texts: list[str], choices: list[str]) -> str:
+    """Asks for the columns of question and answer, and lists those with text."""
+    alike = [name for name in texts if len(rows) > 1 and _distinct(rows, name) == 1]
+    same = f" ({columns_of(alike)}: the same in all rows)" if alike else ""
+    choose = CHOOSE.format(choices[0].partition("[0]")[0]) if choices else ""
+    return (
+        "which column is the question and which the answer? The columns with text are "
+        f"{columns_of(texts)}{same}: add --prompt COLUMN --completion COLUMN, each several times "
+        f"to join columns; for texts without answers, --task text --completion COLUMN{choose}"
+    )
 
 
 def with_names(rows: Sequence[dict[str, str]], columns: dict[str, str]) -> dict[str, str]:

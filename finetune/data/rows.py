@@ -132,13 +132,7 @@ class RowReader:
         check_messages(messages, where)
         _check_media(messages, row, where)
         self.findings.repaired += [f"{where}: {what}" for what in done]
-        of_row = self._system(row, where)
-        system = of_row or self.data.system
-        if system and messages[0]["role"] != "system":
-            check_characters(system, where)
-            messages.insert(0, _message("system", system))
-        elif of_row.strip() not in ("", messages[0]["content"].strip()):
-            self.findings.counts[OTHER_SYSTEM] += 1
+        self._add_system(messages, row, where)
         excluded = {index for index, turn in enumerate(messages) if not turn.pop("learned", True)}
         if MISSING.fullmatch(messages[-1]["content"].strip()):
             self.findings.counts["answers that may be missing values (NaN, null, None, NA)"] += 1
@@ -221,6 +215,16 @@ class RowReader:
         if not mapped and name not in self._mapped and isinstance(value, (list, dict)):
             return system_text(value, f"{where}: {name}")
         return self._text_of(name, row, where, "")
+
+    def _add_system(self, messages: list[Message], row: dict[str, Any], where: str) -> None:
+        """Begins the messages with the row's or the recipe's system message, if they have none."""
+        of_row = self._system(row, where)
+        system = of_row or self.data.system
+        if system and messages[0]["role"] != "system":
+            check_characters(system, where)
+            messages.insert(0, _message("system", system))
+        elif of_row.strip() not in ("", messages[0]["content"].strip()):
+            self.findings.counts[OTHER_SYSTEM] += 1
 
     def _history(self, row: dict[str, Any], where: str) -> list[Message]:
         """Returns earlier turns, which LLaMA-Factory writes as pairs of question and answer."""

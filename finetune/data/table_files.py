@@ -44,12 +44,7 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
                     continue
                 row: dict[str, Any] | BadRowError = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
-                    remedy = "remove it from" if quotes == "text" else "quote"
-                    remedy = f"{remedy} cells that contain a {_name(separator)}"
-                    if len(cells) < len(header):
-                        remedy = "add the missing cells, and quote those that contain a line break"
-                    elif len(header) == 1:
-                        remedy = f"if the first line is a title, remove it; otherwise {remedy}"
+                    remedy = _remedy(len(cells), len(header), separator, quotes)
                     row = BadRowError(
                         f"{path}:{start}: {counted(len(cells), 'column')}, where the header has "
                         f"{len(header)}: {remedy}"
@@ -65,6 +60,15 @@ def read_csv(path: Path, kind: str) -> Iterator[Unparsed]:
             raise UserError(
                 f"{path}:{end + 1}: broken CSV: {error}: a stray quote? Double it inside a cell"
             ) from None
+
+
+def _remedy(cells: int, columns: int, separator: str, quotes: Quotes | None) -> str:
+    """Says how to correct a row that has more or fewer cells than the header has columns."""
+    if cells < columns:
+        return "add the missing cells, and quote those that contain a line break"
+    title = "if the first line is a title, remove it; otherwise " if columns == 1 else ""
+    change = "remove it from" if quotes == "text" else "quote"
+    return f"{title}{change} cells that contain a {_name(separator)}"
 
 
 def _quotes(path: Path, separator: str) -> Quotes:
