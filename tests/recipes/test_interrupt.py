@@ -211,10 +211,12 @@ time.sleep(600)
 
 def test_a_second_signal_kills_a_launched_process_that_handles_none():
     process = start(LAUNCHES, STUCK)
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(DEBOUNCE_SECONDS + 0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(DEBOUNCE_SECONDS + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
+    assert process.returncode == 256 - signal.SIGKILL  # of the launched process
 
 
 def test_a_signal_before_the_launched_process_exists_ends_the_launcher():
