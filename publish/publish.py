@@ -218,7 +218,8 @@ def exports(recipe: Recipe, run: RunDir) -> list[Path]:
     Raises:
         UserError: for an export of a different quantized/ than the one here.
     """
-    interrupted = (".partial", ".replaced")  # as `RunDir.writing` names folders in between
+    # As `RunDir.writing` names folders in between.
+    interrupted = (".partial", ".replaced", ".unrecorded")
     folders = sorted(
         path
         for path in run.exports.glob("*")

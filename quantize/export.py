@@ -8,15 +8,19 @@ Without --to: the formats of quantize.exports.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import CONTEXT, NOT_KEPT, Format, to_install
 from finequant.quantize.logits import check_prompts, last_logits, relative_difference
+from finequant.recipes.artifact import remove, replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, counted, refuse_all, report_user_errors
+from finequant.recipes.freshness import JOURNAL, RECORD
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
 from finequant.recipes.terminal import doing, say
@@ -115,14 +119,17 @@ def export_one(
     """Writes one format, reads it back, compares codes and logits, and records the figures."""
     watch, name = Stopwatch(), entry.name
     inputs = run.inputs(recipe, name)
-    say(f"export: {name}: writing")
-    with run.writing(run.exports / name, recipe) as folder:
-        figures = entry.write(stored, folder, recipe)
+    with run.writing(run.exports / name, recipe, inputs) as folder:
+        before = _written_before(folder)
+        if before is None:
+            say(f"export: {name}: writing")
+        figures = entry.write(stored, folder, recipe) if before is None else before
         doing(f"export: {name}: reading its codes back")
         scales = check_contents(entry, stored, entry.read_back(folder, stored))
         doing(f"export: {name}: computing logits from the file")
         difference = check_logits(entry, entry.logits(folder, prompts), reference)
         size = entry.size(folder)
+        replace_text(folder / JOURNAL, json.dumps(figures))
     scales_note = "the same scales" if scales == 0 else f"scales rounded by at most {scales:.2%}"
     say(f"export: {name}: all {len(stored.rounded)} layers have the same codes and {scales_note}")
     say(
@@ -140,9 +147,23 @@ def export_one(
         size_bytes=size,
         scale_rounding=scales,
         logit_difference=difference,
+        resumed=before is not None,
         **figures,
     )
     say(f"export: {run.exports / name} written in {watch.seconds} s, {size / 1e6:.1f} MB")
+
+
+def _written_before(folder: Path) -> dict[str, Any] | None:
+    """Returns the figures of an export that an interrupted call wrote and checked, but did not put
+    in place; if there is none, empties the folder. It is checked again before it counts as such."""
+    if (folder / JOURNAL).exists():
+        figures = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        (folder / JOURNAL).unlink()
+        return figures
+    for path in folder.iterdir():
+        if path.name != RECORD:
+            remove(path)
+    return None
 
 
 def check_contents(

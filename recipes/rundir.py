@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,9 +244,12 @@ class RunDir:
         what can be recreated is replaced.
 
         inputs: what decides the content. If given, the folder of an interrupted call with the same
-            inputs and versions is reused as it is.
+            inputs and versions is reused as it is, also if that call was killed between the last
+            lines here and `record`.
         """
         partial = target.with_name(target.name + ".partial")
+        if inputs is not None:
+            self._take_back(target, partial, inputs)
         if inputs is None or not is_made_from(partial, inputs):
             remove(partial)
             partial.mkdir(parents=True)
@@ -257,9 +260,20 @@ class RunDir:
         # What is read here may take minutes to hash, in which a signal must not lose the folder.
         seal(partial, known_hash, without=FOR_CONTINUING)
         is_kept = self._is_kept(target, partial)
-        for name in FOR_CONTINUING:
-            (partial / name).unlink(missing_ok=True)
+        if inputs is not None:
+            _move(reversed(FOR_CONTINUING), partial, _unrecorded(target))
         self._put_in_place(partial, target, is_kept)
+
+    def _take_back(self, target: Path, partial: Path, inputs: Inputs) -> None:
+        """Makes a folder that was complete, but not recorded before a kill, an unfinished one."""
+        unrecorded = _unrecorded(target)
+        if is_made_from(unrecorded, inputs):
+            is_intact = not target.is_symlink() and differences(target, known_hash) == []
+            if is_intact and not partial.exists() and not self._is_recorded(target):
+                target.rename(partial)
+            if partial.exists():
+                _move(FOR_CONTINUING, unrecorded, partial)
+        remove(unrecorded)
 
     def continuing(self, folder: Path, stage: str, inputs: Inputs) -> None:
         """Prepares a folder for checkpoints; those of the same inputs and versions stay.
@@ -309,8 +323,10 @@ class RunDir:
     def _is_ours(self, target: Path) -> bool:
         """Says whether a folder is still as a stage wrote it."""
         changed = None if target.is_symlink() else differences(target)
-        if changed is not None:
-            return not changed
+        return self._is_recorded(target) if changed is None else not changed
+
+    def _is_recorded(self, target: Path) -> bool:
+        """Says whether a folder is as the manifest says of it."""
         recorded = [entry["outputs"].get(self._key(target)) for entry in self.manifest().values()]
         return target.is_dir() and content_hash(target) in recorded
 
@@ -350,6 +366,23 @@ class RunDir:
         }
         write_recipe(recipe, self.root / "recipe.yaml")
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
+        for path in (*self.outputs(stage), self.merged):  # which `quantize` writes before the other
+            remove(_unrecorded(path))
+
+
+def _unrecorded(target: Path) -> Path:
+    """Returns the folder that holds, until a complete target is recorded, what continuing takes.
+
+    Its RECORD is the first to come and the last to leave, so that a kill in between loses nothing.
+    """
+    return target.with_name(target.name + ".unrecorded")
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        if (source / name).exists():
+            (source / name).replace(target / name)
 
 
 def _values(recipe: Recipe, exclude_defaults: bool = False) -> dict[str, Any]:

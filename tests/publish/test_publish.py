@@ -406,7 +406,7 @@ def test_what_a_killed_export_leaves_is_not_published(tmp_path):
     from finequant.publish.publish import exports
     from finequant.recipes.rundir import RunDir
 
-    for name in ("gguf.partial", "gguf.replaced"):
+    for name in ("gguf.partial", "gguf.replaced", "gguf.unrecorded"):
         (tmp_path / "exports" / name).mkdir(parents=True)
     (tmp_path / "exports" / ".DS_Store").touch()  # a file browser leaves it
     assert exports(None, RunDir(tmp_path)) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 import struct
 import weakref
 from dataclasses import replace
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 
 from finequant.quantize.formats.formats import FORMATS
 from finequant.quantize.rounding import Rounded
+from finequant.recipes import rundir
 from finequant.recipes.errors import UserError
+from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.schema import Quantize
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 200, 100, 50]])
@@ -521,6 +524,41 @@ def test_an_export_is_up_to_date_until_the_codes_change(make, recipe_file):
     assert (
         "exports/gguf: changed since gguf wrote it (base-127K-tiny-Q4_0.gguf: altered)" in changed
     )
+
+
+def stopped(*_: object, **__: object) -> None:
+    raise Interrupted(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("name", ["seal", "record"])
+def test_a_signal_while_an_export_is_hashed_or_recorded_loses_nothing(make, monkeypatch, name):
+    """To hash a large export takes minutes."""
+    run = make(to=("gguf",))
+    expected = {path.name: path.read_bytes() for path in (run / "exports/gguf").iterdir()}
+    shutil.rmtree(run)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(rundir if name == "seal" else rundir.RunDir, name, stopped)
+        make(to=("gguf",))
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.GGUFWriter", stopped)
+        make(to=("gguf",))
+    assert json.loads((run / "manifest.json").read_text())["gguf"]["resumed"]
+    assert {path.name: path.read_bytes() for path in (run / "exports/gguf").iterdir()} == expected
+    assert [path.name for path in (run / "exports").iterdir()] == ["gguf"]
+
+
+def test_an_export_is_written_anew_unless_all_its_checks_passed(make, monkeypatch):
+    run = make(to=("gguf",))
+    expected = {path.name: path.read_bytes() for path in (run / "exports/gguf").iterdir()}
+    shutil.rmtree(run / "exports")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr("finequant.quantize.export.check_logits", stopped)
+        make(to=("gguf",))
+    (file,) = (run / "exports" / "gguf.partial").glob("*.gguf")
+    file.write_bytes(b"half")
+    make(to=("gguf",))
+    assert not json.loads((run / "manifest.json").read_text())["gguf"]["resumed"]
+    assert {path.name: path.read_bytes() for path in (run / "exports/gguf").iterdir()} == expected
 
 
 def test_exports_are_stages_between_quantize_and_evaluate(recipe_file):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import JOURNAL
 from finequant.recipes.interrupt import Interrupted
 from finequant.recipes.load import load_recipe
+from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Model, Quantize
 
 SEQUENCES = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -408,6 +410,78 @@ def test_a_signal_while_the_result_is_hashed_loses_nothing(
     names = {path.name for path in (run / "quantized").iterdir()}
     assert {"model.safetensors", "config.json"} < names
     assert not names & {JOURNAL, "inputs.json"}
+
+
+@pytest.mark.parametrize(
+    "at", ["inputs.json", "journal.jsonl", "quantized", "quantized.partial", ""]
+)
+def test_a_kill_until_the_result_is_recorded_loses_nothing(
+    recipe_file, train_once, monkeypatch, at
+):
+    """It comes while one of these is renamed, or when all are, before the manifest is written."""
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.max_steps=1"]
+    train_once(arguments)
+    run = recipe_file.parent / "run"
+    convert([*arguments, "quantize.bits=3"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, dies_at(at, getattr(Path, name)))
+        if not at:
+            patch.setattr(RunDir, "record", dies_at("run", RunDir.record))
+        convert(arguments)
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write", lambda *of: written.append(of))
+        convert(arguments)
+    assert not written
+    resumed = {path.name: path.read_bytes() for path in (run / "quantized").iterdir()}
+    assert json.loads((run / "manifest.json").read_text())["quantize"]["resumed"]
+    assert {path.name for path in run.iterdir()} <= {*LEFT_IN_RUN}
+    shutil.rmtree(run / "quantized")
+    convert(arguments)
+    assert {path.name: path.read_bytes() for path in (run / "quantized").iterdir()} == resumed
+
+
+LEFT_IN_RUN = (
+    ".lock",
+    "adapter",
+    "checkpoints",
+    "data",
+    "manifest.json",
+    "quantized",
+    "recipe.yaml",
+)
+
+
+def dies_at(name: str, method: Callable) -> Callable:
+    """Returns a method of paths, or of run directories, that a signal stops at one of this name."""
+
+    def stopped(self, *arguments: object, **options: object) -> object:
+        if (self.root if isinstance(self, RunDir) else self).name == name:
+            raise Interrupted(signal.SIGTERM)
+        return method(self, *arguments, **options)
+
+    return stopped
+
+
+def test_a_folder_that_was_edited_before_it_was_recorded_is_kept(
+    recipe_file, train_once, monkeypatch
+):
+    from finequant.quantize.convert import main as convert
+
+    arguments = [str(recipe_file), "train.max_steps=1"]
+    train_once(arguments)
+    run = recipe_file.parent / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(RunDir, "record", dies_at("run", RunDir.record))
+        convert(arguments)
+    (run / "quantized" / "notes.txt").write_text("mine", encoding="utf-8")
+    convert(arguments)
+    kept = run / "previous" / "quantized-1" / "notes.txt"
+    assert kept.read_text(encoding="utf-8") == "mine"
+    verify(run / "quantized", again="")
 
 
 def test_other_inputs_start_over(recipe_file, train_once):
