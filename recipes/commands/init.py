@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -73,12 +73,13 @@ def init(
     columns = {"prompt": prompt, "completion": completion}
     given = {field: joined(names) for field, names in columns.items() if names}
     look = write_recipe(data, test, base, task, target, given, split, subset)
+    recipe = NewRecipe(target)
     _say_choices(look)
     try:
         with _undone_on_error(RunDir.of(load_recipe(target, overrides or [])).data):
-            _try(target, overrides or [])
+            _try(recipe, overrides or [])
     except BaseException:
-        target.unlink()  # so that the same command works once the cause is mended
+        recipe.remove()  # so that the same command works once the cause is mended
         raise
     write_schema(target.parent)
     file = as_argument(target)
@@ -109,6 +110,35 @@ def _say_choices(look: Look) -> None:
         say("init: the answers are numbers: if they stand for names, put the names in a column")
 
 
+class NewRecipe:
+    """The file that `init` writes; if an error follows, it is removed, unless it was edited."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._text = self._read()
+        """What `init` has written; None once somebody else has edited it."""
+
+    def _read(self) -> str:
+        return self.file.read_text(encoding="utf-8")
+
+    def add(self, values: dict[str, Any], comment: str) -> None:
+        """Sets keys; keeps everything else."""
+        from finequant.recipes.load import add_to_file
+
+        edited = self._read() != self._text
+        add_to_file(self.file, values, comment)
+        self._text = None if edited else self._read()
+
+    def remove(self) -> None:
+        from finequant.recipes.terminal import say
+
+        with suppress(FileNotFoundError):
+            if self._read() == self._text:
+                self.file.unlink()
+            else:
+                say(f"init: kept {self.file}, which was edited in the meantime")
+
+
 @contextmanager
 def _undone_on_error(folder: Path) -> Iterator[None]:
     """Removes what was made in a folder, with the new folders above it, if an error follows."""
@@ -127,7 +157,7 @@ def _undone_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def _try(target: Path, overrides: list[str]) -> None:
+def _try(target: NewRecipe, overrides: list[str]) -> None:
     """Shows what the model will see with a new recipe, and completes its file where a stage would
     otherwise refuse it.
 
@@ -135,54 +165,54 @@ def _try(target: Path, overrides: list[str]) -> None:
         UserError: for whatever a stage would refuse all the same.
     """
     from finequant.evaluate.check import check_rows
-    from finequant.recipes.load import add_to_file, load_recipe, values_of
+    from finequant.recipes.load import load_recipe, values_of
 
     given = values_of(overrides)
     if given:
-        add_to_file(target, given, "given to init")
+        target.add(given, "given to init")
     if "data.max_length" not in given:
         _write_max_length(target)
-    splits = read_splits(load_recipe(target))
+    splits = read_splits(load_recipe(target.file))
     from finequant.finetune.data.preview import preview  # only now: it imports libraries
 
     _write_tools(target, splits)
     _write_date(target, splits)
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     preview(recipe, splits, 3)
     if "evaluate.metrics" not in given:
         _write_metrics(target, splits)
-    check_rows(load_recipe(target), splits)
+    check_rows(load_recipe(target.file), splits)
     if "quantize.exports" not in given:
         _write_exports(target)
     if "evaluate.max_new_tokens" not in given:
         _write_answer_length(target, splits)
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     _fit_to_this_machine(recipe, check_tokens(recipe, splits), target)
 
 
-def _write_max_length(target: Path) -> None:
+def _write_max_length(target: NewRecipe) -> None:
     """Lowers data.max_length in a recipe's file to the base's positions, if it has fewer."""
     from finequant.finetune.architecture import trained_positions
     from finequant.finetune.model import load_config
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     positions = trained_positions(load_config(recipe.model))
     if positions < recipe.data.max_length:
-        add_to_file(target, {"data.max_length": positions}, "the positions of the base")
+        target.add({"data.max_length": positions}, "the positions of the base")
 
 
-def _write_tools(target: Path, splits: Splits) -> None:
+def _write_tools(target: NewRecipe, splits: Splits) -> None:
     """Names the chat template that comes with finequant in a recipe's file, if the base's own
     leaves out tools and that one fits the base."""
     from finequant.finetune.data.rendering import check_template
     from finequant.finetune.data.turns import answer_end
     from finequant.finetune.model import load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
     from finequant.recipes.locate import CHATML_TOOLS
     from finequant.recipes.terminal import say
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     if recipe.model.chat_template or not any(row.tools for row in splits.train):
         return
     tokenizer = load_tokenizer(recipe.model)
@@ -198,32 +228,32 @@ def _write_tools(target: Path, splits: Splits) -> None:
         return
     tokenizer.chat_template = CHATML_TOOLS.read_text(encoding="utf-8")
     if fits():
-        add_to_file(target, {"model.chat_template": CHATML_TOOLS.name}, "comes with finequant")
+        target.add({"model.chat_template": CHATML_TOOLS.name}, "comes with finequant")
         say(
             "init: the base's own chat template leaves out tools: "
             f"model.chat_template: {CHATML_TOOLS.name}, which comes with finequant"
         )
 
 
-def _write_date(target: Path, splits: Splits) -> None:
+def _write_date(target: NewRecipe, splits: Splits) -> None:
     """Sets a date in a recipe's file, if the chat template would write today's."""
     from finequant.finetune.data.turns import DATE, takes_date
     from finequant.finetune.model import load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     if splits.train[0].messages and takes_date(load_tokenizer(recipe.model), recipe.data):
         values = {f"data.template_arguments.{name}": value for name, value in DATE.items()}
-        add_to_file(target, values, "otherwise the chat template writes today's date")
+        target.add(values, "otherwise the chat template writes today's date")
 
 
-def _write_metrics(target: Path, splits: Splits) -> None:
+def _write_metrics(target: NewRecipe, splits: Splits) -> None:
     """Puts chrf in place of bleu and rouge in a recipe's file if they do not read the answers."""
     from finequant.evaluate.check import check_rows
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
     from finequant.recipes.terminal import say
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     try:
         check_rows(recipe, splits)
     except UserError:
@@ -231,30 +261,30 @@ def _write_metrics(target: Path, splits: Splits) -> None:
         metrics = [*dict.fromkeys("chrf" if name in ("bleu", "rouge") else name for name in asked)]
         if metrics != asked:
             left = ", ".join(name for name in asked if name not in metrics)
-            add_to_file(target, {"evaluate.metrics": metrics}, "for any language")
+            target.add({"evaluate.metrics": metrics}, "for any language")
             say(f"init: evaluate.metrics: chrf, because {left} cannot compare such answers")
 
 
-def _write_exports(target: Path) -> None:
+def _write_exports(target: NewRecipe) -> None:
     """Leaves GGUF out of a recipe's file if it cannot hold the base, such as one with Llama 2's
     tokenizer."""
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
     from finequant.recipes.terminal import say
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     described = load_config(recipe.model), load_tokenizer(recipe.model)
     check_exports(recipe.quantize.model_copy(update={"exports": []}), *described)
     try:
         check_exports(recipe.quantize, *described)
     except UserError as error:
-        add_to_file(target, {"quantize.exports": []}, "GGUF cannot hold this base")
+        target.add({"quantize.exports": []}, "GGUF cannot hold this base")
         reason = str(error).removesuffix(": remove gguf from quantize.exports")
         say(f"init: quantize.exports: [], because GGUF cannot hold this base: {reason}")
 
 
-def _write_answer_length(target: Path, splits: Splits) -> None:
+def _write_answer_length(target: NewRecipe, splits: Splits) -> None:
     """Raises evaluate.max_new_tokens in a recipe's file, which `init` guesses from characters, if
     the base's tokenizer takes more tokens for one in a hundred held-out answers, and the base has
     positions for them after the longest prompt."""
@@ -265,9 +295,9 @@ def _write_answer_length(target: Path, splits: Splits) -> None:
     from finequant.finetune.data.starter import MOST_TOKENS
     from finequant.finetune.data.tokens import answer_text, encode_prompt
     from finequant.finetune.model import load_config, load_tokenizer
-    from finequant.recipes.load import add_to_file, load_recipe
+    from finequant.recipes.load import load_recipe
 
-    recipe = load_recipe(target)
+    recipe = load_recipe(target.file)
     tokenizer, positions = load_tokenizer(recipe.model), usable_positions(load_config(recipe.model))
     asked = [row for whole in check_rows(recipe, splits) for row in asked_rows(whole)]
     answers = [answer_text(row, tokenizer, recipe.data) for row in asked]
@@ -277,15 +307,14 @@ def _write_answer_length(target: Path, splits: Splits) -> None:
     most = int(quantiles([*lengths, max(lengths)], n=100, method="inclusive")[-1])
     room = positions - max(len(encode_prompt(row, tokenizer, recipe.data)) for row in asked)
     if recipe.evaluate.max_new_tokens < (needed := min(MOST_TOKENS, most, room)):
-        add_to_file(target, {"evaluate.max_new_tokens": needed}, "what held-out answers take")
+        target.add({"evaluate.max_new_tokens": needed}, "what held-out answers take")
 
 
-def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None:
+def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: NewRecipe) -> None:
     """Adds settings to the recipe's file with which all stages fit here, if they do not yet, and
     leaves out exports that do not fit into the memory of the CPU."""
     from finequant.quantize.size.machine import this_host, this_machine
     from finequant.quantize.size.resources import settings_that_fit
-    from finequant.recipes.load import add_to_file
     from finequant.recipes.stages import STAGES, exports_of, stages_of
     from finequant.recipes.terminal import say
 
@@ -294,6 +323,6 @@ def _fit_to_this_machine(recipe: Recipe, lengths: Lengths, target: Path) -> None
         # Rows can be shorter than the recipe allows.
         if changes := settings_that_fit(recipe, those, machine, lengths):
             memory = f"{machine.memory / 1e9:.1f} GB of {machine.name}"
-            add_to_file(target, changes, f"to fit into the {memory}")
+            target.add(changes, f"to fit into the {memory}")
             settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
             say(f"init: to fit into the {memory}: {settings}")

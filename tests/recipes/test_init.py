@@ -14,7 +14,9 @@ from finequant.finetune.model import load_config
 from finequant.quantize.size import machine as machines
 from finequant.quantize.size.machine import this_machine
 from finequant.quantize.size.resources import settings_that_fit
+from finequant.recipes.commands.init import NewRecipe
 from finequant.recipes.commands.preflight import check_tokens
+from finequant.recipes.errors import UserError
 from finequant.recipes.load import add_to_file, load_recipe
 from finequant.recipes.locate import CHATML_TOOLS
 from finequant.recipes.run import main
@@ -110,6 +112,47 @@ def test_a_failed_init_keeps_what_a_named_run_directory_holds(init_rows):
     assert init_rows(rows, "output_dir=mine")[0] == 2
     assert sorted(Path("mine").rglob("*")) == [notes.parent, notes]
     assert not [*Path().glob("*.yaml")]
+
+
+def test_a_failed_init_keeps_a_recipe_that_was_edited_in_the_meantime(init_rows, monkeypatch):
+    """An editor may have it open: `init` takes a while to read the rows and to load libraries."""
+
+    def edit(*_: object) -> None:
+        with Path("rows.yaml").open("a", encoding="utf-8") as file:
+            file.write("# my notes\n")
+        raise UserError("no room")
+
+    monkeypatch.setattr("finequant.recipes.commands.init.check_tokens", edit)
+    code, printed = init_rows(pairs(40))
+    assert code == 2
+    assert "init: kept rows.yaml, which was edited in the meantime\nerror: no room" in printed
+    assert Path("rows.yaml").read_text(encoding="utf-8").endswith("# my notes\n")
+
+
+def test_keys_that_init_adds_to_an_edited_recipe_do_not_make_it_its_own(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: a\n", encoding="utf-8")
+    recipe = NewRecipe(file)
+    recipe.add({"train.epochs": 3}, "more")
+    file.write_text(file.read_text(encoding="utf-8") + "# my notes\n", encoding="utf-8")
+    recipe.add({"lora.rank": 4}, "smaller")
+    recipe.remove()
+    assert "# my notes\n" in file.read_text(encoding="utf-8")
+    NewRecipe(file).remove()
+    assert not file.exists()
+
+
+def test_a_recipe_that_was_removed_in_the_meantime_does_not_hide_the_error(init_rows, monkeypatch):
+    def move(*_: object) -> None:
+        Path("rows.yaml").rename("mine.yaml")
+        raise UserError("no room")
+
+    monkeypatch.setattr("finequant.recipes.commands.init.check_tokens", move)
+    code, printed = init_rows(pairs(40))
+    assert code == 2
+    assert "error: no room" in printed
+    assert "Traceback" not in printed
+    assert Path("mine.yaml").exists()
 
 
 def test_columns_are_joined_by_repeating_an_option(init_rows):
