@@ -31,6 +31,7 @@ from finequant.recipes.artifact import replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, report_user_errors
 from finequant.recipes.freshness import versions
+from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import MEASURING_CODE, command_of, exports_of
@@ -116,7 +117,8 @@ def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, di
             measured[name], current = before[name], predicted(name, model, recipe, material)
         else:
             size = size_bytes(name, model, recipe, run)
-            measured[name], current = measure_model(name, model, recipe, material, size)
+            with starting_over(f"the measurement of {name}"):
+                measured[name], current = measure_model(name, model, recipe, material, size)
         if name == "tuned":
             tuned = current
         elif name == "quantized" and is_first():
@@ -144,7 +146,8 @@ def measure_exports(recipe: Recipe, run: RunDir, material: Material) -> dict[str
         if measurement := memo.value():
             say(f"evaluate: {name}: measured before, unchanged")
         else:
-            measurement = measure_export(name, recipe, run, material, reference)
+            with starting_over(f"the measurement of {name}"):
+                measurement = measure_export(name, recipe, run, material, reference)
             memo.keep(measurement)
         measured[report_key(name)] = measurement
     return measured

@@ -17,6 +17,7 @@ from finequant.evaluate.measure import arithmetic, memo_of
 from finequant.evaluate.sweep_points import Point, check_plans, read_points
 from finequant.recipes.command_line import quiet_libraries
 from finequant.recipes.freshness import Memo, digest, versions
+from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import MEASURING_CODE
@@ -125,11 +126,13 @@ def _measure_all(
     for job in missing:
         say(f"sweep: [{len(measured) + 1}/{len(jobs)}] {job.name}{_remaining(jobs, measured)}")
         watch = Stopwatch()
-        if job.point:
-            reference = reference or predicted(FLOAT, _as_shipped(model, recipe), recipe, material)
-            measurement = measure_point(job.point, model, material, run, reference)
-        else:
-            measurement, reference = _measure_float(model, recipe, material, run, swept)
+        with starting_over(f"the measurement of {job.name}"):
+            if job.point:
+                if reference is None:
+                    reference = predicted(FLOAT, _as_shipped(model, recipe), recipe, material)
+                measurement = measure_point(job.point, model, material, run, reference)
+            else:
+                measurement, reference = _measure_float(model, recipe, material, run, swept)
         measured[job.name] = measurement | {"seconds": watch.seconds}
         job.memo.keep(measured[job.name])
         gc.collect()

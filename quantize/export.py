@@ -21,6 +21,7 @@ from finequant.recipes.artifact import remove, replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, counted, refuse_all, report_user_errors
 from finequant.recipes.freshness import JOURNAL, RECORD
+from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
 from finequant.recipes.terminal import doing, say
@@ -120,16 +121,17 @@ def export_one(
     watch, name = Stopwatch(), entry.name
     inputs = run.inputs(recipe, name)
     with run.writing(run.exports / name, recipe, inputs) as folder:
-        before = _written_before(folder)
-        if before is None:
-            say(f"export: {name}: writing")
-        figures = entry.write(stored, folder, recipe) if before is None else before
-        doing(f"export: {name}: reading its codes back")
-        scales = check_contents(entry, stored, entry.read_back(folder, stored))
-        doing(f"export: {name}: computing logits from the file")
-        difference = check_logits(entry, entry.logits(folder, prompts), reference)
+        with starting_over(f"the export to {name}"):
+            before = _written_before(folder)
+            if before is None:
+                say(f"export: {name}: writing")
+            figures = entry.write(stored, folder, recipe) if before is None else before
+            doing(f"export: {name}: reading its codes back")
+            scales = check_contents(entry, stored, entry.read_back(folder, stored))
+            doing(f"export: {name}: computing logits from the file")
+            difference = check_logits(entry, entry.logits(folder, prompts), reference)
+            replace_text(folder / JOURNAL, json.dumps(figures))
         size = entry.size(folder)
-        replace_text(folder / JOURNAL, json.dumps(figures))
     scales_note = "the same scales" if scales == 0 else f"scales rounded by at most {scales:.2%}"
     say(f"export: {name}: all {len(stored.rounded)} layers have the same codes and {scales_note}")
     say(

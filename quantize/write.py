@@ -16,6 +16,7 @@ from finequant.quantize.methods.apply import quantize_layers
 from finequant.quantize.rounding import CODES, Rounded, save_rounded
 from finequant.quantize.scheme import layer_plan
 from finequant.recipes.artifact import remove
+from finequant.recipes.interrupt import starting_over
 from finequant.recipes.schema import Quantize
 from finequant.recipes.terminal import is_first, say
 
@@ -104,7 +105,8 @@ def codes_with_trained_scales(
 
     layers = {layer: rounded(layer) for layer in plan if plan[layer]}
     say(f"quantize: training the scales, {steps} steps")
-    layers = train_scales(weights, base.config, sequences, layers, plan, dtype, steps)
+    with starting_over("the training of the scales"):
+        layers = train_scales(weights, base.config, sequences, layers, plan, dtype, steps)
 
     def save() -> None:
         partial = codes.with_name(f"{CODES}.partial")

@@ -115,6 +115,15 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
+def starting_over(what: str) -> Iterator[None]:
+    """Says, if a signal stops the block, what the same command will do again from its beginning."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(stop.number, f"{RESUME_HINT}; {what} starts over") from None
+
+
+@contextmanager
 def ignored_signals() -> Iterator[None]:
     """Ignores the first signal in the block, in which the command is ending anyway."""
     with _handled(lambda number: None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import refused, write_jsonl
 
+from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.load import load_recipe
 from finequant.recipes.stages import MEASURING_CODE
 
@@ -132,6 +134,28 @@ def test_measurements_are_reused_until_their_inputs_change(finished, recipe_file
     compare([*arguments, "evaluate.limit=4"])
     assert "measured before" not in capsys.readouterr().err
     assert report_of(recipe_file)["models"]["base"]["tasks"]["held_out"]["exact_match"]["n"] == 4
+
+
+def test_a_signal_says_which_measurement_starts_over(finished, recipe_file, monkeypatch, capsys):
+    from finequant.evaluate import compare
+
+    finished()
+    measure, arguments = compare.measure_model, [str(recipe_file), "evaluate.limit=4"]
+
+    def stopped(name: str, *rest: object) -> object:
+        if name == "tuned":
+            raise Interrupted(signal.SIGTERM)
+        return measure(name, *rest)
+
+    monkeypatch.setattr(compare, "measure_model", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        compare.main(arguments)
+    assert f"{RESUME_HINT}; the measurement of tuned starts over\n" in capsys.readouterr().err
+    monkeypatch.setattr(compare, "measure_model", measure)
+    compare.main(arguments)
+    printed = capsys.readouterr().err
+    assert "base: measured before, unchanged" in printed
+    assert "tuned: loading" in printed
 
 
 def test_a_limit_chooses_from_all_rows_of_a_sorted_test_file(recipe_file):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 
 import pytest
 
@@ -18,6 +19,7 @@ from finequant.evaluate.report.sweep_report import (
 from finequant.evaluate.sweep import sweep
 from finequant.evaluate.sweep_points import read_points, split_values
 from finequant.recipes.errors import UserError
+from finequant.recipes.interrupt import Interrupted
 
 TRAINED = ("train.max_steps=2", "train.learning_rate=1e-2")
 
@@ -224,10 +226,11 @@ def test_an_interrupted_sweep_goes_on(swept, measured, monkeypatch):
 
     def interrupted(model, recipe, *others):
         if recipe.quantize.bits == 3:
-            raise KeyboardInterrupt
+            raise Interrupted(signal.SIGTERM)
         return round_model(model, recipe, *others)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    point = "the measurement of rtn, 3 bits, groups of 32 starts over"
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match=point):
         patched.setattr(methods, "round_model", interrupted)
         swept("quantize.bits=4,3,2")
     assert measured == ["base", "rtn, 4 bits, groups of 32"]

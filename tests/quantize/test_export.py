@@ -547,13 +547,14 @@ def test_a_signal_while_an_export_is_hashed_or_recorded_loses_nothing(make, monk
     assert [path.name for path in (run / "exports").iterdir()] == ["gguf"]
 
 
-def test_an_export_is_written_anew_unless_all_its_checks_passed(make, monkeypatch):
+def test_an_export_is_written_anew_unless_all_its_checks_passed(make, monkeypatch, capsys):
     run = make(to=("gguf",))
     expected = {path.name: path.read_bytes() for path in (run / "exports/gguf").iterdir()}
     shutil.rmtree(run / "exports")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr("finequant.quantize.export.check_logits", stopped)
         make(to=("gguf",))
+    assert "to continue from here; the export to gguf starts over\n" in capsys.readouterr().err
     (file,) = (run / "exports" / "gguf.partial").glob("*.gguf")
     file.write_bytes(b"half")
     make(to=("gguf",))

@@ -15,7 +15,7 @@ from finequant.quantize.checkpoint.reading import weights_of
 from finequant.quantize.rounding import Rounded, quantize_activations, round_to_nearest
 from finequant.quantize.scheme import layer_plan, untie_head
 from finequant.quantize.training.scales import train_scales
-from finequant.recipes.interrupt import Interrupted
+from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.schema import Quantize
 
 
@@ -97,7 +97,7 @@ def test_codes_are_kept_when_their_reload_is_interrupted(
 
 
 def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
-    recipe_file, train_once, monkeypatch
+    recipe_file, train_once, monkeypatch, capsys
 ):
     from finequant.quantize.convert import main as convert
     from finequant.quantize.methods import calibrate
@@ -108,11 +108,12 @@ def test_codes_are_kept_when_the_training_of_scales_is_interrupted(
     train_once(arguments)
 
     def interrupted(*_):
-        raise KeyboardInterrupt
+        raise Interrupted(signal.SIGTERM)
 
-    with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="143"):
         patched.setattr(scales, "train_scales", interrupted)
         convert(arguments)
+    assert f"{RESUME_HINT}; the training of the scales starts over\n" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(calibrate.Calibrator, "_quantize", interrupted)
         convert(arguments)
