@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from finequant.evaluate.answers import (
@@ -27,9 +26,9 @@ from finequant.evaluate.answers import (
 from finequant.evaluate.inputs import Material, prepare
 from finequant.evaluate.measure import arithmetic, measure_model, memo_of, predicted
 from finequant.evaluate.models import MODELS, load_model, packed_sizes, size_bytes
-from finequant.recipes.artifact import replace_text
+from finequant.recipes.artifact import read_part, replace_text
 from finequant.recipes.command_line import quiet_libraries, read_command_line
-from finequant.recipes.errors import UserError, report_user_errors
+from finequant.recipes.errors import report_user_errors
 from finequant.recipes.freshness import versions
 from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
@@ -167,6 +166,7 @@ def report_of(
     """
     from finequant.evaluate.report.gate import gate
 
+    record = read_part(run.quantized / "quantization.json", command_of("quantize"))
     models = {name: measurement["scores"] for name, measurement in measured.items()}
     for name, size in packed_sizes(recipe, run).items():
         models[name] |= size
@@ -184,25 +184,11 @@ def report_of(
         "most_frequent": most_frequent(material.references, recipe.evaluate.metrics),
         "cut_answers": material.cut,
         **arithmetic(recipe),
-        "layers": _read_json(run.quantized / "quantization.json", "quantize").get("layers", []),
+        "layers": record.get("layers", []),
         "samples": samples(rows, recipe.evaluate.samples),
-        "training": _read_json(run.adapter / "training_log.json", "train"),
+        "training": read_part(run.adapter / "training_log.json", command_of("train")),
         "gate": gate(models, recipe.evaluate.gate),
     }
-
-
-def _read_json(path: Path, stage: str) -> Any:
-    """Reads a file that a stage wrote.
-
-    Raises:
-        UserError: naming the command that writes it again.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}): run `{command_of(stage)}` again"
-        ) from None
 
 
 if __name__ == "__main__":

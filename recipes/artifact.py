@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finequant.recipes.errors import UserError, listed
 
@@ -120,6 +122,20 @@ def verify(folder: Path, again: str) -> None:
             f"{listed(changed, most=10)}\n`finequant run RECIPE` or `{again}` recreates it and "
             f"keeps this one in previous/; to use it as it is, delete {folder / SUMS}"
         )
+
+
+def read_part(file: Path, again: str, parse: Callable[[str], Any] = json.loads) -> Any:
+    """Reads and parses a file that a command wrote.
+
+    again: the command that writes it anew.
+
+    Raises:
+        UserError: for a file that is missing or damaged.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}): run `{again}` again") from None
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from math import comb, prod
 from pathlib import Path
@@ -26,9 +25,10 @@ from finequant.evaluate.report.report import (
 from finequant.evaluate.report.table import comparison_rows
 from finequant.evaluate.report.values import Report, float_at, metrics_of, value_at
 from finequant.finetune.architecture import HEAD
-from finequant.recipes.artifact import replace_text
-from finequant.recipes.errors import UserError
+from finequant.recipes.artifact import read_part, replace_text
 from finequant.recipes.load import as_yaml
+from finequant.recipes.rundir import RunDir
+from finequant.recipes.stages import command_of
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200
@@ -48,10 +48,11 @@ def write_page(
     Raises:
         UserError: for a file that is damaged.
     """
-    report = read_part(folder / "report.json")
-    report["stages"] = read_part(folder / "manifest.json")
+    run, again = RunDir(folder), command_of("evaluate")
+    report = read_part(run.report, again)
+    report["stages"] = run.manifest()
     if (folder / "sweep" / "sweep.json").exists():
-        sweep = read_part(folder / "sweep" / "sweep.json")
+        sweep = read_part(folder / "sweep" / "sweep.json", "finequant sweep RECIPE")
         adapter = value_at(report, "stages", "train", "outputs", "adapter")
         same_adapter = sweep.get("swept") == "base" or sweep.get("adapter") == adapter
         same_code = sweep.get("measuring_code", 0) >= report.get("measuring_code", 0)
@@ -62,26 +63,12 @@ def write_page(
         is_current = same_adapter and same_base_and_data and same_code
         report["sweep" if is_current else "earlier_sweep"] = sweep
     report["recipe"] = recipe or report.get("recipe")
-    rows = read_part(folder / "predictions.jsonl", _lines)
-    replace_text(file or folder / "report.html", page(report, rows))
+    rows = read_part(run.predictions, again, _lines)
+    replace_text(file or run.page, page(report, rows))
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]
-
-
-def read_part(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
-    """Reads and parses a file that a stage wrote.
-
-    Raises:
-        UserError: for a file that is damaged.
-    """
-    try:
-        return parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}): run `finequant evaluate RECIPE` again"
-        ) from None
 
 
 def page(report: Report, rows: list[dict[str, Any]]) -> str:

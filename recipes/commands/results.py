@@ -22,12 +22,12 @@ def report(
     import webbrowser
     from contextlib import suppress
 
-    from finequant.evaluate.report.page import read_part
     from finequant.evaluate.report.report import print_table
+    from finequant.recipes.artifact import read_part
     from finequant.recipes.command_line import open_run
     from finequant.recipes.locate import is_run
     from finequant.recipes.rundir import RunDir
-    from finequant.recipes.stages import stages_of
+    from finequant.recipes.stages import command_of, stages_of
     from finequant.recipes.terminal import say
 
     recipe, run = None, RunDir(where)
@@ -37,7 +37,7 @@ def report(
     for file in (run.report, run.predictions):
         if not file.exists():
             raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")
-    print_table(read_part(run.report))
+    print_table(read_part(run.report, command_of("evaluate")))
     with suppress(*[UserError] if of_run else []):  # rows and base may be on another machine
         recipe = recipe or open_run(where, [])[0]
         for stage in stages_of(recipe):

@@ -181,6 +181,17 @@ def test_the_headline_names_the_cost_that_was_judged():
         assert f'<p class="headline">Quantization {headline}</p>' in page(judged, [])
 
 
+def test_the_headline_is_true_of_all_metrics():
+    """exact_match fell by 1.5 points, within its error; bleu, whose error is unknown, by 0.2."""
+    judged = report(0.885)
+    for name, value in (("tuned", 40.0), ("quantized", 39.8)):
+        judged["models"][name]["tasks"]["held_out"]["bleu"] = {"value": value, "n": 60}
+    bars = "Quantization cost no more than its error bars, or a point where there are none"
+    assert judged_cost(judged) == (False, bars)
+    judged["changes"]["held_out"]["exact_match"]["stderr"] = 0.01
+    assert judged_cost(judged) == (False, bars.replace("its", "twice its"))
+
+
 @pytest.mark.skipif(not NODE, reason="needs Node")
 def test_a_mark_never_cuts_a_character_in_two():
     script = (Path(finequant.evaluate.report.page.__file__).parent / "page.js").read_text("utf-8")
@@ -421,4 +432,20 @@ def test_a_damaged_file_is_named(tmp_path, content):
         (tmp_path / name).write_text("{}", encoding="utf-8")
     (tmp_path / "predictions.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="predictions.jsonl: cannot be read"):
+        write_page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "next_step"),
+    [
+        ("report.json", "run `finequant evaluate RECIPE` again"),
+        ("manifest.json", "delete it to rerun every stage of this run"),
+        ("sweep/sweep.json", "run `finequant sweep RECIPE` again"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_makes_it_anew(tmp_path, name, next_step):
+    (tmp_path / "sweep").mkdir()
+    for file in ("report.json", "manifest.json", "predictions.jsonl", "sweep/sweep.json"):
+        (tmp_path / file).write_text("{" if file == name else "{}", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}: .*{next_step}$"):
         write_page(tmp_path)
