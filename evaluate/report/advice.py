@@ -17,6 +17,9 @@ from finequant.evaluate.report.values import (
 MAX_PERPLEXITY_INCREASE = 0.03
 """Relative increase from tuned to quantized; a larger one is worth a better method."""
 
+TWICE, ONCE, POINT = "twice its error bars", "its error bars", "a point"
+"""Bounds of a drop in a metric; a point, if its error is unknown."""
+
 
 def judged_cost(report: Report) -> tuple[bool, str]:
     """Judges what quantization cost.
@@ -29,29 +32,34 @@ def judged_cost(report: Report) -> tuple[bool, str]:
         Whether it cost too much, and a headline that says so.
     """
     tuned, quantized = (report["models"].get(name) or {} for name in ("tuned", "quantized"))
-    within = "Quantization raised perplexity by no more than 3%"
+    bounds: set[str] = set()
     for task, metric in metrics_of({"tuned": tuned}):
         error = float_at(report, "changes", task, metric, "stderr")
         before, after = (float_at(m, "tasks", task, metric, "value") for m in (tuned, quantized))
         if _is_lost(before, after):
             return True, f"The quantized model has no figure for {task}, {metric}"
-        drop = before - after
+        drop, is_known = before - after, error == error
         if drop > 2 * error:
             return True, "Quantization cost more than its error bars"
-        if error != error and drop * to_percent(metric) > 1:
+        if not is_known and drop * to_percent(metric) > 1:
             return True, "Quantization cost more than a point"
-        if drop > error:
-            within = "Quantization cost no more than twice its error bars"
-        elif "twice" not in within:
-            bars = "a point" if error != error else "its error bars"
-            within = f"Quantization cost no more than {bars}"
+        bounds.add((TWICE if drop > error else ONCE) if is_known else POINT)
     for corpus in corpora_of({"tuned": tuned}):
         before, after = (float_at(m, "perplexity", corpus, "token") for m in (tuned, quantized))
         if _is_lost(before, after):
             return True, f"The perplexity of the quantized model on {corpus} is not a number"
         if after > (1 + MAX_PERPLEXITY_INCREASE) * before:
             return True, "Quantization raised perplexity by more than 3%"
-    return False, within
+    return False, _within(bounds)
+
+
+def _within(bounds: set[str]) -> str:
+    """Writes the headline from the bounds that the drops of all metrics are within."""
+    if not bounds:
+        return "Quantization raised perplexity by no more than 3%"
+    widest = [bound for bound in (TWICE, ONCE, POINT) if bound in bounds]
+    where = f", or {POINT} where there are none" if {POINT} < bounds else ""
+    return f"Quantization cost no more than {widest[0]}{where}"
 
 
 def _is_lost(before: float, after: float) -> bool:
