@@ -34,7 +34,7 @@ def loading(recipe: Recipe, report: dict[str, Any], kind: str, files: list[str])
 
     plain = 'AutoModelForCausalLM.from_pretrained("{}")'
     parts = [
-        f"### transformers, with torchao\n\n`{pip_install('transformers', 'torchao')}`\n\n"
+        f"### transformers, with torchao\n\n`{pip_install('torch', 'transformers', 'torchao')}`\n\n"
         + fenced("python", transformers_code(repository, chat, plain))
     ]
     for entry in FORMATS.values():

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_publishing_again_sends_only_changes_and_removes_deleted_files(hub, publ
     shutil.rmtree(recipe.parent / "run" / "exports")
     smaller = publish("publish.description=For tests.")
     assert smaller.returncode == 0, smaller.stderr
-    assert "removed, not in this publication: gguf/model.gguf" in smaller.stderr
+    assert "removed, not in this publication: gguf/model.gguf; earlier commits" in smaller.stderr
     files = hub.repositories[REPOSITORY].files
     assert "gguf/model.gguf" not in files
     assert b"\nFor tests.\n" in files["README.md"].content
@@ -575,6 +576,13 @@ def test_files_of_others_that_cannot_be_read_are_not_taken_for_ours(hub, publish
 @pytest.mark.parametrize(
     ("route", "status", "said", "code", "words"),
     [
+        (
+            "commit",
+            429,
+            "cache it",
+            1,
+            "too many requests to the Hub, status 429: wait a few minutes",
+        ),
         ("preupload", 403, "storage limit reached", 2, "alice/tiny (storage limit reached): "),
         ("create", 409, "it exists", 1, "created in the meantime, or this token may not see it"),
         ("validate", 400, "unknown license", 2, "the Hub refused, status 400: unknown license"),
@@ -592,8 +600,8 @@ def test_what_the_hub_says_is_told_in_one_line(
     assert message.startswith("error: publish: ")
     assert words in message
     assert "hf_Planted" not in stopped.stdout + stopped.stderr
-    assert bool(hub.repositories) == (route in ("preupload", "store"))
-    assert not hub.received
+    assert bool(hub.repositories) == (route in ("commit", "preupload", "store"))
+    assert bool(hub.received) == (route == "commit")
 
 
 def test_a_published_page_names_no_folder_of_this_machine(recipe, tiny_base):
@@ -678,6 +686,42 @@ def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
         assert line in plain
     assert "await generator(messages, { max_new_tokens: 64, do_sample: false })" in chat
     assert "4 bits" not in chat  # their number is the recipe's: 2
+
+
+def test_what_the_card_installs_suffices_for_its_python(card):
+    """Neither transformers nor torchao requires torch, without which transformers has no models."""
+    texts = [
+        card("quantized", [f"{name}/m" for name in ("compressed-tensors", "mlx")], []),
+        card("adapter", [], ["publish.base_model=org/base"]),
+    ]
+    lines = re.findall(r"`pip install (.*?)`.*?```python\n(.*?)```", "".join(texts), re.DOTALL)
+    assert len(lines) == 4
+    for installed, code in lines:
+        required = closure([word.strip('"') for word in installed.split()])
+        imported = set(re.findall(r"^from (\w+) import", code, re.MULTILINE))
+        needed = imported | ({"torch", "jinja2"} if "mlx_lm" not in imported else set())
+        assert {name.replace("_", "-") for name in needed} <= required, installed
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Names the packages that pip installs for requirements: these, and what they require."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    todo, names = list(map(Requirement, requirements)), set()
+    while todo:
+        name = todo.pop().name.lower().replace("_", "-")
+        if name in names:
+            continue
+        names.add(name)
+        with suppress(PackageNotFoundError):  # not on this platform
+            todo += [
+                entry
+                for entry in map(Requirement, requires(name) or ())
+                if not entry.marker or entry.marker.evaluate({"extra": ""})
+            ]
+    return names
 
 
 def test_the_card_names_programs_that_ignore_the_penalty_of_the_measured_answers(card, recipe):
