@@ -73,11 +73,14 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
     folder = assemble(recipe, run, report, kind)
     files = files_of(folder)
     if options.dry_run:
-        show(files, f"{recipe.publish.repo_id or 'no repository named'}, {visibility(recipe)}")
+        where = recipe.publish.repo_id
+        show(
+            files, f"to {where}, {visibility(recipe)}" if where else "for publish.repo_id, not set"
+        )
         say(f"publish: dry run, nothing was sent: {folder} contains what would be uploaded")
         return
     remote = look(recipe, kind, files, options.into_existing)
-    show(files, f"{remote.url}, {visibility(recipe)}")
+    show(files, f"to {remote.url}, {visibility(recipe)}")
     for line in remote.in_words(files):
         say(f"publish: {line}")
     if not options.yes and not confirmed():
@@ -253,7 +256,7 @@ def show(files: dict[str, Path], where: str) -> None:
 
     sizes = {name: path.stat().st_size for name, path in files.items()}
     rows = [[name, f"{size / 1e3:,.1f}"] for name, size in sizes.items()]
-    total = [f"{len(files)} files to {where}", f"{sum(sizes.values()) / 1e3:,.1f}"]
+    total = [f"{len(files)} files {where}", f"{sum(sizes.values()) / 1e3:,.1f}"]
     print_rows(["file", "kB"], [*rows, total])
 
 

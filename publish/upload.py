@@ -50,7 +50,10 @@ class Remote(NamedTuple):
         if replaced:
             lines.append(f"replaced where different: {', '.join(replaced)}")
         if left := self.left_over(files):
-            lines.append(f"removed, not in this publication: {', '.join(left)}")
+            lines.append(
+                f"removed, not in this publication: {', '.join(left)}; earlier commits of the "
+                "repository keep what is removed"
+            )
         return lines
 
 
@@ -310,7 +313,12 @@ def _refusal(error: Exception, recipe: Recipe) -> UserError:
         return OutsideError(
             f"publish: {recipe.publish.repo_id} was changed in the meantime: {RESUME_HINT}"
         )
-    if status >= 500 or status == 429:
+    if status == 429:
+        return OutsideError(
+            "publish: too many requests to the Hub, status 429: wait a few minutes, then "
+            f"{RESUME_HINT}"
+        )
+    if status >= 500:
         return OutsideError(f"publish: the Hub failed, status {status} ({message}): {RESUME_HINT}")
     return UserError(f"publish: the Hub refused, status {status}: {message}")
 
