@@ -64,6 +64,7 @@ from finequant.evaluate.report.values import (
     float_at,
     metrics_of,
     spreads,
+    to_percent,
     value_at,
 )
 from finequant.recipes.artifact import replace_text
@@ -192,14 +193,16 @@ def _is_without_spread(score: dict[str, Any] | None) -> bool:
 
 def tuning_lines(report: Report) -> list[str]:
     """Says in one line if fine-tuning raised no accuracy on the held-out rows or, where these were
-    not asked, on any task; else []."""
+    not asked, on any task; else [], as where base and tuned have every point."""
     pairs = metrics_of(report["models"])
     asked = [pair for pair in pairs if pair[0] == HELD_OUT] or pairs
     base, tuned = (report["models"].get(name) for name in ("base", "tuned"))
     values = [
-        [float_at(model, "tasks", *pair, "value") for model in (base, tuned)] for pair in asked
+        [to_percent(pair[1]) * float_at(model, "tasks", *pair, "value") for model in (base, tuned)]
+        for pair in asked
     ]
-    if not values or not all(after <= before for before, after in values):
+    is_better = not all(after <= before for before, after in values)
+    if not values or is_better or all(after == 100 for _, after in values):
         return []
     was, is_now = (float_at(m, "perplexity", HELD_OUT, "token") for m in (base, tuned))
     on_rows = "on the held-out rows"

@@ -188,8 +188,17 @@ def shown_number(value: float | None, digits: int = 2) -> str:
 def shown_score(score: dict | None, scale: float, digits: int = 1) -> str:
     """Formats {"value", "stderr"}, times `scale`, as `71.2 ± 1.8`."""
     value, error = value_at(score, "value"), value_at(score, "stderr")
+    digits = _digits_of(error, scale, digits)
     text = MISSING if value is None else f"{value * scale:.{digits}f}"
     return f"{text} ± {error * scale:.{digits}f}" if spreads(error) else text
+
+
+def _digits_of(error: float | None, scale: float, digits: int) -> int:
+    """Returns the digits after the point, more than `digits` if the error would be 0 with these: a
+    value `± 0.0` seems exact."""
+    while spreads(error) and not float(f"{error * scale:.{digits}f}"):
+        digits += 1
+    return digits
 
 
 def _ratio(tuned: float | None, quantized: float | None) -> str:
@@ -209,7 +218,8 @@ def _points(scale: float, error: float | None) -> Callable[[dict | None, dict | 
         change = (float_at(quantized, "value") - float_at(tuned, "value")) * scale
         if not math.isfinite(change):
             return MISSING
-        spread = f" ± {error * scale:.1f}" if spreads(error) else ""
-        return f"{change:+z.1f}{spread} points"
+        digits = _digits_of(error, scale, 1)
+        spread = f" ± {error * scale:.{digits}f}" if spreads(error) else ""
+        return f"{change:+z.{digits}f}{spread} points"
 
     return shown

@@ -498,3 +498,36 @@ def test_one_answer_that_is_cut_is_it():
     assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
     assert "but all 5 reference answers are longer" in cut_line(cut | {"longer": 5})
     assert "but the only reference answer is longer" in cut_line(cut | {"n": 1})
+
+
+def test_no_error_is_rounded_to_zero(report, capsys):
+    """A KL of 0.00022 ± 0.00001 was shown as `0.0002 ± 0.0000`, as if it were exact."""
+    report["models"]["tuned"]["tasks"]["held_out"]["json_match"] = {
+        "value": 0.7123,
+        "stderr": 0.0003,
+        "n": 2_000_000,
+    }
+    report["changes"] = {"held_out": {"json_match": {"value": -0.03, "stderr": 0.00004}}}
+    report["divergence"] = {
+        "kl": {"value": 0.0002249, "stderr": 0.0000132},
+        "floor": {"value": 0.0, "stderr": 0.0},
+        "top1_agreement": {"value": 0.9, "stderr": 0.01},
+        "tokens": 479,
+    }
+    row = next(row for row in comparison_rows(report)[1] if "json_match" in row[0])
+    assert row[2] == "71.23 ± 0.03"
+    assert row[4] == "-3.030 ± 0.004 points"
+    print_table(report)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "KL divergence 0.00022 ± 0.00001 nats per token (rounding" in text
+    assert "alone gives 0.0000); the most likely token is the same at 90.0 ± 1.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "is_told"), [(1, 1, False), (1, 0.9, True), (0, 0, True)]
+)
+def test_tuning_cannot_raise_what_is_full_marks(report, capsys, base, tuned, is_told):
+    for name, value in (("base", base), ("tuned", tuned), ("quantized", tuned)):
+        report["models"][name]["tasks"] = {"mini": {"acc": {"value": value, "n": 6}}}
+    print_table(report)
+    assert ("Tuned is no better than base" in capsys.readouterr().out) == is_told
