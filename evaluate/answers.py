@@ -62,9 +62,11 @@ def most_frequent(references: list[str], metrics: list[str]) -> dict[str, float 
         {"share": of the rows, "n": rows}; None unless some answers repeat and exact_match or
         multiple_choice, which such a model can satisfy, is measured.
     """
+    from finequant.evaluate.metrics.text_metrics import after_thoughts
+
     if not {"exact_match", "multiple_choice"} & set(metrics) or not references:
         return None
-    counts = Counter(reference.strip() for reference in references)
+    counts = Counter(after_thoughts(reference).strip() for reference in references)
     if len(counts) > len(references) // 2:
         return None
     return {"share": max(counts.values()) / len(references), "n": len(references)}

@@ -14,7 +14,12 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from finequant.evaluate.metrics.corpora import read_texts
-from finequant.evaluate.metrics.text_metrics import calls_in, canonical_json
+from finequant.evaluate.metrics.text_metrics import (
+    after_thoughts,
+    calls_in,
+    canonical_json,
+    last_number,
+)
 from finequant.recipes.errors import UserError, counted, listed, refuse_all
 from finequant.recipes.schema import Evaluate, Recipe
 from finequant.recipes.stages import EXPORT_KEYS, exports_of
@@ -49,14 +54,16 @@ def check_rows(recipe: Recipe, splits: Splits) -> list[Row]:
     evaluate = recipe.evaluate
     test = _chosen(splits.test, evaluate.limit, recipe.seed)
     answers = [(row.where, row.messages[-1]["content"]) for row in test if row.messages]
+    scored = [(where, after_thoughts(answer)) for where, answer in answers]
     refuse_all(
         [
             partial(_check_something_to_measure, evaluate, test),
             partial(_check_gate, recipe, test),
-            partial(_check_references, evaluate, answers),
-            partial(_check_lengths_for_bleu, evaluate, answers),
-            partial(_check_letters_for_rouge, evaluate, answers),
+            partial(_check_references, evaluate, scored),
+            partial(_check_lengths_for_bleu, evaluate, scored),
+            partial(_check_letters_for_rouge, evaluate, scored),
             partial(_check_some_calls, evaluate, test),
+            partial(_check_some_numbers, evaluate, scored),
             partial(_check_choices, evaluate, answers),
         ]
     )
@@ -172,6 +179,17 @@ def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
         raise UserError(
             f"evaluate.metrics: {', '.join(asked)}: no answer of the held-out rows makes a call: "
             f"add rows with calls to data.test{hint}"
+        )
+
+
+def _check_some_numbers(evaluate: Evaluate, answers: list[tuple[str, str]]) -> None:
+    """Refuses number_match for answers without any: every answer without one would be right."""
+    if "number_match" not in evaluate.metrics or not answers:
+        return
+    if all(last_number(answer) is None for _, answer in answers):
+        raise UserError(
+            "evaluate.metrics: number_match: no answer of the held-out rows has a number in "
+            "digits, so every answer without one would be right: use exact_match or f1"
         )
 
 

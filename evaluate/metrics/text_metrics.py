@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import string
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import MAX_PREC, Context, Decimal
 from functools import cache
 from statistics import fmean
 from typing import Any
@@ -24,23 +25,39 @@ OUT_OF_100 = ("bleu", "chrf", "chrf++")
 """sacrebleu's metrics, from 0 to 100; all others are fractions of 1. chrf++ is only lm-eval's."""
 
 GROUPED = r"[1-9]\d{0,2}(?:[ '’_\u00a0\u2009\u202f]\d{3})+(?!\d)"
+"""Digits in groups of three, with one of several characters between them: 1 200 and 1'000'000."""
 WRITTEN = rf"(?:(?:{GROUPED}|\d+)(?:[.,]\d+)*|\.\d+)"
+"""Digits with commas and points, which may group them or precede decimals: 1,200.50 and .5."""
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£¥₹])?(?<![A-Za-z}]\^)(?<![A-Za-z}]\^\{)"
-    rf"(?:(?P<mixed>\d+) (?=\d+/\d))?(?P<number>{WRITTEN})"
-    rf"(?:[eE](?P<exponent>[-−+]?\d{{1,3}})(?!\w))?(?: ?/ ?(?P<divisor>{WRITTEN}))?"
+    rf"""
+    (?P<sign>(?<![\w)])[-−–])?             # no sign after a digit, word or bracket: 8-3, GPT-4
+    (?:\\?[$€£¥₹])?
+    (?<![A-Za-z}}]\^)(?<![A-Za-z}}]\^\{{)    # no exponent of a unit: cm^2
+    (?:(?P<mixed>\d+)[ ](?=\d+/\d))?       # the 1 of 1 3/4
+    (?P<number>{WRITTEN})
+    (?:[eE](?P<exponent>[-−+]?\d{{1,3}})(?!\w))?
+    (?:[ ]?/[ ]?(?P<divisor>{WRITTEN}))?
+    """,
+    re.VERBOSE,
 )
-"""A number; a hyphen after a digit or word is no sign (8-3, GPT-4), and cm^2 contains none."""
+"""A number."""
 THOUSANDS = re.compile(r"\d+|[1-9]\d{0,2}(?:(?:,\d{2,3})*,\d{3}|(?:\.\d{3}){2,})")
 """Digits whose commas or points, if any, group thousands: 1,000, 1,00,000 and 1.000.000."""
-LATEX = (
+FORMULAS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\\[,!]"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<=\d) *(?=\\[dt]?frac)"), " "),
     (re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"(?<=\d) ?(?:[×·*x]|\\times|\\cdot) ?10 ?(?:\^|\*\*) ?\{?([-−+]?\d+)\}?"), r"e\1"),
+    (re.compile(r"(?<=\d) *(?=[¼-¾⅐-⅞])"), " "),
+    (re.compile(r"[¼-¾⅐-⅞]"), lambda fraction: unicodedata.normalize("NFKC", fraction[0])),
+    (re.compile("⁄"), "/"),
+    (re.compile(r"(?<=\d)( ?(?:[cdkm]?m|in|ft|yd|mi|m/s))[23]\b"), r"\1"),
 )
-"""What formulas write -> what NUMBER reads: spaces, commas, fractions, and powers of ten."""
+"""What formulas write -> what NUMBER reads: LaTeX's spaces, commas and fractions, powers of ten,
+fractions that are one character, and units: the 2 of 25 m2 is no number."""
+EXACT = Context(prec=MAX_PREC)
+"""The usual context rounds to 28 digits, which numbers of more digits need not share."""
 
 
 def is_out_of_100(metric: str) -> bool:
@@ -61,6 +78,7 @@ def score_answers(
     Raises:
         UserError: for json_match if a reference is not JSON.
     """
+    answers, references = map(_without_thoughts, (answers, references))
     if "json_match" in metrics:
         _check_json(references)
     scores = {}
@@ -85,6 +103,7 @@ def paired_changes(
 
     groups: a number for each row, as for `mean`.
     """
+    before, after, references = map(_without_thoughts, (before, after, references))
     changes = {}
     for metric in metrics:
         if metric in MEANS:
@@ -108,7 +127,17 @@ def mean_change(
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
     """Says whether an answer has the full score of a metric in ROW_METRICS."""
-    return ROW_METRICS[metric](answer, reference) == 1
+    return ROW_METRICS[metric](after_thoughts(answer), after_thoughts(reference)) == 1
+
+
+def after_thoughts(text: str) -> str:
+    """Returns what follows the thoughts of a reasoning model, which end in </think>; a text without
+    thoughts is returned as it is. <think> may be in the prompt."""
+    return text.rpartition("</think>")[2]
+
+
+def _without_thoughts(texts: list[str]) -> list[str]:
+    return list(map(after_thoughts, texts))
 
 
 def _by_item(
@@ -143,9 +172,10 @@ def json_match(answer: str, reference: str) -> bool:
 
 def number_match(answer: str, reference: str) -> bool:
     """Says whether an answer's last number equals the reference's, as a solution ends in its
-    result. 1,000 and 1 000.0 are equal, as are 3/4, 0.75 and 0,75; currency, percent signs and
-    units are ignored. If the reference has no number, the answer must have none either."""
-    return _last_number(answer) == _last_number(reference)
+    result. 1,000 and 1 000.0 are equal, as are 3/4, ¾, 0.75 and 0,75; currency, percent signs
+    and units are ignored, and numbers in words are not read. If the reference has no number, the
+    answer must have none either."""
+    return last_number(answer) == last_number(reference)
 
 
 def tool_call_match(answer: str, reference: str) -> bool:
@@ -293,19 +323,19 @@ def canonical_json(text: str) -> str | None:
         return None
 
 
-def _last_number(text: str) -> Decimal | None:
-    for formula, plain in LATEX:
+def last_number(text: str) -> Decimal | None:
+    """Returns the last number in a text, without its unit; None if there is none in digits."""
+    for formula, plain in FORMULAS:
         text = formula.sub(plain, text)
     *_, last = [None, *NUMBER.finditer(text)]
     if last is None:
         return None
     value = _decimal(last["number"])
     if exponent := last["exponent"]:
-        value = value.scaleb(int(exponent.replace("−", "-")))
+        value = value.scaleb(int(exponent.replace("−", "-")), EXACT)
     if last["divisor"] and (divisor := _decimal(last["divisor"])):
-        value /= divisor
-    value += Decimal(last["mixed"] or 0)
-    return -value if last["sign"] else value
+        value = value / divisor + Decimal(last["mixed"] or 0)
+    return value.copy_negate() if last["sign"] else value
 
 
 def _decimal(written: str) -> Decimal:

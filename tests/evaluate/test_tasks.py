@@ -17,7 +17,12 @@ from finequant.evaluate.metrics import held_out, tasks
 from finequant.evaluate.metrics.held_out import answer, multiple_choice
 from finequant.evaluate.metrics.shared_context import Likelihood
 from finequant.evaluate.metrics.tasks import check_tasks, lm_eval_tasks
-from finequant.evaluate.metrics.text_metrics import mean, paired_changes, score_answers
+from finequant.evaluate.metrics.text_metrics import (
+    is_right,
+    mean,
+    paired_changes,
+    score_answers,
+)
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.tokens import answer_text, encode_prompt
 from finequant.recipes.errors import UserError
@@ -227,12 +232,37 @@ def test_json_match_compares_values():
         ("12345678901234567", "12345678901234568", False),
         ("9" * 400, "9" * 401, False),
         ("1" * 5000, "1" * 5000, True),
+        ("-12345678901234567890123456789012", "-12345678901234567890123456789013", False),
+        ("½", "0.5", True),
+        ("-1½ cups", "-1.5", True),
+        ("1 ¾", "1.75", True),
+        ("1⁄4", "0.25", True),
+        ("25 m2", "25", True),
+        ("9.8 m/s2.", "9.8", True),
+        ("12 km3 a year", "12", True),
+        ("room 25 m", "25", True),
+        ("$1,200.50", "1.200,50", True),
+        ("three", "3", False),
     ],
 )
 def test_number_match_compares_the_last_number(answer, reference, right):
     score = score_answers([answer], [reference], ["number_match"])["number_match"]
     assert score["value"] == right
     assert right_by(["f1", "number_match"]) == "number_match"
+
+
+def test_metrics_compare_what_follows_the_thoughts():
+    """The prompt may have opened the thoughts, as those of R1 do: the answer lacks the tag then."""
+    reference = '<think>\nwhy 7?\n</think>\n\n{"a": 1}'
+    answers = ['hm\n</think>\n{"a": 1}', '<think>hm 3</think>{"a": 1}', '{"a": 2}', '{"a": 1} hm']
+    metrics = ["exact_match", "json_match", "f1", "chrf"]
+    scores = score_answers(answers, [reference] * 4, metrics)
+    assert [scores[metric]["value"] for metric in metrics[:2]] == [0.5, 0.5]
+    assert scores == score_answers(answers, ['{"a": 1}'] * 4, metrics)
+    change = paired_changes(answers[2:], answers[:2], [reference] * 2, ["exact_match"])
+    assert change["exact_match"]["value"] == 1
+    right = [is_right("json_match", answer, reference) for answer in answers]
+    assert right == [True, True, False, False]
 
 
 def test_number_match_agrees_with_the_flexible_match_of_lm_eval_on_gsm8k():
@@ -364,6 +394,16 @@ def test_rouge_is_refused_where_right_answers_would_score_0():
         with pytest.raises(UserError, match="most letters of the held-out answers are others"):
             check._check_letters_for_rouge(evaluate, answers)
         check._check_letters_for_rouge(Evaluate(), answers)
+
+
+def test_number_match_is_refused_where_answers_without_a_number_would_be_right():
+    evaluate = Evaluate(metrics=["number_match"])
+    words, digits = ("a.jsonl:1", "three"), ("a.jsonl:2", "3")
+    with pytest.raises(UserError, match="number_match: no answer of the held-out rows has a num"):
+        check._check_some_numbers(evaluate, [words])
+    for answers in ([words, digits], []):
+        check._check_some_numbers(evaluate, answers)
+    check._check_some_numbers(Evaluate(), [words])
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
