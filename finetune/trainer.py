@@ -300,9 +300,9 @@ def build_trainer(
     trainer = (trainer_class or LoraTrainer)(
         model=base,
         args=arguments,
-        train_dataset=to_dataset(splits.train, tokenizer, recipe.data, positions),
+        train_dataset=to_dataset(splits.train, tokenizer, recipe.data, positions, says_long=True),
         eval_dataset=(
-            to_dataset(splits.validation, tokenizer, recipe.data, positions)
+            to_dataset(splits.validation, tokenizer, recipe.data, positions, says_long=True)
             if splits.validation
             else None
         ),

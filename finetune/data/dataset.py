@@ -36,10 +36,12 @@ def to_dataset(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     positions: int | None = None,
+    says_long: bool = False,
 ) -> Dataset:
     """Returns the columns `input_ids` and `labels`, which trl's SFTTrainer takes as they are.
 
     positions: those of the base, if rows with more tokens are to be refused.
+    says_long: whether to print how many rows are left out or cut because they are too long.
 
     Raises:
         UserError: naming rows in which no target token is left, or that are too long for the base
@@ -47,6 +49,8 @@ def to_dataset(
     """
     encoded = encoded_rows(rows, tokenizer, data)
     kept = _usable(encoded, rows, data)
+    if says_long and (note := long_rows_note(encoded, rows, data)):
+        say(f"data.{note}")
     if positions is not None and positions < data.max_length:
         _check_positions(encoded.select(kept), rows, data, positions)
     tokens = encoded.select_columns(TOKENS)
@@ -180,6 +184,14 @@ def lengths(dataset: Dataset) -> list[int]:
         for part in parts
         for length in pyarrow.compute.list_value_length(part[TOKENS[0]]).to_pylist()
     ]
+
+
+def long_rows_note(encoded: Dataset, rows: Rows, data: Data) -> str | None:
+    """Says how many rows are longer than data.max_length, and what happens to them."""
+    count = len(np.unique(column(encoded, COLUMN)[column(encoded, "length") > data.max_length]))
+    done = "left out" if data.long_rows == "drop" else "cut to that length"
+    longer = f"{counted(count, 'row')} longer than data.max_length={data.max_length}"
+    return f"{rows.name}: {longer} {done}" if count else None
 
 
 def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:

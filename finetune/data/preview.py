@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finequant.finetune.architecture import trained_positions
-from finequant.finetune.data.dataset import column, encoded_rows, to_dataset
+from finequant.finetune.data.dataset import column, encoded_rows, long_rows_note, to_dataset
 from finequant.finetune.data.duplicates import (
     MOST_ROWS,
     near_duplicates,
@@ -122,7 +122,7 @@ class _Figures:
         train = self.splits.train
         return [
             *self._extremes(),
-            *self._left_out(),
+            *self._long(),
             *self._special(),
             *self._unknown(),
             *_answers(train),
@@ -141,15 +141,12 @@ class _Figures:
             for what, rows in named.items()
         ]
 
-    def _left_out(self) -> list[str]:
-        data, lines = self.recipe.data, []
-        for name in ("train", "validation") if data.long_rows == "drop" else ():
-            if name in self.rows and (long := (self.lengths(name) > data.max_length).sum()):
-                rows = counted(long, "row")
-                lines.append(
-                    f"{name}: {rows} longer than data.max_length={data.max_length} left out"
-                )
-        return lines
+    def _long(self) -> list[str]:
+        """Says what happens to rows for training and validation that are too long."""
+        trained = [name for name in ("train", "validation") if name in self.rows]
+        data = self.recipe.data
+        notes = [long_rows_note(self.tokens[name], self.rows[name], data) for name in trained]
+        return list(filter(None, notes))
 
     def _special(self) -> list[str]:
         """Counts the rows whose own texts contain special tokens, such as the end of an answer."""

@@ -13,6 +13,7 @@ from conftest import difference
 from finequant.finetune.data.dataset import to_dataset
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
+from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode, encode_prompt
 from finequant.recipes.errors import UserError
 from finequant.recipes.schema import Data
@@ -202,13 +203,18 @@ ROWS = [
 ]
 
 
-def test_long_rows_are_truncated_dropped_or_an_error(tokenizer):
+def test_long_rows_are_truncated_dropped_or_an_error(tokenizer, capsys):
     lengths = [encode(row, tokenizer, settings()).full_length for row in ROWS]
     assert max(lengths[0], lengths[2]) < 40 < lengths[1]
-    cut = to_dataset(ROWS, tokenizer, settings(max_length=40))
+    rows = Rows.of(ROWS)
+    rows.name = "train"
+    cut = to_dataset(rows, tokenizer, settings(max_length=40), says_long=True)
     assert [len(ids) for ids in cut["input_ids"]] == [lengths[0], 40, lengths[2]]
     assert [len(labels) for labels in cut["labels"]] == [lengths[0], 40, lengths[2]]
-    left = to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="drop"))
+    line = "data.train: 1 row longer than data.max_length=40"
+    assert capsys.readouterr().err == f"{line} cut to that length\n"
+    left = to_dataset(rows, tokenizer, settings(max_length=40, long_rows="drop"), says_long=True)
+    assert capsys.readouterr().err == f"{line} left out\n"
     assert [len(ids) for ids in left["input_ids"]] == [lengths[0], lengths[2]]
     with pytest.raises(UserError) as error:
         to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="error"))
