@@ -1,24 +1,28 @@
 """Gives rows of Arrow tables the values that they had before: names of labels in place of numbers,
-and no keys that only other rows have."""
+numbers without further digits, and no keys that only other rows have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow
 
 Decode = Callable[[Any], Any]
+FLOATS = {"float16": "float16", "float32": "float32", "halffloat": "float16", "float": "float32"}
+"""Types of short floats, as `datasets` and pyarrow call them -> their names in numpy."""
 
 
 def restored(
     rows: Iterable[dict[str, Any]], features: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows with names in place of the numbers of ClassLabel columns; -1, which means no
-    label, becomes None. In lists, such as those of messages and tools, keys without a value go.
+    label, becomes None. A short float gets no more digits than it has: 3.8, not 3.799999952316284.
+    In lists, such as those of messages and tools, keys without a value go.
 
-    features: types of the columns, as `datasets` describes them; None if they are not known.
+    features: types of the columns, as `features_of` returns them; None if they are not known.
     """
     decoders = {name: _decoder(feature) for name, feature in (features or {}).items()}
     decoders = {name: decode for name, decode in decoders.items() if decode}
@@ -45,16 +49,19 @@ def without_absent_keys(value: Any, is_listed: bool = False) -> Any:
 
 
 def features_of(schema: pyarrow.Schema) -> Mapping[str, Any] | None:
-    """Returns the types that `datasets` has written into a file; None if it did not write it."""
+    """Returns the types that `datasets` has written into a file; if it did not write it, only the
+    types of short floats."""
     if b"huggingface" not in (schema.metadata or {}):
-        return None
+        return {field.name: field.type for field in schema if str(field.type) in FLOATS}
     from datasets import Features
 
     return Features.from_arrow_schema(schema)
 
 
 def _decoder(feature: Any) -> Decode | None:
-    """Returns what puts names into a value of this type; None if the type has no labels."""
+    """Returns what restores a value of this type; None if the type has no labels or floats."""
+    if kind := FLOATS.get(getattr(feature, "dtype", str(feature))):
+        return partial(_shortest, kind)
     from datasets import ClassLabel
 
     if isinstance(feature, ClassLabel):
@@ -68,3 +75,11 @@ def _decoder(feature: Any) -> Decode | None:
     items = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     decode = items is not None and _decoder(items)
     return (lambda value: value and [decode(item) for item in value]) if decode else None
+
+
+def _shortest(kind: str, value: Any) -> Any:
+    """Returns the number with the fewest digits that is this one in a float of `kind`; anything but
+    a number, such as an array, as it is."""
+    import numpy
+
+    return float(str(numpy.dtype(kind).type(value))) if isinstance(value, float) else value

@@ -58,6 +58,8 @@ def parse_json(text: str, where: str, expected: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[error.pos :].strip() == ",":  # as in a list
+            raise BadRowError(f"{where}: a comma follows the JSON: remove it") from None
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         python = "{'" in text  # as `str` writes objects
         expected += "; write it with json.dumps, not with str" if python else ""

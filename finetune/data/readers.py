@@ -6,6 +6,7 @@ import glob
 import json
 import lzma
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
@@ -52,6 +53,9 @@ REMEDIES = {
     ".md": "let its name end in .txt, to be read as one text",
 }
 """Suffix of a file that is not read -> what to do."""
+
+SHARD = re.compile(r"(.*?)\d+-of-(\d+)(.*)")
+"""The name of one of several files, as the Hub writes it."""
 
 Content = TypeVar("Content")
 EXPECTED = (
@@ -112,13 +116,36 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
             f"only files of {', '.join(named)}: {NAME_SPLIT}, or name a file" if named else EXPECTED
         )
         kinds = {kind_of(file)[0] for file in folder.iterdir()}
-        if not named and ".txt" in kinds:
+        folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        inside = [path for path in folders if path.name[0] != "." and _tables(path)[0]]
+        if not named and inside:  # as in a clone of a dataset on the Hub
+            what = f"its folder {inside[0].name} has some: name {inside[0]}"
+        elif not named and ".txt" in kinds:
             what = f"for its texts, name the pattern '{folder}/*.txt'"
         elif not named and ".md" in kinds:
             what = f"for its texts, let their names end in .txt, and name '{folder}/*.txt'"
         raise UserError(f"{folder}: this folder has no file of rows for {split}; {what}")
+    _refuse_missing_shards(files)
     for file in files:
         yield from _read_file(file, split)
+
+
+def _refuse_missing_shards(files: list[Path]) -> None:
+    """Refuses a folder from which files are missing: their names, such as
+    train-00000-of-00002.parquet, say how many there are.
+
+    Raises:
+        UserError: with the number of files that are there.
+    """
+    names = [SHARD.fullmatch(file.name) for file in files]
+    shards = Counter((name[1], name[2], name[3]) for name in names if name)
+    for (before, total, after), count in shards.items():
+        if count < int(total):
+            pattern = files[0].with_name(f"{before}*-of-{total}{after}")
+            raise UserError(
+                f"{files[0].parent}: only {count} of the {int(total)} files {pattern.name} are in "
+                f"this folder: add the others, or, to read only these, name the pattern '{pattern}'"
+            )
 
 
 def _tables(folder: Path) -> tuple[list[Path], list[str]]:

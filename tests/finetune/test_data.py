@@ -368,6 +368,11 @@ BROKEN: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         GOOD * 2 + '{"prompt": "ask", "completion: "say"}\n' + GOOD,
         ["rows.jsonl:3: broken JSON at column 33", "one whole object on each line"],
     ),
+    "commas between lines": (
+        "rows.jsonl",
+        f"{GOOD.rstrip()},\n{GOOD.rstrip()} ,\n{GOOD}",
+        ["rows.jsonl:1, ", "rows.jsonl:2: a comma follows the JSON: remove it"],
+    ),
     "cut off": ("rows.jsonl", GOOD + GOOD[:20] + "\n", ["rows.jsonl:2: broken JSON at column"]),
     "broken JSON list": (
         "rows.json",

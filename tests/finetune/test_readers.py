@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,49 @@ def test_class_labels_are_read_as_their_names(tmp_path, kind):
     assert [row["tags"] for row in read] == [["card lost", "card late"], [], None]
     assert [(row["best"] or {}).get("tag") for row in read] == ["card lost", None, None]
     assert [(row["text"], row["count"]) for row in read] == [("a", 1), ("b", 0), ("c", 1)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "plain parquet", "plain arrow"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_short_floats_get_no_more_digits_than_they_have(tmp_path, kind, bits):
+    """The scores of STS-B are such: answers became 3.799999952316284."""
+    import pyarrow.parquet
+    from datasets import Dataset, Features, Value
+
+    scores, path = [3.8, 0.1, None, 5.0], tmp_path / f"rows.{kind.split()[-1]}"
+    features = Features({"score": Value(f"float{bits}"), "inner": {"score": Value("float32")}})
+    rows = [{"score": score, "inner": {"score": 0.1}} for score in scores]
+    dataset = Dataset.from_list(rows, features)
+    if kind == "folder":
+        dataset.save_to_disk(str(path))
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    else:
+        table = dataset.data.table.replace_schema_metadata(None)
+        if kind == "plain parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table)
+    read = rows_of(path)
+    assert [row["score"] for row in read] == scores
+    assert "plain" in kind or [row["inner"]["score"] for row in read] == [0.1] * 4
+
+
+def test_a_folder_without_one_of_its_shards_is_refused(tmp_path):
+    folder = tmp_path / "my rows"
+    sharded(folder, ("train-00000-of-00003.parquet", "train-00002-of-00003.parquet"))
+    pattern = folder / "train-*-of-00003.parquet"
+    with pytest.raises(UserError, match=f"only 2 of the 3 files .* '{re.escape(str(pattern))}'"):
+        rows_of(folder)
+    assert rows_of(pattern) == ROWS
+
+
+def test_a_clone_of_a_dataset_on_the_hub_names_its_folder_of_rows(tmp_path):
+    sharded(tmp_path / "data", ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"))
+    (tmp_path / "README.md").write_text("not rows")
+    with pytest.raises(UserError, match=f"data has some: name {re.escape(str(tmp_path))}/data"):
+        rows_of(tmp_path)
 
 
 def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
