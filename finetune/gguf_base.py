@@ -8,6 +8,7 @@ client (HF_HOME, XDG_CACHE_HOME). It may be deleted whenever no run is active.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,9 +16,12 @@ from pathlib import Path
 
 from finequant.recipes.artifact import content_hash
 from finequant.recipes.base import base_hash, locate_base
+from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import Inputs, cache_folder, made_once
 from finequant.recipes.schema import Model
 from finequant.recipes.terminal import say
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def described(model: Model) -> Path:
@@ -64,9 +68,23 @@ def parsed_once() -> Iterator[None]:
 
 
 def _kept(model: Model, part: str, make: Callable[[Model, Path], None], code: Inputs) -> Path:
-    """code: what the folder depends on besides the file."""
-    inputs = {"model.base": base_hash(model)} | code
-    return made_once(_folder(model, part), inputs, lambda partial: make(model, partial))
+    """Returns the folder of a part, made on the first call.
+
+    code: what the folder depends on besides the file.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    inputs, folder = {"model.base": base_hash(model)} | code, _folder(model, part)
+    try:
+        return made_once(folder, inputs, lambda partial: make(model, partial))
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(
+            f"{folder.parent}: cannot be written ({error.strerror}): a base in a GGUF file is "
+            "converted once, and kept there: make it writable, or set HF_HOME to another folder"
+        ) from None
 
 
 def _folder(model: Model, part: str) -> Path:

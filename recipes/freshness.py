@@ -119,9 +119,14 @@ def made_once(folder: Path, inputs: Inputs, make: Callable[[Path], None]) -> Pat
     """
     from filelock import FileLock
 
+    def is_made() -> bool:
+        return is_made_from(folder, inputs) and artifact.differences(folder, known_hash) == []
+
+    if is_made():  # also where nothing can be written, not even a lock
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if is_made_from(folder, inputs) and artifact.differences(folder, known_hash) == []:
+        if is_made():
             return folder
         with artifact.sealed(folder) as unfinished:
             make(unfinished)

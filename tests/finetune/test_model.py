@@ -129,6 +129,16 @@ def test_a_gguf_base_ships_in_bfloat16_unless_the_recipe_says_otherwise():
     assert stored_dtype(load_config(Model(base=EMBEDDED))) == torch.bfloat16
 
 
+def test_a_gguf_base_whose_folder_cannot_be_written_is_refused_with_a_way_out(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "file"))
+    refused = f"{tmp_path}/file/finequant/gguf/.*: cannot be written .* set HF_HOME to another"
+    with pytest.raises(UserError, match=refused):
+        load_config(Model(base=EMBEDDED))
+
+
 @pytest.mark.slow
 def test_the_embedded_model_loads_saves_and_reloads(tmp_path):
     model = load(EMBEDDED)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import pytest
 
 from finequant.recipes import artifact, freshness
@@ -128,6 +130,19 @@ def test_a_folder_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch
     assert rows(seed=2) == rows(seed=2) == "made 3 times"
     (tmp_path / "data" / "tokens" / "rows").write_text("damaged", encoding="utf-8")
     assert rows(seed=2) == "made 4 times"
+
+
+def test_a_folder_that_is_made_is_used_where_nothing_can_be_written(tmp_path, monkeypatch):
+    folder = made_once(tmp_path / "cache" / "weights", {"seed": 1}, lambda folder: None)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert made_once(folder, {"seed": 1}, refused) == folder
+    with pytest.raises(OSError, match="Read-only"):
+        made_once(folder, {"seed": 2}, refused)
 
 
 def test_a_failure_leaves_no_partial_folder(tmp_path):
