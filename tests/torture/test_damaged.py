@@ -216,11 +216,12 @@ def read(path: Path, tokenizer) -> int:
     return answer(command)
 
 
-@pytest.mark.parametrize("which", sorted(WHOLE))
+REFUSED = ((".csv", "chats"), (".txt", "chats"), (".txt", "rows"))
+
+
+@pytest.mark.parametrize("which", sorted(WHOLE.keys() - REFUSED))
 def test_whole_files_are_read(which, tmp_path, tokenizer):
     """Otherwise the tests above might see nothing but refusals."""
-    if which == (".csv", "chats") or which[0] == ".txt":
-        return
     path = tmp_path / f"rows{which[0]}"
     path.write_bytes(WHOLE[which])
     assert read(path, tokenizer) == 0
