@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 REPEAT = "`finequant run recipe.yaml` repeats the run; local files that it names must be beside it."
 
+LONG_ROWS = {
+    "truncate": "; longer rows, if any, were cut",
+    "drop": "; longer rows, if any, were left out",
+    "split": "; longer texts, if any, were split, and longer conversations cut",
+    "error": "",
+}
+"""What the values of data.long_rows did to rows beyond data.max_length."""
+
 
 def card_text(
     recipe: Recipe,
@@ -173,7 +181,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
     """Lists what a reader might assume but nobody measured."""
     models = report["models"]
     tasks = {task for task, _ in metrics_of(models)}
-    limits = [f"Trained on rows of at most {recipe.data.max_length} tokens."]
+    data = recipe.data
+    limits = [f"Trained on rows of at most {data.max_length} tokens{LONG_ROWS[data.long_rows]}."]
     if not tasks - {HELD_OUT}:
         limits.append("No public benchmark was run: what the model lost elsewhere is unknown.")
     corpora = corpora_of(models)
@@ -189,10 +198,8 @@ def _limits(recipe: Recipe, report: dict[str, Any], kind: str, exports: list[str
         for pair in metrics_of(models)
     ]
     if smallest := min(filter(None, scored), default=0):
-        limits.append(
-            f"Accuracies were measured on as few as {counted(smallest, 'row')}: mind their "
-            "standard errors."
-        )
+        few = f"Accuracies were measured on as few as {counted(smallest, 'row')}"
+        limits.append(f"{few}: mind their standard errors." if smallest > 1 else f"{few}.")
     if kind == QUANTIZED:
         limits += _quantized_limits(report, exports)
         if HELD_OUT in tasks:

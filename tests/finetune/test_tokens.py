@@ -222,6 +222,20 @@ def test_long_rows_are_truncated_dropped_or_an_error(tokenizer, capsys):
     assert str(error.value).endswith(f"\n  rows.jsonl:8: {lengths[1]} tokens")
 
 
+def test_rows_that_are_cut_or_left_out_are_counted(tokenizer, capsys):
+    """A run whose every answer was cut said nothing of it, and neither did its card."""
+    to_dataset(ROWS, tokenizer, settings(max_length=200))
+    assert capsys.readouterr().err == ""
+    to_dataset(ROWS, tokenizer, settings(max_length=40))
+    line = "data: 1 of 3 rows is longer than data.max_length=40 and was cut\n"
+    assert capsys.readouterr().err == line
+    to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="drop"))
+    assert capsys.readouterr().err == line.replace("cut", "left out")
+    book = Row("book.txt", (), "open the red door " * 20)
+    to_dataset([book], tokenizer, settings(max_length=16, long_rows="split"))
+    assert capsys.readouterr().err == ""
+
+
 def test_long_texts_are_split_and_no_token_is_lost(tokenizer):
     book = Row("book.txt", (), "open the red door " * 20)
     whole = encode(book, tokenizer, settings(), whole=True).input_ids

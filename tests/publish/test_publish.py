@@ -688,6 +688,24 @@ def test_snippets_of_a_model_without_a_chat_template_take_a_prompt(card):
     assert "4 bits" not in chat  # their number is the recipe's: 2
 
 
+@pytest.mark.parametrize(
+    ("long_rows", "end"),
+    [
+        ("truncate", "; longer rows, if any, were cut.\n"),
+        ("drop", "; longer rows, if any, were left out.\n"),
+        ("error", ".\n"),
+    ],
+)
+def test_the_card_says_what_was_done_to_long_rows(card, long_rows, end):
+    def one_row(models):
+        for model in models.values():
+            model["tasks"]["held_out"]["exact_match"] = {"value": 1.0, "stderr": None, "n": 1}
+
+    text = card("quantized", [], [f"data.long_rows={long_rows}"], one_row)
+    assert f"- Trained on rows of at most 64 tokens{end}" in text
+    assert "- Accuracies were measured on as few as 1 row.\n" in text  # which has no error
+
+
 def test_what_the_card_installs_suffices_for_its_python(card):
     """Neither transformers nor torchao requires torch, without which transformers has no models."""
     texts = [
