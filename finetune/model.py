@@ -224,10 +224,12 @@ def from_pretrained(auto_class: type, model: Model, source: Path | str, **option
     # transformers raises its own errors, those of the Hub client and of the file readers.
     except Exception as error:
         at = "" if isinstance(source, Path) else f" (revision {model.revision or 'main'})"
-        raise UserError(f"model.base: cannot load {model.base}{at}: {_reason(error)}") from error
+        raise UserError(
+            f"model.base: cannot load {model.base}{at}: {why_not_loaded(error)}"
+        ) from error
 
 
-def _reason(error: Exception) -> str:
+def why_not_loaded(error: Exception) -> str:
     """Says why a base could not be loaded, and what to do about it."""
     from huggingface_hub.errors import (
         LocalEntryNotFoundError,

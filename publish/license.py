@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from finequant.quantize.formats.naming import base_license, license_on_card
 from finequant.recipes.errors import UserError
+from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Model, Recipe
 
 DOCUMENTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -114,14 +115,15 @@ def _base_folder(model: Model) -> Path | None:
 def _from_hub(model: Model) -> Path:
     from huggingface_hub import snapshot_download
 
+    from finequant.finetune.model import why_not_loaded
+
+    offline_reason()
     wanted = ["README.md", "config.json", *(f"{name}*" for name in DOCUMENTS)]
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # no network and no cache, no access, no such revision
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.base: the license of {model.base} cannot be read ({reason}): publish with a "
-            "connection to the Hub and access to the base"
+            f"model.base: the license of {model.base} cannot be read: {why_not_loaded(error)}"
         ) from None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from finequant.publish.loading import ADAPTER, ADAPTER_CONFIG, CARD, QUANTIZED
 from finequant.recipes.artifact import SUMS, file_hash
 from finequant.recipes.errors import OutsideError, UserError, counted, listed, one_line
+from finequant.recipes.hub import OFFLINE_IS_SET, offline_reason
 from finequant.recipes.schema import Recipe
 from finequant.recipes.terminal import say
 
@@ -279,7 +280,10 @@ def _translate(raised: Exception, recipe: Recipe) -> UserError | None:
             "that may write"
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError("publish: HF_HUB_OFFLINE is set: unset it to publish")
+        reason = offline_reason()  # which turns offline mode on where there is no connection
+        if reason in ("", OFFLINE_IS_SET):
+            return UserError(f"publish: {OFFLINE_IS_SET}: unset it to publish")
+        return OutsideError(f"publish: the Hub cannot be reached ({reason}): {RESUME_HINT}")
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, recipe)
     if isinstance(error, (HTTPError, ConnectionError)):

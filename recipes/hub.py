@@ -18,6 +18,7 @@ COMMITS = "FINEQUANT_COMMITS"
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_SECONDS = 10
+OFFLINE_IS_SET = "HF_HUB_OFFLINE is set"
 
 
 def pinned(recipe: Recipe, recorded: dict[str, str] | None = None) -> tuple[Recipe, dict[str, str]]:
@@ -84,7 +85,7 @@ def offline_reason() -> str:
     from huggingface_hub.utils import build_hf_headers
 
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
+        return OFFLINE_IS_SET
     reason = ""
     for pause in (0, 1):
         time.sleep(pause)

@@ -785,6 +785,64 @@ def test_the_recipes_folder_of_documents_adds_to_those_beside_the_base(recipe, t
         license_of(load_recipe(recipe, [*overrides, "publish.license=null"]))
 
 
+@pytest.fixture
+def on_hub_here(hub, tmp_path, monkeypatch):
+    """Sets the client up, in this process, for another Hub, from which it has cached nothing."""
+    from finequant.recipes.hub import offline_reason
+
+    def use(endpoint: str) -> None:
+        settings = {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "empty"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        offline_reason.cache_clear()
+
+    yield use
+    offline_reason.cache_clear()
+
+
+def test_the_message_about_a_license_on_the_hub_says_what_to_do(recipe, tiny_base, on_hub_here):
+    """It was `403 Client Error.`; without a connection, the client tried for half a minute."""
+    from conftest import Hub as ReadableHub
+
+    from finequant.publish.license import license_of
+    from finequant.recipes.errors import UserError
+
+    readable, loaded = ReadableHub(), load_recipe(recipe, ["model.base=org/base"])
+    readable.add("org/base", tiny_base)
+    readable.gated.add("org/base")
+    on_hub_here(readable.url)
+    begin = "model.base: the license of org/base cannot be read: "
+    with pytest.raises(UserError, match=begin + "the Hub shows you no such model; for a gated"):
+        license_of(loaded)
+    readable.close()
+    on_hub_here("http://127.0.0.1:9")
+    with pytest.raises(UserError, match=begin + "not in the cache, and the Hub cannot be reached"):
+        license_of(loaded)
+
+
+def test_a_missing_connection_is_not_called_offline_mode(recipe, on_hub_here):
+    """Offline mode is on, because finequant has found no connection, but nobody has set it."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    from finequant.publish.upload import report_hub_errors
+    from finequant.recipes.errors import OutsideError
+    from finequant.recipes.hub import offline_reason
+
+    on_hub_here("http://127.0.0.1:9")
+    assert offline_reason()
+    with (
+        pytest.raises(OutsideError, match="publish: the Hub cannot be reached .*run the same"),
+        report_hub_errors(load_recipe(recipe)),
+    ):
+        raise OfflineModeIsEnabled
+
+
 def test_a_license_without_a_name_is_called_that_of_the_base(recipe):
     from finequant.publish.card import _license
     from finequant.publish.license import License
