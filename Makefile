@@ -4,10 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-fast bench clients torture audit clean
+.PHONY: quickstart picture test test-fast bench clients torture audit clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/finequant run recipes/quickstart.yaml
+
+# Takes the README's picture of the quickstart's page with Chromium -> docs/page.png
+picture: quickstart
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1440,940 \
+	  --screenshot=docs/page.png runs/quickstart/report.html
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
