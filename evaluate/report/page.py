@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections import Counter
 from functools import cache
 from math import comb, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finequant.evaluate.metrics.text_metrics import is_right
 from finequant.evaluate.models import MODELS
@@ -29,6 +30,9 @@ from finequant.recipes.artifact import read_part, replace_text
 from finequant.recipes.load import as_yaml
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.stages import command_of
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 HERE = Path(__file__).parent
 MAX_LABELS = 200
@@ -84,6 +88,7 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
     from markupsafe import Markup
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
+    environment.filters["with_code"] = _with_code
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = json.dumps({"models": list(report["models"]), "rows": rows}, ensure_ascii=False)
@@ -122,6 +127,13 @@ def page(report: Report, rows: list[dict[str, Any]]) -> str:
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
+
+
+def _with_code(line: str) -> Markup:
+    """Turns what is between backquotes into code, as Markdown does."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(line))))
 
 
 def _made_of(report: Report) -> str:

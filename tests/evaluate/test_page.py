@@ -221,7 +221,9 @@ def test_the_page_shows_sizes_and_bars_and_says_if_tuning_gained_nothing():
     assert "gguf" not in figure
     assert "no better than base" not in text
     judged["models"]["base"]["tasks"] = judged["models"]["tuned"]["tasks"]
-    assert "Tuned is no better than base" in page(judged, rows())
+    text = page(judged, rows())
+    assert "Tuned is no better than base" in text
+    assert "target tokens with <code>finequant data</code>." in text
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
