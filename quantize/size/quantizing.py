@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from finequant.finetune.architecture import EMBEDDING, HEAD, anatomy, layer_shapes
+from finequant.finetune.architecture import (
+    EMBEDDING,
+    HEAD,
+    anatomy,
+    layer_shapes,
+    sequence_length,
+)
 from finequant.finetune.data.tokens import TARGETS_AT_ONCE
 from finequant.finetune.device import IN_ONE_LAUNCH
 from finequant.quantize.methods import budget
@@ -153,7 +159,8 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
     arithmetic = arithmetic_bytes(recipe, config, machine)
     stored = _stored(recipe, config, arithmetic, 1, teacher=True)
     weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
-    tokens = max(SCALE_TOKENS // machine.gpus, recipe.quantize.calibration.length)
+    length = sequence_length(recipe.quantize.calibration, config)
+    tokens = max(SCALE_TOKENS // machine.gpus, length)
     taught = recipe.quantize.calibration.scale_steps * tokens  # if no step's text comes again
     return peak_memory(
         "quantize",
@@ -181,7 +188,8 @@ def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Mem
         [shapes[f"model.layers.0.{name}"] for name in names] for names, _ in anatomy(config).inputs
     ]
     widths = [layers[0][1] for layers in shared]
-    tokens = max(calibration.tokens // machine.gpus, calibration.length)
+    length = sequence_length(calibration, config)
+    tokens = max(calibration.tokens // machine.gpus, length)
     forward = min(TOKENS, tokens)
     # Hessian and drift; outputs of two models, and three float32 copies of the input.
     summed = 8 * max(widths) ** 2 + forward * (2 * dtype * sum(widths) + 12 * max(widths))
@@ -212,7 +220,8 @@ def _sensitivity(recipe: Recipe, config: DecoderConfig, dtype: int) -> Memory:
     """Estimates how a budget measures the head, while the inputs of all blocks are kept for the
     backward pass."""
     calibration, head = recipe.quantize.calibration, math.prod(layer_shapes(config)[HEAD])
-    tokens = max(calibration.length, min(calibration.tokens, budget.TOKENS))
+    length = sequence_length(calibration, config)
+    tokens = max(length, min(calibration.tokens, budget.TOKENS))
     return {
         "inputs of blocks": (config.num_hidden_layers + 1) * tokens * config.hidden_size * dtype,
         "head and its errors": (dtype + 20) * head,

@@ -281,6 +281,33 @@ def test_predicted_disk_is_what_the_files_take(recipe_file):
     assert disk_of("quantize", recipe, base.config) == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        (["quantize.method=gptq"], 1),
+        (["quantize.budget=4.5"], 1),
+        (["quantize.method=gptq", "quantize.calibration.scale_steps=2"], 16),
+    ],
+    ids=["gptq", "budget", "scales"],
+)
+def test_calibration_of_a_base_with_few_positions_reads_short_sequences(
+    recipe_file, overrides, gpus
+):
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": 64}, vocab_size=384)
+    machine = Machine("a GPU", 10**9, "gpu", gpus)
+    few = [*overrides, "quantize.calibration.tokens=64"]
+    unset, set_to_64, set_to_256 = (
+        memory_of("quantize", load_recipe(recipe_file, [*few, *length]), config, machine)
+        for length in (
+            [],
+            ["quantize.calibration.length=64"],
+            ["quantize.calibration.length=256"],
+        )
+    )
+    assert unset == set_to_64
+    assert unset != set_to_256
+
+
 def test_the_cache_of_keys_and_values_is_counted():
     assert cache_bytes(LLAMA_3_70B, 1) == 2 * 80 * 8 * 128 * 2
 
