@@ -60,7 +60,22 @@ tokens = len(logs["tuned"])
 divergence = kl_div(logs["quantized"], logs["tuned"], log_target=True, reduction="none").sum(-1)
 same = logs["quantized"].argmax(-1) == logs["tuned"].argmax(-1)
 right = lambda answers: [a.strip() == row["completion"] for a, row in zip(answers, rows)]
+
+def packed(bits):
+    # By the file's header: codes at their bits, everything else but the zero points as it is.
+    bytes_ = {"codes": 0, "rest": 0}
+    for file in (run / "quantized").glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__")
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            if not name.endswith("zero_point"):
+                bytes_["codes" if name.endswith("qdata") else "rest"] += end - start
+    return bytes_["codes"] * bits / 8 + bytes_["rest"]
+
 print(json.dumps({
+    "packed": packed(bits=2),
     "perplexity": {n: (sum(f["nll"]) / tokens).exp().item() for n, f in found.items()},
     "answers": {name: figures["answers"] for name, figures in found.items()},
     "right": {name: right(figures["answers"]) for name, figures in found.items()},
@@ -140,7 +155,30 @@ def test_a_reports_figures_are_those_of_plain_transformers(recipe_file, tiny_bas
     assert theirs["kl"] > 1e-3
     quantized = report["models"]["quantized"]
     assert quantized["size_bytes"] == theirs["size"]
+    assert quantized["packed_bytes"] == theirs["packed"]
     assert quantized["bits_per_weight"] == pytest.approx(8 * theirs["size"] / theirs["weights"])
+
+
+PARENT = """
+import resource, subprocess, sys
+child = subprocess.run([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, check=True)
+print(int(child.stdout), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+ALLOCATES = """
+from finequant.recipes.usage import peak_memory
+passing = b"x" * 300_000_000
+del passing
+print(peak_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count in other units")
+def test_peak_memory_is_what_the_system_tells_a_parent():
+    """The parent is a small process: a child's figure begins with the memory of its parent."""
+    command = [sys.executable, "-c", PARENT, ALLOCATES]
+    ours, theirs = map(int, subprocess.check_output(command).split())
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert 3e8 < ours < 4e8
 
 
 def test_mcnemars_p_value_is_that_of_scipy():
