@@ -24,7 +24,7 @@ from finequant.recipes.freshness import JOURNAL, RECORD
 from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
-from finequant.recipes.terminal import doing, say
+from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in set(chosen.to) - set(get_args(Export)):
             raise UserError(f"--to {name}: expected one of {', '.join(get_args(Export))}")
         recipe, run = read_command_line(__doc__, rest)
+        if not is_first():  # several processes would write the same files
+            return
         run.require_there("quantize")
         doing("export: loading torch and transformers")
         quiet_libraries()

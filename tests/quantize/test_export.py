@@ -798,6 +798,15 @@ def test_a_format_is_one_file_and_one_entry(make, recipe_file, monkeypatch, caps
         fitting_formats(["toy"], wide)
 
 
+def test_of_several_processes_only_the_first_exports(recipe_file, monkeypatch):
+    from finequant.quantize.export import main
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main([str(recipe_file), "--to", "gguf"])  # before it looks for quantized/
+    assert not (recipe_file.parent / "run").exists()
+
+
 def test_without_a_format_the_known_ones_are_named(make):
     assert "torchao, compressed-tensors, gguf, executorch, onnx, mlx" in refused(make, to=())
 
