@@ -210,14 +210,7 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
             f"{data.max_length}; raise it, or set data.long_rows to truncate or drop\n  "
             f"{listed(long, SHOWN, is_long.sum())}"
         )
-    is_dropped = data.long_rows == "drop"
-    if count := is_long.sum():
-        are, were = ("is", "was") if count == 1 else ("are", "were")
-        say(
-            f"{which}: {count} of {counted(len(length), 'row')} {are} longer than data.max_length="
-            f"{data.max_length} and {were} {'left out' if is_dropped else 'cut'}"
-        )
-    left = ~is_long if is_dropped else np.ones(len(length), bool)
+    left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
     is_empty = left & (targets == 0)
     kept = np.flatnonzero(left & ~is_empty)
     names = [row.where for row, _ in _first(rows, index, length, is_empty)]
