@@ -144,7 +144,8 @@ def cut_line(cut: dict[str, int]) -> str:
     are, them = ("is", "it") if longer == 1 else ("are", "them")
     which = f"{longer} of the {n} reference answers"
     if longer == n:
-        which = f"all {n} reference answers" if n > 1 else "the only reference answer"
+        few = {1: "the only reference answer", 2: "both reference answers"}
+        which = few.get(n, f"all {n} reference answers")
     return (
         f"answers are cut after {counted(cut['limit'], 'token')}, but {which} {are} longer, up to "
         f"{cut['longest']} tokens: no model can give {them} whole"

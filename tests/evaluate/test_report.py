@@ -497,6 +497,7 @@ def test_one_answer_that_is_cut_is_it():
     assert cut_line(cut).endswith("no model can give it whole")
     assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
     assert "but all 5 reference answers are longer" in cut_line(cut | {"longer": 5})
+    assert "but both reference answers are longer" in cut_line(cut | {"longer": 2, "n": 2})
     assert "but the only reference answer is longer" in cut_line(cut | {"n": 1})
 
 
