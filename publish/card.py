@@ -259,7 +259,8 @@ def _license(license: License, recipe: Recipe) -> str:
     shown = f"[{name}]({license.link})" if license.link else name
     text = f"{shown}, the license of its base, {base}."
     if name == "other":
-        text = f"The license is that of its base, {base}."
+        theirs = f"[that of its base]({license.link})" if license.link else "that of its base"
+        text = f"The license is {theirs}, {base}."
     if license.documents:
         text += f" See {', '.join(f'`{file}`' for file in license.documents)}."
     return text

@@ -849,3 +849,5 @@ def test_a_license_without_a_name_is_called_that_of_the_base(recipe):
 
     nameless, loaded = License("other", None, None, "", {}), load_recipe(recipe)
     assert _license(nameless, loaded).startswith("The license is that of its base, `")
+    linked = _license(nameless._replace(link="https://example.org/terms"), loaded)
+    assert linked.startswith("The license is [that of its base](https://example.org/terms), `")
