@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -44,9 +45,15 @@ class SharedContextLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # a bar of tokenizing: seconds
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._cut_prompts = 0
-        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        no_bar = disable_tqdm or not sys.stderr.isatty()  # it would fill a log file
+        answers = super().generate_until(requests, disable_tqdm=no_bar)
         self._say_how_many_are_cut(self._cut_prompts, len(requests))
         return answers
 

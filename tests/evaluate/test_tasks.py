@@ -593,6 +593,28 @@ def test_a_users_task_scores_as_in_lm_eval_itself(model, tokenizer, task_folder)
     assert (acc["stderr"], acc["n"]) == (None, 1)
 
 
+def test_a_log_has_no_progress_bars_of_lm_eval(model, tokenizer, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"request": text, "label": 0}) + "\n" for text in TEXTS))
+    chosen = TASK.format(name="chosen", data=rows)
+    said = chosen.replace("multiple_choice", "generate_until").replace("task: chosen", "task: said")
+    said = said.replace(
+        "doc_to_target: label\ndoc_to_choice: [red, green, blue, grey]", "doc_to_target: x"
+    )
+    said = said.partition("metric_list:")[0] + (
+        "generation_kwargs: {until: ['.'], max_gen_toks: 2, do_sample: false}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    for name, text in (("chosen", chosen), ("said", said)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    evaluate = Evaluate(tasks=["chosen", "said"], task_folder=str(tmp_path), batch_size=4)
+    lm_eval_tasks(model, tokenizer, evaluate, seed=3)
+    logged = capsys.readouterr().err
+    assert "evaluate: lm-eval task said\n" in logged
+    assert "Tokenizing inputs" not in logged
+    assert "Running generate_until" not in logged
+
+
 def test_all_processes_of_a_machine_get_through_a_task(model, tokenizer, task_folder, monkeypatch):
     """lm-eval returns the results to the first one only, by the launcher's LOCAL_RANK."""
     monkeypatch.setattr(tasks, "_task_manager", small_task_manager)
