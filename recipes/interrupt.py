@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -17,7 +19,7 @@ DEBOUNCE_SECONDS = 1.0
 """Signals within so many seconds count as one: a launcher forwards what its processes got too."""
 
 AGAIN_SECONDS = 0.05
-"""Seconds after which a stop that Python ignored is raised again."""
+"""Seconds after which an Interrupted that was lost is raised again."""
 
 RESUME_HINT = "run the same command again to continue from here"
 
@@ -50,51 +52,53 @@ class StopRequest:
 
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Makes signals raise Interrupted in the block, which can also see whether one came."""
-    request = StopRequest()
+    """Makes signals raise Interrupted in the block, which can also see whether one came.
 
-    def stop(number: int) -> None:
-        request.number = number
-        raise Interrupted(number)
-
-    with _handled(stop), _raised_again():
-        yield request
-
-
-@contextmanager
-def _raised_again() -> Iterator[None]:
-    """Raises Interrupted again, a moment later, if it was raised in a `__del__` or another
-    callback, where Python only prints a traceback and goes on. If another block handles signals by
-    then, that block gets the signal again instead."""
+    What is raised in a `__del__` or another callback, Python prints, and goes on; what is raised
+    while a library frees memory, or in a block that catches everything, may vanish silently. An
+    Interrupted that nobody holds any more is therefore raised again.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield StopRequest()  # only the main thread gets signals
         return
+    request = StopRequest()
     usual, before = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
 
-    def note(unraisable: sys.UnraisableHookArgs) -> None:
-        stop = unraisable.exc_value
-        if not isinstance(stop, Interrupted):
+    def print_others(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
             usual(unraisable)
-            return
 
-        handler = signal.getsignal(stop.number)
+    def stop(number: int) -> NoReturn:
+        request.number = number
+        handler, interrupted = signal.getsignal(number), Interrupted(number)
+        held = weakref.ref(interrupted)
 
-        def again(number: int, frame: FrameType | None) -> None:
-            if signal.getsignal(stop.number) == handler:
-                raise Interrupted(stop.number)
-            signal.raise_signal(stop.number)
+        def again(alarm: int, frame: FrameType | None) -> None:
+            if held() is not None:  # the block is being left
+                return
+            if signal.getsignal(number) == handler:
+                stop(number)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.raise_signal(number)  # to another block, which handles signals by now
 
         signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+        try:
+            raise interrupted
+        finally:
+            del interrupted  # which its traceback, and so it itself, would hold
 
-    sys.unraisablehook = note
+    sys.unraisablehook = print_others
     try:
-        yield
+        with _handled(stop):
+            try:
+                yield request
+            finally:
+                if request.number is not None:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, before)
     finally:
         sys.unraisablehook = usual
-        if signal.getsignal(signal.SIGALRM) != before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

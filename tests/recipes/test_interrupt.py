@@ -308,6 +308,32 @@ def test_a_signal_that_comes_while_an_object_is_deleted_stops_the_command(capfd)
     assert capfd.readouterr().err == ""
 
 
+def test_a_signal_that_a_library_swallows_stops_the_command():
+    """As torch may, while a model is deleted: what a handler raises there vanishes silently."""
+    with pytest.raises(Interrupted) as stop, interruptible():
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            except BaseException:  # noqa: BLE001, S110
+                pass
+        time.sleep(10)
+    assert stop.value.number == signal.SIGTERM
+
+
+def test_a_signal_is_not_raised_again_while_the_block_is_left():
+    done = []
+    with pytest.raises(Interrupted) as stop, interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            time.sleep(0.3)
+            done.append("saved")
+    assert done == ["saved"]
+    time.sleep(0.1)  # nor later
+    assert stop.value.number == signal.SIGTERM
+
+
 def test_a_signal_that_python_ignored_is_deferred_in_a_block_that_saves():
     with interruptible():
         Deleted()
