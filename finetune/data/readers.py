@@ -54,8 +54,8 @@ REMEDIES = {
 }
 """Suffix of a file that is not read -> what to do."""
 
-SHARD = re.compile(r"(.*?)\d+-of-(\d+)(.*)")
-"""The name of one of several files, as the Hub writes it."""
+SHARD = re.compile(r"(.*?)\d+-of-(\d+)(-[0-9a-f]{16})?(\..*)?")
+"""The name of one of several files, as the Hub writes it; it used to end in a hash of the file."""
 
 Content = TypeVar("Content")
 EXPECTED = (
@@ -138,10 +138,10 @@ def _refuse_missing_shards(files: list[Path]) -> None:
         UserError: with the number of files that are there.
     """
     names = [SHARD.fullmatch(file.name) for file in files]
-    shards = Counter((name[1], name[2], name[3]) for name in names if name)
-    for (before, total, after), count in shards.items():
+    shards = Counter((n[1], n[2], "*" if n[3] else "", n[4] or "") for n in names if n)
+    for (before, total, hashed, after), count in shards.items():
         if count < int(total):
-            pattern = files[0].with_name(f"{before}*-of-{total}{after}")
+            pattern = files[0].with_name(f"{before}*-of-{total}{hashed}{after}")
             raise UserError(
                 f"{files[0].parent}: only {count} of the {int(total)} files {pattern.name} are in "
                 f"this folder: add the others, or, to read only these, name the pattern '{pattern}'"

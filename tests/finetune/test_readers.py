@@ -168,6 +168,13 @@ FOLDERS = {
     "shards": lambda folder: sharded(
         folder, ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
     ),
+    "shards with hashes": lambda folder: sharded(
+        folder,
+        (
+            "train-00000-of-00002-b35ef345f7e6bcd1.parquet",
+            "train-00001-of-00002-0e2f64ac1e9d7a50.parquet",
+        ),
+    ),
     "arrow files": lambda folder: sharded(folder, ("a.arrow", "b.arrow"), "file"),
     "arrow streams": lambda folder: sharded(folder, ("a.arrow", "b.arrow"), "stream"),
 }
