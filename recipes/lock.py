@@ -69,6 +69,8 @@ def check_writable(root: Path) -> None:
     """
     existing = root
     while not existing.exists() and existing != existing.parent:
+        if existing.is_symlink():
+            raise _not_writable(root, os.strerror(errno.ENOENT))
         existing = existing.parent
     if not existing.is_dir():
         raise _not_writable(root, os.strerror(errno.ENOTDIR))
@@ -81,6 +83,9 @@ def check_writable(root: Path) -> None:
 
 
 def _not_writable(root: Path, reason: str) -> UserError:
+    for path in (root, *root.parents):
+        if path.is_symlink() and not path.exists():  # as to a disk that is not mounted
+            reason = f"{path} links to {path.readlink()}, which does not exist"
     return UserError(
         f"{root}: cannot be written ({reason}): make it writable, or choose another folder with "
         "output_dir=FOLDER"

@@ -105,6 +105,16 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("root", ["disk", "disk/run"])
+@pytest.mark.parametrize("check", [lock.hold, lock.check_writable])
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path, check, root):
+    (tmp_path / "disk").symlink_to(tmp_path / "mounted")
+    with pytest.raises(UserError) as refused:
+        check(tmp_path / root)
+    reason = f"{tmp_path}/disk links to {tmp_path}/mounted, which does not exist"
+    assert str(refused.value).startswith(f"{tmp_path / root}: cannot be written ({reason}): ")
+
+
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match=r"run: cannot be written \(.*output_dir=FOLDER"):
