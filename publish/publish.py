@@ -75,7 +75,7 @@ def publish(recipe: Recipe, run: RunDir, options: Options) -> None:
     if options.dry_run:
         where = recipe.publish.repo_id
         show(
-            files, f"to {where}, {visibility(recipe)}" if where else "for publish.repo_id, not set"
+            files, f"to {where}, {visibility(recipe)}" if where else "(publish.repo_id is not set)"
         )
         say(f"publish: dry run, nothing was sent: {folder} contains what would be uploaded")
         return
