@@ -49,13 +49,24 @@ def without_absent_keys(value: Any, is_listed: bool = False) -> Any:
 
 
 def features_of(schema: pyarrow.Schema) -> Mapping[str, Any] | None:
-    """Returns the types that `datasets` has written into a file; if it did not write it, only the
-    types of short floats."""
+    """Returns the types that `datasets` has written into a file; if it did not write it, those of
+    columns with short floats."""
     if b"huggingface" not in (schema.metadata or {}):
-        return {field.name: field.type for field in schema if str(field.type) in FLOATS}
+        return {field.name: _parts(field.type) for field in schema if "float" in str(field.type)}
     from datasets import Features
 
     return Features.from_arrow_schema(schema)
+
+
+def _parts(kind: pyarrow.DataType) -> Any:
+    """Writes structs as dicts of types, and lists as lists of one type, as `datasets` does."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return {part.name: _parts(part.type) for part in kind.fields}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_parts(kind.value_type)]
+    return kind
 
 
 def _decoder(feature: Any) -> Decode | None:

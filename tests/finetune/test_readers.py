@@ -219,11 +219,12 @@ def test_class_labels_are_read_as_their_names(tmp_path, kind):
 def test_short_floats_get_no_more_digits_than_they_have(tmp_path, kind, bits):
     """The scores of STS-B are such: answers became 3.799999952316284."""
     import pyarrow.parquet
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
 
     scores, path = [3.8, 0.1, None, 5.0], tmp_path / f"rows.{kind.split()[-1]}"
-    features = Features({"score": Value(f"float{bits}"), "inner": {"score": Value("float32")}})
-    rows = [{"score": score, "inner": {"score": 0.1}} for score in scores]
+    inner = {"score": Value("float32"), "all": List(Value(f"float{bits}"))}
+    features = Features({"score": Value(f"float{bits}"), "inner": inner})
+    rows = [{"score": score, "inner": {"score": 0.1, "all": [0.1, 3.8]}} for score in scores]
     dataset = Dataset.from_list(rows, features)
     if kind == "folder":
         dataset.save_to_disk(str(path))
@@ -238,7 +239,7 @@ def test_short_floats_get_no_more_digits_than_they_have(tmp_path, kind, bits):
                 file.write_table(table)
     read = rows_of(path)
     assert [row["score"] for row in read] == scores
-    assert "plain" in kind or [row["inner"]["score"] for row in read] == [0.1] * 4
+    assert [row["inner"] for row in read] == [{"score": 0.1, "all": [0.1, 3.8]}] * 4
 
 
 def test_a_folder_without_one_of_its_shards_is_refused(tmp_path):
