@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
+
+from finequant.recipes.errors import UserError
 
 Run = tuple[str, bool]
 """A piece of text, and whether its tokens are targets."""
@@ -15,7 +19,33 @@ STYLE = (
 )
 
 
-def html_page(name: str, lines: Iterable[str], rows: Iterable[tuple[str, list[Run]]]) -> str:
+def check_page(page: Path) -> None:
+    """Refuses to replace anything but an empty file, or a page as `html_page` returned it.
+
+    Raises:
+        UserError: for a folder, or a file that somebody else wrote or edited.
+    """
+    if page.is_dir():
+        raise UserError(f"--html {page}: this is a folder: name a file in it")
+    if not page.is_file():
+        return
+    content, mark, digest = page.read_bytes().rpartition(MARK)
+    if (mark or digest) and digest != _digest(content):
+        raise UserError(
+            f"--html {page}: exists already, and was edited, or is no page of `finequant data`: "
+            "choose another name"
+        )
+
+
+MARK = b"<!-- finequant data, sha256 "
+"""Begins the last line of a page, which tells whether the page was edited."""
+
+
+def _digest(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()} -->\n".encode()
+
+
+def html_page(name: str, lines: Iterable[str], rows: Iterable[tuple[str, list[Run]]]) -> bytes:
     """Returns the page.
 
     lines: statements about all rows.
@@ -26,13 +56,14 @@ def html_page(name: str, lines: Iterable[str], rows: Iterable[tuple[str, list[Ru
         f"<h2>{escape(where)}</h2>\n<pre>{''.join(map(_marked, runs))}</pre>"
         for where, runs in rows
     ]
-    return (
+    page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<p>Target tokens are green; the loss mask "
         f"leaves out the others.</p>\n<ul>{''.join(f'<li>{escape(line)}' for line in lines)}</ul>\n"
         + "\n".join(parts)
         + "\n</html>\n"
-    )
+    ).encode()
+    return page + MARK + _digest(page)
 
 
 def _marked(run: Run) -> str:

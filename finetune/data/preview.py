@@ -75,8 +75,7 @@ def preview(recipe: Recipe, splits: Splits, count: int, page: Path | None = None
         chosen = np.unique(np.linspace(0, len(splits.train) - 1, PAGE_ROWS).astype(int))
         rows = [splits.train[int(at)] for at in chosen]
         runs = [(row.where, _runs(encode(row, tokenizer, recipe.data), tokenizer)) for row in rows]
-        text = html_page(recipe.name, [*splits.notes, *lines], runs)
-        page.write_text(text, encoding="utf-8")
+        page.write_bytes(html_page(recipe.name, [*splits.notes, *lines], runs))
         console.print(f"{page} written", markup=False, highlight=False)
     positions = trained_positions(load_config(recipe.model))
     for rows in (splits.train, splits.validation):

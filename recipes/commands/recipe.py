@@ -26,10 +26,13 @@ def data(
     ] = None,
 ) -> None:
     """Show rows as the model will see them, with target tokens in color."""
+    from finequant.finetune.data.page import check_page
     from finequant.recipes.load import load_recipe
 
     if html and not html.parent.is_dir():
         raise UserError(f"--html {html}: there is no folder {html.parent}: make it first")
+    if html:
+        check_page(html)
     loaded = load_recipe(recipe, overrides or [])
     splits = read_splits(loaded)
     from finequant.finetune.data.preview import preview  # only now: it imports libraries

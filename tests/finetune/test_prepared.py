@@ -249,3 +249,37 @@ def test_the_page_holds_text_only(recipe_file, capsys):
     assert "<b>a &amp; b&lt;|im_end|&gt;</b>" in text
     assert "<script" not in text
     assert "http" not in text
+
+
+@pytest.mark.parametrize("content", [b"", None, b"<p>mine</p>", b"mine", b"\xff"])
+def test_only_an_unedited_page_is_replaced(recipe_file, here, content):
+    page = recipe_file.parent / "rows.html"
+    command = ("data", str(recipe_file), "--rows", "0", "--html", str(page))
+    assert not here(*command).returncode
+    written = page.read_bytes()
+    if content is not None:
+        page.write_bytes(content)
+    done = here(*command)
+    if content:
+        assert (done.returncode, page.read_bytes()) == (2, content)
+        assert "rows.html: exists already, and was edited, or is no page of `finequant" in (
+            " ".join(done.stderr.split())
+        )
+    else:
+        assert (done.returncode, page.read_bytes()) == (0, written)
+
+
+@pytest.mark.parametrize("edit", [lambda page: page + b"A note.", lambda page: b"A" + page])
+def test_an_edited_page_is_kept(recipe_file, here, edit):
+    page = recipe_file.parent / "rows.html"
+    command = ("data", str(recipe_file), "--rows", "0", "--html", str(page))
+    assert not here(*command).returncode
+    edited = edit(page.read_bytes())
+    page.write_bytes(edited)
+    assert (here(*command).returncode, page.read_bytes()) == (2, edited)
+
+
+def test_a_folder_is_no_page(recipe_file, here):
+    done = here("data", str(recipe_file), "--html", str(recipe_file.parent))
+    assert done.returncode == 2
+    assert "this is a folder: name a file in it" in " ".join(done.stderr.split())
