@@ -141,13 +141,13 @@ def cut_answers(
 def cut_line(cut: dict[str, int]) -> str:
     """Says in words what `cut_answers` counted."""
     longer, n = cut["longer"], cut["n"]
-    are, them = ("is", "it") if longer == 1 else ("are", "them")
+    are, them = ("are longer, up to", "them") if longer > 1 else ("has", "it")
     which = f"{longer} of the {n} reference answers"
     if longer == n:
         few = {1: "the only reference answer", 2: "both reference answers"}
         which = few.get(n, f"all {n} reference answers")
     return (
-        f"answers are cut after {counted(cut['limit'], 'token')}, but {which} {are} longer, up to "
+        f"answers are cut after {counted(cut['limit'], 'token')}, but {which} {are} "
         f"{cut['longest']} tokens: no model can give {them} whole"
     )
 

@@ -402,7 +402,7 @@ def test_the_report_says_how_many_answers_are_longer_than_what_is_generated(
     report["cut_answers"] = {"longer": 1, "n": 500, "longest": 30, "limit": 24}
     write_report(report, tmp_path)
     print_table(report)
-    line = "Answers are cut after 24 tokens, but 1 of the 500 reference answers is longer, up to 30"
+    line = "Answers are cut after 24 tokens, but 1 of the 500 reference answers has 30 tokens:"
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count(line) == 1
     assert capsys.readouterr().out.count(line) == 1
 
@@ -498,7 +498,7 @@ def test_one_answer_that_is_cut_is_it():
     assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
     assert "but all 5 reference answers are longer" in cut_line(cut | {"longer": 5})
     assert "but both reference answers are longer" in cut_line(cut | {"longer": 2, "n": 2})
-    assert "but the only reference answer is longer" in cut_line(cut | {"n": 1})
+    assert "but the only reference answer has 30 tokens: no" in cut_line(cut | {"n": 1})
 
 
 def test_no_error_is_rounded_to_zero(report, capsys):
