@@ -114,20 +114,20 @@ def _message(turn: dict[str, Any], where: str) -> Message:
     role = ROLES.get(str(speaker).lower())
     if role is None:
         raise BadRowError(f"{where}: role {speaker!r}: expected system, user, assistant or tool")
+    # "function_call" is OpenAI's form before "tool_calls".
     content, calls = turn.get("content", turn.get("value")), turn.get("tool_calls")
+    calls = turn.get("function_call") if calls is None else calls
     if content is None and isinstance(turn.get("parts"), list):
         content = list(map(_typed, turn["parts"]))
     elif role != "tool" and isinstance(content, list):  # Bedrock's parts have no type
         content = [_typed(part) if _is_untyped(part) else part for part in content]
     if speaker == "function_call":
         content, calls = None, parse_json(str(content), f"{where}: function_call", "a call")
-    elif "function_call" in turn:  # OpenAI's form before tool_calls
-        calls = turn["function_call"]
+    calls = _objects(calls, f"{where}: calls", "a list of calls")
     if content is None and calls:
         content = ""
     message: Message = {"role": role, "content": _text(content, role, where, turn)}
     if calls:
-        calls = calls if isinstance(calls, list) else [calls]
         message["tool_calls"] = [_call(call, where) for call in calls]
     message |= {key: turn[key] for key in KEPT if key in turn}
     if not _is_learned(turn, where) and role == "assistant":
@@ -189,6 +189,15 @@ def _is_parts(content: Any) -> bool:
     )
 
 
+def _objects(value: Any, where: str, expected: str) -> list[Any]:
+    """Returns the entries of a list. Tables may hold it, or each entry, as JSON text, because their
+    calls and functions differ; a single entry needs no list."""
+    if isinstance(value, str):
+        value = parse_json(value, where, expected) if value.strip() else []
+    items = value if isinstance(value, list) else [value] if value else []
+    return [parse_json(x, where, "an object") if isinstance(x, str) else x for x in items]
+
+
 def _call(call: Any, where: str) -> dict[str, Any]:
     """Parses a call's arguments into values, which templates write as JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -216,11 +225,7 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     Raises:
         BadRowError: for an entry that is not a definition.
     """
-    if isinstance(value, str):
-        value = parse_json(value, f"{where}: tools", "a list of functions") if value.strip() else []
-    if not value:
-        return ()
-    tools = value if isinstance(value, list) else [value]
+    tools = _objects(value, f"{where}: tools", "a list of functions")
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

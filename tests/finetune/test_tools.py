@@ -353,6 +353,31 @@ FORMS: dict[str, dict[str, Any]] = {
         ],
         "tools": [TOOL],
     },
+    "calls and definitions as text": {
+        "messages": [
+            TURNS[0],
+            {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
+            {"role": "tool", "content": "ok", "tool_calls": ""},
+            turn("assistant", "lit") | {"tool_calls": "[]"},
+        ],
+        "tools": json.dumps(LAMP),
+    },
+    "each call and definition as text": {
+        "messages": [
+            TURNS[0],
+            {"role": "assistant", "tool_calls": [json.dumps({"function": CALL})]},
+            *TURNS[2:],
+        ],
+        "tools": [json.dumps(TOOL)],
+    },
+    "a call of OpenAI before tool_calls as text": {
+        "messages": [
+            TURNS[0],
+            {"role": "assistant", "content": None, "function_call": json.dumps(TEXT_CALL)},
+            *TURNS[2:],
+        ],
+        "functions": [LAMP],
+    },
     "a table": {  # which gives every turn all keys
         "messages": [
             {"role": None, "content": None, "tool_calls": None, "weight": None, **message}
@@ -458,7 +483,12 @@ def test_rows_that_differ_in_calls_or_tools_differ(tmp_path):
             {"messages": [TURNS[0], call({"name": "lamp", "arguments": [1]})]},
             r"arguments of the call lamp: expected an object, found \[1\]",
         ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "tool_calls": "lamp()"}]},
+            "calls: broken JSON at column 1: .*; expected a list of calls",
+        ),
         ({"messages": TURNS, "tools": "lamp()"}, "tools: broken JSON at column 1"),
+        ({"messages": TURNS, "tools": ["lamp"]}, "tools: broken JSON at column 1"),
         ({"messages": TURNS, "tools": [{"parameters": {}}]}, "tools: a function without a name"),
         (
             {"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), TURNS[3]]},
