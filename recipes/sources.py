@@ -45,3 +45,18 @@ def matching_files(path: Path) -> list[Path]:
         return [path]
     pattern = path.relative_to(path.anchor)
     return files_in(Path(path.anchor), str(pattern))
+
+
+def card_of(path: Path) -> Path | None:
+    """Returns the README.md that names the classes of a file or folder of rows: beside them or, as
+    in a clone from the Hub, one folder above; None if there is none."""
+    folder = path if path.is_dir() else path.parent
+    cards = (folder / "README.md", folder.parent / "README.md")
+    return next((card for card in cards if "class_label" in metadata_in(card)), None)
+
+
+def metadata_in(card: Path) -> str:
+    """Returns the YAML at the beginning of a README.md of the Hub; empty if there is none."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    before, mark, _ = text.partition("\n---\n")
+    return before + mark if text.startswith("---\n") else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from finequant.recipes.base import base_hash
 from finequant.recipes.freshness import Inputs, input_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.schema import Recipe
-from finequant.recipes.sources import TABLES, kind_of, matching_files
+from finequant.recipes.sources import TABLES, card_of, kind_of, matching_files, metadata_in
 from finequant.recipes.task_files import local_data
 
 MEASURING_CODE = 9
@@ -217,10 +218,12 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
 
 
 def _content_and_kind(path: Path) -> str:
-    """Returns the hash of a file or folder, and the suffix of a file that is not a table: the same
-    lines are one text in a .txt file, and a row each in a .csv file."""
+    """Returns the hash of a file or folder, and of the names of its classes, and the suffix of a
+    file that is not a table: the same lines are one text in a .txt file, rows in a .csv file."""
     kind = kind_of(path)[0] if path.is_file() else ""
-    return f"sha256:{input_hash(path)}{'' if kind in TABLES else kind}"
+    card = card_of(path)
+    names = f" {hashlib.sha256(metadata_in(card).encode()).hexdigest()}" if card else ""
+    return f"sha256:{input_hash(path)}{'' if kind in TABLES else kind}{names}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

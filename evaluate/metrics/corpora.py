@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from finequant.recipes.errors import UserError, one_line
-from finequant.recipes.hub import offline_reason
-from finequant.recipes.schema import Corpus
+from finequant.recipes.errors import UserError
+from finequant.recipes.schema import Corpus, Source
 from finequant.recipes.sources import TABLES, kind_of, matching_files
 
 
@@ -90,14 +89,17 @@ def _read_text(path: Path, corpus: Corpus) -> str:
 
 
 def _read_rows(corpus: Corpus) -> list[str]:
-    """Reads `corpus.column` of every row."""
-    path = Path(corpus.source)
-    if path.is_absolute():
-        from finequant.finetune.data.readers import read_rows
+    """Reads `corpus.column` of every row of a file, folder, or Hub dataset."""
+    from finequant.finetune.data.readers import read_rows
 
-        rows = read_rows(path, corpus.split)
-    else:
-        rows = _read_hub(corpus)
+    source = Source(
+        source=corpus.source, name=corpus.config, split=corpus.split, revision=corpus.revision
+    )
+    try:
+        rows = read_rows(source)
+    except UserError as error:
+        reason = str(error).removeprefix("data: ")
+        raise UserError(f"perplexity corpus {corpus.name}: {reason}") from None
     texts = []
     for where, row in rows:
         text = row.get(corpus.column)
@@ -109,23 +111,6 @@ def _read_rows(corpus: Corpus) -> list[str]:
             )
         texts.append(text)
     return texts
-
-
-def _read_hub(corpus: Corpus) -> list[tuple[str, dict]]:
-    offline_reason()  # before `datasets` is imported
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(
-            corpus.source, corpus.config, split=corpus.split, revision=corpus.revision
-        )
-    # `datasets` raises its own errors and those of the Hub client, HTTP, and the file readers.
-    except Exception as error:
-        raise UserError(
-            f"{_where(corpus)}: cannot load the Hub dataset (config {corpus.config}, split "
-            f"{corpus.split}): {one_line(error)}\nOr use a local file: give its path as `source`."
-        ) from None
-    return [(f"{corpus.source}[{index}]", row) for index, row in enumerate(dataset)]
 
 
 def _wikitext_file(rows: list[str]) -> str:

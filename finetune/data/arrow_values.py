@@ -1,8 +1,9 @@
 """Gives rows of Arrow tables the values that they had before: names of labels in place of numbers,
-numbers without further digits, and no keys that only other rows have."""
+numbers without further digits, objects in place of JSON, and no keys that only other rows have."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,16 @@ def restored(
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows with names in place of the numbers of ClassLabel columns; -1, which means no
     label, becomes None. A short float gets no more digits than it has: 3.8, not 3.799999952316284.
-    In lists, such as those of messages and tools, keys without a value go.
+    Values of Json columns, which `datasets` stores as JSON text, are parsed. In other lists, such
+    as those of messages and tools, keys without a value go.
 
     features: types of the columns, as `features_of` returns them; None if they are not known.
     """
     decoders = {name: _decoder(feature) for name, feature in (features or {}).items()}
     decoders = {name: decode for name, decode in decoders.items() if decode}
     for row in rows:
-        row = row | {name: decode(row.get(name)) for name, decode in decoders.items()}
-        yield {name: without_absent_keys(value) for name, value in row.items()}
+        row = {name: without_absent_keys(value) for name, value in row.items()}
+        yield row | {name: decode(row.get(name)) for name, decode in decoders.items()}
 
 
 def without_absent_keys(value: Any, is_listed: bool = False) -> Any:
@@ -70,18 +72,22 @@ def _parts(kind: pyarrow.DataType) -> Any:
 
 
 def _decoder(feature: Any) -> Decode | None:
-    """Returns what restores a value of this type; None if the type has no labels or floats."""
+    """Returns what restores a value of this type; None if there is nothing to restore."""
     if kind := FLOATS.get(getattr(feature, "dtype", str(feature))):
         return partial(_shortest, kind)
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Json
 
+    if isinstance(feature, Json):
+        return lambda value: json.loads(value) if isinstance(value, str) else value
     if isinstance(feature, ClassLabel):
         return lambda value: None if value is None or value < 0 else feature.int2str(value)
     if isinstance(feature, dict):
         inner = {name: _decoder(part) for name, part in feature.items()}
         inner = {name: decode for name, decode in inner.items() if decode}
         if inner:
-            return lambda value: value and value | {n: d(value.get(n)) for n, d in inner.items()}
+            return lambda value: (
+                value and value | {n: d(value[n]) for n, d in inner.items() if n in value}
+            )
         return None
     items = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     decode = items is not None and _decoder(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -105,7 +106,7 @@ def _open(path: Path, is_tracked: bool = False) -> IO[bytes]:
 
 
 def open_text(path: Path, newline: str | None = None, is_tracked: bool = False) -> IO[str]:
-    """Opens a file as UTF-8, or as UTF-16 if it starts with a byte order mark of that.
+    """Opens a file as UTF-8, or as UTF-16 or UTF-32 if it starts with a byte order mark of that.
 
     Raises:
         UserError: for UTF-16 without a byte order mark.
@@ -114,7 +115,8 @@ def open_text(path: Path, newline: str | None = None, is_tracked: bool = False) 
         start = file.read(4)
     if len(start) == 4 and start.count(0) == 2 and b"\0\0" not in start:
         raise UserError(f"{path}: UTF-16 without a byte order mark: save the file as UTF-8")
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    marked = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    encoding = "utf-32" if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else marked
     return io.TextIOWrapper(_open(path, is_tracked), encoding, newline=newline)
 
 

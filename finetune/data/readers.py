@@ -7,13 +7,14 @@ import json
 import lzma
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finequant.finetune.data.arrow_values import restored
+from finequant.finetune.data.card import with_names
 from finequant.finetune.data.files import (
     BadRowError,
     Line,
@@ -31,6 +32,9 @@ from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
 from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
 from finequant.recipes.terminal import tracked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SIGNATURES = {
     b"\x1f\x8b": ("a gzip file", "rename it to {}.gz"),
@@ -57,6 +61,7 @@ REMEDIES = {
 SHARD = re.compile(r"(.*?)\d+-of-(\d+)(-[0-9a-f]{16})?(\..*)?")
 """The name of one of several files, as the Hub writes it; it used to end in a hash of the file."""
 
+ROWS_AT_ONCE = 1000
 Content = TypeVar("Content")
 EXPECTED = (
     f"expected a file that ends in {', '.join(TABLES)} or .txt (or in one of them and "
@@ -87,15 +92,14 @@ def read_unparsed(source: Source) -> Iterator[Unparsed]:
     return chain.from_iterable(_read_file(file, source.split) for file in matching_files(path))
 
 
-def read_rows(path: Path, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
-    """Returns all rows of a file or folder, or of a split if it has several, as (where, row); a
-    .txt file is one row with a text.
+def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    """Returns all rows as (where, row); a .txt file is one row with a text.
 
     Raises:
         UserError: naming the line that cannot be read.
     """
     rows = []
-    for where, row in read_source(Source(source=str(path), split=split)):
+    for where, row in read_source(source):
         if isinstance(row, BadRowError):
             raise row
         rows.append((where, row))
@@ -117,6 +121,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
         )
         kinds = {kind_of(file)[0] for file in folder.iterdir()}
         folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        folders.sort(key=lambda path: not _words(path) & SPLITS.get(split, {split}))
         inside = [path for path in folders if path.name[0] != "." and _tables(path)[0]]
         if not named and inside:  # as in a clone of a dataset on the Hub
             what = f"its folder {inside[0].name} has some: name {inside[0]}"
@@ -198,26 +203,33 @@ def _words(file: Path) -> set[str]:
 
 
 def _read_saved(folder: Path, split: str) -> Iterator[Unparsed]:
-    from datasets import DatasetDict, load_from_disk
+    from datasets import load_from_disk
 
+    part = folder
+    if (saved := folder / "dataset_dict.json").exists():
+        names, part = json.loads(saved.read_text(encoding="utf-8"))["splits"], folder / split
+        if split not in names:
+            raise UserError(
+                f"{folder}: no split {split} in this folder, only {', '.join(names)}: {NAME_SPLIT}"
+            )
+    index = -1
     try:
-        dataset = load_from_disk(str(folder))
+        dataset = load_from_disk(str(part))
+        for index, row in enumerate(restored(_stored(folder.name, dataset), dataset.features)):
+            yield f"{folder.name}[{index}]", row
     # `datasets` raises its own errors and those of the file readers.
     except Exception as error:
         reason = one_line(error)
-        raise UserError(f"{folder}: `datasets` cannot load this folder: {reason}") from None
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise UserError(
-                f"{folder}: no split {split} in this folder, only {', '.join(dataset)}: "
-                + NAME_SPLIT
-            )
-        dataset = dataset[split]
-    if not len(dataset):
-        raise UserError(f"{folder}: no rows in this folder")
-    rows = restored(_tracked(folder.name, dataset), dataset.features)
-    for index, row in enumerate(rows):
-        yield f"{folder.name}[{index}]", row
+        raise UserError(f"{part}: `datasets` cannot load this folder: {reason}") from None
+    if index < 0:
+        raise UserError(f"{part}: no rows in this folder")
+
+
+def _stored(name: str, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Yields rows as they are stored: pictures and sounds, which are not read, are not decoded."""
+    batches = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+    rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+    return tracked(rows, f"data: rows of {name}", len(dataset))
 
 
 def _read_hub(source: Source) -> Iterator[Unparsed]:
@@ -225,7 +237,7 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
     from datasets import load_dataset
 
     name, index = source.source, -1
-    with _errors_of_hub(name):
+    with _errors_of_hub(f"{name}, split {source.split}"):
         dataset = load_dataset(
             name,
             source.name,
@@ -233,7 +245,10 @@ def _read_hub(source: Source) -> Iterator[Unparsed]:
             revision=source.revision,
             streaming=source.streaming,
         )
-        rows = islice(dataset, source.limit) if source.streaming else _tracked(name, dataset)
+        if source.streaming:
+            rows = islice(dataset.decode(False) if dataset.features else dataset, source.limit)
+        else:
+            rows = _stored(name, dataset)
         for index, row in enumerate(restored(rows, dataset.features)):
             yield f"{name}[{index}]", row
     if index < 0:
@@ -249,7 +264,7 @@ def _splits_on_hub(source: Source) -> list[str]:
 
 
 @contextmanager
-def _errors_of_hub(name: str) -> Iterator[None]:
+def _errors_of_hub(what: str) -> Iterator[None]:
     """Makes what `datasets` raises for a Hub dataset, in the block, an error for the user."""
     try:
         yield
@@ -262,19 +277,18 @@ def _errors_of_hub(name: str) -> Iterator[None]:
             f"check its id, name, split and revision, {network}, and `hf auth login` if it is gated"
         )
         if "Config" in reason:  # "Config name is missing", "BuilderConfig ... not found"
-            advice = "choose by `name` of the source, or by --subset of `finequant init`"
-        raise UserError(f"data: cannot load the dataset {name}: {reason}; {advice}") from None
-
-
-def _tracked(name: str, dataset: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    return tracked(dataset, f"data: rows of {name}", len(dataset))
+            advice = (
+                "choose by `name` of the source, `config` of a perplexity corpus, or --subset of "
+                "`finequant init`"
+            )
+        raise UserError(f"data: cannot load the dataset {what}: {reason}; {advice}") from None
 
 
 def _read_file(path: Path, split: str) -> Iterator[Unparsed]:
     kind = kind_of(path)[0]
     if kind not in (*TABLES, ".txt"):
         raise UserError(f"{path}: {EXPECTED}{_hint(path, kind)}")
-    yield from _checked(path, _rows_of(path, kind, split))
+    yield from with_names(_checked(path, _rows_of(path, kind, split)), path)
 
 
 def _hint(path: Path, kind: str) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from finequant.finetune.data.card import names_from
 from finequant.finetune.data.columns import columns_of
 from finequant.finetune.data.files import BadRowError, Unparsed, parsed
 from finequant.finetune.data.pool import computed, in_batches
@@ -113,6 +114,8 @@ class _Reading:
             self.notes.append(
                 f"{name}: files that belong to no split, not read: {columns_of(files)}"
             )
+        if named := names_from(source):
+            self.notes.append(f"{name}: {named}")
         if findings.unread:
             self.notes.append(f"{name}: not read: {', '.join(findings.unread)}")
         for what, rows in (("repairs", findings.repaired), ("bad rows dropped", bad)):

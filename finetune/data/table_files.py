@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from finequant.finetune.data.arrow_values import features_of, restored
 from finequant.finetune.data.files import BadRowError, Unparsed, open_text
-from finequant.recipes.errors import UserError, counted
+from finequant.recipes.errors import UserError, counted, one_line
 from finequant.recipes.terminal import say
 
 CSV_CELL_LIMIT = 2**27
@@ -177,11 +177,14 @@ def read_arrow(path: Path, kind: str) -> Iterator[Unparsed]:
     index = 0
     try:
         for batch in _batches(path, kind):
-            for row in restored(batch.to_pylist(), features_of(batch.schema)):
+            rows = batch.to_pylist(maps_as_pydicts="strict")
+            for row in restored(rows, features_of(batch.schema)):
                 yield f"{path.name}[{index}]", row
                 index += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    # The others are for types of columns that this version of `datasets` does not know, labels
+    # without a name, and maps with the same key twice.
+    except (pyarrow.ArrowException, ValueError, KeyError) as error:
+        reason = one_line(error)
         raise UserError(f"{path}: cannot be read as a {kind[1:]} file: {reason}") from None
 
 

@@ -288,12 +288,14 @@ def test_an_unreadable_corpus_is_an_error(tmp_path, name, content, settings, mes
 
 
 def test_a_hub_dataset_is_read(monkeypatch):
-    rows = [{"page": page} for page in PAGES]
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"page": page} for page in PAGES])
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
     corpus = corpus_of("org/set", config="raw", column="page", documents="wikitext")
     assert len(read_corpus(corpus)) == 2
-    assert asked == [(("org/set", "raw"), {"split": "test", "revision": None})]
+    assert asked == [(("org/set", "raw"), {"split": "test", "revision": None, "streaming": False})]
 
 
 def test_an_unreachable_hub_dataset_is_an_error(monkeypatch):
@@ -301,5 +303,7 @@ def test_an_unreachable_hub_dataset_is_an_error(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(UserError, match="org/set: cannot load .* split test.*: Couldn't reach"):
+    with pytest.raises(UserError, match="org/set, split test: .*Couldn't reach") as error:
         read_corpus(corpus_of("org/set"))
+    assert str(error.value).startswith("perplexity corpus small: cannot load the dataset org/set,")
+    assert "check its id, name, split and revision" in str(error.value)

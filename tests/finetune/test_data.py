@@ -14,7 +14,7 @@ from finequant.finetune.data.readers import read_rows
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import Splits, load_splits
 from finequant.recipes.errors import UserError
-from finequant.recipes.schema import Data
+from finequant.recipes.schema import Data, Source
 
 ASK, SAY = 'Where is "Île, 7"?\nSay.', "In the\nsea, ✓"
 TURNS = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
@@ -588,12 +588,12 @@ def make_broken(path: Path, content: str | bytes | None) -> Path:
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl: cannot be read: No such file"):
-        read_rows(tmp_path / "rows.jsonl")
+        read_rows(Source(source=str(tmp_path / "rows.jsonl")))
 
 
 def test_a_text_file_is_one_row(tmp_path):
     (tmp_path / "book.txt").write_text("\n = Title = \n\n Words.\n", encoding="utf-8")
-    (row,) = read_rows(tmp_path / "book.txt")
+    (row,) = read_rows(Source(source=str(tmp_path / "book.txt")))
     assert row == ("book.txt", {"text": "\n = Title = \n\n Words.\n"})
 
 
@@ -627,7 +627,7 @@ def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as error:
         load("finequant/no-such-dataset")
-    assert "cannot load the dataset finequant/no-such-dataset: " in str(error.value)
+    assert "cannot load the dataset finequant/no-such-dataset, split train: " in str(error.value)
     assert "check its id, name, split and revision" in str(error.value)
 
 

@@ -19,6 +19,7 @@ from finequant.finetune.data.splits import load_splits
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Data, Source
+from finequant.recipes.stages import recipe_inputs
 
 ROWS = [
     {"prompt": f"Où est {n}; là, ou\tici?", "completion": f'{{"n": {n}, "✓": 1}}'}
@@ -51,6 +52,8 @@ FILES: dict[str, bytes] = {
     "mark.json": json.dumps(ROWS).encode("utf-8-sig"),
     "utf-16.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
     "utf-16.jsonl": LINES.encode("utf-16"),
+    "utf-32.jsonl": LINES.encode("utf-32"),
+    "utf-32.csv": table(",", "utf-32"),
     "wrapped.json": json.dumps({"version": "1.0", "data": ROWS}).encode(),
     "wrapped and pretty.json": json.dumps({"rows": ROWS, "n": 3}, indent=1).encode(),
     "by id.json": json.dumps({f"id-{n}": row for n, row in enumerate(ROWS)}).encode(),
@@ -83,8 +86,12 @@ FILES: dict[str, bytes] = {
 }
 
 
+def source_of(path: Path, split: str = "train") -> Source:
+    return Source(source=str(path), split=split)
+
+
 def rows_of(path: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [row for _, row in read_source(Source(source=str(path), split=split))]
+    return [row for _, row in read_source(source_of(path, split))]
 
 
 # file: (content, the texts that it holds)
@@ -413,7 +420,7 @@ def test_a_broken_line_is_a_bad_row_and_the_others_are_read(tmp_path):
     rows = rows_of(tmp_path / "rows.jsonl")
     assert [row for row in rows if not isinstance(row, BadRowError)] == ROWS * 2
     with pytest.raises(UserError, match="rows.jsonl:4: broken JSON at column 2"):
-        read_rows(tmp_path / "rows.jsonl")
+        read_rows(source_of(tmp_path / "rows.jsonl"))
 
 
 NESTED = {
@@ -483,18 +490,18 @@ def test_a_title_above_the_names_of_columns_is_named(tmp_path):
     with pytest.raises(
         UserError, match="rows.csv:2: 2 columns, .* 1: if the first line is a title"
     ):
-        read_rows(file)
+        read_rows(source_of(file))
 
 
 def test_spaces_after_the_separators_of_a_header_belong_to_no_cell(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('"text", "label"\n"a, b", "c"\nd,  e\n', encoding="utf-8")
-    assert [row for _, row in read_rows(file)] == [
+    assert [row for _, row in read_rows(source_of(file))] == [
         {"text": "a, b", "label": "c"},
         {"text": "d", "label": "e"},
     ]
     file.write_text("text,label\na, b\n", encoding="utf-8")
-    assert [row for _, row in read_rows(file)] == [{"text": "a", "label": " b"}]
+    assert [row for _, row in read_rows(source_of(file))] == [{"text": "a", "label": " b"}]
 
 
 def test_two_formats_of_a_file_are_not_two_languages(tmp_path):
@@ -508,7 +515,7 @@ def test_two_formats_of_a_file_are_not_two_languages(tmp_path):
 def test_empty_columns_of_a_spreadsheet_are_named_as_pandas_does(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("text,label,,\na,b,,c\n", encoding="utf-8")
-    assert read_rows(file)[0][1] == {
+    assert read_rows(source_of(file))[0][1] == {
         "text": "a",
         "label": "b",
         "Unnamed: 2": "",
@@ -520,10 +527,10 @@ def test_json_lines_under_the_name_of_a_text_are_refused(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"rows.txt: this text is JSON: rename .* to rows.jsonl"):
-        read_rows(file)
+        read_rows(source_of(file))
     for text in ("{a} is a text", "12\n13\n", "[1]"):
         file.write_text(text, encoding="utf-8")
-        assert read_rows(file)[0][1] == {"text": text}
+        assert read_rows(source_of(file))[0][1] == {"text": text}
 
 
 def test_lists_that_python_wrote_are_named(tmp_path, tiny_base):
@@ -532,3 +539,198 @@ def test_lists_that_python_wrote_are_named(tmp_path, tiny_base):
     file.write_text(f'messages\n"{turns}"\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"role and content; write it with json.dumps, not with"):
         load_splits(Data(train=str(file)), 0)
+
+
+CARD = """---
+license: mit
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: topic
+    dtype:
+      class_label:
+        names:
+          '0': world
+          '1': sports
+  - name: all
+    sequence:
+      class_label:
+        names:
+          '0': a
+          '1': b
+---
+# Topics
+"""
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("above", [False, True])
+def test_names_of_classes_come_from_the_card_of_a_dataset(tmp_path, name, above):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"text": ["a", "b", "0"], "topic": [1, 0, -1], "all": [[1, 0], [], [1]]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    elif name == "rows.csv":
+        file.write_text("text,topic\na,1\nb,0\n0,-1\n", encoding="utf-8")
+    else:
+        lines = list(map(json.dumps, rows))
+        file.write_text("\n".join(lines) if name == "rows.jsonl" else f"[{','.join(lines)}]")
+    card = (tmp_path if above else file.parent) / "README.md"
+    card.write_text(CARD, encoding="utf-8")
+    for path in (file, file.parent):
+        read = rows_of(path)
+        assert [row["topic"] for row in read] == ["sports", "world", None]
+        assert [row["text"] for row in read] == ["a", "b", "0"]
+        if name != "rows.csv":
+            assert [row["all"] for row in read] == [["b", "a"], [], ["b"]]
+    columns = {"prompt": "text", "completion": "topic"}
+    source = {"source": str(file), "columns": columns}
+    data = Data(train=[source], bad_rows="drop", validation_fraction=0)
+    assert f"{name}: names of the classes of topic, all: from {card}" in load_splits(data, 0).notes
+
+
+def test_a_class_without_a_name_is_a_bad_row(tmp_path):
+    (tmp_path / "README.md").write_text(CARD, encoding="utf-8")
+    (tmp_path / "rows.csv").write_text("text,topic\na,2\nb,sports\n", encoding="utf-8")
+    bad, good = rows_of(tmp_path / "rows.csv")
+    assert "rows.csv:2: class '2': the README.md of this dataset names classes 0 to 1" in str(bad)
+    assert good == {"text": "b", "topic": "sports"}
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "# Topics\nThe class_label is a number.\n",
+        "---\ndataset_info: [class_label\n---\n",
+        "---\ndataset_info: {features: [{name: topic, dtype: {class_label: 3}}]}\n---\n",
+        CARD.replace("topic", "other").replace("all", "others"),
+        "---\ndataset_info:\n"
+        + "".join(
+            f"- config_name: {name}\n  features:\n  - name: topic\n"
+            f"    dtype: {{class_label: {{names: {{'0': {name}, '1': b}}}}}}\n"
+            for name in "ac"
+        )
+        + "---\n",
+    ],
+)
+def test_a_card_that_names_no_classes_of_these_rows_changes_nothing(tmp_path, card):
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "topic": 1}', encoding="utf-8")
+    assert rows_of(tmp_path / "rows.jsonl") == [{"text": "a", "topic": 1}]
+
+
+def test_other_names_of_classes_make_other_rows(tmp_path, recipe_file):
+    recipe = load_recipe(recipe_file, ["data.train=train.jsonl"])
+    card = recipe_file.parent / "README.md"
+    inputs = []
+    for text in (None, CARD, CARD + "More words.\n", CARD.replace("sports", "games")):
+        if text:
+            card.write_text(text, encoding="utf-8")
+        inputs.append(recipe_inputs(recipe, ("data",)))
+    assert inputs[1] == inputs[2]
+    assert len({json.dumps(each) for each in inputs}) == 3
+
+
+def test_maps_are_read_as_objects(tmp_path):
+    """The arguments of calls are such maps; they came as lists of pairs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    calls = pyarrow.list_(pyarrow.struct({"name": pyarrow.string(), "arguments": texts}))
+    called = [{"name": "open", "arguments": [("what", "door"), ("at", "3")]}]
+    file = tmp_path / "rows.parquet"
+    answers = pyarrow.array([[("a", "1"), ("b", "2")], []], texts)
+    columns = {"answer": answers, "calls": pyarrow.array([called, None], calls)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert rows_of(file) == [
+        {
+            "answer": {"a": "1", "b": "2"},
+            "calls": [{"name": "open", "arguments": {"what": "door", "at": "3"}}],
+        },
+        {"answer": {}, "calls": None},
+    ]
+    twice = pyarrow.array([[("a", "1"), ("a", "2")]], texts)
+    pyarrow.parquet.write_table(pyarrow.table({"answer": twice}), file)
+    with pytest.raises(UserError, match=r"rows.parquet: cannot be read as a parquet file: .*'a'"):
+        rows_of(file)
+
+
+def test_values_of_json_columns_are_read_as_what_they_are(tmp_path):
+    """`datasets` stores them as JSON text: answers came with quotes around them."""
+    from datasets import Dataset, Features, Json, Value, load_from_disk
+
+    turn = {"role": Value("string"), "content": Value("string"), "tool_calls": Json()}
+    columns = {"a": Json(), "turns": [Json()], "messages": [turn]}
+    called = [{"name": "f", "arguments": {"at": None}}]
+    rows = [
+        {
+            "a": answer,
+            "turns": [{"role": "user"}, {"role": "tool", "content": [1]}],
+            "messages": [{"role": "assistant", "content": "", "tool_calls": called}],
+        }
+        for answer in ("yes", 3, None, ["x"], {"b": None})
+    ]
+    dataset = Dataset.from_list(rows, features=Features(columns))
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    assert list(load_from_disk(tmp_path / "saved")) == rows
+    assert rows_of(tmp_path / "rows.parquet") == rows_of(tmp_path / "saved") == rows
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+def test_texts_beside_media_are_read_without_decoding_these(tmp_path, kind):
+    import datasets
+    import pyarrow
+
+    features = datasets.Features({"text": datasets.Value("string"), "m": getattr(datasets, kind)()})
+    media = {"bytes": b"no picture and no sound", "path": None}
+    table = pyarrow.Table.from_pylist([{"text": "a", "m": media}], features.arrow_schema)
+    dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+    dataset.save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == [{"text": "a", "m": media}]
+
+
+@pytest.mark.parametrize(
+    ("feature", "reason"),
+    [
+        ({"_type": "Hologram"}, "Feature type 'Hologram' not found"),
+        ({"_type": "ClassLabel", "names": ["a"]}, "Invalid integer class label 2"),
+    ],
+)
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_columns_that_datasets_cannot_read_are_refused(tmp_path, feature, reason, is_saved):
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import ClassLabel, Dataset, Features
+
+    file = tmp_path / "rows.parquet"
+    if is_saved:
+        file = tmp_path / "saved"
+        features = Features({"a": ClassLabel(names=["a", "b", "c"])})
+        Dataset.from_dict({"a": [2]}, features=features).save_to_disk(file)
+        described = json.loads((file / "dataset_info.json").read_text())
+        described["features"]["a"] = feature
+        (file / "dataset_info.json").write_text(json.dumps(described))
+    else:
+        table = pyarrow.table({"a": [2]})
+        described = json.dumps({"info": {"features": {"a": feature}}})
+        table = table.replace_schema_metadata({"huggingface": described})
+        pyarrow.parquet.write_table(table, file)
+    with pytest.raises(UserError, match=f"{file.name}: .*cannot .*: {reason}"):
+        rows_of(file)
+
+
+def test_a_folder_names_the_one_inside_that_holds_the_split(tmp_path):
+    for name in ("test", "train", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text(LINES)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=f"its folder {split} has some: name .*/{split}$"):
+            rows_of(tmp_path, split)

@@ -99,7 +99,7 @@ def test_a_streamed_dataset_gives_its_first_rows_and_leaves_no_copy(
     assert streamed.returncode == 0, streamed.stderr
     rows, refusal = streamed.stdout.splitlines()
     assert rows == str([f"acme/rows[{n}] {n}" for n in range(3)])
-    assert refusal.startswith("data: cannot load the dataset acme/rows: ")
+    assert refusal.startswith("data: cannot load the dataset acme/rows, split x: ")
     assert f"/datasets/acme/rows/resolve/{repositories[2]}/train.jsonl" in {
         path for _, path, _ in hub.requests
     }
