@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,7 +20,7 @@ from finequant.finetune import attention
 from finequant.finetune.adapter import lora_config
 from finequant.finetune.architecture import trained_positions
 from finequant.finetune.batches import ShuffledThenBlank, padded
-from finequant.finetune.data.dataset import to_dataset
+from finequant.finetune.data.dataset import dataset_for_training
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
 from finequant.finetune.kernels import use_liger
 from finequant.finetune.processes import decided_by_first, gathered, refuse
@@ -290,7 +291,10 @@ def build_trainer(
 
     trainer_class: a subclass that, without an adapter, trains what requires a gradient in `base`.
     """
-    patience, positions = recipe.train.early_stopping_patience, trained_positions(base.config)
+    patience = recipe.train.early_stopping_patience
+    positions = trained_positions(base.config)
+    settings = {"tokenizer": tokenizer, "data": recipe.data, "positions": positions}
+    dataset = partial(dataset_for_training, **settings)
     if not splits.validation:
         arguments.eval_strategy = IntervalStrategy.NO
     if arguments.use_cpu:
@@ -300,12 +304,8 @@ def build_trainer(
     trainer = (trainer_class or LoraTrainer)(
         model=base,
         args=arguments,
-        train_dataset=to_dataset(splits.train, tokenizer, recipe.data, positions, says_long=True),
-        eval_dataset=(
-            to_dataset(splits.validation, tokenizer, recipe.data, positions, says_long=True)
-            if splits.validation
-            else None
-        ),
+        train_dataset=dataset(splits.train),
+        eval_dataset=dataset(splits.validation) if splits.validation else None,
         processing_class=tokenizer,
         peft_config=None if trainer_class else lora_config(recipe.lora, base),
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],

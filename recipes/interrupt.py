@@ -62,43 +62,56 @@ def interruptible() -> Iterator[StopRequest]:
         yield StopRequest()  # only the main thread gets signals
         return
     request = StopRequest()
-    usual, before = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
+
+    def stop(number: int) -> NoReturn:
+        request.number = number
+        _interrupt(number)
+
+    alarm = signal.getsignal(signal.SIGALRM)
+    with _unprinted_interrupts(), _handled(stop):
+        try:
+            yield request
+        finally:
+            if request.number is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, alarm)
+
+
+@contextmanager
+def _unprinted_interrupts() -> Iterator[None]:
+    """Keeps Python from printing an Interrupted that was raised in a callback."""
+    usual = sys.unraisablehook
 
     def print_others(unraisable: sys.UnraisableHookArgs) -> None:
         if not isinstance(unraisable.exc_value, Interrupted):
             usual(unraisable)
 
-    def stop(number: int) -> NoReturn:
-        request.number = number
-        handler, interrupted = signal.getsignal(number), Interrupted(number)
-        held = weakref.ref(interrupted)
-
-        def again(alarm: int, frame: FrameType | None) -> None:
-            if held() is not None:  # the block is being left
-                return
-            if signal.getsignal(number) == handler:
-                stop(number)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.raise_signal(number)  # to another block, which handles signals by now
-
-        signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
-        try:
-            raise interrupted
-        finally:
-            del interrupted  # which its traceback, and so it itself, would hold
-
     sys.unraisablehook = print_others
     try:
-        with _handled(stop):
-            try:
-                yield request
-            finally:
-                if request.number is not None:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    signal.signal(signal.SIGALRM, before)
+        yield
     finally:
         sys.unraisablehook = usual
+
+
+def _interrupt(number: int) -> NoReturn:
+    """Raises Interrupted, and again for as long as it is lost; `interruptible` ends that."""
+    handler, interrupted = signal.getsignal(number), Interrupted(number)
+    held = weakref.ref(interrupted)
+
+    def again(alarm: int, frame: FrameType | None) -> None:
+        if held() is not None:  # the block is being left
+            return
+        if signal.getsignal(number) == handler:
+            _interrupt(number)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.raise_signal(number)  # to another block, which handles signals by now
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+    try:
+        raise interrupted
+    finally:
+        del interrupted  # which its traceback, and so it itself, would hold
 
 
 @contextmanager

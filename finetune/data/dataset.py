@@ -36,21 +36,31 @@ def to_dataset(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     positions: int | None = None,
-    says_long: bool = False,
 ) -> Dataset:
     """Returns the columns `input_ids` and `labels`, which trl's SFTTrainer takes as they are.
 
     positions: those of the base, if rows with more tokens are to be refused.
-    says_long: whether to print how many rows are left out or cut because they are too long.
 
     Raises:
         UserError: naming rows in which no target token is left, or that are too long for the base
             or, where data.long_rows is error, for the recipe.
     """
+    return _to_learn(encoded_rows(rows, tokenizer, data), rows, data, positions)
+
+
+def dataset_for_training(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, data: Data, positions: int
+) -> Dataset:
+    """Does what `to_dataset` does, and says how many rows are left out or cut, as too long."""
     encoded = encoded_rows(rows, tokenizer, data)
-    kept = _usable(encoded, rows, data)
-    if says_long and (note := long_rows_note(encoded, rows, data)):
+    tokens = _to_learn(encoded, rows, data, positions)
+    if note := long_rows_note(encoded, rows, data):
         say(f"data.{note}")
+    return tokens
+
+
+def _to_learn(encoded: Dataset, rows: Sequence[Row], data: Data, positions: int | None) -> Dataset:
+    kept = _usable(encoded, rows, data)
     if positions is not None and positions < data.max_length:
         _check_positions(encoded.select(kept), rows, data, positions)
     tokens = encoded.select_columns(TOKENS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import difference
 
-from finequant.finetune.data.dataset import to_dataset
+from finequant.finetune.data.dataset import dataset_for_training, to_dataset
 from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.table import Rows
@@ -208,15 +208,16 @@ def test_long_rows_are_truncated_dropped_or_an_error(tokenizer, capsys):
     assert max(lengths[0], lengths[2]) < 40 < lengths[1]
     rows = Rows.of(ROWS)
     rows.name = "train"
-    cut = to_dataset(rows, tokenizer, settings(max_length=40), says_long=True)
+    cut = dataset_for_training(rows, tokenizer, settings(max_length=40), 64)
     assert [len(ids) for ids in cut["input_ids"]] == [lengths[0], 40, lengths[2]]
     assert [len(labels) for labels in cut["labels"]] == [lengths[0], 40, lengths[2]]
     line = "data.train: 1 row longer than data.max_length=40"
     assert capsys.readouterr().err == f"{line} cut to that length\n"
-    left = to_dataset(rows, tokenizer, settings(max_length=40, long_rows="drop"), says_long=True)
+    drop = settings(max_length=40, long_rows="drop")
+    left = dataset_for_training(rows, tokenizer, drop, 64)
     assert capsys.readouterr().err == f"{line} left out\n"
     assert [len(ids) for ids in left["input_ids"]] == [lengths[0], lengths[2]]
-    to_dataset(rows, tokenizer, settings(max_length=200), says_long=True)
+    dataset_for_training(rows, tokenizer, settings(max_length=200), 256)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError) as error:
         to_dataset(ROWS, tokenizer, settings(max_length=40, long_rows="error"))
