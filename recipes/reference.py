@@ -57,7 +57,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default() if field.default_factory is None else None
-    if field.default_factory in (list, dict):
+    if field.default_factory and not field.default_factory_takes_validated_data:
         value = field.default_factory()
     if isinstance(value, BaseModel) or (value is None and field.default_factory):
         return ""

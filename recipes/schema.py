@@ -650,7 +650,8 @@ class Publish(Section):
     repo_id: HubId | None = Field(None, description="repository: your-name/model-name")
     private: bool = Field(True, description="create a private repository")
     license: Annotated[str, Field(pattern=LICENSE)] | None = Field(
-        None, description="the base's license, as the Hub names it; default: the one it states"
+        None,
+        description="the base's license, as the Hub names it; default: what the base states",
     )
     license_name: str | None = Field(None, description="name of the license if it is `other`")
     license_link: str | None = Field(None, description="link to the license if it is `other`")

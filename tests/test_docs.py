@@ -24,6 +24,13 @@ def test_every_key_is_described():
     assert not [row for row in rows if row.endswith("|  |")]
 
 
+def test_a_default_that_is_made_anew_for_each_recipe_is_shown():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", markdown(), re.MULTILINE))
+    assert rows["evaluate.metrics"] == '`["exact_match"]`'
+    assert rows["evaluate.tasks"] == "`[]`"
+    assert rows["train.micro_batch_size"] == rows["lora"] == ""  # depends on others; a section
+
+
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     sources = "".join(
         node.value
