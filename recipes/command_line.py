@@ -100,6 +100,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # peft looks for a config.json beside a GGUF base, to see whether the vocabulary has grown.
     warnings.filterwarnings("ignore", message="Could not find a config file")
+    # bitsandbytes, which peft imports if it is installed, looks for a kernel on the Hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torchao warns of CUDA kernels that a CPU build of torch cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
