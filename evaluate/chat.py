@@ -78,23 +78,35 @@ def chat(
     recipe, run = open_run(where, overrides, missing_ok=True)
     doing("chat: loading torch and transformers")
     if prompt is None:
-        name = model or "quantized"
-        check_made(name, recipe, run)
-        quiet_libraries()
-        chat_model = load_chat_model(name, recipe, run)
-        try:
-            converse(chat_model, name, recipe, max_new_tokens)
-        except Interrupted as end:  # a usual way to leave a conversation
-            print(file=sys.stderr)
-            sys.exit(end.code)
-        return
+        hold_conversation(model or "quantized", recipe, run, max_new_tokens)
+    else:
+        names = [model] if model else available(run)
+        ask_each(names, prompt, recipe, run, max_new_tokens)
+
+
+def hold_conversation(name: str, recipe: Recipe, run: RunDir, max_new_tokens: int) -> None:
+    """Loads a model and talks to it until the user ends the conversation."""
+    chat_model = load_made(name, recipe, run)
+    try:
+        converse(chat_model, name, recipe, max_new_tokens)
+    except Interrupted as end:  # a usual way to leave a conversation
+        print(file=sys.stderr)
+        sys.exit(end.code)
+
+
+def ask_each(
+    names: list[str], prompt: str, recipe: Recipe, run: RunDir, max_new_tokens: int
+) -> None:
+    """Asks models one after the other, so that only one is in memory, and shows all answers.
+
+    Raises:
+        UserError: if none of them can answer; what is wrong with the first.
+    """
     messages = [*system_message(recipe), {"role": "user", "content": prompt}]
     answers, problems = {}, []
-    for name in [model] if model else available(run):  # one at a time in memory
+    for name in names:
         try:
-            check_made(name, recipe, run)
-            quiet_libraries()
-            chat_model = load_chat_model(name, recipe, run)
+            chat_model = load_made(name, recipe, run)
             doing(f"chat: {name}: answering")
             answers[name] = chat_model(messages, max_new_tokens, lambda text: None)
         except UserError as error:
@@ -154,6 +166,13 @@ def check_made(name: str, recipe: Recipe, run: RunDir) -> None:
             f"{name}: not exported: run `finequant export RECIPE --to {exports[name].name}` first"
         )
     run.require(exports[name].name, recipe)
+
+
+def load_made(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
+    """Loads a model that `check_made` does not refuse."""
+    check_made(name, recipe, run)
+    quiet_libraries()
+    return load_chat_model(name, recipe, run)
 
 
 def load_chat_model(name: str, recipe: Recipe, run: RunDir) -> ChatModel:
@@ -250,7 +269,7 @@ def _limit(
     most, holder, remedy = positions, "the base reads at most", ""
     if cache is not None and cache < positions:
         most, holder = cache, "the cache holds"
-        remedy = ", or export onnx or pte with a larger quantize.cache_length"
+        remedy = ", or export to onnx or executorch with a larger quantize.cache_length"
     room = most - tokens
     if room < 1:
         raise UserError(

@@ -88,42 +88,44 @@ def _spread(
 ) -> Decoder:
     """Builds a model that is too large for one device, from its files.
 
-    The weights of quantized/ are codes times scales, which the stage quantize has compared with
-    torchao's.
-
     dtype: the shipped dtype, to which weights are rounded.
     """
+    from finequant.finetune.data.turns import stop_at
+    from finequant.finetune.device import arithmetic_dtype
+    from finequant.quantize.merge.adapter import Adapter, merged_weights, open_base
+    from finequant.quantize.merge.model import spread_model
+
+    for where, count in Counter(device_map.values()).items():
+        say(f"evaluate: {name}: {count} of {len(device_map)} parts on {where}")
+    if name == "quantized":
+        return _spread_quantized(run, dtype, device_map)
+    base = open_base(recipe.model)
+    weights = base.weights
+    if name == "tuned":
+        weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
+    model = spread_model(base, weights, dtype, arithmetic_dtype(dtype), device_map)
+    stop_at(model, ends)
+    return model
+
+
+def _spread_quantized(run: RunDir, dtype: torch.dtype, device_map: DeviceMap) -> Decoder:
+    """Builds the model of quantized/: its weights are codes times scales, which the stage quantize
+    has compared with torchao's, and its layers round their inputs."""
     from transformers import GenerationConfig
 
     from finequant.evaluate.dequantized import quantize_inputs
     from finequant.finetune.architecture import EMBEDDING
-    from finequant.finetune.data.turns import stop_at
     from finequant.finetune.device import arithmetic_dtype
     from finequant.quantize.checkpoint.stored import read_checkpoint
-    from finequant.quantize.merge.adapter import Adapter, Base, merged_weights, open_base
+    from finequant.quantize.merge.adapter import Base
     from finequant.quantize.merge.model import spread_model
 
-    layers = []
-    for where, count in Counter(device_map.values()).items():
-        say(f"evaluate: {name}: {count} of {len(device_map)} parts on {where}")
-    if name == "quantized":
-        stored = read_checkpoint(run.quantized)
-        generation = GenerationConfig.from_pretrained(run.quantized)
-        base, weights = (
-            Base(stored.config, generation, {}, stored.float_weight),
-            stored.float_weight,
-        )
-        layers = [layer for layer in stored.rounded if layer != EMBEDDING]
-    else:
-        base = open_base(recipe.model)
-        weights = base.weights
-    if name == "tuned":
-        weights = merged_weights(base, Adapter(run.adapter, base, recipe.model.base))
-    model = spread_model(base, weights, dtype, arithmetic_dtype(dtype), device_map)
-    if name == "quantized":
-        quantize_inputs(model.get_submodule(layer) for layer in layers)
-    else:
-        stop_at(model, ends)
+    stored = read_checkpoint(run.quantized)
+    generation = GenerationConfig.from_pretrained(run.quantized)
+    base = Base(stored.config, generation, {}, stored.float_weight)
+    model = spread_model(base, base.weights, dtype, arithmetic_dtype(dtype), device_map)
+    layers = [layer for layer in stored.rounded if layer != EMBEDDING]
+    quantize_inputs(model.get_submodule(layer) for layer in layers)
     return model
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.evaluate.report.values import (
     Report,
@@ -27,53 +27,68 @@ MISSING = "–"
 FILE_LABEL = "file in MB (torchao's format takes a byte per code)"
 
 
+class Line(NamedTuple):
+    """A row of the comparison: which value of each model it shows, and how."""
+
+    label: str
+    shown: Callable[[Any], str]
+    """Formats the value of a model."""
+    change: Callable[[Any, Any], str]
+    """Formats the change from tuned to quantized."""
+    keys: tuple[str, ...]
+    """Where the value is in a model."""
+
+
 def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Makes the header and rows of the comparison.
 
     There is a column for each model, and one for the cost of quantization.
     """
-
-    def row(label: str, shown: Callable, change: Callable, *keys: str) -> list[str]:
-        tuned, quantized = (value_at(models, name, *keys) for name in ("tuned", "quantized"))
-        return [
-            label,
-            *(shown(value_at(m, *keys)) for m in models.values()),
-            change(tuned, quantized),
-        ]
-
     models = {name: _with_sizes(model) for name, model in report["models"].items()}
-    rows = [
-        row("size in MB, packed (lower is better)", _megabytes, _ratio, "size"),
-        row("bits per weight, packed (lower is smaller)", shown_number, _ratio, "bits"),
-    ]
+    lines = [*_size_lines(models), *_score_lines(models, report), *_export_lines(models)]
+    rows = []
+    for label, shown, change, keys in lines:
+        tuned, quantized = (value_at(models, name, *keys) for name in ("tuned", "quantized"))
+        values = (value_at(model, *keys) for model in models.values())
+        rows.append([label, *map(shown, values), change(tuned, quantized)])
+    return ["", *models, "quantized vs tuned"], rows
+
+
+def _size_lines(models: dict[str, dict[str, Any]]) -> Iterator[Line]:
+    yield Line("size in MB, packed (lower is better)", _megabytes, _ratio, ("size",))
+    yield Line("bits per weight, packed (lower is smaller)", shown_number, _ratio, ("bits",))
     if any("file" in model for model in models.values()):
         label = FILE_LABEL if "file" in models.get("quantized", {}) else "file in MB"
-        rows.append(row(label, _megabytes, _no_change, "file"))
+        yield Line(label, _megabytes, _no_change, ("file",))
     if any("activations" in model for model in models.values()):
-        rows.append(row("inputs of linear layers", _text, _no_change, "activations"))
+        yield Line("inputs of linear layers", _text, _no_change, ("activations",))
+
+
+def _score_lines(models: dict[str, dict[str, Any]], report: Report) -> Iterator[Line]:
     for corpus in corpora_of(models):
         label = f"perplexity per token, {corpus} (lower is better)"
-        rows.append(row(label, shown_number, _ratio, "perplexity", corpus, "token"))
+        yield Line(label, shown_number, _ratio, ("perplexity", corpus, "token"))
     for task, metric in metrics_of(models):
         scale = to_percent(metric)
-        n = next(
-            filter(None, (value_at(m, "tasks", task, metric, "n") for m in models.values())), None
-        )
+        counts = (value_at(m, "tasks", task, metric, "n") for m in models.values())
+        n = next(filter(None, counts), None)
         label = f"{task}, {metric} {'out of 100' if scale == 1 else 'in %'} (higher is better"
         label += f", n={n})" if n else ")"
         error = value_at(report, "changes", task, metric, "stderr")
         shown = partial(shown_score, scale=scale)
-        rows.append(row(label, shown, _points(scale, error), "tasks", task, metric))
+        yield Line(label, shown, _points(scale, error), ("tasks", task, metric))
+
+
+def _export_lines(models: dict[str, dict[str, Any]]) -> Iterator[Line]:
     if any("parity" in model for model in models.values()):
         label = "same answers as quantized in % (higher is better)"
-        rows.append(row(label, _percent, _no_change, "parity", "same_answers"))
+        yield Line(label, _percent, _no_change, ("parity", "same_answers"))
     for label, shown, key in PARITIES:
         if any(value_at(model, "parity", key) is not None for model in models.values()):
-            rows.append(row(label, shown, _no_change, "parity", key))
+            yield Line(label, shown, _no_change, ("parity", key))
     for label, shown, key in SPEEDS:
         if any(value_at(model, "speed", key) for model in models.values()):
-            rows.append(row(label, shown, _ratio, "speed", key))
-    return ["", *models, "quantized vs tuned"], rows
+            yield Line(label, shown, _ratio, ("speed", key))
 
 
 def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:

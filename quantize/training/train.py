@@ -79,8 +79,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     require_shared(run.root)
     tokenizer, splits = load_tokenizer(recipe.model), prepared_splits(recipe)
     start = starting_codes(recipe, run, base, weights, tokenizer, dtype)
-    steps = Path(arguments.output_dir)
-    decided_by_first(lambda: run.continuing(steps, "qat", inputs))
+    checkpoints = Path(arguments.output_dir)
+    decided_by_first(lambda: run.continuing(checkpoints, "qat", inputs))
     model = fake_quantized_model(recipe, weights, StoredLayers(start), plan, dtype)
     trainer = build_trainer(recipe, arguments, model, tokenizer, splits, QuantizationAwareTrainer)
     trainer.distillation = recipe.quantize.training.distillation
@@ -90,8 +90,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if is_first():
         figures = _write(recipe, run, trainer, rounded) | {"resumed": checkpoint is not None}
         run.record(recipe, "qat", inputs, seconds=watch.seconds, **figures)
-        steps = counted(figures["steps"], "step")
-        say(f"qat: {steps}, {run.trained_codes} written in {watch.seconds} s")
+        done = counted(figures["steps"], "step")
+        say(f"qat: {done}, {run.trained_codes} written in {watch.seconds} s")
     trainer.accelerator.wait_for_everyone()
 
 
