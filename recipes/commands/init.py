@@ -30,9 +30,14 @@ def init(
         Path | None,
         typer.Option(help="rows: a file, a folder, or ORG/NAME on the Hub; asked for if not given"),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="held-out rows; default: a tenth")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="held-out rows; default: the data's test split, or a tenth")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Hub id, folder, or package:MODULE/FILE.gguf")
+        str | None,
+        typer.Option(
+            help="Hub id, folder, or package:MODULE/FILE.gguf; default: the embedded model"
+        ),
     ] = None,
     task: Annotated[
         Literal["classify", "chat", "tools", "summarize", "translate", "extract", "text"] | None,

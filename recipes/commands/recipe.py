@@ -119,7 +119,7 @@ def validate(
 
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="print tables of all keys instead: docs/keys.md")
+        bool, typer.Option("--markdown", help="print docs/keys.md instead: tables of all keys")
     ] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors."""

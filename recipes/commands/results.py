@@ -68,8 +68,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            help="base, tuned, quantized, or an export such as gguf or pte; "
-            "default: quantized; with --prompt, every model of the run"
+            help="base, tuned, quantized, or an export by its name in the report, such as gguf or "
+            "pte; default: quantized; with --prompt, every model of the run"
         ),
     ] = None,
     prompt: Annotated[

@@ -389,6 +389,7 @@ def test_readme_commands_run(tmp_path, tiny_base, here, script, stages_here, mon
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    blocks = blocks.replace("\\\n", " ")  # lines that continue
     # What the pages do with the reader's recipe is done with the quickstart's.
     blocks = re.sub(r"\btrain\.yaml", "recipes/quickstart.yaml", blocks)
     shell, python = notebook_cells()
