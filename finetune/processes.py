@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import distributed
 
+from finequant.recipes.command_line import SPLITTING
 from finequant.recipes.errors import UserError
 from finequant.recipes.terminal import is_first
 
@@ -32,9 +33,6 @@ hours. A process that dies is noticed by the launcher, which ends the others."""
 APPEARS_WITHIN = 60
 """Seconds within which every machine sees a new file; NFS caches for up to 30, by default, that a
 file does not exist."""
-
-SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""The launcher's environment variable -> what splits the weights."""
 
 LAUNCHERS = {
     "FSDP": "recipes/accelerate/fsdp.yaml",

@@ -18,13 +18,13 @@ from finequant.quantize.formats.contents import Contents, planned
 from finequant.quantize.formats.format import CONTEXT, NOT_KEPT, Format, to_install
 from finequant.quantize.logits import check_prompts, last_logits, relative_difference
 from finequant.recipes.artifact import remove, replace_text
-from finequant.recipes.command_line import quiet_libraries, read_command_line
+from finequant.recipes.command_line import go_on_alone, quiet_libraries, read_command_line
 from finequant.recipes.errors import UserError, counted, refuse_all, report_user_errors
 from finequant.recipes.freshness import JOURNAL, RECORD
 from finequant.recipes.interrupt import starting_over
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Export, Quantize, Recipe
-from finequant.recipes.terminal import doing, is_first, say
+from finequant.recipes.terminal import doing, say
 from finequant.recipes.usage import Stopwatch
 
 if TYPE_CHECKING:
@@ -68,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         for name in set(chosen.to) - set(get_args(Export)):
             raise UserError(f"--to {name}: expected one of {', '.join(get_args(Export))}")
+        go_on_alone("export")
         recipe, run = read_command_line(__doc__, rest)
-        if not is_first():  # several processes would write the same files
-            return
         run.require_there("quantize")
         doing("export: loading torch and transformers")
         quiet_libraries()

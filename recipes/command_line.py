@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,9 +16,16 @@ from typing import TYPE_CHECKING
 from finequant.recipes.hub import pinned
 from finequant.recipes.load import load_recipe
 from finequant.recipes.schema import Recipe
+from finequant.recipes.terminal import is_first, say
 
 if TYPE_CHECKING:
     from finequant.recipes.rundir import RunDir
+
+OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""The launcher's environment variables by which libraries see that there are other processes."""
+
+SPLITTING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""The launcher's environment variable -> what splits the weights."""
 
 
 def read_command_line(
@@ -68,6 +76,21 @@ def open_run(
     for stage in reversed(stages_of(recipe)):
         commits |= run.commits_of(stage)
     return pinned(recipe, commits)[0], run
+
+
+def go_on_alone(command: str) -> None:
+    """Ends all of a launcher's processes but the first, which goes on as if it were the only one.
+
+    For commands whose work cannot be shared: each process would write the same files, or upload or
+    measure the same. It has an effect on libraries only before they are imported.
+    """
+    if not is_first():
+        sys.exit()
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        say(f"{command}: only the first of {processes} processes works; the others have ended")
+    for variable in (*OF_SEVERAL, *SPLITTING):
+        os.environ.pop(variable, None)
+    use_cores()
 
 
 def use_cores() -> None:

@@ -37,6 +37,8 @@ PANELS = {
     "A single stage": (train, qat, quantize, export, evaluate),
     "After a run: its results": (report, chat, sweep, publish),
 }
+SHARED = (train, qat, quantize, evaluate)
+"""Commands in which the processes of a launcher share the work."""
 NOTHING_TO_CONTINUE = (init, validate, data, plan, schema, report, chat)
 
 
@@ -53,10 +55,23 @@ def _without_hint(command: Callable[..., None]) -> Callable[..., None]:
     return stops
 
 
+def _alone(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command do nothing in all of a launcher's processes but the first."""
+
+    @wraps(command)
+    def goes_on(*arguments: Any, **options: Any) -> None:
+        from finequant.recipes.command_line import go_on_alone
+
+        go_on_alone(command.__name__)
+        command(*arguments, **options)
+
+    return goes_on
+
+
 for panel, commands in PANELS.items():
     for command in commands:
         ends = _without_hint(command) if command in NOTHING_TO_CONTINUE else command
-        app.command(rich_help_panel=panel)(ends)
+        app.command(rich_help_panel=panel)(ends if command in SHARED else _alone(ends))
 
 
 def _print_version(wanted: bool) -> None:

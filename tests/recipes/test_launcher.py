@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from finequant.recipes.commands import launcher, pipeline
+from finequant.recipes.run import PANELS
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
 WORKER = """
@@ -136,3 +137,38 @@ def test_a_launched_stage_that_crashes_is_one_line(tmp_path, monkeypatch, capfd,
     monkeypatch.setattr(pipeline, "LAUNCHER", "ends")
     assert pipeline._start(["train"], '["1/1", []]', [], ["torch.distributed.run"]) == code
     assert capfd.readouterr().err.startswith(line)
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+EVERY = [command.__name__ for commands in PANELS.values() for command in commands]
+ALONE = [name for name in EVERY if name not in ("train", "qat", "quantize", "evaluate")]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_cannot_be_shared_is_left_to_the_first_process(here, monkeypatch, name):
+    given = ["init", "--data", "no-rows"] if name == "init" else [name, "no-recipe"]
+    given = given if name != "schema" else [name]
+    for variable, value in (LAUNCHED | {"RANK": "1"}).items():
+        monkeypatch.setenv(variable, value)
+    assert here(*given) == (0, "", "")
+    for variable, value in LAUNCHED.items():
+        monkeypatch.setenv(variable, value)
+    code, shown, said = here(*given)
+    assert (code, bool(shown)) == ((0, True) if name == "schema" else (2, False))
+    assert f"{name}: only the first of 2 processes works; the others have ended\n" in said
+    assert ("error: " in said) == (name != "schema")
+
+
+def test_the_first_process_goes_on_as_if_it_were_alone(here, recipe_file, monkeypatch):
+    """Otherwise libraries, and the stages of `run`, would wait for the others, which have ended."""
+    for variable, value in (LAUNCHED | {"ACCELERATE_USE_FSDP": "true"}).items():
+        monkeypatch.setenv(variable, value)
+    assert here("validate", str(recipe_file)).returncode == 0
+    assert not os.environ.keys() & {*LAUNCHED, "ACCELERATE_USE_FSDP"}
+
+
+@pytest.mark.parametrize("name", sorted({*EVERY} - {*ALONE}))
+def test_every_process_takes_part_in_what_is_shared(here, monkeypatch, name):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert here(name, "no-recipe").returncode == 2
