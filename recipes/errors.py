@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
@@ -59,10 +61,11 @@ def report_user_errors() -> Iterator[None]:
     """
     from finequant.recipes.interrupt import Interrupted, erase_line, interruptible
 
+    _open_closed_streams()
     # Signals stay handled until the last line is written: by default they end a process silently.
     with interruptible() as request:
         try:
-            with _lines_for_errors():
+            with _lines_for_errors(), _flushed():
                 try:
                     yield
                 except Exception as error:
@@ -74,6 +77,43 @@ def report_user_errors() -> Iterator[None]:
             erase_line()  # the terminal has echoed ^C there
             _print(stop)
             sys.exit(stop.code)
+
+
+def _open_closed_streams() -> None:
+    """Opens /dev/null in place of each stream that the caller has closed, as `2>&-` does: the next
+    file to be opened would get its number, and with it what libraries write to the stream."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # numbers 0, 1, 2
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """Writes at the end what `print` still holds, so that a full disk is noticed by the command."""
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Drops what cannot be written to stdout: Python would try again, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _has_lost_its_reader() -> bool:
+    """Says whether stdout or stderr is a pipe that nobody reads any more, as after `| head -1`."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextmanager
@@ -88,6 +128,8 @@ def _lines_for_errors() -> Iterator[None]:
         _print_once(f"error: {error}")
         sys.exit(error.code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            sys.exit(128 + signal.SIGPIPE)  # silently, as other commands do
         if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
             _print_once(f"error: {error.filename}: {error.strerror}: use another path")
             sys.exit(UserError.code)
@@ -96,6 +138,7 @@ def _lines_for_errors() -> Iterator[None]:
         _print(f"error: {reason}; {RESUME_HINT} ({one_line(error)})")
         sys.exit(1)
     finally:
+        _drop_output()
         lock.release()
 
 

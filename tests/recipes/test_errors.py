@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +88,64 @@ def test_the_end_of_another_process_is_one_line(capsys, original):
     assert said.startswith("error: another process of this run has ended, or cannot be reached")
     assert "run the same command again to continue from here" in said
     assert said.count("\n") == 1
+
+
+STREAMS = """
+from finequant.recipes.errors import report_user_errors
+with report_user_errors():
+    print("a result", flush=True)
+    with open("number", "w") as file:
+        file.write(str(file.fileno()))
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path, closed):
+    """What libraries print would be written into it."""
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, STREAMS]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 3, run.stderr
+    assert run.stderr == ""
+    assert int((tmp_path / "number").read_text()) > 2
+
+
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
+READ_NO_MORE = """
+from finequant.recipes.errors import report_user_errors
+with report_user_errors():
+    print("ready", flush=True)
+    {}
+    print("another", flush={})
+"""
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_command_whose_output_nobody_reads_any_more_ends_silently(flush):
+    code = READ_NO_MORE.format("input()", flush)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=BUFFERED,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.stdout.close()
+    _, said = process.communicate("\n")
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert said == ""
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError), report_user_errors():
+        raise BrokenPipeError(32, "of a connection")
+
+
+def test_results_that_do_not_fit_on_the_disk_are_an_error():
+    code = READ_NO_MORE.format("import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", False)
+    run = subprocess.run([sys.executable, "-c", code], env=BUFFERED, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: no space left on the disk")
+    assert run.stderr.count("\n") == 1
