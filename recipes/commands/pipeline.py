@@ -235,8 +235,14 @@ def processes() -> BaseContext:
 
 def _start_importing() -> None:
     """Lets the fork server, if there is one, import libraries while this process goes on."""
+    from multiprocessing import resource_tracker
     from multiprocessing.forkserver import ensure_running
 
+    # A closed terminal would end the tracker of semaphores, which ignores other signals: a stage
+    # would then start another one, which does not know its semaphores and prints tracebacks.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGHUP, before)
     if processes().get_start_method() == "forkserver":
         ensure_running()
 

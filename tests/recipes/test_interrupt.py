@@ -90,6 +90,30 @@ import finequant.recipes.commands.libraries
 """
 
 
+HANGS_UP = """
+import sys
+from multiprocessing import get_context
+from finequant.recipes.commands import pipeline
+from finequant.recipes.errors import report_user_errors
+pipeline.processes = lambda: get_context("forkserver")
+pipeline.MODULES["train"] = "has_a_lock"
+with report_user_errors():
+    pipeline._start_importing()
+    sys.exit(pipeline._start(["train"], '["1/1", []]', [], []))
+"""
+HAS_A_LOCK = """
+import time
+from multiprocessing import RLock
+from finequant.recipes.errors import report_user_errors
+
+def main(arguments):
+    with report_user_errors():
+        lock = RLock()
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
 def start(*arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-c", *arguments]
     process = subprocess.Popen(
@@ -236,6 +260,18 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert said == "stopped by SIGINT: run the same command again to continue from here\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is a fork server")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_all_processes_of_a_run_is_one_line(tmp_path, number):
+    """A closed terminal sends SIGHUP, which multiprocessing's resource tracker does not ignore."""
+    (tmp_path / "has_a_lock.py").write_text(HAS_A_LOCK)
+    process = start(HANGS_UP, start_new_session=True, cwd=tmp_path)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number
+    assert said == f"stopped by {number.name}: run the same command again to continue from here\n"
 
 
 def test_an_ignored_signal_stays_ignored():
