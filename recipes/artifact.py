@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,13 @@ def remove(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Writes a temporary file and renames it, so that a kill leaves the old or the new content."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_new(path: Path, text: str) -> None:

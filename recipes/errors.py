@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -47,9 +48,22 @@ class UserError(Exception):
 
 
 class OutsideError(UserError):
-    """A network or a server failed: says what failed, and whether to try again."""
+    """A network, a server or this machine failed: says what, and whether to try again."""
 
     code = 1
+
+
+def process_error(what: str, process: CompletedProcess[str]) -> UserError:
+    """Returns the error about a process that failed. A crash, a full disk or a lack of memory is
+    not bad input: the same command may succeed later."""
+    from finequant.recipes.interrupt import RESUME_HINT
+
+    reason = why_failed(process)
+    if process.returncode < 0:
+        return OutsideError(f"{what}: {reason}; {RESUME_HINT}")
+    if limit := _outside_cause(RuntimeError(reason)):
+        return OutsideError(f"{what}: {limit}; {RESUME_HINT} ({one_line(reason)})")
+    return UserError(f"{what}: {reason}")
 
 
 @contextmanager
@@ -188,13 +202,14 @@ TOO_LARGE = (
 )
 
 # What libraries say when a resource runs out, or when a process that computes with this one is
-# gone (gloo, NCCL, torch's store) -> what to do. torch.save hides the reason.
+# gone (gloo, NCCL, torch's store) -> what to do. torch.save and numpy's tofile hide the reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some space",
-    "Disk quota exceeded": "no space left on the disk: free some space",
+    "Disk quota exceeded": "your quota of the disk is used up: free some space",
     "File too large": TOO_LARGE,
     "PytorchStreamWriter failed": "no space left on the disk, or the disk failed: free some space",
     "unexpected pos": "no space left on the disk, or the disk failed: free some space",
+    " requested and ": "no space left on the disk, or the disk failed: free some space",
     "Read-only file system": "the file system is read-only: make it writable",
     "Permission denied": "no permission to write here: make it writable",
     "out of memory": MEMORY,
@@ -214,8 +229,23 @@ def _outside_cause(error: BaseException | None) -> str | None:
     message = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
     for pattern, advice in LIMITS.items():
         if pattern.lower() in message.lower():
-            return advice
+            return advice + (_least_room() if advice.startswith("no space") else "")
     return _outside_cause(error.__cause__ or error.__context__)
+
+
+def _least_room() -> str:
+    """Names the disk that is probably meant, in parentheses: a failed write does not say where."""
+    from finequant.recipes import lock
+    from finequant.recipes.freshness import cache_folder
+
+    folders = [*lock.roots, cache_folder(), Path(os.environ.get("TMPDIR") or "/tmp"), Path()]
+    free = {}
+    with suppress(OSError):  # one of them was removed
+        for folder in folders:
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free[folder] = shutil.disk_usage(there).free
+    least = min(free, key=free.__getitem__, default=None)
+    return f" (least is left at {least}: {free[least] / 1e6:.1f} MB)" if least else ""
 
 
 def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:

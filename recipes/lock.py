@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 NAME = ".lock"
 
+roots: set[Path] = set()
+"""The directories that this command writes to, locked or not yet."""
+
 _held: dict[Path, FileLock] = {}
 
 
@@ -33,6 +36,7 @@ def hold(root: Path) -> None:
     """
     from filelock import FileLock, Timeout
 
+    roots.add(root.absolute())
     if not is_first() or root.resolve() in _held:
         return
     lock = FileLock(root / NAME, blocking=False, thread_local=False)
@@ -56,6 +60,7 @@ def check_free(root: Path) -> None:
     Raises:
         UserError: naming the process that does.
     """
+    roots.add(root.absolute())
     if (root / NAME).exists() and root.resolve() not in _held:
         hold(root)
         release()

@@ -14,6 +14,7 @@ from finequant.recipes.artifact import differences, remove, replace_text, seal, 
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import (
     FOR_CONTINUING,
+    RECORD,
     Inputs,
     Memo,
     changes,
@@ -290,7 +291,7 @@ class RunDir:
             remove(removed)
             folder.rename(removed)
             remove(removed)
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name != f"{RECORD}.partial" for path in folder.iterdir()):
             say(f"{stage}: cannot continue from {folder}: {why}")
             self.keep_as_previous(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from finequant.evaluate.metrics.parity import Reference, compared
 from finequant.evaluate.metrics.perplexity import ScoredSequence, perplexities
 from finequant.quantize.formats.format import CONTEXT, Format, Runtime, to_install
 from finequant.quantize.formats.formats import FORMATS
-from finequant.recipes.errors import UserError, counted, why_failed
+from finequant.recipes.errors import counted, process_error
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Recipe
 from finequant.recipes.stages import command_of
@@ -234,7 +234,7 @@ def speed(name: str, folder: Path) -> dict[str, float | int]:
     command = [sys.executable, "-m", "finequant.evaluate.metrics.exports", name, str(folder)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise UserError(f"evaluate: {name}: cannot be timed: {why_failed(process)}")
+        raise process_error(f"evaluate: {name}: cannot be timed", process)
     return json.loads(process.stdout.splitlines()[-1])
 
 

@@ -18,7 +18,7 @@ from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled
 from finequant.quantize.checkpoint.writing import weight_bytes
 from finequant.quantize.rounding import quantize_activations
 from finequant.quantize.scheme import Plan
-from finequant.recipes.errors import UserError, why_failed
+from finequant.recipes.errors import UserError, process_error
 from finequant.recipes.terminal import say
 from finequant.recipes.usage import available_memory, return_freed_memory
 
@@ -143,8 +143,7 @@ def check_reload(
     command = [sys.executable, "-P", "-c", RELOAD, str(folder), str(blocks), *files]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        reason = why_failed(process)
-        raise UserError(f"{folder}: from_pretrained fails in a fresh process: {reason}")
+        raise process_error(f"{folder}: from_pretrained fails in a fresh process", process)
     reloaded = load_file(files[1])
     actual = torch.stack([reloaded[name] for name in sorted(reloaded)])
     shutil.rmtree(exchange)

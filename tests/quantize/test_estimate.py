@@ -501,20 +501,24 @@ def test_a_checkpoint_is_reloaded_as_far_as_the_container_has_room(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("returned", "last", "code", "reason"),
     [
-        (-9, "it was killed, perhaps out of memory"),
-        (-6, r"it was aborted by a library \(SIGABRT\)"),
-        (1, "no such layer"),
+        (-9, "no such layer", 1, "it was killed, perhaps out of memory"),
+        (-6, "no such layer", 1, r"it was aborted by a library \(SIGABRT\)"),
+        (1, "No space left on device (os error 28)", 1, "no space left on the disk: free some"),
+        (1, "no such layer", 2, "no such layer"),
     ],
 )
-def test_a_reload_that_fails_says_why(monkeypatch, tmp_path, code, reason):
+def test_a_reload_that_fails_says_why(monkeypatch, tmp_path, returned, last, code, reason):
+    """Only what the user can change in the recipe or the files is bad input, with exit code 2."""
     from finequant.quantize.checkpoint import reload
 
-    ended = subprocess.CompletedProcess([], code, stderr="a warning\nno such layer\n")
+    ended = subprocess.CompletedProcess([], returned, stderr=f"a warning\n{last}\n")
     monkeypatch.setattr(reload, "subprocess", SimpleNamespace(run=lambda *_, **__: ended))
-    with pytest.raises(UserError, match=f"from_pretrained fails in a fresh process: {reason}"):
+    with pytest.raises(UserError) as caught:
         reload.check_reload(torch.zeros(1, 1), tmp_path, [[1]], 1)
+    assert re.search(f"from_pretrained fails in a fresh process: {reason}", str(caught.value))
+    assert caught.value.code == code
 
 
 def test_run_stops_before_the_first_stage_unless_forced(recipe_file, tmp_path):

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from finequant.recipes import lock
 from finequant.recipes.errors import report_user_errors
 
 
@@ -50,6 +53,35 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path, capsys):
     assert exit_.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: a file is larger than `ulimit -f`")
+    assert said.count("\n") == 1
+
+
+FULL = Path("/dev/full")
+"""Linux's device on which every write fails. Nothing that renames a file to it may be tried."""
+
+WRITERS = {
+    "Python": lambda: FULL.write_text("x" * 10**5, encoding="utf-8"),
+    "numpy": lambda: np.zeros(10**5).tofile(FULL),
+    "torch": lambda: torch.save(torch.zeros(10**5), FULL),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_one_line_that_names_the_disk_with_the_least_room(
+    tmp_path, monkeypatch, capsys, write
+):
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=2e4 if folder == tmp_path else 9e9)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
+        lock.hold(tmp_path)
+        write()
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: no space left on the disk")
+    assert f" (least is left at {tmp_path}: 0.0 MB); run the same command again" in said
     assert said.count("\n") == 1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from finequant.recipes import rundir
+from finequant.recipes.artifact import replace_text
 from finequant.recipes.command_line import open_run
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import content_hash
@@ -453,6 +454,22 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder, monkeypatc
     with pytest.raises(OSError, match="No space"):
         run.record(recipe, "train", {}, seconds=2.0)
     assert run.manifest() == before
+
+
+def test_a_half_written_text_is_removed(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "manifest.json", "half\ud800")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_cut_off_by_a_kill_is_not_kept_as_checkpoints(folder, capsys):
+    recipe, run = load(folder)
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "inputs.json.partial").write_text('{"inp', encoding="utf-8")
+    run.continuing(run.checkpoints, "train", run.inputs(recipe, "train"))
+    assert [path.name for path in run.checkpoints.iterdir()] == ["inputs.json"]
+    assert not (run.root / "previous").exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_peak_memory_is_not_that_of_the_parent_process():

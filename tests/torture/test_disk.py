@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "train": ROOT / "finetune" / "train.py",
     "quantize": ROOT / "quantize" / "convert.py",
+    "export": ROOT / "quantize" / "export.py",
     "evaluate": ROOT / "evaluate" / "compare.py",
 }
+OPTIONS = {"export": ["--to", "gguf"]}
 pytestmark = [pytest.mark.slow, pytest.mark.torture]
 
 
@@ -55,7 +57,8 @@ def fill(disk: Path, left: int) -> Path:
 
 def run(stage: str, recipe: Path, disk: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(COMMANDS[stage]), str(recipe), f"output_dir={disk / 'run'}"],
+        [sys.executable, str(COMMANDS[stage]), str(recipe), f"output_dir={disk / 'run'}"]
+        + OPTIONS.get(stage, []),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -71,7 +74,12 @@ def one_error(done: subprocess.CompletedProcess, code: int) -> str:
 
 
 # Bytes that are left: none; enough for the lock; enough for a part of the artifact.
-LEFT = {"train": (0, 8192, 60_000), "quantize": (0, 100_000), "evaluate": (0, 8192)}
+LEFT = {
+    "train": (0, 8192, 60_000),
+    "quantize": (0, 100_000),
+    "export": (0, 60_000),
+    "evaluate": (0, 8192),
+}
 
 
 def test_a_full_disk_gives_one_message_and_loses_nothing(recipe_file, disk):
@@ -81,7 +89,9 @@ def test_a_full_disk_gives_one_message_and_loses_nothing(recipe_file, disk):
             line = one_error(run(stage, recipe_file, disk), 1)
             assert line.startswith("error: no space left on the disk")
             assert "run the same command again to continue from here" in line
-            assert not (disk / "run" / {"train": "adapter"}.get(stage, "report.json")).exists()
+            assert f"(least is left at {disk / 'run'}: 0." in line
+            made = {"train": "adapter", "export": "exports/gguf"}.get(stage, "report.json")
+            assert not (disk / "run" / made).exists()
             ballast.unlink()
         done = run(stage, recipe_file, disk)
         assert done.returncode == 0, done.stderr
