@@ -59,7 +59,7 @@ def prepared_splits(recipe: Recipe) -> Splits:
         if error.errno not in UNWRITABLE:
             raise
         return load_splits(recipe.data, recipe.seed)
-    _remove_oldest(folder.parent)
+    _remove_oldest(folder)
     return _opened(folder)
 
 
@@ -102,8 +102,13 @@ def _opened(folder: Path) -> Splits:
     return Splits(*rows, notes)
 
 
-def _remove_oldest(folder: Path) -> None:
+def _remove_oldest(used: Path) -> None:
+    """Removes the folders that were not used for longest.
+
+    used: the one that is used now; by a clock that was set back, it may seem the oldest.
+    """
     for kind, most in KEPT.items():
-        kept = sorted(folder.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
+        folders = used.parent.glob(f"{kind}-*")
+        kept = sorted(folders, key=lambda path: (path == used, path.stat().st_mtime))
         for old in kept[:-most]:
             remove(old)

@@ -131,6 +131,15 @@ def test_only_the_last_contents_are_kept(recipe_file):
     assert len(list(folder.glob("rows-*"))) == 3
 
 
+def test_rows_in_use_are_kept_though_the_clock_was_set_back(recipe_file):
+    folder = Path(load_recipe(recipe_file, []).output_dir) / "data"
+    for seed in range(3):
+        prepared_splits(load_recipe(recipe_file, [f"seed={seed}"]))
+    for rows in folder.glob("rows-*"):
+        os.utime(rows, (2**32, 2**32))
+    assert len(prepared_splits(load_recipe(recipe_file, ["seed=3"])).train) == 48
+
+
 def test_tokens_on_the_disk_are_those_in_memory(recipe, tokenizer, monkeypatch):
     train = prepared_splits(recipe).train
     expected = tokens(list(train), tokenizer, recipe.data)
