@@ -194,6 +194,9 @@ that. After these, the other one prints its error itself."""
 WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """What the system says of a path that cannot be meant."""
 
+MOST_ROOM = 10**9
+"""Bytes that may be free on a disk that was too full to write to: what failed may be removed."""
+
 LOST = "another process of this run has ended, or cannot be reached; its last line says why"
 
 TOO_LARGE = (
@@ -245,7 +248,9 @@ def _least_room() -> str:
             there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             free[folder] = shutil.disk_usage(there).free
     least = min(free, key=free.__getitem__, default=None)
-    return f" (least is left at {least}: {free[least] / 1e6:.1f} MB)" if least else ""
+    if least is None or free[least] > MOST_ROOM:  # another disk, such as that of stdout
+        return ""
+    return f" (least is left at {least}: {free[least] / 1e6:.1f} MB)"
 
 
 def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
