@@ -24,7 +24,7 @@ Score = dict[str, float | int | None]
 OUT_OF_100 = ("bleu", "chrf", "chrf++")
 """sacrebleu's metrics, from 0 to 100; all others are fractions of 1. chrf++ is only lm-eval's."""
 
-GROUPED = r"[1-9]\d{0,2}(?:[ '’_\u00a0\u2009\u202f]\d{3})+(?!\d)"
+GROUPED = r"[1-9]\d{0,2}(?:[ '’_\u00a0\u2007\u2009\u202f]\d{3})+(?!\d)"
 """Digits in groups of three, with one of several characters between them: 1 200 and 1'000'000."""
 WRITTEN = rf"(?:(?:{GROUPED}|\d+)(?:[.,]\d+)*|\.\d+)"
 """Digits with commas and points, which may group them or precede decimals: 1,200.50 and .5."""
@@ -52,10 +52,14 @@ FORMULAS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
     (re.compile(r"(?<=\d) *(?=[¼-¾⅐-⅞])"), " "),
     (re.compile(r"[¼-¾⅐-⅞]"), lambda fraction: unicodedata.normalize("NFKC", fraction[0])),
     (re.compile("⁄"), "/"),
-    (re.compile(r"(?<=\d)( ?(?:[cdkm]?m|in|ft|yd|mi|m/s))[23]\b"), r"\1"),
+    (re.compile("(?![0-9])\\d"), lambda digit: str(int(digit[0]))),
+    (re.compile("٬"), ","),
+    (re.compile("٫"), "."),
+    (re.compile(r"(?<=\d)( ?(?:[^\W\d]+ ?[/·] ?)*(?:[cdhkmnµμ]?m|in|ft|yd|mi|s))[23]\b"), r"\1"),
 )
 """What formulas write -> what NUMBER reads: LaTeX's spaces, commas and fractions, powers of ten,
-fractions that are one character, and units: the 2 of 25 m2 is no number."""
+fractions that are one character, digits, comma and point of other scripts, and units: neither the
+2 of 25 m2 nor the 3 of 5 kg/m3 is a number."""
 EXACT = Context(prec=MAX_PREC)
 """The usual context rounds to 28 digits, which numbers of more digits need not share."""
 
