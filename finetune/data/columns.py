@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from difflib import get_close_matches
 from string import ascii_uppercase
 from typing import Any
@@ -71,6 +72,8 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
         raise BadRowError(f"{where}: {column} is null; the columns are {columns_of(row)}")
     if isinstance(value, str):
         return value
+    if isinstance(value, Decimal):  # a price, from Parquet
+        return f"{value:f}"
     if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
         raise BadRowError(
             f"{where}: {column} is a list of messages, expected text; put the whole "

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -210,7 +211,7 @@ def cells(row: dict[str, Any], given: Iterable[str]) -> dict[str, str]:
     """Returns the texts of a row, and also, as text, the columns that are given and numbers whose
     column is named like an answer, such as label."""
     flat = dict(_texts(row))
-    labels = [name for name, value in row.items() if isinstance(value, (int, float))]
+    labels = [name for name, value in row.items() if isinstance(value, (int, float, Decimal))]
     for name in (*(label for label in labels if label.lower() in ANSWERS), *given):
         with suppress(BadRowError):
             flat.setdefault(name, text_of(row, name, ""))

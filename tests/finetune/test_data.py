@@ -606,6 +606,15 @@ def test_parquet_values_that_are_not_text_are_refused(tmp_path):
             load(path)
 
 
+@pytest.mark.parametrize("number", ["1.50", "-0.0000001", "100000000000000000000"])
+def test_decimals_keep_their_digits(tmp_path, number):
+    from decimal import Decimal
+
+    path = write(tmp_path / "rows.parquet", [{"prompt": "ask", "completion": Decimal(number)}])
+    (row,) = load(path, validation_fraction=0).train
+    assert row.messages[1]["content"] == number
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
