@@ -28,7 +28,5 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY.SUB=VALUE]...", help="overrides of the recipe, such as train.epochs=2"
-    ),
+    typer.Argument(metavar="KEY.SUB=VALUE", help="overrides of the recipe, such as train.epochs=2"),
 ]

@@ -63,7 +63,7 @@ def run(
     launch: Annotated[
         Path | None,
         typer.Option(
-            help="an accelerate configuration for training, calibration, evaluation: a file, or "
+            help="an accelerate configuration for training, calibration and evaluation: a file, or "
             "the name of one that comes with finequant, such as several_gpus"
         ),
     ] = None,

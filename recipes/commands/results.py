@@ -88,7 +88,7 @@ def sweep(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY.SUB=VALUE[,VALUE]...]...",
+            metavar="KEY.SUB=VALUE[,VALUE]...",
             help="such as quantize.bits=8,4,3 quantize.method=rtn,gptq",
         ),
     ] = None,
