@@ -130,7 +130,7 @@ def _measure_all(
             if job.point:
                 if reference is None:
                     reference = predicted(FLOAT, _as_shipped(model, recipe), recipe, material)
-                measurement = measure_point(job.point, model, material, run, reference)
+                measurement = measure_point(job.point, model, material, reference)
             else:
                 measurement, reference = _measure_float(model, recipe, material, run, swept)
         measured[job.name] = measurement | {"seconds": watch.seconds}
@@ -194,7 +194,7 @@ def _measure_float(
 
 
 def measure_point(
-    point: Point, model: Decoder, material: Material, run: RunDir, reference: Predictions
+    point: Point, model: Decoder, material: Material, reference: Predictions
 ) -> dict[str, Any]:
     """Measures the model quantized as the point says, and returns what `measure_model` does, with
     the divergence from the float model.
