@@ -88,21 +88,7 @@ class Rendering:
         truncated = self.up_to(index + 1)
         start = _end_of_prompt(truncated, prompt)
         if start is None:
-            same = len(commonprefix([prompt, truncated]))
-            if prompt[same:].isspace() and _opened(row.messages[index]["content"], prompt):
-                raise UserError(
-                    f"{row.where}: the chat template asks for an answer with {prompt[-20:]!r}, but "
-                    f"this row's answer goes on with {truncated[same:][:40]!r} where the prompt "
-                    f"has {prompt[same:]!r}, so the model would be asked with a prompt that it was "
-                    f"not trained on: put {prompt[same:]!r} there in the rows"
-                )
-            raise UserError(
-                f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
-                f"but writes {truncated[same:][:40]!r} where this row has its answer, so the model "
-                "would be asked with a prompt that it was not trained on: set model.chat_template "
-                "to one that writes the same in both cases: one that opens no thought, or one that "
-                "keeps thoughts"
-            )
+            raise UserError(_unlike_prompt(row, index, prompt, truncated))
         last_word = _end_of_content(row, index, truncated, start)
         end = self._end or answer_end(self.tokenizer, self.data)
         if end.token is None and self.data.missing_end == "error":
@@ -120,6 +106,28 @@ class Rendering:
                 "prompts targets, too"
             )
         return start, stop
+
+
+def _unlike_prompt(row: Row, index: int, prompt: str, truncated: str) -> str:
+    """Writes the message about an answer that does not begin where the generation prompt ends.
+
+    truncated: the conversation with this answer, but without what follows it.
+    """
+    same = len(commonprefix([prompt, truncated]))
+    if prompt[same:].isspace() and _opened(row.messages[index]["content"], prompt):
+        return (
+            f"{row.where}: the chat template asks for an answer with {prompt[-20:]!r}, but "
+            f"this row's answer goes on with {truncated[same:][:40]!r} where the prompt "
+            f"has {prompt[same:]!r}, so the model would be asked with a prompt that it was "
+            f"not trained on: put {prompt[same:]!r} there in the rows"
+        )
+    return (
+        f"{row.where}: the chat template asks for an answer with {prompt[same:][:40]!r}, "
+        f"but writes {truncated[same:][:40]!r} where this row has its answer, so the model "
+        "would be asked with a prompt that it was not trained on: set model.chat_template "
+        "to one that writes the same in both cases: one that opens no thought, or one that "
+        "keeps thoughts"
+    )
 
 
 def render_rows(
