@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from finequant.evaluate.metrics.corpora import Document
     from finequant.evaluate.metrics.perplexity import ScoredSequence
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
     from finequant.quantize.size.terms import Lengths
@@ -68,14 +69,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
         check_rows,
         check_texts,
     )
-    from finequant.evaluate.metrics.corpora import read_corpus
-    from finequant.evaluate.metrics.perplexity import corpus_windows
-    from finequant.finetune.architecture import (
-        table_positions,
-        trained_positions,
-        usable_positions,
-    )
-    from finequant.finetune.data.rendering import check_template
+    from finequant.finetune.architecture import table_positions, usable_positions
     from finequant.finetune.data.tokens import answer_text, encode, encode_prompt
     from finequant.finetune.data.turns import as_generated, end_tokens
     from finequant.finetune.model import load_config
@@ -85,6 +79,43 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     check_texts(recipe.evaluate)
     check_chat_template(recipe.evaluate, tokenizer)
     config = load_config(recipe.model)
+    corpora = _corpora(recipe, rows, tokenizer, config)
+    asked = [row for whole in rows for row in asked_rows(whole)]
+    references = [
+        as_generated(answer_text(row, tokenizer, recipe.data), tokenizer, ends) for row in asked
+    ]
+    _check_calls(asked, references)
+    prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
+    read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
+    positions, tables = usable_positions(config), table_positions(config)
+    check_lengths(recipe, positions, read, longest_scored(corpora), tables)
+    cut = cut_answers(recipe.evaluate, references, tokenizer)
+    if cut:
+        say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")
+    return Material(
+        tokenizer=tokenizer,
+        ends=ends,
+        corpora=corpora,
+        rows=asked,
+        prompts=prompts,
+        groups=_groups([len(asked_rows(row)) for row in rows], prompts),
+        references=references,
+        choices=_choices(recipe, chain(splits.train, asked), tokenizer, ends),
+        probes=prompts[:2]
+        or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
+        cut=cut,
+    )
+
+
+def _corpora(
+    recipe: Recipe, rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: DecoderConfig
+) -> dict[str, tuple[list[ScoredSequence], list[Document]]]:
+    """Reads the recipe's corpora and cuts them into windows; the held-out rows are one, too."""
+    from finequant.evaluate.metrics.corpora import read_corpus
+    from finequant.evaluate.metrics.perplexity import corpus_windows
+    from finequant.finetune.architecture import trained_positions, usable_positions
+    from finequant.finetune.data.rendering import check_template
+
     positions = usable_positions(config)
     corpora = {
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
@@ -94,30 +125,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
         _check_held_out(longest_scored({HELD_OUT: corpora[HELD_OUT]}), trained_positions(config))
-    asked = [row for whole in rows for row in asked_rows(whole)]
-    references = [
-        as_generated(answer_text(row, tokenizer, recipe.data), tokenizer, ends) for row in asked
-    ]
-    _check_calls(asked, references)
-    prompts = [encode_prompt(row, tokenizer, recipe.data) for row in asked]
-    read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
-    tables = table_positions(config)
-    check_lengths(recipe, positions, read, longest_scored(corpora), tables)
-    cut = cut_answers(recipe.evaluate, references, tokenizer)
-    if cut:
-        say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")
-    return Material(
-        tokenizer,
-        ends,
-        corpora,
-        asked,
-        prompts,
-        _groups([len(asked_rows(row)) for row in rows], prompts),
-        references,
-        _choices(recipe, chain(splits.train, asked), tokenizer, ends),
-        prompts[:2] or [encode(row, tokenizer, recipe.data).input_ids for row in splits.train[:2]],
-        cut,
-    )
+    return corpora
 
 
 def cut_answers(
