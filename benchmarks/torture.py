@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -350,11 +351,19 @@ def write_section(heading: str, text: str) -> None:
     if PAGE.exists():
         _, *parts = re.split(r"^## (.+)\n", PAGE.read_text(encoding="utf-8"), flags=re.M)
         sections = dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
-    sections[heading] = text
+    sections[heading] = _wrapped(text)
     body = "".join(f"\n## {name}\n\n{section}\n" for name, section in sections.items())
     PAGE.write_text(f"{TITLE}\n{body}", encoding="utf-8")
     print(f"## {heading}\n\n{text}")
     say(f"{PAGE} written")
+
+
+def _wrapped(text: str) -> str:
+    """Wraps the lines of Markdown that are not rows of a table."""
+    return "\n".join(
+        line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 if __name__ == "__main__":
