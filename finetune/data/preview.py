@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ EXTREMES = 3
 FEW_ANSWERS = 20
 PAGE_ROWS = 50
 QUESTION, ANSWER = "QUESTION", "ANSWER"
+INVISIBLE = re.compile(r"[\x01-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2028\u2029\ufeff]")
 RARE = "\U00012345"
 """A character, of cuneiform, that no tokenizer knows unless it writes unknown ones as bytes."""
 
@@ -123,6 +125,7 @@ class _Figures:
             *self._extremes(),
             *self._long(),
             *self._special(),
+            *self._invisible(),
             *self._unknown(),
             *_answers(train),
             *self._duplicates(),
@@ -152,21 +155,30 @@ class _Figures:
         added = self.tokenizer.added_tokens_decoder
         end = answer_end(self.tokenizer, self.recipe.data).id
         marks = [token.content for at, token in added.items() if token.special or at == end]
-        if not marks:
-            return []
-        pattern, lines = re.compile("|".join(map(re.escape, marks))), []
+        pattern = re.compile("|".join(map(re.escape, marks)))
+        return [
+            f"{rows} special tokens of the base in the texts, such as {where} ({mark}): the model "
+            "reads them as tokens"
+            for rows, where, mark in (self._with(pattern) if marks else ())
+        ]
+
+    def _invisible(self) -> list[str]:
+        """Counts the rows with characters that this preview does not show, such as carriage returns
+        of Windows in the cells of a table."""
+        return [
+            f"{rows} characters that are not shown, such as {mark!r} in {where}: the model reads "
+            "them, too"
+            for rows, where, mark in self._with(INVISIBLE)
+        ]
+
+    def _with(self, pattern: re.Pattern[str]) -> Iterator[tuple[str, str, str]]:
+        """Yields, for each split that has any, how many rows contain a pattern, the first of them,
+        and what it contains."""
         for name, rows in self.rows.items():
-            marked = [
-                (row.where, match[0]) for row in rows if (match := pattern.search(_texts(row)))
-            ]
-            if marked:
-                count, (where, mark) = counted(len(marked), "row"), marked[0]
+            matches = ((row.where, pattern.search(_texts(row))) for row in rows)
+            if marked := [(where, match[0]) for where, match in matches if match]:
                 has = "has" if len(marked) == 1 else "have"
-                lines.append(
-                    f"{name}: {count} {has} special tokens of the base in the texts, such as "
-                    f"{where} ({mark}): the model reads them as tokens"
-                )
-        return lines
+                yield f"{name}: {counted(len(marked), 'row')} {has}", *marked[0]
 
     def _unknown(self) -> list[str]:
         """Counts the rows with characters that the tokenizer does not know."""

@@ -88,6 +88,21 @@ def test_special_tokens_in_calls_and_functions_are_named(recipe_file, capsys):
     assert "such as train.jsonl:2 (<|im_start|>)" in printed
 
 
+@pytest.mark.parametrize("hidden", ["\r", "\x1b", "\x85", "\u200b", "\ufeff"])
+def test_characters_that_are_not_shown_are_named(recipe_file, capsys, hidden):
+    rows = [
+        {"prompt": f"ask {number}", "completion": text}
+        for number, text in enumerate(["\t👩\u200d👧 é\n", f"a{hidden}\nb", "می\u200cشود"])
+    ]
+    write(recipe_file.parent / "train.jsonl", rows)
+    printed = shown(recipe_file, capsys)
+    assert (
+        f"train: 1 row has characters that are not shown, such as {hidden!r} in train.jsonl:2: the "
+        "model reads them, too\n"
+    ) in printed
+    assert printed.count("characters that are not shown") == 1
+
+
 def test_characters_that_the_tokenizer_does_not_know_are_named(recipe_file, capsys, tmp_path):
     from string import printable
 
