@@ -36,7 +36,10 @@ def report(
         recipe, run = open_run(where, overrides or [])
     for file in (run.report, run.predictions):
         if not file.exists():
-            raise UserError(f"{file} does not exist: run `finequant evaluate RECIPE` first")
+            raise UserError(
+                f"{file} does not exist: run `finequant run RECIPE`, or only "
+                f"`{command_of('evaluate')}`, first"
+            )
     print_table(read_part(run.report, command_of("evaluate")))
     with suppress(*[UserError] if of_run else []):  # rows and base may be on another machine
         recipe = recipe or open_run(where, [])[0]

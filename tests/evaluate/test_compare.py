@@ -292,6 +292,14 @@ def test_a_damaged_report_is_named(finished, recipe_file):
         assert "report.json: cannot be read" in refused(main, ["report", *arguments])
 
 
+def test_a_report_that_is_not_there_yet_names_both_ways_to_it(recipe_file):
+    from finequant.recipes.run import main
+
+    message = refused(main, ["report", str(recipe_file)])
+    ways = "run `finequant run RECIPE`, or only `finequant evaluate RECIPE`, first"
+    assert message.strip().endswith(f"report.json does not exist: {ways}")
+
+
 def print_report(arguments: list[str]) -> None:
     from finequant.recipes.run import main
 
