@@ -39,6 +39,8 @@ MARKS = "\"'|>&*!"
 """Characters with which a text in YAML begins that is not written as it is."""
 MOST_ENTRIES = 100_000
 """Keys and list entries in a recipe: with aliases of aliases, a few lines stand for billions."""
+COMMAND_LINE = "command line"
+"""Where a key that is overridden comes from."""
 Location = tuple[str | int, ...]
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -262,7 +264,7 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
             # `true` for a section means the section with its defaults.
             if isinstance(holder, dict) and (holder.get(part) is None or holder[part] is True):
                 holder[part] = {}
-                origins[at] = "command line"
+                origins[at] = COMMAND_LINE
             holder = holder[at[-1]]
         at = (*at, _index(holder, parts[-1]))
         holder[at[-1]] = value
@@ -272,7 +274,7 @@ def _apply_override(document: dict[str, Any], origins: dict[Location, str], over
         holder.pop(OTHER_NAME[at], None)
     for stale in [known for known in origins if known[: len(at)] == at]:
         del origins[stale]
-    origins[at] = "command line"
+    origins[at] = COMMAND_LINE
 
 
 def _override_value(text: str, at: Location, where: str) -> Any:
@@ -320,7 +322,8 @@ def _describe(error: ValidationError, document: Any, origins: dict[Location, str
                 message += f" (value {shown(item['input'])}){_other_spelling(item)}"
         problems.setdefault(at, []).append(message)
     return [
-        f"{_origin(origins, at)}: {_dotted(at) or 'recipe'}: {'; or '.join(messages)}"
+        f"{_origin(origins, at)}{_overridden_in(origins, at)}: {_dotted(at) or 'recipe'}: "
+        f"{'; or '.join(messages)}"
         for at, messages in problems.items()
     ]
 
@@ -380,6 +383,17 @@ def _origin(origins: dict[Location, str], at: Location) -> str:
     while at not in origins:
         at = at[:-1]
     return origins[at]
+
+
+def _overridden_in(origins: dict[Location, str], at: Location) -> str:
+    """Names the keys that the command line set in a section of the file, which is refused because
+    some of its keys do not go together; nothing for a single key."""
+    if _origin(origins, at) == COMMAND_LINE:
+        return ""
+    under = [key for key in origins if origins[key] == COMMAND_LINE and key[: len(at)] == at]
+    made = {key[:length] for key in under for length in range(len(key))}  # sections on the way
+    keys = ", ".join(_dotted(key) for key in under if key not in made)
+    return f" with {keys} of the command line" if keys else ""
 
 
 def _dotted(at: Iterable[str | int]) -> str:

@@ -368,6 +368,39 @@ def test_wrong_override_is_refused(write, override, says):
     assert says in refusal(path, override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["train.micro_batch_size=3"],
+            ":8 with train.micro_batch_size of the command line: train: batch_size 16 must be a",
+        ),
+        (
+            ["data.test.0.columns.prompt=a", "train.epochs=2"],
+            ":7 with data.test.0.columns.prompt of the command line: data.test.0: columns must map",
+        ),
+        (
+            ["quantize.training.steps=5", "quantize.budget=3.5"],
+            ".yaml with quantize.training.steps, quantize.budget of the command line: recipe: quantize.",
+        ),
+        (
+            ["train={batch_size: 5, micro_batch_size: 2}"],
+            "  command line: train: batch_size 5 must",
+        ),
+        (["data.max_length=9", "train.epochs=0"], "  command line: train.epochs: expected greater"),
+    ],
+)
+def test_a_section_that_an_override_spoils_is_refused_with_its_name(write, overrides, says):
+    """It was said to be at the line of the file, where nothing is wrong."""
+    path = write(f"{RECIPE}  test:\n    - {{source: rows.jsonl}}\ntrain: {{epochs: 1}}\n")
+    assert says in refusal(path, *overrides)
+
+
+def test_a_section_of_the_file_is_refused_at_its_line(write):
+    path = write(f"{RECIPE}train: {{micro_batch_size: 3}}\n")
+    assert "recipe.yaml:6: train: batch_size 16 must be" in refusal(path, "data.max_length=9")
+
+
 def test_only_a_source_is_said_to_take_keys(write):
     message = refusal(write(f"{RECIPE}  system: Be brief.\n"), "data.system.limit=5")
     assert message.endswith("the recipe has no data.system.limit: data.system is 'Be brief.'")
