@@ -28,6 +28,9 @@ from finequant.recipes.errors import UserError
 Inputs = dict[str, Any]
 """Recipe keys -> values, or hashes of what they name; artifacts, named with a slash -> hashes."""
 
+MEASURING = "measuring_code"
+"""The input that says by which code something was measured."""
+
 RECORD = "inputs.json"
 """The file in a folder that says what the folder is made from."""
 
@@ -68,6 +71,8 @@ def changes(old: Inputs, new: Inputs, recipe: dict[str, Any] | None = None) -> d
 
 def _change(key: str, old: Any, new: Any, value: Any) -> str:
     """Describes a changed input; a file or folder by its name, as its hash would say nothing."""
+    if key == MEASURING:
+        return f"finequant has changed how it measures ({MEASURING} {old} -> {new})"
     was_local, is_local = (str(entry).startswith("sha256:") for entry in (old, new))
     if was_local and is_local:
         return (

@@ -14,6 +14,7 @@ from finequant.recipes.artifact import differences, remove, replace_text, seal, 
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import (
     FOR_CONTINUING,
+    MEASURING,
     RECORD,
     Inputs,
     Memo,
@@ -135,7 +136,7 @@ class RunDir:
         """Returns everything that decides the stage's result: recipe keys and hashes of files."""
         row = stage_of(stage, recipe)
         artifacts = {f"{name}/": f"sha256:{content_hash(self.root / name)}" for name in row.reads}
-        code = {"measuring_code": MEASURING_CODE} if row.measures else {}
+        code = {MEASURING: MEASURING_CODE} if row.measures else {}
         return recipe_inputs(recipe, row.keys, row.without) | artifacts | code
 
     def memo(self, recipe: Recipe, name: str) -> Memo:

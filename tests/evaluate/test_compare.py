@@ -276,7 +276,8 @@ def test_a_report_of_earlier_code_says_so_whoever_names_it(finished, recipe_file
     for arguments in ([str(run)], [str(recipe_file), "train.learning_rate=1e-2"]):
         capsys.readouterr()
         print_report(arguments)
-        assert "report: out of date: since evaluate ran, measuring_code" in capsys.readouterr().err
+        said = "report: out of date: since evaluate ran, finequant has changed how it measures"
+        assert said in capsys.readouterr().err
     (recipe_file.parent / "train.jsonl").unlink()  # as where only the run directory was copied
     print_report([str(run)])
     assert "out of date" not in capsys.readouterr().err

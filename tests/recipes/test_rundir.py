@@ -524,12 +524,13 @@ def test_a_report_is_out_of_date_once_the_measuring_code_gives_other_figures(fol
     finish(recipe, run)
     code = rundir.MEASURING_CODE
     monkeypatch.setattr(rundir, "MEASURING_CODE", code + 1)
-    again = {"train": [], "quantize": [], "evaluate": [f"measuring_code: {code} -> {code + 1}"]}
+    why = "finequant has changed how it measures (measuring_code {} -> {})"
+    again = {"train": [], "quantize": [], "evaluate": [why.format(code, code + 1)]}
     assert changes(folder) == again
     manifest = run.manifest()
     del manifest["evaluate"]["inputs"]["measuring_code"]  # as before there was a number
     run.manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
-    assert changes(folder)["evaluate"] == [f"measuring_code: absent -> {code + 1}"]
+    assert changes(folder)["evaluate"] == [why.format("absent", code + 1)]
 
 
 @pytest.mark.parametrize(
