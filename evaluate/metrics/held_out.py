@@ -63,7 +63,7 @@ def multiple_choice(
     ends: token ids that end an answer, the usual one first.
 
     Raises:
-        UserError: for a reference that is not among the choices, or a choice without tokens.
+        UserError: for a reference that is not among the choices.
     """
     for number, reference in enumerate(references, 1):
         if reference not in choices:
@@ -71,8 +71,6 @@ def multiple_choice(
                 f"held-out row {number}: the answer {reference!r} is not among "
                 f"evaluate.choices\nExpected one of: {', '.join(map(repr, choices[:20]))}"
             )
-    if "" in choices:
-        raise UserError("evaluate.choices: an empty choice has no likelihood; remove it")
     # In this order, a choice that begins others comes right before one of them.
     in_order = pairwise(sorted(set(choices)))
     end = list(ends[:1]) if any(after.startswith(before) for before, after in in_order) else []
