@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finequant.quantize.formats.naming import base_license, license_on_card
+from finequant.recipes.base import is_here, locate_base
 from finequant.recipes.errors import UserError
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Model, Recipe
+from finequant.recipes.terminal import say
 
 DOCUMENTS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """Prefixes of the files that are published along with a model."""
@@ -55,15 +57,24 @@ def license_of(recipe: Recipe) -> License:
         UserError: if it is unknown, the recipe names another one, a Llama's license files are
             missing, or the name of a model made from a Llama does not begin as it must.
     """
-    publish, folder = recipe.publish, _base_folder(recipe.model)
-    metadata = license_on_card(folder) if folder else base_license(recipe.model)
+    publish, (folder, unread) = recipe.publish, _base_folder(recipe.model)
+    metadata = license_on_card(folder) if folder else {}
+    if not folder and not unread:
+        metadata = base_license(recipe.model)
     stated = metadata.get("license")
     stated = None if stated == "unknown" else stated
     license = publish.license or stated
     if license is None:
+        why = unread or f"{recipe.model.base} does not state its license"
         raise UserError(
-            f"publish.license: {recipe.model.base} does not state its license: give it as the Hub "
-            "names it (apache-2.0, llama3.2, ...); it is on the page the base came from"
+            f"publish.license: {why}: give the license of the base as the Hub names it "
+            "(apache-2.0, llama3.2, ...); it is on the page the base came from"
+        )
+    if unread:
+        say(
+            f"publish: {unread}: publish.license, {license}, was not compared with the base's, and "
+            "the base's license files, if it has any, are not added: publish.license_folder adds "
+            "them"
         )
     if stated not in (None, license):
         raise UserError(
@@ -85,7 +96,7 @@ def license_of(recipe: Recipe) -> License:
     if is_llama:
         line, start = DEMANDS.get(kind, SINCE_LLAMA_3_1)
         _check_name(publish.repo_id, start)
-        documents = _with_notice(documents, kind, given or folder)
+        documents = _with_notice(documents, kind, str(given or folder or recipe.model.base))
     return License(license, name, link, line, documents)
 
 
@@ -98,22 +109,29 @@ def likely_start(base: str) -> str:
     return DEMANDS.get(f"llama{generation[1]}" if generation else "", SINCE_LLAMA_3_1).start
 
 
-def _base_folder(model: Model) -> Path | None:
-    """Returns the folder with the base's card and license; None for a package, which has neither.
+def _base_folder(model: Model) -> tuple[Path | None, str]:
+    """Returns the folder with the base's card and license, None for a package, which has neither;
+    and why they cannot be read here, if they cannot: a run directory may come from elsewhere.
 
     Raises:
-        UserError: if the license of a Hub id is neither on the Hub nor in the cache.
+        UserError: if the Hub does not show the card of a Hub id.
     """
-    from finequant.recipes.base import locate_base
-
+    if not is_here(model):
+        return None, f"{model.base} is not on this machine"
     folder, file = locate_base(model)
-    if file:
-        return None
-    return folder or _from_hub(model)
+    if folder:
+        return (None if file else folder), ""
+    folder, reason = _from_hub(model), offline_reason()
+    if reason and not (folder and (folder / "README.md").exists()):
+        where = f"not in the cache, and the Hub cannot be reached ({reason})"
+        return folder, f"the card of {model.base} is {where}"
+    return folder, ""
 
 
-def _from_hub(model: Model) -> Path:
+def _from_hub(model: Model) -> Path | None:
+    """Downloads the base's card and license; offline, returns the cached folder, or None."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     from finequant.finetune.model import why_not_loaded
 
@@ -122,6 +140,8 @@ def _from_hub(model: Model) -> Path:
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # no network and no cache, no access, no such revision
+        if isinstance(error, LocalEntryNotFoundError) and offline_reason():
+            return None
         raise UserError(
             f"model.base: the license of {model.base} cannot be read: {why_not_loaded(error)}"
         ) from None
@@ -164,9 +184,7 @@ def _kind(name: str) -> str | None:
     return "LICENSE" if kind == "LICENCE" else kind
 
 
-def _with_notice(
-    documents: dict[str, bytes], license: str, folder: Path | None
-) -> dict[str, bytes]:
+def _with_notice(documents: dict[str, bytes], license: str, holder: str) -> dict[str, bytes]:
     """Adds the NOTICE file that the license quotes, if the base has none."""
     present = {_kind(name): name for name in documents}
     text = documents.get(present.get("LICENSE") or "", b"")
@@ -184,7 +202,7 @@ def _with_notice(
     if missing:
         raise UserError(
             f"publish: the license of the base ({license}) must be published along with it, but "
-            f"{folder or 'the package'} lacks {' and '.join(missing)}: download "
+            f"{holder} lacks {' and '.join(missing)}: download "
             f"{'it' if len(missing) == 1 else 'them'} from the base's page on the Hub into a "
             "folder, and set publish.license_folder=FOLDER"
         )

@@ -51,6 +51,15 @@ def locate_base(model: Model) -> tuple[Path | None, str | None]:
     return None, None
 
 
+def is_here(model: Model) -> bool:
+    """Says whether a local base is on this machine; True for a Hub id."""
+    if model.is_gguf:
+        module, file = _in_package(model.base)
+        folder = _package_folder(module)
+        return folder is not None and (folder / file).is_file()
+    return not Path(model.base).is_absolute() or Path(model.base).exists()
+
+
 def base_hash(model: Model) -> str:
     """Returns the hash of a local base; for one on the Hub, its id and revision."""
     folder, file = locate_base(model)
@@ -60,9 +69,7 @@ def base_hash(model: Model) -> str:
 
 
 def _locate_in_package(base: str) -> tuple[Path, str]:
-    module, _, file = base.removeprefix("package:").partition("/")
-    if not re.fullmatch(r"\w+", module) or not re.fullmatch(r"[\w.-]+\.gguf", file):
-        raise UserError(f"model.base: {base!r}: expected package:MODULE/FILE.gguf")
+    module, file = _in_package(base)
     folder = _package_folder(module)
     if folder is None:
         known = module in GGUF_WHEELS
@@ -72,6 +79,13 @@ def _locate_in_package(base: str) -> tuple[Path, str]:
         files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
         raise UserError(f"model.base: {module} has no {file}; it has {files}")
     return folder, file
+
+
+def _in_package(base: str) -> tuple[str, str]:
+    module, _, file = base.removeprefix("package:").partition("/")
+    if not re.fullmatch(r"\w+", module) or not re.fullmatch(r"[\w.-]+\.gguf", file):
+        raise UserError(f"model.base: {base!r}: expected package:MODULE/FILE.gguf")
+    return module, file
 
 
 def _package_folder(module: str) -> Path | None:

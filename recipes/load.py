@@ -52,7 +52,8 @@ def load_recipe(
 
     path: a file, a run directory, which then becomes output_dir, or the name of a shipped recipe.
     Local paths are relative to the recipe's folder in the file, and absolute in the result.
-    missing_ok: whether files that it names may be missing, as where a run was copied to.
+    missing_ok: whether files that it names may be missing, as where a run was copied to; not those
+        of overrides.
 
     Raises:
         UserError: naming every problem with its file, line, key, value, and what was expected.
@@ -456,13 +457,18 @@ def _with_absolute_paths(
             local = CHATML_TOOLS
         if local is not None:
             holder[at[-1]] = str(local)
-        elif missing_ok and is_local(value):
+            continue
+        key = _in_document(at, document)
+        if missing_ok and is_local(value) and _origin(origins, key) != COMMAND_LINE:
             holder[at[-1]] = str((file.parent / value).resolve())
         elif is_local(value) or at[-1] in FOLDERS:
-            key = _in_document(at, document)
+            name, folder = _dotted(key), file.parent.resolve()
+            hint = f"paths start at the recipe's folder, {folder}"
+            if is_run(file.parent) and _origin(origins, key) != COMMAND_LINE:
+                copied = (folder / value).resolve()
+                hint = f"if the run was copied here, copy this to {copied}, or set {name}=PATH"
             problems.append(
-                f"{_origin(origins, key)}: {_dotted(key)}: no such file or folder: {value} "
-                f"(paths start at the recipe's folder, {file.parent.resolve()})"
+                f"{_origin(origins, key)}: {name}: no such file or folder: {value} ({hint})"
             )
     if problems:
         raise UserError(_summary(file, problems))

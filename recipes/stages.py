@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finequant.recipes.base import base_hash
+from finequant.recipes.base import base_hash, is_here
 from finequant.recipes.freshness import Inputs, input_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.schema import Recipe
@@ -210,10 +210,8 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
             if key == "evaluate.task_folder":
                 files = [*files, *local_data(Path(inputs[key]))]
             inputs[key] = " ".join(map(_content_and_kind, files)) or MISSING
-    base = Path(recipe.model.base)
     if "model.base" in inputs:
-        is_missing = base.is_absolute() and not base.exists()
-        inputs["model.base"] = MISSING if is_missing else base_hash(recipe.model)
+        inputs["model.base"] = base_hash(recipe.model) if is_here(recipe.model) else MISSING
     return inputs
 
 

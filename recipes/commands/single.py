@@ -83,4 +83,4 @@ def publish(
 
     overruled = tuple(overrule_gate or ())
     options = Options(yes, dry_run, adapter_only, overruled, into_existing)
-    stage(*open_run(recipe, overrides or []), options)
+    stage(*open_run(recipe, overrides or [], missing_ok=True), options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import pty
@@ -17,9 +18,11 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
+from finequant.publish.license import license_of
 from finequant.publish.loading import TEMPLATE
-from finequant.recipes.load import load_recipe
+from finequant.recipes.load import load_recipe, write_recipe
 from finequant.recipes.rundir import RunDir
+from finequant.recipes.stages import MISSING
 
 WRITE, READ = "hf_PlantedTokenThatMayWrite", "hf_PlantedTokenThatMayOnlyRead"
 REPOSITORY = "alice/tiny"
@@ -82,7 +85,7 @@ def recipe(finished, tmp_path) -> Path:
 def publish(here, hub, recipe, tmp_path, monkeypatch):
     """Runs `finequant publish` against the Hub, without asking, in this process."""
 
-    def run(*arguments: str, token: str = WRITE, **changes: object):
+    def run(*arguments: str, token: str = WRITE, where: Path = recipe, **changes: object):
         settings = {
             "ENDPOINT": hub.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -96,7 +99,7 @@ def publish(here, hub, recipe, tmp_path, monkeypatch):
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        return here("publish", str(recipe), "--yes", *arguments)
+        return here("publish", str(where), "--yes", *arguments)
 
     return run
 
@@ -400,6 +403,54 @@ def test_an_adapter_that_came_without_its_manifest_is_refused(recipe):
     message = refused(in_process, recipe, "--dry-run")
     assert "manifest.json does not say that train finished" in message
     assert "copy the whole run directory from the machine where it did" in message
+
+
+@pytest.fixture
+def elsewhere(recipe, tmp_path) -> Path:
+    """The finished run alone, copied as to another machine: without its base and its rows."""
+    base = recipe.parent / "base"
+    text = recipe.read_text(encoding="utf-8")
+    shutil.copytree(load_recipe(recipe).model.base, base)
+    text = re.sub("base: [^}]*", f"base: {base}", text)
+    recipe.write_text(text, encoding="utf-8")
+    write_recipe(load_recipe(recipe), recipe.parent / "run" / "recipe.yaml")
+    shutil.move(recipe.parent / "run", tmp_path / "run")
+    shutil.rmtree(recipe.parent)
+    return tmp_path / "run"
+
+
+def test_publishing_needs_only_the_run_directory(hub, publish, elsewhere, here):
+    """It refused to without the rows of training and test, of which it reads none."""
+    done = publish(where=elsewhere)
+    assert done.returncode == 0, done.stderr
+    where = "base is not on this machine: publish.license, apache-2.0, was not compared with the "
+    assert where in done.stderr
+    files = hub.repositories[REPOSITORY].files
+    assert {"model.safetensors", "gguf/model.gguf", "README.md"} <= files.keys()
+    card = files["README.md"].content.decode()
+    assert "on `train.jsonl` (the author's rows)" in card
+    message = publish("publish.license=null", where=elsewhere).stderr
+    assert "publish.license: /" in message and "base is not on this machine: give the" in message
+    message = publish("data.train.0.source=other.jsonl", where=elsewhere).stderr
+    assert "command line: data.train.0.source: no such file or folder: other.jsonl" in message
+    message = here("evaluate", str(elsewhere)).stderr
+    rows = elsewhere.parent / "test.jsonl"
+    assert f"(if the run was copied here, copy this to {rows}, or set data.test.0" in message
+
+
+def test_publishing_needs_no_package_of_the_base(recipe, monkeypatch, tmp_path):
+    """As after `pip uninstall`, or on a machine that only publishes."""
+    package = tmp_path / "site" / "some_base"
+    package.mkdir(parents=True)
+    (package / "m.gguf").write_bytes(b"GGUF of the base")
+    monkeypatch.syspath_prepend(package.parent)
+    loaded = load_recipe(recipe, ["model.base=package:some_base/m.gguf"])
+    run = RunDir.of(loaded)
+    before = run.inputs(loaded, "train")
+    shutil.rmtree(package)
+    importlib.invalidate_caches()
+    assert run.inputs(loaded, "train")["model.base"] == MISSING != before["model.base"]
+    assert license_of(loaded).id == "apache-2.0"
 
 
 def test_what_a_killed_export_leaves_is_not_published(tmp_path):
@@ -822,8 +873,44 @@ def test_the_message_about_a_license_on_the_hub_says_what_to_do(recipe, tiny_bas
         license_of(loaded)
     readable.close()
     on_hub_here("http://127.0.0.1:9")
-    with pytest.raises(UserError, match=begin + "not in the cache, and the Hub cannot be reached"):
-        license_of(loaded)
+    nameless = load_recipe(recipe, ["model.base=org/base", "publish.license=null"])
+    where = "the card of org/base is not in the cache, and the Hub cannot be reached "
+    with pytest.raises(UserError, match=f"publish.license: {where}.*: give the license of the"):
+        license_of(nameless)
+
+
+def test_offline_a_license_that_was_never_downloaded_is_not_called_unstated(
+    recipe, tiny_base, on_hub_here, tmp_path, capsys
+):
+    """Training caches the base's weights, but neither its card nor its license."""
+    from conftest import Hub as ReadableHub
+    from huggingface_hub import hf_hub_download
+
+    from finequant.recipes.errors import UserError
+
+    base, readable = tmp_path / "with card", ReadableHub()
+    shutil.copytree(tiny_base, base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    (base / "LICENSE").write_text("MIT", encoding="utf-8")
+    readable.add("org/base", base)
+    on_hub_here(readable.url)
+    hf_hub_download("org/base", "config.json")
+    stated, unstated = (
+        load_recipe(recipe, ["model.base=org/base", f"publish.license={license}"])
+        for license in ("mit", "null")
+    )
+    on_hub_here("http://127.0.0.1:9")
+    with pytest.raises(UserError, match="publish.license: the card of org/base is not in the cach"):
+        license_of(unstated)
+    assert license_of(stated).documents == {}
+    assert "publish: the card of org/base is not in the cache" in capsys.readouterr().err
+    on_hub_here(readable.url)
+    for loaded in (stated, unstated):
+        assert license_of(loaded).documents == {"LICENSE": b"MIT"}
+    on_hub_here("http://127.0.0.1:9")  # all of it is in the cache now
+    assert license_of(unstated).id == "mit"
+    assert capsys.readouterr().err == ""
+    readable.close()
 
 
 def test_a_missing_connection_is_not_called_offline_mode(recipe, on_hub_here):

@@ -381,7 +381,7 @@ def test_wrong_override_is_refused(write, override, says):
         ),
         (
             ["quantize.training.steps=5", "quantize.budget=3.5"],
-            ".yaml with quantize.training.steps, quantize.budget of the command line: recipe: quantize.",
+            ".yaml with quantize.training.steps, quantize.budget of the command line: recipe: quan",
         ),
         (
             ["train={batch_size: 5, micro_batch_size: 2}"],

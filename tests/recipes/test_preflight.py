@@ -77,7 +77,7 @@ IN_SECONDS = {
     "a task twice": (["evaluate.tasks=[arc_easy, arc_easy]"], "each task once; repeated: arc_easy"),
     "an output below a file": (["output_dir=/dev/null/run"], "cannot be written (Not a directory)"),
     "an output that nobody can make": (["output_dir=/proc/run"], "/proc/run: cannot be written ("),
-    "a license": (["publish.repo_id=a/b"], "does not state its license: give it"),
+    "a license": (["publish.repo_id=a/b"], "does not state its license: give the license of"),
     "a repository": (
         ["publish.repo_id=a/b--c", "publish.license=mit"],
         "publish.repo_id: ",
