@@ -138,10 +138,16 @@ def _lines_for_errors() -> Iterator[None]:
 
     try:
         yield
-    except UserError as error:
-        _print_once(f"error: {error}")
-        sys.exit(error.code)
     except Exception as error:
+        if removed := lock.removed():
+            _print(
+                f"error: {removed} was removed, or its disk unmounted, while this command wrote to "
+                f"it: run the same command again ({one_line(error)})"
+            )
+            sys.exit(1)
+        if isinstance(error, UserError):
+            _print_once(f"error: {error}")
+            sys.exit(error.code)
         if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
             sys.exit(128 + signal.SIGPIPE)  # silently, as other commands do
         if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
@@ -215,6 +221,7 @@ LIMITS = {
     " requested and ": "no space left on the disk, or the disk failed: free some space",
     "Read-only file system": "the file system is read-only: make it writable",
     "Permission denied": "no permission to write here: make it writable",
+    "Operation not permitted": "no permission to write here: make it writable",
     "out of memory": MEMORY,
     "not enough memory": MEMORY,
     "allocate memory": MEMORY,

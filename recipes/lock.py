@@ -66,6 +66,11 @@ def check_free(root: Path) -> None:
         release()
 
 
+def removed() -> Path | None:
+    """Returns a directory that is gone, with its lock, though this process holds it."""
+    return next((root for root in _held if not (root / NAME).exists()), None)
+
+
 def check_writable(root: Path) -> None:
     """Checks that the directory can be created and written to, without creating it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from conftest import refused
 
 from finequant.recipes import lock
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, report_user_errors
 
 HOLDER = """
 import sys, time
@@ -113,6 +114,22 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path, check, root):
         check(tmp_path / root)
     reason = f"{tmp_path}/disk links to {tmp_path}/mounted, which does not exist"
     assert str(refused.value).startswith(f"{tmp_path / root}: cannot be written ({reason}): ")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, UserError])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_is_removed_while_it_is_held_is_named(tmp_path, capsys, error, again):
+    """Also if what failed was said to be bad input, or has made a part of the directory again."""
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
+        lock.hold(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        if again:
+            (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        raise error("adapter/ does not exist")
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/run was removed, or its disk unmounted, while this")
+    assert said.count("\n") == 1
 
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
