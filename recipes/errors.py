@@ -103,6 +103,17 @@ def _open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
+def _require_current_folder() -> None:
+    """Refuses to start where paths cannot be found; the libraries would crash there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the folder in which this command was started no longer exists: change to one that "
+            "does, such as with `cd`"
+        ) from None
+
+
 @contextmanager
 def _flushed() -> Iterator[None]:
     """Writes at the end what `print` still holds, so that a full disk is noticed by the command."""
@@ -137,6 +148,7 @@ def _lines_for_errors() -> Iterator[None]:
     from finequant.recipes.interrupt import RESUME_HINT
 
     try:
+        _require_current_folder()
         yield
     except Exception as error:
         if removed := lock.removed():

@@ -97,6 +97,18 @@ def test_a_path_that_cannot_be_meant_is_bad_input(tmp_path, capsys, path):
     assert said.endswith(": use another path\n")
 
 
+def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with pytest.raises(SystemExit) as exit_, report_user_errors():
+        pytest.fail("nothing can be found from here")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the folder in which this command was started no longer exists")
+    assert said.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), report_user_errors():
         1 / 0  # noqa: B018
