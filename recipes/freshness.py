@@ -255,7 +255,17 @@ def _now(folder: Path) -> int:
 
 def cache_folder() -> Path:
     """Returns the user's cache folder, inside that of the Hugging Face Hub's client, which follows
-    HF_HOME and XDG_CACHE_HOME. It may be deleted at any time."""
+    HF_HOME and XDG_CACHE_HOME. It may be deleted at any time.
+
+    Raises:
+        UserError: if it would be in the home of a user who has none.
+    """
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
-    return Path(HF_ASSETS_CACHE).expanduser() / "finequant"
+    try:
+        return Path(HF_ASSETS_CACHE).expanduser() / "finequant"
+    except RuntimeError:  # as in a container that runs as any user
+        raise UserError(
+            "this user has no home directory, where hashes and dequantized bases are kept: set "
+            "HF_HOME=FOLDER in the environment"
+        ) from None

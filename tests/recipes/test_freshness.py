@@ -98,6 +98,13 @@ def test_a_damaged_or_read_only_cache_costs_only_time(file, read, cache):
     assert known_hash(file) == value
 
 
+def test_a_user_without_a_home_is_told_to_set_one(monkeypatch):
+    """Such as any number that a container runs as, or a service that starts with no environment."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", "~nobody-at-all/.cache")
+    with pytest.raises(UserError, match="no home directory.*set HF_HOME=FOLDER"):
+        freshness.cache_folder()
+
+
 def test_verify_reads_the_bytes(tmp_path, file, read, cache):
     folder = tmp_path / "adapter"
     folder.mkdir()
