@@ -199,11 +199,13 @@ class RunDir:
         changed = self._changes(entry, recipe, stage)
         if any_base:
             changed.pop("model.base", None)
-        unusable = [text for key, text in changed.items() if self._decides(key, stage)]
+        unusable = {key: text for key, text in changed.items() if self._decides(key, stage)}
         if unusable:
+            is_of_recipe = not any(key.endswith("/") for key in unusable)  # all of the changes
+            values = f", or use the values in {outputs[0] / 'recipe.yaml'}" if is_of_recipe else ""
             raise UserError(
-                f"{outputs[0]}: not made from the present inputs: {'; '.join(unusable)}: run "
-                f"`{command_of(stage)}` again, or use the values in {outputs[0] / 'recipe.yaml'}"
+                f"{outputs[0]}: not made from the present inputs: {'; '.join(unusable.values())}: "
+                f"run `{command_of(stage)}` again{values}"
             )
         if changed:
             say(f"{outputs[0]}: made with other settings: {'; '.join(changed.values())}")

@@ -30,7 +30,7 @@ from finequant.recipes.methods import METHODS, known_method
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 LANGUAGE = r"^([a-z]{2,3}|code|multilingual)$"
-LICENSE = r"^[a-z0-9][a-z0-9.-]*$"
+LICENSE = r"^[a-z0-9][a-z0-9.+-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Export = Literal["torchao", "compressed-tensors", "gguf", "executorch", "onnx", "mlx"]
@@ -677,7 +677,9 @@ class Publish(Section):
     def _other_licenses_have_a_name(self) -> Publish:
         named = bool(self.license_name and self.license_link)
         if (self.license == "other") != named or bool(self.license_name) != bool(self.license_link):
-            raise ValueError("license: other, license_name and license_link belong together")
+            raise ValueError(
+                "license: other needs license_name and license_link, which no other license takes"
+            )
         return self
 
 

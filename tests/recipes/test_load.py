@@ -137,7 +137,7 @@ WRONG = {
         "publish: {license: other, license_name: mine}",
         6,
         "publish",
-        "license: other, license_name and license_link belong together",
+        "license: other needs license_name and license_link, which no other",
     ),
     "language in words": ("publish: {language: English}", 6, "publish.language", "'English'"),
     "no license folder": (
@@ -351,6 +351,7 @@ def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
         ("name=2024-05-01", "date is not understood (value '2024-05-01')"),
         ("name.first=a", "command line: name.first=a: the recipe has no name.first"),
         ("publish.repo_id=me", "publish.repo_id: expected a Hub repository: your-name/"),
+        ("publish.license_name=mine", ": license: other needs license_name and license_link, whic"),
         ("publish.license=MIT", "publish.license: expected a license as the Hub names it"),
         ("publish.language=[English]", "expected a code of two or three letters such as en"),
         ("evaluate.metrics=f1,rouge", "; write a list in brackets: [f1,rouge]"),
