@@ -50,6 +50,24 @@ def decoder_block(
     return block
 
 
+def add_attention(block: torch.nn.Module, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Computes the first half of a block: hidden states [rows, length, hidden] plus attention."""
+    normed_states = block.input_layernorm(hidden)
+    attended, _ = block.self_attn(
+        hidden_states=normed_states, attention_mask=None, position_embeddings=rotary
+    )
+    return hidden + attended
+
+
+def add_mlp(block: torch.nn.Module, hidden: torch.Tensor, _: Rotary) -> torch.Tensor:
+    """Computes the second half of a block: the first half's output plus that of the MLP."""
+    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+
+HALVES = {"self_attn.": add_attention, "mlp.": add_mlp}
+"""The two halves of a block, in order, by how the names of their layers begin."""
+
+
 def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
     """Returns rows of the embedding [*ids.shape, hidden]; reads only those, or the first one if
     there are no ids."""

@@ -16,14 +16,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from finequant.finetune.architecture import EMBEDDING, HEAD, anatomy, block_layers
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up, decided_by_first, rows_of_share, share
-from finequant.quantize.checkpoint.blocks import decoder_block, embed, normed, rotary_of
+from finequant.quantize.checkpoint.blocks import (
+    HALVES,
+    Rotary,
+    decoder_block,
+    embed,
+    normed,
+    rotary_of,
+)
 from finequant.quantize.checkpoint.reading import WHOLE, Weights, filled, row_slices
 from finequant.quantize.checkpoint.streaming import Piece
 from finequant.quantize.methods.method import Calibrated, Statistics, rows_at_once
@@ -37,6 +44,18 @@ if TYPE_CHECKING:
 
 TOKENS = 4096
 """Tokens of a forward pass."""
+
+Part = Callable[[torch.nn.Module, torch.Tensor, Rotary], torch.Tensor]
+"""Maps hidden states to the outputs of a block, or of half of it."""
+
+
+class _Blocks(NamedTuple):
+    """A float block, and a copy of it whose layers are quantized one after another."""
+
+    prefix: str
+    """How the names of the block's layers begin in the model."""
+    exact: torch.nn.Module
+    quantized: torch.nn.Module
 
 
 def none_known(name: str, rows: slice) -> Rounded | None:
@@ -103,68 +122,82 @@ class Calibrator:
         prefix = f"model.layers.{number}."
         names = [name for name in block_layers(self.config) if self.plan[prefix + name]]
         results = {name: self._known_to_first(prefix + name, WHOLE) for name in names}
-        if all(results.values()):
-            self._advance(self._exact, block)
-        else:
+        if not all(results.values()):
             for piece in self._quantize(block, prefix, names):
-                results[piece.layer.removeprefix(prefix)] = piece.rounded
                 yield piece._replace(rounded=piece.rounded.cpu())
+            return
+        self._advance(self._exact, _whole, block)
         for name, rounded in results.items():
             _install(block.get_submodule(name), rounded, self._arithmetic)
-        self._advance(self._quantized, block)
+        self._advance(self._quantized, _whole, block)
 
     def _known_to_first(self, layer: str, rows: slice) -> Rounded | None:
         return decided_by_first(lambda: self.known(layer, rows))
 
-    def _advance(self, states: list[torch.Tensor], block: torch.nn.Module) -> None:
-        """Replaces hidden states by the block's outputs, a batch at a time."""
+    def _advance(self, states: list[torch.Tensor], part: Part, block: torch.nn.Module) -> None:
+        """Replaces hidden states by the outputs of the block, or of half of it, a batch at a
+        time."""
         for index, hidden in enumerate(states):
-            states[index] = self._run(block, hidden)
+            states[index] = self._run(part, block, hidden)
 
-    def _run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def _run(self, part: Part, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if not len(hidden):  # more processes than sequences; transformers needs at least one
             return hidden
-        return block(hidden, position_embeddings=self._rotary)
+        return part(block, hidden, self._rotary)
 
     def _quantize(self, block: torch.nn.Module, prefix: str, names: list[str]) -> Iterator[Piece]:
-        """Quantizes a float block's layers, and advances the float activations to its outputs."""
+        """Quantizes a float block's layers, and advances both models' activations to its outputs.
+
+        Half a block at a time, so that its attention is not computed again for the MLP's inputs.
+        """
         start: dict[str, TrainedLayer] = {}
+        inputs = list(self._quantized) if self.steps else []
         # The copy shares the parameters of the float block until its layers are quantized.
-        quantized_block = deepcopy(block, {id(shared): shared for shared in block.parameters()})
-        for sharing in anatomy(self.config).inputs:
-            layers = [name for name in sharing.layers if name in names]
-            if not layers:
-                continue
-            statistics = self._statistics(block, quantized_block, layers[0])
-            for together in self._rounded_at_once(prefix, layers):
-                parts = [self._float_weight(block, prefix, name) for name in together]
-                weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-                scheme = self.plan[prefix + together[0]]
-                rounded = self._rounded(weight, statistics, scheme)
-                rows = [len(part) for part in parts]
-                codes, scales = (tensor.split(rows) for tensor in rounded)
-                for name, part, *pair in zip(together, parts, codes, scales, strict=True):
-                    _install(quantized_block.get_submodule(name), Rounded(*pair), self._arithmetic)
-                    if self.steps:
-                        start[name] = TrainedLayer(part, Rounded(*pair), scheme)
-                    else:
-                        yield Piece(prefix + name, WHOLE, Rounded(*pair), part.cpu())
-        self._advance(self._exact, block)
+        copy = deepcopy(block, {id(shared): shared for shared in block.parameters()})
+        blocks = _Blocks(prefix, block, copy)
+        for beginning, half in HALVES.items():
+            for sharing in anatomy(self.config).inputs:
+                layers = [n for n in sharing.layers if n in names and n.startswith(beginning)]
+                if layers:
+                    yield from self._quantize_sharing(blocks, half, layers, start)
+            self._advance(self._exact, half, blocks.exact)
+            self._advance(self._quantized, half, blocks.quantized)
         if start:
-            trained = reconstruct(
-                block, start, self._quantized, self._exact, self._rotary, self.steps
-            )
+            self._quantized = inputs
+            trained = reconstruct(block, start, inputs, self._exact, self._rotary, self.steps)
             for name, rounded in trained.items():
                 yield Piece(prefix + name, WHOLE, rounded, None)
+                _install(block.get_submodule(name), rounded, self._arithmetic)
+            self._advance(self._quantized, _whole, block)
 
-    def _statistics(
-        self, block: torch.nn.Module, quantized_block: torch.nn.Module, layer: str
-    ) -> Statistics:
+    def _quantize_sharing(
+        self, blocks: _Blocks, half: Part, names: list[str], start: dict[str, TrainedLayer]
+    ) -> Iterator[Piece]:
+        """Quantizes layers of half a block that share an input.
+
+        Layers that are trained afterwards are not yielded, but put into `start`.
+        """
+        statistics = self._statistics(blocks, half, names[0])
+        for together in self._rounded_at_once(blocks.prefix, names):
+            parts = [self._float_weight(blocks, name) for name in together]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            scheme = self.plan[blocks.prefix + together[0]]
+            rounded = self._rounded(weight, statistics, scheme)
+            rows = [len(part) for part in parts]
+            codes, scales = (tensor.split(rows) for tensor in rounded)
+            for name, part, *pair in zip(together, parts, codes, scales, strict=True):
+                _install(blocks.quantized.get_submodule(name), Rounded(*pair), self._arithmetic)
+                if self.steps:
+                    start[name] = TrainedLayer(part, Rounded(*pair), scheme)
+                else:
+                    yield Piece(blocks.prefix + name, WHOLE, Rounded(*pair), part.cpu())
+
+    def _statistics(self, blocks: _Blocks, half: Part, layer: str) -> Statistics:
         """Computes the statistics of a layer's inputs in both blocks."""
         statistics = self.method.statistics()
         for quantized, exact in zip(self._quantized, self._exact, strict=True):
-            rounded = quantize_activations(self._input(quantized_block, layer, quantized))
-            statistics.add(rounded, self._input(block, layer, exact))
+            x = self._input(half, blocks.quantized, layer, quantized)
+            statistics.add(quantize_activations(x), self._input(half, blocks.exact, layer, exact))
         add_up(statistics.sums)
         return statistics
 
@@ -181,8 +214,10 @@ class Calibrator:
         add_up((codes, scale))
         return Rounded(codes, scale)
 
-    def _input(self, block: torch.nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns a layer's input, without computing the rest of the block."""
+    def _input(
+        self, half: Part, block: torch.nn.Module, layer: str, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns a layer's input, without computing the rest of its half of the block."""
         if not len(hidden):
             return hidden.new_empty(0, block.get_submodule(layer).in_features)
         inputs: list[torch.Tensor] = []
@@ -195,7 +230,7 @@ class Calibrator:
             block.get_submodule(layer).register_forward_pre_hook(stop),
             suppress(_LayerReachedError),
         ):
-            self._run(block, hidden)
+            self._run(half, block, hidden)
         return inputs[0]
 
     def _rounded_at_once(self, prefix: str, names: list[str]) -> list[list[str]]:
@@ -207,15 +242,15 @@ class Calibrator:
             groups.setdefault(self.plan[prefix + name], []).append(name)
         return list(groups.values())
 
-    def _float_weight(self, block: torch.nn.Module, prefix: str, name: str) -> torch.Tensor:
+    def _float_weight(self, blocks: _Blocks, name: str) -> torch.Tensor:
         """Returns a layer's float32 weight [out, in] on the device.
 
         It is read again unless the block computes in float32, and so has it already.
         """
-        weight = block.get_submodule(name).weight
+        weight = blocks.exact.get_submodule(name).weight
         if weight.dtype == torch.float32:
             return weight.detach()
-        read = filled(self.weights, f"{prefix}{name}.weight", weight.shape, torch.float32)
+        read = filled(self.weights, f"{blocks.prefix}{name}.weight", weight.shape, torch.float32)
         return read.to(self._device)
 
     def _head(self) -> Iterator[Piece]:
@@ -239,6 +274,10 @@ class Calibrator:
                 yield Piece(HEAD, rows, rounded.cpu(), weight)
 
 
+def _whole(block: torch.nn.Module, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    return block(hidden, position_embeddings=rotary)
+
+
 def _rounded_rows(weights: Weights, scheme: LayerScheme, dtype: torch.dtype) -> Weights:
     """Returns the embedding's weights as the shipped model has them, rounded to nearest."""
     return lambda name, rows: round_to_nearest(weights(name, rows), *scheme).dequantize(dtype)
@@ -251,4 +290,4 @@ def _install(module: torch.nn.Linear, rounded: Rounded, dtype: torch.dtype) -> N
 
 
 class _LayerReachedError(Exception):
-    """Ends a block's forward pass at the layer whose input is wanted."""
+    """Ends a forward pass at the layer whose input is wanted."""

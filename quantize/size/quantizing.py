@@ -208,7 +208,8 @@ def _calibration(recipe: Recipe, config: DecoderConfig, machine: Machine) -> Mem
         rounded = 8 * max(widths) ** 2 + 4 * max(widths) * (config.hidden_size + 6 * ROWS)
     memory = {
         "block, in float and quantized": 2 * dtype * block,
-        "activations": 2 * tokens * config.hidden_size * dtype,
+        # Of both models and, for training, those before the block.
+        "activations": (3 if calibration.steps else 2) * tokens * config.hidden_size * dtype,
         "Hessians": max(summed, solved, rounded),
     }
     if calibration.steps:  # latent weights, gradients, Adam's two moments; codes for the backward

@@ -222,6 +222,11 @@ class FakeQuantScales(FakeQuantLinear):
         return _LearnedScale.apply(x, self.scale_delta, self.weight(), self)
 
     @torch.no_grad()
+    def codes(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for rows in row_chunks(self.latent):
+            yield rows, self.latent[rows].float()
+
+    @torch.no_grad()
     def scales(self, rows: slice) -> torch.Tensor:
         scale = self.scale[rows].float() * (1 + self.scale_delta[rows])
         scale.clamp_(max=torch.finfo(self.scale.dtype).max)  # a step may overshoot

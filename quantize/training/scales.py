@@ -27,7 +27,6 @@ from finequant.quantize.training.fake_quantize import (
     disabled,
 )
 from finequant.quantize.training.model import assembled
-from finequant.quantize.training.trainer import divergence
 from finequant.recipes.terminal import tracked
 
 if TYPE_CHECKING:
@@ -109,10 +108,12 @@ def _backward(
     states = hidden.detach().flatten(0, 1).requires_grad_()
     parts = zip(states.split(LOGITS_TOKENS), teacher.split(LOGITS_TOKENS), strict=True)
     for part, exact in parts:
+        logits = model.lm_head(part)
         with torch.no_grad(), disabled(layers):
-            expected = model.lm_head(exact).float()
-        loss = divergence(expected, model.lm_head(part).float()) / tokens
-        loss.backward()
+            expected = model.lm_head(exact).float().softmax(-1)
+            # The gradient of KL(expected || predicted) with respect to the logits of `predicted`.
+            gradient = logits.float().softmax(-1).sub_(expected).div_(tokens)
+        logits.backward(gradient.to(logits.dtype))
     hidden.backward(states.grad.view_as(hidden))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from finequant.finetune.architecture import ARCHITECTURES
 from finequant.quantize.methods.gptq import METHOD, Statistics, gptq
 from finequant.quantize.rounding import (
     Rounded,
@@ -246,6 +247,35 @@ def test_a_layers_inputs_come_from_quantized_layers_of_its_own_block(tiny_base):
         module.register_forward_pre_hook(lambda _, args: (quantize_activations(args[0]),))
     for (quantized, _), theirs in zip(inputs, inputs_of(shipped), strict=True):
         torch.testing.assert_close(quantized, theirs)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_halves_of_a_block_compute_what_the_block_does(name):
+    import transformers
+
+    from finequant.finetune.architecture import block_layers
+    from finequant.quantize.checkpoint.blocks import HALVES, decoder_block, rotary_of
+
+    torch.manual_seed(0)
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        architectures=[name],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    weights = dict(model.named_parameters())
+    block = decoder_block(config, 0, lambda name, rows: weights[name].detach()[rows], torch.float32)
+    hidden = torch.randn(3, 20, 32)
+    rotary = rotary_of(config, hidden)
+    expected = block(hidden, position_embeddings=rotary)
+    for half in HALVES.values():
+        hidden = half(block, hidden, rotary)
+    assert torch.equal(hidden, expected)
+    assert all(name.startswith(tuple(HALVES)) for name in block_layers(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
