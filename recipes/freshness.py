@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from finequant.recipes import artifact
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError
+from finequant.recipes.sources import is_saved, is_table
 
 Inputs = dict[str, Any]
 """Recipe keys -> values, or hashes of what they name; artifacts, named with a slash -> hashes."""
@@ -230,6 +231,14 @@ def input_hash(path: Path) -> str:
         return not any(map(NOT_READ.fullmatch, name.parts))
 
     return content_hash(path, is_content=is_read)
+
+
+def rows_hash(folder: Path) -> str:
+    """Returns the SHA-256 of what is read of a folder of rows, which may also hold the recipe and
+    its runs."""
+    if is_saved(folder):
+        return input_hash(folder)
+    return content_hash(folder, is_content=lambda name: len(name.parts) == 1 and is_table(name))
 
 
 def _stamp(file: Path) -> dict[str, int]:

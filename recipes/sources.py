@@ -13,6 +13,8 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files that hold rows; a .txt file is one text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes that may follow one of those."""
+SCHEMA = "recipe.schema.json"
+"""The schema of recipes, which `init` writes beside them: that may be in a folder of rows."""
 PARALLEL = re.compile(r"\{(\w+(?:,\w+)+)\}")
 """Braces in the name of text files that each hold a column, with a row in each line."""
 
@@ -21,6 +23,17 @@ def kind_of(file: Path) -> tuple[str, str]:
     """Returns the suffix of the format, and that of the compression, if any."""
     last = file.suffix.lower()
     return (file.with_suffix("").suffix.lower(), last) if last in COMPRESSIONS else (last, "")
+
+
+def is_table(file: Path) -> bool:
+    """Says whether a file in a folder holds rows, by its name; hidden ones are not read, such as
+    ._rows.csv."""
+    return kind_of(file)[0] in TABLES and not file.name.startswith(".") and file.name != SCHEMA
+
+
+def is_saved(folder: Path) -> bool:
+    """Says whether a folder is the output of `save_to_disk`."""
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def is_pattern(name: str | Path) -> bool:

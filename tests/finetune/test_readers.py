@@ -734,3 +734,32 @@ def test_a_folder_names_the_one_inside_that_holds_the_split(tmp_path):
     for split in ("train", "test"):
         with pytest.raises(UserError, match=f"its folder {split} has some: name .*/{split}$"):
             rows_of(tmp_path, split)
+
+
+def test_a_folder_of_rows_may_hold_the_recipe_and_its_runs(tmp_path, recipe_file):
+    from finequant.recipes.sources import SCHEMA
+
+    folder = tmp_path / "all"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(LINES, encoding="utf-8")
+    recipe = load_recipe(recipe_file, [f"data.train={folder}"])
+    before = recipe_inputs(recipe, ("data",))
+    (folder / "runs" / "r").mkdir(parents=True)
+    for name in ("recipe.yaml", SCHEMA, "notes.txt", "runs/r/predictions.jsonl", "._rows.csv"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    assert rows_of(folder) == ROWS
+    assert recipe_inputs(recipe, ("data",)) == before
+    (folder / "more.jsonl").write_text(LINES, encoding="utf-8")
+    assert rows_of(folder) == ROWS * 2
+    assert recipe_inputs(recipe, ("data",)) != before
+
+
+def test_every_part_of_a_saved_dataset_counts(tmp_path, recipe_file):
+    from datasets import Dataset, DatasetDict
+
+    inputs = []
+    for rows in (ROWS, ROWS[:2]):
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+        recipe = load_recipe(recipe_file, [f"data.train={tmp_path / 'saved'}"])
+        inputs.append(recipe_inputs(recipe, ("data",)))
+    assert inputs[0] != inputs[1]
