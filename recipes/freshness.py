@@ -81,9 +81,14 @@ def _change(key: str, old: Any, new: Any, value: Any) -> str:
         )
     if key.endswith("/"):  # an artifact
         return f"{key} is new" if is_local else f"{key} is no longer used"
-    old = "a file or folder" if was_local else old
-    new = f"{new[:19]} ({value})" if is_local and value else new
+    old = "a file or folder" if was_local else _as_in_recipe(old)
+    new = f"{new[:19]} ({value})" if is_local and value else _as_in_recipe(new)
     return f"{key}: {old} -> {new}"
+
+
+def _as_in_recipe(value: Any) -> str:
+    """Writes a value as YAML does where Python has other words: null, true."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def digest(inputs: Inputs) -> str:

@@ -192,8 +192,8 @@ def snippet(repository: str, chat: str, files: list[str]) -> str:
             f'hf download {repository} --include "compressed-tensors/*" --local-dir model\n'
             "vllm serve model/compressed-tensors",
         )
-        + "\n\nBy default, vLLM samples: for the answers that were measured here, send requests "
-        'with `"temperature": 0`.'
+        + "\n\nBy default, vLLM samples: for greedy answers, as above, send requests with "
+        '`"temperature": 0`.'
     )
 
 

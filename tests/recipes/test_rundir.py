@@ -128,10 +128,11 @@ OVERRIDES = [
     ("lora.rank=8", {"train": ["lora.rank: 4 -> 8"]}),
     ("train.learning_rate=1e-3", {"train": ["train.learning_rate: 0.0002 -> 0.001"]}),
     ("quantize.group_size=64", {"quantize": ["quantize.group_size: 32 -> 64"]}),
+    ("quantize.rotate=true", {"quantize": ["quantize.rotate: false -> true"]}),
     ("quantize.head=float", {"quantize": ["quantize.head: quantize -> float"]}),
     ("evaluate.samples=1", {"evaluate": ["evaluate.samples: 5 -> 1"]}),
     ("evaluate.gate.max_accuracy_drop=0.1", {
-        "evaluate": ["evaluate.gate.max_accuracy_drop: None -> 0.1"]
+        "evaluate": ["evaluate.gate.max_accuracy_drop: null -> 0.1"]
     }),
     ("seed=3", {"train": ["seed: 0 -> 3"], "evaluate": ["seed: 0 -> 3"]}),
     ("data.max_length=64", {
