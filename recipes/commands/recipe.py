@@ -74,7 +74,8 @@ def plan(
         str | None, typer.Option(help="memory of the target device, such as 6GB")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="tokens of the key-value cache; default: data.max_length")
+        int | None,
+        typer.Option(min=1, help="tokens of the key-value cache; default: data.max_length"),
     ] = None,
 ) -> None:
     """Show the bits of each layer, and the memory and disk that the stages take.

@@ -122,6 +122,15 @@ def test_head_and_embedding_follow_their_keys(keys, head, embedding, unties):
     assert unties_head(plan) == unties
 
 
+@pytest.mark.parametrize("tokens", ["0", "-5"])
+def test_a_cache_of_no_tokens_is_refused(tokens):
+    """0 was taken for data.max_length, and a negative cache made the model smaller."""
+    from finequant.recipes.run import main
+
+    message = refused(main, ["plan", "quickstart", "--context", tokens])
+    assert "--context" in message
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
