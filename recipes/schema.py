@@ -28,6 +28,9 @@ from pydantic import (
 from finequant.recipes.methods import METHODS, known_method
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+LONGEST_NAME = 100
+"""Files of exports are named after base, run and quantization, and a name has 255 characters."""
+
 HUB_ID = r"^[\w.-]+/[\w.-]+$"
 LANGUAGE = r"^([a-z]{2,3}|code|multilingual)$"
 LICENSE = r"^[a-z0-9][a-z0-9.+-]*$"
@@ -686,7 +689,9 @@ class Publish(Section):
 class Recipe(Section):
     """One recipe drives fine-tuning, quantization, evaluation, and publishing."""
 
-    name: Annotated[str, Field(pattern=NAME)] = Field(description="name of the run")
+    name: Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)] = Field(
+        description="name of the run"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of splits, row order, adapter initialization, and dropout"
     )

@@ -21,7 +21,7 @@ from finequant.finetune.device import device
 from finequant.recipes.artifact import replace_text, write_new
 from finequant.recipes.errors import UserError
 from finequant.recipes.load import is_local
-from finequant.recipes.schema import HUB_ID, Recipe, Source
+from finequant.recipes.schema import HUB_ID, LONGEST_NAME, Recipe, Source
 from finequant.recipes.sources import SCHEMA, matching_files
 from finequant.recipes.terminal import as_argument
 
@@ -294,7 +294,8 @@ def default_base() -> str:
 
 def _name(stem: str) -> str:
     """Makes a name for the run directory from a file's name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-_.") or "rows"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-_.")
+    return name[:LONGEST_NAME] or "rows"
 
 
 def _base(base: str | None, folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import make_rows, write_jsonl
 
 from finequant.evaluate.check import check_rows
 from finequant.finetune.data import starter
@@ -831,6 +831,13 @@ def test_a_pattern_of_texts_is_read_and_a_folder_of_them_names_it(tmp_path):
 )
 def test_a_recipe_is_named_after_its_rows(data, recipe):
     assert str(starter.default_target(Path(data))) == recipe
+
+
+def test_a_recipe_whose_rows_have_a_long_name_is_valid(tmp_path, tiny_base):
+    rows, target = tmp_path / f"{'a' * 200}.jsonl", tmp_path / f"{'a' * 200}.yaml"
+    write_jsonl(rows, make_rows(range(8)))
+    write_recipe(rows, None, str(tiny_base), None, target)
+    assert load_recipe(target, []).name == "a" * 100
 
 
 def write_splits(folder: Path, kind: str, names: Sequence[str]) -> Path:

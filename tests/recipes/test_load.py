@@ -349,6 +349,7 @@ def test_missing_files_are_listed_at_once_and_long_values_are_cut(write):
         ("lora.rank=&a [*a]", "nested too deeply, or inside itself"),
         ("lora.rank=!!python/object:os.system {}", "!!python/object:os.system is not understood"),
         ("name=2024-05-01", "date is not understood (value '2024-05-01')"),
+        (f"name={'a' * 101}", "name: expected to have at most 100 characters (value 'aaa"),
         ("name.first=a", "command line: name.first=a: the recipe has no name.first"),
         ("publish.repo_id=me", "publish.repo_id: expected a Hub repository: your-name/"),
         ("publish.license_name=mine", ": license: other needs license_name and license_link, whic"),
