@@ -21,7 +21,8 @@ import typer
 
 from finequant.recipes.commands.parameters import Overrides, RecipePath
 from finequant.recipes.commands.preflight import refuse_early
-from finequant.recipes.errors import CRASHES, OutsideError
+from finequant.recipes.errors import CRASHES, OutsideError, report_user_errors
+from finequant.recipes.interrupt import SIGNALS
 from finequant.recipes.locate import locate_launch
 from finequant.recipes.terminal import (
     STAGE,
@@ -155,7 +156,14 @@ def _run_stage(module: str, arguments: list[str], position: str) -> None:
         return
     os.environ[STAGE] = position
     restart_clock()
-    import_module(module).main(arguments)
+    with report_user_errors():  # importing takes seconds
+        main = import_module(module).main
+    # A signal that a terminal sends to all processes is also forwarded, perhaps after the stage's
+    # last line: it must not change the exit code.
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    main(arguments)
 
 
 def _say_what_next(recipe: Recipe, directory: RunDir, passed: bool) -> None:

@@ -96,21 +96,30 @@ from multiprocessing import get_context
 from finequant.recipes.commands import pipeline
 from finequant.recipes.errors import report_user_errors
 pipeline.processes = lambda: get_context("forkserver")
-pipeline.MODULES["train"] = "has_a_lock"
+pipeline.MODULES["train"] = "the_stage"
 with report_user_errors():
     pipeline._start_importing()
     sys.exit(pipeline._start(["train"], '["1/1", []]', [], []))
 """
 HAS_A_LOCK = """
-import time
-from multiprocessing import RLock
+import os, time
+from multiprocessing import RLock, util
+from finequant.recipes.interrupt import SIGNALS
 from finequant.recipes.errors import report_user_errors
 
 def main(arguments):
     with report_user_errors():
         lock = RLock()
+        for number in SIGNALS:  # forwarded after the last line
+            util.Finalize(None, os.kill, args=(os.getpid(), number), exitpriority=1)
         print("ready", flush=True)
         time.sleep(60)
+"""
+
+IMPORTS_FOR_LONG = """
+import time
+print("ready", flush=True)
+time.sleep(60)
 """
 
 
@@ -264,9 +273,10 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is a fork server")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_all_processes_of_a_run_is_one_line(tmp_path, number):
+@pytest.mark.parametrize("stage", [HAS_A_LOCK, IMPORTS_FOR_LONG], ids=["working", "importing"])
+def test_a_signal_to_all_processes_of_a_run_is_one_line(tmp_path, stage, number):
     """A closed terminal sends SIGHUP, which multiprocessing's resource tracker does not ignore."""
-    (tmp_path / "has_a_lock.py").write_text(HAS_A_LOCK)
+    (tmp_path / "the_stage.py").write_text(stage)
     process = start(HANGS_UP, start_new_session=True, cwd=tmp_path)
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=PATIENCE)
