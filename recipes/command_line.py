@@ -132,8 +132,6 @@ def quiet_libraries() -> None:
     logging.getLogger("trl.trainer.sft_trainer").addFilter(
         lambda record: "padding-free training" not in record.getMessage()
     )
-    # bitsandbytes advises, for CPUs with bfloat16, a package of kernels that it downloads.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # check_merge and evaluation let accelerate leave on disk what does not fit in memory.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
