@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -215,6 +216,8 @@ WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 MOST_ROOM = 10**9
 """Bytes that may be free on a disk that was too full to write to: what failed may be removed."""
 
+DISK = "no space left on the disk, or the disk failed: free some space"
+
 LOST = "another process of this run has ended, or cannot be reached; its last line says why"
 
 TOO_LARGE = (
@@ -222,15 +225,16 @@ TOO_LARGE = (
     "disk"
 )
 
-# What libraries say when a resource runs out, or when a process that computes with this one is
-# gone (gloo, NCCL, torch's store) -> what to do. torch.save and numpy's tofile hide the reason.
+# Patterns of what libraries say when a resource runs out, or when a process that computes with this
+# one is gone (gloo, NCCL, torch's store) -> what to do. torch.save and numpy's tofile hide the
+# reason.
 LIMITS = {
     "No space left on device": "no space left on the disk: free some space",
     "Disk quota exceeded": "your quota of the disk is used up: free some space",
     "File too large": TOO_LARGE,
-    "PytorchStreamWriter failed": "no space left on the disk, or the disk failed: free some space",
-    "unexpected pos": "no space left on the disk, or the disk failed: free some space",
-    " requested and ": "no space left on the disk, or the disk failed: free some space",
+    "PytorchStreamWriter failed": DISK,
+    "unexpected pos": DISK,
+    r"\d requested and \d+ written": DISK,
     "Read-only file system": "the file system is read-only: make it writable",
     "Permission denied": "no permission to write here: make it writable",
     "Operation not permitted": "no permission to write here: make it writable",
@@ -250,7 +254,7 @@ def _outside_cause(error: BaseException | None) -> str | None:
         return None
     message = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
     for pattern, advice in LIMITS.items():
-        if pattern.lower() in message.lower():
+        if re.search(pattern, message, re.IGNORECASE):
             return advice + (_least_room() if advice.startswith("no space") else "")
     return _outside_cause(error.__cause__ or error.__context__)
 

@@ -114,6 +114,11 @@ def test_a_bug_keeps_its_traceback():
         1 / 0  # noqa: B018
 
 
+def test_words_that_numpy_uses_for_a_full_disk_may_mean_something_else():
+    with pytest.raises(RuntimeError), report_user_errors():
+        raise RuntimeError("bf16 was requested and is not there")
+
+
 @pytest.mark.parametrize(
     "original",
     [
