@@ -18,8 +18,15 @@ from transformers import AttentionInterface
 NAME = "rows"
 """Its name in transformers. There is no mask: each token attends to its own row, up to itself."""
 
+BATCH = "batch"
+"""The name of the one for rows of one length, without padding."""
+
 MAX_PRODUCT_LENGTH = 1024
 """Maximum tokens of a row for which the plain products are faster."""
+
+QUERIES_AT_ONCE = 128
+"""Tokens of a row that are multiplied at once with the keys up to the last of them; no product of
+theirs with later keys is needed."""
 
 
 def condensed(inputs: dict[str, Any], targets: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
@@ -108,14 +115,28 @@ def _products(
     groups = key.shape[0]
     # The heads of a group lie end to end, so that its keys and values need no copies.
     query = query.view(groups, heads // groups, rows, longest, size).transpose(1, 2)
-    query = query.reshape(groups * rows, -1, size)
     key, value = key.flatten(0, 1), value.flatten(0, 1)
-    later = torch.full((longest, longest), -torch.inf, dtype=query.dtype, device=query.device)
-    bias = later.triu_(1).repeat(heads // groups, 1).expand(len(query), -1, -1)
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling)
-    mixed = scores.softmax(-1) @ value
-    mixed = mixed.view(groups, rows, heads // groups, longest, size)
-    return mixed.permute(1, 3, 0, 2, 4).flatten(2, 3)
+    ends = range(QUERIES_AT_ONCE, longest + QUERIES_AT_ONCE, QUERIES_AT_ONCE)
+    parts = [
+        _product(part, key[:, :end], value[:, :end], scaling)
+        for part, end in zip(query.split(QUERIES_AT_ONCE, -2), ends, strict=True)
+    ]
+    return torch.cat(parts, -2).permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+
+def _product(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Computes attention for consecutive tokens, which are the last ones that keys are given for.
+
+    query [groups, rows, heads of a group, tokens, size]; key and value [groups * rows, keys, size].
+    """
+    keys, tokens = key.shape[1], query.shape[3]
+    later = torch.full((tokens, keys), -torch.inf, dtype=query.dtype, device=query.device)
+    bias = later.triu_(keys - tokens + 1).repeat(query.shape[2], 1).expand(len(key), -1, -1)
+    queries = query.reshape(len(key), -1, query.shape[-1])
+    scores = torch.baddbmm(bias, queries, key.transpose(1, 2), alpha=scaling)
+    return (scores.softmax(-1) @ value).view(query.shape)
 
 
 def _fused(
@@ -129,4 +150,23 @@ def _fused(
     return mixed.transpose(1, 2)
 
 
+def attend_in_batch(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Computes causal attention of rows that are equally long, [rows, tokens, heads, size].
+
+    query [rows, heads, tokens, size]; key and value [rows, groups, tokens, size].
+    """
+    attend = _products if query.shape[2] <= MAX_PRODUCT_LENGTH else _fused
+    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    return attend(query, key, value, scaling), None
+
+
 AttentionInterface.register(NAME, attend_within_rows)
+AttentionInterface.register(BATCH, attend_in_batch)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finequant.finetune import attention
 from finequant.finetune.architecture import EMBEDDING
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
@@ -133,4 +134,7 @@ def _model(
             return FakeQuantEmbedding(start, bits, dtype, float_weight)
         return FakeQuantScales(start, bits, dtype, float_weight, bias=bias)
 
-    return assembled(config, weights, plan, dtype, make)
+    model = assembled(config, weights, plan, dtype, make)
+    if device().type == "cpu":
+        model.set_attn_implementation(attention.BATCH)
+    return model

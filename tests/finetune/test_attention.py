@@ -18,10 +18,14 @@ def rows():
     return [torch.randint(256, (length,), generator=generator).tolist() for length in (5, 19, 8)]
 
 
-@pytest.fixture(params=[attention.MAX_PRODUCT_LENGTH, 4], ids=["products", "fused"])
+@pytest.fixture(
+    params=[{}, {"QUERIES_AT_ONCE": 4}, {"MAX_PRODUCT_LENGTH": 4}],
+    ids=["products", "products in parts", "fused"],
+)
 def models(request, tiny_base, monkeypatch):
     """The tiny Llama twice: with transformers' attention, and with ours."""
-    monkeypatch.setattr(attention, "MAX_PRODUCT_LENGTH", request.param)
+    for name, value in request.param.items():
+        monkeypatch.setattr(attention, name, value)
     usual = AutoModelForCausalLM.from_pretrained(tiny_base)
     ours = copy.deepcopy(usual)
     ours.set_attn_implementation(attention.NAME)
@@ -44,6 +48,13 @@ def test_rows_are_as_if_each_were_alone(models, rows):
     del batch["labels"]
     expected = torch.cat([usual(torch.tensor([row])).logits[0] for row in rows])
     check_same(models, expected, ours(**batch, use_cache=False).logits[0])
+
+
+def test_rows_of_one_length_are_as_if_each_were_alone(models):
+    usual, ours = models
+    ours.set_attn_implementation(attention.BATCH)
+    ids = torch.randint(256, (3, 11), generator=torch.Generator().manual_seed(0))
+    check_same(models, usual(ids).logits, ours(ids, use_cache=False).logits)
 
 
 def test_tokens_that_change_no_prediction_are_left_out(models, rows):
