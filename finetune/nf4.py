@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from finequant.finetune.architecture import layer_shapes
+from finequant.finetune.device import trains_on_cpu
 from finequant.finetune.model import load_base, load_config, stored_dtype
 from finequant.finetune.processes import sharding
 from finequant.recipes.errors import UserError
@@ -18,6 +20,12 @@ from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from finequant.finetune.architecture import Decoder
+
+BLOCK = 64
+"""Weights that share a scale."""
+
+PACKS = "support_avx512bf16_for_cpu"
+"""The attribute of bitsandbytes' layers by which they pack their weights in an evaluation."""
 
 BITS = 4.127
 """Bits per weight: a code, and a 64th of a scale, itself quantized in groups of 256 scales."""
@@ -27,8 +35,8 @@ def check_nf4(recipe: Recipe) -> None:
     """Checks that a base in four bits, if the recipe asks for one, can be trained on.
 
     Raises:
-        UserError: if bitsandbytes is not installed, LoRA's initialization would change the base, or
-            the launcher splits the weights.
+        UserError: if bitsandbytes is not installed, LoRA's initialization would change the base,
+            the launcher splits the weights, or bitsandbytes cannot compute with them.
     """
     if recipe.model.load != "nf4":
         return
@@ -49,6 +57,22 @@ def check_nf4(recipe: Recipe) -> None:
             "hold all of an nf4 base: use recipes/accelerate/several_gpus.yaml, or set "
             "model.load=float"
         )
+    if trains_on_cpu():
+        _check_blocks(recipe)
+
+
+def _check_blocks(recipe: Recipe) -> None:
+    """Refuses layers whose rows do not consist of whole blocks of weights that share a scale.
+
+    With AVX-512, bitsandbytes (0.50) dequantizes them with the scales of other blocks:
+    backends/cpu/ops.py takes it that each row begins a block. To be removed once it does not.
+    """
+    for name, (_, columns) in layer_shapes(load_config(recipe.model)).items():
+        if columns % BLOCK:
+            raise UserError(
+                f"model.load: bitsandbytes needs inputs of a multiple of {BLOCK} for nf4 on a CPU, "
+                f"and {name} has {columns}: train on a GPU, or set model.load=float"
+            )
 
 
 def load_trained_base(recipe: Recipe, dtype: torch.dtype) -> Decoder:
@@ -63,6 +87,12 @@ def load_trained_base(recipe: Recipe, dtype: torch.dtype) -> Decoder:
         for weight in base.parameters():  # a view of the file would keep all of it mapped
             if weight.device.type == "cpu" and weight.is_floating_point():
                 weight.data = weight.data.clone()
+    # On a CPU with avx512_bf16, bitsandbytes (0.50) packs weights anew in the first evaluation, in
+    # Linear4bit.forward, and training after that gets no gradient through them. To be removed once
+    # they are unpacked when training goes on.
+    for module in base.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
     return base
 
 

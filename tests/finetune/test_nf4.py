@@ -14,15 +14,22 @@ from finequant.recipes.errors import UserError
 from finequant.recipes.load import load_recipe
 
 
+@pytest.fixture
+def base(llama) -> Path:
+    """A tiny Llama whose rows consist of whole blocks of 64 weights."""
+    return llama("of_blocks", intermediate_size=192)
+
+
 @pytest.mark.slow
-def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_file, tiny_base):
+def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_file, base):
     from safetensors.torch import load_file
 
     from finequant.finetune.train import main as train
     from finequant.quantize.convert import main as quantize
     from finequant.quantize.export import main as export
 
-    overrides = [str(recipe_file), "model.load=nf4", "train.learning_rate=1e-2", "train.epochs=4"]
+    overrides = [str(recipe_file), f"model.base={base}", "model.load=nf4", "train.epochs=4"]
+    overrides += ["train.learning_rate=1e-2"]
     overrides += ["quantize.method=rtn", "quantize.rotate=false", "quantize.keep_merged=true"]
     train(overrides)
     run = recipe_file.parent / "run"
@@ -35,11 +42,11 @@ def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_
     quantize(overrides)  # compares with plain transformers and peft on the float base
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     merged = load_file(run / "merged" / "model.safetensors")
-    base = load_file(tiny_base / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     name, scaling = "model.layers.0.self_attn.q_proj", config["lora_alpha"] / config["r"]
     up, down = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
-    expected = base[f"{name}.weight"].float() + scaling * up.float() @ down.float()
+    expected = weights[f"{name}.weight"].float() + scaling * up.float() @ down.float()
     torch.testing.assert_close(
         merged[f"{name}.weight"].float(), expected, atol=1e-2 * expected.std(), rtol=0.01
     )
@@ -47,13 +54,13 @@ def test_training_sees_nf4_and_the_adapter_is_merged_into_the_float_base(recipe_
     assert list((run / "exports" / "gguf").glob("*.gguf"))
 
 
-def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
+def test_every_linear_layer_but_the_head_is_nf4(recipe_file, base):
     import bitsandbytes
     from bitsandbytes.functional import dequantize_4bit
 
     from finequant.finetune.model import load_base
 
-    recipe = load_recipe(recipe_file, ["model.load=nf4"])
+    recipe = load_recipe(recipe_file, [f"model.base={base}", "model.load=nf4"])
     held, stored = (load(recipe) for load in (_held, lambda r: load_base(r.model, torch.float32)))
     linear = [
         name
@@ -69,20 +76,42 @@ def test_every_linear_layer_but_the_head_is_nf4(recipe_file):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
-def test_a_base_in_nf4_does_not_keep_its_files_mapped(recipe_file, llama):
-    folder = llama("mapped")
-    held = _held(load_recipe(recipe_file, [f"model.base={folder}", "model.load=nf4"]))
+def test_a_base_in_nf4_does_not_keep_its_files_mapped(recipe_file, base):
+    held = _held(load_recipe(recipe_file, [f"model.base={base}", "model.load=nf4"]))
     assert held.lm_head.weight.device.type == "cpu"
-    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert str(base) not in Path("/proc/self/maps").read_text()
+
+
+def test_gradients_after_an_evaluation_are_those_before_it(recipe_file, base):
+    """On a CPU with avx512_bf16, bitsandbytes packs weights when it evaluates; no gradient passed."""
+    held = _held(load_recipe(recipe_file, [f"model.base={base}", "model.load=nf4"]))
+    embedded = torch.randn(1, 5, held.config.hidden_size)
+
+    def gradient() -> torch.Tensor:
+        inputs = embedded.clone().requires_grad_()
+        held.train()(inputs_embeds=inputs).logits.square().sum().backward()
+        return inputs.grad
+
+    before = gradient()
+    with torch.no_grad():
+        held.eval()(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(gradient(), before)
+
+
+def test_rows_of_broken_blocks_are_refused_on_a_cpu(recipe_file, llama):
+    base = llama("broken", intermediate_size=160)
+    recipe = load_recipe(recipe_file, [f"model.base={base}", "model.load=nf4"])
+    with pytest.raises(UserError, match=r"model.load: .* multiple of 64 .*down_proj has 160"):
+        check_nf4(recipe)
 
 
 @pytest.mark.parametrize("load", ["float", "nf4"])
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_infinite_and_nan_weights_are_refused_in_float_and_nf4(recipe_file, llama, load, number):
+def test_infinite_and_nan_weights_are_refused_in_float_and_nf4(recipe_file, base, load, number):
     """Packed weights are integers, which are always finite."""
     from safetensors.torch import load_file, save_file
 
-    base, name = llama("damaged"), "model.layers.1.mlp.up_proj.weight"
+    name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(base / "model.safetensors")
     tensors[name][7, 3] = number
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
