@@ -58,9 +58,11 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def accelerator() -> Iterator[None]:
-    """Makes a CPU work, inside the block, in an accelerator's pieces and lists of tensors."""
+    """Makes a CPU work, inside the block, in an accelerator's pieces and lists of tensors; in
+    float32 on every processor, as for the counts of before."""
     at_once, devices = device.IN_ONE_LAUNCH, "_get_foreach_kernels_supported_devices"
     with (
+        patch.object(device, "_bf16", lambda: (False, "this CPU")),
         patch.object(device, "IN_CACHE", at_once),
         patch.object(method, "ROWS", 1 << 20),
         patch.object(optimizer, devices, lambda: ["cpu"]),

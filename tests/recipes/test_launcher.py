@@ -107,7 +107,10 @@ SAVES = """
 import os, pathlib, signal, time
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+pathlib.Path({file!r} + os.environ["RANK"]).touch()
 if os.environ["RANK"] == "0":
+    while not all(pathlib.Path({file!r} + rank).exists() for rank in "012"): time.sleep(0.01)
+    time.sleep(1)  # a launcher that is still starting processes does not wait for any
     os.kill(os.getppid(), signal.SIGTERM)
     while not stopped: time.sleep(0.01)
     time.sleep(35)
