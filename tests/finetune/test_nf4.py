@@ -83,7 +83,7 @@ def test_a_base_in_nf4_does_not_keep_its_files_mapped(recipe_file, base):
 
 
 def test_gradients_after_an_evaluation_are_those_before_it(recipe_file, base):
-    """On a CPU with avx512_bf16, bitsandbytes packs weights to evaluate; no gradient passed then."""
+    """bitsandbytes packs weights to evaluate on avx512_bf16: no gradient passed them then."""
     held = _held(load_recipe(recipe_file, [f"model.base={base}", "model.load=nf4"]))
     embedded = torch.randn(1, 5, held.config.hidden_size)
 
