@@ -1,5 +1,5 @@
-"""Attention on a CPU: rows lie end to end without padding, products stay in bf16, and a beginning
-that all rows share, such as a system message, is computed once.
+"""Attention on a CPU, without padding: rows lie end to end or have one length, products stay in
+bf16, and a beginning that rows end to end share, such as a system message, is computed once.
 
 For rows of a few hundred tokens, which fine-tuning has, the backward pass of torch's fused
 attention takes 5 to 30 times longer than these plain products (torch 2.13, CPU). Remove this
@@ -16,10 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "rows"
-"""Its name in transformers. There is no mask: each token attends to its own row, up to itself."""
+"""What transformers calls attention within rows that lie end to end. There is no mask: each token
+attends to its own row, up to itself."""
 
 BATCH = "batch"
-"""The name of the one for rows of one length, without padding."""
+"""What transformers calls causal attention of rows of one length."""
 
 MAX_PRODUCT_LENGTH = 1024
 """Maximum tokens of a row for which the plain products are faster."""
