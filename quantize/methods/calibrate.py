@@ -26,6 +26,7 @@ from finequant.finetune.processes import add_up, decided_by_first, rows_of_share
 from finequant.quantize.checkpoint.blocks import (
     HALVES,
     Rotary,
+    add_attention,
     decoder_block,
     embed,
     normed,
@@ -161,7 +162,8 @@ class Calibrator:
                 if layers:
                     yield from self._quantize_sharing(blocks, half, layers, start)
             self._advance(self._exact, half, blocks.exact)
-            self._advance(self._quantized, half, blocks.quantized)
+            if not self.steps or half is add_attention:  # trained, the block starts anew
+                self._advance(self._quantized, half, blocks.quantized)
         if start:
             self._quantized = inputs
             trained = reconstruct(block, start, inputs, self._exact, self._rotary, self.steps)
