@@ -15,7 +15,7 @@ from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.messages import calls_of, transcript, turns_in
 from finequant.finetune.data.rows import ANSWERS, BESIDE, mapped_columns, mapped_paths
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, shown
 
 QUESTIONS = (
     *("question", "query", "prompt", "text", "sentence", "dialogue", "document", "article"),
@@ -190,11 +190,34 @@ def filled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
+def not_texts(rows: Sequence[dict[str, Any]]) -> str:
+    """Lists the columns with values that JSON does not have, such as dates and bytes, with an
+    example of each; empty if there are none."""
+    usual = (str, int, float, Decimal, list, dict)
+    values = {name: value for name, value in filled(rows).items() if value is not None}
+    others = {name: value for name, value in values.items() if not isinstance(value, usual)}
+    return ", ".join(f"{name} ({shown(value)})" for name, value in others.items())
+
+
 def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
-    """Finds a list that has several objects in every row, such as the completions of several
-    models, if the answer is in the first object."""
-    name, _, inside = answer.partition("[0].")
-    return name if inside and min(lengths_of(rows, name), default=0) > 1 else None
+    """Finds a list of several answers, of which this is the first: objects, several in every row,
+    such as the completions of several models, or texts beside a list of as many ratings."""
+    name, is_entry, inside = answer.partition("[0]")
+    lengths = lengths_of(rows, name)
+    if inside.startswith("."):
+        return name if min(lengths, default=0) > 1 else None
+    others = [other for other in filled(rows) if other != name and _are_numbers(rows, other)]
+    is_rated = any(lengths_of(rows, other) == lengths for other in others)
+    return name if is_entry and is_rated and max(lengths) > 1 else None
+
+
+def _are_numbers(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    """Says whether a column holds lists of numbers or truth values, and nothing else."""
+    return all(
+        isinstance(values := row.get(name), list)
+        and all(isinstance(value, (int, float)) for value in values)
+        for row in rows
+    )
 
 
 def lengths_of(rows: Sequence[dict[str, Any]], path: str) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from conftest import make_rows, write_jsonl
 from finequant.evaluate.check import check_rows
 from finequant.finetune.data import starter
 from finequant.finetune.data.columns import joined
+from finequant.finetune.data.guess import look_at
 from finequant.finetune.data.splits import load_splits
 from finequant.finetune.data.starter import write_recipe
 from finequant.recipes.errors import UserError
@@ -158,8 +161,41 @@ KINDS = {
             {"messages": [{"role": "user", "content": f"call {n}"}, CALL, *chat(n)]}
             for n in range(40)
         ],
-        ["f1", "rouge"],
+        ["tool_call_match", "f1"],
         ("call 0", ""),
+    ),
+    "calls in all turns": (
+        [
+            {"messages": [{"role": "user", "content": f"call {n}"}, CALL, *chat(n)[:1], CALL]}
+            for n in range(40)
+        ],
+        ["tool_call_match"],
+        ("call 0", ""),
+    ),
+    "a form of calls in the system message, which are never made": (
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": '<tool_call>{"name": ...}</tool_call>'},
+                    *chat(n),
+                ]
+            }
+            for n in range(40)
+        ],
+        ["f1", "rouge"],
+        ("say 0", "no"),
+    ),
+    "calls in a column, or words": (
+        [
+            {
+                "query": f"call {n}",
+                "answers": json.dumps([{"name": "f", "arguments": {}}]) if n % 2 else "no",
+                "tools": json.dumps([{"name": "f", "description": "", "parameters": {}}]),
+            }
+            for n in range(40)
+        ],
+        ["tool_call_match", "f1"],
+        ("call 0", "no"),
     ),
     "turns without calls in a table, which has a key for them": (
         [{"messages": [{**turn, "tool_calls": None} for turn in chat(n)]} for n in range(40)],
@@ -228,7 +264,7 @@ KINDS = {
             }
             for n in range(40)
         ],
-        ["tool_call_match"],
+        ["tool_call_match", "f1"],
         ("call 0", "no"),
     ),
     "functions that are never called": (
@@ -350,6 +386,22 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
         r"several completions: if the first .* --completion 'completions\[0\].response'; if not",
         {"completion": "completions[0].response"},
     ),
+    "texts with a rating for each": (
+        [
+            {**row, "completions": [words(n, "a"), words(n, "b")], "labels": [False, True]}
+            for n, row in enumerate(unlike("prompt"))
+        ],
+        r"several completions: if the first .*'completions\[0\]'; .*steps, add --completion compl",
+        {"completion": "{completions:lines}"},
+    ),
+    "texts with scores": (
+        [
+            {**row, "responses": [words(n, i) for i in "abc"[n % 3 :]], "ranks": [n] * (3 - n % 3)}
+            for n, row in enumerate(unlike("question"))
+        ],
+        "several responses: if the first is always right",
+        {"completion": "responses[0]"},
+    ),
     "only keys, links and dates beside a question": (
         [
             {"question": words(n, "q"), "uri": f"https://example/{n}", "day": f"2024-01-{n}"}
@@ -399,6 +451,15 @@ def test_columns_that_may_belong_to_a_question_are_asked_for(tmp_path, kind):
         look = write_recipe(file, None, None, None, target, columns)
         assert columns.items() <= look.columns.items()
         assert load_splits(load_recipe(target, ["data.bad_rows=drop"]).data, 0).train
+
+
+@pytest.mark.parametrize("value", [date(2024, 1, 31), b"\xff", UUID(int=1)])
+@pytest.mark.parametrize("given", [{}, {"completion": "due"}, {"prompt": "q", "completion": "due"}])
+def test_a_column_of_parquet_that_is_not_text_is_named(value, given):
+    rows = [{"q": words(n, "q"), "due": value, "done": None} for n in range(40)]
+    with pytest.raises(UserError) as error:
+        look_at(rows, "rows.parquet", None, given)
+    assert f"not text: due ({value!r}): to use it, write it as text" in str(error.value)
 
 
 def test_a_sorted_file_is_seen_as_a_whole(tmp_path, monkeypatch):
