@@ -25,8 +25,8 @@ from finequant.finetune.data.guess_columns import (
     lengths_of,
     named_like,
     not_texts,
-    rated_answers,
     right_choice,
+    several_answers,
     top_of,
     unread_columns,
     with_names,
@@ -139,8 +139,8 @@ def _chats(
 def _asked_turns(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
     """Returns the turns of a conversation that models will be asked for: the last or, in one with
     calls, all of the assistant's."""
-    turns = _turns(row, path)
-    return list(filter(_is_answer, turns)) if any(map(_has_calls, turns)) else turns[-1:]
+    answers = list(filter(_is_answer, _turns(row, path)))
+    return answers if any(map(_calls, answers)) else answers[-1:]
 
 
 def _turns(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
@@ -154,16 +154,11 @@ def _is_answer(turn: dict[str, Any]) -> bool:
     return ROLES[str(turn.get("role", turn.get("from"))).lower()] == "assistant"
 
 
-def _has_calls(turn: dict[str, Any]) -> bool:
-    """Says whether a turn calls functions otherwise than in its text."""
-    calls = turn.get("tool_calls") or turn.get("function_call")
-    return bool(calls) or turn.get("from") == "function_call"
-
-
 def _calls(turn: dict[str, Any]) -> bool:
     """Says whether a turn calls functions, in one layout or another."""
-    texts = (text for text in turn.values() if isinstance(text, str))
-    return _has_calls(turn) or any(map(CALL.search, texts))
+    if turn.get("tool_calls") or turn.get("function_call") or turn.get("from") == "function_call":
+        return True
+    return any(bool(CALL.search(text)) for text in turn.values() if isinstance(text, str))
 
 
 def _pairs(
@@ -195,12 +190,12 @@ def _pairs(
         _refuse_left_out(left_out(rows, flat, chosen), rows, data, chosen)
     if _turns(rows[0], answer):  # a list of messages, as the API of OpenAI writes
         return _chats(rows, task, answer, chosen)
-    if "completion" not in given and (several := rated_answers(rows, answer)):
-        steps = answer == f"{several}[0]"
+    if "completion" not in given and (several := several_answers(rows, answer)):
+        parts = f"; if all belong to it, add {_options('completion', [f'{several}:lines'])}"
         raise UserError(
-            f"{data}: each row has several {several}: if the first is always right, add "
-            f"--completion {shlex.quote(answer)}; if not, write the best one into a column first"
-            + (f"; if they are steps, add --completion {several}:lines" if steps else "")
+            f"{data}: a row has several {several}: if the first is always the answer, add "
+            f"--completion {shlex.quote(answer)}{parts if answer.endswith('[0]') else ''}; if not, "
+            "write the best one into a column first"
         )
     if _ends_in_answer(rows[0], chosen["prompt"]):
         chosen["prompt"] = f"{{{chosen['prompt']}}}"  # as text: what follows is no further turn

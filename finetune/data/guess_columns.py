@@ -67,8 +67,9 @@ def columns_of_pair(
         )
     elif answer is None and not named_like(answers, ANSWERS):
         answer = _only(n for n in rest if is_prose(t := _column(rows, n)) or is_label(t))
-        if question == "text" and answer and not is_label(_column(rows, answer)):
-            answer = None  # such as the title of a text
+        is_title = question == "text" and answer and not is_label(_column(rows, answer))
+        if is_title or (answer and _numbered(answer) == _numbered(question or "")):
+            answer = None  # such as sentence2 beside sentence1, for which a number is the answer
     elif question is None:
         question = _only(name for name in rest if is_prose(_column(rows, name)))
     if question is None or answer is None:
@@ -199,16 +200,19 @@ def not_texts(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{name} ({shown(value)})" for name, value in others.items())
 
 
-def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
-    """Finds a list of several answers, of which this is the first: objects, several in every row,
-    such as the completions of several models, or texts beside a list of as many ratings."""
+def several_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
+    """Finds a list of several answers, of which this is the first: objects, such as the completions
+    of several models, in every row, or texts, unless they are other words for an answer, as in
+    SQuAD. With as many numbers beside them, they are rated."""
     name, is_entry, inside = answer.partition("[0]")
     lengths = lengths_of(rows, name)
     if inside.startswith("."):
         return name if min(lengths, default=0) > 1 else None
+    if not is_entry or max(lengths) < 2:
+        return None
     others = [other for other in filled(rows) if other != name and _are_numbers(rows, other)]
     is_rated = any(lengths_of(rows, other) == lengths for other in others)
-    return name if is_entry and is_rated and max(lengths) > 1 else None
+    return name if is_rated or not named_like([name], ["answer"]) else None
 
 
 def _are_numbers(rows: Sequence[dict[str, Any]], name: str) -> bool:
@@ -292,8 +296,13 @@ def _named(columns: list[str], words: Sequence[str]) -> str | None:
     as one.
     """
     like = named_like(columns, words)
-    is_one = len({re.sub(r"\d+$", "", name) for name in like}) == 1
+    is_one = len(set(map(_numbered, like))) == 1
     return _exactly(columns, words) or (like[0] if is_one else None)
+
+
+def _numbered(name: str) -> str:
+    """Returns the name of a column without a number at its end."""
+    return re.sub(r"\d+$", "", name)
 
 
 def _exactly(columns: list[str], words: Sequence[str]) -> str | None:

@@ -111,6 +111,17 @@ KINDS = {
         ["exact_match", "multiple_choice"],
         ("he is 0", "no"),
     ),
+    "answers in other words": (
+        [
+            {
+                "question": f"who is {n}?",
+                "answers": {"text": [f"it, {n}, is", f"{n}"], "at": [n, n]},
+            }
+            for n in range(40)
+        ],
+        ["exact_match", "f1"],
+        ("who is 0?", "it, 0, is"),
+    ),
     "passages and questions": (
         [
             {"passage": f"in {n} it was", "question": f"was {n}?", "answer": n % 2 == 0}
@@ -171,6 +182,21 @@ KINDS = {
         ],
         ["tool_call_match"],
         ("call 0", ""),
+    ),
+    "calls that are text, and then an answer in words": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": f"call {n}"},
+                    {"from": "gpt", "value": '<tool_call>\n{"name": "f", "arguments": {}}'},
+                    {"from": "tool", "value": "1"},
+                    {"from": "gpt", "value": "one"},
+                ]
+            }
+            for n in range(40)
+        ],
+        ["tool_call_match", "f1"],
+        ("call 0", '<tool_call>\n{"name": "f", "arguments": {}}'),
     ),
     "a form of calls in the system message, which are never made": (
         [
@@ -383,7 +409,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
             {**row, "completions": [{"response": words(n, "a")}, {"response": "bad"}]}
             for n, row in enumerate(unlike("instruction"))
         ],
-        r"several completions: if the first .* --completion 'completions\[0\].response'; if not",
+        r"several completions: if the first .* --completion 'completions\[0\].response'; if not, w",
         {"completion": "completions[0].response"},
     ),
     "texts with a rating for each": (
@@ -391,16 +417,29 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, str]]] = {
             {**row, "completions": [words(n, "a"), words(n, "b")], "labels": [False, True]}
             for n, row in enumerate(unlike("prompt"))
         ],
-        r"several completions: if the first .*'completions\[0\]'; .*steps, add --completion compl",
+        r"several completions: if the first .*'completions\[0\]'; if all .*completions:lines; if n",
         {"completion": "{completions:lines}"},
     ),
-    "texts with scores": (
+    "answers with scores": (
         [
-            {**row, "responses": [words(n, i) for i in "abc"[n % 3 :]], "ranks": [n] * (3 - n % 3)}
+            {**row, "answers": [words(n, i) for i in "abc"[n % 3 :]], "ranks": [n] * (3 - n % 3)}
             for n, row in enumerate(unlike("question"))
         ],
-        "several responses: if the first is always right",
-        {"completion": "responses[0]"},
+        "several answers: if the first is always the answer",
+        {"completion": "answers[0]"},
+    ),
+    "several labels in a few rows": (
+        [
+            {**row, "labels": ["a", "b"] if n == 9 else ["ab"[n % 2]]}
+            for n, row in enumerate(unlike("text"))
+        ],
+        "several labels: .* if all belong to it, add --completion labels:lines; if not, write",
+        {"completion": "{labels:lines}"},
+    ),
+    "a score of two numbered texts": (
+        [{**row, "score": n / 7} for n, row in enumerate(unlike("sentence1", "sentence2"))],
+        "which column is the question and which the answer",
+        {"prompt": joined(["sentence1", "sentence2"]), "completion": "score"},
     ),
     "only keys, links and dates beside a question": (
         [
@@ -483,7 +522,7 @@ def test_a_sorted_file_is_seen_as_a_whole(tmp_path, monkeypatch):
         write_recipe(file, None, None, None, tmp_path / f"{kind}.yaml")
         recipes[kind] = load_recipe(tmp_path / f"{kind}.yaml")
     assert recipes["classes"].data.train[0].columns["completion"] == "label_text"
-    assert recipes["calls"].evaluate.metrics == ["tool_call_match"]
+    assert recipes["calls"].evaluate.metrics == ["tool_call_match", "f1"]
     assert recipes["lengths"].evaluate.max_new_tokens > 400
     assert recipes["numbers"].evaluate.metrics != ["number_match"]
 
