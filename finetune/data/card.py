@@ -80,15 +80,15 @@ def _files_in(card: Path) -> dict[tuple[str, str], list[Path]]:
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    found = {}
+    described: dict[tuple[str, str], list[Path]] = {}
     # These are the errors of YAML, of `datasets`, and of patterns that are URLs.
     with suppress(Exception):
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard(metadata).data)
         for config, values in configs.items():
             for split, patterns in sanitize_patterns(values.get("data_files") or []).items():
                 files = {file for pattern in patterns for file in files_in(card.parent, pattern)}
-                found[config, split] = sorted(files)
-    return found
+                described[config, split] = sorted(files)
+    return described
 
 
 @cache

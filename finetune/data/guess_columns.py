@@ -210,8 +210,8 @@ def several_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
         return name if min(lengths, default=0) > 1 else None
     if not is_entry or max(lengths) < 2:
         return None
-    others = [other for other in filled(rows) if other != name and _are_numbers(rows, other)]
-    is_rated = any(lengths_of(rows, other) == lengths for other in others)
+    ratings = [column for column in filled(rows) if column != name and _are_numbers(rows, column)]
+    is_rated = any(lengths_of(rows, column) == lengths for column in ratings)
     return name if is_rated or not named_like([name], ["answer"]) else None
 
 
