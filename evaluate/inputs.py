@@ -53,7 +53,9 @@ class Material:
         from finequant.quantize.size.terms import Lengths
 
         longest_prompt = max(map(len, self.prompts), default=0)
-        return Lengths(training or [], longest_scored(self.corpora), longest_prompt)
+        sequences = chain(*(sequences for sequences, _ in self.corpora.values()))
+        compared = sum(sum(item.scored) for item in sequences)
+        return Lengths(training or [], longest_scored(self.corpora), longest_prompt, compared)
 
 
 def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Material:

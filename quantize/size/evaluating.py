@@ -34,12 +34,13 @@ def evaluation_memory(
     tokens = evaluate.batch_size * lengths.scored
     kept = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers * dtype
     rows = evaluate.batch_size * (lengths.prompt + evaluate.max_new_tokens)
+    compared = min(evaluate.divergence_tokens, lengths.compared or evaluate.divergence_tokens)
     passing = {
         "activations": tokens * (4 * config.intermediate_size + 6 * config.hidden_size) * 4,
         # The keys and values of a step are in memory together with those of the step before.
         "key-value cache": 2 * rows * kept,
         # Log-probabilities of two models, and four arrays of 256 tokens to compute the divergence.
-        "logits": (2 * evaluate.divergence_tokens + 4 * 256) * config.vocab_size * 4,
+        "logits": (2 * compared + 4 * 256) * config.vocab_size * 4,
     }
     tables, block = evaluation_weights(recipe, config, machine)
     blocks, layer = config.num_hidden_layers, dtype * max(block_sizes(config))

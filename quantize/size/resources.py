@@ -203,7 +203,8 @@ class _Attempt(NamedTuple):
         shorter = {
             "train": ", or a smaller data.max_length",
             "qat": ", or a smaller data.max_length",
-            "evaluate": ", or a smaller max_length of evaluate.perplexity",
+            "evaluate": ", a smaller evaluate.divergence_tokens, or a smaller max_length of "
+            "evaluate.perplexity",
         }.get(self.stage, "")
         return f"no setting makes it fit: use a machine with more memory{shorter}"
 

@@ -28,6 +28,8 @@ class Lengths(NamedTuple):
     """Tokens of the longest sequence whose likelihood is measured."""
     prompt: int
     """Tokens of the longest held-out prompt."""
+    compared: int | None = None
+    """Scored tokens of all texts and rows, where these were read: no model is compared on more."""
 
 
 MB = 10**6

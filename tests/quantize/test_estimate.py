@@ -368,6 +368,21 @@ def test_memory_depends_on_the_rows_lengths_not_on_the_recipes_limit(recipe_file
     assert memory_of("train", packed, config, cpu, lengths) == whole
 
 
+def test_no_more_tokens_are_compared_than_there_are(recipe_file):
+    """divergence_tokens=1000000, to compare on all, was refused: 749 GB for 2,000 tokens."""
+    from finequant.evaluate.inputs import prepare
+    from finequant.finetune.data.splits import load_splits
+    from finequant.finetune.model import load_tokenizer
+
+    recipe = load_recipe(recipe_file, ["evaluate.divergence_tokens=100000000"])
+    run, stages = RunDir.of(recipe), ["evaluate"]
+    with pytest.raises(UserError, match="for logits.*a smaller evaluate.divergence_tokens, or"):
+        refuse_what_cannot_finish(recipe, run, stages, SMALL)
+    splits = load_splits(recipe.data, recipe.seed)
+    lengths = prepare(recipe, splits, load_tokenizer(recipe.model)).lengths()
+    refuse_what_cannot_finish(recipe, run, stages, SMALL, lengths)
+
+
 @pytest.mark.parametrize(
     ("stage", "megabytes", "hint"),
     [
