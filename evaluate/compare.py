@@ -31,8 +31,9 @@ from finequant.recipes.command_line import quiet_libraries, read_command_line
 from finequant.recipes.errors import report_user_errors
 from finequant.recipes.freshness import versions
 from finequant.recipes.interrupt import starting_over
+from finequant.recipes.load import read_section
 from finequant.recipes.rundir import RunDir
-from finequant.recipes.schema import Recipe
+from finequant.recipes.schema import Lora, Quantize, Recipe, Train
 from finequant.recipes.stages import MEASURING_CODE, command_of, exports_of
 from finequant.recipes.terminal import doing, is_first, say
 from finequant.recipes.usage import Stopwatch
@@ -173,7 +174,7 @@ def report_of(
     for name, parity in parities(measured).items():
         models[name] |= {"parity": parity}
     return {
-        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}),
+        "recipe": _as_made(recipe, run).model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
         "measuring_code": MEASURING_CODE,
         "models": models,
@@ -189,6 +190,29 @@ def report_of(
         "training": read_part(run.adapter / "training_log.json", command_of("train")),
         "gate": gate(models, recipe.evaluate.gate),
     }
+
+
+def _as_made(recipe: Recipe, run: RunDir) -> Recipe:
+    """Returns the recipe with the settings that adapter and quantized/ were made with: `evaluate`
+    alone may be given others, which describe nothing that it measures."""
+    sections: dict[str, Any] = {}
+    for folder, name, section in (
+        (run.adapter, "lora", Lora),
+        (run.adapter, "train", Train),
+        (run.quantized, "quantize", Quantize),
+    ):
+        if (file := folder / "recipe.yaml").exists():  # not where another program made it
+            sections[name] = read_section(file, name, section)
+    if made := sections.get("quantize"):
+        present = recipe.quantize  # what evaluation reads, and paths that are absolute
+        texts = {"data": present.calibration.data}
+        sections["quantize"] = made.model_copy(
+            update={
+                "calibration": made.calibration.model_copy(update=texts),
+                **{key: getattr(present, key) for key in ("dtype", "exports", "cache_length")},
+            }
+        )
+    return recipe.model_copy(update=sections)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,22 @@ def test_a_report_of_other_settings_says_so(finished, recipe_file, capsys):
         assert "report: out of date: since quantize ran, quantize.bits: 4 -> 8" in said
 
 
+def test_a_report_names_the_settings_that_its_models_were_made_with(finished, recipe_file, capsys):
+    """Evaluated by hand with bits=8, a report called a model of 4 bits one of 8 bits."""
+    from finequant.evaluate.compare import main as compare
+
+    finished()
+    run = recipe_file.parent / "run"
+    made = json.loads((run / "report.json").read_text(encoding="utf-8"))["recipe"]
+    others = ["quantize.bits=8", "lora.rank=2", "train.epochs=9", "quantize.calibration.tokens=64"]
+    compare([str(recipe_file), "train.learning_rate=1e-2", *others, "evaluate.samples=1"])
+    assert "made with other settings: quantize.bits: 4 -> 8" in capsys.readouterr().err
+    recipe = json.loads((run / "report.json").read_text(encoding="utf-8"))["recipe"]
+    assert recipe["evaluate"]["samples"] == 1
+    assert all(recipe[key] == made[key] for key in ("lora", "train", "quantize"))
+    assert "quantized to 4 bits in groups of" in (run / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_report_of_earlier_code_says_so_whoever_names_it(finished, recipe_file, capsys):
     finished()
     run = recipe_file.parent / "run"
