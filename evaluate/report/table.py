@@ -134,7 +134,7 @@ PARITIES = (
 SPEEDS = (
     ("prompt, tokens/s (higher is better)", _rate, "prompt"),
     ("decoding, tokens/s (higher is better)", _rate, "decoding"),
-    ("peak memory in MB (lower is better)", _megabytes, "peak_memory_bytes"),
+    ("peak memory in MB, with Python (lower is better)", _megabytes, "peak_memory_bytes"),
 )
 """Label, formatter, and key under `speed`, which only exports have."""
 
