@@ -2,7 +2,8 @@
 
 A report is a plain dict. All of its keys but `models` may be missing:
 
-    recipe, versions   the resolved recipe; versions of Python and of the libraries
+    recipe, versions   the resolved recipe, with the settings that adapter and quantized/ were made
+                       with; versions of Python and of the libraries
     measuring_code     the version of the code that measured the models
     arithmetic         the dtype that the models computed in
     models             {NAME: MODEL} for base, tuned, quantized, and each export
@@ -30,7 +31,7 @@ A MODEL:
                                                "peak_memory_bytes"}
     parity (exports, compared with quantized)  {"same_answers", "n", "same_prompts", "kl"}
 
-A SCORE is {"value", "stderr", "n"}.
+A SCORE is {"value", "stderr", "n"}, with "groups" if fewer than n rows are independent.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ def _equal_rows_lines(report: Report) -> list[str]:
         for task, metric in metrics_of(models)
         if not is_out_of_100(metric)
     ]
-    rows = min((score.get("n", 0) for score in scores if _is_without_spread(score)), default=0)
+    alike = [score for score in scores if _is_without_spread(score)]
+    rows = min((score.get("groups", score.get("n", 0)) for score in alike), default=0)
     if rows < 2:
         return []
     limit = shown_number(100 * (1 - 0.05 ** (1 / rows)), 1)
@@ -215,13 +217,16 @@ def tuning_lines(report: Report) -> list[str]:
 
 
 def divergence_lines(report: Report) -> list[str]:
-    """Says in one line how far quantized is from tuned; [] if this was not measured."""
+    """Says in one line how far quantized is from tuned; [] if this was not measured.
+
+    Logits that were computed in float32 have no floor, also where bfloat16 ships.
+    """
     divergence = report.get("divergence")
     if not divergence or divergence.get("tokens") == 0:  # lm-eval's tasks alone
         return []
     agreement = shown_score(divergence.get("top1_agreement"), 100)
     kl, rounding = shown_score(divergence.get("kl"), 1, digits=4), ""
-    if floor := divergence.get("floor"):
+    if value_at(floor := divergence.get("floor"), "value"):
         least = shown_score(floor, 1, digits=4)
         rounding = f" (rounding logits to the shipped dtype alone gives {least})"
     return [

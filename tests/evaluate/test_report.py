@@ -273,6 +273,18 @@ def test_the_limit_for_rows_that_are_all_alike_is_that_of_scipy(report):
         assert f"may still be {100 * (1 - low):.1f} points away" in baseline_lines(report)[-1]
 
 
+def test_the_limit_for_rows_that_are_all_alike_counts_independent_ones(report):
+    """Three answers of each of 12 conversations, all wrong, were taken for 36 independent rows."""
+    from finequant.evaluate.metrics.text_metrics import score_answers
+    from finequant.evaluate.report.report import baseline_lines
+
+    groups = [number // 3 for number in range(36)]
+    scores = score_answers(["no"] * 36, ["yes"] * 36, ["exact_match"], groups)
+    report["models"]["base"]["tasks"]["held_out"] = scores
+    limit = "may still be 22.1 points away (95% limit for 12 independent rows)."
+    assert baseline_lines(report)[-1].endswith(limit)
+
+
 def _everywhere(report: dict, folder, capsys) -> list[str]:
     """Returns what the terminal, report.md and the page say."""
     from finequant.evaluate.report.page import page
@@ -511,7 +523,7 @@ def test_no_error_is_rounded_to_zero(report, capsys):
     report["changes"] = {"held_out": {"json_match": {"value": -0.03, "stderr": 0.00004}}}
     report["divergence"] = {
         "kl": {"value": 0.0002249, "stderr": 0.0000132},
-        "floor": {"value": 0.0, "stderr": 0.0},
+        "floor": {"value": 0.0000121, "stderr": 0.0000004},
         "top1_agreement": {"value": 0.9, "stderr": 0.01},
         "tokens": 479,
     }
@@ -521,7 +533,15 @@ def test_no_error_is_rounded_to_zero(report, capsys):
     print_table(report)
     text = " ".join(capsys.readouterr().out.split())
     assert "KL divergence 0.00022 ± 0.00001 nats per token (rounding" in text
-    assert "alone gives 0.0000); the most likely token is the same at 90.0 ± 1.0%" in text
+    assert "alone gives 0.0000121 ± 0.0000004); the most likely token is the same at" in text
+
+
+def test_no_rounding_of_logits_is_stated_that_did_not_happen(report, tmp_path, capsys):
+    """In float32, logits of a model that ships in bfloat16 are not rounded: the report said that
+    rounding them to the shipped dtype gives a divergence of 0.0000."""
+    report["divergence"]["floor"] = {"value": 0.0, "stderr": 0.0}
+    for text in _everywhere(report, tmp_path, capsys):
+        assert "0.0812 ± 0.0031 nats per token; the most likely" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_repeating_rows_makes_no_score_more_certain(metric):
     assert once["stderr"] > 0
     thrice = (answers * 3, references * 3, [metric])
     grouped = score_answers(*thrice, groups=[0, 1, 2, 3] * 3)[metric]
-    assert grouped == {"value": once["value"], "stderr": pytest.approx(once["stderr"]), "n": 12}
+    same = {"value": once["value"], "stderr": pytest.approx(once["stderr"])}
+    assert grouped == same | {"n": 12, "groups": 4}
+    assert "groups" not in once
     assert score_answers(*thrice)[metric]["stderr"] < 0.6 * once["stderr"]
     assert score_answers(*thrice, groups=[0] * 12)[metric]["stderr"] is None
 
@@ -251,18 +253,6 @@ def test_json_match_compares_values():
         ("१ २००", "1,200", True),
         ("1\u2007200", "1,200", True),
         ("room 25 m", "25", True),
-        ("12 kg CO2", "12", True),
-        ("15 kg CO2", "12 kg CO2", False),
-        ("12 kg of H2O, and no NO2.", "12", True),
-        ("7 µg/m3 of PM2.5", "7", True),
-        (r"12 \text{ kg CO}_{2}", "12", True),
-        ("room B12", "room B6", False),  # where there is no other number
-        ("3x4", "4", True),
-        ("USD1,200.50", "1200.5", True),
-        ("it costs 3 times USD100", "100", True),
-        ("14h30", "14h45", False),
-        (r"3\times4", "4", True),
-        ("共5个", "5", True),
         ("$1,200.50", "1.200,50", True),
         ("three", "3", False),
     ],

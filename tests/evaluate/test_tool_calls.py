@@ -63,7 +63,7 @@ def test_several_calls_are_scored_by_answer_and_by_call():
     # from the mean change are -0.4, -0.2 and 0.6, of 3 rows and 5 calls.
     clustered = math.sqrt(3 / 2 * (0.4**2 + 0.2**2 + 0.6**2)) / 5
     expected = {"value": pytest.approx(0.2), "stderr": pytest.approx(clustered), "n": 5}
-    assert changes["tool_call_recall"] == expected
+    assert changes["tool_call_recall"] == expected | {"groups": 3}
 
 
 TURNS = [
@@ -100,14 +100,6 @@ def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
     call = '{"name": "lamp", "arguments": {"room": "blue"}}'
     assert material.references == [f"<call>{call}</call>", "lit"]
     assert calls_in(material.references[0]) == calls_in(call)
-
-
-def test_calls_that_are_text_are_generated_as_well(recipe_file):
-    call = '<tool_call>\n{"name": "lamp", "arguments": {"room": "blue"}}\n</tool_call>'
-    turns = [TURNS[0], {"role": "assistant", "content": call}, *TURNS[2:]]
-    quoted = [TURNS[0] | {"content": f"What is {call}?"}, TURNS[3], TURNS[0], TURNS[3]]
-    material = prepared(recipe_file, "", [turns, quoted])
-    assert material.references == [call, "lit", "lit"]
 
 
 def test_answers_of_a_conversation_or_to_the_same_prompt_share_a_group(recipe_file):
