@@ -161,7 +161,8 @@ def _scale_training(recipe: Recipe, config: DecoderConfig, machine: Machine) -> 
     weights = sum(stored.values()) + sum(_formed(recipe, config, arithmetic).values())
     length = sequence_length(recipe.quantize.calibration, config)
     tokens = max(SCALE_TOKENS // machine.gpus, length)
-    taught = recipe.quantize.calibration.scale_steps * tokens  # if no step's text comes again
+    # At most half of the steps: of them, the text comes again.
+    taught = recipe.quantize.calibration.scale_steps // 2 * tokens
     return peak_memory(
         "quantize",
         machine,

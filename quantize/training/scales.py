@@ -19,7 +19,7 @@ from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
 from finequant.quantize.checkpoint.reading import Weights, filled
 from finequant.quantize.methods.sequences import LOGITS_TOKENS, SCALE_TOKENS
-from finequant.quantize.rounding import Rounded
+from finequant.quantize.rounding import Rounded, row_chunks
 from finequant.quantize.scheme import Plan
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
@@ -68,14 +68,16 @@ def train_scales(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
     )
     batches = sequences.split(max(1, SCALE_TOKENS // sequences.shape[1]))
-    exact: dict[int, torch.Tensor] = {}  # the teacher's states, the same every time a batch returns
+    kept: dict[int, torch.Tensor] = {}  # the teacher's states, until the batch returns
     for step in tracked(range(steps), "quantize: scales, step", steps):
         at = step % len(batches)
         if len(mine := share(batches[at])):
             mine = mine.to(device())
-            if at not in exact:
-                exact[at] = _float_states(model, modules.values(), mine)
-            _backward(model, modules.values(), mine, exact[at], batches[at].numel())
+            known = kept.pop(at, None)
+            exact = _float_states(model, modules.values(), mine) if known is None else known
+            if step + len(batches) < steps:
+                kept[at] = exact
+            _backward(model, modules.values(), mine, exact, batches[at].numel())
         add_up_gradients(learned)
         optimizer.step()
         optimizer.zero_grad()
@@ -111,11 +113,20 @@ def _backward(
     for part, exact in parts:
         logits = model.lm_head(part)
         with torch.no_grad(), disabled(layers):
-            expected = model.lm_head(exact).float().softmax(-1)
-            # The gradient of KL(expected || predicted) with respect to the logits of `predicted`.
-            gradient = logits.float().softmax(-1).sub_(expected).div_(tokens)
-        logits.backward(gradient.to(logits.dtype))
+            expected = model.lm_head(exact)
+        logits.backward(_divergence_gradient(logits, expected, tokens))
     hidden.backward(states.grad.view_as(hidden))
+
+
+@torch.no_grad()
+def _divergence_gradient(logits: torch.Tensor, teacher: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Computes the gradient of KL(teacher || student) / `tokens` with respect to the student's
+    `logits` [rows, vocabulary], in their dtype; `teacher` is the teacher's logits."""
+    gradient = torch.empty_like(logits)
+    for rows in row_chunks(logits):
+        predicted, expected = (part[rows].float().softmax(-1) for part in (logits, teacher))
+        gradient[rows] = predicted.sub_(expected).div_(tokens)
+    return gradient
 
 
 def _model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -55,6 +56,40 @@ def test_scales_are_trained_and_codes_stay(tiny_base, settings):
         assert torch.equal(codes, start[name].codes)
         assert scale.dtype == torch.bfloat16
         assert torch.equal(scale, start[name].scale) == ("embed" in name)
+
+
+@pytest.mark.parametrize(("steps", "alive"), [(3, [1, 1, 1]), (5, [1, 2, 3, 2, 1])])
+def test_the_teachers_states_are_kept_only_for_text_that_comes_again(
+    tiny_base, monkeypatch, steps, alive
+):
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.training import scales
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    plan = layer_plan(Quantize(head="float"), model.config)
+    name, scheme = next((name, scheme) for name, scheme in plan.items() if scheme)
+    plan = dict.fromkeys(plan) | {name: scheme}
+    start = {name: round_to_nearest(model.get_submodule(name).weight.detach(), *scheme)}
+    states, seen = [], []
+    compute, use = scales._float_states, scales._backward
+
+    def computing(*arguments):
+        computed = compute(*arguments)
+        states.append(weakref.ref(computed))
+        return computed
+
+    def using(*arguments):
+        seen.append(sum(reference() is not None for reference in states))
+        use(*arguments)
+
+    monkeypatch.setattr(scales, "_float_states", computing)
+    monkeypatch.setattr(scales, "_backward", using)
+    monkeypatch.setattr(scales, "SCALE_TOKENS", 32)
+    ids = torch.arange(96).view(3, 32)  # three steps' text
+    train_scales(weights_of(model), model.config, ids, start, plan, torch.float32, steps)
+    assert len(states) == 3
+    assert seen == alive
 
 
 @pytest.mark.parametrize(
