@@ -62,6 +62,10 @@ READ = "weights in use, the others are read each time"
 
 def main(write: bool = False) -> None:
     """Prints the tables, or writes each between its marks in its file."""
+    from finequant.finetune import device
+
+    # As on a processor that only emulates bfloat16, whichever this one is.
+    device._bf16 = lambda: (False, "this CPU")
     for name, make in TABLES.items():
         text = make()
         if write:
