@@ -28,6 +28,7 @@ from finequant.recipes.task_files import read_task_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finequant.finetune.data.messages import Message
     from finequant.finetune.data.row import Row
     from finequant.finetune.data.splits import Splits
 
@@ -82,10 +83,17 @@ def _chosen(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
 
 
 def asked_rows(row: Row) -> list[Row]:
-    """Returns one row for each answer to generate: the last or, in a row with calls, all."""
-    if any(message.get("tool_calls") for message in row.messages):
+    """Returns one row for each answer to generate: the last or, in a row with calls, which may be
+    text, as in Hermes' rows, all."""
+    if any(_makes_call(message) for message in row.messages):
         return [replace(row, messages=row.messages[: index + 1]) for index in row.targets]
     return [row] if row.messages else []
+
+
+def _makes_call(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(
+        message.get("tool_calls") or calls_in(message["content"])
+    )
 
 
 def _check_something_to_measure(evaluate: Evaluate, test: list[Row]) -> None:
@@ -173,8 +181,7 @@ def _check_some_calls(evaluate: Evaluate, test: list[Row]) -> None:
     """Refuses metrics of calls for answers without any: a model that never calls would be right."""
     asked = [metric for metric in evaluate.metrics if metric.startswith("tool_call_")]
     answers = [row.messages[-1] for whole in test for row in asked_rows(whole)]
-    calls = [answer.get("tool_calls") or calls_in(answer["content"]) for answer in answers]
-    if asked and calls and not any(calls):
+    if asked and answers and not any(map(_makes_call, answers)):
         hint = f", or raise evaluate.limit={evaluate.limit}" if evaluate.limit else ""
         raise UserError(
             f"evaluate.metrics: {', '.join(asked)}: no answer of the held-out rows makes a call: "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finequant.recipes import lock
-from finequant.recipes.artifact import differences, remove, replace_text, seal, verify
+from finequant.recipes.artifact import SUMS, differences, remove, replace_text, seal, verify
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import (
     FOR_CONTINUING,
@@ -135,7 +135,7 @@ class RunDir:
     def inputs(self, recipe: Recipe, stage: str) -> Inputs:
         """Returns everything that decides the stage's result: recipe keys and hashes of files."""
         row = stage_of(stage, recipe)
-        artifacts = {f"{name}/": f"sha256:{content_hash(self.root / name)}" for name in row.reads}
+        artifacts = {f"{name}/": f"sha256:{_made(self.root / name)}" for name in row.reads}
         code = {MEASURING: MEASURING_CODE} if row.measures else {}
         return recipe_inputs(recipe, row.keys, row.without) | artifacts | code
 
@@ -372,6 +372,12 @@ class RunDir:
         replace_text(self.manifest_file, json.dumps(manifest, indent=2))
         for path in (*self.outputs(stage), self.merged):  # which `quantize` writes before the other
             remove(_unrecorded(path))
+
+
+def _made(path: Path) -> str:
+    """Returns the SHA-256 of an artifact without its record of the recipe: rows that were moved, or
+    a key that did not decide it, change only that."""
+    return content_hash(path, is_content=lambda name: str(name) not in ("recipe.yaml", SUMS))
 
 
 def _unrecorded(target: Path) -> Path:

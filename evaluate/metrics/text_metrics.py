@@ -61,6 +61,13 @@ FORMULAS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
 """What formulas write -> what NUMBER reads: LaTeX's spaces, commas and fractions, powers of ten,
 fractions that are one character, digits, comma and point of other scripts, and units: neither the
 2 of 25 m2 nor the 3 of 5 kg/m3 is a number."""
+NAMES = re.compile(
+    r"(?<![A-Za-z\d\\])(?!(?:AUD|CAD|CHF|CNY|EUR|GBP|INR|JPY|Rs|USD)\d)"
+    r"[A-Za-z]+\d[A-Za-z\d]*(?:[.,]\d+)*"
+    r"|(?<=[A-Za-z}])_(?:\d+|\{\d+\})"
+)
+"""Words in which digits follow a letter, and the digits of subscripts: CO2, H2O, PM2.5, x_1; not
+3x4, 5h30, USD100 and LaTeX's \\times4."""
 EXACT = Context(prec=MAX_PREC)
 """The usual context rounds to 28 digits, which numbers of more digits need not share."""
 
@@ -178,8 +185,9 @@ def json_match(answer: str, reference: str) -> bool:
 def number_match(answer: str, reference: str) -> bool:
     """Says whether an answer's last number equals the reference's, as a solution ends in its
     result. 1,000 and 1 000.0 are equal, as are 3/4, ¾, 0.75 and 0,75; currency, percent signs
-    and units are ignored, and numbers in words are not read. If the reference has no number, the
-    answer must have none either."""
+    and units are ignored, and numbers in words are not read. The digits of a name, such as CO2,
+    only count where there is no other number. If the reference has no number, the answer must have
+    none either."""
     return last_number(answer) == last_number(reference)
 
 
@@ -333,7 +341,7 @@ def last_number(text: str) -> Decimal | None:
     """Returns the last number in a text, without its unit; None if there is none in digits."""
     for formula, plain in FORMULAS:
         text = formula.sub(plain, text)
-    *_, last = [None, *NUMBER.finditer(text)]
+    *_, last = [None, *(list(NUMBER.finditer(NAMES.sub("", text))) or NUMBER.finditer(text))]
     if last is None:
         return None
     value = _decimal(last["number"])

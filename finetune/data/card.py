@@ -1,17 +1,21 @@
-"""Reads the names of classes from the README.md of a dataset's folder, where the Hub keeps them."""
+"""Reads, from the README.md of a dataset's folder, the names of classes, and which files belong to
+which split and configuration: the Hub keeps both there."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finequant.finetune.data.files import BadRowError, Read, Unparsed, parsed
-from finequant.recipes.errors import shown
+from finequant.finetune.data.json_files import SPLITS
+from finequant.recipes.artifact import files_in
+from finequant.recipes.errors import UserError, counted, listed, shown
 from finequant.recipes.schema import Source
-from finequant.recipes.sources import card_of, matching_files, metadata_in
+from finequant.recipes.sources import card_of, is_table, matching_files, metadata_in
 
 if TYPE_CHECKING:
     from datasets import ClassLabel
@@ -38,6 +42,53 @@ def names_from(source: Source) -> str:
         if classes := classes_of(file):
             return f"names of the classes of {', '.join(classes)}: from {card_of(file)}"
     return ""
+
+
+def refuse_other_split(folder: Path, files: list[Path], split: str) -> None:
+    """Refuses to read these files of a folder as one split, if its README.md, or that of the folder
+    above, says otherwise: their names, from which splits are guessed, then mislead.
+
+    Raises:
+        UserError: with the files of each split and configuration.
+    """
+    described = {
+        (config, name): [file for file in members if file.parent == folder and is_table(file)]
+        for card in (folder / "README.md", folder.parent / "README.md")
+        for (config, name), members in _files_in(card).items()
+    }
+    described = {key: members for key, members in described.items() if members}
+    words = SPLITS.get(split, {split})
+    if not described or files in [described[key] for key in described if key[1] in words]:
+        return
+    lines = [
+        f"{name} of {config}: {', '.join(file.name for file in members)}"
+        for (config, name), members in described.items()
+    ]
+    example = next(iter(described.values()))[0]
+    raise UserError(
+        f"{folder}: {counted(len(files), 'file')} would be read for {split}, but the README.md of "
+        f"this dataset says otherwise: name the files, such as {example}\n  {listed(lines)}"
+    )
+
+
+def _files_in(card: Path) -> dict[tuple[str, str], list[Path]]:
+    """Maps configurations and splits to their files, as `configs` of a README.md lists them."""
+    metadata = metadata_in(card)
+    if "data_files:" not in metadata:
+        return {}
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    described: dict[tuple[str, str], list[Path]] = {}
+    # These are the errors of YAML, of `datasets`, and of patterns that are URLs.
+    with suppress(Exception):
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard(metadata).data)
+        for config, values in configs.items():
+            for split, patterns in sanitize_patterns(values.get("data_files") or []).items():
+                files = {file for pattern in patterns for file in files_in(card.parent, pattern)}
+                described[config, split] = sorted(files)
+    return described
 
 
 @cache

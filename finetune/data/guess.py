@@ -24,8 +24,9 @@ from finequant.finetune.data.guess_columns import (
     left_out,
     lengths_of,
     named_like,
-    rated_answers,
+    not_texts,
     right_choice,
+    several_answers,
     top_of,
     unread_columns,
     with_names,
@@ -74,6 +75,8 @@ class Look:
     """Empty for texts and for conversations."""
     unread: list[str] = field(default_factory=list)
     """Columns that `columns` does not use; empty for rows of a known layout."""
+    has_words: bool = False
+    """Whether some answers call functions, and others do not."""
 
 
 def look_at(
@@ -99,7 +102,8 @@ def look_at(
     if known not in (None, "text"):
         name = next(name for name in ("completion", "output", "response") if name in first)
         answers = [str(row.get(name)) for row in rows]
-        return Look(task or _task_of(rows, answers, name), {}, answers)
+        task = task or _task_of(rows, answers, name)
+        return Look(task, {}, answers, has_words=_has_words(answers))
     _refuse(rows, data, columns)
     if known == "text" and _are_texts(rows):
         _refuse_written_out(rows, ["text"], data)
@@ -126,16 +130,28 @@ def _chats(
     rows: Sequence[dict[str, Any]], task: Task | None, path: str, columns: dict[str, str]
 ) -> Look:
     """path: the column of the conversations, or of their last turns."""
-    calls = any(_calls(turn) for row in rows for turn in _last_turn(row, path))
+    calls = [_calls(turn) for row in rows for turn in _asked_turns(row, path)]
     unread = unread_columns(rows, columns) if columns else []
-    return Look(task or ("tools" if calls else "chat"), columns, [], unread)
+    task = task or ("tools" if any(calls) else "chat")
+    return Look(task, columns, [], unread, has_words=any(calls) and not all(calls))
 
 
-def _last_turn(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    """Returns the last turn of a conversation, which models will be asked for."""
+def _asked_turns(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """Returns the turns of a conversation that models will be asked for: the last or, in one with
+    calls, all of the assistant's."""
+    answers = list(filter(_is_answer, _turns(row, path)))
+    return answers if any(map(_calls, answers)) else answers[-1:]
+
+
+def _turns(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """Returns the turns of a conversation; none for any other value, or if there is none."""
     with suppress(BadRowError):
-        return (turns_in(value_of(row, path, "")) or [])[-1:]
+        return turns_in(value_of(row, path, "")) or []
     return []
+
+
+def _is_answer(turn: dict[str, Any]) -> bool:
+    return ROLES[str(turn.get("role", turn.get("from"))).lower()] == "assistant"
 
 
 def _calls(turn: dict[str, Any]) -> bool:
@@ -160,6 +176,10 @@ def _pairs(
                 f"{error}; if {turns[0]} is a conversation, each of its entries needs a role, user "
                 "or assistant, and a content"
             ) from None
+        if others := not_texts(rows):
+            raise UserError(
+                f"{error}; not text: {others}: to use it, write it as text first"
+            ) from None
         raise
     if "completion" not in columns:
         chosen = with_names(flat, chosen)
@@ -168,18 +188,20 @@ def _pairs(
         _refuse_nested(rows, data, chosen)
     if "prompt" not in given:
         _refuse_left_out(left_out(rows, flat, chosen), rows, data, chosen)
-    if _last_turn(rows[0], answer):  # a list of messages, as the API of OpenAI writes
+    if _turns(rows[0], answer):  # a list of messages, as the API of OpenAI writes
         return _chats(rows, task, answer, chosen)
-    if "completion" not in given and (several := rated_answers(rows, answer)):
+    if "completion" not in given and (several := several_answers(rows, answer)):
+        parts = f"; if all belong to it, add {_options('completion', [f'{several}:lines'])}"
         raise UserError(
-            f"{data}: each row has several {several}: if the first is always right, add "
-            f"--completion {shlex.quote(answer)}; if not, write the best one into a column first"
+            f"{data}: a row has several {several}: if the first is always the answer, add "
+            f"--completion {shlex.quote(answer)}{parts if answer.endswith('[0]') else ''}; if not, "
+            "write the best one into a column first"
         )
     if _ends_in_answer(rows[0], chosen["prompt"]):
         chosen["prompt"] = f"{{{chosen['prompt']}}}"  # as text: what follows is no further turn
     answers = [_answer(row, chosen["completion"]) for row in rows]
     task = task or _task_of(rows, answers, chosen["completion"], chosen["prompt"])
-    return Look(task, chosen, answers, unread_columns(rows, chosen))
+    return Look(task, chosen, answers, unread_columns(rows, chosen), _has_words(answers))
 
 
 def _refuse_left_out(
@@ -246,10 +268,15 @@ def _answer(row: dict[str, Any], template: str) -> str:
     return ""
 
 
+def _has_words(answers: list[str]) -> bool:
+    """Says whether some answers are calls, and others are not."""
+    calls = [bool(calls_of(answer)) for answer in answers]
+    return any(calls) and not all(calls)
+
+
 def _ends_in_answer(row: dict[str, Any], path: str) -> bool:
     """Says whether this is a conversation that ends with the assistant's turn."""
-    speakers = [turn.get("role", turn.get("from")) for turn in _last_turn(row, path)]
-    return [ROLES[str(speaker).lower()] for speaker in speakers] == ["assistant"]
+    return any(map(_is_answer, _turns(row, path)[-1:]))
 
 
 def _refuse(rows: Sequence[dict[str, Any]], data: str, columns: dict[str, str]) -> None:

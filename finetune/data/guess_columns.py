@@ -15,7 +15,7 @@ from finequant.finetune.data.columns import columns_of, text_of, value_of
 from finequant.finetune.data.files import BadRowError
 from finequant.finetune.data.messages import calls_of, transcript, turns_in
 from finequant.finetune.data.rows import ANSWERS, BESIDE, mapped_columns, mapped_paths
-from finequant.recipes.errors import UserError
+from finequant.recipes.errors import UserError, shown
 
 QUESTIONS = (
     *("question", "query", "prompt", "text", "sentence", "dialogue", "document", "article"),
@@ -67,8 +67,9 @@ def columns_of_pair(
         )
     elif answer is None and not named_like(answers, ANSWERS):
         answer = _only(n for n in rest if is_prose(t := _column(rows, n)) or is_label(t))
-        if question == "text" and answer and not is_label(_column(rows, answer)):
-            answer = None  # such as the title of a text
+        is_title = question == "text" and answer and not is_label(_column(rows, answer))
+        if is_title or (answer and _numbered(answer) == _numbered(question or "")):
+            answer = None  # such as sentence2 beside sentence1, for which a number is the answer
     elif question is None:
         question = _only(name for name in rest if is_prose(_column(rows, name)))
     if question is None or answer is None:
@@ -190,11 +191,37 @@ def filled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def rated_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
-    """Finds a list that has several objects in every row, such as the completions of several
-    models, if the answer is in the first object."""
-    name, _, inside = answer.partition("[0].")
-    return name if inside and min(lengths_of(rows, name), default=0) > 1 else None
+def not_texts(rows: Sequence[dict[str, Any]]) -> str:
+    """Lists the columns with values that JSON does not have, such as dates and bytes, with an
+    example of each; empty if there are none."""
+    usual = (str, int, float, Decimal, list, dict)
+    values = {name: value for name, value in filled(rows).items() if value is not None}
+    others = {name: value for name, value in values.items() if not isinstance(value, usual)}
+    return ", ".join(f"{name} ({shown(value)})" for name, value in others.items())
+
+
+def several_answers(rows: Sequence[dict[str, Any]], answer: str) -> str | None:
+    """Finds a list of several answers, of which this is the first: objects, such as the completions
+    of several models, in every row, or texts, unless they are other words for an answer, as in
+    SQuAD. With as many numbers beside them, they are rated."""
+    name, is_entry, inside = answer.partition("[0]")
+    lengths = lengths_of(rows, name)
+    if inside.startswith("."):
+        return name if min(lengths, default=0) > 1 else None
+    if not is_entry or max(lengths) < 2:
+        return None
+    ratings = [column for column in filled(rows) if column != name and _are_numbers(rows, column)]
+    is_rated = any(lengths_of(rows, column) == lengths for column in ratings)
+    return name if is_rated or not named_like([name], ["answer"]) else None
+
+
+def _are_numbers(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    """Says whether a column holds lists of numbers or truth values, and nothing else."""
+    return all(
+        isinstance(values := row.get(name), list)
+        and all(isinstance(value, (int, float)) for value in values)
+        for row in rows
+    )
 
 
 def lengths_of(rows: Sequence[dict[str, Any]], path: str) -> list[int]:
@@ -269,8 +296,13 @@ def _named(columns: list[str], words: Sequence[str]) -> str | None:
     as one.
     """
     like = named_like(columns, words)
-    is_one = len({re.sub(r"\d+$", "", name) for name in like}) == 1
+    is_one = len(set(map(_numbered, like))) == 1
     return _exactly(columns, words) or (like[0] if is_one else None)
+
+
+def _numbered(name: str) -> str:
+    """Returns the name of a column without a number at its end."""
+    return re.sub(r"\d+$", "", name)
 
 
 def _exactly(columns: list[str], words: Sequence[str]) -> str | None:

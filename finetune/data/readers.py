@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finequant.finetune.data.arrow_values import restored
-from finequant.finetune.data.card import with_names
+from finequant.finetune.data.card import refuse_other_split, with_names
 from finequant.finetune.data.files import (
     BadRowError,
     Line,
@@ -139,6 +139,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Unparsed]:
             what = f"for its texts, let their names end in .txt, and name '{folder}/*.txt'"
         raise UserError(f"{folder}: this folder has no file of rows for {split}; {what}")
     _refuse_missing_shards(files)
+    refuse_other_split(folder, files, split)
     for file in files:
         yield from _read_file(file, split)
 

@@ -277,12 +277,14 @@ def _evaluate(look: Look) -> str:
 
 def _metrics(look: Look) -> list[str]:
     """Returns the metrics of the task; solutions that end in a number are right or wrong, and short
-    answers are compared as SQuAD does."""
+    answers, and those in words beside calls, are compared as SQuAD does."""
     if look.task == "chat" and look.answers:
         if fmean(bool(NUMBER_AT_END.search(answer)) for answer in look.answers) > 0.95:
             return ["number_match"]
         if fmean(map(len, look.answers)) <= SHORT:
             return ["exact_match", "f1"]
+    if look.task == "tools" and look.has_words:
+        return [*METRICS["tools"], "f1"]
     return METRICS[look.task]
 
 

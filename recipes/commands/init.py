@@ -253,21 +253,36 @@ def _write_date(target: NewRecipe, splits: Splits) -> None:
 
 
 def _write_metrics(target: NewRecipe, splits: Splits) -> None:
-    """Puts chrf in place of bleu and rouge in a recipe's file if they do not read the answers."""
+    """Puts chrf in place of bleu and rouge in a recipe's file if they do not read the answers, and
+    leaves tool_call_match out if none of the held-out answers is a call."""
     from finequant.evaluate.check import check_rows
     from finequant.recipes.load import load_recipe
     from finequant.recipes.terminal import say
 
     recipe = load_recipe(target.file)
-    try:
-        check_rows(recipe, splits)
-    except UserError:
-        asked = recipe.evaluate.metrics
-        metrics = [*dict.fromkeys("chrf" if name in ("bleu", "rouge") else name for name in asked)]
-        if metrics != asked:
-            left = ", ".join(name for name in asked if name not in metrics)
-            target.add({"evaluate.metrics": metrics}, "for any language")
-            say(f"init: evaluate.metrics: chrf, because {left} cannot compare such answers")
+
+    def fit(metrics: list[Any]) -> bool:
+        evaluate = recipe.evaluate.model_copy(update={"metrics": metrics})
+        with suppress(UserError):
+            check_rows(recipe.model_copy(update={"evaluate": evaluate}), splits)
+            return True
+        return False
+
+    asked = recipe.evaluate.metrics
+    any_letters = [*dict.fromkeys("chrf" if x in ("bleu", "rouge") else x for x in asked)]
+    words = [name for name in asked if name != "tool_call_match"]
+    if fit(asked):
+        return
+    if any_letters != asked and fit(any_letters):
+        left = ", ".join(name for name in asked if name not in any_letters)
+        target.add({"evaluate.metrics": any_letters}, "for any language")
+        say(f"init: evaluate.metrics: chrf, because {left} cannot compare such answers")
+    elif words != asked and fit(words):
+        target.add({"evaluate.metrics": words}, "few rows call functions")
+        say(
+            f"init: evaluate.metrics: {', '.join(words)}, because no held-out answer is a call: "
+            "for tool_call_match, name rows with calls by --test"
+        )
 
 
 def _write_exports(target: NewRecipe) -> None:

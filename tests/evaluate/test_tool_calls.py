@@ -102,6 +102,14 @@ def test_each_answer_of_a_row_with_calls_is_generated(recipe_file):
     assert calls_in(material.references[0]) == calls_in(call)
 
 
+def test_calls_that_are_text_are_generated_as_well(recipe_file):
+    call = '<tool_call>\n{"name": "lamp", "arguments": {"room": "blue"}}\n</tool_call>'
+    turns = [TURNS[0], {"role": "assistant", "content": call}, *TURNS[2:]]
+    quoted = [TURNS[0] | {"content": f"What is {call}?"}, TURNS[3], TURNS[0], TURNS[3]]
+    material = prepared(recipe_file, "", [turns, quoted])
+    assert material.references == [call, "lit", "lit"]
+
+
 def test_answers_of_a_conversation_or_to_the_same_prompt_share_a_group(recipe_file):
     prompt = [{"role": "user", "content": "dim"}]
     rows = [TURNS, *([*prompt, TURNS[3] | {"content": text}] for text in ("a", "b")), TURNS[:2]]

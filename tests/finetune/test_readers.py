@@ -265,6 +265,60 @@ def test_a_clone_of_a_dataset_on_the_hub_names_its_folder_of_rows(tmp_path):
         rows_of(tmp_path)
 
 
+CONFIGS = {
+    "another file is the test split": (
+        "{split: train, path: main.jsonl}, {split: test, path: other.jsonl}",
+        "train of default: main.jsonl\n  test of default: other.jsonl",
+    ),
+    "a pattern leaves one out": (
+        "{split: train, path: ['*in.jsonl', https://example.com/x.jsonl]}",
+        "train of default: main.jsonl",
+    ),
+    "all are the test split": ("{split: test, path: '*.jsonl'}", "of default: main.jsonl, other"),
+    "several configurations": (
+        "main.jsonl]}, {config_name: b, data_files: [other.jsonl",
+        "train of default: main.jsonl\n  train of b: other.jsonl",
+    ),
+}
+"""What the card of a dataset says of main.jsonl and other.jsonl, and what a message says of it."""
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_splits_that_only_the_card_of_a_dataset_tells_are_not_mixed(tmp_path, name, above):
+    files, message = CONFIGS[name]
+    folder = tmp_path / "data" if above else tmp_path
+    folder.mkdir(exist_ok=True)
+    for file in ("main.jsonl", "other.jsonl"):
+        (folder / file).write_text(LINES)
+    files = files.replace("*", "data/*").replace("main", "data/main") if above else files
+    files = files.replace("other", "data/other") if above else files
+    configs = f"configs: [{{config_name: default, data_files: [{files}]}}]"
+    (tmp_path / "README.md").write_text(f"---\n{configs}\n---\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"name the files, such as .*jsonl\n.*{message}"):
+        rows_of(folder)
+    assert rows_of(folder / "main.jsonl") == ROWS
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        "[{config_name: default, data_files: '*.jsonl'}]",
+        "[{config_name: a, data_files: [{split: train, path: [main.jsonl, other.jsonl]}]}]",
+        "[{config_name: a, data_files: more/x.jsonl}]",
+        "[{config_name: a, data_dir: .}]",
+        "[{config_name: a, data_files: 1}]",
+        "[{data_files: main.jsonl}]",
+        "data_files: [",
+    ],
+)
+def test_a_card_that_describes_the_same_split_or_none_changes_nothing(tmp_path, configs):
+    for file in ("main.jsonl", "other.jsonl"):
+        (tmp_path / file).write_text(LINES)
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n", encoding="utf-8")
+    assert rows_of(tmp_path) == ROWS * 2
+
+
 def test_the_names_of_files_in_a_folder_tell_their_split(tmp_path):
     (tmp_path / "train_1.jsonl").write_text(LINES)
     (tmp_path / "dev.jsonl").write_text('{"text": "held"}\n')

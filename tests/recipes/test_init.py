@@ -233,6 +233,18 @@ def tool_rows() -> list[dict]:
     ]
 
 
+def test_calls_are_not_compared_where_no_held_out_row_has_any(init_rows):
+    words = [
+        {**row, "messages": [row["messages"][0], {"role": "assistant", "content": "no"}]}
+        for row in tool_rows()
+    ]
+    write_jsonl(Path("held_out.jsonl"), words[20:])
+    code, printed = init_rows([*words[:20], tool_rows()[30]], "--test", "held_out.jsonl")
+    assert code == 0, printed
+    assert "init: evaluate.metrics: f1, because no held-out answer is a call" in printed
+    assert load_recipe("rows.yaml").evaluate.metrics == ["f1"]
+
+
 def test_a_template_that_leaves_out_tools_is_replaced_where_that_fits(init_rows):
     code, printed = init_rows(tool_rows())
     assert code == 0

@@ -286,6 +286,15 @@ def test_another_adapter_reaches_quantize_and_evaluate(folder):
     assert changes(folder) == {"train": [], "quantize": stale, "evaluate": stale}
 
 
+@pytest.mark.parametrize("key", ["data.train.0=moved/rows.jsonl", "train.logging_steps=3"])
+def test_the_same_adapter_made_again_from_a_recipe_that_differs_elsewhere_is_no_change(folder, key):
+    finish(*load(folder))
+    (folder / "moved").mkdir()
+    (folder / "moved" / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    finish(*load(folder, key), "train")
+    assert changes(folder, key) == {stage: [] for stage in STAGES}
+
+
 def test_stages_called_by_hand_refuse_what_was_made_from_an_earlier_artifact(folder):
     recipe, run = load(folder, "quantize.exports=[gguf]")
     finish(recipe, run, "train", "quantize", "gguf", "evaluate")
