@@ -126,6 +126,7 @@ def _corpora(
     check_template(rows, tokenizer, recipe.data)
     if rows:
         corpora[HELD_OUT] = _answers_as_corpus(rows, tokenizer, recipe)
+        _check_some_are_scored(corpora[HELD_OUT][0], recipe)
         _check_held_out(longest_scored({HELD_OUT: corpora[HELD_OUT]}), trained_positions(config))
     return corpora
 
@@ -186,6 +187,14 @@ def _check_held_out(longest: int, positions: int) -> None:
         raise UserError(
             f"evaluate: a held-out row, cut to data.max_length, has {longest + 1} tokens, more "
             f"than the {positions} positions of the base: set data.max_length={positions}"
+        )
+
+
+def _check_some_are_scored(sequences: list[ScoredSequence], recipe: Recipe) -> None:
+    if not any(any(sequence.scored) for sequence in sequences):
+        raise UserError(
+            f"evaluate: no held-out row has an answer within data.max_length="
+            f"{recipe.data.max_length} tokens: raise it"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from finequant.recipes.errors import refuse_all
+from finequant.recipes.errors import UserError, listed, refuse_all
 from finequant.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -41,5 +41,15 @@ def check_training(
     ]
     targets = partial(lora_config, recipe.lora, skeleton(config))
     files = partial(check_files, recipe.model)
-    train, *_ = refuse_all([*checks, targets, files, partial(check_nf4, recipe)])
+    stopping = partial(check_stopping, recipe, splits)
+    train, *_ = refuse_all([*checks, targets, files, partial(check_nf4, recipe), stopping])
     return lengths(train)
+
+
+def check_stopping(recipe: Recipe, splits: Splits) -> None:
+    """Refuses early stopping if the sources of validation rows leave none."""
+    if recipe.train.early_stopping_patience and not splits.validation:
+        raise UserError(
+            "train.early_stopping_patience: no validation rows are left to measure the loss on: "
+            "add rows to data.validation, or raise their weight\n  " + listed(splits.notes)
+        )

@@ -20,6 +20,7 @@ from finequant.finetune import attention
 from finequant.finetune.adapter import lora_config
 from finequant.finetune.architecture import trained_positions
 from finequant.finetune.batches import ShuffledThenBlank, padded
+from finequant.finetune.check import check_stopping
 from finequant.finetune.data.dataset import dataset_for_training
 from finequant.finetune.data.tokens import IGNORED, TARGETS_AT_ONCE, encode
 from finequant.finetune.kernels import use_liger
@@ -291,6 +292,7 @@ def build_trainer(
 
     trainer_class: a subclass that, without an adapter, trains what requires a gradient in `base`.
     """
+    check_stopping(recipe, splits)
     patience = recipe.train.early_stopping_patience
     positions = trained_positions(base.config)
     settings = {"tokenizer": tokenizer, "data": recipe.data, "positions": positions}

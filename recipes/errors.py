@@ -277,7 +277,7 @@ def _least_room() -> str:
 
 
 def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Runs every check and returns their results; reports all problems at once.
+    """Runs every check and returns their results; reports all problems at once, each one once.
 
     Raises:
         UserError: with the messages of all checks that raised one.
@@ -289,7 +289,7 @@ def refuse_all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return results
 
 

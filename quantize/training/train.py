@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from finequant.finetune.architecture import DecoderConfig
     from finequant.quantize.checkpoint.reading import Weights
     from finequant.quantize.merge.adapter import Base
     from finequant.quantize.rounding import Rounded
@@ -66,6 +67,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     config = load_config(recipe.model)
     check_positions(recipe, config)
     plan = layer_plan(recipe.quantize, config)
+    check_something_learns(recipe, config)
     inputs = {}
     if is_first():  # hashes the files that the stage reads
         run.require_for("qat", recipe)
@@ -105,6 +107,23 @@ def _check_supported(recipe: Recipe) -> None:
             "quantize.training: does not work with DeepSpeed or FSDP 1, which cannot shard codes: "
             "use recipes/accelerate/fsdp.yaml (fsdp_version: 2) or several_gpus.yaml for "
             "`finequant qat`, or quantize.training=null"
+        )
+
+
+def check_something_learns(recipe: Recipe, config: DecoderConfig) -> None:
+    """Refuses quantization-aware training of an adapter that no quantized layer gets."""
+    from finequant.finetune.architecture import EMBEDDING
+    from finequant.quantize.scheme import layer_plan
+
+    training = recipe.quantize.training
+    if training is None or training.learns == "scales":
+        return
+    plan = layer_plan(recipe.quantize, config)
+    if not any(plan[layer] and recipe.lora.targets(layer) for layer in plan if layer != EMBEDDING):
+        raise UserError(
+            "quantize.training: no layer that is quantized is among lora.target_modules "
+            f"({recipe.lora.target_modules}), so nothing would be trained: name other layers, or "
+            "set quantize.training.learns=scales"
         )
 
 

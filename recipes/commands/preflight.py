@@ -105,6 +105,7 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.quantize.export import check_exports
     from finequant.quantize.methods.sequences import check_calibration
+    from finequant.quantize.training.train import check_something_learns
     from finequant.recipes.command_line import quiet_libraries
 
     quiet_libraries()
@@ -114,6 +115,7 @@ def check_tokens(recipe: Recipe, splits: Splits) -> Lengths:
             partial(check_runtimes, recipe),
             partial(check_positions, recipe, config),
             partial(check_exports, recipe.quantize, config, tokenizer),
+            partial(check_something_learns, recipe, config),
             partial(check_calibration, recipe, tokenizer),
             partial(check_training, recipe, config, splits, tokenizer),
             partial(prepare, recipe, splits, tokenizer),

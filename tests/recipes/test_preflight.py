@@ -223,6 +223,33 @@ WITH_A_TOKENIZER = {
         "quantize.calibration.length: 513 tokens are more than the 512 positions of ",
     ),
     "a layer plan": (["quantize.group_size=64"], "does not divide the input features of mlp.down"),
+    "training of layers in float": (
+        [
+            "lora.target_modules=[q_proj]",
+            "quantize={layers: {'*.q_proj': float}, training: {steps: 2}}",
+        ],
+        "quantize.training: no layer that is quantized is among lora.target_modules (['q_proj'])",
+    ),
+    "training of the head alone": (
+        ["quantize={layers: {'model.*': float}, training: {steps: 2}}"],
+        "quantize.training: no layer that is quantized is among lora.target_modules (all-linear)",
+    ),
+    "stopping by rows that are dropped": (
+        [
+            "data={train: train.jsonl, validation: test.jsonl, test: test.jsonl, overlap: drop, "
+            "validation_fraction: 0}",
+            "train.early_stopping_patience=1",
+        ],
+        "train.early_stopping_patience: no validation rows are left to measure the loss on",
+    ),
+    "stopping by rows of no weight": (
+        [
+            "data.validation={source: validation.jsonl, weight: 0.01}",
+            "data.validation_fraction=0.0",
+            "train.early_stopping_patience=1",
+        ],
+        "validation.jsonl: 8 rows, format prompt_completion, weight 0.01",
+    ),
 }
 
 
@@ -232,6 +259,23 @@ def test_later_stages_refusals_come_before_the_first_stage(
 ):
     (tmp_path / "a.csv").write_text("text\nopen the door\n")
     assert message in refused_run(*overrides)
+
+
+def test_held_out_answers_that_are_all_cut_off_are_refused(refused_run, tmp_path):
+    """Nothing was scored, which `evaluate` noticed once everything else was done."""
+    rows = [{"prompt": row["prompt"] * 20, "completion": "{}"} for row in make_rows(range(90, 92))]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    said = refused_run("data.test=long.jsonl", "evaluate.perplexity=[]")
+    assert "no held-out row has an answer within data.max_length=128 tokens" in said
+
+
+@pytest.mark.parametrize("positions", [256, 300])
+def test_a_base_too_short_to_time_an_export_is_refused(refused_run, llama, positions):
+    """Timing reads 256 tokens, and decodes 64, at positions that the file's table does not have."""
+    base = llama("short", max_position_embeddings=positions)
+    said = refused_run(f"model.base={base}", "quantize.exports=[onnx]")
+    assert f"quantize.cache_length: {positions} tokens, the base's positions, are too few" in said
+    assert "takes 320: set evaluate.exports=false, or remove onnx" in said
 
 
 def test_a_prompt_beyond_the_positions_names_its_row(refused_run, tmp_path):
@@ -286,4 +330,4 @@ def test_every_problem_is_listed_once():
 
     assert refuse_all([lambda: 1, lambda: 2]) == [1, 2]
     with pytest.raises(UserError, match="^first\nsecond$"):
-        refuse_all([fails("first"), lambda: 1, fails("second")])
+        refuse_all([fails("first"), lambda: 1, fails("second"), fails("first")])
