@@ -91,6 +91,7 @@ def prepare(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) 
     read = [(row.where, len(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
     positions, tables = usable_positions(config), table_positions(config)
     check_lengths(recipe, positions, read, longest_scored(corpora), tables)
+    _say_what_has_no_effect(recipe.evaluate)
     cut = cut_answers(recipe.evaluate, references, tokenizer)
     if cut:
         say(f"evaluate: {cut_line(cut)}; set evaluate.max_new_tokens={cut['longest']}")
@@ -129,6 +130,13 @@ def _corpora(
         _check_some_are_scored(corpora[HELD_OUT][0], recipe)
         _check_held_out(longest_scored({HELD_OUT: corpora[HELD_OUT]}), trained_positions(config))
     return corpora
+
+
+def _say_what_has_no_effect(evaluate: Evaluate) -> None:
+    if evaluate.choices and "multiple_choice" not in evaluate.metrics:
+        say("evaluate: evaluate.choices has no effect without multiple_choice in evaluate.metrics")
+    if evaluate.task_folder and not evaluate.tasks:
+        say("evaluate: evaluate.task_folder has no effect without names of tasks in evaluate.tasks")
 
 
 def cut_answers(

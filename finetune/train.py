@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from finequant.finetune.architecture import check_positions
     from finequant.finetune.arguments import training_arguments
     from finequant.finetune.data.prepared import prepared_splits
-    from finequant.finetune.data.turns import date_note, generation_config, save_tokenizer
+    from finequant.finetune.data.turns import generation_config, save_tokenizer, template_notes
     from finequant.finetune.device import dtype_name, training_precision
     from finequant.finetune.model import load_config, load_tokenizer
     from finequant.finetune.processes import decided_by_first, require_shared
@@ -63,8 +63,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     arguments = training_arguments(recipe, run.checkpoints, dtype)
     require_shared(run.root)
     splits = prepared_splits(recipe)
-    dated = date_note(tokenizer, recipe.data) if splits.train[0].messages else None
-    for note in [*splits.notes, *filter(None, [dated])]:
+    warnings = template_notes(tokenizer, recipe.data) if splits.train[0].messages else []
+    for note in [*splits.notes, *warnings]:
         say(f"data: {note}")
     decided_by_first(lambda: run.continuing(run.checkpoints, "train", inputs))
     trained, resumed = fine_tune(recipe, arguments, tokenizer, splits, dtype)

@@ -30,6 +30,7 @@ from finequant.finetune.training_status import ShowsTraining
 from finequant.recipes.artifact import differences, seal
 from finequant.recipes.interrupt import RESUME_HINT, Interrupted
 from finequant.recipes.schema import Data, Recipe
+from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -299,6 +300,8 @@ def build_trainer(
     dataset = partial(dataset_for_training, **settings)
     if not splits.validation:
         arguments.eval_strategy = IntervalStrategy.NO
+        if recipe.train.eval_steps:
+            say("train: train.eval_steps has no effect, as there are no validation rows")
     if arguments.use_cpu:
         base.set_attn_implementation(attention.NAME)
     elif not trainer_class:  # quantization-aware training computes as the shipped model does

@@ -26,7 +26,7 @@ from finequant.finetune.data.row import Row
 from finequant.finetune.data.splits import Splits
 from finequant.finetune.data.table import Rows
 from finequant.finetune.data.tokens import IGNORED, Encoded, encode
-from finequant.finetune.data.turns import answer_end, date_note, end_tokens
+from finequant.finetune.data.turns import answer_end, end_tokens, template_notes
 from finequant.finetune.model import load_config, load_tokenizer
 from finequant.recipes.errors import counted
 from finequant.recipes.schema import Recipe
@@ -246,11 +246,10 @@ def _template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) ->
     between, _, after = rest.partition(ANSWER)
     pieces = [before, between, after]
     count = sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
-    dated = date_note(tokenizer, recipe.data)
     return [
         f"the chat template adds {counted(count, 'token')}: {before!r} before a question, "
         f"{between!r} before its answer, {after!r} after it",
-        *([dated] if dated else []),
+        *template_notes(tokenizer, recipe.data),
     ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,6 +56,12 @@ def _answer_end(
     return AnswerEnd(written, None if end is None else tokenizer.decode([end]), end)
 
 
+def template_notes(tokenizer: PreTrainedTokenizerBase, data: Data) -> list[str]:
+    """Returns warnings about the chat template and the recipe's variables for it."""
+    notes = date_note(tokenizer, data), unread_note(tokenizer, data)
+    return [note for note in notes if note]
+
+
 def date_note(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
     """Returns a warning if the chat template writes today's date; None if it does not."""
     if not _writes_today(tokenizer, data):
@@ -66,6 +73,18 @@ def date_note(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
         "measurements of both days do not compare the same prompts; "
         + (fixed if takes_date(tokenizer, data) else "set model.chat_template to one without it")
     )
+
+
+def unread_note(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
+    """Returns a warning if the chat template lacks a variable that the recipe sets, perhaps because
+    its name is misspelled; None if it has all of them."""
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    unread = [name for name in data.template_arguments if name not in words]
+    if not unread:
+        return None
+    return f"data.template_arguments: the chat template has no variable {', '.join(unread)}"
 
 
 def takes_date(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.recipes.errors import UserError, counted
-from finequant.recipes.schema import Calibration, Recipe
+from finequant.recipes.methods import METHODS
+from finequant.recipes.schema import Calibration, Quantize, Recipe
 from finequant.recipes.terminal import say
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def sequences_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Te
         UserError: if there is nothing to calibrate on.
     """
     calibration = recipe.quantize.calibration
+    say_what_has_no_effect(recipe.quantize)
     if not recipe.quantize.reads_calibration_text:
         return None
     tokens, length = _tokens(calibration), _length(recipe)
@@ -55,8 +57,19 @@ def check_calibration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Non
         UserError: for rows that cannot be used, or too few tokens.
     """
     quantize = recipe.quantize
+    say_what_has_no_effect(quantize)
     if quantize.calibration.data and (quantize.reads_calibration_text or quantize.budget):
         calibration_sequences(recipe, tokenizer, _tokens(quantize.calibration))
+
+
+def say_what_has_no_effect(quantize: Quantize) -> None:
+    """Names what a recipe sets for calibration that its method does not read."""
+    method, calibration = quantize.method, quantize.calibration
+    unread = ["steps"] if calibration.steps and not METHODS[method].is_calibrated else []
+    if calibration.data and not (quantize.reads_calibration_text or quantize.budget):
+        unread.append("data")
+    for key in unread:
+        say(f"quantize: quantize.calibration.{key} has no effect with quantize.method={method}")
 
 
 def _tokens(calibration: Calibration) -> int:

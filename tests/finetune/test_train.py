@@ -146,6 +146,12 @@ def test_the_status_line_shows_the_loss_of_the_newest_step(recipe_file, monkeypa
     assert len(others) == 3
 
 
+def test_evaluations_without_validation_rows_are_named(recipe_file, capsys):
+    none = ["data.validation=[]", "data.validation_fraction=0.0"]
+    train(recipe_file, "train.max_steps=1", "train.eval_steps=1", *none)
+    assert "train.eval_steps has no effect, as there are no validation" in capsys.readouterr().err
+
+
 def test_checkpoints_of_another_recipe_are_not_resumed(recipe_file, capsys):
     train(recipe_file, "train.max_steps=2", "train.save_steps=1")
     adapter = train(recipe_file, "train.max_steps=2", "train.save_steps=1", "lora.rank=8")

@@ -15,6 +15,7 @@ from finequant.finetune.data.turns import (
     end_tokens,
     generation_config,
     save_tokenizer,
+    unread_note,
     until_end,
 )
 from finequant.finetune.model import load_tokenizer
@@ -290,6 +291,15 @@ def test_a_template_that_writes_the_date_of_today_is_noticed(ended, case):
     tokenizer = ended(begin + ending("<|im_end|>"))
     note = date_note(tokenizer, Data(train=["rows"], template_arguments=arguments))
     assert note is None if advice is None else note.endswith(advice)
+
+
+def test_a_variable_that_the_template_does_not_have_is_noticed(ended):
+    tokenizer = ended("{% if mood%}{{\nmood }}{% endif %}" + ending("<|im_end|>"))
+    arguments = {"mood": "calm", "moo": 1, "messages": 2}
+    settings = Data(train=["rows"], template_arguments=arguments)
+    assert unread_note(tokenizer, settings).endswith("the chat template has no variable moo")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ moo }}"}
+    assert unread_note(tokenizer, settings) is None
 
 
 @pytest.mark.parametrize(

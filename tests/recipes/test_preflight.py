@@ -321,6 +321,23 @@ def test_a_short_cache_is_no_problem_if_exports_are_only_sized(recipe_file):
     assert preflight.preflight(recipe, RunDir.of(recipe)).scored == 64
 
 
+def test_keys_without_an_effect_are_named(recipe_file, capsys):
+    (recipe_file.parent / "tasks").mkdir()
+    keys = ["evaluate.choices=[a]", "evaluate.task_folder=tasks"]
+    keys += ["quantize.calibration={steps: 2, data: validation.jsonl}", "data.overlap=drop"]
+    recipe = load_recipe(recipe_file, keys)
+    preflight.preflight(recipe, RunDir.of(recipe))
+    said = capsys.readouterr().err
+    assert "evaluate.choices has no effect without multiple_choice in evaluate.metrics" in said
+    assert "evaluate.task_folder has no effect without names of tasks in evaluate.tasks" in said
+    for key in ("steps", "data"):
+        assert f"quantize.calibration.{key} has no effect with quantize.method=rtn" in said
+    read = ["quantize.method=gptq", "evaluate.choices=null", "evaluate.task_folder=null"]
+    recipe = load_recipe(recipe_file, [*keys, *read])
+    preflight.preflight(recipe, RunDir.of(recipe))
+    assert "has no effect" not in capsys.readouterr().err
+
+
 def test_every_problem_is_listed_once():
     def fails(message: str):
         def check() -> None:
