@@ -150,13 +150,19 @@ def undecided(quantize: Quantize, plan: Plan) -> list[str]:
 def _check_budget(quantize: Quantize, plan: Plan, config: DecoderConfig) -> None:
     if quantize.budget is None:
         return
-    fewest = {name: plan[name]._replace(bits=CANDIDATES[0]) for name in undecided(quantize, plan)}
+    free = undecided(quantize, plan)
+    fewest = {name: plan[name]._replace(bits=CANDIDATES[0]) for name in free}
     least = bits_per_weight(plan | fewest, config)
     if quantize.budget < least:
         raise UserError(
             f"quantize.budget: {quantize.budget} bits per weight are too few: the plan takes at "
             f"least {least:.3f}, scales included; use larger groups or quantize.scale_dtype="
             "bfloat16, or set fewer bits in quantize.layers"
+        )
+    if not free:
+        raise UserError(
+            "quantize.budget: nothing is left to choose: quantize.layers and quantize.head set the "
+            "bits of every layer; remove one of the two, or the budget"
         )
 
 

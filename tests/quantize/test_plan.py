@@ -160,6 +160,8 @@ def test_a_cache_of_no_tokens_is_refused(tokens):
             "quantize.budget: 2.9 bits per weight are too few: the plan takes at least 3.000",
         ),
         ({"budget": 4, "layers": {"*": {"bits": 8}}}, "the plan takes at least 8.500"),
+        ({"budget": 9, "layers": {"*": {"bits": 8}}}, "quantize.budget: nothing is left to choose"),
+        ({"budget": 9, "layers": {"model.*": "float"}, "head": 8}, "nothing is left to choose"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(keys, says):
