@@ -311,12 +311,10 @@ def check_lengths(
         )
     exports = recipe.quantize.exports
     limited = [name for name in exports if "quantize.cache_length" in EXPORT_KEYS.get(name, ())]
-    needed = min(max(scored, longest + answer if prompts else 0), positions)
-    needed = max(needed, SPEED_PROMPT + SPEED_ANSWER)
-    held = min(recipe.quantize.cache_length, tables)
+    needed = max(scored, longest + answer if prompts else 0, SPEED_PROMPT + SPEED_ANSWER)
+    needed, held = min(needed, positions), min(recipe.quantize.cache_length, tables)
     if limited and recipe.evaluate.exports and held < needed:
-        whose = "LongRoPE's original" if tables < positions else "the base's"
-        original = f", {whose} positions," if held == tables else ""
+        original = ", LongRoPE's original positions," if held == tables else ""
         larger = f"set quantize.cache_length={needed}, " if needed <= tables else ""
         raise UserError(
             f"quantize.cache_length: {held} tokens{original} are too few to measure the "

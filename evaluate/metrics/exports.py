@@ -52,14 +52,14 @@ def measure_export(
     Returns:
         The measurement of `measure_model` and, as "parity", the result of `compared`.
     """
-    from finequant.finetune.architecture import parameter_count
+    from finequant.finetune.architecture import parameter_count, usable_positions
     from finequant.finetune.model import load_config
 
-    entry, folder = FORMATS[name], run.exports / name
+    entry, folder, config = FORMATS[name], run.exports / name, load_config(recipe.model)
     size = entry.size(folder)
     sizes = {
         "size_bytes": size,
-        "bits_per_weight": 8 * size / parameter_count(load_config(recipe.model)),
+        "bits_per_weight": 8 * size / parameter_count(config),
         "activations": entry.activations,
     }
     unwanted = None if recipe.evaluate.exports else "evaluate.exports is false"
@@ -71,7 +71,7 @@ def measure_export(
     measure = _measure_checkpoint if entry.is_checkpoint else _measure_in_runtime
     scores, answers, logs = measure(entry, run, recipe, material, reference().corpora)
     parity = compared(entry, folder, recipe, material, reference(), logs)
-    scores = sizes | scores | {"speed": speed(name, folder)}
+    scores = sizes | scores | {"speed": speed(name, folder, usable_positions(config))}
     return {"scores": scores, "answers": answers, "parity": parity}
 
 
@@ -222,8 +222,10 @@ def greedy_tokens(
         logits = runtime.last_logits([token], position)
 
 
-def speed(name: str, folder: Path) -> dict[str, float | int]:
+def speed(name: str, folder: Path, positions: int) -> dict[str, float | int]:
     """Times an export in a separate process.
+
+    positions: those of the base, which the prompt and the answer for timing have to fit into.
 
     Returns:
         {"prompt", "decoding": tokens per second, "peak_memory_bytes"}
@@ -231,29 +233,31 @@ def speed(name: str, folder: Path) -> dict[str, float | int]:
     Raises:
         UserError: if that process fails.
     """
-    command = [sys.executable, "-m", "finequant.evaluate.metrics.exports", name, str(folder)]
+    arguments = [name, str(folder), str(positions)]
+    command = [sys.executable, "-m", "finequant.evaluate.metrics.exports", *arguments]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise process_error(f"evaluate: {name}: cannot be timed", process)
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def _time(name: str, folder: Path) -> dict[str, float | int]:
+def _time(name: str, folder: Path, positions: int) -> dict[str, float | int]:
     runtime = FORMATS[name].open_runtime(folder)
-    ids = [3 + index % 50 for index in range(SPEED_PROMPT)]
+    answer = min(SPEED_ANSWER, positions // 4)
+    ids = [3 + index % 50 for index in range(min(SPEED_PROMPT, positions - answer))]
     runtime.last_logits(ids)  # the first call also loads
     started = time.perf_counter()
     runtime.last_logits(ids)
     read = time.perf_counter()
-    for position in range(SPEED_ANSWER):
-        runtime.last_logits([5], SPEED_PROMPT + position)
+    for position in range(answer):
+        runtime.last_logits([5], len(ids) + position)
     done = time.perf_counter()
     return {
-        "prompt": SPEED_PROMPT / (read - started),
-        "decoding": SPEED_ANSWER / (done - read),
+        "prompt": len(ids) / (read - started),
+        "decoding": answer / (done - read),
         "peak_memory_bytes": peak_memory(),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(_time(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(_time(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))

@@ -99,7 +99,22 @@ def test_a_killed_timing_is_not_explained_by_a_warning(monkeypatch, tmp_path):
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "W1128 this is deprecated\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(UserError, match="timed: it was killed, perhaps out of memory"):
-        speed("gguf", tmp_path)
+        speed("gguf", tmp_path, 2048)
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(64, 64), (300, 300), (320, 320), (2048, 320)])
+def test_timing_stays_within_the_positions_of_the_base(monkeypatch, positions, longest):
+    """Tables of rotations end there, and so do caches of a sliding window: timing failed after
+    everything else was measured."""
+    from finequant.evaluate.metrics import exports
+
+    ends = []
+    runtime = SimpleNamespace(last_logits=lambda ids, start=0: ends.append(start + len(ids)))
+    monkeypatch.setitem(exports.FORMATS, "gguf", SimpleNamespace(open_runtime=lambda _: runtime))
+    monkeypatch.setattr(exports.time, "perf_counter", iter([0, 1, 3]).__next__)
+    timed = exports._time("gguf", Path(), positions)
+    assert max(ends) == longest
+    assert timed["prompt"] + 2 * timed["decoding"] == longest
 
 
 def test_an_export_is_measured_where_lm_evals_tasks_are_all_that_is_measured(recipe_file, tmp_path):

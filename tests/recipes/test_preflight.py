@@ -269,15 +269,6 @@ def test_held_out_answers_that_are_all_cut_off_are_refused(refused_run, tmp_path
     assert "no held-out row has an answer within data.max_length=128 tokens" in said
 
 
-@pytest.mark.parametrize("positions", [256, 300])
-def test_a_base_too_short_to_time_an_export_is_refused(refused_run, llama, positions):
-    """Timing reads 256 tokens, and decodes 64, at positions that the file's table does not have."""
-    base = llama("short", max_position_embeddings=positions)
-    said = refused_run(f"model.base={base}", "quantize.exports=[onnx]")
-    assert f"quantize.cache_length: {positions} tokens, the base's positions, are too few" in said
-    assert "takes 320: set evaluate.exports=false, or remove onnx" in said
-
-
 def test_a_prompt_beyond_the_positions_names_its_row(refused_run, tmp_path):
     row = {"prompt": "open the red door " * 200, "completion": "{}"}
     write_jsonl(tmp_path / "long.jsonl", [*make_rows(range(90, 92)), row])
