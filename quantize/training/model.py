@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finequant.finetune.architecture import EMBEDDING, rotary_embedding, skeleton
+from finequant.finetune.architecture import EMBEDDING, HEAD, rotary_embedding, skeleton
 from finequant.finetune.model import load_config
 from finequant.finetune.processes import filled_by_first
 from finequant.quantize.checkpoint.reading import Weights, filled, row_slices
 from finequant.quantize.rounding import Rounded, latent_weights
-from finequant.quantize.scheme import Plan, keeps_tied_head, untie_head, unties_head
+from finequant.quantize.scheme import (
+    Plan,
+    keeps_tied_head,
+    shares_table,
+    untie_head,
+    unties_head,
+)
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,
@@ -45,14 +51,27 @@ def fake_quantized_model(
     start: codes and scales of each layer.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
+    config = load_config(recipe.model)
+    trained = trained_layers(recipe, plan, config)
 
     def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
-        layer = _fake_quantized(name, bias, weights, start[name], plan, dtype, recipe, generator)
+        about = (name in trained, recipe, generator)
+        layer = _fake_quantized(name, bias, weights, start[name], plan, dtype, *about)
         if filled_by_first():
             _empty(layer)
         return layer
 
-    return assembled(load_config(recipe.model), weights, plan, dtype, make)
+    return assembled(config, weights, plan, dtype, make)
+
+
+def trained_layers(recipe: Recipe, plan: Plan, config: DecoderConfig) -> list[str]:
+    """Lists the layers that get an adapter, or whose scales are trained: all quantized ones but a
+    head that shares the embedding's table, which it could not do with scales of its own."""
+    quantized = [name for name in plan if plan[name] and name != EMBEDDING]
+    if recipe.quantize.training.learns == "adapter":
+        return [name for name in quantized if recipe.lora.targets(name)]
+    shares = shares_table(recipe.quantize, plan, config)
+    return [name for name in quantized if not (shares and name == HEAD)]
 
 
 def assembled(
@@ -109,6 +128,7 @@ def _fake_quantized(
     start: Rounded,
     plan: Plan,
     dtype: torch.dtype,
+    is_trained: bool,
     recipe: Recipe,
     generator: torch.Generator,
 ) -> FakeQuantized:
@@ -119,10 +139,10 @@ def _fake_quantized(
     if name == EMBEDDING:
         return FakeQuantEmbedding(start, bits, dtype, float_weight)
     shared = {"float_weight": float_weight, "bias": bias}
+    if not is_trained:
+        return FakeQuantLinear(start, bits, dtype, **shared)
     if training.learns == "scales":
         return FakeQuantScales(start, bits, dtype, **shared)
-    if not lora.targets(name):
-        return FakeQuantLinear(start, bits, dtype, **shared)
     return FakeQuantLora(
         start,
         bits,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finequant.finetune import attention
-from finequant.finetune.architecture import EMBEDDING
+from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.finetune.device import arithmetic_dtype, device
 from finequant.finetune.processes import add_up_gradients, share
 from finequant.quantize.checkpoint.reading import Weights, filled
@@ -24,6 +24,7 @@ from finequant.quantize.scheme import Plan
 from finequant.quantize.training.fake_quantize import (
     FakeQuantEmbedding,
     FakeQuantized,
+    FakeQuantLinear,
     FakeQuantScales,
     disabled,
 )
@@ -51,6 +52,8 @@ def train_scales(
 ) -> dict[str, Rounded]:
     """Returns the layers of `rounded` with the same codes and trained scales.
 
+    A head that shares the embedding's table keeps its scales, so that it still does.
+
     Memory holds the whole model: codes, and float weights for the teacher. Several processes share
     the rows of each step.
 
@@ -63,6 +66,8 @@ def train_scales(
     learned = [
         module.scale_delta for module in modules.values() if isinstance(module, FakeQuantScales)
     ]
+    if not learned:  # only a head that shares the embedding's table is quantized
+        return rounded
     optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
@@ -137,13 +142,16 @@ def _model(
     dtype: torch.dtype,
 ) -> Decoder:
     """Builds the model with fake-quantized layers, whose float weights make it its own teacher."""
+    head, embedding = rounded.get(HEAD), rounded.get(EMBEDDING)
+    shares_table = head and embedding and all(map(torch.equal, head, embedding))
 
     def make(name: str, bias: torch.Tensor | None) -> FakeQuantized:
         start, bits = rounded[name], plan[name].bits
         float_weight = filled(weights, f"{name}.weight", start.codes.shape, dtype)
         if name == EMBEDDING:
             return FakeQuantEmbedding(start, bits, dtype, float_weight)
-        return FakeQuantScales(start, bits, dtype, float_weight, bias=bias)
+        kind = FakeQuantLinear if name == HEAD and shares_table else FakeQuantScales
+        return kind(start, bits, dtype, float_weight, bias=bias)
 
     model = assembled(config, weights, plan, dtype, make)
     if device().type == "cpu":

@@ -111,20 +111,27 @@ def _check_supported(recipe: Recipe) -> None:
 
 
 def check_something_learns(recipe: Recipe, config: DecoderConfig) -> None:
-    """Refuses quantization-aware training of an adapter that no quantized layer gets."""
-    from finequant.finetune.architecture import EMBEDDING
+    """Refuses quantization-aware training of no layer.
+
+    Raises:
+        UserError: if no quantized layer gets an adapter, or none has scales of its own.
+    """
     from finequant.quantize.scheme import layer_plan
+    from finequant.quantize.training.model import trained_layers
 
     training = recipe.quantize.training
-    if training is None or training.learns == "scales":
+    if training is None or trained_layers(recipe, layer_plan(recipe.quantize, config), config):
         return
-    plan = layer_plan(recipe.quantize, config)
-    if not any(plan[layer] and recipe.lora.targets(layer) for layer in plan if layer != EMBEDDING):
+    if training.learns == "scales":
         raise UserError(
-            "quantize.training: no layer that is quantized is among lora.target_modules "
-            f"({recipe.lora.target_modules}), so nothing would be trained: name other layers, or "
-            "set quantize.training.learns=scales"
+            "quantize.training: the only quantized layer is the head, which shares the scales of "
+            "the embedding, so nothing would be trained: set quantize.training=null"
         )
+    raise UserError(
+        "quantize.training: no layer that is quantized is among lora.target_modules "
+        f"({recipe.lora.target_modules}), so nothing would be trained: name other layers, or "
+        "set quantize.training.learns=scales"
+    )
 
 
 def _say_if_emulated(dtype: torch.dtype) -> None:

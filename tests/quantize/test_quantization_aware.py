@@ -218,6 +218,15 @@ def test_training_scales_leaves_the_codes(stage):
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(start)
 
 
+def test_training_scales_leaves_a_table_that_head_and_embedding_share(stage):
+    from finequant.quantize.training.model import fake_quantized_layers
+
+    trainer = stage.train(SCALES, "quantize.head=8", "quantize.embedding=8")
+    layers = fake_quantized_layers(trainer.model)
+    head, embedding = (layers[name].rounded() for name in ("lm_head", "model.embed_tokens"))
+    assert all(map(torch.equal, head, embedding))
+
+
 @pytest.mark.parametrize("training", [TAUGHT, SCALES])
 def test_each_layers_latent_weights_are_freed_before_the_next_is_rounded(
     tuned, tmp_path, monkeypatch, training

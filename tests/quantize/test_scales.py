@@ -92,6 +92,28 @@ def test_the_teachers_states_are_kept_only_for_text_that_comes_again(
     assert seen == alive
 
 
+@pytest.mark.parametrize("layers", [{}, {"model.*": "float"}])
+@torch.no_grad()
+def test_a_head_still_shares_the_table_of_the_embedding(tiny_base, layers):
+    """Its own scales made a second table of it in GGUF, ONNX and MLX."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    quantize = Quantize(head=8, embedding=8, layers=layers, scale_dtype="float32")
+    plan = layer_plan(quantize, model.config)
+    config = deepcopy(model.config)
+    untie_head(model)
+    start = {
+        name: round_to_nearest(model.get_submodule(name).weight, *scheme)
+        for name, scheme in plan.items()
+        if scheme
+    }
+    ids = torch.arange(64).view(2, 32)
+    trained = train_scales(weights_of(model), config, ids, start, plan, torch.float32, 2)
+    changed = {name for name in start if not torch.equal(trained[name].scale, start[name].scale)}
+    assert changed == start.keys() - {"lm_head", "model.embed_tokens"}
+
+
 @pytest.mark.parametrize(
     "calibration", ["{tokens: 256, length: 32}", "{tokens: 256, length: 32, scale_steps: 2}"]
 )
