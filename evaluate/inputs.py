@@ -120,6 +120,12 @@ def _corpora(
     from finequant.finetune.data.rendering import check_template
 
     positions = usable_positions(config)
+    for corpus in recipe.evaluate.perplexity:
+        if corpus.max_length > positions:
+            say(
+                f"evaluate: {corpus.name}: windows of {positions} tokens, all that the base "
+                f"attends to, instead of {corpus.max_length} (max_length)"
+            )
     corpora = {
         corpus.name: corpus_windows(read_corpus(corpus), tokenizer, corpus, positions)
         for corpus in recipe.evaluate.perplexity

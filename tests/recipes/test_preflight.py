@@ -316,9 +316,11 @@ def test_keys_without_an_effect_are_named(recipe_file, capsys):
     (recipe_file.parent / "tasks").mkdir()
     keys = ["evaluate.choices=[a]", "evaluate.task_folder=tasks"]
     keys += ["quantize.calibration={steps: 2, data: validation.jsonl}", "data.overlap=drop"]
+    keys += ["evaluate.perplexity.0.max_length=600"]
     recipe = load_recipe(recipe_file, keys)
     preflight.preflight(recipe, RunDir.of(recipe))
     said = capsys.readouterr().err
+    assert "text: windows of 512 tokens, all that the base attends to, instead of 600" in said
     assert "evaluate.choices has no effect without multiple_choice in evaluate.metrics" in said
     assert "evaluate.task_folder has no effect without names of tasks in evaluate.tasks" in said
     for key in ("steps", "data"):
