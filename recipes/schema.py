@@ -147,10 +147,16 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _columns_make_a_row(self) -> Source:
-        mapped = set(self.columns)
-        whole = {"messages"} <= mapped or {"text"} <= mapped or {"prompt", "completion"} <= mapped
-        if mapped and not whole:
+        if not self.columns:
+            return self
+        fields = self.columns.keys() - {"system", "tools"}
+        if fields not in ({"messages"}, {"text"}, {"prompt", "completion"}):
             raise ValueError("columns must map messages, text, or both prompt and completion")
+        if fields == {"text"} and len(self.columns) > 1:
+            raise ValueError("columns: a text has no system message or tools: map text only")
+        layout = "prompt_completion" if "prompt" in fields else min(fields)
+        if self.format not in ("auto", layout):
+            raise ValueError(f"columns map the layout {layout}, so format is not {self.format}")
         return self
 
 

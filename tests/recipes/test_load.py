@@ -204,6 +204,24 @@ WRONG = {
         "data.test",
         "both prompt and completion",
     ),
+    "columns of two layouts": (
+        "  test: {source: rows.jsonl, columns: {text: a, prompt: b, completion: c}}",
+        6,
+        "data.test",
+        "columns must map messages, text, or both prompt and completion",
+    ),
+    "columns beside a text": (
+        "  test: {source: rows.jsonl, columns: {text: a, system: b}}",
+        6,
+        "data.test",
+        "a text has no system message or tools",
+    ),
+    "columns of another format": (
+        "  test: {source: rows.jsonl, format: text, columns: {messages: a}}",
+        6,
+        "data.test",
+        "columns map the layout messages, so format is not text",
+    ),
     "empty source": ('  test: ""', 6, "data.test", "at least 1 character (value '')"),
     "missing data": (
         "  test: [rows.jsonl, {source: no.jsonl}]",
