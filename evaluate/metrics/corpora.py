@@ -52,6 +52,11 @@ def read_texts(corpus: Corpus) -> list[str]:
         UserError: if a file, column, or dataset is missing, is not UTF-8, or has no text at all.
     """
     if files := _text_files(corpus):
+        if corpus.documents == "rows":
+            raise UserError(
+                f"{_where(corpus)}: documents: rows is for files of rows, and a text file has "
+                "none: leave it out, or write each text as a row of a .jsonl file"
+            )
         texts = [_read_text(file, corpus) for file in files]
     else:
         texts = _read_rows(corpus)

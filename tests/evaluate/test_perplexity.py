@@ -273,6 +273,7 @@ def test_a_corpus_is_the_test_split_of_a_folder_that_has_several(tmp_path):
     [
         ("empty.txt", b" \n", {}, "empty.txt: contains no text"),
         ("empty.raw", b" \n", {"documents": "wikitext"}, "empty.raw: contains no text"),
+        ("lines.txt", b"a\nb\n", {"documents": "rows"}, "lines.txt: documents: rows is for files"),
         ("latin.txt", b"caf\xe9", {}, "latin.txt: not UTF-8 text at byte 3"),
         ("cut.txt.gz", gzip.compress(b"a lamp", mtime=0)[:-4], {}, "cut.txt.gz: cannot be read: "),
         ("absent.txt", None, {}, "absent.txt: cannot be read: No such file"),
