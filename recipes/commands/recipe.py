@@ -88,6 +88,8 @@ def plan(
     from finequant.recipes.rundir import RunDir
     from finequant.recipes.terminal import doing
 
+    if not gpu and (gpus > 1 or sharded):
+        raise UserError(f"{'--sharded' if sharded else '--gpus'}: of which GPU? Add --gpu NAME")
     loaded = load_recipe(recipe, overrides or [])
     machine = named_gpu(gpu)._replace(gpus=gpus, sharded=sharded) if gpu else None
     memory = bytes_of(device_memory, "--device-memory") if device_memory else None

@@ -131,6 +131,16 @@ def test_a_cache_of_no_tokens_is_refused(tokens):
     assert "--context" in message
 
 
+@pytest.mark.parametrize("options", [["--gpus", "2"], ["--sharded"]])
+def test_options_of_gpus_without_a_gpu_are_refused(options):
+    """They were not read."""
+    from finequant.recipes.run import main
+
+    assert f"{options[0]}: of which GPU? Add --gpu NAME" in refused(
+        main, ["plan", "quickstart", *options]
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
