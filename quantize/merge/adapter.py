@@ -104,7 +104,7 @@ class Adapter:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             self._file = TensorFile(folder / "adapter_model.safetensors")
             _scaling(config, None)  # raises for a file that does not describe a LoRA
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not an adapter of {name}: {one_line(error)}") from None
         self.read = lru_cache(maxsize=8)(lambda key: self._file.read(key).float())
         _check_mergeable(config, folder)

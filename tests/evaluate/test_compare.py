@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -404,6 +405,32 @@ def test_divergence_equals_a_calculation_by_hand():
     repeated = divergence(twice, quantized.repeat_interleave(2, dim=0))
     assert repeated["tokens"] == 4
     assert repeated["kl"] == pytest.approx(found["kl"])
+
+
+def test_passages_surround_the_token_of_each_sequence_that_changed_most():
+    from finequant.evaluate.metrics.divergence import passages
+    from finequant.evaluate.metrics.perplexity import ScoredSequence
+
+    length, quantized, sequences = 100, [], []
+    for number in range(1, 8):  # of the third, nothing is scored; the last changed least
+        is_scored = [False] + [number != 3] * (length - 1)
+        sequences.append(ScoredSequence([*range(1000 * number, 1000 * number + length)], is_scored))
+        probabilities = torch.full((sum(is_scored), 2), 0.5)
+        if number != 3:
+            probabilities[10 * number] = torch.tensor([0.05 * number, 1 - 0.05 * number])
+            probabilities[80] = torch.tensor([0.45, 0.55])
+        quantized.append(probabilities)
+    quantized = torch.cat(quantized).log()
+    tuned = torch.full_like(quantized, 0.5).log()
+    found = passages(tuned, quantized, sequences, lambda ids: str(*ids))
+    ends = [(int(passage[0]["text"]), int(passage[-1]["text"])) for passage in found]
+    assert ends == [(1000, 1050), (2000, 2060), (4001, 4080), (5011, 5090), (6021, 6099)]
+    for number, passage in zip((1, 2, 4, 5, 6), found, strict=True):
+        worst = max(passage, key=lambda token: token["kl"])
+        assert int(worst["text"]) == 1010 * number + 1
+        by_hand = 0.5 * math.log(0.25 / (0.05 * number) / (1 - 0.05 * number))
+        assert worst["kl"] == pytest.approx(by_hand, rel=1e-4)
+    assert found[0][0]["kl"] == 0
 
 
 def test_divergence_is_of_float32_logits_beside_the_rounding_of_shipped_ones(tiny_base):

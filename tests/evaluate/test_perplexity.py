@@ -143,23 +143,42 @@ def lm_eval_results(model, tokenizer, pages: list[str], folder: Path, max_length
     return {unit: results[f"{unit}_perplexity,none"] for unit in ("word", "byte")}
 
 
+def put_bos_in_front(tokenizer) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert tokenizer.encode("lamp")[0] == tokenizer.bos_token_id
+
+
 @pytest.mark.parametrize("puts_bos_in_front", [False, True])
 def test_wikitext_equals_lm_eval(model, tiny_base, wikitext_file, tmp_path, puts_bos_in_front):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     if puts_bos_in_front:
-        from tokenizers.processors import TemplateProcessing
-
-        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos[0]} $A", special_tokens=[bos]
-        )
-        assert tokenizer.encode("lamp")[0] == tokenizer.bos_token_id
+        put_bos_in_front(tokenizer)
     corpus = corpus_of(wikitext_file, documents="wikitext", max_length=100)
     sequences, documents = corpus_windows(read_corpus(corpus), tokenizer, corpus, 512)
     assert len(documents) == 2 and len(sequences) > 6
     found = measure(model, sequences, documents, 4, "small")
     expected = lm_eval_results(model, tokenizer, PAGES, tmp_path, max_length=100)
     assert {unit: found[unit] for unit in expected} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["{} open the lamp", "open the lamp {}", "open the lamp"])
+def test_a_text_that_contains_bos_is_scored_as_by_lm_eval(model, tiny_base, text):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    put_bos_in_front(tokenizer)
+    text = text.format(tokenizer.bos_token).strip()
+    sequences, _ = corpus_windows([count(text)], tokenizer, corpus_of("unused"), 512)
+    found = negative_log_likelihoods(model, sequences, 4, "test")
+    theirs = HFLM(model, tokenizer=tokenizer, max_length=64, batch_size=1)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    assert found == pytest.approx([-log for log in theirs.loglikelihood_rolling(asked)], rel=1e-5)
 
 
 def test_wikitext_articles_and_their_counts(wikitext_file):

@@ -80,6 +80,16 @@ def test_gptq_handles_dead_columns_and_singular_hessians():
     assert ((values - weight).abs()[:, 1:] <= 1.5 * step[:, 1:]).float().mean() > 0.95
 
 
+def test_a_hessian_that_is_not_positive_definite_is_damped_until_it_is():
+    """Sums in float32 can be off by more than the usual damping."""
+    hessian, weight = torch.eye(64), torch.randn(8, 64)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05, and a damping of 0.01
+    found = gptq(weight, Statistics(hessian, torch.zeros(64, 64)), scheme())
+    nearest = round_to_nearest(weight, *scheme())
+    assert torch.equal(found.codes[:, 32:], nearest.codes[:, 32:])
+    assert found.dequantize(torch.float32).isfinite().all()
+
+
 def test_gptq_does_not_depend_on_the_scale_of_the_inputs():
     """Inputs that are small everywhere must not give way to columns without any."""
     torch.manual_seed(0)
@@ -322,6 +332,51 @@ def test_a_trained_layer_computes_as_torchaos_with_its_bias():
     shipped = torchao_tensor("layer", start, scheme(), torch.float32)
     layer.weight = torch.nn.Parameter(shipped, requires_grad=False)
     torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gradients_of_trained_codes_are_those_of_torchs_fake_quantization(bits):
+    from finequant.quantize.methods.reconstruct import TrainedLayer
+
+    torch.manual_seed(0)
+    weight, plan = torch.randn(6, 64), scheme(bits)
+    start = round_to_nearest(weight, *plan)
+    layer = TrainedLayer(weight, start, plan)
+    with torch.no_grad():
+        layer.latent_weights += 3 * torch.randn(6, 2, 32)  # some beyond the codes' range
+        layer.factor += 0.1 * torch.randn(6, 2)
+    found = layer.weight(torch.float32)
+    ours = [layer.latent_weights, layer.factor]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = torch.fake_quantize_per_tensor_affine(theirs[0], 1.0, 0, low, high)
+    expected = (codes * (start.scale * theirs[1])[:, :, None]).flatten(1)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn(6, 64)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, ours, gradient), torch.autograd.grad(expected, theirs, gradient)
+    )
+
+
+def test_a_block_is_trained_although_some_tokens_are_zero(tiny_base):
+    """The embedding of a padding token may be; the error is relative to each token's power."""
+    from transformers import AutoModelForCausalLM
+
+    from finequant.quantize.checkpoint.blocks import rotary_of
+    from finequant.quantize.methods.reconstruct import TrainedLayer, reconstruct
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    block, hidden = model.model.layers[0].requires_grad_(False), torch.randn(2, 16, 64)
+    hidden[:, :3] = 0
+    rotary = rotary_of(model.config, hidden)
+    target = block(hidden, position_embeddings=rotary)
+    assert not target[:, :3].any()
+    weight = block.mlp.down_proj.weight
+    start = round_to_nearest(weight, *scheme())
+    layers = {"mlp.down_proj": TrainedLayer(weight, start, scheme())}
+    found = reconstruct(block, layers, [hidden], [target], rotary, 2)["mlp.down_proj"]
+    assert found.scale.isfinite().all() and not torch.equal(found.scale, start.scale)
+    assert (found.codes - start.codes).abs().max() <= 1
 
 
 def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):

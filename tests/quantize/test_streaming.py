@@ -227,8 +227,15 @@ def test_anything_but_lora_of_linear_layers_is_refused_by_name(tiny_base, opened
         opened(tiny_base, **settings)
 
 
-def test_a_wrong_merge_is_noticed(tiny_base, opened, tmp_path, monkeypatch):
-    source, adapter = opened(tiny_base)
+@pytest.mark.parametrize("size", [1e-3, 1, 1e3])
+def test_a_wrong_merge_is_noticed(llama, opened, tmp_path, monkeypatch, size):
+    """Whether logits are large or small."""
+    base = llama("base", tie_word_embeddings=False)
+    head = load_file(base / "model.safetensors")
+    head["lm_head.weight"] *= size
+    save_file(head, base / "model.safetensors", {"format": "pt"})
+    source, adapter = opened(base)
+    assert check_merge(source, adapter, tmp_path / "adapter", [[5, 6, 7]])[0] < 1e-5
     monkeypatch.setattr(adapter, "_scaling", dict.fromkeys(adapter.layers, 2.1))
     with pytest.raises(UserError, match="merged logits differ from base \\+ adapter"):
         check_merge(source, adapter, tmp_path / "adapter", [[5, 6, 7]])

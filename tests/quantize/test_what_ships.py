@@ -60,6 +60,12 @@ def only_head(tensors: dict) -> None:
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
 
+def bare(tensors: dict) -> None:
+    """Names the tensors as a LlamaModel does, which has no head."""
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
 def random_biases(tensors: dict) -> None:
     for name, tensor in tensors.items():
         if name.endswith("bias"):
@@ -98,6 +104,7 @@ VARIANTS = {
 SIBLINGS = {
     "copied_head": ({}, edited(copied_head)),
     "only_head": ({}, edited(only_head)),
+    "bare": ({}, edited(bare)),
     "zero_rows": ({"tie_word_embeddings": False}, edited(zero_rows)),
     "dynamic_rope": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, None),
 }
@@ -281,6 +288,50 @@ def test_an_adapter_of_a_base_that_peft_changed_is_refused(tmp_path):
             variant(tmp_path / start, {}, None, init_lora_weights=start)
     with pytest.raises(UserError, match="what follows some tokens only .alora_invocation_tokens"):
         variant(tmp_path / "alora", {}, None, alora_invocation_tokens=[5, 6])
+
+
+def without_one_matrix(adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+
+
+def config_of(content: str):
+    return lambda adapter: (adapter / "adapter_config.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_one_matrix, "not an adapter of base: .* is in only one of the two"),
+        (config_of("{"), "not an adapter of base: "),
+        (config_of("[]"), "not an adapter of base: "),
+        (config_of('{"r": 4}'), "not an adapter of base: .*lora_alpha"),
+        (lambda adapter: (adapter / "adapter_config.json").unlink(), "not an adapter of base: "),
+    ],
+)
+def test_what_is_not_a_whole_adapter_is_refused(tmp_path, change, message):
+    base, _ = variant(tmp_path, {}, None)
+    change(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        Adapter(tmp_path / "adapter", base, "base")
+
+
+def test_an_adapter_of_a_base_with_another_head_is_refused(tmp_path):
+    """With a LoRA of the head, peft saves the head, too."""
+    variant(tmp_path, *VARIANTS["untied"], target_modules=["q_proj", "lm_head"])
+    edited(own_head)(tmp_path / "base")
+    base = open_base(Model(base=str(tmp_path / "base")))
+    with pytest.raises(UserError, match="its lm_head differs from that of base"):
+        Adapter(tmp_path / "adapter", base, "base")
+
+
+def test_an_adapter_that_peft_does_not_take_is_refused(tmp_path):
+    base, adapter = variant(tmp_path, {}, None)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config_of(json.dumps(config | {"target_modules": ["nowhere"]}))(tmp_path / "adapter")
+    with pytest.raises(UserError, match="peft does not take this adapter: "):
+        check_merge(base, adapter, tmp_path / "adapter", PROMPTS)
 
 
 def overflowing(tensors: dict) -> None:

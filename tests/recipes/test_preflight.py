@@ -180,6 +180,10 @@ WITH_A_TOKENIZER = {
         ["quantize.bits=6", "quantize.exports=[compressed-tensors, gguf]"],
         "compressed-tensors: layers of 6 bits; expected 4 or 8",
     ),
+    "a budget": (
+        ["quantize.budget=5", "quantize.exports=[compressed-tensors]"],
+        "compressed-tensors: a budget chooses from 2 to 8 bits; expected 4 or 8",
+    ),
     "a layer of eight bits": (
         ["quantize.layers={'*.v_proj': {bits: 8}}", "quantize.exports=[executorch]"],
         "executorch: linear layers of 8 bits; XNNPACK's kernels for groups take 4",
