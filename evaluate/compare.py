@@ -73,7 +73,7 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     inputs, resumed = {}, False
     if is_first():  # hashes the base
         inputs = run.inputs(recipe, "evaluate")
-        resumed = memo_of(recipe, run, "quantized").value() is not None
+        resumed = _was_begun(recipe, run)
     check_tasks(recipe.evaluate)
     splits = prepared_splits(recipe)
     material = prepare(recipe, splits, load_tokenizer(recipe.model))
@@ -95,6 +95,18 @@ def compare(recipe: Recipe, run: RunDir) -> bool:
     print_table(report)
     say(f"evaluate: {run.page}, report.md and report.json written in {watch.seconds} s")
     return report["gate"]["passed"]
+
+
+def _was_begun(recipe: Recipe, run: RunDir) -> bool:
+    """Says whether earlier calls measured all models or, since the last stage finished, some of
+    them: the seconds of this call are then no estimate for the next."""
+    file = run.manifest_file
+    finished = file.stat().st_mtime_ns if file.exists() else 0
+    memos = {name: memo_of(recipe, run, name) for name in MODELS}
+    known = {name: memo.file for name, memo in memos.items() if memo.value() is not None}
+    return "quantized" in known or any(
+        memo.stat().st_mtime_ns > finished for memo in known.values()
+    )
 
 
 def measure_all(recipe: Recipe, run: RunDir, material: Material) -> dict[str, dict[str, Any]]:

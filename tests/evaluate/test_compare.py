@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -282,6 +283,24 @@ def test_a_report_names_the_settings_that_its_models_were_made_with(finished, re
     assert recipe["evaluate"]["samples"] == 1
     assert all(recipe[key] == made[key] for key in ("lora", "train", "quantize"))
     assert "quantized to 4 bits in groups of" in (run / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_seconds_after_an_interruption_are_no_estimate(finished, recipe_file, interrupted):
+    """The seconds of quantized alone were announced as those of all three models."""
+    from finequant.evaluate.compare import main as compare
+
+    finished()
+    run = recipe_file.parent / "run"
+    measured = run / "measurements"
+    (measured / "quantized.json").unlink()
+    manifest = (run / "manifest.json").stat().st_mtime_ns
+    written = manifest + (10**9 if interrupted else -(10**9))
+    for name in ("base", "tuned"):
+        os.utime(measured / f"{name}.json", ns=(written, written))
+    compare([str(recipe_file), "train.learning_rate=1e-2"])
+    recorded = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert recorded["evaluate"]["resumed"] == interrupted
 
 
 def test_a_report_of_earlier_code_says_so_whoever_names_it(finished, recipe_file, capsys):
