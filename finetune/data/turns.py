@@ -21,6 +21,10 @@ DATE = {"date_string": "26 Jul 2024"}
 """The variable by which the templates of Llama 3 take a date, and the one that they write if the
 program that renders them knows none."""
 
+CONSTANTS = {"true", "false", "none", "True", "False", "None"}
+NOT_VARIABLES = CONSTANTS | {"and", "or", "not", "in", "is", "if", "else"}
+"""Words of Jinja that are no names of variables."""
+
 
 class AnswerEnd(NamedTuple):
     """The text that a chat template writes after an answer."""
@@ -204,7 +208,7 @@ def _with_defaults(template: Any, arguments: dict[str, Any]) -> Any:
     defaults = "".join(
         f"{{% if {key} is not defined %}}{{% set {key} = {_literal(value)} %}}{{% endif %}}"
         for key, value in arguments.items()
-        if key.isidentifier()  # a template can name no other
+        if key.isidentifier() and key not in NOT_VARIABLES  # a template can name no other
     )
     # Templates are rendered with trim_blocks: the line break after a tag is not written.
     return f"{defaults}\n{template}" if defaults else template

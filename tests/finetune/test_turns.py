@@ -225,6 +225,8 @@ def test_the_saved_template_has_the_recipes_arguments_as_defaults(ended, tmp_pat
         "parts": [1, None, {"a": [True, 0.5], "%}": "x"}],
         "other": None,
         "not-a-name": 1,
+        "none": None,
+        "not": True,
     }
     tokenizer = ended(
         {"default": shown + ending("<|im_end|>")} if named else shown + ending("<|im_end|>")
