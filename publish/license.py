@@ -61,26 +61,7 @@ def license_of(recipe: Recipe) -> License:
     metadata = license_on_card(folder) if folder else {}
     if not folder and not unread:
         metadata = base_license(recipe.model)
-    stated = metadata.get("license")
-    stated = None if stated == "unknown" else stated
-    license = publish.license or stated
-    if license is None:
-        why = unread or f"{recipe.model.base} does not state its license"
-        raise UserError(
-            f"publish.license: {why}: give the license of the base as the Hub names it "
-            "(apache-2.0, llama3.2, ...); it is on the page the base came from"
-        )
-    if unread:
-        say(
-            f"publish: {unread}: publish.license, {license}, was not compared with the base's, and "
-            "the base's license files, if it has any, are not added: publish.license_folder adds "
-            "them"
-        )
-    if stated not in (None, license):
-        raise UserError(
-            f"publish.license: {license}, but {recipe.model.base} says {stated}: a derived "
-            "model keeps the license of its base"
-        )
+    license = _license_id(recipe, metadata.get("license"), unread)
     name, link = (
         getattr(publish, key) or metadata.get(key) for key in ("license_name", "license_link")
     )
@@ -98,6 +79,33 @@ def license_of(recipe: Recipe) -> License:
         _check_name(publish.repo_id, start)
         documents = _with_notice(documents, kind, str(given or folder or recipe.model.base))
     return License(license, name, link, line, documents)
+
+
+def _license_id(recipe: Recipe, stated: str | None, unread: str) -> str:
+    """Returns the license, as the Hub names it, that the recipe gives or the base states.
+
+    unread: why the base's card cannot be read; "" if it can.
+    """
+    stated = None if stated == "unknown" else stated
+    license = recipe.publish.license or stated
+    if license is None:
+        why = unread or f"{recipe.model.base} does not state its license"
+        raise UserError(
+            f"publish.license: {why}: give the license of the base as the Hub names it "
+            "(apache-2.0, llama3.2, ...); it is on the page the base came from"
+        )
+    if unread:
+        say(
+            f"publish: {unread}: publish.license, {license}, was not compared with the base's, and "
+            "the base's license files, if it has any, are not added: publish.license_folder adds "
+            "them"
+        )
+    if stated not in (None, license):
+        raise UserError(
+            f"publish.license: {license}, but {recipe.model.base} says {stated}: a derived "
+            "model keeps the license of its base"
+        )
+    return license
 
 
 def likely_start(base: str) -> str:

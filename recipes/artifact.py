@@ -173,7 +173,7 @@ def write_new(path: Path, text: str) -> None:
             raise
 
 
-def _sums(folder: Path, file_hash: FileHash = file_hash) -> dict[str, str]:
+def _sums(folder: Path, file_hash: FileHash) -> dict[str, str]:
     """Maps relative names to hashes; for a link to "link", as its target may change unnoticed."""
     return {
         path.relative_to(folder).as_posix(): "link" if path.is_symlink() else file_hash(path)

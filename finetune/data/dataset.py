@@ -211,44 +211,44 @@ def _usable(encoded: Dataset, rows: Sequence[Row], data: Data) -> np.ndarray:
         UserError: if there are none, or for rows that the recipe does not allow.
     """
     length, targets, index = (column(encoded, name) for name in ("length", "targets", COLUMN))
-    which = f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"
-    is_long = length > data.max_length
+    which, is_long = _name_of(rows), length > data.max_length
     if is_long.any() and data.long_rows == "error":
-        long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
         raise UserError(
             f"{which}: {counted(is_long.sum(), 'row')} longer than data.max_length="
             f"{data.max_length}; raise it, or set data.long_rows to truncate or drop\n  "
-            f"{listed(long, SHOWN, is_long.sum())}"
+            f"{_lengths_of(rows, index, length, is_long)}"
         )
     left = ~is_long if data.long_rows == "drop" else np.ones(len(length), bool)
     is_empty = left & (targets == 0)
     kept = np.flatnonzero(left & ~is_empty)
-    names = [row.where for row, _ in _first(rows, index, length, is_empty)]
-    count = is_empty.sum()
-    empty = listed(names, SHOWN, count)
-    if count and (data.bad_rows == "error" or not len(kept)):
-        drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
-        raise UserError(
-            f"{which}: nothing is left to learn in {counted(count, 'row')}: within data.max_length="
-            f"{data.max_length} tokens there is no answer; raise data.max_length{drop}\n  {empty}"
-        )
-    if not len(kept):
-        every = "the only row is" if len(rows) == 1 else f"all {len(rows)} rows are"
-        is_split_off = which == "data.validation" and not data.validation
-        shortest = int(length.argmin())
-        raise UserError(
-            f"{which}: {every} longer than data.max_length={data.max_length}, and "
-            "data.long_rows=drop leaves none; raise data.max_length, or set data.long_rows=truncate"
-            + (", or set data.validation_fraction=0 to split none off" if is_split_off else "")
-            + f"\n  {rows[int(index[shortest])].where}: {length[shortest]} tokens"
-            + (", the shortest" if len(rows) > 1 else "")
-        )
-    if count:
-        say(
-            f"{which}: bad rows dropped: {count}: within data.max_length={data.max_length} tokens "
-            f"there is no answer\n  {empty}"
-        )
+    if count := is_empty.sum():
+        names = [row.where for row, _ in _first(rows, index, length, is_empty)]
+        why = f"within data.max_length={data.max_length} tokens there is no answer"
+        if data.bad_rows == "error" or not len(kept):
+            drop = ", or set data.long_rows=drop" if len(kept) else ""  # some would be left
+            raise UserError(
+                f"{which}: nothing is left to learn in {counted(count, 'row')}: {why}; raise "
+                f"data.max_length{drop}\n  {listed(names, SHOWN, count)}"
+            )
+        say(f"{which}: bad rows dropped: {count}: {why}\n  {listed(names, SHOWN, count)}")
+    elif not len(kept):
+        raise _all_too_long(rows, index, length, data)
     return kept
+
+
+def _all_too_long(
+    rows: Sequence[Row], index: np.ndarray, length: np.ndarray, data: Data
+) -> UserError:
+    which, shortest = _name_of(rows), int(length.argmin())
+    every = "the only row is" if len(rows) == 1 else f"all {len(rows)} rows are"
+    is_split_off = which == "data.validation" and not data.validation
+    return UserError(
+        f"{which}: {every} longer than data.max_length={data.max_length}, and "
+        "data.long_rows=drop leaves none; raise data.max_length, or set data.long_rows=truncate"
+        + (", or set data.validation_fraction=0 to split none off" if is_split_off else "")
+        + f"\n  {rows[int(index[shortest])].where}: {length[shortest]} tokens"
+        + (", the shortest" if len(rows) > 1 else "")
+    )
 
 
 def _check_positions(encoded: Dataset, rows: Sequence[Row], data: Data, positions: int) -> None:
@@ -256,17 +256,27 @@ def _check_positions(encoded: Dataset, rows: Sequence[Row], data: Data, position
     length, index = column(encoded, "length"), column(encoded, COLUMN)
     is_long = length > positions
     if is_long.any():
-        which = f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"
-        long = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, is_long)]
         raise UserError(
-            f"{which}: {counted(is_long.sum(), 'row')} longer than the {positions} positions of "
-            f"the base, which data.max_length={data.max_length} allows: set data.max_length="
-            f"{positions}; data.long_rows decides what happens to longer rows\n  "
-            f"{listed(long, SHOWN, is_long.sum())}"
+            f"{_name_of(rows)}: {counted(is_long.sum(), 'row')} longer than the {positions} "
+            f"positions of the base, which data.max_length={data.max_length} allows: set "
+            f"data.max_length={positions}; data.long_rows decides what happens to longer rows\n  "
+            f"{_lengths_of(rows, index, length, is_long)}"
         )
 
 
 SHOWN = 10
+
+
+def _name_of(rows: Sequence[Row]) -> str:
+    return f"data.{rows.name}" if isinstance(rows, Rows) and rows.name else "data"
+
+
+def _lengths_of(
+    rows: Sequence[Row], index: np.ndarray, length: np.ndarray, chosen: np.ndarray
+) -> str:
+    """Lists the first of the chosen rows with their lengths."""
+    lines = [f"{row.where}: {n} tokens" for row, n in _first(rows, index, length, chosen)]
+    return listed(lines, SHOWN, chosen.sum())
 
 
 def _first(

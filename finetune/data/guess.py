@@ -158,7 +158,7 @@ def _calls(turn: dict[str, Any]) -> bool:
     """Says whether a turn calls functions, in one layout or another."""
     if turn.get("tool_calls") or turn.get("function_call") or turn.get("from") == "function_call":
         return True
-    return any(bool(CALL.search(text)) for text in turn.values() if isinstance(text, str))
+    return any(CALL.search(text) for text in turn.values() if isinstance(text, str))
 
 
 def _pairs(

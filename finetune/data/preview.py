@@ -177,8 +177,7 @@ class _Figures:
         for name, rows in self.rows.items():
             matches = ((row.where, pattern.search(_texts(row))) for row in rows)
             if marked := [(where, match[0]) for where, match in matches if match]:
-                has = "has" if len(marked) == 1 else "have"
-                yield f"{name}: {counted(len(marked), 'row')} {has}", *marked[0]
+                yield f"{name}: {_have(len(marked), 'row')}", *marked[0]
 
     def _unknown(self) -> list[str]:
         """Counts the rows with characters that the tokenizer does not know."""
@@ -191,10 +190,9 @@ class _Figures:
                 column(self.tokens[name], "row"), self.tokens[name]["input_ids"], strict=True
             )
             if indices := sorted({int(at) for at, ids in pairs if unknown in ids}):
-                has = "has" if len(indices) == 1 else "have"
                 lines.append(
-                    f"{name}: {counted(len(indices), 'row')} {has} characters that the base's "
-                    f"tokenizer does not know, such as {rows[indices[0]].where}: the model reads "
+                    f"{name}: {_have(len(indices), 'row')} characters that the base's tokenizer "
+                    f"does not know, such as {rows[indices[0]].where}: the model reads "
                     f"{self.tokenizer.unk_token} for them"
                 )
         return lines
@@ -202,8 +200,7 @@ class _Figures:
     def _duplicates(self) -> list[str]:
         train, lines = self.splits.train, []
         if noisy := prompts_with_several_answers(train):
-            has = "has" if noisy == 1 else "have"
-            lines.append(f"train: {counted(noisy, 'prompt')} {has} several answers")
+            lines.append(f"train: {_have(noisy, 'prompt')} several answers")
         for held_out in filter(None, (self.splits.validation, self.splits.test)):
             pairs = near_duplicates(train, held_out)
             name = f"{held_out.name}: prompts that are nearly those of training rows"
@@ -213,6 +210,10 @@ class _Figures:
                 shown = ", ".join(f"{row} ~ {similar}" for row, similar in pairs[:EXTREMES])
                 lines.append(f"{name}: {len(pairs)}, such as {shown}")
         return lines
+
+
+def _have(count: int, noun: str) -> str:
+    return f"{counted(count, noun)} {'has' if count == 1 else 'have'}"
 
 
 def _texts(row: Row) -> str:

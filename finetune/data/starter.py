@@ -73,9 +73,8 @@ def write_recipe(
         UserError: for rows whose question and answer cannot be told apart, a single text of which
             nothing can be held out, or a file that exists or cannot be written.
     """
-    taken = UserError(f"{target}: exists already: edit it, or choose another name: --to FILE.yaml")
     if target.exists():
-        raise taken
+        raise _taken(target)
     train = _source_at("--data", data, subset).model_copy(update={"split": split or "train"})
     test_source = _source_at("--test", test, subset) if test else None
     if subset and not train.name:
@@ -97,20 +96,32 @@ def write_recipe(
     sources = {"train": train.model_copy(update={"columns": look.columns})}
     for part, source in held_out.items():
         sources[part] = source.model_copy(update={"columns": _columns_of(source, look)})
-    text = recipe_text(look, sources, len(rows), base, target)
+    _write(target, recipe_text(look, sources, len(rows), base, target))
+    return look
+
+
+def _taken(target: Path) -> UserError:
+    return UserError(f"{target}: exists already: edit it, or choose another name: --to FILE.yaml")
+
+
+def _write(target: Path, text: str) -> None:
+    """Writes the recipe.
+
+    Raises:
+        UserError: for a file that was made since, or a place that cannot be written.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_new(target, text)
     except OSError as error:
-        if isinstance(error, FileExistsError) and target.exists():  # made since
-            raise taken from None
+        if isinstance(error, FileExistsError) and target.exists():
+            raise _taken(target) from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = error.strerror or error
         raise UserError(
             f"{target}: cannot be written: {reason}; choose another name: --to FILE.yaml"
         ) from None
-    return look
 
 
 def write_schema(folder: Path) -> None:

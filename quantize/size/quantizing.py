@@ -59,7 +59,7 @@ def qat_memory(recipe: Recipe, config: DecoderConfig, machine: Machine, lengths:
     learned = _scales(recipe, config) if learns_scales else trainable(recipe.lora, config)
     weights = sum(stored.values())
     if machine.sharded:
-        weights = weights // machine.gpus + _in_use(stored, blocks=2)
+        weights = weights // machine.gpus + _in_use(stored)
         learned //= machine.gpus
     checkpointed = recipe.train.gradient_checkpointing
     weights += _formed_at_once(formed) if checkpointed else sum(formed.values())
@@ -107,10 +107,10 @@ def _scales(recipe: Recipe, config: DecoderConfig) -> int:
     return sum(math.prod(shapes[name]) // plan[name].group_size for name in plan if plan[name])
 
 
-def _in_use(layers: dict[str, int], blocks: int) -> int:
-    """Sums the bytes of embedding, head, and this many blocks."""
+def _in_use(layers: dict[str, int]) -> int:
+    """Sums the bytes of embedding, head, and two blocks: one computes while the next arrives."""
     block = sum(size for name, size in layers.items() if ".layers.0." in name)
-    return blocks * block + layers.get(EMBEDDING, 0) + layers.get(HEAD, 0)
+    return 2 * block + layers.get(EMBEDDING, 0) + layers.get(HEAD, 0)
 
 
 def _formed_at_once(formed: dict[str, int]) -> int:

@@ -267,30 +267,14 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         Interrupted: after a signal that came too late to stop the stage, such as while training
             saved its last checkpoint.
     """
-    from finequant.recipes.interrupt import (
-        RESUME_HINT,
-        Interrupted,
-        erase_line,
-        start_and_forward_signals,
-    )
+    from finequant.recipes.interrupt import RESUME_HINT, Interrupted, erase_line
 
     name, module = ", ".join(step), module_of(step[0])
     arguments = [*arguments, *export_options(step)]
     if launcher:
-        command = [sys.executable, "-m", LAUNCHER, *launcher, module, *arguments]
-        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
-        environment |= os.environ | {STAGE: position}
-        code, signaled = start_and_forward_signals(partial(_started, command, environment))
-        if code - 128 in CRASHES:  # one of the launcher's processes crashed
-            code = 128 - code
+        code, signaled = _run_launched([*launcher, module, *arguments], position)
     else:
-        doing(f"{name}: loading torch and transformers")
-        work = (module, arguments, position)
-        process = processes().Process(name=name, target=_run_stage, args=work)
-        code, signaled = start_and_forward_signals(partial(_forked, process))
-        if code == FORK_SERVER_LOST:
-            _end_orphan(process.pid)
-            code = -signal.SIGKILL
+        code, signaled = _run_forked(name, (module, arguments, position))
     if code == -signal.SIGKILL and signaled:  # by the second signal, or it reached the fork server
         erase_line()
         return 128 + signaled
@@ -300,6 +284,31 @@ def _start(step: list[str], position: str, arguments: list[str], launcher: list[
         erase_line()
         say(f"{name} {CRASHES[-code]}: {RESUME_HINT}")
     return code if code >= 0 else 128 - code
+
+
+def _run_launched(arguments: list[str], position: str) -> tuple[int, int | None]:
+    """Runs a launcher, and returns its exit code, negative after a crash, and the signal it got."""
+    from finequant.recipes.interrupt import start_and_forward_signals
+
+    command = [sys.executable, "-m", LAUNCHER, *arguments]
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
+    environment |= os.environ | {STAGE: position}
+    code, signaled = start_and_forward_signals(partial(_started, command, environment))
+    crashed = code - 128 in CRASHES  # one of the launcher's processes
+    return 128 - code if crashed else code, signaled
+
+
+def _run_forked(name: str, work: tuple[str, list[str], str]) -> tuple[int, int | None]:
+    """Runs `_run_stage`, and returns what `_run_launched` does."""
+    from finequant.recipes.interrupt import start_and_forward_signals
+
+    doing(f"{name}: loading torch and transformers")
+    process = processes().Process(name=name, target=_run_stage, args=work)
+    code, signaled = start_and_forward_signals(partial(_forked, process))
+    if code == FORK_SERVER_LOST:
+        _end_orphan(process.pid)
+        code = -signal.SIGKILL
+    return code, signaled
 
 
 def _started(command: list[str], environment: dict[str, str]) -> tuple[int, Callable[[], int]]:
