@@ -173,7 +173,7 @@ def cut_line(cut: dict[str, int]) -> str:
         which = few.get(n, f"all {n} reference answers")
     return (
         f"answers are cut after {counted(cut['limit'], 'token')}, but {which} {are} "
-        f"{cut['longest']} tokens: no model can give {them} whole"
+        f"{cut['longest']} tokens: no model can give {them} in full"
     )
 
 

@@ -30,7 +30,7 @@ def memo_of(recipe: Recipe, run: RunDir, name: str, **further: Any) -> Memo:
 
 def arithmetic(recipe: Recipe) -> Inputs:
     """Returns the dtype that this machine computes in, as an input of measurements: those that are
-    compared must have the same, also if the run directory comes from another machine."""
+    compared must have the same, even if the run directory comes from another machine."""
     from finequant.finetune.device import arithmetic_dtype, dtype_name
     from finequant.finetune.model import load_config
     from finequant.quantize.scheme import shipped_dtype

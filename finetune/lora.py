@@ -2,7 +2,7 @@
 
 peft's layer makes six passes over the output for it, and casts A and B each time. As products of a
 small rank are cheap, these passes take most of the time on a CPU. Without them, a step of an 8B
-model on a GPU is 15 % faster and takes 9 GB less. Sharded weights cannot use it: they are gathered
+model on a GPU is 15% faster and takes 9 GB less. Sharded weights cannot use it: they are gathered
 in the forward of peft's modules, which is not called here.
 """
 

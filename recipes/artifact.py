@@ -162,7 +162,7 @@ def write_new(path: Path, text: str) -> None:
     """Writes a file that does not exist yet, whole or not at all.
 
     Raises:
-        FileExistsError: if there is one, also if another process made it a moment ago.
+        FileExistsError: if there is one, even if another process made it a moment ago.
     """
     with path.open("x", encoding="utf-8") as file:
         try:

@@ -135,7 +135,7 @@ def _drop_output() -> None:
 
 
 def _has_lost_its_reader() -> bool:
-    """Says whether stdout or stderr is a pipe that nobody reads any more, as after `| head -1`."""
+    """Says whether stdout or stderr is a pipe that nobody reads anymore, as after `| head -1`."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)

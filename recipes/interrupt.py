@@ -56,7 +56,7 @@ def interruptible() -> Iterator[StopRequest]:
 
     What is raised in a `__del__` or another callback, Python prints, and goes on; what is raised
     while a library frees memory, or in a block that catches everything, may vanish silently. An
-    Interrupted that nobody holds any more is therefore raised again.
+    Interrupted that nobody holds anymore is therefore raised again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()  # only the main thread gets signals

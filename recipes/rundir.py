@@ -248,7 +248,7 @@ class RunDir:
         what can be recreated is replaced.
 
         inputs: what decides the content. If given, the folder of an interrupted call with the same
-            inputs and versions is reused as it is, also if that call was killed between the last
+            inputs and versions is reused as it is, even if that call was killed between the last
             lines here and `record`.
         """
         partial = target.with_name(target.name + ".partial")

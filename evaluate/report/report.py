@@ -195,7 +195,7 @@ def _is_without_spread(score: dict[str, Any] | None) -> bool:
 
 def tuning_lines(report: Report) -> list[str]:
     """Says in one line if fine-tuning raised no accuracy on the held-out rows or, where these were
-    not asked, on any task; else [], as where base and tuned have every point."""
+    not asked, on any task; else [], as when base and tuned have every point."""
     pairs = metrics_of(report["models"])
     asked = [pair for pair in pairs if pair[0] == HELD_OUT] or pairs
     base, tuned = (report["models"].get(name) for name in ("base", "tuned"))

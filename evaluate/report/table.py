@@ -96,7 +96,7 @@ def _with_sizes(model: dict[str, Any]) -> dict[str, Any]:
     file, bits = model.get("size_bytes"), model.get("bits_per_weight")
     size = model.get("packed_bytes", file)
     shown = model | {"size": size, "bits": model.get("packed_bits_per_weight", bits)}
-    # Up to 1 % is the header of the file.
+    # Up to 1% is the header of the file.
     differs = file and size and abs(file / size - 1) > 0.01
     return shown | ({"file": file} if differs else {})
 

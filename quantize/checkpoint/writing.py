@@ -269,7 +269,7 @@ class Checkpoint:
 
     def snr_db(self, name: str) -> float | None:
         """Computes the ratio of the weights' power to their errors', in decibels; None in float,
-        and without any error, as where all weights are zero."""
+        and without any error, as when all weights are zero."""
         if name not in self.plan:
             return None
         records = [self._written[name, rows.start] for rows in self.pieces(name)]

@@ -30,8 +30,8 @@ def refuse_early(
     meanwhile: called after the quick checks, to start work that goes on during the others.
 
     Raises:
-        UserError: for what a stage would refuse; unless forced, also if memory or disk seems
-            too small.
+        UserError: for what a stage would refuse, and, unless forced, if memory or disk seems too
+            small.
     """
     refuse_split_weights(recipe, launch)
     lengths = preflight(recipe, directory, meanwhile)

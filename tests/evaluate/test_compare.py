@@ -314,7 +314,7 @@ def test_a_report_of_earlier_code_says_so_whoever_names_it(finished, recipe_file
         print_report(arguments)
         said = "report: out of date: since evaluate ran, finequant has changed how it measures"
         assert said in capsys.readouterr().err
-    (recipe_file.parent / "train.jsonl").unlink()  # as where only the run directory was copied
+    (recipe_file.parent / "train.jsonl").unlink()  # as when only the run directory was copied
     print_report([str(run)])
     assert "out of date" not in capsys.readouterr().err
 
@@ -385,7 +385,7 @@ def test_answers_that_are_longer_than_what_is_generated_are_counted(recipe_file,
     tokens = material.tokenizer(material.references, add_special_tokens=False)["input_ids"]
     longest = max(map(len, tokens))
     assert material.cut == {"longer": 8, "n": 8, "longest": longest, "limit": 1}
-    assert f"no model can give them whole; set evaluate.max_new_tokens={longest}" in said
+    assert f"no model can give them in full; set evaluate.max_new_tokens={longest}" in said
     assert not prepared(longest).cut
 
 

@@ -506,8 +506,8 @@ def test_report_md_says_to_how_many_bits_layers_are_quantized(report, tmp_path, 
 def test_one_answer_that_is_cut_is_it():
     cut = {"longer": 1, "n": 5, "longest": 30, "limit": 1}
     assert cut_line(cut).startswith("answers are cut after 1 token, but 1 of the 5")
-    assert cut_line(cut).endswith("no model can give it whole")
-    assert cut_line(cut | {"longer": 2}).endswith("no model can give them whole")
+    assert cut_line(cut).endswith("no model can give it in full")
+    assert cut_line(cut | {"longer": 2}).endswith("no model can give them in full")
     assert "but all 5 reference answers are longer" in cut_line(cut | {"longer": 5})
     assert "but both reference answers are longer" in cut_line(cut | {"longer": 2, "n": 2})
     assert "but the only reference answer has 30 tokens: no" in cut_line(cut | {"n": 1})

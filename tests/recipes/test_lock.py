@@ -119,7 +119,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path, check, root):
 @pytest.mark.parametrize("error", [FileNotFoundError, UserError])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_directory_that_is_removed_while_it_is_held_is_named(tmp_path, capsys, error, again):
-    """Also if what failed was said to be bad input, or has made a part of the directory again."""
+    """Even if what failed was said to be bad input, or has made a part of the directory again."""
     with pytest.raises(SystemExit) as exit_, report_user_errors():
         lock.hold(tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
