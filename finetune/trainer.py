@@ -187,8 +187,9 @@ class LoraTrainer(SFTTrainer):
         if self._is_finished():
             self.control.should_training_stop = True
             return
-        # Where several processes resume within an epoch, accelerate 1.15 hides the sampler, which
-        # would repeat the order of the first epoch.
+        # Where several processes resume within an epoch, accelerate 1.15 hides the sampler below
+        # two batch samplers, and its order would be that of the first epoch. To be removed once
+        # `set_epoch` of accelerate/data_loader.py finds it there.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 

@@ -274,12 +274,8 @@ def is_calibrated(name: str, scheme: LayerScheme) -> bool:
 
 
 def untie_head(model: Decoder) -> None:
-    """Gives a tied head weights of its own.
-
-    This is done by hand because torchao crashes on a tied embedding, and transformers' own key for
-    it, `untie_embedding_weights`, reloads a random head (seen with torchao 0.18, transformers
-    5.23). To be removed once that key works.
-    """
+    """Gives a tied head weights of its own: rotation changes them apart from the embedding's, and
+    a rounded head also quantizes its inputs, which a rounded embedding does not."""
     import torch
 
     if model.config.tie_word_embeddings:

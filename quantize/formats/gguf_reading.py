@@ -103,7 +103,8 @@ def _config_of(file: Path) -> DecoderConfig:
     """Reads transformers' configuration from the file.
 
     GGUF has no key for biases, nor for Llama 3's rotary scaling: llama.cpp looks for the tensors,
-    but transformers at its config. And transformers 5.24 does not read the head size of a Qwen3.
+    but transformers at its config. And transformers 5.24 does not read the head size of a Qwen3:
+    it need not be set here once `qwen3` in integrations/ggml.py has `attention.key_length`.
     """
     from transformers import AutoConfig
 
