@@ -284,7 +284,8 @@ def _run(
     from lm_eval import evaluator
 
     # lm-eval asks git for a commit, and git prints "fatal" outside of a repository; it asks pip,
-    # lscpu and others about the machine, which takes seconds for each task.
+    # lscpu and others about the machine, which takes seconds for each task. To be removed once
+    # simple_evaluate can leave them out.
     evaluator.get_git_commit_hash = lambda: None
     evaluator.add_env_info = lambda results: None
     return evaluator.simple_evaluate(
