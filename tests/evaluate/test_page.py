@@ -167,6 +167,7 @@ def test_the_verdict_is_a_sentence_with_the_figures_below(quantized, passed, hea
 def test_the_headline_names_the_cost_that_was_judged():
     for change, errors, perplexity, headline in (
         (0.03, 0.02, 2, "cost no more than twice its error bars"),  # the bar shows 2 points
+        (0.05, 0.02, 2, "cost more than its error bars"),
         (0.008, None, 2, "cost no more than a point"),
         (0.02, None, 2, "cost more than a point"),
         (0.01, 0.02, 2.1, "raised perplexity by more than 3%"),

@@ -51,6 +51,12 @@ def test_another_answer_is_no_match(answer):
     assert score_answers([answer], [BLUE], ["tool_call_match"])["tool_call_match"]["value"] == 0
 
 
+@pytest.mark.parametrize("arguments", ["[1]", "5", "null", '"{}"', "{"])
+def test_arguments_in_a_string_have_to_be_an_object(arguments):
+    assert calls_in(json.dumps({"name": "lamp", "arguments": "{}"})) == ["lamp {}"]
+    assert calls_in(json.dumps({"name": "lamp", "arguments": arguments})) == []
+
+
 def test_several_calls_are_scored_by_answer_and_by_call():
     references = [f"{BLUE}\n{RED}", BLUE, "no call", f"{BLUE} {BLUE}"]
     answers = [f"{RED}\n{BLUE}", f"{BLUE}{RED}", RED, BLUE]

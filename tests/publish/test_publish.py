@@ -713,6 +713,8 @@ def test_the_card_of_an_adapter_speaks_of_its_two_models(card):
     assert "\nBoth models are measured on the same inputs, in float32 arithmetic. " in text
     assert "± is one standard error. `report.json`" in text
     assert "- The adapter was trained and measured on `base`, not on org/base, whose " in text
+    assert "- The adapter was trained on " not in text
+    assert "- Accuracies were measured on as few as " in text
 
 
 def test_the_card_tells_datasets_of_the_hub_from_the_authors_rows(card):

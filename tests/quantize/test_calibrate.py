@@ -403,6 +403,42 @@ def test_resumed_codes_move_to_the_blocks_device(llama, monkeypatch):
     assert sorted(asked) == sorted(name for name in plan if plan[name])
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_codes_that_are_known_lead_to_the_same_codes_after_them(tiny_base, steps):
+    from finequant.quantize.merge.adapter import open_base
+    from finequant.quantize.methods.calibrate import Calibrator
+    from finequant.quantize.scheme import layer_plan
+    from finequant.recipes.schema import Model, Quantize
+
+    base = open_base(Model(base=str(tiny_base)))
+    plan = layer_plan(Quantize(bits=3), base.config)
+    sequences = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
+
+    def pieces(known: dict[str, Rounded]) -> dict[str, list[Rounded]]:
+        calibrator = Calibrator(
+            METHOD,
+            base.weights,
+            base.config,
+            sequences,
+            plan,
+            torch.float32,
+            lambda layer, rows: known.get(layer),
+            steps,
+        )
+        found: dict[str, list[Rounded]] = {}
+        for piece in calibrator.pieces():
+            found.setdefault(piece.layer, []).append(piece.rounded)
+        return found
+
+    every = pieces({})
+    first = {name: part for name, (part, *_) in every.items() if name.startswith("model.layers.0.")}
+    later = pieces(first)
+    assert later.keys() == every.keys() - first.keys() and len(first) == 7
+    for name, parts in later.items():
+        for ours, theirs in zip(parts, every[name], strict=True):
+            assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scale, theirs.scale)
+
+
 def test_a_process_without_sequences_takes_part(tiny_base, monkeypatch):
     """There may be fewer sequences than processes."""
     from finequant.quantize.merge.adapter import open_base

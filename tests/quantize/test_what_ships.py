@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finequant.evaluate.metrics.held_out import answer
 from finequant.finetune.model import load_base, load_config
+from finequant.quantize.checkpoint import reading
 from finequant.quantize.checkpoint.blocks import float_logits
 from finequant.quantize.checkpoint.reload import shipped_logits
 from finequant.quantize.checkpoint.stored import read_checkpoint
@@ -317,10 +318,16 @@ def test_what_is_not_a_whole_adapter_is_refused(tmp_path, change, message):
         Adapter(tmp_path / "adapter", base, "base")
 
 
-def test_an_adapter_of_a_base_with_another_head_is_refused(tmp_path):
+def last_row_of_head(tensors: dict) -> None:
+    tensors["lm_head.weight"][-1] += 1
+
+
+@pytest.mark.parametrize("change", [own_head, last_row_of_head])
+def test_an_adapter_of_a_base_with_another_head_is_refused(tmp_path, monkeypatch, change):
     """With a LoRA of the head, peft saves the head, too."""
+    monkeypatch.setattr(reading, "PIECE_WEIGHTS", 32 * 64)
     variant(tmp_path, *VARIANTS["untied"], target_modules=["q_proj", "lm_head"])
-    edited(own_head)(tmp_path / "base")
+    edited(change)(tmp_path / "base")
     base = open_base(Model(base=str(tmp_path / "base")))
     with pytest.raises(UserError, match="its lm_head differs from that of base"):
         Adapter(tmp_path / "adapter", base, "base")

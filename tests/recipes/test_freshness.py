@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import threading
 from collections import Counter
 from pathlib import Path
@@ -118,6 +119,10 @@ def test_verify_reads_the_bytes(tmp_path, file, read, cache):
     assert known_hash(folder / "weights") == "the old one"  # as if the disk had rotted
     with pytest.raises(UserError, match="weights: altered"):
         verify(folder, again="finequant train RECIPE")
+
+
+def test_the_version_of_python_is_that_of_this_interpreter():
+    assert freshness.versions()["python"] == platform.python_version()
 
 
 def test_a_folder_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch):

@@ -322,6 +322,7 @@ def test_stages_called_by_hand_refuse_what_was_made_from_an_earlier_artifact(fol
     values = r"again, or use the values in run/adapter/recipe.yaml$"
     with pytest.raises(UserError, match=values):
         run.require_for("quantize", moved)
+    run.require("train", moved, any_base=True)
     shutil.rmtree(run.adapter)  # an export needs quantized/ only
     run.require_for("gguf", recipe)
 
