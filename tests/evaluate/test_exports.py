@@ -65,6 +65,60 @@ def test_answers_have_the_repetition_penalty_of_the_base(tiny_base, tokenizer):
     assert [greedy_answer(runtime, tokenizer, prompt, ends, 12)] != expected
 
 
+def test_an_export_is_compared_with_quantized_row_by_row():
+    """One that was not run has no answers; it takes part in nothing."""
+    from finequant.evaluate.answers import parities, predictions
+    from finequant.finetune.data.row import Row
+    from finequant.recipes.schema import Evaluate
+
+    measured = {
+        "tuned": {"answers": ["a", "b", "c"]},
+        "quantized": {"answers": ["a", "b", "x"]},
+        "gguf": {"answers": ["a", "y", "x"], "parity": {"kl": 0.5}},
+        "onnx": {"answers": []},
+        "mlx": {"answers": [], "parity": {"kl": 0.25}},
+    }
+    found = parities(measured)
+    assert found == {
+        "gguf": {"kl": 0.5, "same_answers": pytest.approx(2 / 3), "n": 3},
+        "mlx": {"kl": 0.25},
+    }
+    assert measured["gguf"]["parity"] == {"kl": 0.5}
+    messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": ""})
+    material = SimpleNamespace(rows=[Row("row 1", messages)] * 3, references=["a", "b", "c"])
+    recipe = SimpleNamespace(evaluate=Evaluate(metrics=["exact_match"]))
+    last = predictions(recipe, material, measured)[-1]
+    assert last["answers"] == {"tuned": "c", "quantized": "x", "gguf": "x"}
+    assert last["right"] == {"tuned": True, "quantized": False, "gguf": False}
+    assert (last["prompt"], last["reference"]) == ("?", "c")
+
+
+def test_prompts_and_predictions_of_an_export_are_compared(tokenizer):
+    from finequant.evaluate.metrics.divergence import Predictions
+    from finequant.evaluate.metrics.parity import Reference, compared
+    from finequant.finetune.data.row import Row
+    from finequant.finetune.data.tokens import encode_prompt
+    from finequant.recipes.schema import Data
+
+    data = Data(train=["unused"])
+    rows = [
+        Row(text, ({"role": "user", "content": text}, {"role": "assistant", "content": "b"}))
+        for text in ("open", "close", "paint")
+    ]
+    prompts = [encode_prompt(row, tokenizer, data) for row in rows]
+    entry = SimpleNamespace(  # puts a token in front of one of the prompts
+        token_ids=lambda _, texts: [
+            [1] * ("paint" in text) + tokenizer(text)["input_ids"] for text in texts
+        ]
+    )
+    material = SimpleNamespace(rows=rows, prompts=prompts, tokenizer=tokenizer)
+    exact, logs = (torch.randn(4, 7).log_softmax(-1) for _ in range(2))
+    reference = Reference({}, Predictions(exact, torch.zeros(4), {}, [4]))
+    found = compared(entry, None, SimpleNamespace(data=data), material, reference, logs)
+    expected = torch.nn.functional.kl_div(logs, exact, log_target=True, reduction="batchmean")
+    assert found == {"kl": pytest.approx(expected.item()), "same_prompts": pytest.approx(2 / 3)}
+
+
 def test_a_checkpoint_is_measured_in_the_arithmetic_of_the_other_models(
     recipe_file, train_once, monkeypatch
 ):

@@ -237,6 +237,20 @@ def test_what_no_stage_reads_is_no_change(folder, name):
     assert changes(folder) == {stage: [] for stage in STAGES}
 
 
+def test_of_a_folder_of_rows_only_its_own_tables_count(folder):
+    """It may also hold the recipe and its runs."""
+    rows, keys = folder / "many", ["data.train=[many]", "data.test=[]", "data.test_fraction=0.1"]
+    (rows / "run").mkdir(parents=True)
+    (rows / "a.jsonl").write_text("{}\n", encoding="utf-8")
+    finish(*load(folder, *keys))
+    for name in ("run/predictions.jsonl", "recipe.yaml"):
+        (rows / name).write_text("{}\n", encoding="utf-8")
+    assert changes(folder, *keys) == {stage: [] for stage in STAGES}
+    (rows / "b.jsonl").write_text("{}\n", encoding="utf-8")
+    (changed,) = changes(folder, *keys)["train"]
+    assert changed.startswith("data.train.0.source: the content of ")
+
+
 def test_a_new_base_and_another_export_are_named_in_words(folder):
     recipe, run = load(folder, "quantize.exports=[gguf]")
     finish(recipe, run, "train", "quantize", "gguf", "evaluate")
