@@ -11,7 +11,7 @@ from functools import reduce
 from io import StringIO
 from operator import getitem
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,7 +22,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from finequant.recipes.artifact import replace_text
 from finequant.recipes.errors import UserError, listed, shown
 from finequant.recipes.locate import CHATML_TOOLS, is_run, locate_recipe
-from finequant.recipes.schema import EFFORTS, HUB_ID, LANGUAGE, LICENSE, NAME, Recipe
+from finequant.recipes.schema import EFFORTS, HUB_ID, LANGUAGE, LICENSE, NAME, Recipe, Section
 from finequant.recipes.sources import COMPRESSIONS, TABLES, is_pattern, matching_files
 
 LOCAL_SUFFIXES = (*TABLES, *COMPRESSIONS, ".txt", ".raw", ".jinja")
@@ -42,6 +42,7 @@ MOST_ENTRIES = 100_000
 COMMAND_LINE = "command line"
 """Where a key that is overridden comes from."""
 Location = tuple[str | int, ...]
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_recipe(
@@ -71,6 +72,20 @@ def load_recipe(
         problems = _describe(error, document, origins)
         raise UserError(_summary(path, problems)) from None
     return _with_absolute_paths(recipe, path, document, origins, missing_ok)
+
+
+def read_section(path: Path, name: str, section: type[SectionType]) -> SectionType:
+    """Reads one section of a resolved recipe; files that other sections name need not exist.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    document, origins = _read_yaml(path)
+    try:
+        return section.model_validate(document.get(name))
+    except ValidationError as error:
+        problems = _describe(error, {name: document.get(name)}, origins)
+        raise UserError(_summary(path, problems)) from None
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

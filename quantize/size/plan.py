@@ -32,7 +32,7 @@ from finequant.quantize.scheme import (
 )
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import changes
-from finequant.recipes.load import load_recipe
+from finequant.recipes.load import read_section
 from finequant.recipes.rundir import RunDir
 from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import PLAN_KEYS, recipe_inputs
@@ -123,8 +123,8 @@ def _record(recipe: Recipe, run: RunDir) -> dict[str, Any] | None:
     file = run.quantized / "quantization.json"
     if not file.exists():
         return None
-    quantized = load_recipe(run.quantized / "recipe.yaml", missing_ok=True)
-    made_from = recipe.model_copy(update={"quantize": quantized.quantize})
+    quantize = read_section(run.quantized / "recipe.yaml", "quantize", Quantize)
+    made_from = recipe.model_copy(update={"quantize": quantize})
     if changes(recipe_inputs(made_from, PLAN_KEYS), recipe_inputs(recipe, PLAN_KEYS)):
         return None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finequant.finetune.architecture import parameter_count
 from finequant.finetune.model import load_config
@@ -21,8 +21,9 @@ from finequant.quantize.size.plan import model_size
 from finequant.quantize.size.terms import Lengths, Memory, components, trainable
 from finequant.recipes.errors import UserError
 from finequant.recipes.freshness import cache_folder
+from finequant.recipes.load import SectionType
 from finequant.recipes.rundir import RunDir
-from finequant.recipes.schema import Quantize, Recipe, Section
+from finequant.recipes.schema import Quantize, Recipe
 from finequant.recipes.stages import STAGES, stages_of
 from finequant.recipes.terminal import show
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from finequant.finetune.architecture import DecoderConfig
 
 BITS = (8, 4, 3)
-SectionType = TypeVar("SectionType", bound=Section)
 
 
 def show_resources(
