@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -368,6 +369,22 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
     references = [*picks[:3], wrong, picks[4]]
     right = multiple_choice(model, tokenizer, prompts, references, choices, 3, "choices")
     assert mean(right) == {"value": 0.8, "stderr": pytest.approx(0.2), "n": 5}
+
+
+def test_a_choice_tokenized_alone_does_not_begin_with_bos(tokenizer):
+    """After a final space, "at" would take that space from the prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    adding = deepcopy(tokenizer)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert adding("at")["input_ids"][0] == tokenizer.bos_token_id
+    prompt = [*ids_of(tokenizer, "it is"), *ids_of(tokenizer, " ")]
+    assert ids_of(tokenizer, "it is at")[: len(prompt)] != prompt
+    (item,) = held_out.continuations(adding, prompt, ["at"])
+    assert item == (prompt, ids_of(tokenizer, "at"))
 
 
 def test_a_choice_that_begins_another_does_not_always_win(model, tokenizer, prompts, monkeypatch):
