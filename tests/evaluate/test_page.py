@@ -110,11 +110,16 @@ def test_advice_quotes_the_documented_perplexities():
     assert "{balanced:.1f} -> {best:.1f}".format(**figures) in best
 
 
+BEST = {"method": "gptq", "calibration": {"steps": 32, "scale_steps": 100}}
+
+
 @pytest.mark.parametrize(
     ("quantized", "quantize", "expected"),
     [
         (0.8, {}, ["effort=balanced", "effort=best", "quantize.training"]),
         (0.8, {"method": "gptq", "rotate": True}, ["effort=best", "quantize.training"]),
+        (0.8, BEST | {"calibration": {"steps": 0, "scale_steps": 100}}, ["effort=best"]),
+        (0.8, BEST | {"calibration": {"steps": 32, "scale_steps": 0}}, ["effort=best"]),
         (0.89, {}, []),
     ],
 )
@@ -123,9 +128,6 @@ def test_advice_is_given_where_quantization_cost_more_than_its_error(quantized, 
     assert bool(lines) == bool(expected)
     assert all(any(key in line for line in lines) for key in expected)
     assert any("effort=balanced" in line for line in lines) == ("effort=balanced" in expected)
-
-
-BEST = {"method": "gptq", "calibration": {"steps": 32, "scale_steps": 100}}
 
 
 @pytest.mark.parametrize(
