@@ -14,7 +14,6 @@ from finequant.finetune.architecture import EMBEDDING, HEAD
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
-from finequant.quantize.formats.packing import pack_words
 from finequant.quantize.formats.snippet import fenced, pip_install, transformers_code
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.artifact import files_in
@@ -66,12 +65,13 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
     Scales go into the dtype of the model, into which readers would round them anyway.
     """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from huggingface_hub import save_torch_state_dict
 
     packed: dict[str, torch.Tensor] = {}
     for name, bits in _linear(stored).items():
         codes, scale = stored.rounded[name]
-        packed[f"{name}.weight_packed"] = pack_words(codes, bits)
+        packed[f"{name}.weight_packed"] = pack_to_int32(codes, bits)
         packed[f"{name}.weight_scale"] = _rounded_scale(scale, stored.dtype)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape)
     floats = dict(stored.floats)

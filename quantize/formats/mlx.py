@@ -15,7 +15,7 @@ from finequant.finetune.architecture import EMBEDDING, HEAD, usable_positions
 from finequant.quantize.checkpoint.stored import QuantizedCheckpoint, copy_beside, write_config
 from finequant.quantize.formats.contents import Contents, check_block
 from finequant.quantize.formats.format import Format
-from finequant.quantize.formats.packing import pack_words, packed_width
+from finequant.quantize.formats.packing import packed_width
 from finequant.quantize.formats.snippet import fenced, is_chat, pip_install
 from finequant.quantize.rounding import Rounded
 from finequant.recipes.artifact import files_in
@@ -66,6 +66,7 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
 
     A table that head and embedding share is written once, and the head is tied again.
     """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from huggingface_hub import save_torch_state_dict
 
     tensors: dict[str, torch.Tensor] = {}
@@ -74,7 +75,8 @@ def write(stored: QuantizedCheckpoint, folder: Path, recipe: Recipe) -> dict[str
         bits, group = packed_width(stored.bits[name]), stored.group_size(name)
         # mlx-lm computes in the dtype of the embedding's scales.
         scales = scale.to(stored.dtype).repeat_interleave(group // _block(group), dim=1)
-        tensors[f"{name}.weight"] = pack_words(codes, bits).view(torch.uint32)
+        # For 4 and 8 bits, mlx packs codes as compressed-tensors does: the lowest bits come first.
+        tensors[f"{name}.weight"] = pack_to_int32(codes, bits).view(torch.uint32)
         tensors[f"{name}.scales"] = scales
         tensors[f"{name}.biases"] = scales * -(2 ** (bits - 1))
     save_torch_state_dict(tensors | stored.floats, folder, metadata={"format": "mlx"})

@@ -14,19 +14,6 @@ def packed_width(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs int8 codes [out, in] into int32 [out, in x bits / 32], lowest bits first.
-
-    bits: a divisor of 32.
-    """
-    count = 32 // bits
-    values = codes.to(torch.int32) + 2 ** (bits - 1)
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % count))
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    # Bits of different codes do not overlap, so summing combines them; the top bit is the sign.
-    return (values.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
-
-
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Packs 4-bit codes [out, in] into uint8 [out, in / 2], the first of two in the low half."""
     offset = (codes + 8).to(torch.uint8)
