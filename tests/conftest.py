@@ -151,6 +151,17 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def put_bos_in_front(tokenizer) -> None:
+    """Makes a tokenizer add BOS, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert tokenizer.encode("lamp")[0] == tokenizer.bos_token_id
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """The folder of the tiny Llama. It is shared: tests must not write into it."""

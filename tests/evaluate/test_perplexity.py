@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import put_bos_in_front
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finequant.evaluate.metrics.corpora import Document, count, read_corpus
@@ -141,16 +142,6 @@ def lm_eval_results(model, tokenizer, pages: list[str], folder: Path, max_length
     found = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
     results = found["results"]["wikitext_local"]
     return {unit: results[f"{unit}_perplexity,none"] for unit in ("word", "byte")}
-
-
-def put_bos_in_front(tokenizer) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos[0]} $A", special_tokens=[bos]
-    )
-    assert tokenizer.encode("lamp")[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("puts_bos_in_front", [False, True])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import put_bos_in_front
 
 from finequant.evaluate import check
 from finequant.evaluate.answers import right_by
@@ -373,14 +374,8 @@ def test_multiple_choice_equals_a_plain_computation(model, tokenizer, prompts):
 
 def test_a_choice_tokenized_alone_does_not_begin_with_bos(tokenizer):
     """After a final space, "at" would take that space from the prompt."""
-    from tokenizers.processors import TemplateProcessing
-
     adding = deepcopy(tokenizer)
-    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    adding.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos[0]} $A", special_tokens=[bos]
-    )
-    assert adding("at")["input_ids"][0] == tokenizer.bos_token_id
+    put_bos_in_front(adding)
     prompt = [*ids_of(tokenizer, "it is"), *ids_of(tokenizer, " ")]
     assert ids_of(tokenizer, "it is at")[: len(prompt)] != prompt
     (item,) = held_out.continuations(adding, prompt, ["at"])
